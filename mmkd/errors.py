@@ -1,0 +1,34 @@
+"""Errors a user sees: one line that says what is wrong, where, and how to mend it."""
+
+
+class MmkdError(Exception):
+    """A problem the user can mend.
+
+    Args:
+        what: what is wrong, in a few words.
+        where: file, line, key or sample id the problem was found at.
+        mend: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
+        self.what, self.where, self.mend = what, where, mend
+        parts = [f"{where}: {what}" if where else what]
+        if mend:
+            parts.append(mend)
+        super().__init__(" -- ".join(parts))
+
+
+class RecipeError(MmkdError):
+    """The recipe does not say what it should."""
+
+
+class DataError(MmkdError):
+    """A record, an image or a data set cannot be used."""
+
+
+class CheckpointError(MmkdError):
+    """A model folder or a run directory cannot be used."""
+
+
+class NonFiniteLossError(MmkdError):
+    """Training produced a loss or gradient that is not a number."""
