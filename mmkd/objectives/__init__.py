@@ -1,0 +1,49 @@
+"""Objectives by kind. Each module holds one family: its equation, its settings, its code."""
+
+from typing import Annotated, Union, get_args
+
+from pydantic import Field
+
+from mmkd.objectives.base import Objective, ObjectiveConfig, Outcome, Region, Signals, Targets
+from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
+from mmkd.objectives.language_modeling import CrossEntropy
+from mmkd.objectives.token_labels import TokenLabels
+
+CLASSES: tuple[type[Objective], ...] = (
+    CrossEntropy,
+    Divergence,
+    Jsd,
+    SkewDivergence,
+    TokenLabels,
+)
+
+
+def kinds_of(cls: type[Objective]) -> tuple[str, ...]:
+    return get_args(cls.config_class.model_fields["kind"].annotation)
+
+
+REGISTRY: dict[str, type[Objective]] = {kind: cls for cls in CLASSES for kind in kinds_of(cls)}
+
+AnyObjectiveConfig = Annotated[
+    Union[tuple(cls.config_class for cls in CLASSES)],  # noqa: UP007
+    Field(discriminator="kind"),
+]
+
+
+def build_objective(config: ObjectiveConfig, *, shared_vocabulary: int | None = None) -> Objective:
+    """The objective that a recipe's entry asks for."""
+    kind: str = config.kind  # type: ignore[attr-defined]
+    return REGISTRY[kind](config, shared_vocabulary=shared_vocabulary)
+
+
+__all__ = [
+    "REGISTRY",
+    "AnyObjectiveConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Outcome",
+    "Region",
+    "Signals",
+    "Targets",
+    "build_objective",
+]

@@ -1,0 +1,125 @@
+"""What an objective is: tensors in, one scalar and named metrics out.
+
+An objective never sees a model. It gets the student's and the teacher's `Signals`, the batch's
+`Targets`, and the number of covered rows in the global batch, so that the loss of a stage is a mean
+per covered token over all ranks and accumulation steps, whatever the batch layout.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Region = Literal["response", "prompt", "vision", "all"]
+Need = Literal["teacher", "vision_labels"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Read off one model in one forward.
+
+    Attributes:
+        hidden: [B, T, H], final hidden states, what the head is applied to.
+        head_weight: [V, H].
+        head_bias: [V] or None.
+    """
+
+    hidden: Tensor
+    head_weight: Tensor
+    head_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the tokens of a batch are; all masks are about the token itself, not its prediction.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        attention: [B, T] bool, False on padding.
+        response: [B, T] bool, tokens that the assistant says, end of turn included.
+        vision: [B, T] bool, image tokens.
+        vision_labels: [B, T] int64 or None, the word that names what an image token shows,
+            -100 where there is none.
+    """
+
+    input_ids: Tensor
+    attention: Tensor
+    response: Tensor
+    vision: Tensor
+    vision_labels: Tensor | None = None
+
+    def predicts(self, region: Region) -> Tensor:
+        """[B, T] bool: the rows whose output distribution a region covers.
+
+        Text is predicted one position before it stands: the row of the last prompt token predicts
+        the first response token. Image tokens predict nothing, their own rows are covered
+        (LLaVA-KD, arXiv 2410.16236, section 3.2); so are all real tokens' rows in `all`.
+        """
+        if region == "vision":
+            return self.vision
+        if region == "all":
+            return self.attention
+        tokens = self.response
+        if region == "prompt":
+            tokens = self.attention & ~self.response & ~self.vision
+        rows = torch.zeros_like(tokens)
+        rows[:, :-1] = tokens[:, 1:]
+        return rows & self.attention
+
+    def next_ids(self) -> Tensor:
+        """[B, T] int64: the token after each one; the last column is never read."""
+        return torch.roll(self.input_ids, -1, dims=1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An objective's contribution of one micro-batch.
+
+    Attributes:
+        loss: scalar, already divided by the global number of rows; summing it over micro-batches
+            and ranks gives the mean.
+        metrics: further scalars with the same normalisation.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ObjectiveConfig(BaseModel):
+    """Settings that every objective has."""
+
+    model_config = ConfigDict(extra="forbid")
+    weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
+    name: str | None = Field(None, description="name in metrics; the kind if left out")
+
+
+class Objective:
+    """Base of all objectives; a subclass names its config and what it needs."""
+
+    config_class: ClassVar[type[ObjectiveConfig]]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init__(self, config: ObjectiveConfig, *, shared_vocabulary: int | None = None):
+        """
+        Args:
+            config: an instance of `config_class`.
+            shared_vocabulary: tokens that teacher and student share (None: heads are equal).
+        """
+        self.config = config
+        self.shared_vocabulary = shared_vocabulary
+
+    @property
+    def name(self) -> str:
+        return self.config.name or str(getattr(self.config, "kind"))  # noqa: B009
+
+    def rows(self, targets: Targets) -> Tensor:
+        """[B, T] bool: the rows that this objective averages over."""
+        raise NotImplementedError
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        """Loss of one micro-batch; `count` is the number of rows in the global batch."""
+        raise NotImplementedError
