@@ -74,7 +74,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(patch_size: int = 8, image_size: int = CANVAS) -> LlavaProcessor:
-    """The processor for pictures of `image_size` pixels, (image_size / patch_size)^2 visual tokens."""
+    """The processor for `image_size` pixels: (image_size / patch_size)^2 visual tokens."""
     size = {"height": image_size, "width": image_size}
     image_processor = CLIPImageProcessorPil(
         size=size,

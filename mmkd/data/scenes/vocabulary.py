@@ -139,6 +139,6 @@ DIGIT_ASSETS: tuple[str, ...] = tuple(f"003{d}-FE0F-20E3" for d in range(10))
 
 
 def held_out_colour(class_name: str) -> str:
-    """The card colour a class never has in training; the split `test_attributes` shows only these."""
+    """The card colour a class never has in training; `test_attributes` shows only these."""
     index = next(i for i, c in enumerate(CLASSES) if c.name == class_name)
     return list(COLOURS)[index % len(COLOURS)]

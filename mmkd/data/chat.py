@@ -1,0 +1,102 @@
+"""From messages to text and response mask, by the processor's own chat template.
+
+The template is rendered up to each assistant turn with its generation prompt, and up to the turn's
+end: what lies between is what the model has to say. No template is parsed or special-cased.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+from mmkd.data.records import Message
+from mmkd.errors import DataError
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text; `spans` are the (start, end) characters that are responses."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def render_chat(processor: Any, messages: list[Message]) -> Rendered:
+    """Render a conversation and find its responses, end-of-turn tokens included.
+
+    A template that does not close the last turn (LLaVA-1.5's) gets the tokenizer's EOS token
+    there: a student has to learn to stop.
+
+    Raises:
+        DataError: the template rewrites earlier turns or the responses, so that no mask fits.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise DataError(
+            "the processor has no chat template", mend="add chat_template.jinja to its folder"
+        )
+
+    def template(part: list[Message], prompt: bool) -> str:
+        return processor.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
+
+    text = template(messages, False)
+    tokenizer = processor.tokenizer
+    specials = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
+    spans: list[Span] = []
+    closed = False
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prefix = template(messages[:i], True)
+        if not text.startswith(prefix):
+            raise DataError(
+                f"the chat template rewrites the conversation before turn {i}",
+                mend="use a template that only appends",
+            )
+        end = _common_length(text, template(messages[: i + 1], False))
+        said = "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
+        at = text.find(said, len(prefix), end)
+        if at < 0:
+            raise DataError(
+                f"the chat template changes the response of turn {i}",
+                mend="use a template that keeps responses as they are",
+            )
+        stop, closed = _end_of_turn(text, at + len(said), end, specials)
+        spans.append((len(prefix), stop))
+    if not closed and spans and tokenizer.eos_token and messages[-1]["role"] == "assistant":
+        start, stop = spans[-1]
+        text = text[:stop] + tokenizer.eos_token
+        spans[-1] = (start, len(text))
+    return Rendered(text, tuple(spans))
+
+
+def _common_length(a: str, b: str) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _end_of_turn(text: str, said_end: int, end: int, specials: list[str]) -> tuple[int, bool]:
+    """Where a turn ends: behind its last special token, or with its last word."""
+    ends = [at + len(token) for token in specials if (at := text.rfind(token, said_end, end)) >= 0]
+    return (max(ends), True) if ends else (said_end, False)
+
+
+def expanded_spans(spans: tuple[Span, ...], replacements: list[dict[str, Any]]) -> list[Span]:
+    """Move spans to the text in which image placeholders are written out.
+
+    Args:
+        spans: characters of the text before the processor expanded it.
+        replacements: the processor's `text_replacement_offsets` of this row.
+    """
+    ends = [r["span"][1] for r in replacements]
+    shifts = [0] + [r["new_span"][1] - r["span"][1] for r in replacements]
+    return [
+        (start + shifts[bisect_right(ends, start)], stop + shifts[bisect_right(ends, stop)])
+        for start, stop in spans
+    ]
+
+
+def mark_tokens(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Which tokens lie in a span; `offsets` are the tokens' (start, end) characters."""
+    return [stop > start and any(a <= start < b for a, b in spans) for start, stop in offsets]

@@ -1,0 +1,214 @@
+"""Records: what a data file holds, in one shape whatever its schema.
+
+Two schemas are read, from json, jsonl or parquet through `datasets`:
+
+    LLaVA           {id, image | images, conversations: [{from: human|gpt|system, value}]}
+    chat messages   {id?, images?, messages: [{role, content}]}
+
+An image is a path below the image folder, a {bytes, path} pair, or a decoded picture.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmkd.errors import DataError
+from mmkd.recipe import DataConfig
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
+         "system": "system"}  # fmt: skip
+PLACEHOLDER = "<image>"
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+Message = dict[str, Any]
+"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}"""
+
+
+@dataclass(frozen=True)
+class GroundedObject:
+    """Something on the picture: its word and its box (left, top, right, bottom) in pixels."""
+
+    name: str
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation with its pictures, in the order of their placeholders."""
+
+    id: str
+    messages: list[Message]
+    images: list[Any] = field(default_factory=list)
+    objects: tuple[GroundedObject, ...] = ()
+
+
+class Records:
+    """A data file as a sequence of `Record`; errors name the file and the record."""
+
+    def __init__(self, config: DataConfig):
+        self.path = Path(config.train)
+        self.image_root = Path(config.images) if config.images else self.path.parent
+        if len(self) == 0:
+            raise DataError("the data set is empty", where=str(self.path), mend="add records")
+
+    @cached_property
+    def _rows(self) -> Any:
+        import datasets
+
+        where = str(self.path)
+        if not self.path.is_file():
+            raise DataError("no such data file", where=where, mend="check data.train")
+        loader = LOADERS.get(self.path.suffix)
+        if loader is None:
+            known = ", ".join(LOADERS)
+            raise DataError("unknown kind of data file", where=where, mend=f"known: {known}")
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset(loader, data_files=where, split="train")
+        except Exception as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            if "corresponds to no data" in reason:
+                raise DataError("the data set is empty", where=where, mend="add records") from error
+            raise DataError(f"cannot read: {reason}", where=where, mend="mend the file") from error
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        """Words for an error message: the file, the record's number and its id."""
+        name = self._rows[index].get("id")
+        return f"{self.path}: record {index}" + (f" (id {name})" if name is not None else "")
+
+    def __getitem__(self, index: int) -> Record:
+        with located(lambda: self.where(index)):
+            return parse_record(self._rows[index], index)
+
+    def pictures(self, record: Record) -> list[Image.Image]:
+        """A record's pictures, decoded to RGB."""
+        return [load_image(ref, self.image_root) for ref in record.images]
+
+
+@contextmanager
+def located(where: Callable[[], str]) -> Iterator[None]:
+    """Say where a data error happened, unless it says so itself."""
+    try:
+        yield
+    except DataError as error:
+        if error.where is not None:
+            raise
+        raise DataError(error.what, where=where(), mend=error.mend) from error
+
+
+def parse_record(row: dict[str, Any], index: int) -> Record:
+    """One row of a data file in either schema.
+
+    Raises:
+        DataError: what is wrong with the row; the caller adds where.
+    """
+    images = _images(row)
+    if row.get("conversations"):
+        turns = [(t.get("from"), t.get("value")) for t in row["conversations"]]
+    elif row.get("messages"):
+        turns = [(t.get("role"), t.get("content")) for t in row["messages"]]
+    else:
+        raise DataError("neither 'conversations' nor 'messages'", mend="use one of the two schemas")
+    messages = [_message(role, content) for role, content in turns]
+    if not any(m["role"] == "assistant" and _text(m).strip() for m in messages):
+        raise DataError("no response of the assistant", mend="add one or drop the record")
+    placeholders = sum(p["type"] == "image" for m in messages for p in m["content"])
+    if placeholders == 0 and images and "messages" in row and row["messages"]:
+        first = next(m for m in messages if m["role"] == "user")
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
+    elif placeholders != len(images):
+        raise DataError(
+            f"{placeholders} image placeholder(s) but {len(images)} image(s)",
+            mend="make the two numbers equal",
+        )
+    objects = tuple(GroundedObject(o["name"], tuple(o["box"])) for o in row.get("objects") or [])
+    return Record(str(row.get("id", index)), messages, images, objects)
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    if row.get("images"):
+        return list(row["images"])
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def _text(message: Message) -> str:
+    return "".join(part.get("text", "") for part in message["content"])
+
+
+def _message(role: Any, content: Any) -> Message:
+    if role not in ROLES:
+        raise DataError(f"unknown role {role!r}", mend=f"known: {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return {"role": ROLES[role], "content": _split_placeholders(content)}
+    if not isinstance(content, list):
+        raise DataError(f"a turn of {role!r} has no text", mend="give it a value")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.get("type") == "image":
+            parts.append({"type": "image"})
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise DataError(f"unknown content type {part.get('type')!r}", mend="text or image")
+    return {"role": ROLES[role], "content": parts}
+
+
+def _split_placeholders(text: str) -> list[dict[str, Any]]:
+    """LLaVA writes pictures as '<image>' on a line of their own."""
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split(PLACEHOLDER)):
+        if i > 0:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.removesuffix("\n") if i == 0 else piece})
+    return parts or [{"type": "text", "text": text}]
+
+
+def load_image(ref: Any, root: Path) -> Image.Image:
+    """Decode one image reference to RGB.
+
+    Raises:
+        DataError: it is missing, outside of `root`, broken, or too large to be meant.
+    """
+    name = "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(ref, Image.Image):
+                return ref.convert("RGB")
+            if isinstance(ref, dict) and ref.get("bytes") is not None:
+                name = ref.get("path") or name
+                return Image.open(io.BytesIO(ref["bytes"])).convert("RGB")
+            path = ref.get("path") if isinstance(ref, dict) else ref
+            if not isinstance(path, str) or not path:
+                raise DataError("the image is missing", mend="give its path or bytes")
+            name = path
+            return Image.open(_inside(root, path)).convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"no such image: {name}", mend="check data.images") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is too large to decode", mend="shrink or drop it") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{name} is not a readable image", mend="replace or drop it") from error
+
+
+def _inside(root: Path, path: str) -> Path:
+    target = (root / path).resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise DataError(f"{path} lies outside of {root}", mend="keep images below data.images")
+    return target

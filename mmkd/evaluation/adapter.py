@@ -1,0 +1,393 @@
+"""The model class lmms-eval talks to: any image-text-to-text model, batched generation.
+
+    python -m lmms_eval --model mmkd --model_args pretrained=DIR --tasks ...
+
+Inside mmkd, `mmkd.evaluation.run.evaluate` hands over a model in memory instead.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from mmkd.errors import CheckpointError, DataError
+
+DEFAULT_NEW_TOKENS = 256
+SAMPLING = ("temperature", "top_p", "top_k")
+STUDENT_FOLDER = "give a folder with config.json, safetensors weights and the processor's files"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: where it came from and how to generate its answer."""
+
+    index: int
+    task: str
+    split: str
+    doc_id: int
+    length: int
+    settings: dict[str, Any]
+    to_messages: Any
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Only requests with equal groups share a batch."""
+        return self.task, repr(sorted(self.settings.items(), key=lambda item: item[0]))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered question: the template's text and the pictures its placeholders stand for."""
+
+    index: int
+    text: str
+    images: list[Any]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """`None` means this process's GPU if there is one, else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device
+) -> torch.dtype | str:
+    """`None` means the checkpoint's own type, but float32 on a CPU, where bfloat16 is slow."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(
+            f"unknown dtype {dtype!r}", mend="use auto, float32, bfloat16 or float16"
+        )
+    return found
+
+
+def check_folder(path: str) -> None:
+    """Refuse what is neither a model folder nor looks like a name on the Hub (owner/name)."""
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise CheckpointError("not a model folder: no config.json", where=path, mend=STUDENT_FOLDER)
+    if not folder.exists() and (folder.is_absolute() or path.count("/") != 1):
+        raise CheckpointError("no such model folder", where=path, mend=STUDENT_FOLDER)
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load a model from a folder or the Hub, or say in one line why it is none.
+
+    Raises:
+        CheckpointError: unknown architecture, unreadable or incomplete weights.
+    """
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # the libraries raise their own types for a broken file
+        raise CheckpointError(
+            f"cannot be loaded as an image-text-to-text model ({_first_line(error)})",
+            where=path,
+            mend=STUDENT_FOLDER,
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{len(missing)} weights are missing, first {missing[0]}",
+            where=path,
+            mend="they would be random; save the whole model again",
+        )
+    return model.to(device).eval()
+
+
+def load_processor(path: str, *, trust_remote_code: bool) -> ProcessorMixin:
+    """Load the processor beside a model.
+
+    Raises:
+        CheckpointError: there is none, or it has no image processor or no chat template.
+    """
+    mend = "save the processor into the model's folder (processor.save_pretrained)"
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a missing file and a broken one raise different types
+        raise CheckpointError(
+            f"no usable processor ({_first_line(error)})", where=path, mend=mend
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError("the processor reads no images", where=path, mend=mend)
+    if not getattr(processor, "chat_template", None):
+        raise CheckpointError("the processor has no chat template", where=path, mend=mend)
+    return processor
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`eval()` inside; afterwards every module has its own train/eval state back."""
+    states = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in states:
+            module.training = training
+
+
+@contextmanager
+def left_padding(tokenizer: Any) -> Iterator[None]:
+    """Pad on the left inside: new tokens must follow the prompt's last token."""
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
+def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message], list[Any]]:
+    """lmms-eval's messages to the template's: placeholders in the text, pictures beside it."""
+    turns: list[Message] = []
+    images: list[Any] = []
+    for message in messages:
+        parts: list[Message] = []
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "image":
+                image = part["url"]
+                images.append(image.convert("RGB") if hasattr(image, "convert") else image)
+                parts.append({"type": "image"})
+            elif part["type"] == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            else:
+                raise DataError(
+                    f"the task asks about {part['type']}", where=where, mend="use image tasks"
+                )
+        turns.append({"role": message["role"], "content": parts})
+    return turns, images
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    for stop in stops:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text
+
+
+def answer_length(tokens: Tensor, ends: Sequence[int]) -> int:
+    """Number of generated tokens [T] up to and including the first end token."""
+    is_end = torch.isin(tokens, torch.tensor(list(ends), device=tokens.device))
+    positions = is_end.nonzero()
+    return int(positions[0]) + 1 if len(positions) else len(tokens)
+
+
+class MmkdModel(lmms):
+    """lmms-eval adapter (chat interface) of an `AutoModelForImageTextToText` and its processor.
+
+    Args:
+        pretrained: folder or Hub name of the model and its processor.
+        batch_size: questions per generate call.
+        device: `None` is the GPU if there is one. A model in memory stays where it is.
+        dtype: name or type; `None` is float32 on a CPU and the checkpoint's own elsewhere.
+        trust_remote_code: run the model code that comes with the checkpoint.
+        model, processor: a model in memory; `pretrained` is then only a name.
+        progress: show a progress bar; `None` shows it on a terminal.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | Path | None = None,
+        batch_size: int | str = 1,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        *,
+        model: PreTrainedModel | None = None,
+        processor: ProcessorMixin | None = None,
+        progress: bool | None = None,
+    ):
+        super().__init__()
+        if model is None:
+            if pretrained is None:
+                raise CheckpointError("no model given", mend="say pretrained=FOLDER")
+            path, place = str(pretrained), resolve_device(device)
+            check_folder(path)
+            # the processor first: its absence shows before gigabytes of weights are read
+            processor = processor or load_processor(path, trust_remote_code=trust_remote_code)
+            model = load_model(
+                path,
+                dtype=resolve_dtype(dtype, place),
+                device=place,
+                trust_remote_code=trust_remote_code,
+            )
+        if processor is None:
+            raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
+        self.model, self.processor = model, processor
+        self.tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+        self.batch_size = int(batch_size)
+        self.progress = progress
+        self.generated_tokens = 0
+        self.generation_seconds = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens, end tokens included, per second of `generate`; 0 before the first."""
+        return self.generated_tokens / self.generation_seconds if self.generation_seconds else 0.0
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer: the model's and the tokenizer's.
+
+        A model built from a config inherits an end token that its tokenizer knows nothing of.
+        """
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
+
+    def clean(self) -> None:
+        """Keep the model: lmms-eval's default deletes it, and training still needs it."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("mmkd answers by generation; use output_type: generate_until")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("mmkd answers single questions; use output_type: generate_until")
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer every request, in the order of `requests`."""
+        answers: dict[int, GenerationResult] = {}
+        hidden = self.rank != 0 or (None if self.progress is None else not self.progress)
+        bar = tqdm(total=len(requests), desc="Answering", unit="question", disable=hidden)
+        tokens, seconds = self.generated_tokens, self.generation_seconds
+        with evaluation_mode(self.model), left_padding(self.tokenizer), bar:
+            for batch in self._batches(requests):
+                answers |= self._answer(batch)
+                bar.update(len(batch))
+        self._log(self.generated_tokens - tokens, self.generation_seconds - seconds)
+        return [answers[i] for i in range(len(requests))]
+
+    def _log(self, tokens: int, seconds: float) -> None:
+        log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0)
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[Request]]:
+        """Batches of one task and one setting each, longest questions first."""
+        parsed = []
+        for index, instance in enumerate(requests):
+            context, to_messages, settings, doc_id, task, split = instance.args
+            parsed.append(
+                Request(index, task, split, doc_id, len(context), settings, to_messages)
+            )
+        parsed.sort(key=lambda r: (r.group, -r.length, r.index))
+        for _, members in groupby(parsed, key=lambda r: r.group):
+            group = list(members)
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _prompt(self, request: Request) -> Prompt:
+        where = f"{request.task} document {request.doc_id}"
+        doc = self.task_dict[request.task][request.split][request.doc_id]
+        turns, images = split_images(request.to_messages(doc), where)
+        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return Prompt(request.index, str(text), images)
+
+    def _answer(self, batch: Sequence[Request]) -> dict[int, GenerationResult]:
+        """Answers by request index. Prompts with and without pictures go apart: no processor
+        takes both in one call."""
+        prompts = [self._prompt(request) for request in batch]
+        answers: dict[int, GenerationResult] = {}
+        for wanted in (True, False):
+            part = [p for p in prompts if bool(p.images) is wanted]
+            if part:
+                results = self._generate(part, batch[0].settings)
+                answers |= {p.index: r for p, r in zip(part, results, strict=True)}
+        return answers
+
+    def _encode(self, prompts: Sequence[Prompt]) -> Any:
+        """Model inputs; input_ids and attention_mask are [B, T], padded on the left."""
+        texts = [p.text for p in prompts]
+        has_images = bool(prompts[0].images)
+        bos = self.tokenizer.bos_token
+        templated_bos = bos is not None and texts[0].startswith(bos)
+        inputs = self.processor(
+            text=texts,
+            images=[p.images for p in prompts] if has_images else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not templated_bos,
+        )
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], settings: dict[str, Any]
+    ) -> list[GenerationResult]:
+        inputs = self._encode(prompts)
+        started = self._clock()
+        with torch.no_grad():  # not inference_mode: its tensors must not stay in a model that trains
+            output = self.model.generate(**inputs, **self._options(settings))  # type: ignore[operator]
+        self.generation_seconds += self._clock() - started
+        new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
+        asked = inputs["attention_mask"].sum(dim=1).tolist()
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        results = []
+        for row, input_tokens in zip(new, asked, strict=True):
+            length = answer_length(row, self.end_tokens)
+            self.generated_tokens += length
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            results.append(
+                GenerationResult(cut_at(text, stops), TokenCounts(int(input_tokens), length))
+            )
+        return results
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """lmms-eval's generation settings as arguments of `generate`.
+
+        A temperature of 0 means greedy, as everywhere in lmms-eval.
+        """
+        temperature = settings.get("temperature")
+        sample = bool(settings.get("do_sample", bool(temperature))) and temperature != 0
+        end, pad = self.end_tokens, self.tokenizer.pad_token_id
+        options: dict[str, Any] = {
+            "do_sample": sample,
+            "num_beams": settings.get("num_beams") or 1,
+            "max_new_tokens": settings.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+            "eos_token_id": end,
+            "pad_token_id": end[0] if pad is None else pad,
+            "use_cache": True,
+        }
+        # None takes the checkpoint's own sampling settings away, which greedy search warns about
+        return options | {name: settings.get(name) if sample else None for name in SAMPLING}

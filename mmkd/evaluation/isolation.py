@@ -1,0 +1,103 @@
+"""Keeping lmms-eval's side effects inside the evaluation.
+
+It reseeds `random`, numpy and torch, throws away loguru's handlers and ignores all warnings.
+"""
+
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def isolated(progress: bool | None = None) -> Iterator[None]:
+    """Random streams, loguru handlers, warning filters and progress bars as before, afterwards.
+
+    Args:
+        progress: show the progress bars of lmms-eval and datasets; None shows them on a terminal.
+    """
+    shown = sys.stderr.isatty() if progress is None else progress
+    with random_state(), warnings.catch_warnings(), warnings_only(), progress_bars(shown):
+        yield
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """Restore the state of random, numpy and torch (every GPU included)."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Show loguru's warnings and errors on stderr inside, and keep the caller's handlers safe.
+
+    loguru can remove a handler but not put it back, so its table of handlers is set aside.
+    """
+    from loguru import logger
+
+    core: Any = logger._core  # type: ignore[attr-defined]
+    handlers, level = core.handlers, core.min_level
+    core.handlers, core.min_level = {}, float("inf")
+    try:
+        import lmms_eval.models  # noqa: F401  its import replaces the handlers; let that be over
+
+        logger.remove()
+        logger.add(sys.stderr, level="WARNING", format="lmms-eval: {message}")
+        yield
+    finally:
+        logger.remove()
+        core.handlers, core.min_level = handlers, level
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Turn the bars of lmms-eval, datasets and transformers off, unless they are to be shown."""
+    if shown:
+        yield
+        return
+    import datasets
+    import lmms_eval.api.task
+    import lmms_eval.evaluator
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    datasets_bars, weights_bar = not datasets.are_progress_bars_disabled(), _bar_is_on(logging)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        with ExitStack() as stack:
+            for module in (lmms_eval.api.task, lmms_eval.evaluator):
+                stack.enter_context(mock.patch.object(module, "tqdm", _silent(tqdm)))
+            yield
+    finally:
+        if datasets_bars:
+            datasets.enable_progress_bars()
+        if weights_bar:
+            logging.enable_progress_bar()
+
+
+def _bar_is_on(logging: Any) -> bool:
+    return bool(logging.is_progress_bar_enabled())
+
+
+def _silent(tqdm: Any) -> Any:
+    def bar(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **{**kwargs, "disable": True})
+
+    return partial(bar)

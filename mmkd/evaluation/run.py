@@ -1,0 +1,335 @@
+"""Scores of a model on lmms-eval tasks, in process: from a folder, or in the middle of training.
+
+    result = evaluate("runs/mine/02-mimic/student", tasks=["scenes_pope"],
+                      include_path=Path("data/scenes/tasks"), out=Path("runs/mine/evaluation"))
+    result.scores["scenes_pope"]["pope_adversarial_accuracy"]
+
+Files: `out/results.json` (written last, so it is there only when all is) and
+`out/samples/<task>.jsonl`, one line per document.
+"""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mmkd.errors import DataError, MmkdError
+from mmkd.evaluation.isolation import isolated
+
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, ProcessorMixin
+
+INSTALL = (
+    "pip install torch==2.13.0 transformers accelerate datasets evaluate sacrebleu loguru pytz "
+    "tenacity pytablewriter pillow && pip install --no-deps lmms-eval==0.7.3"
+)
+NEAREST = 5
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of one model and what they cost.
+
+    Attributes:
+        model: folder or name of the model.
+        scores: {task: {metric: value}}.
+        parameters: number of weights, tied ones counted once.
+        weights_bytes: size of the weight files; of the weights in memory if there are no files.
+        tokens_per_second: generated tokens per second inside `generate`, all tasks together.
+        seconds: wall time of loading data, answering and scoring.
+        lmms_eval: version of lmms-eval.
+        device, dtype: where and in which type the model ran.
+        batch_size, limit: as asked for; with a limit the scores are of the first documents only.
+        samples: {task: [one record per document]}.
+    """
+
+    model: str
+    scores: dict[str, dict[str, float]]
+    parameters: int
+    weights_bytes: int
+    tokens_per_second: float
+    seconds: float
+    lmms_eval: str
+    device: str
+    dtype: str
+    batch_size: int
+    limit: int | None
+    samples: dict[str, list[Sample]] = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """What `results.json` holds: everything but the samples."""
+        found = asdict(self)
+        del found["samples"]
+        return found
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    *,
+    processor: "ProcessorMixin | None" = None,
+    tasks: list[str],
+    include_path: Path | None,
+    out: Path | None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+) -> EvaluationResult:
+    """Run lmms-eval tasks on a model; the caller's random streams and logging stay untouched.
+
+    Args:
+        model: a folder, a Hub name, or a model in memory, whose train/eval state and device stay.
+        processor: needed with a model in memory.
+        tasks: task or group names, from `include_path` or of those bundled with lmms-eval.
+        include_path: folder with task YAML files.
+        out: folder for `results.json` and `samples/`; None writes nothing.
+        batch_size: questions per generate call.
+        limit: only the first so many documents of every task.
+        device: where a model from a folder runs.
+        trust_remote_code: run the model code that comes with the checkpoint.
+        progress: show progress bars; None shows them on a terminal.
+
+    Raises:
+        MmkdError: lmms-eval is missing, a task is unknown or returned no scores.
+        CheckpointError: the model or its processor cannot be used.
+        DataError: a task's data file is missing.
+    """
+    require_lmms_eval()
+    with isolated(progress):
+        from mmkd.evaluation.adapter import MmkdModel
+
+        manager = find_tasks(tasks, include_path)
+        path = None if isinstance(model, nn.Module) else str(model)
+        adapter = MmkdModel(
+            path,
+            batch_size,
+            device,
+            trust_remote_code=trust_remote_code,
+            model=model if isinstance(model, nn.Module) else None,
+            processor=processor,
+            progress=progress,
+        )
+        started = time.perf_counter()
+        raw = _simple_evaluate(adapter, tasks, manager, limit)
+        seconds = time.perf_counter() - started
+    scores = collect_scores(raw, tasks)
+    result = EvaluationResult(
+        model=path or adapter.model.config.name_or_path or type(adapter.model).__name__,
+        scores=scores,
+        parameters=sum(p.numel() for p in adapter.model.parameters()),
+        weights_bytes=_weights_bytes(path, adapter.model),
+        tokens_per_second=adapter.tokens_per_second,
+        seconds=seconds,
+        lmms_eval=importlib.metadata.version("lmms-eval"),
+        device=str(adapter.device),
+        dtype=str(adapter.model.dtype).removeprefix("torch."),
+        batch_size=batch_size,
+        limit=limit,
+        samples={task: [_sample(s) for s in raw["samples"][task]] for task in scores},
+    )
+    if out is not None:
+        write_result(result, out)
+    return result
+
+
+def require_lmms_eval() -> None:
+    """Raise an error that says how to install lmms-eval if it is missing."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise MmkdError("lmms-eval is not installed", mend=INSTALL)
+
+
+# --- tasks -----------------------------------------------------------------------------------------
+
+
+def find_tasks(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
+    """An index that knows all `tasks`; the slow one over lmms-eval's own only when needed.
+
+    Raises:
+        MmkdError: a task is unknown, or none is asked for.
+        DataError: `include_path` or a task's data file does not exist.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    if not tasks:
+        raise MmkdError("no tasks to evaluate", mend="name at least one, e.g. scenes_pope")
+    if include_path is not None and not include_path.is_dir():
+        raise DataError(
+            "no such folder of tasks", where=str(include_path), mend="give DATA/tasks"
+        )
+    paths = [str(include_path)] if include_path else []
+    own = TaskManager("ERROR", include_path=paths, include_defaults=False)
+    manager = own
+    if not set(tasks) <= set(own.all_tasks):
+        manager = TaskManager("ERROR", include_path=paths, include_defaults=True)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise _unknown_task(task, own.all_tasks, manager.all_tasks, include_path)
+        _check_data(task, manager)
+    return manager
+
+
+def _unknown_task(
+    task: str, own: Sequence[str], known: Sequence[str], include_path: Path | None
+) -> MmkdError:
+    near = difflib.get_close_matches(task, own, n=1) or difflib.get_close_matches(task, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    listed = ", ".join(own) if own else "those of lmms-eval"
+    more = f" and {len(known) - len(own)} of lmms-eval" if own else ""
+    return MmkdError(
+        f"unknown task {task!r}",
+        where=str(include_path) if include_path else None,
+        mend=f"{hint}known tasks: {listed}{more}",
+    )
+
+
+def _check_data(task: str, manager: "TaskManager") -> None:
+    """Refuse a task whose local files are missing: lmms-eval would retry five times, then crash."""
+    from lmms_eval.utils import load_yaml_config
+
+    yaml_path = manager.task_index[task]["yaml_path"]
+    if yaml_path == -1:
+        return
+    config = load_yaml_config(yaml_path, mode="simple")
+    if config.get("dataset_path") not in ("parquet", "json", "csv"):
+        return
+    data_files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    for name in data_files.values() if isinstance(data_files, Mapping) else [data_files]:
+        if isinstance(name, str) and "://" not in name and not os.path.isfile(name):
+            raise DataError(
+                f"the data of task {task} is missing: {name}",
+                where=str(yaml_path),
+                mend="build the data set first (mmkd data build scenes --out DIR)",
+            )
+
+
+# --- lmms-eval --------------------------------------------------------------------------------------
+
+
+def _simple_evaluate(
+    adapter: Any, tasks: list[str], manager: "TaskManager", limit: int | None
+) -> dict[str, Any]:
+    from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
+
+    try:
+        found: dict[str, Any] | None = simple_evaluate(
+            model=adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            batch_size=adapter.batch_size,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            verbosity="ERROR",
+        )
+    except RetryError as error:  # lmms-eval hides the cause behind five retries
+        cause = error.last_attempt.exception() or error
+        first = (str(cause).splitlines() or [""])[0]
+        raise MmkdError(
+            f"lmms-eval could not load the data ({type(cause).__name__}: {first})",
+            where=", ".join(tasks),
+            mend="check the tasks' dataset_path, the network and HF_HUB_OFFLINE",
+        ) from cause
+    return found or {}
+
+
+def collect_scores(raw: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """lmms-eval's {"metric,filter": value} as {task: {metric: value}}, without standard errors.
+
+    Raises:
+        MmkdError: an asked task has no scores, or fewer documents were answered than it has.
+    """
+    subtasks = raw.get("group_subtasks", {})
+    scores: dict[str, dict[str, float]] = {}
+    for task in [leaf for asked in tasks for leaf in _leaves(asked, subtasks)]:
+        numbers = {
+            _metric_name(key): float(value)
+            for key, value in raw.get("results", {}).get(task, {}).items()
+            if "_stderr" not in key and isinstance(value, int | float)
+        }
+        if not numbers:
+            raise MmkdError(
+                "lmms-eval returned no scores",
+                where=task,
+                mend="see its log: python -m lmms_eval --tasks ... --verbosity DEBUG",
+            )
+        expected = raw["n-samples"][task]["effective"]
+        answered = len(raw.get("samples", {}).get(task, ()))
+        if answered != expected:
+            raise MmkdError(f"lmms-eval scored {answered} of {expected} documents", where=task)
+        scores[task] = numbers
+    return scores
+
+
+def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    below = subtasks.get(task) or []
+    return [leaf for name in below for leaf in _leaves(name, subtasks)] if below else [task]
+
+
+def _metric_name(key: str) -> str:
+    metric, _, filter_name = key.partition(",")
+    return metric if filter_name in ("", "none") else f"{metric}_{filter_name}"
+
+
+def _sample(logged: Mapping[str, Any]) -> Sample:
+    """One line of `samples/<task>.jsonl`.
+
+    The scene tasks' verdicts say whether an answer is correct; for tasks of others only lmms-eval's
+    own fields are known and `correct` is None.
+    """
+    verdict = next(
+        (v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {}
+    )
+    doc = logged["doc"]
+    responses = logged["filtered_resps"]
+    common = {
+        "doc_id": logged["doc_id"],
+        "question": doc.get("question", (logged.get("arguments") or [""])[0]),
+        "answer": logged["target"],
+        "prediction": responses[0] if responses else "",
+        "correct": None,
+    }
+    kinds = {key: doc[key] for key in ("category", "kind") if key in doc}
+    return {**common, **kinds, **verdict}
+
+
+def _weights_bytes(path: str | None, model: nn.Module) -> int:
+    folder = Path(path) if path else None
+    if folder is not None and folder.is_dir():
+        for pattern in WEIGHT_FILES:
+            if sizes := [f.stat().st_size for f in folder.glob(pattern)]:
+                return sum(sizes)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_result(result: EvaluationResult, out: Path) -> None:
+    """Write the samples, then `results.json`; an older `results.json` goes first."""
+    (out / "results.json").unlink(missing_ok=True)
+    for task, samples in result.samples.items():
+        lines = [json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples]
+        _write_whole(out / "samples" / f"{task}.jsonl", "".join(lines))
+    _write_whole(out / "results.json", json.dumps(result.summary(), indent=1) + "\n")

@@ -1,0 +1,297 @@
+"""Records, images, chat masks and batches."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from processors import END, FAMILIES
+
+from mmkd.data.batches import BatchStream, Encoder, grid_words, image_token_id
+from mmkd.data.chat import render_chat
+from mmkd.data.records import GroundedObject, Records
+from mmkd.errors import DataError
+from mmkd.recipe import BatchConfig, DataConfig
+
+TURNS = [
+    ("human", "<image>\nHow many cats?"),
+    ("gpt", "two cats and a dog"),
+    ("human", "And the dog's hat?"),
+    ("gpt", "No hat: none at all."),
+]
+
+
+def conversations(turns):
+    return [{"from": who, "value": what} for who, what in turns]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "red.png")
+    Image.new("L", (24, 40), 9).save(tmp_path / "grey.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def records(folder, rows, suffix=".json"):
+    path = folder / f"data{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(json.dumps(r) for r in rows))
+    return Records(DataConfig(train=str(path)))
+
+
+def supervised(batch, processor, row):
+    ids = batch.targets.input_ids[row][batch.targets.response[row]]
+    return processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supervised_tokens_are_the_responses_exactly(folder, family):
+    processor = FAMILIES[family]()
+    rows = [
+        {"id": "a", "image": "red.png", "conversations": conversations(TURNS)},
+        {"id": "b", "image": "grey.png", "conversations": conversations(TURNS[:2])},
+    ]
+    encoder = Encoder(records(folder, rows), processor, DataConfig(train="-"))
+    batch = encoder.encode([0, 1])
+    first, second = "two cats and a dog", "No hat: none at all."
+    end = END[family]
+    # LLaVA-1.5's template closes no turn: only the last one gets the EOS token.
+    middle = first if family == "llava" else first + end
+    got = supervised(batch, processor, 0)
+    assert got.replace(" ", "") == (middle + second + end).replace(" ", "")
+    assert supervised(batch, processor, 1).strip() == first + end
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_never_overlap_and_cover_all_real_tokens(folder, family):
+    processor = FAMILIES[family]()
+    rows = [
+        {"image": "red.png", "conversations": conversations(TURNS)},
+        {"image": "grey.png", "conversations": conversations(TURNS[:2])},
+    ]
+    targets = (
+        Encoder(records(folder, rows), processor, DataConfig(train="-")).encode([0, 1]).targets
+    )
+    assert targets.vision.sum() > 0
+    assert not (targets.vision & targets.response).any()
+    assert not (targets.response & ~targets.attention).any()
+    assert (targets.input_ids[targets.vision] == image_token_id(processor)).all()
+    for row in range(2):
+        assert targets.input_ids[row][targets.predicts("response")[row]].shape[0] == int(
+            targets.response[row].sum()
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_response_token_is_predicted_by_the_last_prompt_token(folder, family):
+    processor = FAMILIES[family]()
+    rows = [{"image": "red.png", "conversations": conversations(TURNS[:2])}]
+    targets = Encoder(records(folder, rows), processor, DataConfig(train="-")).encode([0]).targets
+    first = int(targets.response[0].nonzero()[0])
+    rows_ = targets.predicts("response")[0]
+    assert rows_[first - 1]
+    assert not targets.response[0, first - 1]
+    predicted = processor.tokenizer.decode(targets.next_ids()[0, first - 1]).strip()
+    assert predicted
+    assert "two cats".startswith(predicted)
+    last = int(targets.response[0].nonzero()[-1])
+    assert not rows_[last]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_masked_is_what_generation_is_asked_for(folder, family):
+    """The prompt of evaluation is exactly what stands before the first supervised token."""
+    processor = FAMILIES[family]()
+    rows = [{"image": "red.png", "conversations": conversations(TURNS[:2])}]
+    data = records(folder, rows)
+    batch = Encoder(data, processor, DataConfig(train="-")).encode([0])
+    prompt = processor.apply_chat_template(data[0].messages[:1], add_generation_prompt=True)
+    asked = processor(text=[prompt], images=data.pictures(data[0]), return_tensors="pt")
+    first = int(batch.targets.response[0].nonzero()[0])
+    assert batch.targets.input_ids[0, :first].tolist() == asked["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_without_and_with_several_images(folder, family):
+    processor = FAMILIES[family]()
+    two = [("human", "<image>\nand <image>\ntwo?"), ("gpt", "yes")]
+    rows = [
+        {"images": [], "conversations": conversations([("human", "hat?"), ("gpt", "no")])},
+        {"images": ["red.png", "grey.png"], "conversations": conversations(two)},
+    ]
+    encoder = Encoder(records(folder, rows), processor, DataConfig(train="-"))
+    batch = encoder.encode([0, 1])
+    assert batch.targets.vision[0].sum() == 0
+    assert supervised(batch, processor, 0).strip() == "no" + END[family]
+    assert supervised(batch, processor, 1).strip() == "yes" + END[family]
+    assert encoder.encode([0]).targets.vision.sum() == 0
+
+
+def test_chat_messages_and_jsonl_read_like_llava_records(folder):
+    llava = {"image": "red.png", "conversations": conversations(TURNS)}
+    roles = {"human": "user", "gpt": "assistant"}
+    chat = {
+        "images": ["red.png"],
+        "messages": [
+            {"role": roles[who], "content": what.removeprefix("<image>\n")} for who, what in TURNS
+        ],
+    }
+    a = records(folder, [llava])[0]
+    b = records(folder, [chat], ".jsonl")[0]
+    assert a.messages == b.messages
+    assert a.images == b.images
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    processor = FAMILIES["qwen"]()
+    template = processor.chat_template
+    try:
+        processor.chat_template = "{{ messages | length }}" + template
+        messages = [
+            {"role": r, "content": [{"type": "text", "text": t}]}
+            for r, t in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+        ]
+        with pytest.raises(DataError, match="rewrites the conversation"):
+            render_chat(processor, messages)
+    finally:
+        processor.chat_template = template
+
+
+BAD = {
+    "no response": (
+        {"image": "red.png", "conversations": conversations(TURNS[:1])},
+        "no response of the assistant",
+    ),
+    "empty response": (
+        {"image": "red.png", "conversations": conversations([TURNS[0], ("gpt", " ")])},
+        "no response of the assistant",
+    ),
+    "no image": ({"conversations": conversations(TURNS)}, "1 image placeholder(s) but 0 image(s)"),
+    "two images": (
+        {"images": ["red.png", "red.png"], "conversations": conversations(TURNS)},
+        "1 image placeholder(s) but 2 image(s)",
+    ),
+    "missing file": (
+        {"image": "none.png", "conversations": conversations(TURNS)},
+        "no such image: none.png",
+    ),
+    "broken file": (
+        {"image": "broken.png", "conversations": conversations(TURNS)},
+        "broken.png is not a readable image",
+    ),
+    "outside": (
+        {"image": "../../etc/hostname", "conversations": conversations(TURNS)},
+        "lies outside of",
+    ),
+    "unknown role": (
+        {"image": "red.png", "conversations": conversations([("robot", "<image>")])},
+        "unknown role 'robot'",
+    ),
+    "no schema": ({"image": "red.png", "text": "hello"}, "neither 'conversations' nor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_name_file_record_and_mend(folder, name):
+    row, message = BAD[name]
+    encoder = Encoder(records(folder, [{"id": "x7", **row}]), FAMILIES["llava"](),
+                      DataConfig(train="-"))  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        encoder.encode([0])
+    text = str(caught.value)
+    assert message in text
+    assert "data.json: record 0 (id x7)" in text
+    assert "\n" not in text
+
+
+def test_bad_records_can_be_skipped_and_are_listed(folder):
+    good = {"id": "good", "image": "red.png", "conversations": conversations(TURNS[:2])}
+    bad = {"id": "bad", "image": "broken.png", "conversations": conversations(TURNS[:2])}
+    config = DataConfig(train="-", on_bad_sample="skip")
+    batch = Encoder(records(folder, [bad, good]), FAMILIES["llava"](), config).encode([0, 1])
+    assert batch.ids == ["good", "good"]
+    assert len(batch.skipped) == 1
+    assert "id bad" in batch.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        ("[]", ".json", "empty"),
+        ("{broken", ".json", "cannot read"),
+        ("a,b", ".csv", "unknown kind of data file"),
+        (None, ".json", "no such data file"),
+    ],
+)
+def test_bad_data_files(tmp_path, content, suffix, message):
+    path = tmp_path / f"data{suffix}"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        Records(DataConfig(train=str(path)))
+    assert str(path) in str(caught.value)
+
+
+def test_long_records_are_cut_behind_the_images_only(folder):
+    rows = [{"id": "long", "image": "red.png", "conversations": conversations(TURNS)}]
+    data = records(folder, rows)
+    whole = Encoder(data, FAMILIES["llava"](), DataConfig(train="-")).encode([0])
+    cut = Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=60)).encode([0])
+    assert cut.targets.input_ids.shape[1] == 60
+    assert (cut.targets.input_ids == whole.targets.input_ids[:, :60]).all()
+    assert cut.inputs["input_ids"].shape == cut.inputs["attention_mask"].shape == (1, 60)
+    with pytest.raises(DataError, match="images alone pass max_length 10"):
+        Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10)).encode([0])
+
+
+def stream(folder, size, accumulate, rank=0, world=1):
+    rows = [
+        {"id": str(i), "image": "red.png", "conversations": conversations(TURNS[:2])}
+        for i in range(10)
+    ]
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), DataConfig(train="-"))
+    batch = BatchConfig(size=size, accumulate=accumulate)
+    return BatchStream(encoder, batch, seed=3, rank=rank, world_size=world)
+
+
+def seen(streams, steps):
+    return [
+        sorted(i for s in streams for m in range(s.batch.accumulate) for i in s.indices(step, m))
+        for step in range(steps)
+    ]
+
+
+def test_every_epoch_sees_every_record_once_in_another_order(folder):
+    order = [i for step in range(10) for i in stream(folder, 2, 1).indices(step, 0)]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+def test_a_step_sees_the_same_records_at_any_layout(folder):
+    whole = seen([stream(folder, 4, 1)], 7)
+    assert seen([stream(folder, 2, 2)], 7) == whole
+    assert seen([stream(folder, 1, 4)], 7) == whole
+    assert seen([stream(folder, 2, 1, r, 2) for r in range(2)], 7) == whole
+
+
+def test_a_stream_can_start_anywhere(folder):
+    late = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(3, 6)]
+    whole = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(0, 6)]
+    assert late == whole[3:]
+
+
+def test_grid_words_take_the_smallest_box_at_each_centre():
+    objects = (GroundedObject("big", (0, 0, 8, 8)), GroundedObject("small", (4, 0, 8, 4)))
+    assert grid_words(objects, (16, 16), 4) == [
+        *["big", "small", None, None],
+        *["big", "big", None, None],
+        *[None] * 8,
+    ]
+
+
+def test_batches_move_as_a_whole(folder):
+    batch = next(stream(folder, 2, 1).steps(0, 1))[0].to(torch.device("cpu"))
+    assert batch.inputs["input_ids"].device.type == "cpu"
