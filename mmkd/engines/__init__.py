@@ -1,0 +1,6 @@
+"""Engines: what runs forward, backward and step of a student."""
+
+from mmkd.engines.base import Engine, StepResult
+from mmkd.engines.torch_engine import TorchEngine
+
+__all__ = ["Engine", "StepResult", "TorchEngine"]

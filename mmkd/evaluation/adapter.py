@@ -72,9 +72,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cpu")
 
 
-def resolve_dtype(
-    dtype: str | torch.dtype | None, device: torch.device
-) -> torch.dtype | str:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
     """`None` means the checkpoint's own type, but float32 on a CPU, where bfloat16 is slow."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
@@ -106,7 +104,7 @@ def load_model(
         CheckpointError: unknown architecture, unreadable or incomplete weights.
     """
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as error:  # the libraries raise their own types for a broken file
@@ -115,6 +113,7 @@ def load_model(
             where=path,
             mend=STUDENT_FOLDER,
         ) from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{len(missing)} weights are missing, first {missing[0]}",
@@ -248,7 +247,7 @@ class MmkdModel(lmms):
         if processor is None:
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor
-        self.tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+        self.tokenizer: Any = processor.tokenizer
         self.batch_size = int(batch_size)
         self.progress = progress
         self.generated_tokens = 0
@@ -303,9 +302,7 @@ class MmkdModel(lmms):
         parsed = []
         for index, instance in enumerate(requests):
             context, to_messages, settings, doc_id, task, split = instance.args
-            parsed.append(
-                Request(index, task, split, doc_id, len(context), settings, to_messages)
-            )
+            parsed.append(Request(index, task, split, doc_id, len(context), settings, to_messages))
         parsed.sort(key=lambda r: (r.group, -r.length, r.index))
         for _, members in groupby(parsed, key=lambda r: r.group):
             group = list(members)
@@ -351,8 +348,10 @@ class MmkdModel(lmms):
     ) -> list[GenerationResult]:
         inputs = self._encode(prompts)
         started = self._clock()
-        with torch.no_grad():  # not inference_mode: its tensors must not stay in a model that trains
-            output = self.model.generate(**inputs, **self._options(settings))  # type: ignore[operator]
+        # not inference_mode: its tensors must not stay behind in a model that trains on
+        with torch.no_grad():
+            generate: Any = self.model.generate
+            output = generate(**inputs, **self._options(settings))
         self.generation_seconds += self._clock() - started
         new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         asked = inputs["attention_mask"].sum(dim=1).tolist()

@@ -8,12 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def warnings_only() -> Iterator[None]:
     handlers, level = core.handlers, core.min_level
     core.handlers, core.min_level = {}, float("inf")
     try:
-        import lmms_eval.models  # noqa: F401  its import replaces the handlers; let that be over
+        import lmms_eval.evaluator  # noqa: F401  importing it replaces the handlers: do that first
 
         logger.remove()
         logger.add(sys.stderr, level="WARNING", format="lmms-eval: {message}")
@@ -74,16 +74,16 @@ def progress_bars(shown: bool) -> Iterator[None]:
     import datasets
     import lmms_eval.api.task
     import lmms_eval.evaluator
-    from tqdm import tqdm
     from transformers.utils import logging
 
-    datasets_bars, weights_bar = not datasets.are_progress_bars_disabled(), _bar_is_on(logging)
+    datasets_bars = not datasets.are_progress_bars_disabled()
+    weights_bar = logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     try:
         with ExitStack() as stack:
             for module in (lmms_eval.api.task, lmms_eval.evaluator):
-                stack.enter_context(mock.patch.object(module, "tqdm", _silent(tqdm)))
+                stack.enter_context(mock.patch.object(module, "tqdm", _silent_tqdm))
             yield
     finally:
         if datasets_bars:
@@ -92,12 +92,5 @@ def progress_bars(shown: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _bar_is_on(logging: Any) -> bool:
-    return bool(logging.is_progress_bar_enabled())
-
-
-def _silent(tqdm: Any) -> Any:
-    def bar(*args: Any, **kwargs: Any) -> Any:
-        return tqdm(*args, **{**kwargs, "disable": True})
-
-    return partial(bar)
+def _silent_tqdm(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})

@@ -32,7 +32,6 @@ INSTALL = (
     "pip install torch==2.13.0 transformers accelerate datasets evaluate sacrebleu loguru pytz "
     "tenacity pytablewriter pillow && pip install --no-deps lmms-eval==0.7.3"
 )
-NEAREST = 5
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 Sample = dict[str, Any]
 
@@ -107,6 +106,7 @@ def evaluate(
         DataError: a task's data file is missing.
     """
     require_lmms_eval()
+    _require_positive(batch_size=batch_size, limit=limit)
     with isolated(progress):
         from mmkd.evaluation.adapter import MmkdModel
 
@@ -122,6 +122,7 @@ def evaluate(
             progress=progress,
         )
         started = time.perf_counter()
+        tasks = expand_tags(tasks, manager)
         raw = _simple_evaluate(adapter, tasks, manager, limit)
         seconds = time.perf_counter() - started
     scores = collect_scores(raw, tasks)
@@ -144,13 +145,16 @@ def evaluate(
     return result
 
 
+def _require_positive(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise MmkdError(f"{name} is {value}", mend="give a whole number of at least 1")
+
+
 def require_lmms_eval() -> None:
     """Raise an error that says how to install lmms-eval if it is missing."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MmkdError("lmms-eval is not installed", mend=INSTALL)
-
-
-# --- tasks -----------------------------------------------------------------------------------------
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
@@ -165,9 +169,7 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> "TaskManager"
     if not tasks:
         raise MmkdError("no tasks to evaluate", mend="name at least one, e.g. scenes_pope")
     if include_path is not None and not include_path.is_dir():
-        raise DataError(
-            "no such folder of tasks", where=str(include_path), mend="give DATA/tasks"
-        )
+        raise DataError("no such folder of tasks", where=str(include_path), mend="give DATA/tasks")
     paths = [str(include_path)] if include_path else []
     own = TaskManager("ERROR", include_path=paths, include_defaults=False)
     manager = own
@@ -176,8 +178,18 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> "TaskManager"
     for task in tasks:
         if task not in manager.all_tasks:
             raise _unknown_task(task, own.all_tasks, manager.all_tasks, include_path)
+    for task in expand_tags(tasks, manager):
         _check_data(task, manager)
     return manager
+
+
+def expand_tags(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
+    """Tags (a label that tasks share, like `scenes`) as the tasks that carry them."""
+    found: list[str] = []
+    for task in tasks:
+        entry = manager.task_index[task]
+        found += sorted(entry["task"]) if entry["type"] == "tag" else [task]
+    return list(dict.fromkeys(found))
 
 
 def _unknown_task(
@@ -212,9 +224,6 @@ def _check_data(task: str, manager: "TaskManager") -> None:
                 where=str(yaml_path),
                 mend="build the data set first (mmkd data build scenes --out DIR)",
             )
-
-
-# --- lmms-eval --------------------------------------------------------------------------------------
 
 
 def _simple_evaluate(
@@ -290,9 +299,7 @@ def _sample(logged: Mapping[str, Any]) -> Sample:
     The scene tasks' verdicts say whether an answer is correct; for tasks of others only lmms-eval's
     own fields are known and `correct` is None.
     """
-    verdict = next(
-        (v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {}
-    )
+    verdict = next((v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {})
     doc = logged["doc"]
     responses = logged["filtered_resps"]
     common = {
@@ -313,9 +320,6 @@ def _weights_bytes(path: str | None, model: nn.Module) -> int:
             if sizes := [f.stat().st_size for f in folder.glob(pattern)]:
                 return sum(sizes)
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-# --- files ------------------------------------------------------------------------------------------
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -83,9 +83,6 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-# --- POPE: polling for objects (Li et al. 2023, arXiv 2305.10355) ---------------------------------
-
-
 def process_pope(doc: Document, results: Sequence[str]) -> dict[str, Verdict]:
     """Judge one yes/no question; it counts for its kind of negatives and overall."""
     said = yes_or_no(results[0])
@@ -126,9 +123,6 @@ def yes_rate(verdicts: Sequence[Verdict]) -> float:
     return _mean(float(v["said"] == "yes") for v in verdicts)
 
 
-# --- VQA -------------------------------------------------------------------------------------------
-
-
 def process_vqa(doc: Document, results: Sequence[str]) -> dict[str, Verdict]:
     """Judge one short answer; it counts for its question kind and overall.
 
@@ -152,9 +146,6 @@ def majority_accuracy(verdicts: Sequence[Verdict]) -> float:
     for v in verdicts:
         answers[v["kind"]][normalise(v["answer"])] += 1
     return _ratio(sum(max(c.values()) for c in answers.values()), len(verdicts))
-
-
-# --- captions: CHAIR (Rohrbach et al. 2018, arXiv 1809.02156, section 3) --------------------------
 
 
 def mentioned_objects(caption: str) -> list[str]:

@@ -1,0 +1,6 @@
+"""Students: how their structure changes before a stage, and which parameters train."""
+
+from mmkd.students.convert import ConversionReport, convert
+from mmkd.students.groups import set_trainable
+
+__all__ = ["ConversionReport", "convert", "set_trainable"]

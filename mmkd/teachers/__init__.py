@@ -1,0 +1,5 @@
+"""Where teacher signals come from."""
+
+from mmkd.teachers.live import LiveTeacher
+
+__all__ = ["LiveTeacher"]

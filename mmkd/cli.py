@@ -1,0 +1,146 @@
+"""Commands. Each parses its words and calls one function; errors are one line, exit status 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmkd.errors import MmkdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil large vision-language models into small ones.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build and look at data sets.")
+recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+
+RecipeFile = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(help="key.path=value, such as stages.0.optimizer.lr=1e-4"),
+]
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train, evaluate and report; a second call continues where the first stopped."""
+    from mmkd import pipeline
+    from mmkd.engines import distributed
+    from mmkd.recipe import load_recipe
+    from mmkd.report import write_report
+
+    folder = pipeline.run(load_recipe(recipe, overrides))
+    if distributed.rank() == 0:
+        write_report(folder)
+    distributed.disconnect()
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage."""
+    from mmkd.plan import make_plan, print_plan
+    from mmkd.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe, overrides))
+    if as_json:
+        print(json.dumps(made, indent=1))
+    else:
+        print_plan(made)
+
+
+@app.command(name="eval")
+def evaluate(
+    student: Annotated[str, typer.Argument(help="model folder or Hub id")],
+    tasks: Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas")],
+    include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="folder for results and samples")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
+    device: str = "cpu",
+) -> None:
+    """Score a model with lmms-eval."""
+    from mmkd.evaluation.run import evaluate as score
+    from mmkd.report.tables import print_scores
+
+    result = score(
+        student,
+        tasks=tasks.split(","),
+        include_path=include,
+        out=out,
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+    )
+    print_scores({Path(student).name: result.scores})
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write a run's report.html again and print its table."""
+    from mmkd.report import write_report
+
+    write_report(folder)
+
+
+@data_app.command()
+def build(
+    name: Annotated[str, typer.Argument(help="scenes")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train: Annotated[int, typer.Option(min=1, help="training pictures")] = 12_000,
+    validation: Annotated[int, typer.Option(min=1)] = 500,
+    evaluation: Annotated[int, typer.Option(min=1, help="pictures per evaluation file")] = 200,
+) -> None:
+    """Build a data set from installed packages: real pictures, questions and ground truth."""
+    from mmkd.data.scenes.build import build_scenes
+    from mmkd.progress import console, track
+
+    if name != "scenes":
+        raise MmkdError(f"unknown data set {name!r}", mend="known: scenes")
+    made = build_scenes(
+        out, seed=seed, train=train, validation=validation, evaluation=evaluation, progress=track
+    )
+    for file, rows in made["rows"].items():
+        console.print(f"{rows:8,} rows  {out / file}", highlight=False)
+
+
+@data_app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="a data set's folder")],
+    out: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+    count: Annotated[int, typer.Option(min=1)] = 24,
+) -> None:
+    """A contact sheet: pictures with their questions and answers."""
+    from mmkd.data.scenes.show import contact_sheet
+    from mmkd.progress import console
+
+    path = out or folder / "contact_sheet.png"
+    contact_sheet(folder, count).save(path)
+    console.print(f"wrote {path}", highlight=False)
+
+
+@recipe_app.command()
+def schema() -> None:
+    """The recipe's JSON schema."""
+    from mmkd.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    """Entry point of `mmkd`."""
+    try:
+        app()
+    except MmkdError as error:
+        print(f"mmkd: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""The protocol that stages train through.
+
+A micro-step is one forward (any number of objectives) and one backward. Losses arrive already
+divided by the global batch's token counts, so gradients add up: over micro-steps and over ranks.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmkd.objectives import Signals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Gradient norm before clipping, and the learning rate that the step used."""
+
+    grad_norm: float
+    lr: float
+
+
+class Engine(Protocol):
+    """What a stage needs from an engine."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager:
+        """Precision of forwards; the teacher runs under it too."""
+        ...
+
+    def forward(self, inputs: dict[str, Tensor]) -> Signals:
+        """Student signals with gradients; opens a micro-step."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Close the micro-step; `last` marks the last one before `step`. Once a micro-step."""
+        ...
+
+    def step(self) -> StepResult:
+        """Clip, update, advance the schedule, clear gradients."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule; every rank calls it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...

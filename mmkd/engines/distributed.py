@@ -1,0 +1,40 @@
+"""Who this process is, and how processes find each other."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The recipe's device; `auto` takes this process's GPU where there is one."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def connect(device: torch.device) -> None:
+    """Join the process group that torchrun describes; nothing to do for one process."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""The engine for one process, or a few with replicated weights: plain torch."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from mmkd.engines import distributed
+from mmkd.engines.base import StepResult
+from mmkd.objectives import Signals
+from mmkd.recipe import Precision
+from mmkd.signals import capture
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+
+
+class TorchEngine:
+    """Implements `Engine`; gradients are summed over ranks once per step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        *,
+        device: torch.device,
+        precision: Precision = "float32",
+        max_grad_norm: float = 1.0,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = device
+        self.precision = precision
+        self.max_grad_norm = max_grad_norm
+        self.rank = distributed.rank()
+        self.world_size = distributed.world_size()
+        self._open = False
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def autocast(self) -> AbstractContextManager:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Signals:
+        if self._open:
+            raise RuntimeError("two forwards in one micro-step: call backward first")
+        self._open = True
+        return capture(self.model, inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        if not self._open:
+            raise RuntimeError("two backwards in one micro-step: add the losses up first")
+        self._open = False
+        if loss.requires_grad:
+            loss.backward()
+
+    def step(self) -> StepResult:
+        if self.world_size > 1:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        limit = self.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        lr = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(float(norm), lr)
+
+    def total(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def save(self, folder: Path) -> None:
+        if self.rank == 0:
+            save_model(self.model, str(folder / WEIGHTS))
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            }
+            torch.save(state, folder / OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        load_model(self.model, str(folder / WEIGHTS))
+        state = torch.load(folder / OPTIMIZER, map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def barrier(self) -> None:
+        distributed.barrier()

@@ -1,0 +1,59 @@
+"""Optimizers and schedules of a stage, from torch and transformers."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Adafactor
+from transformers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
+)
+
+from mmkd.recipe import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """The optimizer over the trainable parameters; vectors get no weight decay."""
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    match config.kind:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        case "adafactor":
+            return Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LRScheduler:
+    """The learning rate's course over `steps` optimizer steps."""
+    warmup = round(config.warmup * steps)
+    match config.kind:
+        case "cosine":
+            return get_cosine_with_min_lr_schedule_with_warmup(
+                optimizer, warmup, steps, min_lr_rate=config.min_ratio
+            )
+        case "wsd":
+            decay = round(config.decay * steps)
+            return get_wsd_schedule(
+                optimizer, warmup, decay, num_training_steps=steps, min_lr_ratio=config.min_ratio
+            )
+        case "linear":
+            # The polynomial schedule divides by lr - lr_end: the two must differ.
+            end = min(config.min_ratio, 1 - 1e-9) * optimizer.defaults["lr"]
+            return get_polynomial_decay_schedule_with_warmup(
+                optimizer, warmup, steps, lr_end=end, power=1.0
+            )
+        case "constant":
+            return get_constant_schedule_with_warmup(optimizer, warmup)

@@ -1,0 +1,71 @@
+"""Progress of long work: a bar with ETA on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console()
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Bar:
+    """One bar: `advance` with a short note on what is going on."""
+
+    def __init__(self, name: str, total: int, *, done: int = 0, quiet: bool = False):
+        self.name, self.total, self.done, self.quiet = name, total, done, quiet
+        self._start, self._first, self._last_line = time.monotonic(), done, 0.0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "Bar":
+        if console.is_terminal and not self.quiet:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._progress.start()
+            self._progress.add_task(self.name, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def advance(self, note: str = "") -> None:
+        self.done += 1
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], advance=1, note=note)
+            return
+        now = time.monotonic()
+        finished = self.done == self.total
+        if self.quiet or not (finished or now - self._last_line > SECONDS_BETWEEN_LINES):
+            return
+        self._last_line = now
+        rate = (self.done - self._first) / max(now - self._start, 1e-9)
+        eta = (self.total - self.done) / max(rate, 1e-9)
+        console.print(
+            f"{self.name} {self.done}/{self.total}, eta {eta:.0f} s  {note}", highlight=False
+        )
+
+
+def track(rows: Iterable[Any], name: str, total: int) -> Iterator[Any]:
+    """Iterate with a bar."""
+    with Bar(name, total) as bar:
+        for row in rows:
+            yield row
+            bar.advance()

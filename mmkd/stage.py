@@ -1,0 +1,261 @@
+"""One stage: the training loop.
+
+    for each step:
+        rows_o <- rows that objective o covers, summed over micro-batches and ranks
+        for each micro-batch:
+            s <- student(batch);  t <- teacher(batch)
+            loss <- sum_o weight_o * (1/rows_o) * sum over this micro-batch's rows of o(s, t)
+            backward(loss)
+        clip, update
+
+so that every objective is a mean per covered token of the global batch.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from mmkd.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.data.batches import Batch, BatchStream, Encoder
+from mmkd.data.records import Records
+from mmkd.engines import Engine, StepResult, TorchEngine, distributed
+from mmkd.errors import NonFiniteLossError, RecipeError
+from mmkd.files import write_folder, write_json
+from mmkd.objectives import Objective, build_objective
+from mmkd.optim import build_optimizer, build_schedule
+from mmkd.progress import Bar
+from mmkd.recipe import DataConfig, StageConfig
+from mmkd.signals import check_supported
+from mmkd.students import set_trainable
+from mmkd.teachers import LiveTeacher
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Stage:
+    """Everything one stage works with; `run_stage` builds it."""
+
+    config: StageConfig
+    engine: Engine
+    teacher: LiveTeacher | None
+    objectives: list[Objective]
+    stream: BatchStream
+    steps: int
+    folder: Path
+
+    def train(self) -> Metrics:
+        """Run to the last step, from the newest checkpoint if there is one."""
+        first = load_checkpoint(self.folder / "checkpoints", self.engine)
+        log = MetricsLog(self.folder / "metrics.jsonl", first, self.engine.rank == 0)
+        metrics: Metrics = log.last
+        with Bar(self.config.name, self.steps, done=first, quiet=self.engine.rank > 0) as bar:
+            for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
+                started = time.monotonic()
+                metrics = self.step(step, batches)
+                log.write(metrics, time.monotonic() - started)
+                bar.advance(f"loss {metrics['loss']:.4f}")
+                if step % self.config.checkpoint.every == 0 and step < self.steps:
+                    folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+                    save_checkpoint(folder, step, self.engine, keep)
+        return metrics
+
+    def step(self, step: int, batches: list[Batch]) -> Metrics:
+        """One optimizer step over the global batch."""
+        batches = [b.to(self.engine.device) for b in batches]
+        rows = self._rows(batches)
+        sums: dict[str, torch.Tensor] = {}
+        for i, batch in enumerate(batches):
+            losses = self._losses(batch, rows)
+            loss = sum(o.config.weight * losses[o.name] for o in self.objectives)
+            self.engine.backward(loss, last=i == len(batches) - 1)  # type: ignore[arg-type]
+            for name, value in {"loss": loss, **losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()  # type: ignore[union-attr]
+        means = self.engine.total(torch.stack(list(sums.values()))).tolist()
+        metrics = dict(zip(sums, means, strict=True))
+        self._check_finite(step, metrics, batches)
+        result = self.engine.step()
+        if not math.isfinite(result.grad_norm):
+            self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
+        return self._describe(step, metrics, result, rows, batches)
+
+    def _rows(self, batches: list[Batch]) -> dict[str, float]:
+        counts = torch.tensor(
+            [sum(int(o.rows(b.targets).sum()) for b in batches) for o in self.objectives],
+            dtype=torch.float64,
+            device=self.engine.device,
+        )
+        names = [o.name for o in self.objectives]
+        return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
+
+    def _losses(self, batch: Batch, rows: dict[str, float]) -> dict[str, torch.Tensor]:
+        with self.engine.autocast():
+            teacher = self.teacher.signals(batch) if self.teacher else None
+            student = self.engine.forward(batch.inputs)
+            return {
+                o.name: o(student, teacher, batch.targets, max(rows[o.name], 1.0)).loss
+                for o in self.objectives
+            }
+
+    def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            ids = ", ".join(i for b in batches for i in b.ids)
+            raise NonFiniteLossError(
+                f"{', '.join(broken)} not finite at step {step}, samples: {ids}",
+                where=f"stage {self.config.name}",
+                mend="lower the learning rate, or look at these samples; "
+                "nothing of this step was saved",
+            )
+
+    def _describe(
+        self,
+        step: int,
+        losses: Metrics,
+        result: StepResult,
+        rows: dict[str, float],
+        batches: list[Batch],
+    ) -> Metrics:
+        tokens = torch.tensor(
+            [
+                [b.targets.attention.sum() for b in batches],
+                [b.targets.response.sum() for b in batches],
+                [len(b.skipped) for b in batches],
+            ],
+            dtype=torch.float64,
+            device=self.engine.device,
+        )
+        real, supervised, skipped = self.engine.total(tokens.sum(1)).tolist()
+        return {
+            "step": step,
+            **losses,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": real,
+            "supervised_tokens": supervised,
+            "skipped": skipped,
+        }
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step, cut back to where a stage resumes."""
+
+    def __init__(self, path: Path, step: int, active: bool):
+        self.path, self.active = path, active
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of_line(line) <= step]
+        self.last: Metrics = json.loads(kept[-1]) if kept else {}
+        if active:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, metrics: Metrics, seconds: float) -> None:
+        if self.active:
+            timed = {**metrics, "seconds": round(seconds, 4)}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(timed) + "\n")
+
+
+def _step_of_line(line: str) -> float:
+    # A kill can cut the last line short; such a step is redone anyway.
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def run_stage(
+    config: StageConfig,
+    *,
+    student: PreTrainedModel,
+    processor: Any,
+    teacher: PreTrainedModel | None,
+    shared_vocabulary: int | None,
+    data: DataConfig,
+    folder: Path,
+    seed: int,
+) -> Metrics:
+    """Train `student` in place through one stage and write `folder/student` and `done.json`.
+
+    Args:
+        config: the stage.
+        student: what trains; moved to the engine's device.
+        processor: the student's processor.
+        teacher: the live teacher, or None where no objective needs one.
+        shared_vocabulary: tokens that both models share.
+        data: the records.
+        folder: the stage's folder in the run directory.
+        seed: of dropout and data order.
+    """
+    set_seed(seed)
+    device = distributed.choose_device(config.engine.device)
+    objectives = [
+        build_objective(o, shared_vocabulary=shared_vocabulary) for o in config.objectives
+    ]
+    needs = frozenset().union(*(o.needs for o in objectives))
+    if "teacher" in needs and teacher is None:
+        names = ", ".join(o.name for o in objectives if "teacher" in o.needs)
+        raise RecipeError(
+            f"objective {names} needs a teacher", where=f"stage {config.name}",
+            mend="add 'teacher' to the recipe",
+        )  # fmt: skip
+    encoder = Encoder(Records(data), processor, data, vision_labels="vision_labels" in needs)
+    stream = BatchStream(
+        encoder,
+        config.batch,
+        seed=seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=data.workers,
+    )
+    steps = config.steps or stream.steps_in(config.epochs or 1.0)
+    stage = Stage(
+        config=config,
+        engine=build_engine(config, student, steps, device),
+        teacher=LiveTeacher(teacher, device)
+        if teacher is not None and "teacher" in needs
+        else None,
+        objectives=objectives,
+        stream=stream,
+        steps=steps,
+        folder=folder,
+    )
+    metrics = stage.train()
+    student.eval()
+    if stage.engine.rank == 0:
+        write_folder(folder / "student", lambda path: save_student(student, processor, path))
+        write_json(folder / "done.json", {"steps": steps, "metrics": metrics})
+    stage.engine.barrier()
+    return metrics
+
+
+def build_engine(
+    config: StageConfig, student: PreTrainedModel, steps: int, device: torch.device
+) -> Engine:
+    """The engine that a stage's recipe asks for, with the student in training mode."""
+    check_supported(student, "student")
+    student.to(device).train()
+    set_trainable(student, config.train)
+    if config.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = build_optimizer(student.parameters(), config.optimizer)
+    return TorchEngine(
+        student,
+        optimizer,
+        build_schedule(optimizer, config.schedule, steps),
+        device=device,
+        precision=config.precision,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+
+
+def save_student(student: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """A plain Hugging Face folder: config, safetensors, processor."""
+    student.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,87 @@
+"""Where a Hugging Face vision-language model keeps its parts, whatever its family."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+CONNECTOR_IN_TOWER = ("merger",)  # Qwen-VL keeps its connector inside of the vision tower
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model.
+
+    Attributes:
+        decoder: the text decoder, without head.
+        decoder_layers: its layers.
+        vision: the vision tower, or None for a text model.
+        vision_layers: its layers, or None.
+        head: the output embedding; may share its weight with the input embedding.
+    """
+
+    decoder: nn.Module
+    decoder_layers: nn.ModuleList
+    vision: nn.Module | None
+    vision_layers: nn.ModuleList | None
+    head: nn.Module
+
+
+def find_parts(model: PreTrainedModel) -> Parts:
+    """Find the parts of `model`.
+
+    Raises:
+        ValueError: a part that every vision-language model has cannot be found.
+    """
+    decoder = model.get_decoder()
+    vision = model.get_encoder(modality="image")
+    vision = None if vision is model else vision
+    head = model.get_output_embeddings()
+    decoder_layers = _layers(decoder)
+    if head is None or decoder_layers is None:
+        raise ValueError(f"{type(model).__name__} has no decoder layers or no output head")
+    return Parts(decoder, decoder_layers, vision, _layers(vision), head)
+
+
+def _layers(module: nn.Module | None) -> nn.ModuleList | None:
+    """The outermost list of two or more alike blocks, or of one block with attention."""
+    if module is None:
+        return None
+    for _, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 0:
+            first = child[0]
+            if any(hasattr(first, name) for name in ("self_attn", "attn", "attention")):
+                return child
+    return None
+
+
+def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Names of the parameters of each trainable group; a parameter may be in several.
+
+    Groups: `vision`, `connector`, `language_model` (decoder with embeddings), `embeddings`, `head`
+    and `all`.
+    """
+    parts = find_parts(model)
+
+    def ids(module: nn.Module | None) -> set[int]:
+        return set() if module is None else {id(p) for p in module.parameters()}
+
+    merger = set()
+    if parts.vision is not None:
+        merger = {
+            id(p)
+            for name, p in parts.vision.named_parameters()
+            if any(word in name for word in CONNECTOR_IN_TOWER)
+        }
+    vision, decoder, head = ids(parts.vision) - merger, ids(parts.decoder), ids(parts.head)
+    embeddings = ids(model.get_input_embeddings())
+    named = list(model.named_parameters())
+    known = {
+        "vision": vision,
+        "language_model": decoder | head,
+        "embeddings": embeddings,
+        "head": head,
+        "connector": {id(p) for _, p in named} - vision - decoder - head,
+        "all": {id(p) for _, p in named},
+    }
+    return {group: [n for n, p in named if id(p) in members] for group, members in known.items()}
