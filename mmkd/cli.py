@@ -144,3 +144,7 @@ def main() -> None:
     except MmkdError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
+
+transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,7 +93,7 @@ class _named:  # noqa: N801
             )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
             raise CheckpointError(
                 f"cannot load the {self.what}: {_reason(error)}",
                 where=self.name,

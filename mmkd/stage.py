@@ -243,7 +243,7 @@ def build_engine(
     student.to(device).train()
     set_trainable(student, config.train)
     if config.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable()
     optimizer = build_optimizer(student.parameters(), config.optimizer)
     return TorchEngine(
         student,

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,15 @@ from mmkd.data.scenes.build import POPE_CATEGORIES
 from mmkd.data.scenes.questions import ASKERS
 from mmkd.errors import CheckpointError, DataError, MmkdError
 from mmkd.evaluation import scenes
-from mmkd.evaluation.adapter import MmkdModel, answer_length, cut_at, resolve_dtype, split_images
+from mmkd.evaluation.adapter import (
+    MmkdModel,
+    answer_length,
+    cut_at,
+    resolve_device,
+    resolve_dtype,
+    split_images,
+)
+from mmkd.evaluation.isolation import isolated
 from mmkd.evaluation.run import (
     _simple_evaluate,
     collect_scores,
@@ -323,6 +332,108 @@ def test_model_in_memory_keeps_its_state(tiny_model_dir: Path) -> None:
     model(**processor(text="<|user|>hi", return_tensors="pt")).logits.sum().backward()
 
 
+def test_both_end_tokens_stop_an_answer(tiny_model_dir: Path) -> None:
+    """LlamaConfig's own end token is 2; the scenes' tokenizer ends with 1."""
+    adapter = adapter_of(tiny_model_dir, DOCS)
+    assert adapter.model.generation_config.eos_token_id == 2
+    assert adapter.tokenizer.eos_token_id == 1
+    assert adapter.end_tokens == [1, 2]
+
+
+def tiny_qwen() -> tuple[Any, Any]:
+    from processors import qwen
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    processor = qwen()
+    token = processor.tokenizer.convert_tokens_to_ids
+    small = {"hidden_size": 32, "intermediate_size": 64}
+    text = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": len(processor.tokenizer),
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 3, 3],
+        },
+    }
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={**small, **text},
+        vision_config={**small, **vision},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def tiny_smolvlm() -> tuple[Any, Any]:
+    from processors import smolvlm
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
+
+    processor = smolvlm()
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    words = len(processor.tokenizer)
+    config = Idefics3Config(
+        text_config=LlamaConfig(**small, vocab_size=words, initializer_range=0.3, pad_token_id=0),
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+@pytest.mark.parametrize("build", [tiny_qwen, tiny_smolvlm])
+def test_other_families_answer_batched_as_singly(build: Any) -> None:
+    """Pictures of unequal sizes and numbers, and a question without any."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = build()
+    sizes = [[(64, 64)], [(64, 32)], [], [(40, 64), (64, 64)]]
+    docs = [
+        {"question": q, "images": [Image.new("RGB", size, "red") for size in pictures]}
+        for q, pictures in zip(("cat?", "two cats and a dog?", "no", "dog"), sizes, strict=True)
+    ]
+
+    def answers(batch_size: int) -> list[GenerationResult]:
+        adapter = MmkdModel(model=model, processor=processor, batch_size=batch_size)
+        adapter.task_dict = {"task": {"test": docs}}
+        return adapter.generate_until(requests(docs, max_new_tokens=6))
+
+    single = answers(1)
+    assert answers(4) == single
+    assert len({r.text for r in single}) == len(docs)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(MmkdError, match="unknown device 'gpu'"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        assert resolve_device(None) == torch.device("cpu")
+        with pytest.raises(MmkdError, match="no GPU"):
+            resolve_device("cuda")
+
+
 def test_numbers_on_a_cpu_are_float32_unless_asked() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert resolve_dtype(None, cpu) is torch.float32
@@ -494,8 +605,6 @@ def test_evaluation_of_a_folder_writes_everything(
 
 
 def test_evaluation_in_memory_leaves_no_trace(scenes_dir: Path, tiny_model_dir: Path) -> None:
-    import warnings
-
     from loguru import logger
 
     model = AutoModelForImageTextToText.from_pretrained(tiny_model_dir).train()
@@ -532,6 +641,31 @@ def test_evaluation_in_memory_leaves_no_trace(scenes_dir: Path, tiny_model_dir: 
     assert first.scores == second.scores
     assert first.samples == second.samples
     assert first.weights_bytes == 4 * first.parameters
+
+
+def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
+    import datasets
+    from loguru import logger
+
+    log = io.StringIO()
+    handler = logger.add(log, format="{message}")
+    filters, bars = list(warnings.filters), datasets.are_progress_bars_disabled()
+
+    def fail_inside() -> None:
+        with isolated(progress=False):
+            warnings.filterwarnings("ignore")
+            logger.remove()
+            logger.info("inside")
+            assert datasets.are_progress_bars_disabled()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert list(warnings.filters) == filters
+    assert datasets.are_progress_bars_disabled() == bars
+    logger.info("outside")
+    logger.remove(handler)
+    assert log.getvalue() == "outside\n"
 
 
 def test_unknown_task_names_the_nearest(scenes_dir: Path, tiny_model_dir: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from mmkd.errors import CheckpointError, DataError
+from mmkd.errors import CheckpointError, DataError, MmkdError
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -66,7 +66,13 @@ def _first_line(error: BaseException) -> str:
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """`None` means this process's GPU if there is one, else the CPU."""
     if device is not None:
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+        except RuntimeError as error:
+            raise MmkdError(f"unknown device {device!r}", mend="use cpu, cuda or cuda:N") from error
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise MmkdError("torch sees no GPU", where=str(device), mend="use device=cpu")
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

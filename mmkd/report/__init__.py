@@ -1,0 +1,36 @@
+"""The run's page and its tables in the terminal."""
+
+from pathlib import Path
+
+from mmkd.errors import CheckpointError
+from mmkd.files import write_text
+from mmkd.progress import console
+from mmkd.report.page import render
+from mmkd.report.rundata import read_run
+from mmkd.report.tables import build_tables, print_tables
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html`, print the score tables, and return the page's path.
+
+    Works with what is there: unfinished runs and runs without evaluation get the page too.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(
+            "not a run: it has no recipe.yaml",
+            where=str(folder),
+            mend="give the folder that 'mmkd run' printed, such as runs/NAME",
+        )
+    run = read_run(folder)
+    tables = build_tables(run)
+    path = folder / "report.html"
+    write_text(path, render(run, tables))
+    print_tables(tables)
+    console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+    return path
+
+
+__all__ = ["write_report"]

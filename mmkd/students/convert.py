@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmkd_models.parts import find_parts
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.loading import parameter_count
 from mmkd.recipe import LayersConversion
+from mmkd_models.parts import find_parts
 
 
 @dataclass

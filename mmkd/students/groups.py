@@ -2,10 +2,10 @@
 
 import difflib
 
-from mmkd_models.parts import parameter_groups
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd_models.parts import parameter_groups
 
 
 def set_trainable(model: PreTrainedModel, groups: list[str]) -> list[str]:

@@ -1,0 +1,317 @@
+"""`mmkd plan`: what a run would cost, from configs and a sample of the data, without weights.
+
+FLOPs count multiply and add as two (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): a forward
+costs 2 per parameter and token, gradients of weights and of activations 2 each, attention scores
+and values 4 * length * width per layer and token. Activation memory follows Korthikanti et al. 2022
+(arXiv 2205.05198, eq. 2, without stored attention scores): 34 bytes per token, unit of width and
+layer in 16 bit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from mmkd.data.batches import Encoder
+from mmkd.data.records import Records
+from mmkd.engines import distributed
+from mmkd.errors import MmkdError
+from mmkd.loading import DTYPES, load_config, load_processor
+from mmkd.objectives import Objective, build_objective
+from mmkd.ops.linear_loss import CHUNK_ELEMENTS
+from mmkd.pipeline import members
+from mmkd.progress import console
+from mmkd.recipe import DataConfig, ModelConfig, Recipe, StageConfig
+from mmkd.students import convert, set_trainable
+from mmkd_models.parts import find_parts
+
+SAMPLED_RECORDS = 48
+ACTIVATION_BYTES_16_BIT = 34
+STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 1}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Means per record: tokens of the sequence, rows per objective, patches of the vision tower."""
+
+    length: float
+    supervised: float
+    vision: float
+    patches: float
+    rows: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's cost depends on: parameters of its parts, widths and depths."""
+
+    decoder: int
+    vision: int
+    connector: int
+    head: tuple[int, int]
+    width: int
+    depth: int
+    vision_width: int
+    vision_depth: int
+
+
+def make_plan(recipe: Recipe) -> dict[str, Any]:
+    """The plan of every member and stage as plain JSON values."""
+    processor = load_processor(recipe.student)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = skeleton(recipe.teacher)
+    return {
+        "name": recipe.name,
+        "processes": distributed.world_size(),
+        "teacher": None if teacher is None else {"parameters": _count(teacher)},
+        "members": {
+            member.label: {
+                "stages": [
+                    plan_stage(member.recipe, stage, processor, teacher)
+                    for stage in member.recipe.stages
+                ]
+            }
+            for member in members(recipe)
+        },
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def skeleton(source: ModelConfig) -> PreTrainedModel:
+    """The model without storage for its weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            load_config(source), dtype=DTYPES[source.dtype]
+        )
+
+
+def plan_stage(
+    recipe: Recipe, stage: StageConfig, processor: Any, teacher: PreTrainedModel | None
+) -> dict[str, Any]:
+    student = skeleton(recipe.student)
+    convert(student, recipe.student.convert)
+    trainable = set(set_trainable(student, stage.train))
+    objectives = [build_objective(o) for o in stage.objectives]
+    teacher = teacher if any("teacher" in o.needs for o in objectives) else None
+    data = recipe.stage_data(stage)
+    sample, records = sample_data(data, processor, objectives)
+    per_step = stage.batch.size * stage.batch.accumulate * distributed.world_size()
+    steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
+    trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
+    return {
+        "stage": stage.name,
+        "settings": stage.model_dump(mode="json"),
+        "parameters": _count(student),
+        "trainable": trained,
+        "trainable_share": round(trained / _count(student), 4),
+        "records": records,
+        "records_per_step": per_step,
+        "steps": steps,
+        "epochs": round(steps * per_step / max(records, 1), 3),
+        "tokens_per_step": round(sample.length * per_step),
+        "supervised_tokens_per_step": round(sample.supervised * per_step),
+        "vision_tokens_per_step": round(sample.vision * per_step),
+        "flops_per_step": {
+            k: round(v * per_step)
+            for k, v in flops_per_record(student, trainable, teacher, sample).items()
+        },
+        "memory_bytes": memory(student, trained, teacher, stage, sample),
+    }
+
+
+def sample_data(
+    data: DataConfig, processor: Any, objectives: list[Objective]
+) -> tuple[Sample, int]:
+    """Token counts of some records; where there is no data yet, full-length sequences."""
+    if not Path(data.train).is_file():
+        length = float(data.max_length)
+        return Sample(length, length, 0.0, 0.0, {o.name: length for o in objectives}), 0
+    records = Records(data)
+    needs = frozenset().union(*(o.needs for o in objectives))
+    encoder = Encoder(records, processor, data, vision_labels="vision_labels" in needs)
+    count = min(SAMPLED_RECORDS, len(records))
+    spread = [i * len(records) // count for i in range(count)]
+    batch = encoder.encode(spread)
+    targets = batch.targets
+    pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
+    return (
+        Sample(
+            length=float(targets.attention.sum()) / count,
+            supervised=float(targets.response.sum()) / count,
+            vision=float(targets.vision.sum()) / count,
+            patches=pixels / count,
+            rows={o.name: float(o.rows(targets).sum()) / count for o in objectives},
+        ),
+        len(records),
+    )
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    parts = find_parts(model)
+    text = model.config.get_text_config()
+    vision = getattr(model.config, "vision_config", None)
+    embeddings = _count(model.get_input_embeddings())
+    decoder = _count(parts.decoder) - embeddings
+    tower = _count(parts.vision) if parts.vision is not None else 0
+    head = parts.head.weight
+    assert isinstance(head, torch.Tensor)
+    tied = head is model.get_input_embeddings().weight
+    connector = _count(model) - decoder - embeddings - tower - (0 if tied else head.numel())
+    return Shape(
+        decoder=decoder,
+        vision=tower,
+        connector=connector,
+        head=(head.shape[0], head.shape[1]),
+        width=text.hidden_size,
+        depth=len(parts.decoder_layers),
+        vision_width=getattr(vision, "hidden_size", 0) or 0,
+        vision_depth=len(parts.vision_layers or ()),
+    )
+
+
+def _patches(model: PreTrainedModel, pixels: float) -> float:
+    """Vision-tower tokens behind a number of pixel values (three channels)."""
+    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    return pixels / (3 * patch * patch) if patch else 0.0
+
+
+def flops_per_record(
+    student: PreTrainedModel,
+    trainable: set[str],
+    teacher: PreTrainedModel | None,
+    sample: Sample,
+) -> dict[str, float]:
+    """FLOPs of one record in one step, by what they are spent on."""
+    passes = _passes(student, trainable)
+    forward = _forward(student, sample, max(sample.rows.values()))
+    found = {
+        "student_vision": forward["vision"] * passes["vision"],
+        "student_decoder": forward["decoder"] * passes["decoder"],
+        "student_head": forward["head"] * passes["head"],
+    }
+    if teacher is not None:
+        frozen = _forward(teacher, sample, max(sample.rows.values()))
+        found |= {f"teacher_{part}": value for part, value in frozen.items()}
+    return {**found, "total": sum(found.values())}
+
+
+def _passes(student: PreTrainedModel, trainable: set[str]) -> dict[str, int]:
+    """How many times the forward's FLOPs each part costs: 1, +1 for gradients of activations
+    that something before it needs, +1 for gradients of its own weights."""
+    parts = find_parts(student)
+    ids = {id(p) for n, p in student.named_parameters() if n in trainable}
+
+    def trains(module: nn.Module | None) -> bool:
+        return module is not None and any(id(p) in ids for p in module.parameters())
+
+    vision, decoder = trains(parts.vision), trains(parts.decoder)
+    known = [parts.vision, parts.decoder, parts.head]
+    inside = {id(p) for m in known if m is not None for p in m.parameters()}
+    before = vision or bool(ids - inside)
+    return {
+        "vision": 1 + 2 * vision,
+        "decoder": 1 + (before or decoder) + decoder,
+        "head": 1 + (before or decoder) + trains(parts.head),
+    }
+
+
+def _forward(model: PreTrainedModel, sample: Sample, rows: float) -> dict[str, float]:
+    shape = shape_of(model)
+    patches = _patches(model, sample.patches)
+    attention = 4 * sample.length * shape.width * shape.depth / 2  # causal: half the square
+    vision_attention = 4 * patches * shape.vision_width * shape.vision_depth
+    return {
+        "vision": patches * (2 * shape.vision + vision_attention)
+        + 2 * sample.vision * shape.connector,
+        "decoder": sample.length * (2 * shape.decoder + attention),
+        "head": rows * 2 * shape.head[0] * shape.head[1],
+    }
+
+
+def memory(
+    student: PreTrainedModel,
+    trained: int,
+    teacher: PreTrainedModel | None,
+    stage: StageConfig,
+    sample: Sample,
+) -> dict[str, int]:
+    """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk."""
+    shape = shape_of(student)
+    weight = next(student.parameters()).element_size()
+    scale = 1 if stage.precision == "bfloat16" or weight == 2 else 2
+    tokens = sample.length * stage.batch.size
+    patches = _patches(student, sample.patches) * stage.batch.size
+    per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT
+    units = tokens * shape.width * shape.depth + patches * shape.vision_width * shape.vision_depth
+    rows = max(sample.rows.values()) * stage.batch.size
+    found = {
+        "student_weights": _count(student) * weight,
+        "gradients": trained * weight,
+        "optimizer": trained * weight * STATES[stage.optimizer.kind],
+        "activations": round(units * per_unit * scale),
+        "head_chunk": round(3 * 4 * min(rows * shape.head[0], CHUNK_ELEMENTS)),
+    }
+    if teacher is not None:
+        found["teacher_weights"] = _count(teacher) * next(teacher.parameters()).element_size()
+    return {**found, "total": sum(found.values())}
+
+
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def human(value: float, unit: str = "") -> str:
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {letter}{unit}"
+    return f"{value:.0f} {unit}".strip()
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table, one column a stage, and the settings behind it."""
+    if plan["teacher"]:
+        console.print(f"teacher: {human(plan['teacher']['parameters'])} parameters")
+    for label, member in plan["members"].items():
+        if not member["stages"]:
+            raise MmkdError("the recipe has no stages")
+        table = Table(title=f"{plan['name']}: {label}")
+        table.add_column("")
+        for stage in member["stages"]:
+            table.add_column(stage["stage"], justify="right")
+        for name, read in _ROWS.items():
+            table.add_row(name, *(str(read(stage)) for stage in member["stages"]))
+        console.print(table)
+
+
+_ROWS: dict[str, Any] = {
+    "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
+    "trains": lambda s: ", ".join(s["settings"]["train"]),
+    "parameters": lambda s: human(s["parameters"]),
+    "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
+    "optimizer": lambda s: "{kind} lr {lr:g}".format(**s["settings"]["optimizer"]),
+    "schedule": lambda s: s["settings"]["schedule"]["kind"],
+    "engine": lambda s: f"{s['settings']['engine']['kind']}, {s['settings']['precision']}",
+    "records": lambda s: f"{s['records']:,}" if s["records"] else "not built yet",
+    "records per step": lambda s: s["records_per_step"],
+    "steps (epochs)": lambda s: f"{s['steps']:,} ({s['epochs']:g})",
+    "tokens per step": lambda s: human(s["tokens_per_step"]),
+    "  supervised": lambda s: human(s["supervised_tokens_per_step"]),
+    "  of images": lambda s: human(s["vision_tokens_per_step"]),
+    "FLOPs per step": lambda s: human(s["flops_per_step"]["total"], "FLOP"),
+    "  of the teacher": lambda s: human(
+        sum(v for k, v in s["flops_per_step"].items() if k.startswith("teacher")), "FLOP"
+    ),
+    "memory, estimated": lambda s: human(s["memory_bytes"]["total"], "B"),
+    "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
+}
+
+
+def _objective(settings: dict[str, Any]) -> str:
+    region = settings.get("region", "response")
+    name = settings["kind"] if region == "response" else f"{settings['kind']}@{region}"
+    return name if settings["weight"] == 1 else f"{settings['weight']:g} {name}"

@@ -1,0 +1,92 @@
+"""Which metrics make the headline, how they are named, and which direction is better."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["higher", "lower"] | None
+Unit = Literal["percent", "number", "count", "bytes"]
+Key = tuple[str, str]  # task, metric
+COST = ""  # the task of what a model costs
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a score table; `better` is None where neither direction is."""
+
+    key: Key
+    group: str
+    title: str
+    better: Better = "higher"
+    unit: Unit = "percent"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group} {self.title}".strip()
+
+
+HEADLINE: dict[str, list[Column]] = {
+    "scenes_pope": [
+        Column(("scenes_pope", "pope_random_accuracy"), "POPE", "random"),
+        Column(("scenes_pope", "pope_popular_accuracy"), "POPE", "popular"),
+        Column(("scenes_pope", "pope_adversarial_accuracy"), "POPE", "adversarial"),
+        Column(("scenes_pope", "pope_yes_rate"), "POPE", "says yes", None),
+    ],
+    "scenes_vqa": [Column(("scenes_vqa", "vqa_accuracy"), "VQA", "all kinds")],
+    "scenes_vqa_assets": [Column(("scenes_vqa_assets", "vqa_accuracy"), "VQA", "new drawings")],
+    "scenes_vqa_attributes": [
+        Column(("scenes_vqa_attributes", "vqa_accuracy"), "VQA", "new colours")
+    ],
+    "scenes_caption": [
+        Column(("scenes_caption", "caption_chair_s"), "Caption", "CHAIR-s", "lower"),
+        Column(("scenes_caption", "caption_chair_i"), "Caption", "CHAIR-i", "lower"),
+        Column(("scenes_caption", "caption_object_recall"), "Caption", "objects named"),
+        Column(("scenes_caption", "caption_bleu"), "Caption", "BLEU"),
+    ],
+}
+# Cost is listed, not ranked by speed: equal students differ in tokens/s by noise alone.
+COSTS = [
+    Column((COST, "parameters"), "Model", "parameters", "lower", "count"),
+    Column((COST, "weights_bytes"), "Model", "weights", "lower", "bytes"),
+    Column((COST, "tokens_per_second"), "Model", "tokens/s", None, "number"),
+]
+VQA_OVERALL, VQA_MAJORITY = "vqa_accuracy", "vqa_majority_accuracy"
+
+_LOWER = ("chair", "hallucin", "error", "perplexity", "loss", "wer", "cer")
+_HIGHER = ("acc", "exact_match", "f1", "precision", "recall", "bleu", "rouge", "cider", "anls",
+           "score", "meteor", "spice", "relaxed")  # fmt: skip
+_NEITHER = ("yes_rate", "majority", "invalid_rate")
+
+
+def direction(metric: str) -> Better:
+    """Whether more is better, by a metric's name; None where the name does not tell."""
+    words = metric.lower().replace("-", "_").split("_")
+    if any(part in metric for part in _NEITHER):
+        return None
+    if any(part in word if len(part) > 3 else part == word for word in words for part in _LOWER):
+        return "lower"
+    return "higher" if any(part in metric.lower() for part in _HIGHER) else None
+
+
+def headline_columns(task: str, metrics: list[str]) -> list[Column]:
+    """The columns of a task: its headline, or all its metrics where none is known."""
+    known = [c for c in HEADLINE.get(task, []) if c.key[1] in metrics]
+    return known or all_columns(task, metrics, unit="number")
+
+
+def all_columns(task: str, metrics: list[str], unit: Unit | None = None) -> list[Column]:
+    """Every metric of a task as a column."""
+    unit = unit or ("percent" if task in HEADLINE else "number")
+    return [Column((task, m), task, m.replace("_", " "), direction(m), unit) for m in metrics]
+
+
+def vqa_kinds(metrics: list[str]) -> list[str]:
+    """Question kinds that a VQA task reports, in its order."""
+    if VQA_OVERALL not in metrics:
+        return []
+    kinds = [m.removeprefix("vqa_").removesuffix("_accuracy") for m in metrics if _is_kind(m)]
+    return [kind for kind in kinds if f"vqa_{kind}_majority_accuracy" in metrics]
+
+
+def _is_kind(metric: str) -> bool:
+    ends = metric.startswith("vqa_") and metric.endswith("_accuracy")
+    return ends and not metric.endswith("majority_accuracy") and metric != VQA_OVERALL

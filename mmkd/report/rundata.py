@@ -1,0 +1,181 @@
+"""What a run directory holds, read back for the report; missing and broken parts are left out."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd.files import read_json
+
+TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
+Scores = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class StageLog:
+    """One stage of one member.
+
+    Attributes:
+        config: the stage in the resolved recipe.
+        lines: of metrics.jsonl, one per step.
+        done: the stage is finished.
+        steps: how many steps it has in all, None where only its end would tell.
+    """
+
+    config: dict[str, Any]
+    lines: list[dict[str, float]]
+    done: bool
+    steps: int | None
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name", "?"))
+
+    def total(self, key: str) -> float:
+        return sum(line.get(key, 0.0) for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student: a label that its seeds share, a seed, and its stages."""
+
+    label: str
+    group: str
+    seed: int
+    recipe: dict[str, Any]
+    stages: list[StageLog]
+    student: Path | None
+
+    @property
+    def done(self) -> bool:
+        return all(stage.done for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report shows."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    provenance: dict[str, Any]
+    members: list[Member]
+    results: dict[str, dict[str, Any]]
+
+    @property
+    def groups(self) -> list[str]:
+        """Labels of students without their seeds, in the recipe's order."""
+        return list(dict.fromkeys(m.group for m in self.members))
+
+    def group_of(self, label: str) -> str:
+        return next((m.group for m in self.members if m.label == label), label)
+
+    def is_teacher(self, label: str) -> bool:
+        return label == TEACHER and all(m.label != TEACHER for m in self.members)
+
+    @property
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's results."""
+        return self.results.get(TEACHER) if self.is_teacher(TEACHER) else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder."""
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text) or {}
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        recipe_text=text,
+        provenance=_json(folder / "provenance.json") or {},
+        members=_members(folder, recipe),
+        results=_results(folder / "evaluation"),
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _members(folder: Path, recipe: dict[str, Any]) -> list[Member]:
+    alone = folder / "training.yaml"
+    paths = [alone] if alone.is_file() else sorted(folder.glob("*/training.yaml"))
+    found = [_member(path, path == alone) for path in paths]
+    groups = [recipe.get("label", "student"), *recipe.get("variants", {})]
+    order = {name: i for i, name in enumerate(groups)}
+    return sorted(found, key=lambda m: (order.get(m.group, len(order)), m.group, m.seed))
+
+
+def _member(path: Path, alone: bool) -> Member:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder, group = path.parent, recipe.get("label", "student")
+    configs = recipe.get("stages", [])
+    folders = [folder / f"{i:02d}-{c['name']}" for i, c in enumerate(configs, 1)]
+    stages = [_stage(f, c) for f, c in zip(folders, configs, strict=True)]
+    students = [f / "student" for f in (folder / "00-start", *folders)]
+    return Member(
+        label=group if alone else folder.name,
+        group=group,
+        seed=int(recipe.get("seed", 0)),
+        recipe=recipe,
+        stages=stages,
+        student=next((s for s in reversed(students) if s.is_dir()), None),
+    )
+
+
+def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
+    done = _json(folder / "done.json")
+    steps = done.get("steps") if done else config.get("steps")
+    return StageLog(config, _metrics(folder / "metrics.jsonl"), done is not None, steps)
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # a kill cut it short
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append({k: v for k, v in line.items() if _is_number(v)})
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _results(folder: Path) -> dict[str, dict[str, Any]]:
+    """{label: what its results.json holds}."""
+    found = {path.parent.name: _json(path) for path in sorted(folder.glob("*/results.json"))}
+    return {label: results for label, results in found.items() if results}
+
+
+def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
+    """A model's answers to one task; empty where they were not kept."""
+    path = run.folder / "evaluation" / label / "samples" / f"{task}.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError):
+        return []
+
+
+def student_size(folder: Path | None) -> tuple[int, int] | None:
+    """Parameters and bytes of a student's safetensors, from their headers alone."""
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    if not files:
+        return None
+    parameters = 0
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = [t["shape"] for name, t in header.items() if name != "__metadata__"]
+        parameters += sum(math.prod(shape) for shape in shapes)
+    return parameters, sum(path.stat().st_size for path in files)

@@ -1,0 +1,194 @@
+"""Runs as a user starts them: resume after a kill, several processes, variants, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from recipes import tiny_recipe
+
+from mmkd import pipeline
+from mmkd.errors import RecipeError
+from mmkd.files import read_json
+from mmkd.recipe import load_recipe
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
+
+
+def metrics_of(folder):
+    """Every logged figure but the seconds."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def write(path, raw):
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def start(recipe, *launcher):
+    command = [*(launcher or (sys.executable, "-m", "mmkd.cli")), "run", str(recipe)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.fixture
+def dropout_model_dir(tiny_model_dir, tmp_path):
+    """The tiny model with dropout on, so that a resumed run needs the random states too."""
+    import shutil
+
+    folder = tmp_path / "dropout-model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = read_json(folder / "config.json")
+    config["text_config"]["attention_dropout"] = 0.2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_killed_run_continues_with_the_same_figures(
+    scenes_dir, tiny_model_dir, dropout_model_dir, tmp_path
+):
+    stages = [
+        {
+            "name": name,
+            "objectives": [{"kind": "ce"}, {"kind": "jsd"}],
+            "steps": 40,
+            "batch": {"size": 2, "accumulate": 2},
+            "optimizer": {"lr": 1e-3},
+            "checkpoint": {"every": 7},
+            "precision": "bfloat16",
+        }
+        for name in ("first", "second")
+    ]
+    common = {"stages": stages, "teacher": {"model": str(tiny_model_dir)}}
+    runs = {}
+    for name in ("whole", "killed"):
+        raw = tiny_recipe(scenes_dir, dropout_model_dir, tmp_path, name=name, **common)
+        runs[name] = write(tmp_path / f"{name}.yaml", raw)
+    assert finish(start(runs["whole"]))[0] == 0
+    for folder in ("01-first", "02-second"):
+        process = start(runs["killed"])
+        path = tmp_path / "killed" / folder / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not path.exists() or len(path.read_text().splitlines()) < 17:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    code, output = finish(start(runs["killed"]))
+    assert code == 0, output
+    for folder in ("01-first", "02-second"):
+        want = metrics_of(tmp_path / "whole" / folder)
+        assert len(want) == 40
+        assert metrics_of(tmp_path / "killed" / folder) == want
+    whole, killed = (
+        (tmp_path / name / "02-second" / "student" / "model.safetensors").read_bytes()
+        for name in runs
+    )
+    assert whole == killed
+
+
+def test_two_processes_train_like_one(scenes_dir, tiny_model_dir, tmp_path):
+    for name, size in (("one", 4), ("two", 2)):
+        stage = {"objectives": [{"kind": "ce"}, {"kind": "kl"}], "batch": {"size": size}}
+        raw = tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            name=name,
+            stage=stage,
+            teacher={"model": str(tiny_model_dir)},
+        )
+        write(tmp_path / f"{name}.yaml", raw)
+    assert finish(start(tmp_path / "one.yaml"))[0] == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", "2", "-m", "mmkd.cli")  # fmt: skip
+    code, output = finish(start(tmp_path / "two.yaml", *torchrun))
+    assert code == 0, output
+    one, two = (metrics_of(tmp_path / n / "01-mimic") for n in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["supervised_tokens"] == b["supervised_tokens"]
+        for key in ("loss", "ce", "kl", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6)
+
+
+def test_finished_stages_are_kept_and_another_recipe_is_refused(
+    scenes_dir, tiny_model_dir, tmp_path
+):
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)
+    folder = pipeline.run(load_recipe(raw))
+    student = folder / "01-mimic" / "student" / "model.safetensors"
+    written = student.stat().st_mtime_ns
+    pipeline.run(load_recipe(raw))
+    assert student.stat().st_mtime_ns == written
+    before = sorted(p.name for p in folder.rglob("*"))
+    with pytest.raises(
+        RecipeError, match=r"it differs in stages\.0\.optimizer\.lr"
+    ):
+        pipeline.run(load_recipe(raw, ["stages.0.optimizer.lr=0.5"]))
+    assert sorted(p.name for p in folder.rglob("*")) == before
+
+
+def test_variants_and_seeds_start_alike_and_are_trained_apart(scenes_dir, tiny_model_dir, tmp_path):
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        label="kd",
+        teacher={"model": str(tiny_model_dir)},
+        stage={"objectives": [{"kind": "ce"}, {"kind": "tvd"}], "steps": 2},
+        variants={"ce": ["stages.0.objectives=[{kind: ce}]"]},
+        seeds=[1, 2],
+    )
+    recipe = load_recipe(raw)
+    labels = [m.label for m in pipeline.members(recipe)]
+    assert labels == ["kd-seed1", "ce-seed1", "kd-seed2", "ce-seed2"]
+    folder = pipeline.run(recipe)
+    first = {label: metrics_of(folder / label / "01-mimic")[0] for label in labels}
+    assert first["kd-seed1"]["ce"] == first["ce-seed1"]["ce"]
+    assert first["kd-seed1"]["ce"] != first["kd-seed2"]["ce"]
+    assert "tvd" not in first["ce-seed1"]
+
+
+def test_a_converted_student_keeps_the_chosen_layers(scenes_dir, tiny_model_dir, tmp_path):
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        student={
+            "model": str(tiny_model_dir),
+            "convert": [{"kind": "layers", "decoder": [1], "vision": [0]}],
+        },
+    )
+    folder = pipeline.run(load_recipe(raw))
+    config = read_json(folder / "01-mimic" / "student" / "config.json")
+    assert config["text_config"]["num_hidden_layers"] == 1
+    assert config["vision_config"]["num_hidden_layers"] == 1
+    done = read_json(folder / "00-start" / "done.json")
+    assert done["after"] < done["before"]
+
+
+def test_the_command_line_reports_errors_in_one_line(tmp_path):
+    path = write(tmp_path / "bad.yaml", {"nmae": "x"})
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkd.cli", "run", str(path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "bad.yaml" in done.stderr
+    assert not (tmp_path / "runs").exists()
