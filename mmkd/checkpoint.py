@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ def _step_of(path: Path) -> int:
 
 
 def _random_states() -> dict:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = state
     version, internal, normal = random.getstate()
     states = {
         "torch": torch.get_rng_state(),

@@ -28,9 +28,10 @@ def load_config(source: ModelConfig) -> Any:
                 f"no such architecture: {_reason(error)}", where=f"config of {kind}",
                 mend="check model_type and its settings",
             ) from error  # fmt: skip
-    with _named(source.model or "", "model"):
+    name = source.model or ""
+    with _named(name, "model"):
         return AutoConfig.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+            name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
 
 
@@ -46,9 +47,10 @@ def load_model(source: ModelConfig, *, device: str | torch.device = "cpu") -> Pr
             load_config(source), dtype=dtype, attn_implementation=source.attn_implementation
         )
         return model.to(device).eval()
-    with _named(source.model or "", "model"):
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            source.model,
+    name = source.model or ""
+    with _named(name, "model"):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name,
             revision=source.revision,
             dtype=dtype,
             attn_implementation=source.attn_implementation,
@@ -56,13 +58,14 @@ def load_model(source: ModelConfig, *, device: str | torch.device = "cpu") -> Pr
             use_safetensors=True,
             output_loading_info=True,
         )
-    lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        model, info = loaded
+    lost: list[str] = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if lost or info["mismatched_keys"]:
         example = lost[0] if lost else next(iter(info["mismatched_keys"]))[0]
         raise CheckpointError(
             f"the weights do not fit the config ({len(lost)} tensors missing or left over, "
             f"such as {example})",
-            where=str(source.model),
+            where=name,
             mend="use the config that belongs to the weights",
         )
     return model.to(device).eval()

@@ -240,7 +240,8 @@ def build_engine(
 ) -> Engine:
     """The engine that a stage's recipe asks for, with the student in training mode."""
     check_supported(student, "student")
-    student.to(device).train()
+    torch.nn.Module.to(student, device)
+    student.train()
     set_trainable(student, config.train)
     if config.activation_checkpointing:
         student.activation_checkpointing_enable()

@@ -282,7 +282,7 @@ class BatchStream:
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step in first ... last - 1."""
         numbers = range(first * self.batch.accumulate, last * self.batch.accumulate)
-        loader = torch.utils.data.DataLoader(
+        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
             sampler=numbers,

@@ -39,7 +39,7 @@ class SkewConfig(DivergenceConfig):
 
 
 class Divergence(Objective):
-    config_class = DivergenceConfig
+    config_class: ClassVar[type[DivergenceConfig]] = DivergenceConfig
     config: DivergenceConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher"})
 

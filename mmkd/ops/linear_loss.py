@@ -6,6 +6,7 @@ the backward pass scales what was stored. Rows that are masked out never meet th
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -63,16 +64,16 @@ class _LinearLoss(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden[rows]
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)  # type: ignore[attr-defined]
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)  # type: ignore[attr-defined]
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple:
         scale = grad_output[0]
         grads = [
             None if grad is None else (grad * scale).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)  # type: ignore[attr-defined]
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None)
 

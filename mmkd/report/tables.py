@@ -62,6 +62,10 @@ class Table:
     rows: list[Row]
     task: str = ""
 
+    @property
+    def of_differences(self) -> bool:
+        return any(r.role == "difference" for r in self.rows)
+
     def best(self, column: Column) -> set[str]:
         """Labels of the best students; none where there is nothing to choose."""
         found = {
@@ -329,9 +333,9 @@ def _drawn(table: Table, columns: Sequence[Column], title: str | None) -> RichTa
     )
     drawn.add_column("")
     for column in columns:
-        unit = " %" if column.unit == "percent" and table.title[0] != "D" else ""
-        title_text = f"{column.group}\n{column.title}{unit}".strip()
-        drawn.add_column(Text(title_text), justify="right", no_wrap=True)
+        unit = " %" if column.unit == "percent" and not table.of_differences else ""
+        heading = f"{column.group}\n{column.title}{unit}".strip()
+        drawn.add_column(Text(heading), justify="right", no_wrap=True)
     for row in table.rows:
         name = Text(row.label)
         if row.note:

@@ -75,7 +75,7 @@ def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010
 
 
 def _shorten(config: Any, count: int, kept: list[int]) -> None:

@@ -93,7 +93,7 @@ def _image(scene: Scene) -> Row:
 
 
 def _objects(scene: Scene) -> list[Row]:
-    rows = [
+    rows: list[Row] = [
         {"name": o.name, "group": o.group, "colour": o.colour, "asset": o.asset, "box": o.box}
         for o in scene.objects
     ]

@@ -89,8 +89,9 @@ def negatives(
 ) -> list[str]:
     """Absent classes to ask about: `random`, `popular` or `adversarial` (arXiv 2305.10355, 4.1)."""
     absent = [i for i, c in enumerate(CLASSES) if c.name not in scene.names]
+    chosen: list[int]
     if kind == "random":
-        chosen = rng.choice(absent, count, replace=False)
+        chosen = [int(i) for i in rng.choice(absent, count, replace=False)]
     elif kind == "popular":
         chosen = sorted(absent, key=lambda i: -statistics.frequency[i])[:count]
     elif kind == "adversarial":
@@ -184,19 +185,23 @@ def ask_relation(rng: np.random.Generator, scene: Scene, _: Statistics) -> Quest
 
 def ask_colour(rng: np.random.Generator, scene: Scene, _: Statistics) -> Question | None:
     obj = _choose(rng, _unique(scene))
-    return obj and Question("colour", _pick(rng, COLOUR_WORDINGS).format(x=obj.name), obj.colour)
+    if obj is None:
+        return None
+    return Question("colour", _pick(rng, COLOUR_WORDINGS).format(x=obj.name), obj.colour)
 
 
 def ask_name(rng: np.random.Generator, scene: Scene, _: Statistics) -> Question | None:
     obj = _choose(rng, _sole_colour(scene))
-    return obj and Question("name", _pick(rng, NAME_WORDINGS).format(colour=obj.colour), obj.name)
+    if obj is None:
+        return None
+    return Question("name", _pick(rng, NAME_WORDINGS).format(colour=obj.colour), obj.name)
 
 
 def ask_category(rng: np.random.Generator, scene: Scene, _: Statistics) -> Question | None:
     obj = _choose(rng, _sole_colour(scene))
-    return obj and Question(
-        "category", _pick(rng, CATEGORY_WORDINGS).format(colour=obj.colour), obj.group
-    )
+    if obj is None:
+        return None
+    return Question("category", _pick(rng, CATEGORY_WORDINGS).format(colour=obj.colour), obj.group)
 
 
 def ask_choice(rng: np.random.Generator, scene: Scene, _: Statistics) -> Question | None:

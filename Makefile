@@ -1,0 +1,52 @@
+# Every target does its own set-up in .venv and starts at once when that is done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two processes or test workers share the cores: more threads each would only slow them down.
+TEST_WORKERS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup quickstart teacher study test lint format bench clean
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.installed ## install everything into .venv
+
+$(VENV)/.installed: pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
+	touch $@
+
+data/scenes/dataset.json: $(VENV)/.installed
+	$(BIN)/mmkd data build scenes --out data/scenes --seed 0
+
+quickstart: data/scenes/dataset.json ## distil a student from the shipped teacher, score it, report
+	$(BIN)/mmkd run configs/quickstart.yaml
+
+teacher: $(VENV)/.installed ## train the shipped teacher again (an hour or two on 2 cores)
+	$(BIN)/mmkd data build scenes --out data/scenes_teacher --seed 1000 --train 24000
+	$(BIN)/mmkd run configs/scenes/teacher.yaml
+	$(BIN)/python -m scripts.ship_teacher runs/scenes-teacher assets/scenes_teacher
+
+study: data/scenes/dataset.json ## KD against CE over three seeds
+	$(BIN)/mmkd run configs/scenes/study.yaml
+
+lint: $(VENV)/.installed ## style, types, import walls
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint, types, unit tests and one run from start to end
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+bench: $(VENV)/.installed ## time and memory of the objectives against a dense baseline
+	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json
+
+clean: ## remove runs and built data
+	rm -rf runs data/scenes data/scenes_teacher

@@ -1,0 +1,157 @@
+"""Curves of a run as inline SVG whose colours the page's style sheet decides."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mmkd.report.rundata import Member, Run, StageLog
+
+NOT_OBJECTIVES = frozenset(
+    {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped", "seconds"}
+)
+TITLES = {"loss": "total loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MOST_POINTS = 400
+SERIES = 6  # colours in page.css: --series-0 ... --series-5
+_INK = "#010203"  # stands for the page's text colour
+_SIZE = (4.4, 2.3)  # inches; the page scales it
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One member's metric over the steps of one stage."""
+
+    steps: list[float]
+    values: list[float]
+    series: int
+    dash: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric of one stage, all members overlaid."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class StagePanels:
+    """All panels of the stages with one name."""
+
+    stage: str
+    panels: list[Panel]
+
+
+def stage_panels(run: Run) -> list[StagePanels]:
+    """Panels of every stage that has metrics, objectives first."""
+    names = dict.fromkeys(s.name for m in run.members for s in m.stages)
+    found = []
+    for name in names:
+        logs = [(m, s) for m in run.members for s in m.stages if s.name == name and s.lines]
+        panels = [_panel(run, name, metric, logs) for metric in _metrics([s for _, s in logs])]
+        if panels:
+            found.append(StagePanels(name, panels))
+    return found
+
+
+def _metrics(stages: Sequence[StageLog]) -> list[str]:
+    keys = dict.fromkeys(key for stage in stages for line in stage.lines for key in line)
+    objectives = [key for key in keys if key not in NOT_OBJECTIVES]
+    # With one objective of weight 1 the total says the same again.
+    total = ["loss"] if any(_has_total(stage) for stage in stages) else []
+    return objectives + [m for m in (*total, "lr", "grad_norm") if m in keys]
+
+
+def _has_total(stage: StageLog) -> bool:
+    objectives = stage.config.get("objectives", [])
+    return len(objectives) != 1 or objectives[0].get("weight", 1.0) != 1.0
+
+
+def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[Member, StageLog]]) -> Panel:
+    curves = []
+    for member, log in logs:
+        points = [(line["step"], line[metric]) for line in log.lines if metric in line]
+        if points:
+            steps, values = map(list, zip(*points, strict=True))
+            series, dash = style_of(run, member)
+            curves.append(Curve(steps, values, series, dash))
+    smooth = metric != "lr"
+    return Panel(TITLES.get(metric, metric), draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
+
+
+def style_of(run: Run, member: Member) -> tuple[int, int]:
+    """Colour by label, dash by seed."""
+    seeds = [m.seed for m in run.members if m.group == member.group]
+    return run.groups.index(member.group) % SERIES, seeds.index(member.seed) % len(DASHES)
+
+
+def smoothed(values: Sequence[float], window: float) -> list[float]:
+    """Exponential moving average without the pull of a start value."""
+    keep = 1 - 2 / (window + 1)
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
+    """The curves as an SVG element; `salt` keeps ids of several plots on a page apart."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for curve in curves:
+        colour, dash = f"#0000{curve.series + 16:02x}", DASHES[curve.dash]
+        values = curve.values
+        if smooth and len(values) > 8:
+            axes.plot(*_thin(curve.steps, values), color=colour, alpha=0.2, linewidth=0.8)
+            values = smoothed(values, max(4.0, len(values) / 20))
+        axes.plot(*_thin(curve.steps, values), color=colour, linewidth=1.6, linestyle=dash)
+    _style(axes)
+    return _svg(figure, salt)
+
+
+def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    stride = max(1, -(-len(steps) // MOST_POINTS))
+    last = [] if (len(steps) - 1) % stride == 0 else [len(steps) - 1]
+    kept = [*range(0, len(steps), stride), *last]
+    return [steps[i] for i in kept], [values[i] for i in kept]
+
+
+def _style(axes: object) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.spines[["left", "bottom"]].set_alpha(0.35)
+    axes.tick_params(colors=_INK, labelsize=9, length=3, width=0.6)
+    axes.grid(color=_INK, alpha=0.1, linewidth=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=False)
+    axes.yaxis.get_offset_text().set_color(_INK)
+    axes.yaxis.get_offset_text().set_fontsize(9)
+    axes.set_xlabel("step", color=_INK, fontsize=9, alpha=0.7)
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "svg.id": None}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace(_INK, "currentColor")
+    return re.sub(r"#0000(1[0-9a-f])", lambda m: f"var(--series-{int(m[1], 16) - 16})", text)

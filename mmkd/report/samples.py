@@ -1,0 +1,232 @@
+"""Pictures with questions, ground truth and every model's answer, chosen without a die."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from mmkd.report.rundata import TEACHER, Run, read_samples
+
+PER_TASK = 8
+LARGEST_SIDE = 360
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said; `correct` is None where the task does not judge single answers."""
+
+    label: str
+    text: str
+    correct: bool | None
+    invented: list[str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One document on the page."""
+
+    picture: str | None
+    kind: str
+    question: str
+    truth: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """The chosen documents of one task and how often the models disagree on it."""
+
+    task: str
+    shown: list[Shown]
+    disagreements: int
+    documents: int
+
+
+def sample_labels(run: Run) -> dict[str, str]:
+    """{row label: evaluation label}: the teacher, and of every student its first seed."""
+    chosen = {TEACHER: TEACHER} if run.teacher else {}
+    for member in run.members:
+        if member.label in run.results:
+            chosen.setdefault(member.group, member.label)
+    return chosen
+
+
+def choose_samples(run: Run, per_task: int = PER_TASK) -> list[TaskSamples]:
+    """For every task that all models answered, half the documents where they disagree."""
+    labels = sample_labels(run)
+    tasks = dict.fromkeys(
+        task for label in labels.values() for task in run.results[label].get("scores", {})
+    )
+    return [found for task in tasks if (found := _task_samples(run, task, labels, per_task))]
+
+
+def _task_samples(
+    run: Run, task: str, labels: dict[str, str], per_task: int
+) -> TaskSamples | None:
+    answers = {name: read_samples(run, label, task) for name, label in labels.items()}
+    joined = join({name: rows for name, rows in answers.items() if rows})
+    if not joined:
+        return None
+    differing = [doc for doc in joined if disagree(joined[doc])]
+    chosen = pick(joined, differing, per_task)
+    pictures = load_pictures(run, task, [joined[doc] for doc in chosen])
+    shown = [_shown(joined[doc], pictures.get(doc)) for doc in chosen]
+    return TaskSamples(task, shown, len(differing), len(joined))
+
+
+def join(answers: dict[str, list[Sample]]) -> dict[int, dict[str, Sample]]:
+    """{doc_id: {label: sample}} of the documents that all models answered alike numbered."""
+    tables = {name: {s["doc_id"]: s for s in rows} for name, rows in answers.items()}
+    if not tables:
+        return {}
+    common = set.intersection(*(set(t) for t in tables.values()))
+    found = {doc: {name: t[doc] for name, t in tables.items()} for doc in sorted(common)}
+    return {d: s for d, s in found.items() if len({str(v["question"]) for v in s.values()}) == 1}
+
+
+def disagree(samples: dict[str, Sample]) -> bool:
+    """Some model is right where another is wrong; without verdicts: the words differ."""
+    verdicts = {s.get("correct") for s in samples.values()}
+    if None in verdicts:
+        return len({str(s.get("prediction")).strip() for s in samples.values()}) > 1
+    return len(verdicts) > 1
+
+
+def pick(
+    joined: dict[int, dict[str, Sample]], differing: Iterable[int], count: int
+) -> list[int]:
+    """Half from `differing`, the rest from the others, spread over kinds of questions."""
+    hard = set(differing)
+    first = _spread(joined, [d for d in joined if d in hard])
+    second = _spread(joined, [d for d in joined if d not in hard])
+    half = min(len(first), max(count // 2, count - len(second)))
+    return first[:half] + second[: count - half]
+
+
+def _spread(joined: dict[int, dict[str, Sample]], docs: Sequence[int]) -> list[int]:
+    """Round-robin over kinds, within a kind in an order that only the question decides."""
+    by_kind: dict[str, list[int]] = {}
+    for doc in sorted(docs, key=lambda d: _order(d, joined[d])):
+        by_kind.setdefault(_kind(joined[doc]), []).append(doc)
+    longest = max((len(v) for v in by_kind.values()), default=0)
+    return [by_kind[k][i] for i in range(longest) for k in sorted(by_kind) if i < len(by_kind[k])]
+
+
+def _order(doc: int, samples: dict[str, Sample]) -> str:
+    question = next(iter(samples.values()))["question"]
+    return hashlib.sha256(f"{doc} {question}".encode()).hexdigest()
+
+
+def _kind(samples: dict[str, Sample]) -> str:
+    first = next(iter(samples.values()))
+    return str(first.get("kind") or first.get("category") or "")
+
+
+def _shown(samples: dict[str, Sample], picture: str | None) -> Shown:
+    first = next(iter(samples.values()))
+    answers = [
+        Answer(
+            label,
+            str(s.get("prediction", "")).strip(),
+            s.get("correct"),
+            sorted({str(name) for name in s.get("hallucinated") or []}),
+        )
+        for label, s in samples.items()
+    ]
+    return Shown(picture, _kind(samples), str(first["question"]), str(first["answer"]), answers)
+
+
+# Pictures
+
+
+def load_pictures(
+    run: Run, task: str, documents: Sequence[dict[str, Sample]]
+) -> dict[int, str]:
+    """{doc_id: data URI} from the task's parquet file; empty where there is none at hand."""
+    path = data_file(run, task)
+    if path is None or not path.is_file():
+        return {}
+    wanted = {}
+    for samples in documents:
+        first = next(iter(samples.values()))
+        wanted[int(first["doc_id"])] = first.get("id")
+    try:
+        rows = _rows(path, wanted)
+        return {doc: _data_uri(row["image"]) for doc, row in rows.items() if row.get("image")}
+    except (OSError, ValueError, KeyError):  # a picture less is no reason to lose the report
+        return {}
+
+
+def _rows(path: Path, wanted: dict[int, Any]) -> dict[int, Sample]:
+    """Rows by number; a row whose id is another one than the sample's is left out."""
+    file = pq.ParquetFile(path)
+    columns = [name for name in ("id", "image") if name in file.schema_arrow.names]
+    found, start = {}, 0
+    for batch in file.iter_batches(batch_size=256, columns=columns):
+        for doc in sorted(wanted):
+            if start <= doc < start + batch.num_rows:
+                row = batch.slice(doc - start, 1).to_pylist()[0]
+                if wanted[doc] is None or row.get("id", wanted[doc]) == wanted[doc]:
+                    found[doc] = row
+        start += batch.num_rows
+    return found
+
+
+def _data_uri(image: dict[str, Any]) -> str:
+    source = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+    with Image.open(source) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    out = io.BytesIO()
+    small = max(picture.size) <= 128
+    kind = "png" if small else "jpeg"
+    picture.save(out, kind.upper(), **({"optimize": True} if small else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads lmms-eval's task files; their `!function` tags are names nobody calls here."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def data_file(run: Run, task: str) -> Path | None:
+    """The local file behind a task: `dataset_kwargs.data_files` of its YAML."""
+    include = (run.recipe.get("evaluate") or {}).get("include")
+    if not include:
+        return None
+    # Recipes are relative to where they were run; that is mostly two folders above the run.
+    folders = [Path(include), run.folder.resolve().parent.parent / include]
+    for folder in folders:
+        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
+            config = _task_config(path)
+            if config.get("task") == task:
+                return _first_file(config, path.parent)
+    return None
+
+
+def _task_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    base = path.parent / str(config.get("include"))
+    return {**_task_config(base), **config} if "include" in config and base != path else config
+
+
+def _first_file(config: dict[str, Any], folder: Path) -> Path | None:
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, dict):
+        files = files.get(config.get("test_split")) or next(iter(files.values()), None)
+    return folder / files if isinstance(files, str) and "://" not in files else None
