@@ -1,10 +1,11 @@
 """Models and processors from a folder, from the Hub, or from a config with random weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -13,30 +14,32 @@ from mmkd.recipe import ModelConfig
 
 transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
+FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_config(source: ModelConfig) -> Any:
     """The architecture's config, without weights."""
-    if source.config is not None:
-        settings = dict(source.config)
-        kind = settings.pop("model_type")
-        try:
-            return AutoConfig.for_model(kind, **settings)
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"no such architecture: {_reason(error)}", where=f"config of {kind}",
-                mend="check model_type and its settings",
-            ) from error  # fmt: skip
-    name = source.model or ""
-    with _named(name, "model"):
-        return AutoConfig.from_pretrained(
-            name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    if source.config is None:
+        name = source.model or ""
+        with _explained(name, "model"):
+            return AutoConfig.from_pretrained(
+                name, revision=source.revision, trust_remote_code=source.trust_remote_code
+            )
+    settings = dict(source.config)
+    kind = settings.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"no such architecture ({_reason(error)})",
+            where=f"config of {kind}",
+            mend="check model_type and its settings",
+        ) from error
 
 
-def load_model(source: ModelConfig, *, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A model in its dtype on its device, in eval mode.
+def load_model(source: ModelConfig) -> PreTrainedModel:
+    """The model of a recipe, in its dtype and in eval mode.
 
     Raises:
         CheckpointError: the folder is none, or its weights do not fit its config.
@@ -46,62 +49,74 @@ def load_model(source: ModelConfig, *, device: str | torch.device = "cpu") -> Pr
         model = AutoModelForImageTextToText.from_config(
             load_config(source), dtype=dtype, attn_implementation=source.attn_implementation
         )
-        return model.to(device).eval()
-    name = source.model or ""
-    with _named(name, "model"):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=source.revision,
-            dtype=dtype,
-            attn_implementation=source.attn_implementation,
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, info = loaded
-    lost: list[str] = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if lost or info["mismatched_keys"]:
-        example = lost[0] if lost else next(iter(info["mismatched_keys"]))[0]
-        raise CheckpointError(
-            f"the weights do not fit the config ({len(lost)} tensors missing or left over, "
-            f"such as {example})",
-            where=name,
-            mend="use the config that belongs to the weights",
-        )
-    return model.to(device).eval()
+        return model.eval()
+    return load_pretrained(
+        source.model or "",
+        dtype=dtype,
+        revision=source.revision,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+    )
 
 
 def load_processor(source: ModelConfig) -> Any:
-    """The processor with its chat template."""
-    name = source.processor_source
-    with _named(name, "processor"):
-        return AutoProcessor.from_pretrained(
-            name,
-            revision=source.revision if source.processor is None else None,
-            trust_remote_code=source.trust_remote_code,
+    """The processor of a recipe's model, with its chat template."""
+    return load_pretrained_processor(
+        source.processor_source,
+        revision=source.revision if source.processor is None else None,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
+    """A model from a folder or the Hub, every tensor accounted for; safetensors only.
+
+    Raises:
+        CheckpointError: the folder is none, or its weights do not fit its config.
+    """
+    with _explained(name, "model"):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **settings
         )
+    model, info = loaded
+    lost: list[str] = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    lost += [key for key, *_ in info["mismatched_keys"]]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} weights are missing, left over or of another shape, first {lost[0]}",
+            where=name,
+            mend="use the config that belongs to the weights",
+        )
+    return model.eval()
 
 
-class _named:  # noqa: N801
-    """Turn what transformers raises into one line that names the folder."""
+def load_pretrained_processor(name: str, **settings: Any) -> Any:
+    """The processor in a model's folder, with image processor and chat template."""
+    with _explained(name, "processor"):
+        processor: Any = AutoProcessor.from_pretrained(name, **settings)
+    mend = "save the processor into the model's folder (processor.save_pretrained)"
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError("the processor reads no images", where=name, mend=mend)
+    if not getattr(processor, "chat_template", None):
+        raise CheckpointError("the processor has no chat template", where=name, mend=mend)
+    return processor
 
-    def __init__(self, name: str, what: str):
-        self.name, self.what = name, what
 
-    def __enter__(self) -> None:
-        folder = Path(self.name)
-        if folder.is_dir() and not any(folder.glob("*.json")):
-            raise CheckpointError(
-                f"the folder holds no {self.what}", where=self.name, mend="check the path"
-            )
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
-            raise CheckpointError(
-                f"cannot load the {self.what}: {_reason(error)}",
-                where=self.name,
-                mend="give a Hugging Face model folder or a reachable Hub id",
-            ) from error
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Turn what the libraries raise for a bad folder into one line that names it."""
+    folder = Path(name)
+    marker = "config.json" if what == "model" else "*.json"
+    if folder.is_dir() and not any(folder.glob(marker)):
+        raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
+    if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
+        raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+    try:
+        yield
+    except Exception as error:  # a missing file and a broken one raise different types
+        raise CheckpointError(
+            f"cannot load the {what} ({_reason(error)})", where=name, mend=FOLDER
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -20,13 +20,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from mmkd.errors import CheckpointError, DataError, MmkdError
+from mmkd.loading import load_pretrained, load_pretrained_processor
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_p", "top_k")
-STUDENT_FOLDER = "give a folder with config.json, safetensors weights and the processor's files"
 
 Message = dict[str, Any]
 
@@ -58,11 +58,6 @@ class Prompt:
     images: list[Any]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """`None` means this process's GPU if there is one, else the CPU."""
     if device is not None:
@@ -90,63 +85,6 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
             f"unknown dtype {dtype!r}", mend="use auto, float32, bfloat16 or float16"
         )
     return found
-
-
-def check_folder(path: str) -> None:
-    """Refuse what is neither a model folder nor looks like a name on the Hub (owner/name)."""
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise CheckpointError("not a model folder: no config.json", where=path, mend=STUDENT_FOLDER)
-    if not folder.exists() and (folder.is_absolute() or path.count("/") != 1):
-        raise CheckpointError("no such model folder", where=path, mend=STUDENT_FOLDER)
-
-
-def load_model(
-    path: str, *, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
-    """Load a model from a folder or the Hub, or say in one line why it is none.
-
-    Raises:
-        CheckpointError: unknown architecture, unreadable or incomplete weights.
-    """
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except Exception as error:  # the libraries raise their own types for a broken file
-        raise CheckpointError(
-            f"cannot be loaded as an image-text-to-text model ({_first_line(error)})",
-            where=path,
-            mend=STUDENT_FOLDER,
-        ) from error
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        raise CheckpointError(
-            f"{len(missing)} weights are missing, first {missing[0]}",
-            where=path,
-            mend="they would be random; save the whole model again",
-        )
-    return model.to(device).eval()
-
-
-def load_processor(path: str, *, trust_remote_code: bool) -> ProcessorMixin:
-    """Load the processor beside a model.
-
-    Raises:
-        CheckpointError: there is none, or it has no image processor or no chat template.
-    """
-    mend = "save the processor into the model's folder (processor.save_pretrained)"
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a missing file and a broken one raise different types
-        raise CheckpointError(
-            f"no usable processor ({_first_line(error)})", where=path, mend=mend
-        ) from error
-    if not hasattr(processor, "image_processor"):
-        raise CheckpointError("the processor reads no images", where=path, mend=mend)
-    if not getattr(processor, "chat_template", None):
-        raise CheckpointError("the processor has no chat template", where=path, mend=mend)
-    return processor
 
 
 @contextmanager
@@ -241,15 +179,13 @@ class MmkdModel(lmms):
             if pretrained is None:
                 raise CheckpointError("no model given", mend="say pretrained=FOLDER")
             path, place = str(pretrained), resolve_device(device)
-            check_folder(path)
             # the processor first: its absence shows before gigabytes of weights are read
-            processor = processor or load_processor(path, trust_remote_code=trust_remote_code)
-            model = load_model(
-                path,
-                dtype=resolve_dtype(dtype, place),
-                device=place,
-                trust_remote_code=trust_remote_code,
+            processor = processor or load_pretrained_processor(
+                path, trust_remote_code=trust_remote_code
             )
+            model = load_pretrained(
+                path, dtype=resolve_dtype(dtype, place), trust_remote_code=trust_remote_code
+            ).to(place)  # type: ignore[arg-type]
         if processor is None:
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor

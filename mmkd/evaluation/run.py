@@ -23,6 +23,7 @@ from torch import nn
 
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.isolation import isolated
+from mmkd.files import write_json, write_text
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -322,18 +323,10 @@ def _weights_bytes(path: str | None, model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_result(result: EvaluationResult, out: Path) -> None:
     """Write the samples, then `results.json`; an older `results.json` goes first."""
     (out / "results.json").unlink(missing_ok=True)
     for task, samples in result.samples.items():
         lines = [json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples]
-        _write_whole(out / "samples" / f"{task}.jsonl", "".join(lines))
-    _write_whole(out / "results.json", json.dumps(result.summary(), indent=1) + "\n")
+        write_text(out / "samples" / f"{task}.jsonl", "".join(lines))
+    write_json(out / "results.json", result.summary())

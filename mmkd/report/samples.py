@@ -14,7 +14,9 @@ from PIL import Image
 
 from mmkd.report.rundata import TEACHER, Run, read_samples
 
-PER_TASK = 8
+PER_TASK = 9
+PER_WORDY_TASK = 6  # where answers are sentences
+WORDY = 30  # characters
 LARGEST_SIDE = 360
 Sample = dict[str, Any]
 
@@ -45,6 +47,7 @@ class TaskSamples:
     """The chosen documents of one task and how often the models disagree on it."""
 
     task: str
+    wordy: bool
     shown: list[Shown]
     disagreements: int
     documents: int
@@ -59,27 +62,26 @@ def sample_labels(run: Run) -> dict[str, str]:
     return chosen
 
 
-def choose_samples(run: Run, per_task: int = PER_TASK) -> list[TaskSamples]:
+def choose_samples(run: Run) -> list[TaskSamples]:
     """For every task that all models answered, half the documents where they disagree."""
     labels = sample_labels(run)
     tasks = dict.fromkeys(
         task for label in labels.values() for task in run.results[label].get("scores", {})
     )
-    return [found for task in tasks if (found := _task_samples(run, task, labels, per_task))]
+    return [found for task in tasks if (found := _task_samples(run, task, labels))]
 
 
-def _task_samples(
-    run: Run, task: str, labels: dict[str, str], per_task: int
-) -> TaskSamples | None:
+def _task_samples(run: Run, task: str, labels: dict[str, str]) -> TaskSamples | None:
     answers = {name: read_samples(run, label, task) for name, label in labels.items()}
     joined = join({name: rows for name, rows in answers.items() if rows})
     if not joined:
         return None
     differing = [doc for doc in joined if disagree(joined[doc])]
-    chosen = pick(joined, differing, per_task)
+    wordy = any(len(str(s["answer"])) > WORDY for doc in joined.values() for s in doc.values())
+    chosen = pick(joined, differing, PER_WORDY_TASK if wordy else PER_TASK)
     pictures = load_pictures(run, task, [joined[doc] for doc in chosen])
     shown = [_shown(joined[doc], pictures.get(doc)) for doc in chosen]
-    return TaskSamples(task, shown, len(differing), len(joined))
+    return TaskSamples(task, wordy, shown, len(differing), len(joined))
 
 
 def join(answers: dict[str, list[Sample]]) -> dict[int, dict[str, Sample]]:
@@ -100,14 +102,12 @@ def disagree(samples: dict[str, Sample]) -> bool:
     return len(verdicts) > 1
 
 
-def pick(
-    joined: dict[int, dict[str, Sample]], differing: Iterable[int], count: int
-) -> list[int]:
+def pick(joined: dict[int, dict[str, Sample]], differing: Iterable[int], count: int) -> list[int]:
     """Half from `differing`, the rest from the others, spread over kinds of questions."""
     hard = set(differing)
     first = _spread(joined, [d for d in joined if d in hard])
     second = _spread(joined, [d for d in joined if d not in hard])
-    half = min(len(first), max(count // 2, count - len(second)))
+    half = min(len(first), max(-(-count // 2), count - len(second)))
     return first[:half] + second[: count - half]
 
 
@@ -147,9 +147,7 @@ def _shown(samples: dict[str, Sample], picture: str | None) -> Shown:
 # Pictures
 
 
-def load_pictures(
-    run: Run, task: str, documents: Sequence[dict[str, Sample]]
-) -> dict[int, str]:
+def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -> dict[int, str]:
     """{doc_id: data URI} from the task's parquet file; empty where there is none at hand."""
     path = data_file(run, task)
     if path is None or not path.is_file():

@@ -309,41 +309,52 @@ def print_tables(tables: Tables) -> None:
 
 
 def _print(table: Table) -> None:
-    blocks = _blocks(table)
-    for i, columns in enumerate(blocks):
-        console.print(_drawn(table, columns, table.title if i == 0 else None))
+    unbounded = console.options.update(max_width=10_000)
+    wide = _drawn(table)
+    fits = console.measure(wide, options=unbounded).maximum <= console.width
+    console.print(wide if fits else _on_its_side(table))
 
 
-def _blocks(table: Table) -> list[list[Column]]:
-    """Columns that fit side by side on the terminal."""
-    blocks: list[list[Column]] = [[]]
-    for column in table.columns:
-        longer = [*blocks[-1], column]
-        wide = console.measure(_drawn(table, longer, None)).maximum > console.width
-        if wide and blocks[-1]:
-            blocks.append([column])
-        else:
-            blocks[-1] = longer
-    return blocks
-
-
-def _drawn(table: Table, columns: Sequence[Column], title: str | None) -> RichTable:
-    drawn = RichTable(
-        title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+def _frame(table: Table) -> RichTable:
+    return RichTable(
+        title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
     )
+
+
+def _drawn(table: Table) -> RichTable:
+    """Models as rows."""
+    drawn = _frame(table)
     drawn.add_column("")
-    for column in columns:
-        unit = " %" if column.unit == "percent" and not table.of_differences else ""
-        heading = f"{column.group}\n{column.title}{unit}".strip()
-        drawn.add_column(Text(heading), justify="right", no_wrap=True)
+    for column in table.columns:
+        drawn.add_column(Text(_heading(table, column, "\n")), justify="right", no_wrap=True)
     for row in table.rows:
-        name = Text(row.label)
-        if row.note:
-            name.append(f"  {row.note}", style="dim")
-        drawn.add_row(
-            name, *(_cell(table, row, c) for c in columns), style=_STYLES.get(row.role, "")
-        )
+        cells = (_cell(table, row, c) for c in table.columns)
+        drawn.add_row(_named(row, "  "), *cells, style=_STYLES.get(row.role, ""))
     return drawn
+
+
+def _on_its_side(table: Table) -> RichTable:
+    """Models as columns, for narrow terminals."""
+    drawn = _frame(table)
+    drawn.add_column("", no_wrap=True)
+    for row in table.rows:
+        style = _STYLES.get(row.role, "")
+        drawn.add_column(_named(row, "\n"), justify="right", style=style)
+    for i, column in enumerate(table.columns):
+        ends = i + 1 < len(table.columns) and table.columns[i + 1].group != column.group
+        cells = (_cell(table, row, column) for row in table.rows)
+        drawn.add_row(Text(_heading(table, column, " ")), *cells, end_section=ends)
+    return drawn
+
+
+def _heading(table: Table, column: Column, space: str) -> str:
+    unit = " %" if column.unit == "percent" and not table.of_differences else ""
+    return f"{column.group}{space}{column.title}{unit}".strip()
+
+
+def _named(row: Row, space: str) -> Text:
+    name = Text(row.label)
+    return name.append(f"{space}{row.note}", style="dim") if row.note else name
 
 
 _STYLES = {"teacher": "dim", "baseline": "dim italic"}
@@ -351,6 +362,7 @@ _STYLES = {"teacher": "dim", "baseline": "dim italic"}
 
 def _cell(table: Table, row: Row, column: Column) -> Text:
     text = format_value(row.values.get(column.key), column.unit, sign=row.role == "difference")
-    if row.role == "student" and row.label in table.best(column):
+    best = table.best(column)
+    if row.role == "student" and row.label in best:
         return Text(f"{text} *", style="bold green")
-    return Text(text + "  " if row.role == "student" and table.best(column) else text)
+    return Text(f"{text}  " if best else text)  # keeps the digits of a column in line

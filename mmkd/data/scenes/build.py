@@ -1,6 +1,7 @@
 """`mmkd data build scenes`: the data set's files, the same bytes for the same seed.
 
     DIR/train.parquet  validation.parquet       id, image, conversations, objects, digits, kind
+    DIR/captions.parquet                        the training pictures with one caption each
     DIR/preferences.parquet                     id, image, chosen, rejected
     DIR/eval/pope.parquet                       id, image, question, answer, category
     DIR/eval/vqa.parquet                        id, image, question, answer, kind
@@ -133,6 +134,18 @@ class Writer:
                 "id": f"{split}-{i:06d}",
                 "image": _image(scene),
                 "conversations": conversation((q.text, q.answer) for q in asked),
+                "objects": _objects(scene),
+                "digits": scene.digits,
+            }
+
+    def training_captions(self, count: int) -> Iterator[Row]:
+        for i in range(count):
+            scene, rng = self._scene("train", i), self._words_rng("train", 2 * POPE_OFFSET + i)
+            asked = questions.ask_caption(rng, scene)
+            yield {
+                "id": f"caption-{i:06d}",
+                "image": _image(scene),
+                "conversations": conversation([(asked.text, asked.answer)]),
                 "objects": _objects(scene),
                 "digits": scene.digits,
             }
@@ -301,6 +314,7 @@ def _write_all(
     plan: list[tuple[str, pa.Schema, Iterable[Row], int]] = [
         ("train.parquet", RECORDS, writer.records("train", train), train),
         ("validation.parquet", RECORDS, writer.records("validation", validation), validation),
+        ("captions.parquet", RECORDS, writer.training_captions(train), train),
         ("preferences.parquet", PREFERENCES, writer.preferences(train // 4), train // 4),
         ("eval/pope.parquet", POPE, writer.pope(evaluation), pope),
         ("eval/vqa.parquet", VQA, writer.vqa("test", evaluation), evaluation * 7),

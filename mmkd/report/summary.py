@@ -1,0 +1,181 @@
+"""What a run was, in plain words; every figure comes from the run's files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmkd.report.metrics import COST, VQA_OVERALL, Column
+from mmkd.report.rundata import Member, Run
+from mmkd.report.tables import Row, Tables, compact, format_value
+
+_SETTINGS = {"temperature": "T", "beta": "β", "alpha": "α", "region": "region"}
+_UNSAID = {"temperature": 1.0, "region": "response"}
+
+
+def summary(run: Run, tables: Tables) -> list[str]:
+    """A few sentences: models, training, state, main result."""
+    found = [_models(run, tables), _training(run), *_result(tables)]
+    return [sentence for sentence in found if sentence]
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must know before quoting a number of the page."""
+    found = [_unfinished(m) for m in run.members if not m.done]
+    scored = [m for m in run.members if m.label in run.results]
+    if run.recipe.get("evaluate") and len(scored) < len(run.members):
+        found.append(f"Evaluated so far: {len(scored)} of {len(run.members)} students.")
+    limits = {r.get("limit") for r in run.results.values()}
+    if limits - {None}:
+        text = " or ".join(
+            "all" if x is None else f"the first {x}" for x in sorted(limits, key=str)
+        )
+        found.append(f"Scores are of {text} questions per task only.")
+    return found
+
+
+def describe_objectives(objectives: Sequence[dict[str, Any]]) -> str:
+    """0.5 × ce + kl (T = 2)."""
+    return " + ".join(_describe(o) for o in objectives)
+
+
+def _describe(objective: dict[str, Any]) -> str:
+    weight = objective.get("weight", 1.0)
+    text = str(objective.get("name") or objective.get("kind"))
+    settings = [
+        f"{short} = {value:g}" if isinstance(value, int | float) else f"{short} = {value}"
+        for key, short in _SETTINGS.items()
+        if (value := objective.get(key)) is not None and value != _UNSAID.get(key)
+    ]
+    text += f" ({', '.join(settings)})" if settings else ""
+    return text if weight == 1 else f"{weight:g} × {text}"
+
+
+def _row(tables: Tables, role: str) -> Row | None:
+    return next((r for r in tables.main.rows if r.role == role), None)
+
+
+def _parameters(row: Row | None) -> float | None:
+    value = row.values.get((COST, "parameters")) if row else None
+    return value.mean if value else None
+
+
+def _models(run: Run, tables: Tables) -> str:
+    teacher, student = _row(tables, "teacher"), _row(tables, "student")
+    large, small = _parameters(teacher), _parameters(student)
+    source = (run.recipe.get("teacher") or {}).get("model")
+    count = "one student" if len(run.groups) == 1 else f"{len(run.groups)} students"
+    size = f" of {compact(small)} parameters" if small else ""
+    sizes = {_parameters(r) for r in tables.main.rows if r.role == "student"}
+    if len(sizes) > 1:
+        size = f", the first{size}"
+    if large and small:
+        times = f", {large / small:.1f} times smaller" if len(sizes) == 1 else ""
+        return f"A teacher of {compact(large)} parameters ({source}) and {count}{size}{times}."
+    taught = f" The teacher is {source}." if source else " No teacher."
+    return f"{count.capitalize()}{size}.{taught}"
+
+
+def _training(run: Run) -> str:
+    if not run.members:
+        return "Nothing was trained yet."
+    seeds = sorted({m.seed for m in run.members})
+    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    first = run.members[0]
+    steps = _steps(first)
+    stages = "one stage" if len(first.stages) == 1 else f"{len(first.stages)} stages"
+    tokens = sum(s.total("supervised_tokens") for s in first.stages)
+    said = f" ({compact(tokens)} supervised tokens)" if tokens else ""
+    seconds = sum(s.total("seconds") for m in run.members for s in m.stages)
+    alike = len({_steps(m) for m in run.members}) == 1
+    who = "It" if len(run.members) == 1 else "Each student" if alike else first.label
+    return (
+        f"{who} trained for {steps:,} steps{said} in {stages}; {named}. "
+        f"All training together took {duration(seconds)}."
+    )
+
+
+def _steps(member: Member) -> int:
+    return sum(len(stage.lines) for stage in member.stages)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _result(tables: Tables) -> list[str]:
+    """One sentence on the VQA score, or on the first quality metric there is."""
+    columns = [c for c in tables.main.columns if c.key[0] != COST]
+    column = next((c for c in columns if c.key[1] == VQA_OVERALL), columns[0] if columns else None)
+    if column is None:
+        return []
+    unit = "\u00a0%" if column.unit == "percent" else ""
+    rows = [r for r in tables.main.rows if column.key in r.values]
+    said = ", ".join(
+        f"{r.label} {format_value(r.values[column.key], column.unit)}{unit}" for r in rows
+    )
+    return [f"{column.name}: {said}.", *_difference(tables, column)]
+
+
+def _difference(tables: Tables, column: Column) -> list[str]:
+    if tables.differences is None:
+        return []
+    found = []
+    for row in tables.differences.rows:
+        if value := row.values.get(column.key):
+            text = format_value(value, column.unit, sign=True)
+            points = " points" if column.unit == "percent" else ""
+            found.append(f"{row.label}: {text}{points} ({row.note}).")
+    return found
+
+
+def _unfinished(member: Member) -> str:
+    for stage in member.stages:
+        if not stage.done:
+            at = int(stage.lines[-1]["step"]) if stage.lines else 0
+            of = f" of {stage.steps:,}" if stage.steps else ""
+            return f"{member.label} is not finished: step {at:,}{of} of stage {stage.name}."
+    return ""
+
+
+def provenance_rows(run: Run) -> list[tuple[str, str]]:
+    """Name and value of what the run depended on."""
+    found = run.provenance
+    machine, git = found.get("machine") or {}, found.get("git") or {}
+    rows = [("command", " ".join(map(str, found.get("command", []))))]
+    rows.append(("seeds", ", ".join(map(str, found.get("seeds", [])))))
+    changed = " with local changes" if git.get("changed") else ""
+    rows.append(("code", f"{git['commit']}{changed}" if git.get("commit") else ""))
+    rows.append(("machine", _machine(machine)))
+    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())))
+    rows += [(f"sha256 of {name}", str(digest)) for name, digest in found.get("data", {}).items()]
+    rows += [(f"evaluation of {label}", _evaluation(r)) for label, r in run.results.items()]
+    return [(name, value) for name, value in rows if value]
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    gpus = ", ".join(machine.get("gpus") or [])
+    parts = [
+        machine.get("processor"),
+        f"{machine['cpus']} CPUs" if machine.get("cpus") else None,
+        f"{machine['threads']} torch threads" if machine.get("threads") else None,
+        f"GPUs: {gpus}" if gpus else None,
+        machine.get("system"),
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _evaluation(results: dict[str, Any]) -> str:
+    limit = results.get("limit")
+    seconds = results.get("seconds")
+    parts = [
+        str(results.get("model", "")),
+        f"lmms-eval {results['lmms_eval']}" if results.get("lmms_eval") else None,
+        f"{results.get('dtype')} on {results.get('device')}",
+        f"batches of {results['batch_size']}" if results.get("batch_size") else None,
+        f"first {limit} questions per task" if limit else "all questions",
+        duration(seconds) if seconds is not None else None,
+    ]
+    return ", ".join(part for part in parts if part)

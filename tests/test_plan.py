@@ -1,0 +1,90 @@
+"""`mmkd plan`: figures against counts made by hand, and real architectures without weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from recipes import tiny_recipe
+
+from mmkd.loading import load_model, parameter_count
+from mmkd.plan import human, make_plan
+from mmkd.recipe import ModelConfig, load_recipe
+
+
+def test_counts_agree_with_the_real_model(scenes_dir, tiny_model_dir, tmp_path):
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        teacher={"model": str(tiny_model_dir)},
+        stage={
+            "train": ["connector"],
+            "objectives": [{"kind": "kl"}],
+            "batch": {"size": 4, "accumulate": 2},
+        },
+    )
+    plan = make_plan(load_recipe(raw))
+    (stage,) = plan["members"]["student"]["stages"]
+    model = load_model(ModelConfig(model=str(tiny_model_dir)))
+    connector = sum(p.numel() for n, p in model.named_parameters() if "multi_modal_projector" in n)
+    assert stage["parameters"] == plan["teacher"]["parameters"] == parameter_count(model)
+    assert stage["trainable"] == connector
+    assert stage["records"] == 64
+    assert stage["records_per_step"] == 8
+    assert stage["vision_tokens_per_step"] == 8 * 64
+    assert stage["memory_bytes"]["gradients"] == 4 * connector
+    assert stage["memory_bytes"]["optimizer"] == 8 * connector
+    assert stage["memory_bytes"]["teacher_weights"] == 4 * parameter_count(model)
+
+
+def test_flops_follow_the_formula(scenes_dir, tiny_model_dir, tmp_path):
+    """A frozen decoder behind a training connector: forward and gradients of activations."""
+
+    def flops(**stage):
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage=stage)
+        return make_plan(load_recipe(raw))["members"]["student"]["stages"][0]["flops_per_step"]
+
+    whole, connector, head = (flops(train=[g]) for g in ("all", "connector", "head"))
+    forward = head["student_decoder"]
+    assert connector["student_decoder"] == pytest.approx(2 * forward, rel=1e-6)
+    assert whole["student_decoder"] == pytest.approx(3 * forward, rel=1e-6)
+    assert whole["student_vision"] == pytest.approx(3 * connector["student_vision"], rel=1e-6)
+    assert whole["total"] == sum(v for k, v in whole.items() if k != "total")
+
+
+def test_a_seven_billion_model_is_planned_without_weights(scenes_dir, tmp_path):
+    raw = tiny_recipe(
+        scenes_dir,
+        "unused",
+        tmp_path,
+        student={
+            "processor": str(scenes_dir / "processor"),
+            "config": {"model_type": "llava", "image_token_index": 4},
+        },
+    )
+    (stage,) = make_plan(load_recipe(raw))["members"]["student"]["stages"]
+    assert 6.7e9 < stage["parameters"] < 7.3e9
+
+
+def test_the_command_prints_a_table_and_json(scenes_dir, tiny_model_dir, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)))
+    command = [sys.executable, "-m", "mmkd.cli", "plan", str(path)]
+    environment = {**os.environ, "COLUMNS": "120"}
+    table, raw = (
+        subprocess.run(
+            [*command, *more], capture_output=True, text=True, timeout=120, env=environment
+        )
+        for more in ([], ["--json"])
+    )
+    assert table.returncode == raw.returncode == 0
+    assert "supervised" in table.stdout
+    assert json.loads(raw.stdout)["members"]["student"]["stages"][0]["stage"] == "mimic"
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_numbers_for_people():
+    assert [human(v) for v in (7, 1500, 2.5e6)] == ["7", "1.50 k", "2.50 M"]
