@@ -59,6 +59,16 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
     )
 
 
+def skeleton(source: ModelConfig) -> PreTrainedModel:
+    """The model without storage for its weights: parameters are on torch's `meta` device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            load_config(source),
+            dtype=DTYPES[source.dtype],
+            trust_remote_code=source.trust_remote_code,
+        )
+
+
 def load_processor(source: ModelConfig) -> Any:
     """The processor of a recipe's model, with its chat template."""
     return load_pretrained_processor(

@@ -18,13 +18,14 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, set_seed
 
-from mmkd import provenance
+from mmkd import preflight, provenance
 from mmkd.engines import distributed
 from mmkd.errors import RecipeError
 from mmkd.files import read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.objectives import REGISTRY
 from mmkd.progress import console
-from mmkd.recipe import ModelConfig, Recipe, StageConfig, load_recipe, to_yaml
+from mmkd.recipe import Recipe, StageConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage, save_student
 from mmkd.students import convert
 
@@ -70,45 +71,51 @@ def run(recipe: Recipe) -> Path:
     """Train every member, evaluate, and return the run's folder.
 
     A second call on the same folder continues: finished stages are skipped, an unfinished one
-    resumes from its newest checkpoint, finished evaluations are kept.
+    resumes from its newest checkpoint, finished evaluations are kept. Nothing is written before
+    recipe, models and data have been looked through.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe.
+        MmkdError: in one line, what is wrong with recipe, models or data.
     """
-    folder = run_folder(recipe)
-    device = distributed.choose_device(recipe.stages[0].engine.device)
-    distributed.connect(device)
+    distributed.connect(distributed.choose_device(recipe.stages[0].engine.device))
     todo = members(recipe)
     for member in todo:
-        claim(member)
-    if distributed.rank() == 0:
-        write_text(folder / "recipe.yaml", to_yaml(recipe))
-        write_json(folder / "provenance.json", provenance.collect(recipe))
+        refuse_other_recipe(member)
+        if not _is_trained(member):
+            preflight.check(member.recipe)
     distributed.barrier()
     for member in todo:
-        train(member)
+        train(member, recipe)
     if distributed.rank() == 0:
         evaluate(recipe, todo)
     distributed.barrier()
-    return folder
+    return run_folder(recipe)
 
 
-def claim(member: Member) -> None:
-    """Mark the folder as this member's, or refuse it."""
+def refuse_other_recipe(member: Member) -> None:
+    """A folder in which something was trained may only go on with the same recipe."""
     path = member.folder / "training.yaml"
-    raw = yaml.safe_load(to_yaml(member.recipe))
-    if not path.exists():
-        if distributed.rank() == 0:
-            write_text(path, to_yaml(member.recipe))
+    started = any(member.folder.glob("*/done.json")) or any(member.folder.glob("*/checkpoints/*"))
+    if not path.exists() or not started:
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if found != raw:
-        keys = ", ".join(_differences(found, raw))
+    wanted = yaml.safe_load(to_yaml(member.recipe))
+    if found != wanted:
         raise RecipeError(
-            f"the folder holds a run of another recipe, it differs in {keys}",
+            f"the folder holds a run of another recipe, it differs in "
+            f"{', '.join(_differences(found, wanted))}",
             where=str(member.folder),
             mend="give the run another name, or delete the folder",
         )
+
+
+def describe(member: Member, recipe: Recipe) -> None:
+    """Write down what is trained, on what and where."""
+    if distributed.rank() == 0:
+        folder = run_folder(recipe)
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+        write_json(folder / "provenance.json", provenance.collect(recipe))
+        write_text(member.folder / "training.yaml", to_yaml(member.recipe))
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -123,57 +130,63 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return inner[:3]
 
 
-def train(member: Member) -> None:
-    """Run the member's unfinished stages."""
-    recipe = member.recipe
-    pending = [i for i in range(len(recipe.stages)) if not _is_done(member.stage_folder(i))]
-    if not pending:
+def train(member: Member, recipe: Recipe) -> None:
+    """Run the member's unfinished stages; `recipe` is the whole run's."""
+    if _is_trained(member):
         console.print(f"{member.label}: already trained", highlight=False)
         return
-    teacher = _teacher(recipe, [recipe.stages[i] for i in pending])
+    stages = member.recipe.stages
+    pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
+    teacher, teacher_tokenizer = _teacher(member.recipe, [stages[i] for i in pending])
     for index in pending:
-        stage, folder = recipe.stages[index], member.stage_folder(index)
-        source = member.stage_folder(index - 1) / "student" if index else start(member)
-        student_source = (
-            source
-            if isinstance(source, ModelConfig)
-            else recipe.student.model_copy(
-                update={"model": str(source), "config": None, "processor": None, "revision": None}
-            )
-        )
-        processor = load_processor(student_source)
+        student, processor = _student_before(member, index, recipe)
+        describe(member, recipe)
         shared = None
         if teacher is not None:
-            shared = shared_vocabulary(processor.tokenizer, _teacher_tokenizer(recipe))
-        console.rule(f"{member.label}: stage {stage.name}")
+            shared = shared_vocabulary(processor.tokenizer, teacher_tokenizer)
+        if distributed.rank() == 0:
+            console.rule(f"{member.label}: stage {stages[index].name}")
         run_stage(
-            stage,
-            student=load_model(student_source),
+            stages[index],
+            student=student,
             processor=processor,
             teacher=teacher,
             shared_vocabulary=shared,
-            data=recipe.stage_data(stage),
-            folder=folder,
-            seed=recipe.seed + index,
+            data=member.recipe.stage_data(stages[index]),
+            folder=member.stage_folder(index),
+            seed=member.recipe.seed + index,
         )
         if distributed.rank() == 0:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(member.stage_folder(index) / "checkpoints", ignore_errors=True)
         distributed.barrier()
 
 
-def start(member: Member) -> Path | ModelConfig:
-    """The student before its first stage: its folder, or its source where nothing changes it."""
+def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    """Student and processor that stage `index` starts from."""
     config = member.recipe.student
-    if config.config is None and not config.convert:
-        return config
+    if index > 0:
+        folder = member.stage_folder(index - 1) / "student"
+    elif config.config is None and not config.convert:
+        return load_model(config), load_processor(config)
+    else:
+        folder = start(member, recipe)
+    source = config.model_copy(
+        update={"model": str(folder), "config": None, "processor": None, "revision": None}
+    )
+    return load_model(source), load_processor(source)
+
+
+def start(member: Member, recipe: Recipe) -> Path:
+    """Write the from-scratch or converted student before its first stage; returns its folder."""
+    config = member.recipe.student
     folder = member.folder / "00-start"
     if not _is_done(folder) and distributed.rank() == 0:
         set_seed(member.recipe.seed)
-        student = load_model(config)
+        student, processor = load_model(config), load_processor(config)
         report = convert(student, config.convert)
         for line in report.lines:
             console.print(line, highlight=False)
-        processor = load_processor(config)
+        describe(member, recipe)
         write_folder(folder / "student", lambda path: save_student(student, processor, path))
         write_json(
             folder / "done.json",
@@ -187,18 +200,16 @@ def _is_done(folder: Path) -> bool:
     return (folder / "done.json").exists()
 
 
-def _teacher(recipe: Recipe, stages: list[StageConfig]) -> PreTrainedModel | None:
-    from mmkd.objectives import REGISTRY
+def _is_trained(member: Member) -> bool:
+    return all(_is_done(member.stage_folder(i)) for i in range(len(member.recipe.stages)))
 
+
+def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[PreTrainedModel | None, Any]:
+    """Teacher and its tokenizer, where one of the stages has an objective that needs them."""
     kinds = {o.kind for s in stages for o in s.objectives}
     if recipe.teacher is None or not any("teacher" in REGISTRY[k].needs for k in kinds):
-        return None
-    return load_model(recipe.teacher)
-
-
-def _teacher_tokenizer(recipe: Recipe) -> Any:
-    assert recipe.teacher is not None
-    return load_processor(recipe.teacher).tokenizer
+        return None, None
+    return load_model(recipe.teacher), load_processor(recipe.teacher).tokenizer
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:
@@ -213,7 +224,11 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
         sources = {TEACHER: recipe.teacher.model, **sources}
     for label, source in sources.items():
         out = run_folder(recipe) / "evaluation" / label
-        request = {"model": source, **settings.model_dump(mode="json")}
+        request = {
+            "model": source,
+            "weights": provenance.weights_hash(Path(source)),
+            **settings.model_dump(mode="json"),
+        }
         if (out / "request.json").exists() and read_json(out / "request.json") == request:
             continue
         console.rule(f"{label}: evaluation")
@@ -224,5 +239,7 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
             out=out,
             batch_size=settings.batch_size,
             limit=settings.limit,
+            device=str(distributed.choose_device(recipe.stages[0].engine.device)),
+            trust_remote_code=recipe.student.trust_remote_code,
         )
         write_json(out / "request.json", request)

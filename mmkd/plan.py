@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import distributed
 from mmkd.errors import MmkdError
-from mmkd.loading import DTYPES, load_config, load_processor
+from mmkd.loading import load_processor, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.ops.linear_loss import CHUNK_ELEMENTS
 from mmkd.pipeline import members
 from mmkd.progress import console
-from mmkd.recipe import DataConfig, ModelConfig, Recipe, StageConfig
+from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.students import convert, set_trainable
 from mmkd_models.parts import find_parts
 
@@ -80,14 +80,6 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         },
         "recipe": recipe.model_dump(mode="json"),
     }
-
-
-def skeleton(source: ModelConfig) -> PreTrainedModel:
-    """The model without storage for its weights."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            load_config(source), dtype=DTYPES[source.dtype]
-        )
 
 
 def plan_stage(

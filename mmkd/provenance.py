@@ -42,6 +42,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(folder: Path) -> str | None:
+    """One hash over a model folder's weight files; None for what is not a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from mmkd.attention import prefer_float32_attention
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.batches import Batch, BatchStream, Encoder
 from mmkd.data.records import Records
 from mmkd.engines import Engine, StepResult, TorchEngine, distributed
-from mmkd.errors import NonFiniteLossError, RecipeError
+from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_folder, write_json
 from mmkd.objectives import Objective, build_objective
 from mmkd.optim import build_optimizer, build_schedule
@@ -199,12 +200,6 @@ def run_stage(
         build_objective(o, shared_vocabulary=shared_vocabulary) for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
-    if "teacher" in needs and teacher is None:
-        names = ", ".join(o.name for o in objectives if "teacher" in o.needs)
-        raise RecipeError(
-            f"objective {names} needs a teacher", where=f"stage {config.name}",
-            mend="add 'teacher' to the recipe",
-        )  # fmt: skip
     encoder = Encoder(Records(data), processor, data, vision_labels="vision_labels" in needs)
     stream = BatchStream(
         encoder,
@@ -243,6 +238,8 @@ def build_engine(
     torch.nn.Module.to(student, device)
     student.train()
     set_trainable(student, config.train)
+    if device.type == "cpu" and config.precision == "bfloat16":
+        prefer_float32_attention(student)
     if config.activation_checkpointing:
         student.activation_checkpointing_enable()
     optimizer = build_optimizer(student.parameters(), config.optimizer)

@@ -8,6 +8,7 @@ from recipes import tiny_recipe
 from safetensors.torch import load_file
 
 from mmkd import pipeline
+from mmkd.attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.recipe import ModelConfig, load_recipe
@@ -152,6 +153,18 @@ def test_bfloat16_autocast_stays_close_to_float32(recipe, tiny_model_dir):
     )
     assert half[0]["ce"] == pytest.approx(full[0]["ce"], rel=2e-2)
     assert all(t.dtype == torch.float32 for t in weights.values())
+
+
+def test_float32_attention_is_sdpa_itself(tiny_model_dir):
+    model = load_model(ModelConfig(model=str(tiny_model_dir)))
+    ids = torch.arange(10, 40).view(2, 15)
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    want = model(input_ids=ids, attention_mask=mask).logits
+    prefer_float32_attention(model)
+    assert model.config._attn_implementation == "sdpa_float32"
+    got = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(got[mask.bool()], want[mask.bool()])
 
 
 def test_activation_checkpointing_changes_nothing(recipe):
