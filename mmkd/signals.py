@@ -3,11 +3,16 @@
 Logits are never built here: objectives project final hidden states through the head in chunks.
 """
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import CheckpointError
 from mmkd.objectives import Signals
+from mmkd_models.parts import find_parts
 
 # Settings that change logits behind the head: projecting hidden states alone would miss them.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -26,7 +31,23 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
 
 
 def capture(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Signals:
-    """Run the body once: final hidden states [B, T, H], and the head they go through."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, and
+    the head they go through."""
+    entering: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entering.append(kwargs["inputs_embeds"])
+
+    with _hooked(find_parts(model).decoder, keep):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
-    return Signals(hidden, head.weight, getattr(head, "bias", None))
+    return Signals(hidden, head.weight, getattr(head, "bias", None), entering[0])
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -312,6 +312,15 @@ def test_an_unfinished_run_says_where_it_stands(run_dir: Path) -> None:
     assert "ce-seed2 is not finished: step 7 of 40 of stage mimic." in html
 
 
+def test_students_that_wait_their_turn_are_counted(run_dir: Path) -> None:
+    for path in sorted((run_dir / "ce-seed2").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (run_dir / "ce-seed2").rmdir()
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "Not begun: 1 of 6 students." in html
+    assert "Each student has trained for 40 steps so far" in html
+
+
 def test_a_run_that_has_not_begun(tmp_path: Path, terminal: Console) -> None:
     put(tmp_path / "recipe.yaml", to_yaml(load_recipe(raw_recipe(tmp_path))))
     html = write_report(tmp_path).read_text(encoding="utf-8")
@@ -439,7 +448,10 @@ def test_kinds_without_questions_are_left_out(run_dir: Path) -> None:
 def test_print_scores_marks_the_best_student(terminal: Console) -> None:
     print_scores({"teacher": scores(0.9), "kd": scores(0.72), "ce": scores(0.66)})
     text = terminal.export_text()
-    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    rows: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.strip():
+            rows.setdefault(line.split()[0], line)  # the first table's
     assert "72.0 *" in rows["kd"]
     assert "28.0 *" in rows["kd"]  # CHAIR, lower is better
     assert "*" not in rows["ce"]
@@ -498,14 +510,21 @@ def test_vqa_kinds_are_read_off_the_metrics() -> None:
 
 
 def test_documents_are_joined_only_where_the_question_is_the_same() -> None:
-    a = [{"doc_id": 0, "question": "x"}, {"doc_id": 1, "question": "y"}, {"doc_id": 2}]
-    b = [{"doc_id": 1, "question": "z"}, {"doc_id": 0, "question": "x"}]
+    a: list[dict[str, Any]] = [
+        {"doc_id": 0, "question": "x"},
+        {"doc_id": 1, "question": "y"},
+        {"doc_id": 2},
+    ]
+    b: list[dict[str, Any]] = [{"doc_id": 1, "question": "z"}, {"doc_id": 0, "question": "x"}]
     assert list(join({"a": a[:2], "b": b})) == [0]
     assert join({}) == {}
 
 
 def test_disagreement_without_verdicts_is_about_words() -> None:
-    said = [{"prediction": "a ", "correct": None}, {"prediction": "a", "correct": None}]
+    said: list[dict[str, Any]] = [
+        {"prediction": "a ", "correct": None},
+        {"prediction": "a", "correct": None},
+    ]
     assert not disagree(dict(zip("xy", said, strict=True)))
     said[1]["prediction"] = "b"
     assert disagree(dict(zip("xy", said, strict=True)))

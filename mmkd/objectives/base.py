@@ -24,11 +24,14 @@ class Signals:
         hidden: [B, T, H], final hidden states, what the head is applied to.
         head_weight: [V, H].
         head_bias: [V] or None.
+        embeddings: [B, T, H], what enters the decoder: word embeddings, and the connector's output
+            at image tokens.
     """
 
     hidden: Tensor
     head_weight: Tensor
     head_bias: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Outcome:
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def share_of(mean: Tensor, rows: Tensor, count: float) -> Tensor:
+    """A mean over this micro-batch's rows as its part of the mean over `count` rows."""
+    return mean * (rows.sum().double() / count).to(mean.dtype)
 
 
 class ObjectiveConfig(BaseModel):

@@ -12,7 +12,16 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Region, Signals, Targets
+from mmkd.objectives.base import (
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Region,
+    Signals,
+    Targets,
+    share_of,
+)
 from mmkd.ops import linear_divergence
 
 
@@ -64,7 +73,7 @@ class Divergence(Objective):
             vocab_size=self.shared_vocabulary,
             **settings,
         )
-        return Outcome(mean * (rows.sum() / count))
+        return Outcome(share_of(mean, rows, count))
 
 
 class Jsd(Divergence):

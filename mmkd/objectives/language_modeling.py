@@ -9,7 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Signals,
+    Targets,
+    share_of,
+)
 from mmkd.ops import linear_cross_entropy
 
 
@@ -38,4 +45,4 @@ class CrossEntropy(Objective):
             mask=rows.flatten(),
             bias=student.head_bias,
         )
-        return Outcome(mean * (rows.sum() / count))
+        return Outcome(share_of(mean, rows, count))

@@ -1,28 +1,45 @@
 """`token_labels`: every image token says the word for what it shows.
 
-    L = -1/|P| sum_{t in P} log q_t(w_t)
+    L = -1/|P| sum_{t in P} log softmax(W n(h_t))[w_t]
 
-with P the image tokens and w_t the word of the object whose box covers the token's patch. Dense
-supervision of vision tower, connector and word embeddings at once, in the spirit of token labelling
-(Jiang et al. 2021, arXiv 2104.10858). It needs records with `objects` (name and box).
+with P the image tokens inside of an object's box, w_t that object's word and W the output head. At
+`connector`, h is what the connector hands to the decoder and n scales it to unit root mean square:
+image tokens come to lie where the head has their words, which with tied embeddings is where the
+decoder knows them already. At `decoder`, h is the final hidden state and n does nothing.
+
+Dense supervision of the vision tower, in the spirit of token labelling (Jiang et al. 2021,
+arXiv 2104.10858). It needs records with `objects` (name and box).
 """
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.objectives.base import (
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Signals,
+    Targets,
+    share_of,
+)
 from mmkd.ops import linear_cross_entropy
+
+EPSILON = 1e-6
 
 
 class TokenLabelsConfig(ObjectiveConfig):
     """Cross-entropy of image tokens against the word of the object they show."""
 
     kind: Literal["token_labels"] = "token_labels"
+    at: Literal["connector", "decoder"] = "connector"
 
 
 class TokenLabels(Objective):
     config_class = TokenLabelsConfig
+    config: TokenLabelsConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels"})
 
     def rows(self, targets: Targets) -> Tensor:
@@ -35,11 +52,21 @@ class TokenLabels(Objective):
     ) -> Outcome:
         rows = self.rows(targets)
         assert targets.vision_labels is not None
+        hidden = student.hidden
+        if self.config.at == "connector":
+            if student.embeddings is None:
+                raise ValueError("token_labels at the connector needs the decoder's input")
+            hidden = _unit_rms(student.embeddings)
         mean = linear_cross_entropy(
-            student.hidden.flatten(0, 1),
+            hidden.flatten(0, 1),
             student.head_weight,
             targets.vision_labels.flatten(),
             mask=rows.flatten(),
             bias=student.head_bias,
         )
-        return Outcome(mean * (rows.sum() / count))
+        return Outcome(share_of(mean, rows, count))
+
+
+def _unit_rms(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * (wide.pow(2).mean(-1, keepdim=True) + EPSILON).rsqrt()

@@ -7,12 +7,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmkd.report.metrics import COST, Column, all_columns
+from mmkd.report.metrics import Column, all_columns
 from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
 from mmkd.report.samples import choose_samples, sample_labels
 from mmkd.report.summary import describe_objectives, provenance_rows, summary, warnings
-from mmkd.report.tables import Row, Table, Tables, format_value, scored_models
+from mmkd.report.tables import (
+    Row,
+    Table,
+    Tables,
+    Value,
+    format_value,
+    metrics_by_task,
+    scored_models,
+)
 
 HERE = Path(__file__).parent
 
@@ -64,6 +72,7 @@ def render(run: Run, tables: Tables) -> str:
         kinds=[(table.task, kinds(run, table)) for table in tables.kinds],
         has_majority=any(r.role == "baseline" for r in tables.main.rows),
         has_chair=any("chair" in c.key[1] for c in tables.main.columns),
+        one_seed=all(len({m.seed for m in run.members if m.group == g}) == 1 for g in run.groups),
         every_metric=every_metric(run),
         stages=[(s.stage, [(p.title, Markup(p.svg)) for p in s.panels]) for s in stage_panels(run)],
         students=students(run),
@@ -91,10 +100,16 @@ def cell(table: Table, row: Row, column: Column) -> Cell:
     spread = spread and f"± {spread}"
     if row.role == "student" and row.label in table.best(column):
         return Cell(text, spread, "best")
-    if row.role == "difference" and value is not None and column.better and value.mean:
+    if row.role == "difference" and value and column.better and _beyond_spread(value):
         gain = (value.mean > 0) == (column.better == "higher")
         return Cell(text, spread, "gain" if gain else "loss")
+    if value is None and row.role == "baseline":
+        return Cell("", "", "")
     return Cell(text, spread, "none" if value is None else "")
+
+
+def _beyond_spread(value: Value) -> bool:
+    return value.std is not None and abs(value.mean) > value.std
 
 
 def spans(table: Table) -> list[tuple[str, int]]:
@@ -138,12 +153,8 @@ def kinds(run: Run, table: Table) -> list[Kind]:
 def every_metric(run: Run) -> Table:
     """All metrics of all tasks, models as rows; the page turns it on its side."""
     models = scored_models(run)
-    names: dict[str, dict[str, None]] = {}
-    for scores in (s for model in models for s in model.seeds.values()):
-        for task, values in scores.items():
-            if task != COST:
-                names.setdefault(task, {}).update(dict.fromkeys(values))
-    columns = [c for task, metrics in names.items() for c in all_columns(task, list(metrics))]
+    metrics = metrics_by_task(models)
+    columns = [c for task, names in metrics.items() for c in all_columns(task, names)]
     return Table("All metrics", columns, [model.row(columns) for model in models])
 
 

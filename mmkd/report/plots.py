@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -125,10 +127,7 @@ def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float],
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def _style(axes: object) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.spines[["left", "bottom"]].set_alpha(0.35)
@@ -143,10 +142,8 @@ def _style(axes: object) -> None:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    from matplotlib import rc_context
-
     out = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "svg.id": None}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=nothing)
     text = out.getvalue()

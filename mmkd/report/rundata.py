@@ -78,6 +78,12 @@ class Run:
         return label == TEACHER and all(m.label != TEACHER for m in self.members)
 
     @property
+    def expected(self) -> int:
+        """How many students the recipe asks for; those not begun have no folder yet."""
+        groups, seeds = 1 + len(self.recipe.get("variants") or {}), self.recipe.get("seeds") or [0]
+        return max(groups * len(seeds), len(self.members))
+
+    @property
     def teacher(self) -> dict[str, Any] | None:
         """The teacher's results."""
         return self.results.get(TEACHER) if self.is_teacher(TEACHER) else None

@@ -14,15 +14,23 @@ _UNSAID = {"temperature": 1.0, "region": "response"}
 def summary(run: Run, tables: Tables) -> list[str]:
     """A few sentences: models, training, state, main result."""
     found = [_models(run, tables), _training(run), *_result(tables)]
-    return [sentence for sentence in found if sentence]
+    return [_unbroken(sentence) for sentence in found if sentence]
+
+
+def _unbroken(sentence: str) -> str:
+    """Keep a mean and its spread on one line."""
+    return sentence.replace(" ± ", "\u00a0±\u00a0")
 
 
 def warnings(run: Run) -> list[str]:
     """What a reader must know before quoting a number of the page."""
     found = [_unfinished(m) for m in run.members if not m.done]
+    waiting = run.expected - len(run.members)
+    if waiting:
+        found.append(f"Not begun: {waiting} of {run.expected} students.")
     scored = [m for m in run.members if m.label in run.results]
-    if run.recipe.get("evaluate") and len(scored) < len(run.members):
-        found.append(f"Evaluated so far: {len(scored)} of {len(run.members)} students.")
+    if run.recipe.get("evaluate") and len(scored) < run.expected:
+        found.append(f"Evaluated so far: {len(scored)} of {run.expected} students.")
     limits = {r.get("limit") for r in run.results.values()}
     if limits - {None}:
         text = " or ".join(
@@ -86,9 +94,11 @@ def _training(run: Run) -> str:
     said = f" ({compact(tokens)} supervised tokens)" if tokens else ""
     seconds = sum(s.total("seconds") for m in run.members for s in m.stages)
     alike = len({_steps(m) for m in run.members}) == 1
+    done = all(m.done for m in run.members) and len(run.members) == run.expected
+    trained, so_far = ("trained", "") if done else ("has trained", " so far")
     who = "It" if len(run.members) == 1 else "Each student" if alike else first.label
     return (
-        f"{who} trained for {steps:,} steps{said} in {stages}; {named}. "
+        f"{who} {trained} for {steps:,} steps{so_far}{said} in {stages}; {named}. "
         f"All training together took {duration(seconds)}."
     )
 
@@ -98,11 +108,12 @@ def _steps(member: Member) -> int:
 
 
 def duration(seconds: float) -> str:
+    """12 s, 34 min, 5.6 h; the unit stays with its number."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{0 if seconds >= 10 else 1}f}\u00a0s"
     if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+        return f"{seconds / 60:.0f}\u00a0min"
+    return f"{seconds / 3600:.1f}\u00a0h"
 
 
 def _result(tables: Tables) -> list[str]:

@@ -17,6 +17,7 @@ from mmkd.progress import console
 from mmkd.report.metrics import (
     COST,
     COSTS,
+    HEADLINE,
     VQA_MAJORITY,
     VQA_OVERALL,
     Column,
@@ -151,7 +152,7 @@ def build_tables(run: Run) -> Tables:
 
 def make_tables(models: Sequence[Scored]) -> Tables:
     """The headline table and the tables by question kind."""
-    metrics = _metrics(models)
+    metrics = metrics_by_task(models)
     columns = [c for task, names in metrics.items() for c in headline_columns(task, names)]
     known_costs = {m for model in models for s in model.seeds.values() for m in s.get(COST, {})}
     columns += [c for c in COSTS if c.key[1] in known_costs]
@@ -167,14 +168,15 @@ def make_tables(models: Sequence[Scored]) -> Tables:
     return Tables(Table("Scores", columns, rows), [k for k in kinds if k])
 
 
-def _metrics(models: Sequence[Scored]) -> dict[str, list[str]]:
-    """{task: metrics} over all models, in order of appearance."""
+def metrics_by_task(models: Sequence[Scored]) -> dict[str, list[str]]:
+    """{task: metrics} over all models: tasks with a known headline first, in its order."""
     found: dict[str, dict[str, None]] = {}
     for scores in (s for model in models for s in model.seeds.values()):
         for task, values in scores.items():
             if task != COST:
                 found.setdefault(task, {}).update(dict.fromkeys(values))
-    return {task: list(names) for task, names in found.items()}
+    tasks = [*(t for t in HEADLINE if t in found), *(t for t in found if t not in HEADLINE)]
+    return {task: list(found[task]) for task in tasks}
 
 
 def _first(models: Sequence[Scored], key: Key) -> Value | None:
@@ -268,7 +270,7 @@ def format_value(value: Value | None, unit: Unit, *, sign: bool = False) -> str:
     scale = 100 if unit == "percent" else 1
     mean = scale * value.mean
     digits = 1 if unit == "percent" else _digits(mean)
-    text = f"{mean:{'+' if sign else ''},.{digits}f}"
+    text = f"{mean:{'+' if sign else ''},.{digits}f}".replace("-", "−")
     if value.std is None:
         return text
     return f"{text} ± {scale * value.std:,.{digits}f}"
