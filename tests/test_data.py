@@ -295,3 +295,25 @@ def test_grid_words_take_the_smallest_box_at_each_centre():
 def test_batches_move_as_a_whole(folder):
     batch = next(stream(folder, 2, 1).steps(0, 1))[0].to(torch.device("cpu"))
     assert batch.inputs["input_ids"].device.type == "cpu"
+
+
+def test_vision_labels_name_what_each_image_token_shows(folder):
+    processor = FAMILIES["llava"]()
+    objects = [{"name": "cats", "box": [0, 0, 20, 12]}, {"name": "dog", "box": [20, 12, 40, 24]}]
+    rows = [
+        {"image": "red.png", "conversations": conversations(TURNS[:2]), "objects": objects},
+        {"image": "grey.png", "conversations": conversations(TURNS[:2]), "objects": []},
+    ]
+    encoder = Encoder(records(folder, rows), processor, DataConfig(train="-"), vision_labels=True)
+    targets = encoder.encode([0, 1]).targets
+    cats, dog = (processor.tokenizer.encode(w)[-1] for w in ("cats", "dog"))
+    grid = targets.vision_labels[0][targets.vision[0]].view(4, 4)
+    assert (grid[:2, :2] == cats).all()
+    assert (grid[2:, 2:] == dog).all()
+    assert (grid[:2, 2:] == -100).all()
+    background = targets.background[0][targets.vision[0]].view(4, 4)
+    assert background.tolist() == (grid == -100).tolist()
+    assert (targets.vision_labels[1] == -100).all()
+    assert not targets.background[1].any()
+    assert (targets.vision_labels[~targets.vision] == -100).all()
+    assert targets.end_id == processor.tokenizer.eos_token_id

@@ -27,7 +27,8 @@ def targets(seed=0):
     labels = torch.full((B, T), -100)
     labels[0, 0], labels[1, 1], labels[2, 0] = 3, 7, 1
     ids = torch.randint(0, V, (B, T), generator=g)
-    return Targets(ids, mask("vpr"), mask("r"), mask("v"), labels)
+    background = mask("v") & (labels == -100)
+    return Targets(ids, mask("vpr"), mask("r"), mask("v"), labels, background, end_id=2)
 
 
 def signals(seed, width=H):
@@ -131,14 +132,20 @@ def test_divergences(config):
     same(got, twin(t.predicts(config.region), row, 5.0), leaves(s))
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("at", ["connector", "decoder"])
-def test_token_labels(at):
+def test_token_labels(at, background):
     t, s = targets(), signals(4)
     rms = s.embeddings * (s.embeddings.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     hidden = rms if at == "connector" else s.hidden
-    rows = [[(b, i) in {(0, 0), (1, 1), (2, 0)} for i in range(T)] for b in range(B)]
-    want = twin(rows, lambda b, i: -logp(s, b, i, hidden=hidden)[t.vision_labels[b, i]], 3.0)
-    got = build_objective(TokenLabelsConfig(at=at))(s, None, t, 3.0).loss
+    words = {(0, 0): 3, (1, 1): 7, (2, 0): 1}
+    if background:
+        words |= {(0, 1): 2, (1, 0): 2, (2, 1): 2}
+    rows = [[(b, i) in words for i in range(T)] for b in range(B)]
+    want = twin(rows, lambda b, i: -logp(s, b, i, hidden=hidden)[words[b, i]], 3.0)
+    objective = build_objective(TokenLabelsConfig(at=at, background=background))
+    assert objective.rows(t).tolist() == rows
+    got = objective(s, None, t, 3.0).loss
     inputs = [s.head_weight, s.head_bias, s.embeddings if at == "connector" else s.hidden]
     same(got, want, inputs)
 

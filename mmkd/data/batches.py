@@ -106,9 +106,17 @@ class Encoder:
             spans = expanded_spans(sample.rendered.spans, moved[row])
             response[row] = torch.tensor(mark_tokens(offsets[row].tolist(), spans))
         vision = encoded["input_ids"] == image_token_id(self.processor)  # [B, T]
-        labels = self._vision_labels(samples, vision) if self.vision_labels else None
+        labels = background = None
+        if self.vision_labels:
+            labels, background = self._vision_labels(samples, vision)
         targets = Targets(
-            encoded["input_ids"], attention, response & attention & ~vision, vision, labels
+            encoded["input_ids"],
+            attention,
+            response & attention & ~vision,
+            vision,
+            labels,
+            background,
+            self.processor.tokenizer.eos_token_id,
         )
         batch = Batch(dict(encoded), targets, [s.record.id for s in samples])
         return self._truncate(batch, samples)
@@ -162,8 +170,9 @@ class Encoder:
         targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
         return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
 
-    def _vision_labels(self, samples: list[Sample], vision: Tensor) -> Tensor:
+    def _vision_labels(self, samples: list[Sample], vision: Tensor) -> tuple[Tensor, Tensor]:
         labels = torch.full(vision.shape, IGNORED)  # [B, T]
+        labelled = torch.zeros(len(samples), 1, dtype=torch.bool)
         for row, sample in enumerate(samples):
             if len(sample.pictures) != 1 or not sample.record.objects:
                 continue
@@ -177,7 +186,8 @@ class Encoder:
                 )
             words = grid_words(sample.record.objects, sample.pictures[0].size, grid)
             labels[row, vision[row]] = torch.tensor([self._word_id(w) for w in words])
-        return labels
+            labelled[row] = True
+        return labels, vision & labelled & (labels == IGNORED)
 
     def _word_id(self, word: str | None) -> int:
         if word is None:

@@ -25,6 +25,7 @@ VQA_MEASURES = ("accuracy", "majority_accuracy")
 CAPTION_MEASURES = ("chair_s", "chair_i", "object_recall", "bleu")
 
 _WORD = re.compile(r"[a-z0-9]+")
+_NUMBER = re.compile(r"\d+")
 _LETTER = re.compile(r"\(?([a-d])(?:[.):]|$)")
 _OBJECT_WORDS = {c.name: c.name for c in CLASSES} | {c.plural: c.name for c in CLASSES}
 
@@ -156,14 +157,15 @@ def mentioned_objects(caption: str) -> list[str]:
 def process_caption(doc: Document, results: Sequence[str]) -> dict[str, Verdict]:
     """Compare the objects of one caption with the picture's.
 
-    `correct` means that every object is named and none is invented.
+    `correct` means that every object is named, none is invented, and numbers are right.
     """
     present = set(doc["objects"])
     mentioned = mentioned_objects(results[0])
     verdict = _verdict(
         doc,
         results[0],
-        set(mentioned) == present,
+        set(mentioned) == present
+        and _NUMBER.findall(results[0]) == _NUMBER.findall(str(doc["answer"])),
         objects=sorted(present),
         mentioned=mentioned,
         hallucinated=[name for name in mentioned if name not in present],

@@ -45,6 +45,8 @@ class Targets:
         vision: [B, T] bool, image tokens.
         vision_labels: [B, T] int64 or None, the word that names what an image token shows,
             -100 where there is none.
+        end_id: the end-of-turn token.
+        background: [B, T] bool or None, image tokens of a labelled picture that show no object.
     """
 
     input_ids: Tensor
@@ -52,6 +54,8 @@ class Targets:
     response: Tensor
     vision: Tensor
     vision_labels: Tensor | None = None
+    background: Tensor | None = None
+    end_id: int = 0
 
     def predicts(self, region: Region) -> Tensor:
         """[B, T] bool: the rows whose output distribution a region covers.

@@ -2,10 +2,11 @@
 
     L = -1/|P| sum_{t in P} log softmax(W n(h_t))[w_t]
 
-with P the image tokens inside of an object's box, w_t that object's word and W the output head. At
-`connector`, h is what the connector hands to the decoder and n scales it to unit root mean square:
-image tokens come to lie where the head has their words, which with tied embeddings is where the
-decoder knows them already. At `decoder`, h is the final hidden state and n does nothing.
+with P the image tokens inside of an object's box, w_t that object's word and W the output head.
+With `background`, P has the picture's other tokens too, and their word is the end-of-turn token.
+At `connector`, h is what the connector hands to the decoder and n scales it to unit root mean
+square: image tokens come to lie where the head has their words, which with tied embeddings is where
+the decoder knows them already. At `decoder`, h is the final hidden state and n does nothing.
 
 Dense supervision of the vision tower, in the spirit of token labelling (Jiang et al. 2021,
 arXiv 2104.10858). It needs records with `objects` (name and box).
@@ -14,6 +15,7 @@ arXiv 2104.10858). It needs records with `objects` (name and box).
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import (
@@ -35,6 +37,7 @@ class TokenLabelsConfig(ObjectiveConfig):
 
     kind: Literal["token_labels"] = "token_labels"
     at: Literal["connector", "decoder"] = "connector"
+    background: bool = Field(False, description="tokens without object say the end-of-turn token")
 
 
 class TokenLabels(Objective):
@@ -45,13 +48,20 @@ class TokenLabels(Objective):
     def rows(self, targets: Targets) -> Tensor:
         if targets.vision_labels is None:
             raise ValueError("token_labels needs records with objects (name and box)")
-        return targets.vision & (targets.vision_labels >= 0)
+        covered = targets.vision & (targets.vision_labels >= 0)
+        return covered | targets.background if self._with_background(targets) else covered
+
+    def _with_background(self, targets: Targets) -> bool:
+        return self.config.background and targets.background is not None
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
     ) -> Outcome:
         rows = self.rows(targets)
         assert targets.vision_labels is not None
+        labels = targets.vision_labels
+        if self._with_background(targets):
+            labels = labels.masked_fill(targets.background, targets.end_id)
         hidden = student.hidden
         if self.config.at == "connector":
             if student.embeddings is None:
@@ -60,7 +70,7 @@ class TokenLabels(Objective):
         mean = linear_cross_entropy(
             hidden.flatten(0, 1),
             student.head_weight,
-            targets.vision_labels.flatten(),
+            labels.flatten(),
             mask=rows.flatten(),
             bias=student.head_bias,
         )
