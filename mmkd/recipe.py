@@ -68,10 +68,21 @@ class LayersConversion(Strict):
     vision: list[int] | None = Field(None, description="vision layers to keep; all if left out")
 
 
+class MlpConversion(Strict):
+    """Keep a part of the neurons of every MLP, those with the largest weights."""
+
+    kind: Literal["mlp"]
+    decoder: int | None = Field(None, ge=1, description="neurons per decoder layer to keep")
+    vision: int | None = Field(None, ge=1, description="neurons per vision layer to keep")
+
+
+Conversion = Annotated[LayersConversion | MlpConversion, Field(discriminator="kind")]
+
+
 class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
-    convert: list[Annotated[LayersConversion, Field(discriminator="kind")]] = []
+    convert: list[Conversion] = []
 
 
 class DataConfig(Strict):

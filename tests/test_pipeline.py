@@ -192,3 +192,42 @@ def test_the_command_line_reports_errors_in_one_line(tmp_path):
     assert done.stderr.strip().count("\n") == 0
     assert "bad.yaml" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path):
+    """What `make quickstart` does, on tiny models: two students, three scores, one page."""
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        label="kd",
+        teacher={"model": str(tiny_model_dir)},
+        student={
+            "model": str(tiny_model_dir),
+            "convert": [{"kind": "layers", "decoder": [0], "vision": [1]}],
+        },
+        stage={"objectives": [{"kind": "ce"}, {"kind": "kl"}], "steps": 3},
+        variants={"ce": ["stages.0.objectives=[{kind: ce}]"]},
+        evaluate={
+            "tasks": ["scenes_pope", "scenes_vqa", "scenes_caption"],
+            "include": str(scenes_dir / "tasks"),
+            "batch_size": 8,
+            "limit": 6,
+        },
+    )
+    code, output = finish(start(write(tmp_path / "recipe.yaml", raw)))
+    assert code == 0, output
+    folder = tmp_path / "tiny"
+    for label in ("teacher", "kd", "ce"):
+        results = read_json(folder / "evaluation" / label / "results.json")
+        assert set(results["scores"]) == {"scenes_pope", "scenes_vqa", "scenes_caption"}
+        assert label in output
+    page = (folder / "report.html").read_text()
+    for text in ("kd", "ce", "teacher", "POPE", "CHAIR", "data:image/png"):
+        assert text in page
+    record = read_json(folder / "provenance.json")
+    assert record["versions"]["torch"]
+    assert record["data"][str(scenes_dir / "train.parquet")]
+    written = (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns
+    assert finish(start(tmp_path / "recipe.yaml"))[0] == 0
+    assert (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns == written

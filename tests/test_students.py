@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmkd.errors import RecipeError
 from mmkd.loading import load_model
-from mmkd.recipe import LayersConversion, ModelConfig
+from mmkd.recipe import LayersConversion, MlpConversion, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd_models.parts import find_parts, parameter_groups
 
@@ -84,6 +84,41 @@ def test_kept_layers_are_the_named_ones_and_reload(name, tmp_path):
     assert torch.equal(again(input_ids=ids).logits, want)
     out = again.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert out.shape[1] >= 11
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keeping_all_neurons_changes_nothing(name):
+    model = family(name)
+    ids = torch.arange(10, 20)[None]
+    want = model(input_ids=ids).logits
+    convert(model, [MlpConversion(kind="mlp", decoder=48, vision=48)])
+    assert torch.equal(model(input_ids=ids).logits, want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_neurons_that_say_nothing_go_first(name, tmp_path):
+    """With the output of half of the neurons at zero, cutting them away changes nothing."""
+    model = family(name)
+    with torch.no_grad():
+        for layer in find_parts(model).decoder_layers:
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    ids = torch.arange(10, 20)[None]
+    want = model(input_ids=ids).logits
+    report = convert(model, [MlpConversion(kind="mlp", decoder=24, vision=12)])
+    torch.testing.assert_close(model(input_ids=ids).logits, want)
+    assert report.lines == [
+        "decoder: kept 24 of 48 neurons per layer",
+        "vision: kept 12 of 48 neurons per layer",
+    ]
+    model.save_pretrained(tmp_path)
+    again = load_model(ModelConfig(model=str(tmp_path)))
+    torch.testing.assert_close(again(input_ids=ids).logits, want)
+    assert sum(p.numel() for p in again.parameters()) == report.after < report.before
+
+
+def test_more_neurons_than_there_are_is_refused():
+    with pytest.raises(RecipeError, match="cannot keep 49 of 48 neurons"):
+        convert(family("llava"), [MlpConversion(kind="mlp", decoder=49)])
 
 
 @pytest.mark.parametrize("kept", [[], [0, 0], [3], [-1]])

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.loading import parameter_count
-from mmkd.recipe import LayersConversion
+from mmkd.recipe import LayersConversion, MlpConversion
+from mmkd.students.layers import keep_layers
+from mmkd.students.mlp import keep_neurons
 from mmkd_models.parts import find_parts
 
 
@@ -22,66 +24,31 @@ class ConversionReport:
     lines: list[str] = field(default_factory=list)
 
 
-def convert(model: PreTrainedModel, conversions: Sequence[LayersConversion]) -> ConversionReport:
-    """Apply the conversions of a recipe in order, in place.
+def convert(
+    model: PreTrainedModel, conversions: Sequence[LayersConversion | MlpConversion]
+) -> ConversionReport:
+    """Apply the conversions of a recipe in order, in place, to decoder and vision tower.
 
     Raises:
         RecipeError: a conversion does not fit the model.
     """
     report = ConversionReport(before=parameter_count(model))
     for conversion in conversions:
-        report.lines += keep_layers(model, conversion)
+        for name, layers, config in _towers(model):
+            wanted = getattr(conversion, name)
+            if wanted is None:
+                continue
+            if layers is None or config is None:
+                raise RecipeError("the model has no such layers", where=f"student.convert: {name}")
+            change = keep_layers if isinstance(conversion, LayersConversion) else keep_neurons
+            report.lines.append(f"{name}: {change(layers, config, wanted, name)}")
     report.after = parameter_count(model)
     return report
 
 
-def keep_layers(model: PreTrainedModel, conversion: LayersConversion) -> list[str]:
-    """Keep some layers of decoder and vision tower, in the given order; the width stays.
-
-    Starting a student from its teacher's alternate layers is DistilBERT's initialisation
-    (Sanh et al. 2019, arXiv 1910.01108, section 2).
-    """
+def _towers(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList | None, Any]]:
     parts = find_parts(model)
-    lines = []
-    for name, layers, kept, config in (
-        ("decoder", parts.decoder_layers, conversion.decoder, model.config.get_text_config()),
-        ("vision", parts.vision_layers, conversion.vision, _vision_config(model)),
-    ):
-        if kept is None:
-            continue
-        if layers is None or config is None:
-            raise RecipeError("the model has no such layers", where=f"student.convert: {name}")
-        count = len(layers)
-        if not kept or len(set(kept)) != len(kept) or not all(0 <= i < count for i in kept):
-            raise RecipeError(
-                f"cannot keep layers {kept} of {count}",
-                where=f"student.convert: {name}",
-                mend=f"name different layers from 0 to {count - 1}",
-            )
-        _keep(layers, kept)
-        _shorten(config, count, kept)
-        lines.append(f"{name}: kept layers {kept} of {count}")
-    return lines
-
-
-def _vision_config(model: PreTrainedModel) -> Any:
-    return getattr(model.config, "vision_config", None)
-
-
-def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
-    chosen = [layers[i] for i in kept]
-    del layers[:]
-    layers.extend(chosen)
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", index)  # noqa: B010
-
-
-def _shorten(config: Any, count: int, kept: list[int]) -> None:
-    """Fit a config to the kept layers: its depth, and every list that has an entry a layer."""
-    for key, value in config.to_dict().items():
-        if key in ("num_hidden_layers", "depth") and value == count:
-            setattr(config, key, len(kept))
-        elif isinstance(value, list) and len(value) == count and key.endswith("layer_types"):
-            setattr(config, key, [value[i] for i in kept])
+    return [
+        ("decoder", parts.decoder_layers, model.config.get_text_config()),
+        ("vision", parts.vision_layers, getattr(model.config, "vision_config", None)),
+    ]
