@@ -1,6 +1,6 @@
 """Make the folder that ships from a finished run: bf16 safetensors, processor, recipe, scores.
 
-    python -m scripts.ship_teacher runs/scenes-teacher assets/scenes_teacher
+python -m scripts.ship_teacher runs/scenes-teacher assets/scenes_teacher
 """
 
 import argparse

@@ -49,10 +49,11 @@ class TokenLabels(Objective):
         if targets.vision_labels is None:
             raise ValueError("token_labels needs records with objects (name and box)")
         covered = targets.vision & (targets.vision_labels >= 0)
-        return covered | targets.background if self._with_background(targets) else covered
+        background = self._background(targets)
+        return covered if background is None else covered | background
 
-    def _with_background(self, targets: Targets) -> bool:
-        return self.config.background and targets.background is not None
+    def _background(self, targets: Targets) -> Tensor | None:
+        return targets.background if self.config.background else None
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
@@ -60,8 +61,9 @@ class TokenLabels(Objective):
         rows = self.rows(targets)
         assert targets.vision_labels is not None
         labels = targets.vision_labels
-        if self._with_background(targets):
-            labels = labels.masked_fill(targets.background, targets.end_id)
+        background = self._background(targets)
+        if background is not None:
+            labels = labels.masked_fill(background, targets.end_id)
         hidden = student.hidden
         if self.config.at == "connector":
             if student.embeddings is None:

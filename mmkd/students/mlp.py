@@ -61,7 +61,8 @@ def _linear(
     old: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> nn.Linear:
     """A copy of `old` with only some outputs (rows) or inputs (columns)."""
-    weight, bias = old.weight.detach(), old.bias
+    weight: Tensor = old.weight.detach()
+    bias: Tensor | None = old.bias
     if rows is not None:
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
