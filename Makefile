@@ -43,7 +43,7 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/ruff format .
 
 test: lint ## lint, types, unit tests and one run from start to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 bench: $(VENV)/.installed ## time and memory of the objectives against a dense baseline
 	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json

@@ -188,10 +188,11 @@ def test_caption_scores_by_hand() -> None:
 
 def test_caption_scores_when_no_object_is_named() -> None:
     doc = {"answer": "The number 5.", "objects": []}
-    verdicts = judged(scenes.process_caption, [(doc, "A number.")])["caption_chair_i"]
+    rows = [(doc, "A number."), (doc, "The number 5."), (doc, "The number 6.")]
+    verdicts = judged(scenes.process_caption, rows)["caption_chair_i"]
     assert scenes.chair_i(verdicts) == 0
     assert scenes.object_recall(verdicts) == 0
-    assert verdicts[0]["correct"]
+    assert [v["correct"] for v in verdicts] == [False, True, False]
 
 
 def test_caption_bleu_by_hand() -> None:
@@ -466,7 +467,7 @@ def test_folders_that_are_no_model(tiny_model_dir: Path, tmp_path: Path) -> None
     assert "no such model folder" in message_of(tmp_path / "absent")
     assert "no such model folder" in message_of("absent")
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in message_of(tmp_path / "empty")
+    assert "holds no processor" in message_of(tmp_path / "empty")
     bare = broken_copy(
         tiny_model_dir, tmp_path / "bare", "processor_config.json", "tokenizer_config.json",
         "tokenizer.json", "chat_template.jinja",
@@ -475,10 +476,10 @@ def test_folders_that_are_no_model(tiny_model_dir: Path, tmp_path: Path) -> None
     mute = broken_copy(tiny_model_dir, tmp_path / "mute", "chat_template.jinja")
     assert "no chat template" in message_of(mute)
     weightless = broken_copy(tiny_model_dir, tmp_path / "weightless", "model.safetensors")
-    assert "cannot be loaded" in message_of(weightless)
+    assert "cannot load the model" in message_of(weightless)
     garbage = broken_copy(tiny_model_dir, tmp_path / "garbage")
     (garbage / "model.safetensors").write_bytes(b"not weights at all")
-    assert "cannot be loaded" in message_of(garbage)
+    assert "cannot load the model" in message_of(garbage)
 
 
 def test_missing_weights_are_not_made_up(tiny_model_dir: Path, tmp_path: Path) -> None:

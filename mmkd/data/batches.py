@@ -298,6 +298,8 @@ class BatchStream:
             sampler=numbers,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            # Its own: a loader draws a seed, and a resumed run must not draw one more.
+            generator=torch.Generator(),
         )
         pending: list[Batch] = []
         for batch in loader:
