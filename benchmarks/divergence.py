@@ -9,7 +9,6 @@ resident size in a fresh process each.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -84,9 +83,16 @@ def _peak(method: str, kind: str, shape: tuple[int, int, int, int, float]) -> in
     inputs = make_inputs(*shape)
     small = make_inputs(8, 64, 8, 8, 0.0)
     METHODS[method](kind, *small)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     METHODS[method](kind, *inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    """Peak resident bytes of this process (Linux). getrusage's figure is inherited from the parent
+    process, this one is not."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(s.split()[1]) * 1024 for s in lines if s.startswith("VmHWM"))
 
 
 def main() -> None:
