@@ -1,11 +1,15 @@
 """The recipe: loading, extending, overriding, and one-line errors."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from mmkd.errors import RecipeError
+from mmkd.pipeline import members
 from mmkd.recipe import Recipe, load_recipe, to_yaml
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = {
     "name": "base",
     "teacher": {"model": "teacher"},
@@ -56,6 +60,13 @@ def test_the_schema_names_every_objective():
     text = str(Recipe.model_json_schema())
     for kind in ("ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"):
         assert f"'{kind}'" in text
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_recipes_load_with_all_their_variants(path):
+    recipe = load_recipe(path)
+    labels = [m.label for m in members(recipe)]
+    assert len(labels) == max(1, len(recipe.seeds)) * (1 + len(recipe.variants))
 
 
 def changed(**changes):
