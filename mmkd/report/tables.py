@@ -110,7 +110,8 @@ class Scored:
             found = [s[task][metric] for s in self.seeds.values() if metric in s.get(task, {})]
             if found:
                 values[column.key] = Value.of(found)
-        count = len(self.seeds)
+        scored = sum(set(s) != {COST} for s in self.seeds.values())
+        count = scored or len(self.seeds)
         return Row(self.label, self.role, values, f"{count} seeds" if count > 1 else "")
 
 
