@@ -1,5 +1,6 @@
 """Files that are whole or not there: write beside, flush to disk, then rename."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

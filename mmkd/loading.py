@@ -159,6 +159,6 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
     return shared
 
 
-def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
-    """Parameters of a model, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+def parameter_count(module: torch.nn.Module | None) -> int:
+    """Parameters of a model or a part of it, shared ones counted once; 0 for None."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -20,7 +20,7 @@ from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import distributed
 from mmkd.errors import MmkdError
-from mmkd.loading import load_processor, skeleton
+from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.ops.linear_loss import CHUNK_ELEMENTS
 from mmkd.pipeline import members
@@ -68,7 +68,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "processes": distributed.world_size(),
-        "teacher": None if teacher is None else {"parameters": _count(teacher)},
+        "teacher": None if teacher is None else {"parameters": parameter_count(teacher)},
         "members": {
             member.label: {
                 "stages": [
@@ -98,9 +98,9 @@ def plan_stage(
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
-        "parameters": _count(student),
+        "parameters": parameter_count(student),
         "trainable": trained,
-        "trainable_share": round(trained / _count(student), 4),
+        "trainable_share": round(trained / parameter_count(student), 4),
         "records": records,
         "records_per_step": per_step,
         "steps": steps,
@@ -147,13 +147,15 @@ def shape_of(model: PreTrainedModel) -> Shape:
     parts = find_parts(model)
     text = model.config.get_text_config()
     vision = getattr(model.config, "vision_config", None)
-    embeddings = _count(model.get_input_embeddings())
-    decoder = _count(parts.decoder) - embeddings
-    tower = _count(parts.vision) if parts.vision is not None else 0
+    embeddings = parameter_count(model.get_input_embeddings())
+    decoder = parameter_count(parts.decoder) - embeddings
+    tower = parameter_count(parts.vision) if parts.vision is not None else 0
     head = parts.head.weight
     assert isinstance(head, torch.Tensor)
     tied = head is model.get_input_embeddings().weight
-    connector = _count(model) - decoder - embeddings - tower - (0 if tied else head.numel())
+    connector = (
+        parameter_count(model) - decoder - embeddings - tower - (0 if tied else head.numel())
+    )
     return Shape(
         decoder=decoder,
         vision=tower,
@@ -242,19 +244,17 @@ def memory(
     units = tokens * shape.width * shape.depth + patches * shape.vision_width * shape.vision_depth
     rows = max(sample.rows.values()) * stage.batch.size
     found = {
-        "student_weights": _count(student) * weight,
+        "student_weights": parameter_count(student) * weight,
         "gradients": trained * weight,
         "optimizer": trained * weight * STATES[stage.optimizer.kind],
         "activations": round(units * per_unit * scale),
         "head_chunk": round(3 * 4 * min(rows * shape.head[0], CHUNK_ELEMENTS)),
     }
     if teacher is not None:
-        found["teacher_weights"] = _count(teacher) * next(teacher.parameters()).element_size()
+        found["teacher_weights"] = (
+            parameter_count(teacher) * next(teacher.parameters()).element_size()
+        )
     return {**found, "total": sum(found.values())}
-
-
-def _count(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
 def human(value: float, unit: str = "") -> str:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import RecipeError
@@ -30,7 +28,7 @@ def check(recipe: Recipe) -> None:
     for stage in recipe.stages:
         objectives = [build_objective(o) for o in stage.objectives]
         _check_teacher(recipe, stage, objectives, processor)
-        _check_groups(student, stage)
+        set_trainable(student, stage.train)
         _check_data(recipe, stage, objectives, processor)
 
 
@@ -47,10 +45,6 @@ def _check_teacher(
             mend="add 'teacher' to the recipe",
         )
     shared_vocabulary(processor.tokenizer, load_processor(recipe.teacher).tokenizer)
-
-
-def _check_groups(student: PreTrainedModel, stage: StageConfig) -> None:
-    set_trainable(student, stage.train)
 
 
 def _check_data(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mmkd.files import sha256
 from mmkd.recipe import Recipe
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
@@ -35,11 +36,6 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         },
         "data": {name: sha256(Path(name)) for name in sorted(data) if Path(name).is_file()},
     }
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(folder: Path) -> str | None:

@@ -84,7 +84,7 @@ class Stage:
         result = self.engine.step()
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
-        return self._describe(step, metrics, result, rows, batches)
+        return self._describe(step, metrics, result, batches)
 
     def _rows(self, batches: list[Batch]) -> dict[str, float]:
         counts = torch.tensor(
@@ -116,12 +116,7 @@ class Stage:
             )
 
     def _describe(
-        self,
-        step: int,
-        losses: Metrics,
-        result: StepResult,
-        rows: dict[str, float],
-        batches: list[Batch],
+        self, step: int, losses: Metrics, result: StepResult, batches: list[Batch]
     ) -> Metrics:
         tokens = torch.tensor(
             [

@@ -293,8 +293,11 @@ def test_grid_words_take_the_smallest_box_at_each_centre():
 
 
 def test_batches_move_as_a_whole(folder):
-    batch = next(stream(folder, 2, 1).steps(0, 1))[0].to(torch.device("cpu"))
-    assert batch.inputs["input_ids"].device.type == "cpu"
+    batch = next(stream(folder, 2, 1).steps(0, 1))[0].to(torch.device("meta"))
+    tensors = [*batch.inputs.values(), *vars(batch.targets).values()]
+    found = [t.device.type for t in tensors if isinstance(t, torch.Tensor)]
+    assert len(found) >= 7
+    assert set(found) == {"meta"}
 
 
 def test_vision_labels_name_what_each_image_token_shows(folder):

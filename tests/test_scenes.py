@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmkd.data.scenes import questions
-from mmkd.data.scenes.build import POPE_CATEGORIES, build_scenes, sha256
+from mmkd.data.scenes.build import POPE_CATEGORIES, build_scenes
 from mmkd.data.scenes.questions import Statistics
 from mmkd.data.scenes.render import png_bytes, render
 from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, SceneObject, sample_scene, scene_rng
@@ -22,6 +22,7 @@ from mmkd.data.scenes.vocabulary import (
     held_out_colour,
 )
 from mmkd.errors import DataError, MmkdError
+from mmkd.files import sha256
 
 
 def obj(name, box, colour="red"):

@@ -15,7 +15,6 @@ No scene of one split is in another: the splits' random streams are independent,
 and assets never occur in training, and POPE pictures come from a stream of their own.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -33,6 +32,7 @@ from mmkd.data.scenes.questions import Question, Statistics
 from mmkd.data.scenes.render import asset_hashes, png_bytes, render
 from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, sample_scene, scene_rng
 from mmkd.errors import DataError
+from mmkd.files import sha256
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 POPE_PER_CATEGORY = 3
@@ -232,10 +232,6 @@ def _write(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:
             writer.write_table(pa.Table.from_pylist(pending, schema))
             written += len(pending)
     return written
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build_scenes(
