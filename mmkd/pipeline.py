@@ -5,7 +5,7 @@ runs/<name>/
   <member>/                     the recipe itself and its variants, once per seed
     training.yaml               what is trained here; another recipe may not continue it
     00-start/student/           from-scratch or converted students only
-    01-<stage>/ metrics.jsonl  checkpoints/  student/  done.json
+    01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
   evaluation/<member>/ results.json  samples/
   report.html
 """

@@ -11,7 +11,6 @@
 so that every objective is a mean per covered token of the global batch.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.signals import check_supported
+from mmkd.steplog import StepLog
 from mmkd.students import set_trainable
 from mmkd.teachers import LiveTeacher
 
@@ -54,13 +54,18 @@ class Stage:
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
         first = load_checkpoint(self.folder / "checkpoints", self.engine)
-        log = MetricsLog(self.folder / "metrics.jsonl", first, self.engine.rank == 0)
+        active = self.engine.rank == 0
+        log = StepLog(self.folder / "metrics.jsonl", first, active=active)
+        skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
         with Bar(self.config.name, self.steps, done=first, quiet=self.engine.rank > 0) as bar:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()
                 metrics = self.step(step, batches)
-                log.write(metrics, time.monotonic() - started)
+                log.write({**metrics, "seconds": round(time.monotonic() - started, 4)})
+                if metrics["skipped"]:
+                    for reason in distributed.gather([r for b in batches for r in b.skipped]):
+                        skipped.write({"step": step, "reason": reason})
                 bar.advance(f"loss {metrics['loss']:.4f}")
                 if step % self.config.checkpoint.every == 0 and step < self.steps:
                     folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
@@ -137,33 +142,6 @@ class Stage:
             "supervised_tokens": supervised,
             "skipped": skipped,
         }
-
-
-class MetricsLog:
-    """metrics.jsonl: one line a step, cut back to where a stage resumes."""
-
-    def __init__(self, path: Path, step: int, active: bool):
-        self.path, self.active = path, active
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of_line(line) <= step]
-        self.last: Metrics = json.loads(kept[-1]) if kept else {}
-        if active:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, metrics: Metrics, seconds: float) -> None:
-        if self.active:
-            timed = {**metrics, "seconds": round(seconds, 4)}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(timed) + "\n")
-
-
-def _step_of_line(line: str) -> float:
-    # A kill can cut the last line short; such a step is redone anyway.
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
 
 
 def run_stage(

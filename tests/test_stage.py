@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
@@ -179,6 +180,34 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples(recipe, tmp_path):
         train(raw)
     assert not (tmp_path / "tiny" / "01-mimic" / "student").exists()
     assert not (tmp_path / "tiny" / "01-mimic" / "done.json").exists()
+
+
+def test_skipped_records_are_counted_and_listed(recipe, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows = [
+        {
+            "id": name,
+            "image": f"{name}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat do you see?"},
+                {"from": "gpt", "value": "A cat."},
+            ],
+        }
+        for name in ("good", "broken")
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    data = {
+        "train": str(tmp_path / "records.json"),
+        "images": str(tmp_path),
+        "on_bad_sample": "skip",
+    }
+    metrics, _ = train(recipe(data=data, stage={"steps": 2, "batch": {"size": 2}}))
+    assert [line["skipped"] for line in metrics] == [1, 1]
+    lines = (tmp_path / "tiny" / "01-mimic" / "skipped.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [line["step"] for line in listed] == [1, 2]
+    assert all("id broken" in line["reason"] for line in listed)
 
 
 def test_an_objective_without_its_teacher_is_refused(recipe):

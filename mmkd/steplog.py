@@ -1,0 +1,38 @@
+"""JSON lines about a stage's steps, cut back to where the stage resumes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class StepLog:
+    """One file of lines with a `step` each, written by one rank."""
+
+    def __init__(self, path: Path, step: int, *, active: bool = True):
+        """
+        Args:
+            path: the file; lines past `step` are dropped, they will be written again.
+            step: where the stage resumes.
+            active: whether this rank writes.
+        """
+        self.path, self.active = path, active
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        if active and len(kept) < len(lines):
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.active:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    # A kill can cut the last line short; such a step is redone anyway.
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
