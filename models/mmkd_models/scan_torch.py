@@ -1,0 +1,393 @@
+"""The SSD scan in plain torch: chunk by chunk, with a backward pass that recomputes each chunk.
+
+Facts from Dao & Gu 2024, arXiv 2405.21060, section 6 (block decomposition). Within a chunk of T
+tokens that starts from the state S, with u_t = dt_t x_t and a_t = sum_{r <= t} dt_r A:
+
+    W_ts = exp(a_t - a_s) C_t . B_s  for s <= t
+    y    = W u + exp(a) * (C S^T)
+    S'   = exp(a_T) S + (exp(a_T - a) * u)^T B
+
+Only the state at the start of each block of chunks is kept for the backward pass; all else is
+computed again, so that what a block needs stays in the cache of one core.
+
+Shapes: x [B, L, S, P] with S state heads, each read by R query heads (R = 1 but for states that
+query heads share), b rows of the batch, K chunks of T tokens at once.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}  # of the [T, T] matrices of all heads
+FORGET = -1.0e3  # log-decay at a document's first token: exp of it is 0, sums stay finite
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens that are computed at once: `rows` of the batch, `chunks` times `size` tokens."""
+
+    rows: slice
+    start: int
+    chunks: int
+    size: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.chunks * self.size)
+
+    def cut(self, t: Tensor) -> Tensor:
+        """View [B, L, X, ...] as [b, K, X, T, ...]."""
+        return t[self.rows, self.tokens].unflatten(1, (self.chunks, self.size)).transpose(2, 3)
+
+    def copy(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, L, X, Y] as contiguous [b, K, X, T, Y]."""
+        part = self.cut(t)
+        return torch.empty(part.shape, dtype=dtype, device=t.device).copy_(part)
+
+    def copy_heads(self, t: Tensor, states: int, dtype: torch.dtype) -> Tensor:
+        """[B, L, S R, Y] as contiguous [b, K, S, R T, Y]."""
+        part = self.copy(t, dtype)
+        return part.reshape(*part.shape[:2], states, -1, part.shape[-1])
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Write [b, K, X, T, ...] or [b, K, S, R T, ...] into [B, L, X, ...]."""
+        part = self.cut(target)
+        part.copy_(values.reshape(part.shape))
+
+
+def _row_blocks(batch: int, heads: int, size: int, budget: int) -> Iterator[slice]:
+    rows = max(1, budget // (heads * size * size))
+    for first in range(0, batch, rows):
+        yield slice(first, min(first + rows, batch))
+
+
+def _spans(rows: slice, length: int, heads: int, size: int, budget: int) -> list[_Span]:
+    size = min(size, length)
+    chunks = max(1, budget // ((rows.stop - rows.start) * heads * size * size))
+    whole = length // size
+    spans = [
+        _Span(rows, first * size, min(chunks, whole - first), size)
+        for first in range(0, whole, chunks)
+    ]
+    if length % size:
+        spans.append(_Span(rows, whole * size, 1, length % size))
+    return spans
+
+
+@dataclass
+class _Inputs:
+    """The scan's tensors; C has as many groups as B or a multiple of them."""
+
+    x: Tensor  # [B, L, S, P]
+    dt: Tensor  # [B, L, S]
+    A: Tensor  # [S]
+    B: Tensor  # [B, L, G, N]
+    C: Tensor  # [B, L, G', N]
+    D: Tensor | None  # [S R]
+    starts: Tensor | None  # [B, L] bool, True at the first token of every document but the first
+    wide: torch.dtype
+
+    @property
+    def heads(self) -> int:
+        return max(self.x.shape[2], self.C.shape[2])
+
+
+class _Local:
+    """What one span needs whatever its state: decays, scores and inputs, in `wide`."""
+
+    def __init__(self, inputs: _Inputs, span: _Span) -> None:
+        self.inputs, self.span = inputs, span
+        self.states = S = inputs.x.shape[2]
+        wide, T, K = inputs.wide, span.size, span.chunks
+        self.batch = span.rows.stop - span.rows.start
+        self.shared = inputs.heads // S  # R
+        # Groups of C as the state heads see them, and how many state heads each serves.
+        self.c_groups = min(inputs.C.shape[2], S)
+        self.per_group = S // self.c_groups
+        self.dt = span.cut(inputs.dt)  # [b, K, S, T]
+        # Sums of hundreds of log-decays lose their small differences in float32.
+        log_decay = self.dt.double() * inputs.A.double()[:, None]
+        if inputs.starts is not None:
+            at_start = inputs.starts[span.rows, span.tokens].reshape(self.batch, K, 1, T)
+            log_decay = log_decay + FORGET * at_start
+        total = log_decay.cumsum(-1)  # [b, K, S, T]
+        self.from_start = total.exp().to(wide)
+        self.to_end = (total[..., -1:] - total).exp_().to(wide)
+        self.whole = self.from_start[..., -1]  # [b, K, S]
+        decay = (total[..., :, None] - total[..., None, :]).to(wide)
+        # Above the diagonal exp may overflow: tril_ overwrites, where a product would give NaN.
+        self.decay = decay.exp_().tril_()  # [b, K, S, T, T]
+        x = span.cut(inputs.x)
+        self.u = torch.empty(x.shape, dtype=wide, device=x.device)
+        torch.mul(x, self.dt[..., None], out=self.u)  # [b, K, S, T, P]
+        self.B = span.copy(inputs.B, wide)  # [b, K, G, T, N]
+        self.C = span.copy(inputs.C, wide)  # [b, K, G', T, N]
+        folded = self.folded(self.C)
+        self.scores = folded @ self.B.transpose(-1, -2)  # [b, K, G, (G'/G) T, T]
+        self.weights = (self.by_group(self.scores) * self.by_head(self.decay)).view(
+            self.batch, K, S, self.shared * T, T
+        )
+
+    def folded(self, t: Tensor) -> Tensor:
+        """[b, K, G', T, X] as [b, K, G, (G'/G) T, X]: one product serves all that share a B."""
+        return t.view(*t.shape[:2], self.B.shape[2], -1, t.shape[-1])
+
+    def by_group(self, t: Tensor) -> Tensor:
+        """[b, K, (groups of C) R T, X] as [b, K, groups, 1, R, T, X]."""
+        T, K = self.span.size, self.span.chunks
+        return t.view(self.batch, K, self.c_groups, 1, self.shared, T, t.shape[-1])
+
+    def by_head(self, t: Tensor) -> Tensor:
+        """[b, K, S, T, X] as [b, K, groups, S / groups, 1, T, X]."""
+        T, K = self.span.size, self.span.chunks
+        return t.view(self.batch, K, self.c_groups, self.per_group, 1, T, t.shape[-1])
+
+    def head_rows(self, t: Tensor) -> Tensor:
+        """[b, K, S, R T, X] as [b, K, groups, S / groups, R, T, X]."""
+        T, K = self.span.size, self.span.chunks
+        return t.view(self.batch, K, self.c_groups, self.per_group, self.shared, T, t.shape[-1])
+
+    def c_rows(self) -> Tensor:
+        """C as the state heads read it, [b, K, groups, 1, R T, N]."""
+        return self.C.view(self.batch, self.span.chunks, self.c_groups, 1, -1, self.C.shape[-1])
+
+    def per_c_group(self, t: Tensor) -> Tensor:
+        """[b, K, S, X, Y] as [b, K, groups of C, S / groups, X, Y]."""
+        return t.unflatten(2, (self.c_groups, self.per_group))
+
+    def per_b_group(self, t: Tensor) -> Tensor:
+        """[b, K, S, X, Y] as [b, K, G, S / G, X, Y]."""
+        return t.unflatten(2, (self.B.shape[2], -1))
+
+    def row_decay(self) -> Tensor:
+        """exp(a) beside the rows of every query head, [b, K, S, R T, 1]."""
+        decay = self.from_start
+        if self.shared > 1:
+            decay = decay.repeat(1, 1, 1, self.shared)
+        return decay[..., None]
+
+    def states_before(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The state before each chunk [b, K, S, P, N] and after the last [b, S, P, N]."""
+        late = self.u * self.to_end[..., None]
+        added = self.per_b_group(late.transpose(-1, -2)) @ self.B[:, :, :, None]
+        added = added.flatten(2, 3)  # [b, K, S, P, N]
+        before = torch.empty_like(added)
+        for k in range(self.span.chunks):
+            before[:, k] = state
+            state = torch.addcmul(added[:, k], state, self.whole[:, k, :, None, None])
+        return before, state
+
+    def output(self, before: Tensor) -> Tensor:
+        """W u + exp(a) (C S^T) + D x, [b, K, S, R T, P]."""
+        old = self.c_rows() @ self.per_c_group(before).transpose(-1, -2)
+        old = old.view(*self.weights.shape[:-1], -1).mul_(self.row_decay())
+        y = torch.baddbmm(old.flatten(0, 2), self.weights.flatten(0, 2), self.u.flatten(0, 2))
+        y = y.view_as(old)
+        if self.inputs.D is not None:
+            self.head_values(y).addcmul_(self.x_rows(), self.skip_rows())
+        return y
+
+    def head_values(self, t: Tensor) -> Tensor:
+        """[b, K, S, R T, P] as [b, K, S, R, T, P]."""
+        return t.unflatten(3, (self.shared, self.span.size))
+
+    def x_rows(self) -> Tensor:
+        """x beside the rows of every query head, [b, K, S, 1, T, P]."""
+        return self.span.cut(self.inputs.x).unsqueeze(3).to(self.inputs.wide)
+
+    def skip_rows(self) -> Tensor:
+        assert self.inputs.D is not None
+        return self.inputs.D.to(self.inputs.wide).view(self.states, self.shared, 1, 1)
+
+
+@dataclass
+class _Grads:
+    """What the backward pass fills in, span by span."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+
+    @classmethod
+    def empty(cls, inputs: _Inputs) -> "_Grads":
+        D = inputs.D
+        return cls(
+            torch.empty_like(inputs.x, memory_format=torch.contiguous_format),
+            torch.empty_like(inputs.dt, memory_format=torch.contiguous_format),
+            torch.zeros_like(inputs.A, dtype=torch.float64),
+            torch.empty_like(inputs.B, memory_format=torch.contiguous_format),
+            torch.empty_like(inputs.C, memory_format=torch.contiguous_format),
+            None if D is None else torch.zeros_like(D, dtype=torch.float64),
+        )
+
+
+def _states_backward(local: _Local, incoming: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the state after each chunk [b, K, S, P, N] and before the first [b, S, P, N].
+
+    `incoming` [b, K, S, P, N] is what each chunk's output sends to the state before it.
+    """
+    after = torch.empty_like(incoming)
+    for k in reversed(range(local.span.chunks)):
+        after[:, k] = grad
+        grad = torch.addcmul(incoming[:, k], grad, local.whole[:, k, :, None, None])
+    return after, grad
+
+
+def _backward_span(
+    local: _Local, before: Tensor, grad_y: Tensor, grad_state: Tensor, grads: _Grads
+) -> Tensor:
+    """Fill in the gradients of one span; returns the gradient of the state before it."""
+    inputs, span = local.inputs, local.span
+    dy = span.copy_heads(grad_y, local.states, inputs.wide)  # [b, K, S, R T, P]
+    early = dy * local.row_decay()  # [b, K, S, R T, P]
+    c_rows = local.c_rows()
+    incoming = local.per_c_group(early).transpose(-1, -2) @ c_rows
+    after, grad_state = _states_backward(local, incoming.flatten(2, 3), grad_state)
+
+    # Scores: dG = (dy u^T) * decay, and what the decays get through them.
+    d_scores = local.head_rows(dy @ local.u.transpose(-1, -2))
+    d_scores.mul_(local.by_head(local.decay))  # [b, K, groups, S / groups, R, T, T]
+    through = d_scores * local.by_group(local.scores)
+    # exp(a_t - a_t) is 1 whatever A is: leaving it in would cost digits where decay is strong.
+    through.diagonal(dim1=-2, dim2=-1).zero_()
+    row, column = through.sum(-1).sum(4), through.sum((4, 5))  # [b, K, groups, S / groups, T]
+    d_total = (row - column).flatten(2, 3).double()  # [b, K, S, T]
+    d_scores = d_scores.sum(3) if local.per_group > 1 else d_scores.squeeze(3)
+    d_folded = d_scores.reshape(local.scores.shape)
+
+    # C: through the scores and from the state before the chunk.
+    dC_old = local.per_c_group(early) @ local.per_c_group(before)  # [.., groups, S/groups, R T, N]
+    reached = (dC_old * c_rows).sum(-1).flatten(2, 3)  # [b, K, S, R T]
+    d_total += reached.unflatten(3, (local.shared, -1)).sum(3)
+    dC = (d_folded @ local.B).view_as(local.C)
+    dC += dC_old.sum(3).view_as(dC) if local.per_group > 1 else dC_old.view_as(dC)
+    span.write(grads.C, dC)
+
+    # B: through the scores and into the state after the chunk.
+    late = local.u * local.to_end[..., None]
+    dB_new = local.per_b_group(late) @ local.per_b_group(after)  # [b, K, G, S / G, T, N]
+    kept = (dB_new * local.B[:, :, :, None]).sum(-1).flatten(2, 3).double()  # [b, K, S, T]
+    dB = d_folded.transpose(-1, -2) @ local.folded(local.C)
+    dB += dB_new.sum(3)
+    span.write(grads.B, dB)
+
+    du = local.B[:, :, :, None] @ local.per_b_group(after).transpose(-1, -2)
+    du = du.flatten(2, 3).mul_(local.to_end[..., None])  # [b, K, S, T, P]
+    du = torch.baddbmm(
+        du.flatten(0, 2), local.weights.flatten(0, 2).transpose(-1, -2), dy.flatten(0, 2)
+    ).view_as(du)
+
+    # Log-decays: a_t sums those up to t; exp(a_T - a_s) those after s; exp(a_T) all of them.
+    d_log = d_total.flip(-1).cumsum(-1).flip(-1)
+    d_log[..., 1:] += kept[..., :-1].cumsum(-1)
+    d_log += (local.whole * (before * after).sum((-1, -2)))[..., None]
+    x = span.cut(inputs.x)
+    d_dt = d_log * inputs.A.double()[:, None] + (du * x).sum(-1)
+    span.write(grads.dt, d_dt)
+    grads.A += (d_log * local.dt).sum((0, 1, 3))
+    dx = du.mul_(local.dt[..., None])
+    if inputs.D is not None and grads.D is not None:
+        heads = local.head_values(dy)
+        dx += (heads * local.skip_rows()).sum(3)
+        grads.D += (heads * local.x_rows()).sum((0, 1, 4, 5)).flatten()
+    span.write(grads.x, dx)
+    return grad_state
+
+
+class _ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        state: Tensor | None,
+        starts: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inputs = _Inputs(x, dt, A, B, C, D, starts, wide)
+        batch, length, states, width = x.shape
+        y = x.new_empty(batch, length, inputs.heads, width)
+        final = x.new_empty(batch, states, width, B.shape[-1], dtype=wide)
+        if state is None:
+            final.zero_()
+        else:
+            final.copy_(state)
+        plan = _plan(inputs, chunk_size)
+        keep = any(ctx.needs_input_grad)
+        kept = []
+        for spans in plan:
+            for span in spans:
+                local = _Local(inputs, span)
+                if keep:
+                    kept.append(final[span.rows].clone())
+                before, after = local.states_before(final[span.rows])
+                span.write(y, local.output(before))
+                final[span.rows] = after
+        ctx.save_for_backward(x, dt, A, B, C, D, starts, *kept)
+        ctx.plan, ctx.state_dtype = plan, None if state is None else state.dtype
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple:
+        grad_y, grad_final = grad_output
+        x, dt, A, B, C, D, starts, *kept = ctx.saved_tensors
+        inputs = _Inputs(x, dt, A, B, C, D, starts, grad_final.dtype)
+        grads = _Grads.empty(inputs)
+        grad_state = grad_final.clone(memory_format=torch.contiguous_format)
+        with torch.autocast(x.device.type, enabled=False):
+            for spans in reversed(ctx.plan):
+                for span in reversed(spans):
+                    local = _Local(inputs, span)
+                    before, _ = local.states_before(kept.pop())
+                    grad_state[span.rows] = _backward_span(
+                        local, before, grad_y, grad_state[span.rows], grads
+                    )
+        d_state = None if ctx.state_dtype is None else grad_state.to(ctx.state_dtype)
+        d_D = None if grads.D is None or D is None else grads.D.to(D.dtype)
+        return grads.x, grads.dt, grads.A.to(A.dtype), grads.B, grads.C, d_D, d_state, None, None
+
+
+def _plan(inputs: _Inputs, chunk_size: int) -> list[list[_Span]]:
+    """Spans in the order of computation, one list for each block of the batch's rows."""
+    batch, length = inputs.x.shape[:2]
+    budget = BLOCK_ELEMENTS.get(inputs.x.device.type, BLOCK_ELEMENTS["cuda"])
+    heads, size = inputs.heads, min(chunk_size, length)
+    return [
+        _spans(rows, length, heads, size, budget)
+        for rows in _row_blocks(batch, heads, size, budget)
+    ]
+
+
+def chunked_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    runs: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` on checked tensors; `runs` [B, L] numbers the documents from 0."""
+    starts = None if runs is None else F.pad(runs.diff(dim=1) > 0, (1, 0))
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    groups = C.shape[2]
+    if groups % B.shape[2]:
+        C = C.repeat_interleave(math.lcm(groups, B.shape[2]) // groups, dim=2)
+    with torch.autocast(x.device.type, enabled=False):
+        y, final = _ChunkedScan.apply(x, dt, A, B, C, D, initial_state, starts, chunk_size)
+    return y, final
