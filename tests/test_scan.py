@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from recurrences import TOLERANCE, agree, backends, close, device_of, leaves, problem, scan, twin
 
 from mmkd.ops import ssd_matrix, ssd_scan, ssd_step
-from mmkd_models import scan_torch
+from mmkd_models import scan_spans
 
 scan_backends = backends("mamba_chunk_scan_combined")
 # Heads of the state, groups of B, groups of C; the last two share a state among query heads.
@@ -29,7 +29,7 @@ def test_scan_without_skip_and_initial_state(backend):
 
 def test_batch_and_time_are_cut_into_blocks(monkeypatch):
     for elements in (1, 2**11, 2**13):
-        monkeypatch.setitem(scan_torch.BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(scan_spans.BLOCK_ELEMENTS, "cpu", elements)
         tensors = problem(length=70, batch=5)
         agree(lambda t: scan(t, chunk_size=8), lambda t: twin(*t), tensors)
 

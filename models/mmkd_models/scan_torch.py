@@ -15,7 +15,6 @@ query heads share), b rows of the batch, K chunks of T tokens at once.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,60 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}  # of the [T, T] matrices of all heads
+from .scan_spans import Span, plan_spans
+
 FORGET = -1.0e3  # log-decay at a document's first token: exp of it is 0, sums stay finite
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Tokens that are computed at once: `rows` of the batch, `chunks` times `size` tokens."""
-
-    rows: slice
-    start: int
-    chunks: int
-    size: int
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + self.chunks * self.size)
-
-    def cut(self, t: Tensor) -> Tensor:
-        """View [B, L, X, ...] as [b, K, X, T, ...]."""
-        return t[self.rows, self.tokens].unflatten(1, (self.chunks, self.size)).transpose(2, 3)
-
-    def copy(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, L, X, Y] as contiguous [b, K, X, T, Y]."""
-        part = self.cut(t)
-        return torch.empty(part.shape, dtype=dtype, device=t.device).copy_(part)
-
-    def copy_heads(self, t: Tensor, states: int, dtype: torch.dtype) -> Tensor:
-        """[B, L, S R, Y] as contiguous [b, K, S, R T, Y]."""
-        part = self.copy(t, dtype)
-        return part.reshape(*part.shape[:2], states, -1, part.shape[-1])
-
-    def write(self, target: Tensor, values: Tensor) -> None:
-        """Write [b, K, X, T, ...] or [b, K, S, R T, ...] into [B, L, X, ...]."""
-        part = self.cut(target)
-        part.copy_(values.reshape(part.shape))
-
-
-def _row_blocks(batch: int, heads: int, size: int, budget: int) -> Iterator[slice]:
-    rows = max(1, budget // (heads * size * size))
-    for first in range(0, batch, rows):
-        yield slice(first, min(first + rows, batch))
-
-
-def _spans(rows: slice, length: int, heads: int, size: int, budget: int) -> list[_Span]:
-    size = min(size, length)
-    chunks = max(1, budget // ((rows.stop - rows.start) * heads * size * size))
-    whole = length // size
-    spans = [
-        _Span(rows, first * size, min(chunks, whole - first), size)
-        for first in range(0, whole, chunks)
-    ]
-    if length % size:
-        spans.append(_Span(rows, whole * size, 1, length % size))
-    return spans
 
 
 @dataclass
@@ -100,7 +48,7 @@ class _Inputs:
 class _Local:
     """What one span needs whatever its state: decays, scores and inputs, in `wide`."""
 
-    def __init__(self, inputs: _Inputs, span: _Span) -> None:
+    def __init__(self, inputs: _Inputs, span: Span) -> None:
         self.inputs, self.span = inputs, span
         self.states = S = inputs.x.shape[2]
         wide, T, K = inputs.wide, span.size, span.chunks
@@ -125,6 +73,7 @@ class _Local:
         x = span.cut(inputs.x)
         self.u = torch.empty(x.shape, dtype=wide, device=x.device)
         torch.mul(x, self.dt[..., None], out=self.u)  # [b, K, S, T, P]
+        self.late = self.u * self.to_end[..., None]  # what of it reaches the chunk's end
         self.B = span.copy(inputs.B, wide)  # [b, K, G, T, N]
         self.C = span.copy(inputs.C, wide)  # [b, K, G', T, N]
         folded = self.folded(self.C)
@@ -173,14 +122,14 @@ class _Local:
 
     def states_before(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The state before each chunk [b, K, S, P, N] and after the last [b, S, P, N]."""
-        late = self.u * self.to_end[..., None]
-        added = self.per_b_group(late.transpose(-1, -2)) @ self.B[:, :, :, None]
+        added = self.per_b_group(self.late.transpose(-1, -2)) @ self.B[:, :, :, None]
         added = added.flatten(2, 3)  # [b, K, S, P, N]
-        before = torch.empty_like(added)
+        states = added.new_empty(self.batch, self.span.chunks + 1, *state.shape[1:])
+        states[:, 0] = state
         for k in range(self.span.chunks):
-            before[:, k] = state
-            state = torch.addcmul(added[:, k], state, self.whole[:, k, :, None, None])
-        return before, state
+            decay = self.whole[:, k, :, None, None]
+            torch.addcmul(added[:, k], states[:, k], decay, out=states[:, k + 1])
+        return states[:, :-1], states[:, -1]
 
     def output(self, before: Tensor) -> Tensor:
         """W u + exp(a) (C S^T) + D x, [b, K, S, R T, P]."""
@@ -234,11 +183,61 @@ def _states_backward(local: _Local, incoming: Tensor, grad: Tensor) -> tuple[Ten
 
     `incoming` [b, K, S, P, N] is what each chunk's output sends to the state before it.
     """
-    after = torch.empty_like(incoming)
-    for k in reversed(range(local.span.chunks)):
-        after[:, k] = grad
-        grad = torch.addcmul(incoming[:, k], grad, local.whole[:, k, :, None, None])
-    return after, grad
+    chunks = local.span.chunks
+    after = incoming.new_empty(local.batch, chunks + 1, *grad.shape[1:])
+    after[:, chunks] = grad
+    for k in reversed(range(chunks)):
+        decay = local.whole[:, k, :, None, None]
+        torch.addcmul(incoming[:, k], after[:, k + 1], decay, out=after[:, k])
+    return after[:, 1:], after[:, 0]
+
+
+def _scores_backward(local: _Local, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the scores [b, K, G, (G'/G) T, T]; what a_t gets through them [b, K, S, T]."""
+    grad = local.head_rows(dy @ local.u.transpose(-1, -2))
+    grad.mul_(local.by_head(local.decay))  # [b, K, groups, S / groups, R, T, T]
+    through = grad * local.by_group(local.scores)
+    # exp(a_t - a_t) is 1 whatever A is: leaving it in would cost digits where decay is strong.
+    through.diagonal(dim1=-2, dim2=-1).zero_()
+    row, column = through.sum(-1).sum(4), through.sum((4, 5))  # [b, K, groups, S / groups, T]
+    d_total = (row - column).flatten(2, 3).double()
+    grad = grad.sum(3) if local.per_group > 1 else grad
+    return grad.reshape(local.scores.shape), d_total
+
+
+def _c_backward(
+    local: _Local, early: Tensor, before: Tensor, d_scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of C [b, K, G', T, N], and what a_t gets through exp(a_t) [b, K, S, T]."""
+    old = local.per_c_group(early) @ local.per_c_group(before)  # [b, K, groups, S/groups, R T, N]
+    reached = (old * local.c_rows()).sum(-1).flatten(2, 3)  # [b, K, S, R T]
+    reached = reached.unflatten(3, (local.shared, -1)).sum(3)
+    old = old.sum(3) if local.per_group > 1 else old
+    return _plus(old.reshape(local.C.shape), d_scores, local.B), reached
+
+
+def _b_backward(local: _Local, after: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of B [b, K, G, T, N], and what exp(a_T - a_s) passes on [b, K, S, T]."""
+    new = local.per_b_group(local.late) @ local.per_b_group(after)  # [b, K, G, S / G, T, N]
+    kept = (new * local.B[:, :, :, None]).sum(-1).flatten(2, 3).double()
+    new = new.sum(3) if new.shape[3] > 1 else new.squeeze(3)
+    return _plus(new, d_scores.transpose(-1, -2), local.folded(local.C)), kept
+
+
+def _plus(added: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """added + left @ right, with the product's batch folded to that of `left`."""
+    shape = (*left.shape[:-1], right.shape[-1])
+    product = torch.baddbmm(
+        added.reshape(shape).flatten(0, 2), left.flatten(0, 2), right.flatten(0, 2)
+    )
+    return product.view(added.shape)
+
+
+def _u_backward(local: _Local, after: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of u, [b, K, S, T, P]."""
+    du = local.B[:, :, :, None] @ local.per_b_group(after).transpose(-1, -2)
+    du = du.flatten(2, 3).mul_(local.to_end[..., None])
+    return _plus(du, local.weights.transpose(-1, -2), dy)
 
 
 def _backward_span(
@@ -248,56 +247,29 @@ def _backward_span(
     inputs, span = local.inputs, local.span
     dy = span.copy_heads(grad_y, local.states, inputs.wide)  # [b, K, S, R T, P]
     early = dy * local.row_decay()  # [b, K, S, R T, P]
-    c_rows = local.c_rows()
-    incoming = local.per_c_group(early).transpose(-1, -2) @ c_rows
+    incoming = local.per_c_group(early).transpose(-1, -2) @ local.c_rows()
     after, grad_state = _states_backward(local, incoming.flatten(2, 3), grad_state)
-
-    # Scores: dG = (dy u^T) * decay, and what the decays get through them.
-    d_scores = local.head_rows(dy @ local.u.transpose(-1, -2))
-    d_scores.mul_(local.by_head(local.decay))  # [b, K, groups, S / groups, R, T, T]
-    through = d_scores * local.by_group(local.scores)
-    # exp(a_t - a_t) is 1 whatever A is: leaving it in would cost digits where decay is strong.
-    through.diagonal(dim1=-2, dim2=-1).zero_()
-    row, column = through.sum(-1).sum(4), through.sum((4, 5))  # [b, K, groups, S / groups, T]
-    d_total = (row - column).flatten(2, 3).double()  # [b, K, S, T]
-    d_scores = d_scores.sum(3) if local.per_group > 1 else d_scores.squeeze(3)
-    d_folded = d_scores.reshape(local.scores.shape)
-
-    # C: through the scores and from the state before the chunk.
-    dC_old = local.per_c_group(early) @ local.per_c_group(before)  # [.., groups, S/groups, R T, N]
-    reached = (dC_old * c_rows).sum(-1).flatten(2, 3)  # [b, K, S, R T]
-    d_total += reached.unflatten(3, (local.shared, -1)).sum(3)
-    dC = (d_folded @ local.B).view_as(local.C)
-    dC += dC_old.sum(3).view_as(dC) if local.per_group > 1 else dC_old.view_as(dC)
+    d_scores, d_total = _scores_backward(local, dy)
+    dC, reached = _c_backward(local, early, before, d_scores)
+    dB, kept = _b_backward(local, after, d_scores)
+    du = _u_backward(local, after, dy)
     span.write(grads.C, dC)
-
-    # B: through the scores and into the state after the chunk.
-    late = local.u * local.to_end[..., None]
-    dB_new = local.per_b_group(late) @ local.per_b_group(after)  # [b, K, G, S / G, T, N]
-    kept = (dB_new * local.B[:, :, :, None]).sum(-1).flatten(2, 3).double()  # [b, K, S, T]
-    dB = d_folded.transpose(-1, -2) @ local.folded(local.C)
-    dB += dB_new.sum(3)
     span.write(grads.B, dB)
 
-    du = local.B[:, :, :, None] @ local.per_b_group(after).transpose(-1, -2)
-    du = du.flatten(2, 3).mul_(local.to_end[..., None])  # [b, K, S, T, P]
-    du = torch.baddbmm(
-        du.flatten(0, 2), local.weights.flatten(0, 2).transpose(-1, -2), dy.flatten(0, 2)
-    ).view_as(du)
-
     # Log-decays: a_t sums those up to t; exp(a_T - a_s) those after s; exp(a_T) all of them.
-    d_log = d_total.flip(-1).cumsum(-1).flip(-1)
+    d_log = (d_total + reached).flip(-1).cumsum(-1).flip(-1)  # [b, K, S, T]
     d_log[..., 1:] += kept[..., :-1].cumsum(-1)
     d_log += (local.whole * (before * after).sum((-1, -2)))[..., None]
-    x = span.cut(inputs.x)
-    d_dt = d_log * inputs.A.double()[:, None] + (du * x).sum(-1)
+    d_dt = d_log * inputs.A.double()[:, None] + (du * span.cut(inputs.x)).sum(-1)
     span.write(grads.dt, d_dt)
     grads.A += (d_log * local.dt).sum((0, 1, 3))
+
     dx = du.mul_(local.dt[..., None])
     if inputs.D is not None and grads.D is not None:
-        heads = local.head_values(dy)
-        dx += (heads * local.skip_rows()).sum(3)
+        heads, skip = local.head_values(dy), local.skip_rows()
         grads.D += (heads * local.x_rows()).sum((0, 1, 4, 5)).flatten()
+        for r in range(local.shared):
+            dx.addcmul_(heads[:, :, :, r], skip[:, r])
     span.write(grads.x, dx)
     return grad_state
 
@@ -325,7 +297,7 @@ class _ChunkedScan(torch.autograd.Function):
             final.zero_()
         else:
             final.copy_(state)
-        plan = _plan(inputs, chunk_size)
+        plan = plan_spans(batch, length, inputs.heads, chunk_size, x.device)
         keep = any(ctx.needs_input_grad)
         kept = []
         for spans in plan:
@@ -358,17 +330,6 @@ class _ChunkedScan(torch.autograd.Function):
         d_state = None if ctx.state_dtype is None else grad_state.to(ctx.state_dtype)
         d_D = None if grads.D is None or D is None else grads.D.to(D.dtype)
         return grads.x, grads.dt, grads.A.to(A.dtype), grads.B, grads.C, d_D, d_state, None, None
-
-
-def _plan(inputs: _Inputs, chunk_size: int) -> list[list[_Span]]:
-    """Spans in the order of computation, one list for each block of the batch's rows."""
-    batch, length = inputs.x.shape[:2]
-    budget = BLOCK_ELEMENTS.get(inputs.x.device.type, BLOCK_ELEMENTS["cuda"])
-    heads, size = inputs.heads, min(chunk_size, length)
-    return [
-        _spans(rows, length, heads, size, budget)
-        for rows in _row_blocks(batch, heads, size, budget)
-    ]
 
 
 def chunked_scan(
