@@ -11,7 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
+from mmkd_models.configuration_mmkd import MODEL_TYPE, MmkdConfig, StudentConfigMixin
+from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 
+# Students load by the installed code: what a folder brings is not run.
+AutoConfig.register(MODEL_TYPE, MmkdConfig, exist_ok=True)
 transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
 FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
@@ -62,11 +66,16 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
 def skeleton(source: ModelConfig) -> PreTrainedModel:
     """The model without storage for its weights: parameters are on torch's `meta` device."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            load_config(source),
-            dtype=DTYPES[source.dtype],
-            trust_remote_code=source.trust_remote_code,
+        config = load_config(source)
+        return model_class(config).from_config(
+            config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
         )
+
+
+def model_class(config: Any) -> Any:
+    """What loads a model of this config: transformers, or for a student mmkd's own class."""
+    student = isinstance(config, StudentConfigMixin)
+    return MmkdForImageTextToText if student else AutoModelForImageTextToText
 
 
 def load_processor(source: ModelConfig) -> Any:
@@ -84,9 +93,16 @@ def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: the folder is none, or its weights do not fit its config.
     """
+    where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
     with _explained(name, "model"):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **settings
+        config = AutoConfig.from_pretrained(name, **where)
+        loaded: Any = model_class(config).from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
+            **settings,
         )
     model, info = loaded
     lost: list[str] = sorted({*info["missing_keys"], *info["unexpected_keys"]})
@@ -162,3 +178,9 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
 def parameter_count(module: torch.nn.Module | None) -> int:
     """Parameters of a model or a part of it, shared ones counted once; 0 for None."""
     return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def mamba_layers(config: Any) -> tuple[int, ...]:
+    """The decoder layers that are Mamba mixers; none for a model that is no converted student."""
+    layout = getattr(config, "layout", None) or {}
+    return tuple(layout["mamba"]["layers"]) if "mamba" in layout else ()

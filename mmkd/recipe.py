@@ -76,7 +76,60 @@ class MlpConversion(Strict):
     vision: int | None = Field(None, ge=1, description="neurons per vision layer to keep")
 
 
-Conversion = Annotated[LayersConversion | MlpConversion, Field(discriminator="kind")]
+class Every(Strict):
+    """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
+
+    every: int = Field(ge=1)
+    first: bool = Field(True, description="the first of each n; false: the last")
+
+
+class Head(Strict):
+    """The first layers."""
+
+    head: int = Field(ge=0)
+
+
+class Tail(Strict):
+    """The last layers."""
+
+    tail: int = Field(ge=0)
+
+
+Placement = list[int] | Every | Head | Tail
+MambaInit = Literal["default", "inherit", "mimic", "exact"]
+
+
+class MambaConversion(Strict):
+    """Attention of some decoder layers becomes a Mamba-2 mixer, seeded from it.
+
+    What is left out of the mixer's form is what the init wants (`mmkd.students.mamba.FORMS`).
+    """
+
+    kind: Literal["mamba"]
+    keep_attention: Placement | None = Field(None, description="layers that keep their attention")
+    layers: Placement | None = Field(None, description="layers that become Mamba")
+    init: MambaInit = "mimic"
+    d_conv: int | None = Field(None, ge=1, description="taps of the convolution")
+    d_state: int | None = Field(None, ge=1, description="state size; the head size if left out")
+    activation: Literal["silu", "none"] | None = None
+    norm: Literal["head_rms", "none"] | None = None
+    gate: Literal["silu", "none"] | None = None
+    norm_before_gate: bool | None = None
+    rope: bool | None = Field(None, description="rotate keys and queries as the attention did")
+    state: Literal["query", "kv"] | None = Field(
+        None, description="one state per query head, or one per key-value head"
+    )
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> "MambaConversion":
+        if (self.keep_attention is None) == (self.layers is None):
+            raise ValueError("give either 'keep_attention' or 'layers'")
+        return self
+
+
+Conversion = Annotated[
+    LayersConversion | MlpConversion | MambaConversion, Field(discriminator="kind")
+]
 
 
 class StudentConfig(ModelConfig):

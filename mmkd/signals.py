@@ -3,15 +3,16 @@
 Logits are never built here: objectives project final hidden states through the head in chunks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import CheckpointError
-from mmkd.objectives import Signals
+from mmkd.layer_signals import LayerPlan, force_layers, record_layers
+from mmkd.objectives import LayerSignals, Signals
 from mmkd_models.parts import find_parts
 
 # Settings that change logits behind the head: projecting hidden states alone would miss them.
@@ -30,18 +31,47 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
             )
 
 
-def capture(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Signals:
-    """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, and
-    the head they go through."""
+def capture(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    *,
+    layers: Sequence[int] = (),
+    matrices: bool = False,
+    forced: dict[int, LayerSignals] | None = None,
+    plan: LayerPlan | None = None,
+) -> Signals:
+    """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, the
+    head they go through, and what goes through its layers.
+
+    Args:
+        model: teacher or student.
+        inputs: what it is called with.
+        layers: decoder layers to record.
+        matrices: record mixing matrices too.
+        forced: the teacher's signals by student layer, to be fed to the student's layers.
+        plan: how `forced` is done.
+    """
     entering: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         entering.append(kwargs["inputs_embeds"])
 
-    with _hooked(find_parts(model).decoder, keep):
+    with ExitStack() as stack:
+        stack.enter_context(_hooked(find_parts(model).decoder, keep))
+        free = stack.enter_context(record_layers(model, layers, matrices=matrices))
+        fed = None
+        if forced and plan is not None:
+            fed = stack.enter_context(force_layers(model, forced, plan))
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
-    return Signals(hidden, head.weight, getattr(head, "bias", None), entering[0])
+    return Signals(
+        hidden,
+        head.weight,
+        getattr(head, "bias", None),
+        entering[0],
+        free.signals(),
+        {} if fed is None else fed.signals(),
+    )
 
 
 @contextmanager

@@ -27,7 +27,9 @@ from mmkd.data.records import Records
 from mmkd.engines import Engine, StepResult, TorchEngine, distributed
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_folder, write_json
-from mmkd.objectives import Objective, build_objective
+from mmkd.layer_signals import LayerPlan
+from mmkd.loading import mamba_layers
+from mmkd.objectives import Objective, Signals, build_objective
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
@@ -47,6 +49,7 @@ class Stage:
     engine: Engine
     teacher: LiveTeacher | None
     objectives: list[Objective]
+    layer_plan: LayerPlan
     stream: BatchStream
     steps: int
     folder: Path
@@ -102,12 +105,25 @@ class Stage:
 
     def _losses(self, batch: Batch, rows: dict[str, float]) -> dict[str, torch.Tensor]:
         with self.engine.autocast():
-            teacher = self.teacher.signals(batch) if self.teacher else None
-            student = self.engine.forward(batch.inputs)
+            teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
+            student = self.engine.forward(batch.inputs, **self._student_layers(teacher))
             return {
                 o.name: o(student, teacher, batch.targets, max(rows[o.name], 1.0)).loss
                 for o in self.objectives
             }
+
+    @property
+    def _teacher_layers(self) -> dict[str, Any]:
+        plan = self.layer_plan
+        return {"layers": sorted(set(plan.pairs.values())), "matrices": plan.matrices}
+
+    def _student_layers(self, teacher: Signals | None) -> dict[str, Any]:
+        plan = self.layer_plan
+        wanted: dict[str, Any] = {"layers": sorted(plan.recorded), "matrices": plan.matrices}
+        if plan.forced and teacher is not None:
+            forced = {mine: teacher.layers[theirs] for mine, theirs in plan.pairs.items()}
+            wanted |= {"forced": forced, "plan": plan}
+        return wanted
 
     def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -170,7 +186,10 @@ def run_stage(
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
     objectives = [
-        build_objective(o, shared_vocabulary=shared_vocabulary) for o in config.objectives
+        build_objective(
+            o, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers(student.config)
+        )
+        for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
     encoder = Encoder(Records(data), processor, data, vision_labels="vision_labels" in needs)
@@ -190,6 +209,7 @@ def run_stage(
         if teacher is not None and "teacher" in needs
         else None,
         objectives=objectives,
+        layer_plan=LayerPlan.of(objectives),
         stream=stream,
         steps=steps,
         folder=folder,

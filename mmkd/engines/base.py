@@ -7,7 +7,7 @@ divided by the global batch's token counts, so gradients add up: over micro-step
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ class Engine(Protocol):
         """Precision of forwards; the teacher runs under it too."""
         ...
 
-    def forward(self, inputs: dict[str, Tensor]) -> Signals:
-        """Student signals with gradients; opens a micro-step."""
+    def forward(self, inputs: dict[str, Tensor], **layers: Any) -> Signals:
+        """Student signals with gradients; opens a micro-step. `layers` are the arguments of
+        `mmkd.signals.capture` that say what is read off the layers."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,11 +53,11 @@ class TorchEngine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Signals:
+    def forward(self, inputs: dict[str, Tensor], **layers: Any) -> Signals:
         if self._open:
             raise RuntimeError("two forwards in one micro-step: call backward first")
         self._open = True
-        return capture(self.model, inputs)
+        return capture(self.model, inputs, **layers)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if not self._open:

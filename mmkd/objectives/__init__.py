@@ -1,12 +1,22 @@
 """Objectives by kind. Each module holds one family: its equation, its settings, its code."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import Field
 
-from mmkd.objectives.base import Objective, ObjectiveConfig, Outcome, Region, Signals, Targets
+from mmkd.objectives.base import (
+    LayerSignals,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Region,
+    Signals,
+    Targets,
+)
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
+from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, MixerMse
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -15,6 +25,10 @@ CLASSES: tuple[type[Objective], ...] = (
     Jsd,
     SkewDivergence,
     TokenLabels,
+    MixerMse,
+    LayerL2,
+    HiddenMse,
+    Matrix,
 )
 
 
@@ -33,15 +47,22 @@ else:
     ]
 
 
-def build_objective(config: ObjectiveConfig, *, shared_vocabulary: int | None = None) -> Objective:
+def build_objective(
+    config: ObjectiveConfig,
+    *,
+    shared_vocabulary: int | None = None,
+    mamba_layers: Sequence[int] = (),
+) -> Objective:
     """The objective that a recipe's entry asks for."""
     kind: str = config.kind  # type: ignore[attr-defined]
-    return REGISTRY[kind](config, shared_vocabulary=shared_vocabulary)
+    return REGISTRY[kind](config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
 
 
 __all__ = [
     "REGISTRY",
     "AnyObjectiveConfig",
+    "LayerSignals",
+    "Layerwise",
     "Objective",
     "ObjectiveConfig",
     "Outcome",

@@ -5,6 +5,7 @@ An objective never sees a model. It gets the student's and the teacher's `Signal
 per covered token over all ranks and accumulation steps, whatever the batch layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,7 +14,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Region = Literal["response", "prompt", "vision", "all"]
-Need = Literal["teacher", "vision_labels"]
+# distribution: the head's output, layers: what happens inside of decoder layers
+Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices"]
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """Read off one decoder layer.
+
+    Attributes:
+        mixer_input: [B, T, H], what enters the attention or the mixer.
+        mixer_heads: [B, T, heads * P], what enters its output projection.
+        mixer_output: [B, T, H], what it returns.
+        block_input, block_output: [B, T, H], the layer's residual stream before and after.
+        matrix: [B, heads, T, T] or None, how tokens mix: attention's probabilities, or a mixer's
+            matrix.
+    """
+
+    mixer_input: Tensor
+    mixer_heads: Tensor
+    mixer_output: Tensor
+    block_input: Tensor
+    block_output: Tensor
+    matrix: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -26,12 +49,16 @@ class Signals:
         head_bias: [V] or None.
         embeddings: [B, T, H], what enters the decoder: word embeddings, and the connector's output
             at image tokens.
+        layers: decoder layers by number, where an objective asks for them.
+        forced: the same, but each layer fed with what entered the teacher's layer.
     """
 
     hidden: Tensor
     head_weight: Tensor
     head_bias: Tensor | None = None
     embeddings: Tensor | None = None
+    layers: dict[int, LayerSignals] = field(default_factory=dict)
+    forced: dict[int, LayerSignals] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,14 +140,23 @@ class Objective:
     config_class: ClassVar[type[ObjectiveConfig]]
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def __init__(self, config: ObjectiveConfig, *, shared_vocabulary: int | None = None):
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        *,
+        shared_vocabulary: int | None = None,
+        mamba_layers: Sequence[int] = (),
+    ):
         """
         Args:
             config: an instance of `config_class`.
             shared_vocabulary: tokens that teacher and student share (None: heads are equal).
+            mamba_layers: the student's Mamba layers, which layer-wise objectives cover if not told
+                otherwise.
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
+        self.mamba_layers = list(mamba_layers)
 
     @property
     def name(self) -> str:

@@ -5,11 +5,12 @@
 with M the rows that predict the region's tokens.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mmkd.objectives.base import (
+    Need,
     Objective,
     ObjectiveConfig,
     Outcome,
@@ -30,6 +31,7 @@ class CrossEntropyConfig(ObjectiveConfig):
 class CrossEntropy(Objective):
     config_class = CrossEntropyConfig
     config: CrossEntropyConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

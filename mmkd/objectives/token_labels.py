@@ -43,7 +43,7 @@ class TokenLabelsConfig(ObjectiveConfig):
 class TokenLabels(Objective):
     config_class = TokenLabelsConfig
     config: TokenLabelsConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         if targets.vision_labels is None:

@@ -9,10 +9,15 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.loading import parameter_count
-from mmkd.recipe import LayersConversion, MlpConversion
+from mmkd.recipe import Conversion, LayersConversion, MambaConversion, MlpConversion
 from mmkd.students.layers import keep_layers
+from mmkd.students.mamba import layout_of, seed
 from mmkd.students.mlp import keep_neurons
+from mmkd.students.placement import converted_layers
+from mmkd_models.mixer import Mamba2Mixer
+from mmkd_models.modeling_mmkd import become_student
 from mmkd_models.parts import find_parts
+from mmkd_models.surgery import replace_attention
 
 
 @dataclass
@@ -25,25 +30,83 @@ class ConversionReport:
 
 
 def convert(
-    model: PreTrainedModel, conversions: Sequence[LayersConversion | MlpConversion]
+    model: PreTrainedModel, conversions: Conversion | Sequence[Conversion]
 ) -> ConversionReport:
-    """Apply the conversions of a recipe in order, in place, to decoder and vision tower.
+    """Apply conversions in order, in place.
+
+    After a Mamba conversion the model is a student: its class and config know the layout, and
+    `save_pretrained` writes a folder that loads with the same structure.
+
+    Args:
+        model: any supported vision-language model.
+        conversions: one conversion of a recipe, or several.
 
     Raises:
         RecipeError: a conversion does not fit the model.
     """
     report = ConversionReport(before=parameter_count(model))
-    for conversion in conversions:
-        for name, layers, config in _towers(model):
-            wanted = getattr(conversion, name)
-            if wanted is None:
-                continue
-            if layers is None or config is None:
-                raise RecipeError("the model has no such layers", where=f"student.convert: {name}")
-            change = keep_layers if isinstance(conversion, LayersConversion) else keep_neurons
-            report.lines.append(f"{name}: {change(layers, config, wanted, name)}")
+    for conversion in conversions if isinstance(conversions, Sequence) else [conversions]:
+        if isinstance(conversion, MambaConversion):
+            report.lines += _to_mamba(model, conversion)
+        else:
+            report.lines += _cut(model, conversion)
     report.after = parameter_count(model)
     return report
+
+
+def _to_mamba(model: PreTrainedModel, conversion: MambaConversion) -> list[str]:
+    layers = find_parts(model).decoder_layers
+    chosen = converted_layers(conversion.keep_attention, conversion.layers, len(layers))
+    try:
+        layout = layout_of(conversion, chosen)
+        replaced = replace_attention(model, layout)
+    except ValueError as error:
+        raise RecipeError(str(error), where="student.convert: mamba") from error
+    inherited: list[str] = []
+    for index, attention in replaced.items():
+        mixer: Any = layers[index].self_attn
+        inherited = seed(mixer, attention, conversion.init)
+    become_student(model, {"mamba": layout.to_dict()})
+    return _described(mixer, inherited, chosen, len(layers), conversion.init)
+
+
+def _described(
+    mixer: Mamba2Mixer, inherited: list[str], chosen: list[int], count: int, init: str
+) -> list[str]:
+    kept = [i for i in range(count) if i not in chosen]
+
+    def listed(names: list[str]) -> str:
+        sizes = dict(mixer.named_parameters())
+        total = sum(sizes[n].numel() for n in names)
+        return f"{', '.join(names) or 'nothing'} ({total:,} weights a layer)"
+
+    new = [n for n, _ in mixer.named_parameters() if n not in inherited]
+    return [
+        f"decoder: Mamba-2 mixers ({init}) in layers {chosen}, attention in {kept or 'none'}",
+        f"  inherited: {listed(inherited)}",
+        f"  new: {listed(new)}",
+    ]
+
+
+def _cut(model: PreTrainedModel, conversion: LayersConversion | MlpConversion) -> list[str]:
+    lines = []
+    for name, layers, config in _towers(model):
+        wanted = getattr(conversion, name)
+        if wanted is None:
+            continue
+        if layers is None or config is None:
+            raise RecipeError("the model has no such layers", where=f"student.convert: {name}")
+        if isinstance(conversion, LayersConversion):
+            if any(isinstance(m, Mamba2Mixer) for m in layers.modules()):
+                raise RecipeError(
+                    "layers cannot be dropped after attention became Mamba",
+                    where=f"student.convert: {name}",
+                    mend="put 'layers' before 'mamba'",
+                )
+            lines.append(f"{name}: {keep_layers(layers, config, wanted, name)}")
+        else:
+            lines.append(f"{name}: {keep_neurons(layers, config, wanted, name)}")
+    return lines
 
 
 def _towers(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList | None, Any]]:

@@ -1,5 +1,7 @@
 """A teacher that is resident beside the student: frozen, in eval mode, without gradients."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,5 +18,6 @@ class LiveTeacher:
         self.model = model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
-    def signals(self, batch: Batch) -> Signals:
-        return capture(self.model, batch.inputs)
+    def signals(self, batch: Batch, **layers: Any) -> Signals:
+        """The teacher's signals on a batch; `layers` as in `mmkd.signals.capture`."""
+        return capture(self.model, batch.inputs, **layers)

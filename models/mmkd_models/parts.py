@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from .mixer import INHERITED, QKV, Mamba2Mixer
+
 CONNECTOR_IN_TOWER = ("merger",)  # Qwen-VL keeps its connector inside of the vision tower
 
 
@@ -58,8 +60,9 @@ def _layers(module: nn.Module | None) -> nn.ModuleList | None:
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
     """Names of the parameters of each trainable group; a parameter may be in several.
 
-    Groups: `vision`, `connector`, `language_model` (decoder with embeddings), `embeddings`, `head`
-    and `all`.
+    Groups: `vision`, `connector`, `language_model` (decoder with embeddings), `embeddings`, `head`,
+    `all`; of a student's Mamba mixers `mamba`, `mamba.new` (convolution, dt, A, D, gate, norm),
+    `mamba.inherited` (what attention had too) and `mamba.qkv` (its q, k and v projections).
     """
     parts = find_parts(model)
 
@@ -83,5 +86,21 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
         "head": head,
         "connector": {id(p) for _, p in named} - vision - decoder - head,
         "all": {id(p) for _, p in named},
+        **_mamba_groups(parts.decoder),
     }
     return {group: [n for n, p in named if id(p) in members] for group, members in known.items()}
+
+
+def _mamba_groups(decoder: nn.Module) -> dict[str, set[int]]:
+    named = [
+        (name.split(".")[0], id(p))
+        for mixer in decoder.modules()
+        if isinstance(mixer, Mamba2Mixer)
+        for name, p in mixer.named_parameters()
+    ]
+    return {
+        "mamba": {p for _, p in named},
+        "mamba.new": {p for part, p in named if part not in INHERITED},
+        "mamba.inherited": {p for part, p in named if part in INHERITED},
+        "mamba.qkv": {p for part, p in named if part in QKV},
+    }

@@ -1,0 +1,155 @@
+"""Layers against layers: what a student's mixer or block does, beside the teacher's.
+
+    mixer_mse    |h_s - h_t|^2 / width      heads before the output projection
+                                            (mmMamba, arXiv 2502.13145, section 3.3, stages 1-2)
+    layer_l2     |y_s - y_t|                at the block's output (MaTVLM, arXiv 2503.13440, section
+                                            3.3) or at the mixer's (MOHAWK, arXiv 2408.10189,
+                                            section 4.2)
+    hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8,
+                                            without its projection)
+    matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
+                                            matrix M (MOHAWK, section 4.1)
+
+Each is a mean over layers and over covered tokens, |.| the 2-norm of one token's row. MaTVLM and
+MOHAWK take the Frobenius norm of a whole sequence; a norm per token is what adds up over batches.
+
+With `teacher_forced` each student layer gets what entered the teacher's layer, so that layers learn
+side by side and no error travels.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmkd.objectives.base import (
+    LayerSignals,
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Region,
+    Signals,
+    Targets,
+)
+
+
+class LayerwiseConfig(ObjectiveConfig):
+    """Compare decoder layers of student and teacher."""
+
+    layers: list[int] | None = Field(None, description="student layers; its Mamba layers if none")
+    teacher_layers: list[int] | None = Field(None, description="one for each; the same if left out")
+    teacher_forced: bool = Field(True, description="student layers get the teacher's input")
+    region: Region = "all"
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "LayerwiseConfig":
+        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
+            raise ValueError("'teacher_layers' needs 'layers', one for each")
+        return self
+
+
+class MixerMseConfig(LayerwiseConfig):
+    """Mean squared error of the heads before the output projection."""
+
+    kind: Literal["mixer_mse"]
+
+
+class LayerL2Config(LayerwiseConfig):
+    """Euclidean distance of the outputs."""
+
+    kind: Literal["layer_l2"]
+    at: Literal["block", "mixer"] = Field("block", description="whole layer, or its mixer alone")
+
+
+class HiddenMseConfig(LayerwiseConfig):
+    """Mean squared error of the residual streams after each layer."""
+
+    kind: Literal["hidden_mse"]
+    teacher_forced: bool = Field(False, description="student layers get the teacher's input")
+
+
+class MatrixConfig(LayerwiseConfig):
+    """Distance of attention's probabilities and the mixer's matrix; quadratic in tokens."""
+
+    kind: Literal["matrix"]
+
+
+class Layerwise(Objective):
+    """Base: pairs of layers, and a distance per token."""
+
+    config: LayerwiseConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers"})
+
+    def __init__(
+        self,
+        config: LayerwiseConfig,
+        *,
+        shared_vocabulary: int | None = None,
+        mamba_layers: Sequence[int] = (),
+    ):
+        super().__init__(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+        layers = list(mamba_layers) if config.layers is None else config.layers
+        self.pairs = list(zip(layers, config.teacher_layers or layers, strict=True))
+
+    def rows(self, targets: Targets) -> Tensor:
+        return targets.predicts(self.config.region)
+
+    def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
+        """[B, T]"""
+        raise NotImplementedError
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        if teacher is None:
+            raise ValueError(f"objective {self.name!r} needs a teacher")
+        mine = student.forced if self.config.teacher_forced else student.layers
+        rows = self.rows(targets)
+        with torch.autocast(rows.device.type, enabled=False):
+            distances = [self.distance(mine[s], teacher.layers[t])[rows] for s, t in self.pairs]
+            return Outcome(torch.stack(distances).sum() / (count * len(self.pairs)))
+
+
+class MixerMse(Layerwise):
+    config_class = MixerMseConfig
+
+    def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
+        return _mean_square(student.mixer_heads, teacher.mixer_heads)
+
+
+class LayerL2(Layerwise):
+    config_class = LayerL2Config
+    config: LayerL2Config
+
+    def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
+        if self.config.at == "mixer":
+            return _norm(student.mixer_output, teacher.mixer_output)
+        return _norm(student.block_output, teacher.block_output)
+
+
+class HiddenMse(Layerwise):
+    config_class = HiddenMseConfig
+
+    def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
+        return _mean_square(student.block_output, teacher.block_output)
+
+
+class Matrix(Layerwise):
+    config_class = MatrixConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "matrices"})
+
+    def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
+        if student.matrix is None or teacher.matrix is None:
+            raise ValueError(f"objective {self.name!r} needs mixing matrices")
+        return _norm(student.matrix, teacher.matrix).mean(1)  # [B, heads, T] -> [B, T]
+
+
+def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() - b.float()).square().mean(-1)
+
+
+def _norm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a.float() - b.float(), dim=-1)

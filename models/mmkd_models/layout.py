@@ -1,0 +1,68 @@
+"""How a student's structure differs from the model it was made of; stored in its config."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Activation = Literal["silu", "none"]
+Norm = Literal["head_rms", "none"]
+Gate = Literal["silu", "none"]
+State = Literal["query", "kv"]
+
+
+@dataclass(frozen=True)
+class MambaLayout:
+    """Which decoder layers hold a Mamba-2 mixer in place of attention, and its form.
+
+    Attributes:
+        layers: the converted layers, ascending.
+        d_conv: taps of the short causal convolution over q, k and v.
+        d_state: state size N per head; the attention's head size if None.
+        activation: after the convolution.
+        norm: RMSNorm per head before the output projection.
+        gate: silu(z) with z a projection of the input.
+        norm_before_gate: norm(y) * silu(z) (mmMamba) instead of norm(y * silu(z)) (Mamba-2).
+        rope: rotate keys and queries as the attention did.
+        state: one state per query head, or one per key-value head that its query heads share.
+    """
+
+    layers: tuple[int, ...]
+    d_conv: int = 4
+    d_state: int | None = None
+    activation: Activation = "silu"
+    norm: Norm = "head_rms"
+    gate: Gate = "silu"
+    norm_before_gate: bool = False
+    rope: bool = True
+    state: State = "query"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("activation", Activation),
+            ("norm", Norm),
+            ("gate", Gate),
+            ("state", State),
+        ):
+            if getattr(self, name) not in get_args(known):
+                value, choices = getattr(self, name), ", ".join(get_args(known))
+                raise ValueError(f"layout: {name} {value!r} is none of {choices}")
+        if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
+            raise ValueError(f"layout: layers {list(self.layers)} are not ascending layer numbers")
+        if self.d_conv < 1:
+            raise ValueError(f"layout: d_conv {self.d_conv} is less than 1")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "MambaLayout":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: a key is unknown, or a value is.
+        """
+        unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+        if unknown or "layers" not in settings:
+            raise ValueError(
+                f"layout: unknown key {unknown[0]!r}" if unknown else "layout: 'layers' is missing"
+            )
+        return cls(**{**settings, "layers": tuple(settings["layers"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}

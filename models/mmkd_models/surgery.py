@@ -1,0 +1,119 @@
+"""Put Mamba-2 mixers in the place of attention, in any model whose decoder layers own a
+`self_attn`."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import HybridCache
+from .layout import MambaLayout
+from .mixer import Mamba2Mixer, SequenceContext
+from .parts import find_parts
+
+# Families whose prompt tokens attend both ways: a causal mixer is another function there.
+PREFIX_ATTENTION = ("paligemma",)
+
+
+def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, nn.Module]:
+    """Swap the attention of the layout's layers for mixers with default initialisation, in place.
+
+    Returns:
+        The replaced attention modules by layer.
+
+    Raises:
+        ValueError: the layout does not fit the model, or a layer cannot be converted faithfully.
+    """
+    if base_type(model) in PREFIX_ATTENTION:
+        raise ValueError(
+            f"{base_type(model)} attends both ways over its prefix (image and prompt), "
+            "a Mamba mixer looks only back"
+        )
+    layers = find_parts(model).decoder_layers
+    outside = [i for i in layout.layers if i >= len(layers)]
+    if outside:
+        raise ValueError(f"layout: layer {outside[0]} of a model with {len(layers)} layers")
+    context = SequenceContext()
+    mixers: dict[int, Mamba2Mixer] = {}
+    for index in layout.layers:
+        attention = getattr(layers[index], "self_attn", None)
+        if not isinstance(attention, nn.Module) or isinstance(attention, Mamba2Mixer):
+            found = "a Mamba mixer already" if attention is not None else "no self_attn"
+            raise ValueError(f"decoder layer {index} cannot be converted: it has {found}")
+        try:
+            mixers[index] = Mamba2Mixer(attention, layout, index, context)
+        except ValueError as error:
+            raise ValueError(f"decoder layer {index} cannot be converted: {error}") from error
+    replaced: dict[int, nn.Module] = {}
+    for index, mixer in mixers.items():
+        layer: Any = layers[index]
+        replaced[index] = layer.self_attn
+        layer.self_attn = mixer.train(replaced[index].training)
+    watch = _Watch(model, layout, context)
+    model.base_model.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
+    return replaced
+
+
+def base_type(model: PreTrainedModel) -> str:
+    """The family's model_type, also of a student."""
+    return getattr(model.config, "base_model_type", None) or model.config.model_type
+
+
+class _Watch:
+    """Tells the mixers about padding, and gives every forward that wants a cache the right one."""
+
+    def __init__(self, model: PreTrainedModel, layout: MambaLayout, context: SequenceContext):
+        self.layout, self.context = layout, context
+        self.config = model.config.get_text_config(decoder=True)
+        parameters = inspect.signature(model.base_model.forward).parameters
+        # transformers 5.2x calls it cache, before that it was past_key_values
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        length = tokens.shape[1]
+        cache = self._cache(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
+        self.context.real = self._real(mask, length) if past == 0 or length > 1 else None
+        self.context.documents = self._documents(kwargs.get("position_ids"), mask, cache)
+        return args, kwargs
+
+    def _cache(self, kwargs: dict[str, Any]) -> HybridCache | None:
+        given = next((kwargs[n] for n in ("cache", "past_key_values") if kwargs.get(n)), None)
+        if given is None:
+            wanted = kwargs.get("use_cache")
+            if wanted is None:
+                wanted = getattr(self.config, "use_cache", True)
+            if not wanted:
+                return None
+            given = kwargs[self.cache_name] = HybridCache(self.config, self.layout.layers)
+        held = getattr(given, "mamba_layers", None)
+        if held != self.layout.layers:
+            belongs = "a model without Mamba layers" if held is None else f"layers {list(held)}"
+            raise ValueError(
+                f"the cache belongs to {belongs}, this student has Mamba layers "
+                f"{list(self.layout.layers)}: start without a cache, or with the student's own"
+            )
+        return given
+
+    @staticmethod
+    def _real(mask: Any, length: int) -> Tensor | None:
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise ValueError("a student with Mamba layers needs a 2-D attention mask, [B, T]")
+        return mask[:, -length:].bool()
+
+    @staticmethod
+    def _documents(positions: Any, mask: Any, cache: Any) -> Tensor | None:
+        """Packed rows restart their positions and come without a mask, as transformers' own
+        padding-free batches do."""
+        if positions is None or mask is not None or cache is not None or positions.ndim != 2:
+            return None
+        return (positions == 0).cumsum(-1)  # [B, T]
