@@ -2,9 +2,10 @@
 
 FLOPs count multiply and add as two (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): a forward
 costs 2 per parameter and token, gradients of weights and of activations 2 each, attention scores
-and values 4 * length * width per layer and token. Activation memory follows Korthikanti et al. 2022
-(arXiv 2205.05198, eq. 2, without stored attention scores): 34 bytes per token, unit of width and
-layer in 16 bit.
+and values 4 * length * width per layer and token, a Mamba-2 scan 4 P N for its state and
+chunk * (P + N) inside of a chunk, per head and token (arXiv 2405.21060, section 6). Activation
+memory follows Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2, without stored attention scores):
+34 bytes per token, unit of width and layer in 16 bit.
 """
 
 from dataclasses import dataclass
@@ -20,29 +21,37 @@ from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import distributed
 from mmkd.errors import MmkdError
-from mmkd.loading import load_processor, parameter_count, skeleton
+from mmkd.loading import load_processor, mamba_layers, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.ops.linear_loss import CHUNK_ELEMENTS
 from mmkd.pipeline import members
 from mmkd.progress import console
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.students import convert, set_trainable
+from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
 
 SAMPLED_RECORDS = 48
 ACTIVATION_BYTES_16_BIT = 34
+SCAN_CHUNK = 64
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 1}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Means per record: tokens of the sequence, rows per objective, patches of the vision tower."""
+    """Means per record: tokens of the sequence, patches of the vision tower, and for each objective
+    on the head's output its rows."""
 
     length: float
     supervised: float
     vision: float
     patches: float
     rows: dict[str, float]
+
+    @property
+    def projected(self) -> float:
+        """Rows that go through the head."""
+        return max(self.rows.values(), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ def plan_stage(
     student = skeleton(recipe.student)
     convert(student, recipe.student.convert)
     trainable = set(set_trainable(student, stage.train))
-    objectives = [build_objective(o) for o in stage.objectives]
+    mamba = mamba_layers(student.config)
+    objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
     data = recipe.stage_data(stage)
     sample, records = sample_data(data, processor, objectives)
@@ -137,7 +147,11 @@ def sample_data(
             supervised=float(targets.response.sum()) / count,
             vision=float(targets.vision.sum()) / count,
             patches=pixels / count,
-            rows={o.name: float(o.rows(targets).sum()) / count for o in objectives},
+            rows={
+                o.name: float(o.rows(targets).sum()) / count
+                for o in objectives
+                if "distribution" in o.needs
+            },
         ),
         len(records),
     )
@@ -182,14 +196,14 @@ def flops_per_record(
 ) -> dict[str, float]:
     """FLOPs of one record in one step, by what they are spent on."""
     passes = _passes(student, trainable)
-    forward = _forward(student, sample, max(sample.rows.values()))
+    forward = _forward(student, sample, sample.projected)
     found = {
         "student_vision": forward["vision"] * passes["vision"],
         "student_decoder": forward["decoder"] * passes["decoder"],
         "student_head": forward["head"] * passes["head"],
     }
     if teacher is not None:
-        frozen = _forward(teacher, sample, max(sample.rows.values()))
+        frozen = _forward(teacher, sample, sample.projected)
         found |= {f"teacher_{part}": value for part, value in frozen.items()}
     return {**found, "total": sum(found.values())}
 
@@ -217,14 +231,25 @@ def _passes(student: PreTrainedModel, trainable: set[str]) -> dict[str, int]:
 def _forward(model: PreTrainedModel, sample: Sample, rows: float) -> dict[str, float]:
     shape = shape_of(model)
     patches = _patches(model, sample.patches)
-    attention = 4 * sample.length * shape.width * shape.depth / 2  # causal: half the square
+    layers = shape.depth - len(mamba_layers(model.config))
+    attention = 4 * sample.length * shape.width * layers / 2  # causal: half the square
     vision_attention = 4 * patches * shape.vision_width * shape.vision_depth
     return {
         "vision": patches * (2 * shape.vision + vision_attention)
         + 2 * sample.vision * shape.connector,
-        "decoder": sample.length * (2 * shape.decoder + attention),
+        "decoder": sample.length * (2 * shape.decoder + attention + _scan(model)),
         "head": rows * 2 * shape.head[0] * shape.head[1],
     }
+
+
+def _scan(model: PreTrainedModel) -> float:
+    """FLOPs of all scans per token."""
+    mixers = [m for m in find_parts(model).decoder.modules() if isinstance(m, Mamba2Mixer)]
+    return sum(
+        m.shape.heads
+        * (4 * m.shape.value_dim * m.d_state + SCAN_CHUNK * (m.shape.value_dim + m.d_state))
+        for m in mixers
+    )
 
 
 def memory(
@@ -242,7 +267,7 @@ def memory(
     patches = _patches(student, sample.patches) * stage.batch.size
     per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT
     units = tokens * shape.width * shape.depth + patches * shape.vision_width * shape.vision_depth
-    rows = max(sample.rows.values()) * stage.batch.size
+    rows = sample.projected * stage.batch.size
     found = {
         "student_weights": parameter_count(student) * weight,
         "gradients": trained * weight,

@@ -2,14 +2,18 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import RecipeError
-from mmkd.loading import load_processor, shared_vocabulary, skeleton
-from mmkd.objectives import Objective, build_objective
+from mmkd.layer_signals import LayerPlan
+from mmkd.loading import load_processor, mamba_layers, shared_vocabulary, skeleton
+from mmkd.objectives import Layerwise, Objective, build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
+from mmkd_models.parts import find_parts
 
 
 def check(recipe: Recipe) -> None:
@@ -23,11 +27,16 @@ def check(recipe: Recipe) -> None:
     student = skeleton(recipe.student)
     check_supported(student, "student")
     convert(student, recipe.student.convert)
+    teacher = None
     if recipe.teacher is not None:
-        check_supported(skeleton(recipe.teacher), "teacher")
+        teacher = skeleton(recipe.teacher)
+        check_supported(teacher, "teacher")
     for stage in recipe.stages:
-        objectives = [build_objective(o) for o in stage.objectives]
+        mamba = mamba_layers(student.config)
+        objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
         _check_teacher(recipe, stage, objectives, processor)
+        if teacher is not None:
+            _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
         _check_data(recipe, stage, objectives, processor)
 
@@ -45,6 +54,53 @@ def _check_teacher(
             mend="add 'teacher' to the recipe",
         )
     shared_vocabulary(processor.tokenizer, load_processor(recipe.teacher).tokenizer)
+
+
+def _check_layers(
+    recipe: Recipe,
+    stage: StageConfig,
+    objectives: list[Objective],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+) -> None:
+    """Layer-wise objectives compare layers that are there and have the same width."""
+    LayerPlan.of(objectives)
+    mine, theirs = (find_parts(m).decoder_layers for m in (student, teacher))
+    for objective in objectives:
+        if not isinstance(objective, Layerwise):
+            continue
+        where = f"stage {stage.name}: objective {objective.name}"
+        if not objective.pairs:
+            raise RecipeError(
+                "the student has no Mamba layers to compare", where=where, mend="name 'layers'"
+            )
+        for s, t in objective.pairs:
+            if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
+                raise RecipeError(
+                    f"there is no pair of student layer {s} (of {len(mine)}) and teacher layer {t} "
+                    f"(of {len(theirs)})",
+                    where=where,
+                    mend="set 'layers' and 'teacher_layers'",
+                )
+            widths = [_widths(layer) for layer in (mine[s], theirs[t])]
+            if widths[0] != widths[1]:
+                raise RecipeError(
+                    f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
+                    where=where,
+                    mend="compare layers of one width (stream, heads)",
+                )
+        assert recipe.teacher is not None
+        if "matrices" in objective.needs and recipe.teacher.attn_implementation != "eager":
+            raise RecipeError(
+                "it needs the teacher's attention probabilities",
+                where=where,
+                mend="set teacher.attn_implementation to eager",
+            )
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Of the residual stream, and of the heads together."""
+    return layer.self_attn.o_proj.out_features, layer.self_attn.o_proj.in_features
 
 
 def _check_data(

@@ -83,6 +83,19 @@ def test_convert_pad_save_load_generate(name, layers, tmp_path):
         assert torch.equal(loaded(**left).logits, padded["left"][1])
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_model_from_a_folder_becomes_a_folder_again(name, tmp_path):
+    """Families load and save under older weight names, a student under its own."""
+    families.make(name).save_pretrained(tmp_path / "family")
+    model = load_pretrained(str(tmp_path / "family"))
+    convert(model, MambaConversion(kind="mamba", layers=[1]))
+    model.save_pretrained(tmp_path / "student")
+    loaded = load_pretrained(str(tmp_path / "student"))
+    weights = loaded.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
+
+
 @pytest.mark.parametrize("layers", [[1, 3], [0, 1, 2, 3]])
 def test_sampling_beams_and_chunked_prefill(layers):
     model = student("llava", layers)

@@ -109,4 +109,6 @@ def become_student(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         config.__class__ = student_config_class(type(config))
         config.layout = {}
         model.__class__ = student_class(type(model))
+        # Left by from_pretrained: saving would go back to the family's older weight names.
+        model.__dict__.pop("_weight_conversions", None)
     config.layout = {**config.layout, **layout}
