@@ -8,16 +8,18 @@ resident size in a fresh process each.
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import peak_bytes
 from mmkd.files import write_json
 from mmkd.ops import linear_divergence
 from mmkd.progress import console
@@ -71,28 +73,8 @@ def seconds(method: str, kind: str, inputs: Inputs) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(method: str, kind: str, shape: tuple[int, int, int, int, float]) -> int:
-    """Growth of the peak resident size, measured in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (method, kind, shape))
-
-
-def _peak(method: str, kind: str, shape: tuple[int, int, int, int, float]) -> int:
-    torch.set_num_threads(1)
-    inputs = make_inputs(*shape)
-    small = make_inputs(8, 64, 8, 8, 0.0)
-    METHODS[method](kind, *small)
-    before = _high_water()
-    METHODS[method](kind, *inputs)
-    return _high_water() - before
-
-
-def _high_water() -> int:
-    """Peak resident bytes of this process (Linux). getrusage's figure is inherited from the parent
-    process, this one is not."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(s.split()[1]) * 1024 for s in lines if s.startswith("VmHWM"))
+def make_call(method: str, kind: str, *shape: Any) -> Callable[[], None]:
+    return partial(METHODS[method], kind, *make_inputs(*shape))
 
 
 def main() -> None:
@@ -120,7 +102,9 @@ def main() -> None:
             row = {"kind": kind, "masked": masked}
             for method in METHODS:
                 row[f"{method}_seconds"] = statistics.median(times[method])
-                row[f"{method}_peak_bytes"] = peak_bytes(method, kind, shape)
+                row[f"{method}_peak_bytes"] = peak_bytes(
+                    make_call, (method, kind, *shape), (method, kind, 8, 64, 8, 8, 0.0)
+                )
             results.append(row)
     report(results)
     if args.json:

@@ -10,7 +10,7 @@ from .documents import document_runs
 from .kernels import conv_unfit, kernel_conv, kernel_conv_step, use_kernel
 
 ACTIVATIONS = (None, "silu")
-BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}  # of the inputs that are computed at once
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of the inputs that are computed at once
 
 
 def causal_conv(

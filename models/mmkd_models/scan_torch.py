@@ -287,6 +287,7 @@ class _ChunkedScan(torch.autograd.Function):
         state: Tensor | None,
         starts: Tensor | None,
         chunk_size: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = _Inputs(x, dt, A, B, C, D, starts, wide)
@@ -298,7 +299,6 @@ class _ChunkedScan(torch.autograd.Function):
         else:
             final.copy_(state)
         plan = plan_spans(batch, length, inputs.heads, chunk_size, x.device)
-        keep = any(ctx.needs_input_grad)
         kept = []
         for spans in plan:
             for span in spans:
@@ -329,7 +329,8 @@ class _ChunkedScan(torch.autograd.Function):
                     )
         d_state = None if ctx.state_dtype is None else grad_state.to(ctx.state_dtype)
         d_D = None if grads.D is None or D is None else grads.D.to(D.dtype)
-        return grads.x, grads.dt, grads.A.to(A.dtype), grads.B, grads.C, d_D, d_state, None, None
+        d_A = grads.A.to(A.dtype)
+        return grads.x, grads.dt, d_A, grads.B, grads.C, d_D, d_state, *[None] * 3
 
 
 def chunked_scan(
@@ -349,6 +350,8 @@ def chunked_scan(
     groups = C.shape[2]
     if groups % B.shape[2]:
         C = C.repeat_interleave(math.lcm(groups, B.shape[2]) // groups, dim=2)
+    floating = (x, dt, A, B, C, D, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
     with torch.autocast(x.device.type, enabled=False):
-        y, final = _ChunkedScan.apply(x, dt, A, B, C, D, initial_state, starts, chunk_size)
+        y, final = _ChunkedScan.apply(*floating, starts, chunk_size, keep)
     return y, final

@@ -1,0 +1,70 @@
+"""Time and peak memory, as all benchmarks here measure them."""
+
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median time of each method, one call of each in turn; a first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(repeats + 1):
+        for name, call in methods.items():
+            start = time.perf_counter()
+            call()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def peak_bytes(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple) -> int:
+    """Growth of the peak resident size during `make(*size)()`, in a fresh process.
+
+    Args:
+        make: importable; builds the inputs and returns what is measured.
+        size: its arguments.
+        small: arguments for a call before it, so that no library is loaded while measuring.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (make, size, small, torch.get_num_threads()))
+
+
+def _peak(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple, threads: int) -> int:
+    torch.set_num_threads(threads)
+    make(*small)()
+    call = make(*size)
+    Path("/proc/self/clear_refs").write_text("5")  # the high water falls to what is resident now
+    before = _status("VmHWM")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes that /proc says of this process (Linux). getrusage's peak is inherited from the
+    parent process, this one is not."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(name))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    models = [s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
