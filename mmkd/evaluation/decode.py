@@ -196,10 +196,10 @@ def _plain_token(config: Any) -> int:
     return next(i for i in range(len(special) + 1) if i not in special)
 
 
-def _shapes(layer: Any, model: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
-    """A layer's two tensors after the short run; None for one that shares another's."""
+def _shapes(layer: Any, model: PreTrainedModel) -> list[Tensor]:
+    """A layer's two tensors after the short run; none for one that shares another's."""
     if not layer.is_initialized:
-        return None
+        return []
     names = STATES if isinstance(layer, MambaLayer) else KEYS_VALUES
     held: list[Any] = [getattr(layer, name, None) for name in names]
     if not all(isinstance(t, Tensor) and t.ndim in (3, 4) for t in held):
@@ -208,7 +208,7 @@ def _shapes(layer: Any, model: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
             where=type(model).__name__,
             mend="leave 'decode' out",
         )
-    return held[0], held[1]
+    return held
 
 
 def _wait_for(device: torch.device) -> None:
