@@ -192,7 +192,7 @@ def test_a_folder_loads_where_only_torch_and_transformers_are(saved, tmp_path):
     got = torch.load(tmp_path / "got.pt")
     model = load_pretrained(str(saved))
     with torch.no_grad():
-        torch.testing.assert_close(got["logits"], model(**batch).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got["logits"], model(**batch).logits, rtol=1e-5, atol=1e-5)
     want = model.generate(**batch, max_new_tokens=4, do_sample=False, suppress_tokens=[7])
     assert torch.equal(got["answer"], want)
 
