@@ -117,8 +117,8 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--burst", type=int, default=3, help="timed tokens a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--burst", type=int, default=2, help="timed tokens a round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -143,28 +143,23 @@ def main() -> None:
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    """Times with the speed-up over teacher / dynamic in brackets, then caches."""
-    names = list(results[0]["seconds"])
-    times = Table(title="ms per token (times faster than teacher / dynamic)")
-    caches = Table(title="cache, MB")
-    hybrids = list(results[0]["bound_seconds"])
-    for table, columns in ((times, [*names, *(f"bound of {h}" for h in hybrids)]), (caches, names)):
-        for column in ("context", *columns):
-            table.add_column(column, justify="right")
+    """A line a context and model; ratios say how many times as fast as the other it is."""
+    table = Table(title="decoding one token")
+    for name in ("context", "model", "ms", "bound ms", "vs teacher", "vs dynamic", "cache MB"):
+        table.add_column(name, justify="left" if name == "model" else "right")
     for result in results:
-        seconds, context = result["seconds"], f"{result['context']:,}"
-        cells = [_cell(seconds, name) for name in names]
-        cells += [f"{1e3 * result['bound_seconds'][h]:.1f}" for h in hybrids]
-        times.add_row(context, *cells)
-        caches.add_row(context, *(f"{result['cache_bytes'][n] / 1e6:.2f}" for n in names))
-    console.print(times)
-    console.print(caches)
-
-
-def _cell(seconds: dict[str, float], name: str) -> str:
-    ratios = " / ".join(f"{seconds[base] / seconds[name]:.1f}" for base in ("teacher", "dynamic"))
-    text = f"{1e3 * seconds[name]:.1f}"
-    return text if name == "dynamic" else f"{text} ({ratios})"
+        seconds, bound = result["seconds"], result["bound_seconds"]
+        table.add_section()
+        for name in seconds:
+            table.add_row(
+                f"{result['context']:,}",
+                name,
+                f"{1e3 * seconds[name]:.1f}",
+                f"{1e3 * bound[name]:.1f}" if name in bound else "",
+                *(f"{seconds[base] / seconds[name]:.1f}x" for base in ("teacher", "dynamic")),
+                f"{result['cache_bytes'][name] / 1e6:.2f}",
+            )
+    console.print(table)
 
 
 if __name__ == "__main__":
