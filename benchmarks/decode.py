@@ -68,7 +68,7 @@ def make_decoders(args: argparse.Namespace) -> dict[str, Decoder]:
                 student,
                 MambaConversion(kind="mamba", keep_attention=kept, init="inherit", state=state),
             )
-            found[name if state == "query" else f"{name}, kv states"] = Decoder(student)
+            found[name if state == "query" else f"{name}, kv"] = Decoder(student)
     return found
 
 

@@ -6,7 +6,7 @@ runs/<name>/
     training.yaml               what is trained here; another recipe may not continue it
     00-start/student/           from-scratch or converted students only
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
-  evaluation/<member>/ results.json  samples/
+  evaluation/<member>/ results.json  samples/  decode.json
   report.html
 """
 
@@ -25,7 +25,7 @@ from mmkd.files import read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import REGISTRY
 from mmkd.progress import console
-from mmkd.recipe import Recipe, StageConfig, load_recipe, to_yaml
+from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage, save_student
 from mmkd.students import convert
 
@@ -213,33 +213,54 @@ def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[PreTrainedModel
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:
-    """Score the finished students, and the teacher, with lmms-eval."""
-    if recipe.evaluate is None:
-        return
-    from mmkd.evaluation.run import evaluate as score
-
+    """Score the finished students, and the teacher, with lmms-eval; time their decoding."""
     settings = recipe.evaluate
+    if settings is None:
+        return
     sources: dict[str, str] = {m.label: str(m.student) for m in trained}
     if recipe.teacher is not None and recipe.teacher.model and settings.teacher:
         sources = {TEACHER: recipe.teacher.model, **sources}
     for label, source in sources.items():
         out = run_folder(recipe) / "evaluation" / label
-        request = {
-            "model": source,
-            "weights": provenance.weights_hash(Path(source)),
-            **settings.model_dump(mode="json"),
+        model = {"model": source, "weights": provenance.weights_hash(Path(source))}
+        running = {
+            "device": str(distributed.choose_device(recipe.stages[0].engine.device)),
+            "trust_remote_code": recipe.student.trust_remote_code,
         }
-        if (out / "request.json").exists() and read_json(out / "request.json") == request:
-            continue
-        console.rule(f"{label}: evaluation")
-        score(
-            source,
-            tasks=settings.tasks,
-            include_path=Path(settings.include) if settings.include else None,
-            out=out,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            device=str(distributed.choose_device(recipe.stages[0].engine.device)),
-            trust_remote_code=recipe.student.trust_remote_code,
-        )
-        write_json(out / "request.json", request)
+        _score(label, model, settings, out, running)
+        if settings.decode:
+            _time_decoding(label, model, settings.decode, out, running)
+
+
+def _score(
+    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
+) -> None:
+    from mmkd.evaluation.run import evaluate as score
+
+    request = {**model, **settings.model_dump(mode="json", exclude={"decode"})}
+    if (out / "request.json").exists() and read_json(out / "request.json") == request:
+        return
+    console.rule(f"{label}: evaluation")
+    score(
+        model["model"],
+        tasks=settings.tasks,
+        include_path=Path(settings.include) if settings.include else None,
+        out=out,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        **running,
+    )
+    write_json(out / "request.json", request)
+
+
+def _time_decoding(
+    label: str, model: dict[str, Any], contexts: list[int], out: Path, running: dict[str, Any]
+) -> None:
+    from mmkd.evaluation.decode import time_folder
+
+    path = out / "decode.json"
+    request = {**model, "contexts": contexts, "device": running["device"]}
+    if path.exists() and read_json(path)["request"] == request:
+        return
+    console.rule(f"{label}: decoding")
+    time_folder(model["model"], contexts, path, request=request, **running)

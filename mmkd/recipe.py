@@ -225,6 +225,9 @@ class EvaluateConfig(Strict):
     batch_size: int = Field(32, ge=1)
     limit: int | None = Field(None, ge=1, description="documents per task")
     teacher: bool = Field(True, description="score the teacher too")
+    decode: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="context lengths at which decoding is timed, with the cache's size"
+    )
 
 
 class Recipe(Strict):

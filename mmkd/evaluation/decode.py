@@ -12,7 +12,8 @@ on. For a row without padding that is a position and no attention mask.
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from mmkd.errors import MmkdError
-from mmkd.loading import mamba_layers
+from mmkd.files import write_json
+from mmkd.loading import load_pretrained, mamba_layers
 from mmkd_models.cache import HybridCache, MambaLayer
 
 PROMPT = 4  # tokens of the short run
@@ -88,12 +90,10 @@ class Decoder:
 
         layers: list[Any] = self.cache.layers
         for layer, shapes in zip(layers, self._shapes, strict=True):
-            if shapes is None:
-                continue
             if isinstance(layer, MambaLayer):
                 conv, ssm = (normal(like, *like.shape) for like in shapes)
                 layer.advance(conv, ssm, context)
-            else:
+            elif shapes:
                 keys, values = (
                     normal(like, *like.shape[:2], context, like.shape[3]) for like in shapes
                 )
@@ -160,6 +160,38 @@ def measure_decode(
         seconds = [decoder.step()[0] for _ in range(steps)][1:]
         rows.append(DecodeRow(context, 1e3 * statistics.median(seconds), held))
     return rows
+
+
+def time_folder(
+    source: str, contexts: Sequence[int], out: Path, *, request: dict[str, Any], **loading: Any
+) -> None:
+    """Time the model in a folder; write request, device, dtype, threads and rows as JSON.
+
+    An attention model runs with transformers' own cache, as its users get it.
+
+    Args:
+        source: folder or Hub id.
+        contexts: tokens in the cache.
+        out: file to write.
+        request: kept in the file, to tell later whether it answers the same question.
+        loading: `device`, and settings of `load_pretrained`.
+
+    Raises:
+        MmkdError: the model cannot be loaded or timed.
+    """
+    device = torch.device(loading.pop("device", "cpu"))
+    # the scores' types: bfloat16 is slow on a CPU
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model: Any = load_pretrained(source, dtype=dtype, **loading)
+    model.to(device)
+    found = {
+        "request": request,
+        "device": str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rows": [asdict(row) for row in measure_decode(model, contexts)],
+    }
+    write_json(out, found)
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ from pathlib import Path
 from mmkd.errors import CheckpointError
 from mmkd.files import write_text
 from mmkd.progress import console
+from mmkd.report.decoding import decoding_table
 from mmkd.report.page import render
 from mmkd.report.rundata import read_run
-from mmkd.report.tables import build_tables, print_tables
+from mmkd.report.tables import build_tables, print_table, print_tables
 
 
 def write_report(folder: Path) -> Path:
@@ -29,6 +30,8 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_text(path, render(run, tables))
     print_tables(tables)
+    if decoding := decoding_table(run):
+        print_table(decoding)
     console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
     return path
 

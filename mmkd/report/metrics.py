@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["higher", "lower"] | None
-Unit = Literal["percent", "number", "count", "bytes"]
+Unit = Literal["percent", "number", "count", "bytes", "times"]
 Key = tuple[str, str]  # task, metric
 COST = ""  # the task of what a model costs
 

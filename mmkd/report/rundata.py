@@ -57,7 +57,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the report shows."""
+    """Everything the report shows.
+
+    Attributes:
+        results: {label: what its results.json holds}.
+        decoding: {label: rows of its decode.json}, as `mmkd.evaluation.decode.DecodeRow`.
+    """
 
     folder: Path
     recipe: dict[str, Any]
@@ -65,6 +70,7 @@ class Run:
     provenance: dict[str, Any]
     members: list[Member]
     results: dict[str, dict[str, Any]]
+    decoding: dict[str, list[dict[str, float]]]
 
     @property
     def groups(self) -> list[str]:
@@ -99,7 +105,8 @@ def read_run(folder: Path) -> Run:
         recipe_text=text,
         provenance=_json(folder / "provenance.json") or {},
         members=_members(folder, recipe),
-        results=_results(folder / "evaluation"),
+        results=_evaluations(folder, "results.json"),
+        decoding={k: v["rows"] for k, v in _evaluations(folder, "decode.json").items()},
     )
 
 
@@ -158,10 +165,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _results(folder: Path) -> dict[str, dict[str, Any]]:
-    """{label: what its results.json holds}."""
-    found = {path.parent.name: _json(path) for path in sorted(folder.glob("*/results.json"))}
-    return {label: results for label, results in found.items() if results}
+def _evaluations(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """{label: what this file of its evaluation holds}."""
+    paths = sorted((folder / "evaluation").glob(f"*/{name}"))
+    found = {path.parent.name: _json(path) for path in paths}
+    return {label: held for label, held in found.items() if held}
 
 
 def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:

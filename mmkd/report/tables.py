@@ -263,15 +263,16 @@ def _difference(a: Scored, b: Scored, seeds: list[int], columns: Sequence[Column
 
 
 def format_value(value: Value | None, unit: Unit, *, sign: bool = False) -> str:
-    """A value as text: 71.2 ± 1.3, 3.2 M, 12.6 MB; sizes have no spread."""
+    """A value as text: 71.2 ± 1.3, 2.4×, 3.2 M, 12.6 MB; sizes have no spread."""
     if value is None:
         return "–"
     if unit in ("count", "bytes"):
         return compact(value.mean, "B" if unit == "bytes" else "")
     scale = 100 if unit == "percent" else 1
     mean = scale * value.mean
-    digits = 1 if unit == "percent" else _digits(mean)
+    digits = 1 if unit in ("percent", "times") else _digits(mean)
     text = f"{mean:{'+' if sign else ''},.{digits}f}".replace("-", "−")
+    text += "×" if unit == "times" else ""
     if value.std is None:
         return text
     return f"{text} ± {scale * value.std:,.{digits}f}"
@@ -308,10 +309,11 @@ def print_tables(tables: Tables) -> None:
         return
     for table in [tables.main, tables.differences, *tables.kinds]:
         if table is not None:
-            _print(table)
+            print_table(table)
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """One table in the terminal, on its side where it is too wide."""
     unbounded = console.options.update(max_width=10_000)
     wide = _drawn(table)
     fits = console.measure(wide, options=unbounded).maximum <= console.width

@@ -1,0 +1,57 @@
+"""The table of decoding: what one more token costs behind contexts of several lengths."""
+
+from mmkd.report.metrics import Column, Unit
+from mmkd.report.rundata import TEACHER, Run, Scores
+from mmkd.report.tables import Scored, Table
+
+# Times are listed, not ranked: equal models differ in them by noise alone.
+KINDS: list[tuple[str, str, Unit]] = [
+    ("milliseconds", "ms", "number"),
+    ("speed", "speed", "times"),
+    ("cache_bytes", "cache", "bytes"),
+]
+
+
+def decoding_table(run: Run) -> Table | None:
+    """Teacher first, then the students, each with its seeds; None where nothing was timed."""
+    models = _timed_models(run)
+    seeds = [scores for model in models for scores in model.seeds.values()]
+    contexts = sorted({context for scores in seeds for context in scores}, key=int)
+    known = {name for scores in seeds for values in scores.values() for name in values}
+    columns = [
+        Column((context, name), f"{int(context):,} tokens", title, None, unit)
+        for context in contexts
+        for name, title, unit in KINDS
+        if name in known
+    ]
+    if not columns:
+        return None
+    title = f"Decoding after {columns[0].group}" if len(contexts) == 1 else "Decoding"
+    return Table(title, columns, [model.row(columns) for model in models])
+
+
+def _timed_models(run: Run) -> list[Scored]:
+    teacher = run.decoding.get(TEACHER, []) if run.is_teacher(TEACHER) else []
+    base = {row["context"]: row["milliseconds"] for row in teacher}
+    found = [Scored(TEACHER, "teacher", {0: _values(teacher, base)})] if teacher else []
+    for group in run.groups:
+        seeds = {
+            m.seed: _values(run.decoding[m.label], base)
+            for m in run.members
+            if m.group == group and m.label in run.decoding
+        }
+        if seeds:
+            found.append(Scored(group, "student", seeds))
+    return found
+
+
+def _values(rows: list[dict[str, float]], teacher: dict[float, float]) -> Scores:
+    """{context: {kind: value}}; a speed where the teacher was timed at the same context."""
+    found = {}
+    for row in rows:
+        context, taken = row["context"], row["milliseconds"]
+        values = {"milliseconds": taken, "cache_bytes": row["cache_bytes"]}
+        if context in teacher:
+            values["speed"] = teacher[context] / taken
+        found[str(context)] = values
+    return found
