@@ -1,7 +1,9 @@
 """What many tests share: a small scene data set and a tiny model that can be loaded."""
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,23 @@ def tiny_model_dir(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished study: two students, three seeds, a teacher, scores and samples."""
+    from written_runs import put_study
+
+    return put_study(tmp_path)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A console that records, wide enough for models as rows."""
+    from rich.console import Console
+
+    from mmkd.report import tables
+
+    console = Console(record=True, width=220, file=io.StringIO())
+    monkeypatch.setattr(tables, "console", console)
+    return console

@@ -1,0 +1,208 @@
+"""The report page of a written run: whole in itself, escaped, honest about what is missing."""
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+from written_runs import (
+    EVIL,
+    TASK,
+    metrics,
+    png,
+    put,
+    put_evaluation,
+    put_member,
+    raw_recipe,
+    results,
+    samples,
+)
+
+from mmkd.errors import CheckpointError
+from mmkd.recipe import load_recipe, to_yaml
+from mmkd.report import write_report
+from mmkd.report.rundata import read_run
+from mmkd.report.samples import choose_samples
+from mmkd.report.tables import build_tables
+
+
+class Loads(HTMLParser):
+    """What a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.handlers: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        loading = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        self.addresses += [v or "" for k, v in attrs if k in loading]
+        self.handlers += [k for k, _ in attrs if k.startswith("on")]
+
+
+def loads(html: str) -> Loads:
+    parser = Loads()
+    parser.feed(html)
+    return parser
+
+
+def test_the_page_is_whole_in_itself(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    html = path.read_text(encoding="utf-8")
+    found = loads(html)
+    assert all(a.startswith(("data:", "#")) for a in found.addresses), found.addresses
+    assert any(a.startswith("data:image/png;base64,") for a in found.addresses)
+    assert not found.tags & {"script", "iframe", "object", "embed"}
+    assert "@import" not in html
+    assert not re.search(r"url\(\s*['\"]?(?!#)", html)
+    assert not list(run_dir.glob("*.partial"))
+
+
+def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+
+
+def test_text_from_the_run_cannot_become_markup(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert "&lt;script&gt;alert" in html
+    assert not loads(html).handlers
+    assert EVIL in unescape(html)
+
+
+def test_a_malicious_recipe_and_provenance_are_escaped(run_dir: Path) -> None:
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["name"] = EVIL
+    recipe["teacher"]["model"] = EVIL
+    put(run_dir / "recipe.yaml", yaml.safe_dump(recipe))
+    put(run_dir / "provenance.json", json.dumps({"command": [EVIL], "data": {EVIL: EVIL}}))
+    for path in run_dir.glob("*/01-mimic/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"ce"', json.dumps(EVIL)))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert not loads(html).handlers
+
+
+def test_the_page_says_what_the_files_say(run_dir: Path) -> None:
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    for text in (
+        "A teacher of 4.0 M parameters (artifacts/teacher)",
+        "2 students of 1.0 M parameters, 4.0 times smaller",
+        "Each student trained for 40 steps (4.0 k supervised tokens)",
+        "0.5 × ce + kl (T = 2)",
+        "kd − ce",
+        "majority answer 35.0",
+        "c6b0c417",
+        "abc123 with local changes",
+        "lmms-eval 0.7.3",
+        "temperature: 2.0",
+    ):
+        assert text in html, text
+    assert html.count("<figure>") == 5  # ce, kl, total loss, learning rate, gradient norm
+    assert "--series-0" in html
+
+
+def test_answers_of_all_models_stand_under_one_question(run_dir: Path) -> None:
+    (task,) = choose_samples(read_run(run_dir))
+    assert (task.task, task.documents) == (TASK, 20)
+    # the teacher is always right; kd is wrong on multiples of 4, ce on multiples of 3
+    assert task.disagreements == len({d for d in range(20) if d % 4 == 0 or d % 3 == 0})
+    assert all([a.label for a in s.answers] == ["teacher", "kd", "ce"] for s in task.shown)
+    mixed = [len({a.correct for a in s.answers}) > 1 for s in task.shown]
+    assert mixed == [True] * 5 + [False] * 4
+    assert all(s.picture and s.picture.startswith("data:image/png") for s in task.shown)
+
+
+# What is not there
+
+
+def test_a_run_without_evaluation_still_has_its_page(run_dir: Path, terminal: Console) -> None:
+    for path in sorted((run_dir / "evaluation").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "2 students of 250 parameters" in html
+    assert "Evaluated so far: 0 of 6 students." in html
+    assert "<svg" in html
+    assert 'id="samples"' not in html
+    assert "250" in terminal.export_text()
+
+
+def test_an_unfinished_run_says_where_it_stands(run_dir: Path) -> None:
+    member = run_dir / "ce-seed2" / "01-mimic"
+    (member / "done.json").unlink()
+    with (member / "metrics.jsonl").open("w") as file:
+        file.write(metrics(7, 1.0, ["ce"]) + '{"step": 8, "lo')
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "ce-seed2 is not finished: step 7 of 40 of stage mimic." in html
+
+
+def test_students_that_wait_their_turn_are_counted(run_dir: Path) -> None:
+    for path in sorted((run_dir / "ce-seed2").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (run_dir / "ce-seed2").rmdir()
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "Not begun: 1 of 6 students." in html
+    assert "Each student has trained for 40 steps so far" in html
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path, terminal: Console) -> None:
+    put(tmp_path / "recipe.yaml", to_yaml(load_recipe(raw_recipe(tmp_path))))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Nothing was trained yet." in html
+    assert "no scores yet" in terminal.export_text()
+
+
+def test_one_student_without_teacher(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path) | {"variants": {}, "seeds": [], "teacher": None, "label": "student"}
+    raw["stages"][0]["objectives"] = [{"kind": "ce"}]
+    recipe = load_recipe(raw)
+    folder = tmp_path / "runs" / "study"
+    put(folder / "recipe.yaml", to_yaml(recipe))
+    put_member(folder, recipe, steps=20)
+    put_evaluation(folder, "student", results(0.5, 1_000_000, limit=9), samples([True, False]))
+    html = unescape(write_report(folder).read_text(encoding="utf-8"))
+    assert "One student of 1.0 M parameters. No teacher." in html
+    assert "It trained for 20 steps" in html
+    assert "Scores are of the first 9 questions per task only." in html
+    assert "±" not in html.split("<tbody>")[1].split("</tbody>")[0]
+    assert "total loss" not in html  # the one objective says it already
+
+
+def test_a_student_that_is_called_teacher_is_a_student(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path) | {"variants": {}, "seeds": [], "teacher": None, "label": "teacher"}
+    raw["stages"][0]["objectives"] = [{"kind": "ce"}]
+    put(tmp_path / "recipe.yaml", to_yaml(load_recipe(raw)))
+    put_member(tmp_path, load_recipe(raw), steps=5)
+    put_evaluation(tmp_path, "teacher", results(0.5, 100), samples([True]))
+    (row, _) = build_tables(read_run(tmp_path)).main.rows
+    assert (row.label, row.role) == ("teacher", "student")
+
+
+def test_samples_without_their_pictures(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "eval" / "vqa.parquet").write_bytes(b"broken")
+    assert [s.picture for s in choose_samples(read_run(run_dir))[0].shown] == [None] * 9
+    (tmp_path / "data" / "eval" / "vqa.parquet").unlink()
+    write_report(run_dir)
+
+
+def test_a_picture_of_another_document_is_not_shown(run_dir: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"other-{i}", "image": {"bytes": png(), "path": None}} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "eval" / "vqa.parquet")
+    assert not any(s.picture for s in choose_samples(read_run(run_dir))[0].shown)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no recipe\.yaml"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
