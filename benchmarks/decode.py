@@ -14,7 +14,6 @@ process, a few tokens each a round, the first of a round warms up; medians.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ import torch
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.measure import machine
+from benchmarks.measure import save
 from mmkd.evaluation.decode import Decoder
-from mmkd.files import write_json
 from mmkd.loading import mamba_layers, parameter_count
 from mmkd.progress import console
 from mmkd.recipe import Every, MambaConversion
@@ -129,17 +127,8 @@ def main() -> None:
         results.append(measure(decoders, context, args.rounds, args.burst))
         console.print(f"{context} tokens done", highlight=False)
     report(results)
-    record = {
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
-        "machine": machine(),
-        "parameters": {name: parameter_count(d.model) for name, d in decoders.items()},
-        "results": results,
-    }
-    if args.json:
-        write_json(args.json, record)
-        console.print(f"wrote {args.json}", highlight=False)
-    else:
-        print(json.dumps(record))
+    parameters = {name: parameter_count(d.model) for name, d in decoders.items()}
+    save(args, parameters=parameters, results=results)
 
 
 def report(results: list[dict[str, Any]]) -> None:

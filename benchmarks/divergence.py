@@ -7,7 +7,6 @@ resident size in a fresh process each.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import peak_bytes
-from mmkd.files import write_json
+from benchmarks.measure import peak_bytes, save
 from mmkd.ops import linear_divergence
 from mmkd.progress import console
 
@@ -107,12 +105,7 @@ def main() -> None:
                 )
             results.append(row)
     report(results)
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        write_json(args.json, {"settings": settings, "results": results})
-        console.print(f"wrote {args.json}", highlight=False)
-    else:
-        print(json.dumps(results))
+    save(args, results=results)
 
 
 def report(results: list[dict]) -> None:

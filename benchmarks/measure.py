@@ -1,5 +1,7 @@
 """Time and peak memory, as all benchmarks here measure them."""
 
+import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -11,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mmkd.files import write_json
+from mmkd.progress import console
 
 
 def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -68,3 +73,14 @@ def machine() -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+
+
+def save(args: argparse.Namespace, **record: Any) -> None:
+    """Write settings, machine and what was measured to `args.json`, or print them."""
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    record = {"settings": settings, "machine": machine(), **record}
+    if args.json:
+        write_json(args.json, record)
+        console.print(f"wrote {args.json}", highlight=False)
+    else:
+        print(json.dumps(record))

@@ -14,7 +14,6 @@ resident size in a fresh process each.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +25,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import machine, median_seconds, peak_bytes
-from mmkd.files import write_json
+from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.ops import causal_conv, ssd_scan
 from mmkd.progress import console
 
@@ -186,18 +184,7 @@ def main() -> None:
             results.append(measure(level, tokens, args.groups))
             console.print(f"{level} {tokens} done", highlight=False)
     report(results)
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
-    record = {
-        "settings": settings,
-        "machine": machine(),
-        "differences": differences,
-        "results": results,
-    }
-    if args.json:
-        write_json(args.json, record)
-        console.print(f"wrote {args.json}", highlight=False)
-    else:
-        print(json.dumps(record))
+    save(args, differences=differences, results=results)
 
 
 def report(results: list[dict[str, Any]]) -> None:

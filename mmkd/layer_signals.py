@@ -4,9 +4,9 @@ Three ways to run a student, all in one forward through its root module:
 
     record    layers run freely; what goes through them is kept
     replace   each layer gets the teacher's input and passes on the teacher's output, so that the
-              stream stays the teacher's (mmMamba, arXiv 2502.13145, section 3.3)
+              stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2)
     beside    layers run freely, and each runs once more on the teacher's input (MaTVLM,
-              arXiv 2503.13440, section 3.3), where other objectives need the free run too
+              arXiv 2503.13440), where other objectives need the free run too
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.objectives import LayerSignals
-from mmkd.objectives.layerwise import LayerL2, Layerwise
+from mmkd.objectives import LayerSignals, Layerwise
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
 
@@ -63,10 +62,7 @@ class LayerPlan:
                         mend="pair it with one of them",
                     )
         forced = [o for o in layerwise if o.config.teacher_forced]
-        blocks = any(isinstance(o, LayerL2) and o.config.at == "block" for o in forced) or any(
-            o.config.kind == "hidden_mse"  # type: ignore[attr-defined]
-            for o in forced
-        )
+        blocks = any(o.compares_blocks for o in forced)
         return cls(
             pairs,
             recorded=frozenset(

@@ -64,7 +64,14 @@ def _check_layers(
     teacher: PreTrainedModel,
 ) -> None:
     """Layer-wise objectives compare layers that are there and have the same width."""
-    LayerPlan.of(objectives)
+    plan = LayerPlan.of(objectives)
+    if stage.activation_checkpointing and (plan.forced or plan.matrices):
+        # The backward pass runs layers again, then without the teacher's inputs.
+        raise RecipeError(
+            "teacher forcing and activation checkpointing do not go together",
+            where=f"stage {stage.name}",
+            mend="set activation_checkpointing to false, or teacher_forced",
+        )
     mine, theirs = (find_parts(m).decoder_layers for m in (student, teacher))
     for objective in objectives:
         if not isinstance(objective, Layerwise):

@@ -166,30 +166,21 @@ FAMILIES: dict[str, Family] = {
         (9,),
         (10,),
     ),
-    "smolvlm": Family(
-        "smolvlm",
-        {
-            "text_config": LlamaConfig(**TEXT),
-            "vision_config": {**TOWER, "image_size": 16, "patch_size": 4},
-            "image_token_id": IMAGE_TOKEN,
-            "scale_factor": 2,
-        },
-        4,
-        (1, 3, 16, 16),
-        {},
-    ),
-    "idefics3": Family(
-        "idefics3",
-        {
-            "text_config": LlamaConfig(**TEXT),
-            "vision_config": {**TOWER, "image_size": 16, "patch_size": 4},
-            "image_token_id": IMAGE_TOKEN,
-            "scale_factor": 2,
-        },
-        4,
-        (1, 3, 16, 16),
-        {},
-    ),
+    **{
+        name: Family(
+            name,
+            {
+                "text_config": LlamaConfig(**TEXT),
+                "vision_config": {**TOWER, "image_size": 16, "patch_size": 4},
+                "image_token_id": IMAGE_TOKEN,
+                "scale_factor": 2,
+            },
+            4,
+            (1, 3, 16, 16),
+            {},
+        )
+        for name in ("smolvlm", "idefics3")
+    },
     "internvl": Family(
         "internvl",
         {

@@ -228,6 +228,16 @@ def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model
         with pytest.raises(RecipeError, match=message) as caught:
             check(objective)
         assert "\n" not in str(caught.value)
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        teacher={"model": str(tiny_model_dir)},
+        stage={"objectives": [{"kind": "layer_l2"}], "activation_checkpointing": True},
+    )
+    raw["student"]["convert"] = [{"kind": "mamba", "layers": [1]}]
+    with pytest.raises(RecipeError, match="do not go together"):
+        preflight.check(load_recipe(raw))
     with pytest.raises(RecipeError, match="no Mamba layers to compare"):
         check({"kind": "mixer_mse"}, convert=[{"kind": "layers", "decoder": [0]}])
 
@@ -262,6 +272,30 @@ def test_a_stage_lowers_its_objective(objective, scenes_dir, tiny_model_dir, tmp
     lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert max(losses[-3:]) < min(losses[:3])
+
+
+@pytest.mark.parametrize("objectives", [["kl"], ["mixer_mse"], ["kl", "layer_l2"]])
+def test_bfloat16_autocast_stays_close_to_float32(objectives, scenes_dir, tiny_model_dir, tmp_path):
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        raw = tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            name=precision,
+            teacher={"model": str(tiny_model_dir)},
+            stage={
+                "objectives": [{"kind": kind} for kind in objectives],
+                "train": ["mamba"],
+                "precision": precision,
+            },
+        )
+        raw["student"]["convert"] = [{"kind": "mamba", "layers": [1], "init": "inherit"}]
+        folder = pipeline.run(load_recipe(raw))
+        lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 def test_losses_of_layers_do_not_depend_on_the_batch_layout(scenes_dir, tiny_model_dir, tmp_path):

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from mmkd.errors import MmkdError
 from mmkd.files import write_json
 from mmkd.loading import load_pretrained, mamba_layers
-from mmkd_models.cache import HybridCache, MambaLayer
+from mmkd_models.cache import HybridCache, MambaLayer, cache_bytes
 
 PROMPT = 4  # tokens of the short run
 STEPS = 9
@@ -74,9 +74,7 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys, values and states in use."""
-        layers = [] if self.cache is None else self.cache.layers
-        held = [getattr(layer, n, None) for layer in layers for n in (*KEYS_VALUES, *STATES)]
-        return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+        return 0 if self.cache is None else cache_bytes(self.cache)
 
     @torch.no_grad()
     def fill(self, context: int) -> None:

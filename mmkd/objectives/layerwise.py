@@ -1,14 +1,14 @@
 """Layers against layers: what a student's mixer or block does, beside the teacher's.
 
     mixer_mse    |h_s - h_t|^2 / width      heads before the output projection
-                                            (mmMamba, arXiv 2502.13145, section 3.3, stages 1-2)
-    layer_l2     |y_s - y_t|                at the block's output (MaTVLM, arXiv 2503.13440, section
-                                            3.3) or at the mixer's (MOHAWK, arXiv 2408.10189,
-                                            section 4.2)
+                                            (mmMamba, arXiv 2502.13145, stages 1 and 2)
+    layer_l2     |y_s - y_t|                at the block's output (MaTVLM's layer loss,
+                                            arXiv 2503.13440) or at the mixer's (MOHAWK,
+                                            arXiv 2408.10189, stage 2)
     hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8,
                                             without its projection)
     matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
-                                            matrix M (MOHAWK, section 4.1)
+                                            matrix M (MOHAWK, stage 1)
 
 Each is a mean over layers and over covered tokens, |.| the 2-norm of one token's row. MaTVLM and
 MOHAWK take the Frobenius norm of a whole sequence; a norm per token is what adds up over batches.
@@ -94,6 +94,11 @@ class Layerwise(Objective):
         layers = list(mamba_layers) if config.layers is None else config.layers
         self.pairs = list(zip(layers, config.teacher_layers or layers, strict=True))
 
+    @property
+    def compares_blocks(self) -> bool:
+        """Whether it reads what a whole layer makes, not only its mixer."""
+        return False
+
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
@@ -124,6 +129,10 @@ class LayerL2(Layerwise):
     config_class = LayerL2Config
     config: LayerL2Config
 
+    @property
+    def compares_blocks(self) -> bool:
+        return self.config.at == "block"
+
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
         if self.config.at == "mixer":
             return _norm(student.mixer_output, teacher.mixer_output)
@@ -132,6 +141,7 @@ class LayerL2(Layerwise):
 
 class HiddenMse(Layerwise):
     config_class = HiddenMseConfig
+    compares_blocks = True
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
         return _mean_square(student.block_output, teacher.block_output)

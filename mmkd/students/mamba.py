@@ -1,11 +1,11 @@
 """Seeding: what a Mamba-2 mixer starts from when it takes an attention's place.
 
 default   nothing of the attention but its q/k norms: Mamba-2's own initialisation
-inherit   v -> x, k -> B, q -> C, o -> out (MambaInLlama, arXiv 2408.15237, section 3.1;
-          MaTVLM, arXiv 2503.13440, section 3.2); convolution, dt, A, D and gate as default
-mimic     inherit, and the new parts pass on what they get (mmMamba, arXiv 2502.13145, section
-          3.2): identity convolution, dt that does not depend on the input, slow decay, no skip,
-          an open gate
+inherit   v -> x, k -> B, q -> C, o -> out (MambaInLlama, arXiv 2408.15237; MaTVLM,
+          arXiv 2503.13440); convolution, dt, A, D and gate as default
+mimic     inherit, and the new parts pass on what they get: identity convolution, a dt that does
+          not depend on the input, A = -e (mmMamba's seeding, arXiv 2502.13145); beyond mmMamba no
+          skip (D = 0) and a gate that starts open
 exact     inherit, and dt = 1, no decay, nothing in the way: unnormalised linear attention
 """
 

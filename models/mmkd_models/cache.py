@@ -166,12 +166,9 @@ class HybridCache(Cache):
         super().__init__(layers=layers)
         self.mamba_layers = mamba_layers
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the states, keys and values in use."""
-        tensors: list[Tensor | None] = []
-        for layer in self.layers:
-            mamba = isinstance(layer, MambaLayer)
-            names = ("conv_state", "ssm_state") if mamba else ("keys", "values")
-            tensors += [getattr(layer, name) for name in names]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the states, keys and values in use; buffers that wait for more do not count."""
+    names = ("keys", "values", "conv_state", "ssm_state")
+    held = [getattr(layer, name, None) for layer in cache.layers for name in names]
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))

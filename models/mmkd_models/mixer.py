@@ -1,7 +1,7 @@
 """A Mamba-2 mixer that stands in an attention's place and can be seeded from it.
 
 Per head, with q, k, v, z projections of the input u (Dao & Gu 2024, arXiv 2405.21060; the seeding
-correspondence C = q, B = k, x = v is Wang et al. 2024, arXiv 2408.15237, section 3.1):
+correspondence C = q, B = k, x = v is Wang et al. 2024, arXiv 2408.15237):
 
     [C, B, x] = act(conv([q, k, v]))          then q/k norm and RoPE as the attention had them
     dt        = softplus(W_dt u + b_dt)
@@ -96,7 +96,8 @@ class SequenceContext:
     """What the mixers of one model know about the tokens of the current forward.
 
     Decoder layers get a 4-D attention mask or none at all; the mixers need to know which tokens
-    are padding and where packed documents begin. `Surgery` fills this in before each forward.
+    are padding and where packed documents begin. `mmkd_models.surgery` fills this in before each
+    forward.
     """
 
     def __init__(self) -> None:
@@ -190,7 +191,8 @@ class Mamba2Mixer(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Mix [B, T, H] over time; padding and documents come from the context, not the mask."""
-        heads = self.mix(hidden_states, position_embeddings, cache or past_key_values)
+        held = past_key_values if cache is None else cache
+        heads = self.mix(hidden_states, position_embeddings, held)
         return self.o_proj(heads), None
 
     def mix(
@@ -233,7 +235,7 @@ class Mamba2Mixer(nn.Module):
 
     def matrix(self, u: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The mixing matrix M in y = M x + D x, [B, heads, T, T] (MOHAWK, arXiv 2408.10189,
-        section 4.1); quadratic in T."""
+        stage 1); quadratic in T."""
         mixed, _ = causal_conv(
             self._masked(self._project(u)),
             self.conv_weight,

@@ -141,7 +141,7 @@ def ssd_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """The mixing matrix M of the scan, y = M x without D; quadratic in L, differentiable.
 
     M_ts = (C_t . B_s) exp(sum_{s < r <= t} dt_r A) dt_s, 0 above the diagonal (arXiv 2405.21060,
-    section 3; what MOHAWK's first stage matches, arXiv 2408.10189, section 4.1).
+    section 3; what MOHAWK's first stage matches, arXiv 2408.10189).
 
     Args:
         dt: [B, L, H], >= 0.

@@ -85,7 +85,9 @@ class _Watch:
         return args, kwargs
 
     def _cache(self, kwargs: dict[str, Any]) -> HybridCache | None:
-        given = next((kwargs[n] for n in ("cache", "past_key_values") if kwargs.get(n)), None)
+        names = ("cache", "past_key_values")
+        # not by truth: an empty cache is false
+        given = next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
         if given is None:
             wanted = kwargs.get("use_cache")
             if wanted is None:
