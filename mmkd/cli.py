@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -56,6 +56,50 @@ def plan(
         print(json.dumps(made, indent=1))
     else:
         print_plan(made)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="model folder or Hub id")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="key=value of the mixers, such as rope=false or state=kv"),
+    ] = None,
+    keep_attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="every:4, every:4:last, head:2, tail:2, none or 0,4,8"),
+    ] = None,
+    layers: Annotated[Optional[str], typer.Option(help="or: layers that become Mamba")] = None,  # noqa: UP045
+    init: Annotated[str, typer.Option(help="default, inherit, mimic or exact")] = "mimic",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="of the new weights")] = 42,
+    trust_remote_code: bool = False,
+) -> None:
+    """Put Mamba-2 mixers in attention's place, seeded from it, and write the student."""
+    from mmkd.progress import console
+    from mmkd.recipe import load_student
+    from mmkd.students import placement, write_converted
+
+    conversion: dict[str, Any] = {"kind": "mamba", "init": init}
+    for name, text in (("keep_attention", keep_attention), ("layers", layers)):
+        if text is not None:
+            conversion[name] = placement.parse(text)
+    student = load_student(
+        {
+            "model": model,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "convert": [conversion],
+        },
+        [f"convert.0.{setting}" for setting in settings or []],
+    )
+    report = write_converted(student, out, seed=seed)
+    for line in report.lines:
+        console.print(line, highlight=False)
+    console.print(
+        f"wrote {out}: {report.after:,} parameters, {report.before:,} before", highlight=False
+    )
 
 
 @app.command(name="eval")

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from mmkd import preflight, provenance
 from mmkd.engines import distributed
 from mmkd.errors import RecipeError
-from mmkd.files import read_json, write_folder, write_json, write_text
+from mmkd.files import read_json, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import REGISTRY
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, load_recipe, to_yaml
-from mmkd.stage import run_stage, save_student
-from mmkd.students import convert
+from mmkd.stage import run_stage
+from mmkd.students import write_converted
 
 TEACHER = "teacher"
 
@@ -181,13 +181,10 @@ def start(member: Member, recipe: Recipe) -> Path:
     config = member.recipe.student
     folder = member.folder / "00-start"
     if not _is_done(folder) and distributed.rank() == 0:
-        set_seed(member.recipe.seed)
-        student, processor = load_model(config), load_processor(config)
-        report = convert(student, config.convert)
+        describe(member, recipe)
+        report = write_converted(config, folder / "student", seed=member.recipe.seed)
         for line in report.lines:
             console.print(line, highlight=False)
-        describe(member, recipe)
-        write_folder(folder / "student", lambda path: save_student(student, processor, path))
         write_json(
             folder / "done.json",
             {"before": report.before, "after": report.after, "changes": report.lines},

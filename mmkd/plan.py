@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
-from mmkd.engines import distributed
+from mmkd.engines import choose_precision, distributed
 from mmkd.errors import MmkdError
 from mmkd.loading import load_processor, mamba_layers, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
@@ -262,7 +262,9 @@ def memory(
     """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk."""
     shape = shape_of(student)
     weight = next(student.parameters()).element_size()
-    scale = 1 if stage.precision == "bfloat16" or weight == 2 else 2
+    device = distributed.choose_device(stage.engine.device)
+    precision = choose_precision(stage.precision, device)
+    scale = 1 if precision == "bfloat16" or weight == 2 else 2
     tokens = sample.length * stage.batch.size
     patches = _patches(student, sample.patches) * stage.batch.size
     per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT

@@ -7,17 +7,26 @@ Paths in a recipe are relative to the working directory.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
 
-Precision = Literal["float32", "bfloat16"]
+M = TypeVar("M", bound=BaseModel)
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 class Strict(BaseModel):
@@ -95,7 +104,26 @@ class Tail(Strict):
     tail: int = Field(ge=0)
 
 
-Placement = list[int] | Every | Head | Tail
+Layers = list[Annotated[int, Field(ge=0)]]
+# Tags for errors to name one form of a placement, not every form that it is not.
+_FORMS = {"every": "Every", "head": "Head", "tail": "Tail"}
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Every | Head | Tail):
+        return type(value).__name__
+    if isinstance(value, dict):
+        return next((tag for key, tag in _FORMS.items() if key in value), "Every")
+    return "Layers"
+
+
+Placement = Annotated[
+    Annotated[Layers, Tag("Layers")]
+    | Annotated[Every, Tag("Every")]
+    | Annotated[Head, Tag("Head")]
+    | Annotated[Tail, Tag("Tail")],
+    Discriminator(_form),
+]
 MambaInit = Literal["default", "inherit", "mimic", "exact"]
 
 
@@ -204,7 +232,9 @@ class StageConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
-    precision: Precision = "float32"
+    precision: Precision = Field(
+        "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
+    )
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -274,7 +304,18 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None
     raw = dict(source) if isinstance(source, dict) else _load_file(Path(source), ())
     for override in overrides or []:
         raw = _override(raw, override)
-    return _validate(raw, where)
+    return _validate(Recipe, raw, where)
+
+
+def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> StudentConfig:
+    """A student alone, as `mmkd convert` makes one: overridden and checked like a recipe's.
+
+    Raises:
+        RecipeError: in one line, the key and the mend.
+    """
+    for override in overrides or []:
+        raw = _override(raw, override)
+    return _validate(StudentConfig, raw, "student")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -316,9 +357,9 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise RecipeError(reason, where=override, mend="check the key and the value") from error
 
 
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
+def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
     try:
-        return Recipe.model_validate(raw)
+        return form.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in _without_tags(raw, first["loc"])) or "recipe"
@@ -326,7 +367,7 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
-            mend = _nearest(str(first["loc"][-1]), _known_keys(first["loc"]))
+            mend = _nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
         elif first["type"] == "missing":
             message, mend = "this key is missing", "add it"
         elif first["type"] == "union_tag_invalid":
@@ -344,6 +385,8 @@ def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
     path: list[int | str] = []
     node = raw
     for part in location:
+        if part in ("Layers", *_FORMS.values()):
+            continue
         if isinstance(node, dict) and part not in node and part == node.get("kind"):
             continue
         path.append(part)
@@ -359,9 +402,9 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys that may stand where the unknown one does."""
-    model: type[BaseModel] = Recipe
+    model = form
     for part in location[:-1]:
         candidates = (
             _models_in(model.model_fields[part].annotation)

@@ -24,9 +24,9 @@ from mmkd.attention import prefer_float32_attention
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.batches import Batch, BatchStream, Encoder
 from mmkd.data.records import Records
-from mmkd.engines import Engine, StepResult, TorchEngine, distributed
+from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision, distributed
 from mmkd.errors import NonFiniteLossError
-from mmkd.files import write_folder, write_json
+from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
 from mmkd.loading import mamba_layers
 from mmkd.objectives import Objective, Signals, build_objective
@@ -35,7 +35,7 @@ from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.signals import check_supported
 from mmkd.steplog import StepLog
-from mmkd.students import set_trainable
+from mmkd.students import set_trainable, write_student
 from mmkd.teachers import LiveTeacher
 
 Metrics = dict[str, float]
@@ -217,7 +217,7 @@ def run_stage(
     metrics = stage.train()
     student.eval()
     if stage.engine.rank == 0:
-        write_folder(folder / "student", lambda path: save_student(student, processor, path))
+        write_student(student, processor, folder / "student")
         write_json(folder / "done.json", {"steps": steps, "metrics": metrics})
     stage.engine.barrier()
     return metrics
@@ -231,7 +231,8 @@ def build_engine(
     torch.nn.Module.to(student, device)
     student.train()
     set_trainable(student, config.train)
-    if device.type == "cpu" and config.precision == "bfloat16":
+    precision = choose_precision(config.precision, device)
+    if device.type == "cpu" and precision == "bfloat16":
         prefer_float32_attention(student)
     if config.activation_checkpointing:
         student.activation_checkpointing_enable()
@@ -241,12 +242,6 @@ def build_engine(
         optimizer,
         build_schedule(optimizer, config.schedule, steps),
         device=device,
-        precision=config.precision,
+        precision=precision,
         max_grad_norm=config.optimizer.max_grad_norm,
     )
-
-
-def save_student(student: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """A plain Hugging Face folder: config, safetensors, processor."""
-    student.save_pretrained(folder)
-    processor.save_pretrained(folder)

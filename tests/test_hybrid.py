@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.loading import load_model, load_pretrained, skeleton
-from mmkd.recipe import Every, Head, LayersConversion, MambaConversion, ModelConfig, Tail
+from mmkd.recipe import LayersConversion, MambaConversion, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd.students.placement import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
@@ -329,10 +329,10 @@ def test_half_precision_keeps_decay_and_step_size(saved):
 
 
 PLACEMENTS = [
-    ("every:4", Every(every=4), [0, 4]),
-    ("every:4:last", Every(every=4, first=False), [3, 7]),
-    ("head:2", Head(head=2), [0, 1]),
-    ("tail:2", Tail(tail=2), [6, 7]),
+    ("every:4", {"every": 4}, [0, 4]),
+    ("every:4:last", {"every": 4, "first": False}, [3, 7]),
+    ("head:2", {"head": 2}, [0, 1]),
+    ("tail:2", {"tail": 2}, [6, 7]),
     ("none", [], []),
     ("1,5", [1, 5], [1, 5]),
 ]
@@ -340,8 +340,12 @@ PLACEMENTS = [
 
 @pytest.mark.parametrize(("text", "placement", "layers"), PLACEMENTS)
 def test_placements(text, placement, layers):
-    assert parse(text) == placement
-    assert choose(placement, 8) == layers
+    spoken, written = (
+        MambaConversion(kind="mamba", keep_attention=p).keep_attention
+        for p in (parse(text), placement)
+    )
+    assert spoken == written
+    assert choose(written, 8) == layers
 
 
 @pytest.mark.parametrize("text", ["every", "every:0", "every:4:middle", "head:", "half", "1,,2"])

@@ -2,5 +2,12 @@
 
 from mmkd.students.convert import ConversionReport, convert
 from mmkd.students.groups import set_trainable
+from mmkd.students.write import write_converted, write_student
 
-__all__ = ["ConversionReport", "convert", "set_trainable"]
+__all__ = [
+    "ConversionReport",
+    "convert",
+    "set_trainable",
+    "write_converted",
+    "write_student",
+]

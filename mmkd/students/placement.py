@@ -48,9 +48,11 @@ def converted_layers(keep: Placement | None, convert: Placement | None, count: i
     return chosen
 
 
-def parse(text: str) -> Placement:
-    """A placement as the command line writes it: every:4, every:4:last, head:2, tail:2, none or
-    0,4,8.
+def parse(text: str) -> list[int] | dict[str, int | bool]:
+    """A placement of the command line as a recipe writes it.
+
+    Args:
+        text: every:4, every:4:last, head:2, tail:2, none or 0,4,8.
 
     Raises:
         RecipeError: it is written otherwise.
@@ -60,11 +62,11 @@ def parse(text: str) -> Placement:
         if kind == "every":
             number, _, which = rest.partition(":")
             if which in ("", "first", "last"):
-                return Every(every=int(number), first=which != "last")
+                return Every(every=int(number), first=which != "last").model_dump()
         elif kind == "head":
-            return Head(head=int(rest))
+            return Head(head=int(rest)).model_dump()
         elif kind == "tail":
-            return Tail(tail=int(rest))
+            return Tail(tail=int(rest)).model_dump()
         elif text == "none":
             return []
         else:

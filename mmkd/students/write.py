@@ -1,0 +1,43 @@
+"""A student on disk: a plain Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+
+from mmkd.errors import CheckpointError
+from mmkd.files import write_folder
+from mmkd.loading import load_model, load_processor
+from mmkd.recipe import StudentConfig
+from mmkd.students.convert import ConversionReport, convert
+
+
+def write_student(student: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Config, safetensors and processor, and a converted student's code; whole or not there."""
+
+    def write(partial: Path) -> None:
+        student.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_folder(folder, write)
+
+
+def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> ConversionReport:
+    """Load a model, convert it and write it.
+
+    Args:
+        config: the model and its conversions.
+        folder: to write; it must not be there yet.
+        seed: of the weights that the model did not bring.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or the folder is there.
+        RecipeError: a conversion does not fit the model.
+    """
+    if folder.exists():
+        raise CheckpointError("it is there already", where=str(folder), mend="name a new folder")
+    set_seed(seed)
+    student, processor = load_model(config), load_processor(config)
+    report = convert(student, config.convert)
+    write_student(student, processor, folder)
+    return report
