@@ -198,6 +198,27 @@ def test_teacher_forced_layers_are_the_student_layers_on_the_teachers_input(kind
         assert all("self_attn" in n for n in trained)
 
 
+def test_a_layer_learns_the_same_whatever_the_other_layers_are():
+    """So mmMamba's hybrid need not convert the layers that keep their attention."""
+    teacher, linear = models(layers=(0, 1, 2, 3), init="mimic")
+    _, hybrid = models(layers=(1, 3), init="mimic")
+    kept = [find_parts(m).decoder_layers for m in (linear, hybrid)]
+    for i in (1, 3):
+        kept[1][i].load_state_dict(kept[0][i].state_dict())
+    batch = families.inputs("llava", [5, 9])
+    targets = Targets(batch["input_ids"], batch["attention_mask"].bool(), RESPONSE, RESPONSE)
+    for student, layers in ((linear, [0, 1, 2, 3]), (hybrid, [1, 3])):
+        objective = build_objective(MixerMseConfig(kind="mixer_mse"), mamba_layers=layers)
+        theirs, mine = run(teacher, student, [objective], batch)
+        (len(layers) * objective(mine, theirs, targets, 10).loss).backward()
+    for i in (1, 3):
+        pairs = zip(kept[0][i].named_parameters(), kept[1][i].parameters(), strict=True)
+        for (name, p), q in pairs:
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
 def test_an_exact_student_is_at_no_distance_from_linear_attention_only():
     """Softmax attention and its linear twin differ, so that there is something to learn."""
     teacher, student = models(init="exact")
