@@ -18,7 +18,7 @@ from mmkd.files import read_json
 from mmkd.recipe import load_recipe
 from mmkd.report import tables as tables_module
 from mmkd.report import write_report
-from mmkd.report.decoding import decoding_table
+from mmkd.report.decoding import decoding_sentence, decoding_table
 from mmkd.report.rundata import read_run
 from mmkd.report.tables import Value, format_value
 from mmkd_models.cache import GrowingLayer, HybridCache
@@ -205,6 +205,23 @@ def test_the_table_stands_on_the_page_and_in_the_terminal(run_dir, monkeypatch):
     assert "15.0×" in page
     assert "DynamicCache" in page
     assert "15.0×" in console.export_text()
+
+
+def test_a_sentence_says_what_decoding_costs_where_all_seeds_were_timed(run_dir):
+    assert decoding_sentence(read_run(run_dir)) == (
+        "Behind 1,000 tokens student decodes 1.5 times as fast as the teacher, "
+        "and its cache takes 700 B in place of 5.0 kB."
+    )
+    (run_dir / "evaluation" / "teacher" / "decode.json").unlink()
+    assert decoding_sentence(read_run(run_dir)) == ""
+
+
+def test_the_page_says_how_the_structure_changed(run_dir):
+    changes = ["decoder: Mamba-2 mixers (mimic) in layers [1], attention in [0]", "  new: A_log"]
+    put(run_dir / "student-seed0" / "00-start" / "done.json", {"changes": changes})
+    put(run_dir / "student-seed1" / "00-start" / "done.json", {"changes": changes})
+    page = write_report(run_dir).read_text()
+    assert "in layers [1], attention in [0]; new: A_log" in page
 
 
 def test_without_a_teacher_there_is_no_speed(run_dir):

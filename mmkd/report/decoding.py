@@ -1,8 +1,10 @@
 """The table of decoding: what one more token costs behind contexts of several lengths."""
 
+from statistics import fmean
+
 from mmkd.report.metrics import Column, Unit
 from mmkd.report.rundata import TEACHER, Run, Scores
-from mmkd.report.tables import Scored, Table
+from mmkd.report.tables import Scored, Table, compact
 
 # Times are listed, not ranked: equal models differ in them by noise alone.
 KINDS: list[tuple[str, str, Unit]] = [
@@ -28,6 +30,29 @@ def decoding_table(run: Run) -> Table | None:
         return None
     title = f"Decoding after {columns[0].group}" if len(contexts) == 1 else "Decoding"
     return Table(title, columns, [model.row(columns) for model in models])
+
+
+def decoding_sentence(run: Run) -> str:
+    """The first student against the teacher behind the longest context; "" where not both were
+    timed."""
+    models = {model.role: model for model in reversed(_timed_models(run))}
+    if "teacher" not in models or "student" not in models:
+        return ""
+    teacher, student = models["teacher"].seeds[0], models["student"]
+    both = [c for c in teacher if all(c in scores for scores in student.seeds.values())]
+    if not both:
+        return ""
+    context = max(both, key=int)
+
+    def mean(kind: str) -> float:
+        return fmean(scores[context][kind] for scores in student.seeds.values())
+
+    held = teacher[context]["cache_bytes"]
+    return (
+        f"Behind {int(context):,} tokens {student.label} decodes {mean('speed'):.1f} times as fast "
+        f"as the teacher, and its cache takes {compact(mean('cache_bytes'), 'B')} in place of "
+        f"{compact(held, 'B')}."
+    )
 
 
 def _timed_models(run: Run) -> list[Scored]:

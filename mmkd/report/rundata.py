@@ -41,13 +41,19 @@ class StageLog:
 
 @dataclass(frozen=True)
 class Member:
-    """One student: a label that its seeds share, a seed, and its stages."""
+    """One student: a label that its seeds share, a seed, and its stages.
+
+    Attributes:
+        changes: what its conversions did, a line each.
+        student: its newest folder.
+    """
 
     label: str
     group: str
     seed: int
     recipe: dict[str, Any]
     stages: list[StageLog]
+    changes: list[str]
     student: Path | None
 
     @property
@@ -139,6 +145,7 @@ def _member(path: Path, alone: bool) -> Member:
         seed=int(recipe.get("seed", 0)),
         recipe=recipe,
         stages=stages,
+        changes=(_json(folder / "00-start" / "done.json") or {}).get("changes", []),
         student=next((s for s in reversed(students) if s.is_dir()), None),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mmkd.report.decoding import decoding_sentence
 from mmkd.report.metrics import COST, VQA_OVERALL, Column
 from mmkd.report.rundata import Member, Run
 from mmkd.report.tables import Row, Tables, compact, format_value
@@ -13,7 +14,7 @@ _UNSAID = {"temperature": 1.0, "region": "response"}
 
 def summary(run: Run, tables: Tables) -> list[str]:
     """A few sentences: models, training, state, main result."""
-    found = [_models(run, tables), _training(run), *_result(tables)]
+    found = [_models(run, tables), _training(run), *_result(tables), decoding_sentence(run)]
     return [_unbroken(sentence) for sentence in found if sentence]
 
 
@@ -159,11 +160,17 @@ def provenance_rows(run: Run) -> list[tuple[str, str]]:
     rows.append(("seeds", ", ".join(map(str, found.get("seeds", [])))))
     changed = " with local changes" if git.get("changed") else ""
     rows.append(("code", f"{git['commit']}{changed}" if git.get("commit") else ""))
+    rows += [(f"structure of {group}", "; ".join(lines)) for group, lines in _changes(run).items()]
     rows.append(("machine", _machine(machine)))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())))
     rows += [(f"sha256 of {name}", str(digest)) for name, digest in found.get("data", {}).items()]
     rows += [(f"evaluation of {label}", _evaluation(r)) for label, r in run.results.items()]
     return [(name, value) for name, value in rows if value]
+
+
+def _changes(run: Run) -> dict[str, list[str]]:
+    """What conversions did, by students that share a label."""
+    return {m.group: [line.strip() for line in m.changes] for m in run.members}
 
 
 def _machine(machine: dict[str, Any]) -> str:
