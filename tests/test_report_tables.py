@@ -70,6 +70,16 @@ def test_students_of_unequal_budget_are_not_subtracted(run_dir: Path, change: An
     assert build_tables(read_run(run_dir)).differences is None
 
 
+def test_students_of_another_structure_are_subtracted(run_dir: Path) -> None:
+    for path in run_dir.glob("ce-*/training.yaml"):
+        recipe = yaml.safe_load(path.read_text())
+        recipe["student"]["convert"] = [{"kind": "mamba", "layers": [0]}]
+        path.write_text(yaml.safe_dump(recipe))
+    found = build_tables(read_run(run_dir)).differences
+    assert found is not None
+    assert [row.label for row in found.rows] == ["kd − ce"]
+
+
 def test_students_scored_on_unequal_questions_are_not_subtracted(run_dir: Path) -> None:
     for seed, accuracy in enumerate(ACCURACY["ce"]):
         found = results(accuracy, 1_000_000, limit=10)

@@ -208,12 +208,14 @@ def _kind_table(task: str, metrics: list[str], models: Sequence[Scored]) -> Tabl
 
 
 def comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Two members differ in label, teacher and objectives only: same start, data order, steps."""
+    """Two members differ in label, teacher, objectives and conversions only: trained on the same
+    batches, as long."""
     return _budget(a) == _budget(b)
 
 
 def _budget(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in recipe.items() if k not in ("label", "name", "teacher")}
+    kept["student"] = {k: v for k, v in recipe["student"].items() if k != "convert"}
     stages = recipe.get("stages", [])
     return kept | {"stages": [{**stage, "objectives": None} for stage in stages]}
 
