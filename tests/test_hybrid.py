@@ -17,6 +17,7 @@ from mmkd.recipe import LayersConversion, MambaConversion, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd.students.placement import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
+from mmkd_models.parts import find_parts
 
 # Gemma3's third layer is a sliding-window attention, which stays.
 LAYOUTS = [
@@ -380,9 +381,43 @@ def test_what_cannot_be_converted_faithfully_stays_untouched():
     with pytest.raises(RecipeError, match="both ways over its prefix"):
         convert(model, MambaConversion(kind="mamba", keep_attention=[0]))
     assert type(model) is before
-    twice = student("llava", [0])
-    with pytest.raises(RecipeError, match="a Mamba mixer already"):
-        convert(twice, MambaConversion(kind="mamba", layers=[0]))
+
+
+def test_a_student_is_converted_further_step_by_step(tmp_path):
+    """MambaInLlama's stepwise conversion: the layers of earlier steps stay what they are."""
+    model = student("llava", [1], init="inherit")
+    earlier = {n: t.clone() for n, t in model.state_dict().items() if "layers.1." in n}
+    report = convert(model, MambaConversion(kind="mamba", layers=[3], init="inherit"))
+    assert "in layers [1, 3], attention in [0, 2]" in report.lines[0]
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in earlier.items())
+    batch = families.inputs("llava", [5, 9])
+    whole = model(**batch).logits
+    found = generate(model, batch, do_sample=False)
+    torch.testing.assert_close(found.logits[0], whole[:, -1], rtol=1e-5, atol=1e-5)
+    alone = {k: v[:1, 4:] if v.ndim == 2 else v[:1] for k, v in batch.items()}  # 4 are padding
+    torch.testing.assert_close(model(**alone).logits, whole[:1, 4:], rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(str(tmp_path))
+    assert torch.equal(again(**batch).logits, whole)
+    at_once = student("llava", [1, 3], init="inherit")
+    at_once.load_state_dict(model.state_dict())
+    assert torch.equal(at_once(**batch).logits, whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [1]}, "layers \\[1\\] are Mamba already"),
+        ({"keep_attention": [1]}, "layer 1 cannot keep its attention: it is Mamba already"),
+        ({"layers": [2], "d_conv": 3}, "d_conv 3, but layer 1 is Mamba already with 4"),
+    ],
+)
+def test_a_further_conversion_that_does_not_fit(settings, message):
+    model = student("llava", [1])
+    before = [type(x.self_attn) for x in find_parts(model).decoder_layers]
+    with pytest.raises(RecipeError, match=message):
+        convert(model, MambaConversion(kind="mamba", init="inherit", **settings))
+    assert [type(x.self_attn) for x in find_parts(model).decoder_layers] == before
 
 
 def test_layers_are_dropped_before_attention_becomes_mamba():

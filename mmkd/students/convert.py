@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.loading import parameter_count
+from mmkd.loading import mamba_layers, parameter_count
 from mmkd.recipe import Conversion, LayersConversion, MambaConversion, MlpConversion
 from mmkd.students.layers import keep_layers
 from mmkd.students.mamba import layout_of, seed
@@ -57,6 +57,15 @@ def convert(
 def _to_mamba(model: PreTrainedModel, conversion: MambaConversion) -> list[str]:
     layers = find_parts(model).decoder_layers
     chosen = converted_layers(conversion.keep_attention, conversion.layers, len(layers))
+    present = mamba_layers(model.config)
+    if not set(chosen) - set(present):
+        raise RecipeError(
+            f"layers {chosen} are Mamba already",
+            where="student.convert: mamba",
+            mend="name layers that have attention",
+        )
+    if conversion.layers is not None:
+        chosen = sorted({*chosen, *present})
     try:
         layout = layout_of(conversion, chosen)
         replaced = replace_attention(model, layout)

@@ -64,5 +64,10 @@ class MambaLayout:
             )
         return cls(**{**settings, "layers": tuple(settings["layers"])})
 
+    def differences(self, other: "MambaLayout") -> list[str]:
+        """Where the mixers' forms differ, the layers aside."""
+        names = [n for n in self.__dataclass_fields__ if n != "layers"]
+        return [n for n in names if getattr(self, n) != getattr(other, n)]
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}

@@ -103,6 +103,7 @@ class SequenceContext:
     def __init__(self) -> None:
         self.real: Tensor | None = None  # [B, T] bool, False on padding; None: all are real
         self.documents: Tensor | None = None  # [B, T] int; None: one a row
+        self.mamba_layers: tuple[int, ...] = ()  # of the model, for its cache
 
 
 class Mamba2Mixer(nn.Module):

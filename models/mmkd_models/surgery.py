@@ -19,6 +19,8 @@ PREFIX_ATTENTION = ("paligemma",)
 def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, nn.Module]:
     """Swap the attention of the layout's layers for mixers with default initialisation, in place.
 
+    Layers of a student that are mixers already stay as they are.
+
     Returns:
         The replaced attention modules by layer.
 
@@ -34,13 +36,15 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
     outside = [i for i in layout.layers if i >= len(layers)]
     if outside:
         raise ValueError(f"layout: layer {outside[0]} of a model with {len(layers)} layers")
-    context = SequenceContext()
+    present = _present_mixers(layers, layout)
+    context = next(iter(present.values())).context if present else SequenceContext()
     mixers: dict[int, Mamba2Mixer] = {}
     for index in layout.layers:
+        if index in present:
+            continue
         attention = getattr(layers[index], "self_attn", None)
-        if not isinstance(attention, nn.Module) or isinstance(attention, Mamba2Mixer):
-            found = "a Mamba mixer already" if attention is not None else "no self_attn"
-            raise ValueError(f"decoder layer {index} cannot be converted: it has {found}")
+        if not isinstance(attention, nn.Module):
+            raise ValueError(f"decoder layer {index} cannot be converted: it has no self_attn")
         try:
             mixers[index] = Mamba2Mixer(attention, layout, index, context)
         except ValueError as error:
@@ -50,9 +54,31 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
         layer: Any = layers[index]
         replaced[index] = layer.self_attn
         layer.self_attn = mixer.train(replaced[index].training)
-    watch = _Watch(model, layout, context)
-    model.base_model.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
+    context.mamba_layers = layout.layers
+    if not present:
+        watch = _Watch(model, context)
+        model.base_model.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
     return replaced
+
+
+def _present_mixers(layers: nn.ModuleList, layout: MambaLayout) -> dict[int, Mamba2Mixer]:
+    """The mixers that a student has already; they must fit the layout."""
+    found: dict[int, Mamba2Mixer] = {}
+    for i, layer in enumerate(layers):
+        mixer = getattr(layer, "self_attn", None)
+        if isinstance(mixer, Mamba2Mixer):
+            found[i] = mixer
+    for index, mixer in found.items():
+        if index not in layout.layers:
+            raise ValueError(
+                f"decoder layer {index} cannot keep its attention: it is Mamba already"
+            )
+        if other := mixer.layout.differences(layout):
+            raise ValueError(
+                f"layout: {other[0]} {getattr(layout, other[0])!r}, but layer {index} is Mamba "
+                f"already with {getattr(mixer.layout, other[0])!r}"
+            )
+    return found
 
 
 def base_type(model: PreTrainedModel) -> str:
@@ -63,8 +89,8 @@ def base_type(model: PreTrainedModel) -> str:
 class _Watch:
     """Tells the mixers about padding, and gives every forward that wants a cache the right one."""
 
-    def __init__(self, model: PreTrainedModel, layout: MambaLayout, context: SequenceContext):
-        self.layout, self.context = layout, context
+    def __init__(self, model: PreTrainedModel, context: SequenceContext):
+        self.context = context
         self.config = model.config.get_text_config(decoder=True)
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.2x calls it cache, before that it was past_key_values
@@ -94,13 +120,13 @@ class _Watch:
                 wanted = getattr(self.config, "use_cache", True)
             if not wanted:
                 return None
-            given = kwargs[self.cache_name] = HybridCache(self.config, self.layout.layers)
-        held = getattr(given, "mamba_layers", None)
-        if held != self.layout.layers:
+            given = kwargs[self.cache_name] = HybridCache(self.config, self.context.mamba_layers)
+        held, own = getattr(given, "mamba_layers", None), self.context.mamba_layers
+        if held != own:
             belongs = "a model without Mamba layers" if held is None else f"layers {list(held)}"
             raise ValueError(
-                f"the cache belongs to {belongs}, this student has Mamba layers "
-                f"{list(self.layout.layers)}: start without a cache, or with the student's own"
+                f"the cache belongs to {belongs}, this student has Mamba layers {list(own)}: "
+                "start without a cache, or with the student's own"
             )
         return given
 
