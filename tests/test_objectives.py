@@ -172,8 +172,8 @@ def test_a_shared_vocabulary_keeps_mass_off_the_padding_rows():
 
 
 def test_every_kind_of_the_registry_is_tested_here():
-    """All but those of tests/test_layerwise.py."""
-    tested = {c.kind for c in CONFIGS} | {"ce", "token_labels"}
+    """All but those of tests/test_layerwise.py and tests/test_relation.py."""
+    tested = {c.kind for c in CONFIGS} | {"ce", "token_labels", "relation"}
     assert tested == {kind for kind, cls in REGISTRY.items() if not issubclass(cls, Layerwise)}
 
 

@@ -36,6 +36,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, tiny_model
         {"kind": "ce"},
         {"kind": "kl", "weight": 0.5},
         {"kind": "tvd", "region": "vision"},
+        {"kind": "relation"},
     ]
     results = []
     for size, accumulate in ((8, 1), (2, 4), (1, 8)):
@@ -54,7 +55,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, tiny_model
         results.append(train(raw))
     for metrics, weights in results[1:]:
         for got, want in zip(metrics, results[0][0], strict=True):
-            for key in ("loss", "ce", "kl", "tvd", "grad_norm"):
+            for key in ("loss", "ce", "kl", "tvd", "relation", "grad_norm"):
                 assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
             assert got["supervised_tokens"] == want["supervised_tokens"]
         for name, tensor in weights.items():
@@ -80,7 +81,7 @@ def test_the_loss_is_the_models_own_loss(recipe, scenes_dir, tiny_model_dir):
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(recipe, tiny_model_dir):
-    kinds = ["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+    kinds = ["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "relation"]
     raw = recipe(
         teacher={"model": str(tiny_model_dir)},
         stage={"objectives": [{"kind": k} for k in kinds], "steps": 1},

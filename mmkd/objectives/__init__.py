@@ -17,6 +17,7 @@ from mmkd.objectives.base import (
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, MixerMse
+from mmkd.objectives.relation import Relation, visual_relation
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -24,6 +25,7 @@ CLASSES: tuple[type[Objective], ...] = (
     Divergence,
     Jsd,
     SkewDivergence,
+    Relation,
     TokenLabels,
     MixerMse,
     LayerL2,
@@ -70,4 +72,5 @@ __all__ = [
     "Signals",
     "Targets",
     "build_objective",
+    "visual_relation",
 ]

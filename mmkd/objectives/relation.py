@@ -1,0 +1,155 @@
+"""Relations between image tokens: the student's tokens should be alike where the teacher's are.
+
+With Y the features of a picture's tokens, [n, D], and G = Y Y^T:
+
+    L = 1 - cos(G_S, G_T) = 1 - <G_S, G_T> / (|G_S| |G_T|)
+
+LLaVA-KD (arXiv 2410.16236, section 3.2) takes the logits at image tokens for Y, as they are. A mean
+that all tokens share then makes any two models nearly equal (0.999 for independent random
+features), so Y is centred over the tokens here unless told otherwise; 1 - L is then linear CKA
+(arXiv 1905.00414).
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmkd.objectives.base import (
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Region,
+    Signals,
+    Targets,
+)
+from mmkd.ops.gram import gram_inner
+
+JITTER = 1e-10  # of a head's mean square, for a factor of W^T W that exists
+
+
+class RelationConfig(ObjectiveConfig):
+    """Cosine between the token-to-token similarities of student and teacher."""
+
+    kind: Literal["relation"]
+    region: Region = "vision"
+    features: Literal["logits", "hidden"] = Field(
+        "logits", description="of a token: its logits (LLaVA-KD), or its final hidden state"
+    )
+    center: bool = Field(True, description="subtract the tokens' mean; the paper does not")
+    normalize: bool = Field(False, description="tokens to unit length")
+    diagonal: bool = Field(True, description="count a token's similarity to itself")
+
+
+def visual_relation(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    center: bool = True,
+    normalize: bool = False,
+    diagonal: bool = True,
+) -> Tensor:
+    """1 - cosine of the two token-to-token similarity matrices, mean over rows.
+
+    Args:
+        student: [B, T, Ds], features in any floating dtype.
+        teacher: [B, T, Dt].
+        mask: [B, T] bool, the tokens to relate; a row with less than two of them is left out.
+        center, normalize, diagonal: see `RelationConfig`.
+
+    Returns:
+        A scalar, float32 or the features' wider dtype; 0 with a zero gradient where no row has two
+        tokens.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if student.shape[:2] != mask.shape or teacher.shape[:2] != mask.shape:
+        raise ValueError(
+            f"mask is {list(mask.shape)}, student {list(student.shape)} and teacher "
+            f"{list(teacher.shape)}: batch and tokens must agree"
+        )
+    rows = _relations(student, teacher, mask, center, normalize, diagonal)
+    return torch.stack(rows).mean() if rows else 0 * student.sum()
+
+
+def _relations(
+    student: Tensor, teacher: Tensor, mask: Tensor, center: bool, normalize: bool, diagonal: bool
+) -> list[Tensor]:
+    """One loss for each row with two tokens or more."""
+    wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    found = []
+    for mine, theirs, chosen in zip(student, teacher, mask, strict=True):
+        if int(chosen.sum()) < 2:
+            continue
+        pair = [_prepared(y[chosen].to(wide), center, normalize) for y in (mine, theirs)]
+        inner, own, other = (
+            gram_inner(a, b, diagonal=diagonal)
+            for a, b in (pair, (pair[0], pair[0]), (pair[1], pair[1]))
+        )
+        found.append(1 - inner / (own * other).clamp_min(torch.finfo(wide).tiny).sqrt())
+    return found
+
+
+def _prepared(features: Tensor, center: bool, normalize: bool) -> Tensor:
+    """[n, D], scaled so that fourth powers neither overflow nor vanish: no cosine sees a scale."""
+    if center:
+        features = features - features.mean(0)
+    if normalize:
+        features = torch.nn.functional.normalize(features, dim=-1)
+    scale = features.detach().square().mean().sqrt()
+    return features / scale.clamp_min(torch.finfo(features.dtype).tiny)
+
+
+class Relation(Objective):
+    """Each row's loss counts by its tokens."""
+
+    config_class: ClassVar[type[RelationConfig]] = RelationConfig
+    config: RelationConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
+
+    def rows(self, targets: Targets) -> Tensor:
+        """Rows of one token have no relations."""
+        covered = targets.predicts(self.config.region)
+        return covered & (covered.sum(1, keepdim=True) > 1)
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        if teacher is None:
+            raise ValueError(f"objective {self.name!r} needs a teacher")
+        rows = self.rows(targets)
+        how = self.config.model_dump(include={"center", "normalize", "diagonal"})
+        with torch.autocast(rows.device.type, enabled=False):
+            mine, theirs = (self._features(signals) for signals in (student, teacher))
+            losses = _relations(mine, theirs, rows, **how)
+            if not losses:
+                return Outcome(0 * student.hidden.sum())
+            tokens = rows.sum(1)
+            weights = tokens[tokens > 0].to(losses[0].dtype) / count
+            return Outcome((torch.stack(losses) * weights).sum())
+
+    def _features(self, signals: Signals) -> Tensor:
+        hidden = signals.hidden.float()
+        if self.config.features == "hidden":
+            return hidden
+        weight = signals.head_weight[: self.shared_vocabulary].float()
+        if signals.head_bias is not None:
+            bias = signals.head_bias[: self.shared_vocabulary].float()
+            weight = torch.cat([weight, bias[:, None]], dim=1)
+            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
+        return hidden @ logit_factor(weight)
+
+
+def logit_factor(weight: Tensor) -> Tensor:
+    """L, [H, H], with W^T W = L L^T: h L has the inner products of the logits h W^T.
+
+    Args:
+        weight: [V, H], a head.
+    """
+    gram = (weight.T @ weight).double()  # [H, H]
+    jitter = JITTER * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device).double()
+    return torch.linalg.cholesky(gram + jitter).to(weight.dtype)
