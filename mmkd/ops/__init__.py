@@ -1,21 +1,27 @@
 """Numerics under the objectives and the mixers: they know tensors only.
 
-The scan and the convolution live where they can travel with a student's weights.
+The scan, the convolution and the experts live where they can travel with a student's weights.
 """
 
 from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import KINDS, linear_divergence
 from mmkd.ops.gram import gram_inner
+from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
 from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
 __all__ = [
     "KINDS",
+    "Routing",
+    "balance_loss",
     "causal_conv",
     "causal_conv_step",
+    "expert_ffn",
     "gram_inner",
     "linear_cross_entropy",
     "linear_divergence",
+    "route",
     "ssd_matrix",
     "ssd_scan",
     "ssd_step",
+    "z_loss",
 ]
