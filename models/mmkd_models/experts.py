@@ -4,8 +4,9 @@ No token is dropped and nothing is drawn, in training as in evaluation. Every to
 `top_k` experts, so that sums over experts are sums over an axis, in one order on every device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,20 +114,22 @@ def _one_by_one(
     sent: Tensor, counts: Tensor, weights: Three, biases: Biases, activation: Callable
 ) -> Tensor:
     """An expert's tokens stay in the cache from its first product to its last."""
-    (up, gate, down), (up_bias, gate_bias, down_bias) = weights, biases
+    experts = len(counts)
 
-    def bias(of: Tensor | None) -> Tensor | None:
-        return None if of is None else of[expert]
+    def each(stacked: Tensor | None) -> Sequence[Any]:
+        # Not stacked[expert]: its gradient would be as large as all experts together.
+        return [None] * experts if stacked is None else stacked.unbind()
 
+    up, gate, down = (each(w) for w in weights)
+    up_bias, gate_bias, down_bias = (each(b) for b in biases)
     made = []
-    for expert, tokens in enumerate(sent.split(counts.tolist())):
+    for e, tokens in enumerate(sent.split(counts.tolist())):
         if len(tokens) == 0:
             continue
-        upper = F.linear(tokens, up[expert], bias(up_bias))
-        gating = None if gate is None else F.linear(tokens, gate[expert], bias(gate_bias))
-        inner = _activated(upper, gating, activation)
-        made.append(F.linear(inner, down[expert], bias(down_bias)))
-    return torch.cat(made) if made else sent.new_zeros(0, down.shape[1])
+        upper = F.linear(tokens, up[e], up_bias[e])
+        gating = None if gate[e] is None else F.linear(tokens, gate[e], gate_bias[e])
+        made.append(F.linear(_activated(upper, gating, activation), down[e], down_bias[e]))
+    return torch.cat(made) if made else sent.new_zeros(0, weights[2].shape[1])
 
 
 def _grouped(
