@@ -126,6 +126,11 @@ def truncated_weights(world):
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def truncated_weights_to_convert(world):
+    world.raw["student"]["convert"] = [{"kind": "mamba", "layers": [1]}]
+    truncated_weights(world)
+
+
 def a_lost_tensor(world):
     path = world.model / "model.safetensors"
     tensors = load_file(path)
@@ -171,6 +176,7 @@ CASES = [
     (not_a_student, ["model", "holds no"]),
     (no_such_student, ["nowhere", "no such model folder"]),
     (truncated_weights, ["model", "cannot load the model"]),
+    (truncated_weights_to_convert, ["model", "cannot load the model"]),
     (a_lost_tensor, ["model", "1 weights are missing", "mlp.down_proj"]),
     (no_processor, ["model", "processor"]),
     (unknown_group, ["unknown group 'visoin'", "did you mean 'vision'?"]),

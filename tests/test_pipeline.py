@@ -177,6 +177,18 @@ def test_a_converted_student_keeps_the_chosen_layers(scenes_dir, tiny_model_dir,
     assert done["after"] < done["before"]
 
 
+def test_a_start_that_was_killed_before_its_end_is_made_again(scenes_dir, tiny_model_dir, tmp_path):
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"steps": 1})
+    raw["student"]["convert"] = [{"kind": "mamba", "layers": [1], "init": "default"}]
+    folder = pipeline.run(load_recipe({**raw, "name": "whole"}))
+    want = (folder / "01-mimic" / "student" / "model.safetensors").read_bytes()
+    started = tmp_path / "killed" / "00-start" / "student"
+    started.mkdir(parents=True)
+    (started / "config.json").write_text("{}")
+    folder = pipeline.run(load_recipe({**raw, "name": "killed"}))
+    assert (folder / "01-mimic" / "student" / "model.safetensors").read_bytes() == want
+
+
 def test_the_command_line_reports_errors_in_one_line(tmp_path):
     path = write(tmp_path / "bad.yaml", {"nmae": "x"})
     done = subprocess.run(
