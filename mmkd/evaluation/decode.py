@@ -27,7 +27,7 @@ from mmkd.loading import load_pretrained, mamba_layers
 from mmkd_models.cache import HybridCache, MambaLayer, cache_bytes
 
 PROMPT = 4  # tokens of the short run
-STEPS = 9
+STEPS = 33
 STATES = ("conv_state", "ssm_state")
 KEYS_VALUES = ("keys", "values")
 
