@@ -45,10 +45,11 @@ format: $(VENV)/.installed ## apply the style
 test: lint ## lint, types, unit tests and one run from start to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-bench: $(VENV)/.installed ## time and memory: objectives, scan, decoding (half an hour)
+bench: $(VENV)/.installed ## time and memory: objectives, scan, decoding, experts (half an hour)
 	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json
 	$(BIN)/python -m benchmarks.scan --json runs/bench/scan.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
+	$(BIN)/python -m benchmarks.moe --json runs/bench/moe.json
 
 clean: ## remove runs and built data
 	rm -rf runs data/scenes data/scenes_teacher

@@ -81,6 +81,8 @@ def convert(
     from mmkd.recipe import load_student
     from mmkd.students import placement, write_converted
 
+    if out.exists():
+        raise MmkdError("it is there already", where=str(out), mend="name a new folder")
     conversion: dict[str, Any] = {"kind": "mamba", "init": init}
     for name, text in (("keep_attention", keep_attention), ("layers", layers)):
         if text is not None:

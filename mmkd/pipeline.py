@@ -181,7 +181,6 @@ def start(member: Member, recipe: Recipe) -> Path:
     config = member.recipe.student
     folder = member.folder / "00-start"
     if not _is_done(folder) and distributed.rank() == 0:
-        shutil.rmtree(folder / "student", ignore_errors=True)  # of a run killed before done.json
         report = write_converted(config, folder / "student", seed=member.recipe.seed)
         for line in report.lines:
             console.print(line, highlight=False)

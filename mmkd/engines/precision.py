@@ -8,8 +8,8 @@ from mmkd.recipe import Precision
 def choose_precision(wanted: Precision, device: torch.device) -> Precision:
     """The recipe's precision; `auto` takes bfloat16 where the device multiplies it in hardware.
 
-    A processor that lacks the instructions converts every matrix: 8 times slower than float32 on
-    a Zen 3, and a whole training step of a hybrid student 7 times.
+    A processor that lacks the instructions converts every matrix, which takes several times as long
+    as multiplying it in float32.
     """
     if wanted != "auto":
         return wanted

@@ -3,7 +3,7 @@
     <A A^T, B B^T> = sum_ij (a_i . a_j) (b_i . b_j) = |A^T B|^2
 
 by tiles of tokens (cost n^2 (Da + Db)) or of features (n Da Db), whichever is cheaper. The second
-form is that of linear CKA (Kornblith et al. 2019, arXiv 1905.00414, equation 3).
+form is that of linear CKA (Kornblith et al. 2019, arXiv 1905.00414).
 """
 
 from typing import Any

@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from mmkd.errors import CheckpointError
 from mmkd.files import write_folder
 from mmkd.loading import load_model, load_processor
 from mmkd.recipe import StudentConfig
@@ -27,15 +26,13 @@ def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> Conver
 
     Args:
         config: the model and its conversions.
-        folder: to write; it must not be there yet.
+        folder: to write; replaced if it is there.
         seed: of the weights that the model did not bring.
 
     Raises:
-        CheckpointError: the model cannot be loaded, or the folder is there.
+        CheckpointError: the model cannot be loaded.
         RecipeError: a conversion does not fit the model.
     """
-    if folder.exists():
-        raise CheckpointError("it is there already", where=str(folder), mend="name a new folder")
     set_seed(seed)
     student, processor = load_model(config), load_processor(config)
     report = convert(student, config.convert)

@@ -34,7 +34,7 @@ def route(logits: Tensor, top_k: int) -> Routing:
     """The best `top_k` experts of each token, with gates that sum to 1.
 
     Equal experts therefore make what one of them makes, as right after sparse upcycling
-    (LLaVA-MoD, arXiv 2408.15881, section 3.1; Komatsuzaki et al., arXiv 2212.05055).
+    (LLaVA-MoD, arXiv 2408.15881; Komatsuzaki et al., arXiv 2212.05055).
 
     Args:
         logits: [n, E].
