@@ -24,10 +24,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from benchmarks.measure import save
 from mmkd.evaluation.decode import Decoder
-from mmkd.loading import mamba_layers, parameter_count
+from mmkd.loading import parameter_count
 from mmkd.progress import console
 from mmkd.recipe import Every, MambaConversion
 from mmkd.students import convert
+from mmkd_models.layout import mamba_layers
 
 CONTEXTS = [1_000, 4_000, 16_000, 32_000, 100_000]
 KEPT = {"hybrid": Every(every=4), "linear": []}

@@ -178,9 +178,3 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
 def parameter_count(module: torch.nn.Module | None) -> int:
     """Parameters of a model or a part of it, shared ones counted once; 0 for None."""
     return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-
-def mamba_layers(config: Any) -> tuple[int, ...]:
-    """The decoder layers that are Mamba mixers; none for a model that is no converted student."""
-    layout = getattr(config, "layout", None) or {}
-    return tuple(layout["mamba"]["layers"]) if "mamba" in layout else ()

@@ -21,13 +21,14 @@ from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import choose_precision, distributed
 from mmkd.errors import MmkdError
-from mmkd.loading import load_processor, mamba_layers, parameter_count, skeleton
+from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.ops.linear_loss import CHUNK_ELEMENTS
 from mmkd.pipeline import members
 from mmkd.progress import console
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.students import convert, set_trainable
+from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
 

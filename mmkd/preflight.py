@@ -8,11 +8,12 @@ from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import LayerPlan
-from mmkd.loading import load_processor, mamba_layers, shared_vocabulary, skeleton
+from mmkd.loading import load_processor, shared_vocabulary, skeleton
 from mmkd.objectives import Layerwise, Objective, build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
+from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
 
 
@@ -35,6 +36,7 @@ def check(recipe: Recipe) -> None:
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
         _check_teacher(recipe, stage, objectives, processor)
+        _check_experts(stage, objectives, student)
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
@@ -54,6 +56,18 @@ def _check_teacher(
             mend="add 'teacher' to the recipe",
         )
     shared_vocabulary(processor.tokenizer, load_processor(recipe.teacher).tokenizer)
+
+
+def _check_experts(
+    stage: StageConfig, objectives: list[Objective], student: PreTrainedModel
+) -> None:
+    names = [o.name for o in objectives if "experts" in o.needs]
+    if names and not moe_layers(student.config):
+        raise RecipeError(
+            f"objective {', '.join(names)} needs a student with experts",
+            where=f"stage {stage.name}",
+            mend="add {kind: moe} to student.convert",
+        )
 
 
 def _check_layers(

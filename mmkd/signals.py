@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import CheckpointError
 from mmkd.layer_signals import LayerPlan, force_layers, record_layers
-from mmkd.objectives import LayerSignals, Signals
+from mmkd.objectives import LayerSignals, RouterSignals, Signals
+from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import find_parts
 
 # Settings that change logits behind the head: projecting hidden states alone would miss them.
@@ -41,7 +42,7 @@ def capture(
     plan: LayerPlan | None = None,
 ) -> Signals:
     """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, the
-    head they go through, and what goes through its layers.
+    head they go through, what goes through its layers, and what its routers say.
 
     Args:
         model: teacher or student.
@@ -58,6 +59,7 @@ def capture(
 
     with ExitStack() as stack:
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
+        routers = stack.enter_context(_record_routers(model))
         free = stack.enter_context(record_layers(model, layers, matrices=matrices))
         fed = None
         if forced and plan is not None:
@@ -71,6 +73,7 @@ def capture(
         entering[0],
         free.signals(),
         {} if fed is None else fed.signals(),
+        routers,
     )
 
 
@@ -81,3 +84,21 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _record_routers(model: PreTrainedModel) -> Iterator[dict[int, RouterSignals]]:
+    """What the routers of sparse layers say in the forward inside, by layer."""
+    found: dict[int, RouterSignals] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(find_parts(model).decoder_layers):
+            sparse = getattr(layer, "mlp", None)
+            if not isinstance(sparse, SparseFfn):
+                continue
+
+            def keep(module: Any, args: Any, logits: Tensor, index: int = index) -> None:
+                # The first run: a layer that is run beside the student's own comes second.
+                found.setdefault(index, RouterSignals(logits, module.top_k))
+
+            stack.callback(sparse.router.register_forward_hook(keep).remove)
+        yield found

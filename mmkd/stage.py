@@ -28,8 +28,7 @@ from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision, dist
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
-from mmkd.loading import mamba_layers
-from mmkd.objectives import Objective, Signals, build_objective
+from mmkd.objectives import Objective, Signals, build_objective, expert_counts
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
@@ -37,8 +36,10 @@ from mmkd.signals import check_supported
 from mmkd.steplog import StepLog
 from mmkd.students import set_trainable, write_student
 from mmkd.teachers import LiveTeacher
+from mmkd_models.layout import mamba_layers
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
+"""Numbers by name; the shares of tokens that experts get are lists by layer."""
 
 
 @dataclass
@@ -80,19 +81,21 @@ class Stage:
         batches = [b.to(self.engine.device) for b in batches]
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
+        load: dict[int, torch.Tensor] = {}
         for i, batch in enumerate(batches):
-            losses = self._losses(batch, rows)
+            losses, counts = self._losses(batch, rows)
             loss = sum(o.config.weight * losses[o.name] for o in self.objectives)
             self.engine.backward(loss, last=i == len(batches) - 1)  # type: ignore[arg-type]
             for name, value in {"loss": loss, **losses}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()  # type: ignore[union-attr]
+            load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
         means = self.engine.total(torch.stack(list(sums.values()))).tolist()
         metrics = dict(zip(sums, means, strict=True))
         self._check_finite(step, metrics, batches)
         result = self.engine.step()
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
-        return self._describe(step, metrics, result, batches)
+        return {**self._describe(step, metrics, result, batches), **self._shares(load)}
 
     def _rows(self, batches: list[Batch]) -> dict[str, float]:
         counts = torch.tensor(
@@ -103,14 +106,27 @@ class Stage:
         names = [o.name for o in self.objectives]
         return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
 
-    def _losses(self, batch: Batch, rows: dict[str, float]) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, batch: Batch, rows: dict[str, float]
+    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        """Each objective's loss, and how often each expert was chosen, by layer."""
         with self.engine.autocast():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
             student = self.engine.forward(batch.inputs, **self._student_layers(teacher))
-            return {
+            losses = {
                 o.name: o(student, teacher, batch.targets, max(rows[o.name], 1.0)).loss
                 for o in self.objectives
             }
+        return losses, expert_counts(student, batch.targets)
+
+    def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
+        """The share of the global batch's tokens that each expert of each sparse layer got."""
+        if not load:
+            return {}
+        counts = self.engine.total(torch.stack(list(load.values())))  # [layers, E]
+        shares = (counts / counts.sum(1, keepdim=True)).tolist()
+        rounded = [[round(share, 4) for share in layer] for layer in shares]
+        return {"expert_load": dict(zip(map(str, load), rounded, strict=True))}
 
     @property
     def _teacher_layers(self) -> dict[str, Any]:

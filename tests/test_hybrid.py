@@ -427,5 +427,5 @@ def test_layers_are_dropped_before_attention_becomes_mamba():
     assert report.lines[0] == "decoder: kept layers [0, 2] of 4"
     assert "Mamba-2 mixers (mimic) in layers [1], attention in [0]" in report.lines[1]
     assert "inherited: q_proj.weight" in report.lines[2]
-    with pytest.raises(RecipeError, match="put 'layers' before 'mamba'"):
+    with pytest.raises(RecipeError, match="put 'layers' before 'mamba' and 'moe'"):
         convert(model, cut)

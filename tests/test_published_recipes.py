@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmkd import pipeline
-from mmkd.loading import load_config, mamba_layers
+from mmkd.loading import load_config
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd_models.layout import mamba_layers
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEPTH = 32

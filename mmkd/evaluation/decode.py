@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmkd.errors import MmkdError
 from mmkd.files import write_json
-from mmkd.loading import load_pretrained, mamba_layers
+from mmkd.loading import load_pretrained
 from mmkd_models.cache import HybridCache, MambaLayer, cache_bytes
+from mmkd_models.layout import mamba_layers
 
 PROMPT = 4  # tokens of the short run
 STEPS = 33

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import Field
 
+from mmkd.objectives.balance import Balance, RouterZ, expert_counts
 from mmkd.objectives.base import (
     LayerSignals,
     Objective,
     ObjectiveConfig,
     Outcome,
     Region,
+    RouterSignals,
     Signals,
     Targets,
 )
@@ -27,6 +29,8 @@ CLASSES: tuple[type[Objective], ...] = (
     SkewDivergence,
     Relation,
     TokenLabels,
+    Balance,
+    RouterZ,
     MixerMse,
     LayerL2,
     HiddenMse,
@@ -69,8 +73,10 @@ __all__ = [
     "ObjectiveConfig",
     "Outcome",
     "Region",
+    "RouterSignals",
     "Signals",
     "Targets",
     "build_objective",
+    "expert_counts",
     "visual_relation",
 ]

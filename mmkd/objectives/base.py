@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Region = Literal["response", "prompt", "vision", "all"]
-# distribution: the head's output, layers: what happens inside of decoder layers
-Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices"]
+# distribution: the head's output, layers: what happens inside of decoder layers, experts: routers
+Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices", "experts"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,19 @@ class LayerSignals:
 
 
 @dataclass(frozen=True)
+class RouterSignals:
+    """Read off one sparse layer.
+
+    Attributes:
+        logits: [B, T, E] float32, the router's scores of the experts.
+        top_k: experts that a token meets.
+    """
+
+    logits: Tensor
+    top_k: int
+
+
+@dataclass(frozen=True)
 class Signals:
     """Read off one model in one forward.
 
@@ -51,6 +64,7 @@ class Signals:
             at image tokens.
         layers: decoder layers by number, where an objective asks for them.
         forced: the same, but each layer fed with what entered the teacher's layer.
+        routers: sparse layers by number.
     """
 
     hidden: Tensor
@@ -59,6 +73,7 @@ class Signals:
     embeddings: Tensor | None = None
     layers: dict[int, LayerSignals] = field(default_factory=dict)
     forced: dict[int, LayerSignals] = field(default_factory=dict)
+    routers: dict[int, RouterSignals] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

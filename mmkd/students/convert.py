@@ -8,14 +8,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.loading import mamba_layers, parameter_count
-from mmkd.recipe import Conversion, LayersConversion, MambaConversion, MlpConversion
+from mmkd.loading import parameter_count
+from mmkd.recipe import (
+    Conversion,
+    LayersConversion,
+    MambaConversion,
+    MlpConversion,
+    MoeConversion,
+)
 from mmkd.students.layers import keep_layers
 from mmkd.students.mamba import layout_of, seed
 from mmkd.students.mlp import keep_neurons
+from mmkd.students.moe import upcycle
 from mmkd.students.placement import converted_layers
+from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.modeling_mmkd import become_student
+from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import find_parts
 from mmkd_models.surgery import replace_attention
 
@@ -34,8 +43,8 @@ def convert(
 ) -> ConversionReport:
     """Apply conversions in order, in place.
 
-    After a Mamba conversion the model is a student: its class and config know the layout, and
-    `save_pretrained` writes a folder that loads with the same structure.
+    After a Mamba or MoE conversion the model is a student: its class and config know the layout,
+    and `save_pretrained` writes a folder that loads with the same structure.
 
     Args:
         model: any supported vision-language model.
@@ -48,6 +57,8 @@ def convert(
     for conversion in conversions if isinstance(conversions, Sequence) else [conversions]:
         if isinstance(conversion, MambaConversion):
             report.lines += _to_mamba(model, conversion)
+        elif isinstance(conversion, MoeConversion):
+            report.lines += upcycle(model, conversion)
         else:
             report.lines += _cut(model, conversion)
     report.after = parameter_count(model)
@@ -105,13 +116,14 @@ def _cut(model: PreTrainedModel, conversion: LayersConversion | MlpConversion) -
             continue
         if layers is None or config is None:
             raise RecipeError("the model has no such layers", where=f"student.convert: {name}")
+        settled = (Mamba2Mixer, SparseFfn) if conversion.kind == "layers" else SparseFfn
+        if any(isinstance(m, settled) for m in layers.modules()):
+            raise RecipeError(
+                "layers cannot be cut after they became Mamba or sparse",
+                where=f"student.convert: {name}",
+                mend=f"put '{conversion.kind}' before 'mamba' and 'moe'",
+            )
         if isinstance(conversion, LayersConversion):
-            if any(isinstance(m, Mamba2Mixer) for m in layers.modules()):
-                raise RecipeError(
-                    "layers cannot be dropped after attention became Mamba",
-                    where=f"student.convert: {name}",
-                    mend="put 'layers' before 'mamba'",
-                )
             lines.append(f"{name}: {keep_layers(layers, config, wanted, name)}")
         else:
             lines.append(f"{name}: {keep_neurons(layers, config, wanted, name)}")

@@ -1,18 +1,22 @@
 """Which decoder layers keep their attention, and which become Mamba mixers."""
 
+from typing import get_args
+
 from mmkd.errors import RecipeError
-from mmkd.recipe import Every, Head, Placement, Tail
+from mmkd.recipe import Every, Head, Named, Placement, Tail
 
 WHERE = "student.convert: mamba"
 
 
-def choose(placement: Placement, count: int) -> list[int]:
+def choose(placement: Placement, count: int, *, where: str = WHERE) -> list[int]:
     """The layers that a placement names, of `count` layers.
 
     Raises:
         RecipeError: it names layers that are not there.
     """
-    if isinstance(placement, Every):
+    if isinstance(placement, str):
+        chosen = _named(placement, count)
+    elif isinstance(placement, Every):
         first = 0 if placement.first else placement.every - 1
         chosen = list(range(first, count, placement.every))
     elif isinstance(placement, Head):
@@ -24,10 +28,21 @@ def choose(placement: Placement, count: int) -> list[int]:
     if len(set(chosen)) != len(chosen) or any(not 0 <= i < count for i in chosen):
         raise RecipeError(
             f"cannot place layers {chosen} in {count} layers",
-            where=WHERE,
+            where=where,
             mend=f"name different layers from 0 to {count - 1}",
         )
     return chosen
+
+
+def _named(name: str, count: int) -> list[int]:
+    half = count // 2
+    return {
+        "all": list(range(count)),
+        "even": list(range(0, count, 2)),
+        "odd": list(range(1, count, 2)),
+        "first_half": list(range(half)),
+        "second_half": list(range(half, count)),
+    }[name]
 
 
 def converted_layers(keep: Placement | None, convert: Placement | None, count: int) -> list[int]:
@@ -48,11 +63,12 @@ def converted_layers(keep: Placement | None, convert: Placement | None, count: i
     return chosen
 
 
-def parse(text: str) -> list[int] | dict[str, int | bool]:
+def parse(text: str) -> list[int] | dict[str, int | bool] | str:
     """A placement of the command line as a recipe writes it.
 
     Args:
-        text: every:4, every:4:last, head:2, tail:2, none or 0,4,8.
+        text: every:4, every:4:last, head:2, tail:2, a name (even, odd, all, first_half,
+            second_half), none or 0,4,8.
 
     Raises:
         RecipeError: it is written otherwise.
@@ -69,6 +85,8 @@ def parse(text: str) -> list[int] | dict[str, int | bool]:
             return Tail(tail=int(rest)).model_dump()
         elif text == "none":
             return []
+        elif text in get_args(Named):
+            return text
         else:
             return [int(part) for part in text.split(",")]
     except ValueError:
@@ -76,5 +94,5 @@ def parse(text: str) -> list[int] | dict[str, int | bool]:
     raise RecipeError(
         f"cannot read {text!r}",
         where="placement",
-        mend="write every:4, every:4:last, head:2, tail:2, none or 0,4,8",
+        mend="write every:4, every:4:last, head:2, tail:2, even, odd, none or 0,4,8",
     )

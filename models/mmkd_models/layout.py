@@ -45,8 +45,7 @@ class MambaLayout:
             if getattr(self, name) not in get_args(known):
                 value, choices = getattr(self, name), ", ".join(get_args(known))
                 raise ValueError(f"layout: {name} {value!r} is none of {choices}")
-        if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
-            raise ValueError(f"layout: layers {list(self.layers)} are not ascending layer numbers")
+        _check_ascending(self.layers)
         if self.d_conv < 1:
             raise ValueError(f"layout: d_conv {self.d_conv} is less than 1")
 
@@ -57,12 +56,7 @@ class MambaLayout:
         Raises:
             ValueError: a key is unknown, or a value is.
         """
-        unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
-        if unknown or "layers" not in settings:
-            raise ValueError(
-                f"layout: unknown key {unknown[0]!r}" if unknown else "layout: 'layers' is missing"
-            )
-        return cls(**{**settings, "layers": tuple(settings["layers"])})
+        return cls(**_known(cls, settings))
 
     def differences(self, other: "MambaLayout") -> list[str]:
         """Where the mixers' forms differ, the layers aside."""
@@ -71,3 +65,65 @@ class MambaLayout:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}
+
+
+@dataclass(frozen=True)
+class MoeLayout:
+    """Which decoder layers hold experts in place of their feed-forward network.
+
+    Attributes:
+        layers: the sparse layers, ascending.
+        experts: how many each has.
+        top_k: how many a token meets.
+    """
+
+    layers: tuple[int, ...]
+    experts: int = 4
+    top_k: int = 2
+
+    def __post_init__(self) -> None:
+        _check_ascending(self.layers)
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"layout: top_k {self.top_k} of {self.experts} experts")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "MoeLayout":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: a key is unknown, or a value is.
+        """
+        return cls(**_known(cls, settings))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+def mamba_layers(config: Any) -> tuple[int, ...]:
+    """The decoder layers that are Mamba mixers; none for a model that is no student."""
+    return _layers_of(config, "mamba")
+
+
+def moe_layers(config: Any) -> tuple[int, ...]:
+    """The decoder layers that have experts; none for a model that is no student."""
+    return _layers_of(config, "moe")
+
+
+def _layers_of(config: Any, kind: str) -> tuple[int, ...]:
+    layout = getattr(config, "layout", None) or {}
+    return tuple(layout[kind]["layers"]) if kind in layout else ()
+
+
+def _check_ascending(layers: tuple[int, ...]) -> None:
+    if list(layers) != sorted(set(layers)) or any(i < 0 for i in layers):
+        raise ValueError(f"layout: layers {list(layers)} are not ascending layer numbers")
+
+
+def _known(form: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, if the form has them all."""
+    unknown = sorted(set(settings) - set(form.__dataclass_fields__))
+    if unknown or "layers" not in settings:
+        raise ValueError(
+            f"layout: unknown key {unknown[0]!r}" if unknown else "layout: 'layers' is missing"
+        )
+    return {**settings, "layers": tuple(settings["layers"])}

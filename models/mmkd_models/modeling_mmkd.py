@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from .cache import HybridCache
 from .configuration_mmkd import MmkdConfig, StudentConfigMixin, student_config_class
-from .layout import MambaLayout
-from .surgery import replace_attention
+from .layout import mamba_layers
+from .surgery import apply_layout
 
-# Decay and step size lose too much in 8 bits of mantissa.
-FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
+# Decay and step size, and what experts are chosen by, lose too much in 8 bits of mantissa.
+FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D", "router")
 
 
 class StudentMixin:
@@ -27,26 +27,29 @@ class StudentMixin:
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
-        replace_attention(self, mamba_layout(config))  # type: ignore[arg-type]
+        apply_layout(self, config.layout)  # type: ignore[arg-type]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        model: Any = self
+        layers = mamba_layers(model.config)
+        if not layers:
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args, **kwargs
+            )
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r}: a student with "
                 "Mamba layers has its own cache, leave it out"
             )
-        model: Any = self
         given = [n for n in ("cache", "past_key_values") if model_kwargs.get(n) is not None]
         made = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
         if not given and generation_config.use_cache is not False:
             name = "cache" if "cache" in model_kwargs else "past_key_values"
-            model_kwargs[name] = HybridCache(
-                model.config.get_text_config(decoder=True), mamba_layout(model.config).layers
-            )
+            model_kwargs[name] = HybridCache(model.config.get_text_config(decoder=True), layers)
         return made
 
 
@@ -70,11 +73,6 @@ class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
         return student_class_of(config)._from_config(config, **kwargs)
 
     _from_config = from_config
-
-
-def mamba_layout(config: Any) -> MambaLayout:
-    """The Mamba part of a student's layout."""
-    return MambaLayout.from_dict(config.layout["mamba"])
 
 
 def student_class_of(config: Any) -> Any:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .mixer import INHERITED, QKV, Mamba2Mixer
+from .moe import SparseFfn
 
 CONNECTOR_IN_TOWER = ("merger",)  # Qwen-VL keeps its connector inside of the vision tower
 
@@ -62,7 +63,9 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
 
     Groups: `vision`, `connector`, `language_model` (decoder with embeddings), `embeddings`, `head`,
     `all`; of a student's Mamba mixers `mamba`, `mamba.new` (convolution, dt, A, D, gate, norm),
-    `mamba.inherited` (what attention had too) and `mamba.qkv` (its q, k and v projections).
+    `mamba.inherited` (what attention had too) and `mamba.qkv` (its q, k and v projections); `ffn`
+    (feed-forward networks of all decoder layers, dense ones and experts, without routers), and of a
+    sparse student `moe`, `moe.experts` and `moe.router`.
     """
     parts = find_parts(model)
 
@@ -87,6 +90,7 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
         "connector": {id(p) for _, p in named} - vision - decoder - head,
         "all": {id(p) for _, p in named},
         **_mamba_groups(parts.decoder),
+        **_ffn_groups(parts.decoder_layers),
     }
     return {group: [n for n, p in named if id(p) in members] for group, members in known.items()}
 
@@ -103,4 +107,20 @@ def _mamba_groups(decoder: nn.Module) -> dict[str, set[int]]:
         "mamba.new": {p for part, p in named if part not in INHERITED},
         "mamba.inherited": {p for part, p in named if part in INHERITED},
         "mamba.qkv": {p for part, p in named if part in QKV},
+    }
+
+
+def _ffn_groups(layers: nn.ModuleList) -> dict[str, set[int]]:
+    networks = [n for layer in layers if isinstance(n := getattr(layer, "mlp", None), nn.Module)]
+    sparse = [n for n in networks if isinstance(n, SparseFfn)]
+
+    def ids(modules: list[nn.Module]) -> set[int]:
+        return {id(p) for m in modules for p in m.parameters()}
+
+    routers = ids([n.router for n in sparse])
+    return {
+        "ffn": ids(networks) - routers,
+        "moe": ids([*sparse]),
+        "moe.experts": ids([n.experts for n in sparse]),
+        "moe.router": routers,
     }

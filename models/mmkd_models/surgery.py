@@ -1,5 +1,5 @@
-"""Put Mamba-2 mixers in the place of attention, in any model whose decoder layers own a
-`self_attn`."""
+"""Put Mamba-2 mixers in the place of attention, and experts in that of feed-forward networks, in
+any model whose decoder layers own a `self_attn` and an `mlp`."""
 
 import inspect
 from typing import Any
@@ -8,12 +8,64 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .cache import HybridCache
-from .layout import MambaLayout
+from .layout import MambaLayout, MoeLayout
 from .mixer import Mamba2Mixer, SequenceContext
+from .moe import SparseFfn
 from .parts import find_parts
 
 # Families whose prompt tokens attend both ways: a causal mixer is another function there.
 PREFIX_ATTENTION = ("paligemma",)
+
+
+def apply_layout(model: PreTrainedModel, layout: dict[str, Any]) -> None:
+    """Give a model the structure of a student's layout, with new weights, in place.
+
+    Raises:
+        ValueError: the layout is unknown or does not fit the model.
+    """
+    if unknown := set(layout) - {"mamba", "moe"}:
+        raise ValueError(f"layout: unknown kind {min(unknown)!r}")
+    if "mamba" in layout:
+        replace_attention(model, MambaLayout.from_dict(layout["mamba"]))
+    if "moe" in layout:
+        replace_ffn(model, MoeLayout.from_dict(layout["moe"]))
+
+
+def replace_ffn(model: PreTrainedModel, layout: MoeLayout) -> dict[int, nn.Module]:
+    """Swap the feed-forward network of the layout's layers for experts with random weights, in
+    place.
+
+    Returns:
+        The replaced networks by layer.
+
+    Raises:
+        ValueError: the layout does not fit the model, or a layer has no network to copy.
+    """
+    layers = _layers_for(model, layout.layers)
+    made: dict[int, SparseFfn] = {}
+    for index in layout.layers:
+        mlp = getattr(layers[index], "mlp", None)
+        try:
+            if not isinstance(mlp, nn.Module):
+                raise ValueError("it has no mlp")
+            made[index] = SparseFfn(mlp, layout)
+        except ValueError as error:
+            raise ValueError(f"decoder layer {index} cannot become sparse: {error}") from error
+    replaced: dict[int, nn.Module] = {}
+    for index, sparse in made.items():
+        layer: Any = layers[index]
+        replaced[index] = layer.mlp
+        layer.mlp = sparse.train(replaced[index].training)
+    return replaced
+
+
+def _layers_for(model: PreTrainedModel, chosen: tuple[int, ...]) -> nn.ModuleList:
+    """The decoder's layers, if it has those that a layout chooses."""
+    layers = find_parts(model).decoder_layers
+    outside = [i for i in chosen if i >= len(layers)]
+    if outside:
+        raise ValueError(f"layout: layer {outside[0]} of a model with {len(layers)} layers")
+    return layers
 
 
 def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, nn.Module]:
@@ -32,10 +84,7 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
             f"{base_type(model)} attends both ways over its prefix (image and prompt), "
             "a Mamba mixer looks only back"
         )
-    layers = find_parts(model).decoder_layers
-    outside = [i for i in layout.layers if i >= len(layers)]
-    if outside:
-        raise ValueError(f"layout: layer {outside[0]} of a model with {len(layers)} layers")
+    layers = _layers_for(model, layout.layers)
     present = _present_mixers(layers, layout)
     context = next(iter(present.values())).context if present else SequenceContext()
     mixers: dict[int, Mamba2Mixer] = {}

@@ -1,0 +1,60 @@
+"""The recipe: what a user writes, and the one place that knows defaults.
+
+A recipe is YAML. `extends: other.yaml` (relative to the file) merges over another recipe, dotted
+`key.path=value` overrides come last, unknown keys are errors that name the nearest known one.
+Paths in a recipe are relative to the working directory.
+"""
+
+from mmkd.recipe.conversions import (
+    Conversion,
+    Every,
+    Head,
+    LayersConversion,
+    MambaConversion,
+    MambaInit,
+    MlpConversion,
+    MoeConversion,
+    Named,
+    Placement,
+    Tail,
+)
+from mmkd.recipe.load import load_recipe, load_student, to_yaml
+from mmkd.recipe.models import (
+    BatchConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    Recipe,
+    ScheduleConfig,
+    StageConfig,
+    StudentConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "Conversion",
+    "DataConfig",
+    "EvaluateConfig",
+    "Every",
+    "Head",
+    "LayersConversion",
+    "MambaConversion",
+    "MambaInit",
+    "MlpConversion",
+    "ModelConfig",
+    "MoeConversion",
+    "Named",
+    "OptimizerConfig",
+    "Placement",
+    "Precision",
+    "Recipe",
+    "ScheduleConfig",
+    "StageConfig",
+    "StudentConfig",
+    "Tail",
+    "load_recipe",
+    "load_student",
+    "to_yaml",
+]

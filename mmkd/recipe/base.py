@@ -1,0 +1,9 @@
+"""What every part of a recipe is."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    """Base of all parts of a recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")

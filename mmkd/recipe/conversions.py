@@ -1,0 +1,124 @@
+"""How a student's structure changes before its first stage, as a recipe writes it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from mmkd.recipe.base import Strict
+
+
+class LayersConversion(Strict):
+    """Keep a subset of the layers, in the given order; the width stays."""
+
+    kind: Literal["layers"]
+    decoder: list[int] | None = Field(None, description="decoder layers to keep; all if left out")
+    vision: list[int] | None = Field(None, description="vision layers to keep; all if left out")
+
+
+class MlpConversion(Strict):
+    """Keep a part of the neurons of every MLP, those with the largest weights."""
+
+    kind: Literal["mlp"]
+    decoder: int | None = Field(None, ge=1, description="neurons per decoder layer to keep")
+    vision: int | None = Field(None, ge=1, description="neurons per vision layer to keep")
+
+
+class Every(Strict):
+    """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
+
+    every: int = Field(ge=1)
+    first: bool = Field(True, description="the first of each n; false: the last")
+
+
+class Head(Strict):
+    """The first layers."""
+
+    head: int = Field(ge=0)
+
+
+class Tail(Strict):
+    """The last layers."""
+
+    tail: int = Field(ge=0)
+
+
+Layers = list[Annotated[int, Field(ge=0)]]
+Named = Literal["all", "even", "odd", "first_half", "second_half"]
+# Tags for errors to name one form of a placement, not every form that it is not.
+_FORMS = {"every": "Every", "head": "Head", "tail": "Tail"}
+PLACEMENT_TAGS = ("Layers", "Named", *_FORMS.values())
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Every | Head | Tail):
+        return type(value).__name__
+    if isinstance(value, dict):
+        return next((tag for key, tag in _FORMS.items() if key in value), "Every")
+    return "Named" if isinstance(value, str) else "Layers"
+
+
+Placement = Annotated[
+    Annotated[Layers, Tag("Layers")]
+    | Annotated[Named, Tag("Named")]
+    | Annotated[Every, Tag("Every")]
+    | Annotated[Head, Tag("Head")]
+    | Annotated[Tail, Tag("Tail")],
+    Discriminator(_form),
+]
+MambaInit = Literal["default", "inherit", "mimic", "exact"]
+
+
+class MambaConversion(Strict):
+    """Attention of some decoder layers becomes a Mamba-2 mixer, seeded from it.
+
+    What is left out of the mixer's form is what the init wants (`mmkd.students.mamba.FORMS`).
+    """
+
+    kind: Literal["mamba"]
+    keep_attention: Placement | None = Field(None, description="layers that keep their attention")
+    layers: Placement | None = Field(None, description="layers that become Mamba")
+    init: MambaInit = "mimic"
+    d_conv: int | None = Field(None, ge=1, description="taps of the convolution")
+    d_state: int | None = Field(None, ge=1, description="state size; the head size if left out")
+    activation: Literal["silu", "none"] | None = None
+    norm: Literal["head_rms", "none"] | None = None
+    gate: Literal["silu", "none"] | None = None
+    norm_before_gate: bool | None = None
+    rope: bool | None = Field(None, description="rotate keys and queries as the attention did")
+    state: Literal["query", "kv"] | None = Field(
+        None, description="one state per query head, or one per key-value head"
+    )
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> "MambaConversion":
+        if (self.keep_attention is None) == (self.layers is None):
+            raise ValueError("give either 'keep_attention' or 'layers'")
+        return self
+
+
+class RouterConfig(Strict):
+    """The linear map that scores the experts; float32, without bias."""
+
+    std: float = Field(0.02, gt=0, description="standard deviation of its first weights")
+
+
+class MoeConversion(Strict):
+    """Feed-forward networks of some decoder layers become experts that start as copies of them."""
+
+    kind: Literal["moe"]
+    experts: int = Field(4, ge=2, description="experts per layer")
+    top_k: int = Field(2, ge=1, description="experts that a token meets")
+    layers: Placement = Field("even", description="layers that become sparse")
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _chooses(self) -> "MoeConversion":
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
+        return self
+
+
+Conversion = Annotated[
+    LayersConversion | MlpConversion | MambaConversion | MoeConversion,
+    Field(discriminator="kind"),
+]

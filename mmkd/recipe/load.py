@@ -1,0 +1,157 @@
+"""Read, merge, override and check recipes; what is wrong is said in one line."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mmkd.errors import RecipeError
+from mmkd.recipe.conversions import PLACEMENT_TAGS
+from mmkd.recipe.models import Recipe, StudentConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """Read, merge, override and check a recipe.
+
+    Args:
+        source: YAML file, or an already loaded mapping.
+        overrides: `key.path=value`, values in YAML; list items by index (`stages.0.steps=5`).
+
+    Raises:
+        RecipeError: in one line, the file, the key and the mend.
+    """
+    where = str(source) if not isinstance(source, dict) else "recipe"
+    raw = dict(source) if isinstance(source, dict) else _load_file(Path(source), ())
+    for override in overrides or []:
+        raw = _override(raw, override)
+    return _validate(Recipe, raw, where)
+
+
+def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> StudentConfig:
+    """A student alone, as `mmkd convert` makes one: overridden and checked like a recipe's.
+
+    Raises:
+        RecipeError: in one line, the key and the mend.
+    """
+    for override in overrides or []:
+        raw = _override(raw, override)
+    return _validate(StudentConfig, raw, "student")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    where = str(path)
+    if not path.is_file():
+        raise RecipeError("no such recipe file", where=where, mend="check the path")
+    if path.resolve() in parents:
+        raise RecipeError("'extends' goes in a circle", where=where, mend="break the circle")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"not YAML: {reason}", where=where, mend="mend the syntax") from error
+    if not isinstance(raw, dict):
+        raise RecipeError("a recipe is a mapping of keys", where=where, mend="see configs/")
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    below = _load_file(path.parent / str(base), (*parents, path.resolve()))
+    merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(raw))
+    return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError("an override is written key.path=value", where=override, mend="add '='")
+    try:
+        config = OmegaConf.create(raw)
+        OmegaConf.update(config, key, yaml.safe_load(text), merge=False, force_add=True)
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(reason, where=override, mend="check the key and the value") from error
+
+
+def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
+    try:
+        return form.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in _without_tags(raw, first["loc"])) or "recipe"
+        mend = None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown key"
+            mend = _nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
+        elif first["type"] == "missing":
+            message, mend = "this key is missing", "add it"
+        elif first["type"] == "union_tag_invalid":
+            context = first["ctx"]
+            message = f"unknown {context['discriminator']} '{context['tag']}'"
+            known = [k.strip().strip("'") for k in context["expected_tags"].split(",")]
+            mend = _nearest(str(context["tag"]), known)
+        elif "input" in first and not isinstance(first["input"], (dict, list)):
+            message = f"{message}, got {first['input']!r}"
+        raise RecipeError(message, where=f"{where}: {key}", mend=mend) from error
+
+
+def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
+    """The path of keys in the YAML, without the union tags that pydantic adds."""
+    path: list[int | str] = []
+    node = raw
+    for part in location:
+        if part in PLACEMENT_TAGS:
+            continue
+        if isinstance(node, dict) and part not in node and part == node.get("kind"):
+            continue
+        path.append(part)
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+    return path
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that may stand where the unknown one does."""
+    model = form
+    for part in location[:-1]:
+        candidates = (
+            _models_in(model.model_fields[part].annotation)
+            if (isinstance(part, str) and part in model.model_fields)
+            else None
+        )
+        if candidates is None:
+            continue
+        model = candidates[0]
+        for candidate in candidates:
+            if any(p in _tags(candidate) for p in location):
+                model = candidate
+    return list(model.model_fields)
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]

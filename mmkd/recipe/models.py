@@ -1,0 +1,175 @@
+"""The parts of a recipe with their defaults."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmkd.objectives import AnyObjectiveConfig
+from mmkd.recipe.base import Strict
+from mmkd.recipe.conversions import Conversion
+
+Precision = Literal["float32", "bfloat16", "auto"]
+
+
+class ModelConfig(Strict):
+    """Where a model comes from: a folder or Hub id, or an architecture with random weights."""
+
+    model: str | None = Field(None, description="folder or Hub id")
+    config: dict[str, Any] | None = Field(
+        None, description="a Hugging Face config (with model_type) to start from random weights"
+    )
+    processor: str | None = Field(None, description="folder or Hub id; the model's own if left out")
+    revision: str | None = Field(None, description="commit, tag or branch on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give either 'model' (folder or Hub id) or 'config' (random weights)")
+        if self.config is not None and self.processor is None:
+            raise ValueError("a model from 'config' needs 'processor', a folder or Hub id")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("'config' needs 'model_type', such as llava or qwen2_5_vl")
+        return self
+
+    @property
+    def processor_source(self) -> str:
+        return self.processor or self.model or ""
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen model that signals come from."""
+
+    source: Literal["live"] = Field("live", description="live: resident beside the student")
+
+
+class StudentConfig(ModelConfig):
+    """The model that is trained, and how its structure changes before the first stage."""
+
+    convert: list[Conversion] = Field([], description="changes of its structure, in order")
+
+
+class DataConfig(Strict):
+    """Records to train on: LLaVA conversations or chat messages, json, jsonl or parquet."""
+
+    train: str = Field(description="file of records")
+    images: str | None = Field(None, description="folder that image paths are relative to")
+    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+
+
+class OptimizerConfig(Strict):
+    """Weight decay is not applied to vectors (norms and biases)."""
+
+    kind: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    lr: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the steps of a stage."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, ge=0, lt=1, description="share of the steps at the end, for wsd")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
+
+
+class BatchConfig(Strict):
+    """One optimizer step sees size x accumulate x processes records."""
+
+    size: int = Field(8, ge=1, description="records per process and micro-step")
+    accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
+
+
+class CheckpointConfig(Strict):
+    """When a stage saves what it needs to resume."""
+
+    every: int = Field(200, ge=1, description="steps")
+    keep: int = Field(1, ge=1, description="newest checkpoints that stay on disk")
+
+
+class EngineConfig(Strict):
+    """What runs forward, backward and step."""
+
+    kind: Literal["torch"] = "torch"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
+class StageConfig(Strict):
+    """One training run: what trains, on which data, against which objectives."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    train: list[str] = Field(["all"], description="groups of parameters by name")
+    data: DataConfig | None = Field(None, description="the recipe's data if left out")
+    objectives: list[AnyObjectiveConfig] = Field(min_length=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    precision: Precision = Field(
+        "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
+    )
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either 'steps' or 'epochs'")
+        names = [o.name or o.kind for o in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError("two objectives have the same name: give each a 'name'")
+        return self
+
+
+class EvaluateConfig(Strict):
+    """lmms-eval on the finished students and the teacher."""
+
+    tasks: list[str] = Field(min_length=1)
+    include: str | None = Field(None, description="folder of lmms-eval task files")
+    batch_size: int = Field(32, ge=1)
+    limit: int | None = Field(None, ge=1, description="documents per task")
+    teacher: bool = Field(True, description="score the teacher too")
+    decode: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="context lengths at which decoding is timed, with the cache's size"
+    )
+
+
+class Recipe(Strict):
+    """A whole run: teacher, student, data, stages, evaluation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
+    seed: int = Field(42, ge=0)
+    output_dir: str = Field("runs", description="the run is written to output_dir/name")
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    data: DataConfig
+    stages: list[StageConfig] = Field(min_length=1)
+    evaluate: EvaluateConfig | None = None
+    variants: dict[str, list[str]] = Field(
+        {}, description="label -> overrides; each is trained beside the recipe, from the same start"
+    )
+    seeds: list[int] = Field([], description="train everything once per seed; [seed] if left out")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("two stages have the same name")
+        if self.label in self.variants:
+            raise ValueError(f"a variant has the recipe's own label {self.label!r}")
+        return self
+
+    def stage_data(self, stage: StageConfig) -> DataConfig:
+        return stage.data or self.data
