@@ -72,27 +72,36 @@ def convert(
     ] = None,
     layers: Annotated[Optional[str], typer.Option(help="or: layers that become Mamba")] = None,  # noqa: UP045
     init: Annotated[str, typer.Option(help="default, inherit, mimic or exact")] = "mimic",
+    experts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="and, or instead: experts per sparse layer"),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="experts that a token meets")] = 2,
+    sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="of the new weights")] = 42,
     trust_remote_code: bool = False,
 ) -> None:
-    """Put Mamba-2 mixers in attention's place, seeded from it, and write the student."""
+    """Put Mamba-2 mixers in attention's place, experts in the networks', and write the student."""
     from mmkd.progress import console
     from mmkd.recipe import load_student
     from mmkd.students import placement, write_converted
 
     if out.exists():
         raise MmkdError("it is there already", where=str(out), mend="name a new folder")
-    conversion: dict[str, Any] = {"kind": "mamba", "init": init}
+    mamba: dict[str, Any] = {"kind": "mamba", "init": init}
     for name, text in (("keep_attention", keep_attention), ("layers", layers)):
         if text is not None:
-            conversion[name] = placement.parse(text)
+            mamba[name] = placement.parse(text)
+    moe = {"kind": "moe", "experts": experts, "top_k": top_k}
+    moe["layers"] = placement.parse(sparse_layers)
+    wants_mamba = experts is None or bool(settings) or len(mamba) > 2
     student = load_student(
         {
             "model": model,
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
-            "convert": [conversion],
+            "convert": [mamba] * wants_mamba + [moe] * (experts is not None),
         },
         [f"convert.0.{setting}" for setting in settings or []],
     )

@@ -2,10 +2,10 @@
 
 FLOPs count multiply and add as two (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): a forward
 costs 2 per parameter and token, gradients of weights and of activations 2 each, attention scores
-and values 4 * length * width per layer and token, a Mamba-2 scan 4 P N for its state and
-chunk * (P + N) inside of a chunk, per head and token (arXiv 2405.21060, section 6). Activation
-memory follows Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2, without stored attention scores):
-34 bytes per token, unit of width and layer in 16 bit.
+and values 4 * length * width per layer and token, a Mamba-2 scan 4 P N for its state and chunk * (P
++ N) inside of a chunk, per head and token (arXiv 2405.21060, section 6). Of experts only those
+count that a token meets. Activation memory follows Korthikanti et al. 2022 (arXiv 2205.05198, eq.
+2, without stored attention scores): 34 bytes per token, unit of width and layer in 16 bit.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.students import convert, set_trainable
 from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
+from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import find_parts
 
 SAMPLED_RECORDS = 48
@@ -57,7 +58,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's cost depends on: parameters of its parts, widths and depths."""
+    """What a model's cost depends on: parameters of its parts, of the decoder those that one token
+    meets, widths and depths."""
 
     decoder: int
     vision: int
@@ -110,6 +112,7 @@ def plan_stage(
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
         "parameters": parameter_count(student),
+        "active_parameters": parameter_count(student) - idle_parameters(student),
         "trainable": trained,
         "trainable_share": round(trained / parameter_count(student), 4),
         "records": records,
@@ -172,7 +175,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         parameter_count(model) - decoder - embeddings - tower - (0 if tied else head.numel())
     )
     return Shape(
-        decoder=decoder,
+        decoder=decoder - idle_parameters(model),
         vision=tower,
         connector=connector,
         head=(head.shape[0], head.shape[1]),
@@ -180,6 +183,15 @@ def shape_of(model: PreTrainedModel) -> Shape:
         depth=len(parts.decoder_layers),
         vision_width=getattr(vision, "hidden_size", 0) or 0,
         vision_depth=len(parts.vision_layers or ()),
+    )
+
+
+def idle_parameters(model: PreTrainedModel) -> int:
+    """Parameters of experts that a token does not meet."""
+    sparse = [m for m in find_parts(model).decoder.modules() if isinstance(m, SparseFfn)]
+    return sum(
+        parameter_count(m.experts) * (m.layout.experts - m.layout.top_k) // m.layout.experts
+        for m in sparse
     )
 
 
@@ -312,6 +324,7 @@ _ROWS: dict[str, Any] = {
     "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
     "trains": lambda s: ", ".join(s["settings"]["train"]),
     "parameters": lambda s: human(s["parameters"]),
+    "  a token meets": lambda s: human(s["active_parameters"]),
     "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
     "optimizer": lambda s: "{kind} lr {lr:g}".format(**s["settings"]["optimizer"]),
     "schedule": lambda s: s["settings"]["schedule"]["kind"],

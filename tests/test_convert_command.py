@@ -40,6 +40,15 @@ def test_a_folder_is_converted(command, tmp_path, capsys):
     assert load_pretrained_processor(str(tmp_path / "student")).chat_template
 
 
+@pytest.mark.parametrize("mamba", [[], ["--layers", "0"]], ids=["sparse", "sparse hybrid"])
+def test_experts(command, tmp_path, capsys, mamba):
+    assert command("--experts", "3", "--top-k", "1", "--sparse-layers", "odd", *mamba) == 0
+    assert "3 experts, top 1, in layers [1]" in capsys.readouterr().out
+    layout = load_pretrained(str(tmp_path / "student")).config.layout
+    assert layout["moe"] == {"layers": [1], "experts": 3, "top_k": 1}
+    assert ("mamba" in layout) == bool(mamba)
+
+
 def test_the_seed_decides_what_is_new(command, tmp_path):
     def weights(name, seed):
         out = tmp_path / name
@@ -68,6 +77,9 @@ BAD = [
         ["keep_attention={every: 0}"],
         ["keep_attention.every", "equal to 1", "got 0"],
     ),
+    (["--experts", "1"], ["experts", "equal to 2", "got 1"]),
+    (["--experts", "2", "--top-k", "3"], ["top_k 3 is more than the 2 experts"]),
+    (["--experts", "2", "--sparse-layers", "7"], ["cannot place layers [7] in 2 layers"]),
     (["keep_attention={evry: 2}"], ["keep_attention.every: this key is missing"]),
 ]
 

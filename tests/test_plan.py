@@ -55,6 +55,23 @@ def test_flops_follow_the_formula(scenes_dir, tiny_model_dir, tmp_path):
     assert whole["total"] == sum(v for k, v in whole.items() if k != "total")
 
 
+def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):
+    def plan(*convert):
+        student = {"model": str(tiny_model_dir), "convert": list(convert)}
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, student=student)
+        return make_plan(load_recipe(raw))["members"]["student"]["stages"][0]
+
+    moe = {"kind": "moe", "experts": 4, "top_k": 1, "layers": "all"}
+    dense, sparse = plan(), plan(moe)
+    ffn, router = 3 * 32 * 64, 4 * 32
+    assert sparse["parameters"] == dense["parameters"] + 2 * (3 * ffn + router)
+    assert sparse["active_parameters"] == dense["parameters"] + 2 * router
+    assert dense["active_parameters"] == dense["parameters"]
+    tokens = sparse["tokens_per_step"]
+    more = sparse["flops_per_step"]["student_decoder"] - dense["flops_per_step"]["student_decoder"]
+    assert more == pytest.approx(3 * 2 * 2 * router * tokens, rel=1e-2)
+
+
 def test_a_seven_billion_model_is_planned_without_weights(scenes_dir, tmp_path):
     raw = tiny_recipe(
         scenes_dir,

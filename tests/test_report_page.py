@@ -27,6 +27,7 @@ from written_runs import (
 from mmkd.errors import CheckpointError
 from mmkd.recipe import load_recipe, to_yaml
 from mmkd.report import write_report
+from mmkd.report.experts import load_tables
 from mmkd.report.rundata import read_run
 from mmkd.report.samples import choose_samples
 from mmkd.report.tables import build_tables
@@ -206,3 +207,27 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no recipe\.yaml"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_are_drawn_by_layer(run_dir: Path) -> None:
+    """Of the first seed's last ten steps; the busiest expert gets a curve."""
+    path = run_dir / "kd-seed0" / "01-mimic" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        early = line["step"] <= 30
+        line["expert_load"] = {"0": [1.0, 0.0] if early else [0.7, 0.3], "2": [0.5, 0.5]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (table,) = load_tables(read_run(run_dir))
+    assert (table.label, table.stage) == ("kd-seed0", "mimic")
+    shares = {layer: [round(s.percent) for s in found] for layer, found in table.rows}
+    assert shares == {"0": [70, 30], "2": [50, 50]}
+    assert [s.style for s in table.rows[0][1]] == ["--heat: 70%", "--heat: 30%"]
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "busiest expert, times an even share" in html
+    assert html.count('class="heat"') == 1
+
+
+def test_a_dense_run_has_no_experts_section(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert 'id="experts"' not in html
+    assert "busiest expert" not in html

@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmkd.report.decoding import decoding_table
+from mmkd.report.experts import load_tables
 from mmkd.report.metrics import Column, all_columns
 from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
@@ -77,6 +78,7 @@ def render(run: Run, tables: Tables) -> str:
         decoding=decoding_table(run),
         every_metric=every_metric(run),
         stages=[(s.stage, [(p.title, Markup(p.svg)) for p in s.panels]) for s in stage_panels(run)],
+        experts=load_tables(run),
         students=students(run),
         samples=choose_samples(run),
         sample_labels=sample_labels(run),

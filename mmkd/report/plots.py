@@ -10,12 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmkd.report.experts import busiest
 from mmkd.report.rundata import Member, Run, StageLog
 
 NOT_OBJECTIVES = frozenset(
     {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped", "seconds"}
 )
-TITLES = {"loss": "total loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+BUSIEST = "busiest_expert"
+TITLES = {
+    "loss": "total loss",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    BUSIEST: "busiest expert, times an even share",
+}
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_POINTS = 400
 SERIES = 6  # colours in page.css: --series-0 ... --series-5
@@ -66,7 +73,8 @@ def _metrics(stages: Sequence[StageLog]) -> list[str]:
     objectives = [key for key in keys if key not in NOT_OBJECTIVES]
     # With one objective of weight 1 the total says the same again.
     total = ["loss"] if any(_has_total(stage) for stage in stages) else []
-    return objectives + [m for m in (*total, "lr", "grad_norm") if m in keys]
+    sparse = [BUSIEST] if any(stage.loads for stage in stages) else []
+    return objectives + sparse + [m for m in (*total, "lr", "grad_norm") if m in keys]
 
 
 def _has_total(stage: StageLog) -> bool:
@@ -77,13 +85,20 @@ def _has_total(stage: StageLog) -> bool:
 def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[Member, StageLog]]) -> Panel:
     curves = []
     for member, log in logs:
-        points = [(line["step"], line[metric]) for line in log.lines if metric in line]
+        points = _points(log, metric)
         if points:
             steps, values = map(list, zip(*points, strict=True))
             series, dash = style_of(run, member)
             curves.append(Curve(steps, values, series, dash))
     smooth = metric != "lr"
     return Panel(TITLES.get(metric, metric), draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
+
+
+def _points(log: StageLog, metric: str) -> list[tuple[float, float]]:
+    if metric == BUSIEST:
+        steps = [line["step"] for line in log.lines]
+        return list(zip(steps, map(busiest, log.loads), strict=False))
+    return [(line["step"], line[metric]) for line in log.lines if metric in line]
 
 
 def style_of(run: Run, member: Member) -> tuple[int, int]:

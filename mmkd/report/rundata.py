@@ -13,6 +13,7 @@ from mmkd.files import read_json
 
 TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
 Scores = Mapping[str, Mapping[str, float]]
+Load = dict[str, list[float]]  # layer -> each expert's share of the choices
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class StageLog:
 
     Attributes:
         config: the stage in the resolved recipe.
-        lines: of metrics.jsonl, one per step.
+        lines: numbers of metrics.jsonl, one per step.
+        loads: its experts' shares, one per step of a sparse student.
         done: the stage is finished.
         steps: how many steps it has in all, None where only its end would tell.
     """
 
     config: dict[str, Any]
     lines: list[dict[str, float]]
+    loads: list[Load]
     done: bool
     steps: int | None
 
@@ -153,10 +156,13 @@ def _member(path: Path, alone: bool) -> Member:
 def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
     done = _json(folder / "done.json")
     steps = done.get("steps") if done else config.get("steps")
-    return StageLog(config, _metrics(folder / "metrics.jsonl"), done is not None, steps)
+    logged = _lines(folder / "metrics.jsonl")
+    numbers = [{k: v for k, v in line.items() if _is_number(v)} for line in logged]
+    loads = [line["expert_load"] for line in logged if line.get("expert_load")]
+    return StageLog(config, numbers, loads, done is not None, steps)
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -164,7 +170,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:  # a kill cut it short
             continue
         if isinstance(line, dict) and "step" in line:
-            lines.append({k: v for k, v in line.items() if _is_number(v)})
+            lines.append(line)
     return lines
 
 
