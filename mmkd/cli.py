@@ -93,7 +93,7 @@ def convert(
     for name, text in (("keep_attention", keep_attention), ("layers", layers)):
         if text is not None:
             mamba[name] = placement.parse(text)
-    moe = {"kind": "moe", "experts": experts, "top_k": top_k}
+    moe: dict[str, Any] = {"kind": "moe", "experts": experts, "top_k": top_k}
     moe["layers"] = placement.parse(sparse_layers)
     wants_mamba = experts is None or bool(settings) or len(mamba) > 2
     student = load_student(

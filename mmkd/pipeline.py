@@ -23,7 +23,7 @@ from mmkd.engines import distributed
 from mmkd.errors import RecipeError
 from mmkd.files import read_json, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
-from mmkd.objectives import REGISTRY
+from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage
@@ -203,8 +203,8 @@ def _is_trained(member: Member) -> bool:
 
 def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[PreTrainedModel | None, Any]:
     """Teacher and its tokenizer, where one of the stages has an objective that needs them."""
-    kinds = {o.kind for s in stages for o in s.objectives}
-    if recipe.teacher is None or not any("teacher" in REGISTRY[k].needs for k in kinds):
+    objectives = [build_objective(o) for s in stages for o in s.objectives]
+    if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
         return None, None
     return load_model(recipe.teacher), load_processor(recipe.teacher).tokenizer
 

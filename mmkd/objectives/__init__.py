@@ -19,6 +19,7 @@ from mmkd.objectives.base import (
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, MixerMse
+from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
 from mmkd.objectives.token_labels import TokenLabels
 
@@ -31,6 +32,7 @@ CLASSES: tuple[type[Objective], ...] = (
     TokenLabels,
     Balance,
     RouterZ,
+    Preference,
     MixerMse,
     LayerL2,
     HiddenMse,
@@ -72,11 +74,14 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "Outcome",
+    "Preference",
     "Region",
     "RouterSignals",
     "Signals",
     "Targets",
+    "answer_logps",
     "build_objective",
     "expert_counts",
+    "preference_loss",
     "visual_relation",
 ]

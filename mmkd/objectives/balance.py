@@ -9,7 +9,7 @@
 several are averaged by their tokens.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -45,7 +45,7 @@ class RouterZConfig(ObjectiveConfig):
 class RouterObjective(Objective):
     """Base: a term per sparse layer, over all real tokens."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"experts"})
+    needs: frozenset[Need] = frozenset({"experts"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.attention

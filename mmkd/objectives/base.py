@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Region = Literal["response", "prompt", "vision", "all"]
-# distribution: the head's output, layers: what happens inside of decoder layers, experts: routers
-Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices", "experts"]
+# distribution: the head's output, layers: what happens inside of decoder layers, experts: routers,
+# pairs: chosen and rejected answers
+Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices", "experts", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Targets:
             -100 where there is none.
         end_id: the end-of-turn token.
         background: [B, T] bool or None, image tokens of a labelled picture that show no object.
+        rejected: [B] bool or None, rows of rejected answers: the second half of a batch of pairs.
+        reference_logps: [B] or None, log-probabilities of the answers by a preference's reference.
     """
 
     input_ids: Tensor
@@ -98,21 +101,32 @@ class Targets:
     vision_labels: Tensor | None = None
     background: Tensor | None = None
     end_id: int = 0
+    rejected: Tensor | None = None
+    reference_logps: Tensor | None = None
 
     def predicts(self, region: Region) -> Tensor:
         """[B, T] bool: the rows whose output distribution a region covers.
 
         Text is predicted one position before it stands: the row of the last prompt token predicts
         the first response token. Image tokens predict nothing, their own rows are covered
-        (LLaVA-KD, arXiv 2410.16236, section 3.2); so are all real tokens' rows in `all`.
+        (LLaVA-KD, arXiv 2410.16236, section 3.2); so are all real tokens' rows in `all`. Rejected
+        answers are in no region.
         """
         if region == "vision":
-            return self.vision
-        if region == "all":
-            return self.attention
-        tokens = self.response
-        if region == "prompt":
-            tokens = self.attention & ~self.response & ~self.vision
+            rows = self.vision
+        elif region == "all":
+            rows = self.attention
+        elif region == "prompt":
+            rows = self._before(self.attention & ~self.response & ~self.vision)
+        else:
+            rows = self._before(self.response)
+        return rows if self.rejected is None else rows & ~self.rejected[:, None]
+
+    def predicts_answers(self) -> Tensor:
+        """[B, T] bool: the rows that predict responses, those of rejected answers too."""
+        return self._before(self.response)
+
+    def _before(self, tokens: Tensor) -> Tensor:
         rows = torch.zeros_like(tokens)
         rows[:, :-1] = tokens[:, 1:]
         return rows & self.attention
@@ -153,7 +167,6 @@ class Objective:
     """Base of all objectives; a subclass names its config and what it needs."""
 
     config_class: ClassVar[type[ObjectiveConfig]]
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __init__(
         self,
@@ -172,6 +185,11 @@ class Objective:
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be there for this objective."""
+        return frozenset()
 
     @property
     def name(self) -> str:

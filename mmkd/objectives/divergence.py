@@ -50,7 +50,7 @@ class SkewConfig(DivergenceConfig):
 class Divergence(Objective):
     config_class: ClassVar[type[DivergenceConfig]] = DivergenceConfig
     config: DivergenceConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
+    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

@@ -5,7 +5,7 @@
 with M the rows that predict the region's tokens.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class CrossEntropyConfig(ObjectiveConfig):
 class CrossEntropy(Objective):
     config_class = CrossEntropyConfig
     config: CrossEntropyConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"distribution"})
+    needs: frozenset[Need] = frozenset({"distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

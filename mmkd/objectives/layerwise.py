@@ -18,7 +18,7 @@ side by side and no error travels.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -81,7 +81,7 @@ class Layerwise(Objective):
     """Base: pairs of layers, and a distance per token."""
 
     config: LayerwiseConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers"})
+    needs: frozenset[Need] = frozenset({"teacher", "layers"})
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class HiddenMse(Layerwise):
 
 class Matrix(Layerwise):
     config_class = MatrixConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "matrices"})
+    needs: frozenset[Need] = frozenset({"teacher", "layers", "matrices"})
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
         if student.matrix is None or teacher.matrix is None:

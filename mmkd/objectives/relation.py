@@ -109,7 +109,7 @@ class Relation(Objective):
 
     config_class: ClassVar[type[RelationConfig]] = RelationConfig
     config: RelationConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
+    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         """Rows of one token have no relations."""

@@ -12,7 +12,7 @@ Dense supervision of the vision tower, in the spirit of token labelling (Jiang e
 arXiv 2104.10858). It needs records with `objects` (name and box).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -43,7 +43,7 @@ class TokenLabelsConfig(ObjectiveConfig):
 class TokenLabels(Objective):
     config_class = TokenLabelsConfig
     config: TokenLabelsConfig
-    needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels", "distribution"})
+    needs: frozenset[Need] = frozenset({"vision_labels", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         if targets.vision_labels is None:

@@ -6,6 +6,7 @@ The scan, the convolution and the experts live where they can travel with a stud
 from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import KINDS, linear_divergence
 from mmkd.ops.gram import gram_inner
+from mmkd.ops.token_logps import token_logps
 from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
 from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
@@ -23,5 +24,6 @@ __all__ = [
     "ssd_matrix",
     "ssd_scan",
     "ssd_step",
+    "token_logps",
     "z_loss",
 ]

@@ -1,0 +1,197 @@
+"""Preference distillation: of two answers the student should like the chosen one more than its
+reference does.
+
+With log-ratios of whole answers r = log pi_S(y | x) - log pi_ref(y | x), r_c of the chosen and r_r
+of the rejected answer:
+
+    kto_pair   1/2 [1 - s(b (r_c - z_r))] + 1/2 [1 - s(b (z_c - r_r))],  z = max(0, mean r)
+                                                    (LLaVA-MoD, arXiv 2408.15881; KTO, arXiv
+                                                    2402.01306)
+    sigmoid    -log s(b (r_c - r_r))                (DPO, arXiv 2305.18290, eq. 7)
+    ipo        (r_c - r_r - 1 / (2 b))^2            (arXiv 2310.12036)
+    hinge      max(0, 1 - b (r_c - r_r))            (SLiC, arXiv 2305.10425)
+
+s is the logistic function, b `beta`, z a constant for the gradient, of the micro-batch and averaged
+over ranks. LLaVA-MoD's reference is the teacher; `self` is the student before the stage (DPO), and
+without one r is the log-probability itself.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.ops import token_logps
+
+Kind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
+
+
+class PreferenceConfig(ObjectiveConfig):
+    """Chosen answers above rejected ones, measured from a reference."""
+
+    kind: Literal["preference"]
+    loss: Kind = "kto_pair"
+    beta: float = Field(0.1, gt=0, description="how fast a lead over the reference is enough")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"
+    )
+    reference: Literal["teacher", "self", "none"] = "teacher"
+    reference_logps: Literal["live", "once"] = Field(
+        "live", description="once: computed before the first step and kept in the run"
+    )
+    average: bool = Field(False, description="log-probabilities per token, not of the whole answer")
+    lambda_sft: float = Field(
+        0.0, ge=0, description="weight of the chosen answers' cross-entropy, per token"
+    )
+
+    @model_validator(mode="after")
+    def _smooths(self) -> "PreferenceConfig":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid'")
+        return self
+
+
+def preference_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean loss over pairs of answers.
+
+    Args:
+        policy_chosen, policy_rejected: [B], log-probabilities of whole answers by the student.
+        reference_chosen, reference_rejected: [B], by the reference; zeros for none.
+        kind: kto_pair, sigmoid, ipo or hinge, defined at the top of this module.
+        beta: positive.
+        label_smoothing: probability that a pair is the wrong way round, below 0.5; of `sigmoid`
+            alone.
+
+    Returns:
+        A scalar; 0 with a zero gradient for no pairs.
+
+    Raises:
+        ValueError: unknown kind, a setting out of range, or shapes that do not fit.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown preference loss {kind!r}, known: {', '.join(get_args(Kind))}")
+    if beta <= 0:
+        raise ValueError(f"beta is {beta}, it must be positive")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind != "sigmoid"):
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}: it is of 'sigmoid' alone, from 0 to below 0.5"
+        )
+    shapes = {t.shape for t in (policy_chosen, policy_rejected, reference_chosen,
+                                reference_rejected)}  # fmt: skip
+    if len(shapes) != 1 or policy_chosen.dim() != 1:
+        raise ValueError(f"log-probabilities must be [B] each, got {sorted(map(list, shapes))}")
+    chosen = policy_chosen - reference_chosen.detach()  # [B]
+    rejected = policy_rejected - reference_rejected.detach()
+    lead = chosen - rejected
+    if kind == "kto_pair":
+        z_chosen, z_rejected = (_baseline(r) for r in (chosen, rejected))
+        terms = 1 - torch.stack(
+            [
+                torch.sigmoid(beta * (chosen - z_rejected)),
+                torch.sigmoid(beta * (z_chosen - rejected)),
+            ]
+        )
+        terms = terms.mean(0)
+    elif kind == "sigmoid":
+        terms = -(1 - label_smoothing) * F.logsigmoid(beta * lead)
+        terms = terms - label_smoothing * F.logsigmoid(-beta * lead)
+    elif kind == "ipo":
+        terms = (lead - 1 / (2 * beta)).square()
+    else:
+        terms = F.relu(1 - beta * lead)
+    return terms.sum() / max(len(terms), 1)
+
+
+def _baseline(ratios: Tensor) -> Tensor:
+    """max(0, mean) over the micro-batches of all ranks, without gradient."""
+    total = torch.stack([ratios.detach().sum(), ratios.new_tensor(float(len(ratios)))])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return (total[0] / total[1].clamp_min(1)).clamp_min(0)
+
+
+def answer_logps(signals: Signals, targets: Targets, vocabulary: int | None) -> Tensor:
+    """Log-probability of each row's responses, [B], in at least float32.
+
+    Args:
+        signals: the student's or the reference's.
+        targets: with the rejected answers' rows too.
+        vocabulary: tokens that both models share; None for the whole head.
+    """
+    rows = targets.predicts_answers()  # [B, T]
+    found = token_logps(
+        signals.hidden[rows],
+        signals.head_weight,
+        targets.next_ids()[rows],
+        bias=signals.head_bias,
+        vocab_size=vocabulary,
+    )
+    sums = found.new_zeros(rows.shape[0])
+    return sums.index_add(0, rows.nonzero()[:, 0], found)
+
+
+class Preference(Objective):
+    """Reads pairs: rows of chosen answers, and as many rows of rejected ones behind them."""
+
+    config_class = PreferenceConfig
+    config: PreferenceConfig
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        needs: set[Need] = {"distribution", "pairs"}
+        if self.config.reference == "teacher":
+            needs.add("teacher")
+        return frozenset(needs)
+
+    def rows(self, targets: Targets) -> Tensor:
+        """One row a pair: that of the chosen answer's first token."""
+        rows = targets.predicts("response")
+        return rows & (rows.cumsum(1) == 1)
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        rejected = targets.rejected
+        if rejected is None:
+            raise ValueError(f"objective {self.name!r} needs pairs of answers")
+        policy = answer_logps(student, targets, self.shared_vocabulary)
+        reference = torch.zeros_like(policy)
+        if self.config.reference != "none":
+            if targets.reference_logps is None:
+                raise ValueError(f"objective {self.name!r} needs a reference's log-probabilities")
+            reference = targets.reference_logps.to(policy.dtype)
+        tokens = targets.predicts_answers().sum(1).clamp_min(1)
+        likelihood = (policy / tokens)[~rejected]
+        if self.config.average:
+            policy, reference = policy / tokens, reference / tokens
+        pairs = [policy[~rejected], policy[rejected], reference[~rejected], reference[rejected]]
+        loss = preference_loss(
+            *pairs,
+            kind=self.config.loss,
+            beta=self.config.beta,
+            label_smoothing=self.config.label_smoothing,
+        )
+        if self.config.lambda_sft:
+            loss = loss - self.config.lambda_sft * likelihood.mean()
+        share = len(pairs[0]) / count
+        ratios = [(pairs[0] - pairs[2]).detach(), (pairs[1] - pairs[3]).detach()]
+        metrics = {
+            "accuracy": (ratios[0] > ratios[1]).to(loss.dtype).mean() * share,
+            "margin": self.config.beta * (ratios[0] - ratios[1]).mean() * share,
+            "chosen": ratios[0].mean() * share,
+            "rejected": ratios[1].mean() * share,
+        }
+        return Outcome(loss * share, metrics)

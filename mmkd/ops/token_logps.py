@@ -1,0 +1,104 @@
+"""Log-probabilities of given tokens from hidden states, without logits for all rows.
+
+    l_i = log softmax(W h_i + b)[y_i]
+
+Unlike the losses of `linear_loss`, what comes out is a value per row, so that gradients are only
+known in the backward pass: each chunk's logits are made again there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmkd.ops.linear_loss import project, rows_per_chunk
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The log-probability of each row's token.
+
+    Args:
+        hidden: [N, H], final hidden states.
+        weight: [V, H], the head.
+        targets: [N] int64, below `vocab_size`.
+        bias: [V] or None.
+        vocab_size: rows of the head past it get no mass.
+        chunk_size: rows projected at once; chosen by memory if None.
+
+    Returns:
+        [N] in at least float32, differentiable once in hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden must be [N, H] and targets [N], got {list(hidden.shape)} and "
+            f"{list(targets.shape)}"
+        )
+    weight = weight[:vocab_size]
+    bias = None if bias is None else bias[:vocab_size]
+    chunk = rows_per_chunk(hidden.shape[0], weight.shape[0], chunk_size)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogps.apply(hidden, weight, bias, targets, chunk)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.chunk = chunk
+        found = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+        for rows in _chunks(len(hidden), chunk):
+            logits = project(hidden[rows], weight, bias)  # [C, V]
+            chosen = logits.gather(1, targets[rows, None])[:, 0]
+            found[rows] = chosen - logits.logsumexp(1)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wide = _wide(hidden)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        for rows in _chunks(len(hidden), ctx.chunk):
+            # d l / d logits = onehot - softmax
+            step = project(hidden[rows], weight, bias).softmax(1).neg_()  # [C, V]
+            step.scatter_add_(1, targets[rows, None], torch.ones_like(step[:, :1]))
+            step *= grad[rows, None]
+            if grad_bias is not None:
+                grad_bias += step.sum(0)
+            narrow = step.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = narrow @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += narrow.t() @ hidden[rows]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(i, i + chunk) for i in range(0, rows, chunk)]
