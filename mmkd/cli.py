@@ -30,8 +30,7 @@ Overrides = Annotated[
 @app.command()
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
-    from mmkd import pipeline
-    from mmkd.engines import distributed
+    from mmkd import distributed, pipeline
     from mmkd.recipe import load_recipe
     from mmkd.report import write_report
 

@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from mmkd import preflight, provenance
-from mmkd.engines import distributed
+from mmkd import distributed, preflight, provenance
 from mmkd.errors import RecipeError
 from mmkd.files import read_json, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
@@ -137,13 +136,13 @@ def train(member: Member, recipe: Recipe) -> None:
         return
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
-    teacher, teacher_tokenizer = _teacher(member.recipe, [stages[i] for i in pending])
+    teacher, teacher_processor = _teacher(member.recipe, [stages[i] for i in pending])
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
         shared = None
         if teacher is not None:
-            shared = shared_vocabulary(processor.tokenizer, teacher_tokenizer)
+            shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
         if distributed.rank() == 0:
             console.rule(f"{member.label}: stage {stages[index].name}")
         run_stage(
@@ -151,6 +150,7 @@ def train(member: Member, recipe: Recipe) -> None:
             student=student,
             processor=processor,
             teacher=teacher,
+            teacher_processor=teacher_processor,
             shared_vocabulary=shared,
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
@@ -202,11 +202,11 @@ def _is_trained(member: Member) -> bool:
 
 
 def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[PreTrainedModel | None, Any]:
-    """Teacher and its tokenizer, where one of the stages has an objective that needs them."""
+    """Teacher and its processor, where one of the stages has an objective that needs them."""
     objectives = [build_objective(o) for s in stages for o in s.objectives]
     if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
         return None, None
-    return load_model(recipe.teacher), load_processor(recipe.teacher).tokenizer
+    return load_model(recipe.teacher), load_processor(recipe.teacher)
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:

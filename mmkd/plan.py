@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmkd import distributed
 from mmkd.data.batches import Encoder
 from mmkd.data.records import Records
-from mmkd.engines import choose_precision, distributed
+from mmkd.engines import choose_precision
 from mmkd.errors import MmkdError
 from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
@@ -138,8 +139,7 @@ def sample_data(
         length = float(data.max_length)
         return Sample(length, length, 0.0, 0.0, {o.name: length for o in objectives}), 0
     records = Records(data)
-    needs = frozenset().union(*(o.needs for o in objectives))
-    encoder = Encoder(records, processor, data, vision_labels="vision_labels" in needs)
+    encoder = Encoder.of(objectives, data, processor, records=records)
     count = min(SAMPLED_RECORDS, len(records))
     spread = [i * len(records) // count for i in range(count)]
     batch = encoder.encode(spread)

@@ -4,17 +4,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mmkd.data.alignment import same_processor
 from mmkd.data.batches import Encoder
-from mmkd.data.records import Records
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
-from mmkd.objectives import Layerwise, Objective, build_objective
+from mmkd.objectives import Layerwise, Objective, Preference, build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
+
+# What two processors have in common.
+ALIGNED = ("response", "vision")
 
 
 def check(recipe: Recipe) -> None:
@@ -28,34 +31,60 @@ def check(recipe: Recipe) -> None:
     student = skeleton(recipe.student)
     check_supported(student, "student")
     convert(student, recipe.student.convert)
-    teacher = None
+    teacher = teacher_processor = None
     if recipe.teacher is not None:
         teacher = skeleton(recipe.teacher)
+        teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
     for stage in recipe.stages:
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
-        _check_teacher(recipe, stage, objectives, processor)
+        _check_teacher(stage, objectives, processor, teacher_processor)
         _check_experts(stage, objectives, student)
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
-        _check_data(recipe, stage, objectives, processor)
+        _check_reference(stage, objectives)
+        _check_data(recipe, stage, objectives, processor, teacher_processor)
 
 
 def _check_teacher(
-    recipe: Recipe, stage: StageConfig, objectives: list[Objective], processor: Any
+    stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
 ) -> None:
-    names = [o.name for o in objectives if "teacher" in o.needs]
-    if not names:
+    """There is one where it is needed, of the same vocabulary; where it sees other tokens than the
+    student, nothing is compared but what both have."""
+    needing = [o for o in objectives if "teacher" in o.needs]
+    if not needing:
         return
-    if recipe.teacher is None:
+    if teacher_processor is None:
+        names = [o.name for o in needing]
         raise RecipeError(
             f"objective {', '.join(names)} needs a teacher",
             where=f"stage {stage.name}",
             mend="add 'teacher' to the recipe",
         )
-    shared_vocabulary(processor.tokenizer, load_processor(recipe.teacher).tokenizer)
+    shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+    if same_processor(processor, teacher_processor):
+        return
+    for objective in needing:
+        region = getattr(objective.config, "region", "response")
+        if "layers" in objective.needs or region not in ALIGNED:
+            raise RecipeError(
+                "teacher and student have different processors: only response and image tokens "
+                "can be aligned, at the models' outputs",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="use region response or vision, or models with one processor",
+            )
+
+
+def _check_reference(stage: StageConfig, objectives: list[Objective]) -> None:
+    preferences = [o for o in objectives if isinstance(o, Preference)]
+    if len({(o.config.reference, o.config.reference_logps) for o in preferences}) > 1:
+        raise RecipeError(
+            "two preference objectives have different references",
+            where=f"stage {stage.name}",
+            mend="give them one, or two stages",
+        )
 
 
 def _check_experts(
@@ -125,10 +154,15 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 def _check_data(
-    recipe: Recipe, stage: StageConfig, objectives: list[Objective], processor: Any
+    recipe: Recipe,
+    stage: StageConfig,
+    objectives: list[Objective],
+    processor: Any,
+    teacher_processor: Any,
 ) -> None:
+    """The first record can be encoded, for both models where they see it differently."""
     data = recipe.stage_data(stage)
-    labels = any("vision_labels" in o.needs for o in objectives)
-    batch = Encoder(Records(data), processor, data, vision_labels=labels).encode([0])
+    encoder = Encoder.of(objectives, data, processor, teacher_processor=teacher_processor)
+    batch = encoder.encode([0])
     for objective in objectives:
         objective.rows(batch.targets)

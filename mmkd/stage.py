@@ -13,29 +13,29 @@ so that every objective is a mean per covered token of the global batch.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from mmkd import distributed
 from mmkd.attention import prefer_float32_attention
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.batches import Batch, BatchStream, Encoder
-from mmkd.data.records import Records
-from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision, distributed
+from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
-from mmkd.objectives import Objective, Signals, build_objective, expert_counts
+from mmkd.objectives import Objective, Preference, Signals, build_objective, expert_counts
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.signals import check_supported
 from mmkd.steplog import StepLog
 from mmkd.students import set_trainable, write_student
-from mmkd.teachers import LiveTeacher
+from mmkd.teachers import LiveReference, LiveTeacher, Reference, choose_reference, store
 from mmkd_models.layout import mamba_layers
 
 Metrics = dict[str, Any]
@@ -49,6 +49,7 @@ class Stage:
     config: StageConfig
     engine: Engine
     teacher: LiveTeacher | None
+    reference: Reference | None
     objectives: list[Objective]
     layer_plan: LayerPlan
     stream: BatchStream
@@ -109,14 +110,20 @@ class Stage:
     def _losses(
         self, batch: Batch, rows: dict[str, float]
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """Each objective's loss, and how often each expert was chosen, by layer."""
+        """Each objective's loss and metrics, and how often each expert was chosen, by layer."""
+        targets = batch.targets
         with self.engine.autocast():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
+            if self.reference is not None:
+                targets = replace(targets, reference_logps=self.reference.logps(batch))
             student = self.engine.forward(batch.inputs, **self._student_layers(teacher))
-            losses = {
-                o.name: o(student, teacher, batch.targets, max(rows[o.name], 1.0)).loss
+            outcomes = {
+                o.name: o(student, teacher, targets, max(rows[o.name], 1.0))
                 for o in self.objectives
             }
+        losses = {name: outcome.loss for name, outcome in outcomes.items()}
+        for name, outcome in outcomes.items():
+            losses |= {f"{name}/{metric}": v for metric, v in outcome.metrics.items()}
         return losses, expert_counts(student, batch.targets)
 
     def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
@@ -182,6 +189,7 @@ def run_stage(
     student: PreTrainedModel,
     processor: Any,
     teacher: PreTrainedModel | None,
+    teacher_processor: Any,
     shared_vocabulary: int | None,
     data: DataConfig,
     folder: Path,
@@ -194,6 +202,7 @@ def run_stage(
         student: what trains; moved to the engine's device.
         processor: the student's processor.
         teacher: the live teacher, or None where no objective needs one.
+        teacher_processor: the teacher's processor, or None.
         shared_vocabulary: tokens that both models share.
         data: the records.
         folder: the stage's folder in the run directory.
@@ -208,7 +217,7 @@ def run_stage(
         for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
-    encoder = Encoder(Records(data), processor, data, vision_labels="vision_labels" in needs)
+    encoder = Encoder.of(objectives, data, processor, teacher_processor=teacher_processor)
     stream = BatchStream(
         encoder,
         config.batch,
@@ -218,12 +227,17 @@ def run_stage(
         workers=data.workers,
     )
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
+    live = LiveTeacher(teacher, device) if teacher is not None and "teacher" in needs else None
+    reference: Reference | None = choose_reference(objectives, live, student, device)
+    engine = build_engine(config, student, steps, device)
+    if isinstance(reference, LiveReference) and reference.once:
+        reference = store(reference, stream, steps, folder, engine.autocast)
+    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     stage = Stage(
         config=config,
-        engine=build_engine(config, student, steps, device),
-        teacher=LiveTeacher(teacher, device)
-        if teacher is not None and "teacher" in needs
-        else None,
+        engine=engine,
+        teacher=live if compared else None,
+        reference=reference,
         objectives=objectives,
         layer_plan=LayerPlan.of(objectives),
         stream=stream,

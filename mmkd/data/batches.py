@@ -4,19 +4,21 @@ The order is a function of seed and step alone, so that a resumed run sees the s
 number of processes does not change what a step sees.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmkd.data.alignment import Alignment, Grid, align, same_processor
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.records import GroundedObject, Record, Records, located
 from mmkd.errors import DataError
-from mmkd.objectives import Targets
+from mmkd.objectives import Need, Objective, Targets
 from mmkd.recipe import BatchConfig, DataConfig
 
 IGNORED = -100
@@ -30,54 +32,126 @@ class Batch:
     Attributes:
         inputs: what the model is called with, without labels.
         targets: what its tokens are.
-        ids: the records' ids, for messages.
+        ids: the records' ids, for messages; a pair's two rows have one.
         skipped: messages of the records that were left out.
+        indices: the records.
+        grids: rows and columns of image tokens of each picture of each row.
+        teacher: the same records as the teacher's own processor encodes them, None where it is the
+            student's.
+        alignment: which of the teacher's tokens are which of the student's.
     """
 
     inputs: dict[str, Tensor]
     targets: Targets
     ids: list[str]
     skipped: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    grids: list[list[Grid]] = field(default_factory=list)
+    teacher: "Batch | None" = None
+    alignment: Alignment | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        targets = Targets(**{k: move(v) for k, v in vars(self.targets).items()})
-        return replace(self, inputs={k: move(v) for k, v in self.inputs.items()}, targets=targets)
+        return replace(
+            self,
+            inputs={k: move(v) for k, v in self.inputs.items()},
+            targets=Targets(**{k: move(v) for k, v in vars(self.targets).items()}),
+            teacher=None if self.teacher is None else self.teacher.to(device),
+            alignment=None if self.alignment is None else self.alignment.to(device),
+        )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record ready to be encoded."""
+    """A record ready to be encoded; of a preference pair, one of its two answers."""
 
     index: int
     record: Record
     rendered: Rendered
     pictures: list[Image.Image]
+    rejected: Rendered | None = None
+
+    def other(self) -> "Sample":
+        """The rejected answer as a sample."""
+        assert self.rejected is not None
+        return replace(self, rendered=self.rejected, rejected=None)
 
 
 class Encoder:
-    """Turns records into padded model inputs with masks, through the processor."""
+    """Turns records into padded model inputs with masks, through the processor.
+
+    Args:
+        records: the data.
+        processor: a model's.
+        config: of the data.
+        vision_labels: mark what image tokens show.
+        pairs: encode the rejected answers too, behind the chosen ones; only the last answer of a
+            conversation is then a response.
+        teacher_processor: the teacher's, if it makes other tokens or pixels.
+    """
 
     def __init__(
-        self, records: Records, processor: Any, config: DataConfig, *, vision_labels: bool = False
+        self,
+        records: Records,
+        processor: Any,
+        config: DataConfig,
+        *,
+        vision_labels: bool = False,
+        pairs: bool = False,
+        teacher_processor: Any = None,
     ):
         self.records = records
         self.processor = processor
         self.config = config
         self.vision_labels = vision_labels
+        self.pairs = pairs
+        self.teacher = None
+        if teacher_processor is not None and not same_processor(processor, teacher_processor):
+            self.teacher = Encoder(records, teacher_processor, config, pairs=pairs)
         self._rendered = lru_cache(maxsize=RENDERED_KEPT)(self._render)
 
-    def _render(self, index: int) -> Rendered:
-        return render_chat(self.processor, self.records[index].messages)
+    @classmethod
+    def of(
+        cls,
+        objectives: Sequence[Objective],
+        config: DataConfig,
+        processor: Any,
+        *,
+        teacher_processor: Any = None,
+        records: Records | None = None,
+    ) -> "Encoder":
+        """The encoder that a stage's objectives need."""
+        needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
+        return cls(
+            records or Records(config),
+            processor,
+            config,
+            vision_labels="vision_labels" in needs,
+            pairs="pairs" in needs,
+            teacher_processor=teacher_processor if "teacher" in needs else None,
+        )
+
+    def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
+        record = self.records[index]
+        if not self.pairs:
+            return render_chat(self.processor, record.messages), None
+        if record.rejected is None:
+            raise DataError(
+                "the record has no rejected answer", mend="add 'chosen' and 'rejected' to it"
+            )
+        both = [render_chat(self.processor, m) for m in (record.messages, record.rejected)]
+        chosen, rejected = (replace(r, spans=r.spans[-1:]) for r in both)
+        return chosen, rejected
 
     def load(self, index: int) -> Sample:
         """Text and pictures of one record; raises DataError if it is bad."""
         with located(lambda: self.records.where(index)):
             record = self.records[index]
             pictures = self.records.pictures(record)
-            return Sample(index, record, self._rendered(index), pictures)
+            rendered, rejected = self._rendered(index)
+            return Sample(index, record, rendered, pictures, rejected)
 
     def encode(self, indices: list[int]) -> Batch:
         """One padded batch; bad records are replaced by later ones if the recipe says so."""
@@ -94,9 +168,20 @@ class Encoder:
                     skipped.append(str(error))
             else:
                 raise DataError("every record is bad", where=str(self.records.path))
-        return replace(self._encode(samples), skipped=skipped)
+        return self._beside_teacher(replace(self._encode(samples), skipped=skipped))
 
-    def _encode(self, samples: list[Sample]) -> Batch:
+    def _beside_teacher(self, batch: Batch) -> Batch:
+        if self.teacher is None:
+            return batch
+        theirs = self.teacher.encode(batch.indices)
+        rows = zip(batch.grids, theirs.grids, strict=True)
+        grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
+        ids = batch.ids * (len(grids) // len(batch.ids))
+        alignment = align(batch.targets, theirs.targets, grids, ids)
+        return replace(batch, teacher=theirs, alignment=alignment)
+
+    def _encode(self, chosen: list[Sample]) -> Batch:
+        samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
         encoded = self._process(samples)
         offsets = encoded.pop("offset_mapping")
         moved = encoded.pop("text_replacement_offsets", None) or [[] for _ in samples]
@@ -117,9 +202,32 @@ class Encoder:
             labels,
             background,
             self.processor.tokenizer.eos_token_id,
+            torch.arange(len(samples)) >= len(chosen) if self.pairs else None,
         )
-        batch = Batch(dict(encoded), targets, [s.record.id for s in samples])
+        batch = Batch(
+            dict(encoded),
+            targets,
+            [s.record.id for s in chosen],
+            indices=[s.index for s in chosen],
+            grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
+        )
         return self._truncate(batch, samples)
+
+    def _grids(
+        self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
+    ) -> list[list[Grid]]:
+        """Of each row's pictures: what the processor says, else a square."""
+        if "image_grid_thw" in encoded:
+            merge = self.processor.image_processor.merge_size
+            sizes = encoded["image_grid_thw"].tolist()
+            grids = [(t * height // merge, width // merge) for t, height, width in sizes]
+            ends = list(accumulate(pictures))
+            return [grids[end - n : end] for end, n in zip(ends, pictures, strict=True)]
+        sides = [
+            round((tokens / max(n, 1)) ** 0.5)
+            for tokens, n in zip(vision.sum(1).tolist(), pictures, strict=True)
+        ]
+        return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     def _process(self, samples: list[Sample]) -> dict[str, Any]:
         texts = [s.rendered.text for s in samples]
@@ -284,6 +392,11 @@ class BatchStream:
         return [
             self._record(first + i * self.world_size + self.rank) for i in range(self.batch.size)
         ]
+
+    def seen(self, steps: int) -> list[int]:
+        """The records that the first `steps` steps see, ascending."""
+        count = min(steps * self.records_per_step, len(self.encoder.records))
+        return sorted({self._record(position) for position in range(count)})
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.batch.accumulate)

@@ -1,9 +1,12 @@
 """Records: what a data file holds, in one shape whatever its schema.
 
-Two schemas are read, from json, jsonl or parquet through `datasets`:
+Two schemas are read, from json, jsonl or parquet through `datasets`, and three of preference pairs:
 
     LLaVA           {id, image | images, conversations: [{from: human|gpt|system, value}]}
     chat messages   {id?, images?, messages: [{role, content}]}
+    LLaVA pairs     {id, image | images, chosen: [turns], rejected: [turns]}, both with the prompt
+    TRL pairs       {images?, prompt: [messages] | str, chosen: [messages] | str, rejected: ...}
+    RLAIF-V         {image, question: str, chosen: str, rejected: str}
 
 An image is a path below the image folder, a {bytes, path} pair, or a decoded picture.
 """
@@ -41,12 +44,14 @@ class GroundedObject:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation with its pictures, in the order of their placeholders."""
+    """One conversation with its pictures, in the order of their placeholders; of a preference pair
+    the chosen one, and the one with the rejected answer."""
 
     id: str
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
     objects: tuple[GroundedObject, ...] = ()
+    rejected: list[Message] | None = None
 
 
 class Records:
@@ -111,32 +116,83 @@ def located(where: Callable[[], str]) -> Iterator[None]:
 
 
 def parse_record(row: dict[str, Any], index: int) -> Record:
-    """One row of a data file in either schema.
+    """One row of a data file in any of the schemas.
 
     Raises:
         DataError: what is wrong with the row; the caller adds where.
     """
     images = _images(row)
-    if row.get("conversations"):
-        turns = [(t.get("from"), t.get("value")) for t in row["conversations"]]
+    rejected = None
+    if row.get("chosen") and row.get("rejected"):
+        messages, rejected = (_conversation(turns) for turns in _pair(row))
+        if messages[:-1] != rejected[:-1]:
+            raise DataError(
+                "chosen and rejected answer different prompts", mend="repeat the prompt in both"
+            )
+        if messages == rejected:
+            raise DataError("chosen and rejected are the same", mend="drop the record")
+    elif row.get("conversations"):
+        messages = _conversation([(t.get("from"), t.get("value")) for t in row["conversations"]])
     elif row.get("messages"):
-        turns = [(t.get("role"), t.get("content")) for t in row["messages"]]
+        messages = _conversation(_turns(row["messages"]))
     else:
-        raise DataError("neither 'conversations' nor 'messages'", mend="use one of the two schemas")
+        raise DataError(
+            "neither 'conversations' nor 'messages', nor 'chosen' with 'rejected'",
+            mend="use one of the schemas",
+        )
+    # LLaVA's conversations always say where their pictures go.
+    free = not row.get("conversations")
+    for conversation in (messages, rejected):
+        if conversation is not None:
+            _place_images(conversation, len(images), free)
+    objects = tuple(GroundedObject(o["name"], tuple(o["box"])) for o in row.get("objects") or [])
+    return Record(str(row.get("id", index)), messages, images, objects, rejected)
+
+
+Turns = list[tuple[Any, Any]]
+
+
+def _turns(said: Any) -> Turns:
+    """(role, content) of a list of turns in either schema."""
+    return [(t.get("role") or t.get("from"), t.get("content") or t.get("value")) for t in said]
+
+
+def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
+    """The turns of the chosen and of the rejected conversation."""
+    asked = row.get("prompt") or row.get("question") or []
+    prompt: Turns = [("user", asked)] if isinstance(asked, str) else _turns(asked)
+
+    def whole(answer: Any) -> Turns:
+        if isinstance(answer, str):
+            return [*prompt, ("assistant", answer)]
+        turns = _turns(answer)
+        alone = bool(turns) and ROLES.get(turns[0][0]) == "assistant"
+        return [*prompt, *turns] if alone else turns
+
+    return whole(row["chosen"]), whole(row["rejected"])
+
+
+def _conversation(turns: Turns) -> list[Message]:
     messages = [_message(role, content) for role, content in turns]
     if not any(m["role"] == "assistant" and _text(m).strip() for m in messages):
         raise DataError("no response of the assistant", mend="add one or drop the record")
+    return messages
+
+
+def _place_images(messages: list[Message], images: int, free: bool) -> None:
+    """Check that every picture has its placeholder; where none is written and that is `free`, all
+    stand before the first question."""
     placeholders = sum(p["type"] == "image" for m in messages for p in m["content"])
-    if placeholders == 0 and images and "messages" in row and row["messages"]:
-        first = next(m for m in messages if m["role"] == "user")
-        first["content"] = [{"type": "image"} for _ in images] + first["content"]
-    elif placeholders != len(images):
+    if placeholders == 0 and images and free:
+        first = next((m for m in messages if m["role"] == "user"), None)
+        if first is None:
+            raise DataError("images but no turn of the user", mend="add the prompt")
+        first["content"] = [{"type": "image"} for _ in range(images)] + first["content"]
+    elif placeholders != images:
         raise DataError(
-            f"{placeholders} image placeholder(s) but {len(images)} image(s)",
+            f"{placeholders} image placeholder(s) but {images} image(s)",
             mend="make the two numbers equal",
         )
-    objects = tuple(GroundedObject(o["name"], tuple(o["box"])) for o in row.get("objects") or [])
-    return Record(str(row.get("id", index)), messages, images, objects)
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from mmkd.engines import distributed
+from mmkd import distributed
 from mmkd.engines.base import StepResult
 from mmkd.objectives import Signals
 from mmkd.recipe import Precision

@@ -8,6 +8,7 @@ from pydantic import Field
 from mmkd.objectives.balance import Balance, RouterZ, expert_counts
 from mmkd.objectives.base import (
     LayerSignals,
+    Need,
     Objective,
     ObjectiveConfig,
     Outcome,
@@ -71,6 +72,7 @@ __all__ = [
     "AnyObjectiveConfig",
     "LayerSignals",
     "Layerwise",
+    "Need",
     "Objective",
     "ObjectiveConfig",
     "Outcome",

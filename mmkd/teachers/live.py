@@ -1,17 +1,19 @@
 """A teacher that is resident beside the student: frozen, in eval mode, without gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd.data.batches import Batch
-from mmkd.objectives import Signals
+from mmkd.objectives import Signals, answer_logps
 from mmkd.signals import capture, check_supported
 
 
 class LiveTeacher:
-    """Runs the teacher on the student's batches."""
+    """Runs the teacher on the student's batches, or on its own view of them."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         check_supported(model, "teacher")
@@ -19,5 +21,19 @@ class LiveTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch, **layers: Any) -> Signals:
-        """The teacher's signals on a batch; `layers` as in `mmkd.signals.capture`."""
-        return capture(self.model, batch.inputs, **layers)
+        """The teacher's signals on a batch, one per student token; `layers` as in
+        `mmkd.signals.capture`."""
+        own = self.own_signals(batch, **layers)
+        if batch.alignment is None:
+            return own
+        return replace(own, hidden=batch.alignment(own.hidden), embeddings=None)
+
+    @torch.no_grad()
+    def own_signals(self, batch: Batch, **layers: Any) -> Signals:
+        """The teacher's signals on its own tokens."""
+        return capture(self.model, (batch.teacher or batch).inputs, **layers)
+
+    @torch.no_grad()
+    def answer_logps(self, batch: Batch, vocabulary: int | None) -> Tensor:
+        """Log-probability of each row's responses, [B]."""
+        return answer_logps(self.own_signals(batch), (batch.teacher or batch).targets, vocabulary)

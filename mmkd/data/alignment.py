@@ -1,0 +1,138 @@
+"""A teacher with a processor of its own sees other tokens: which of them a student's tokens match.
+
+Responses are the same tokens in both, so the k-th response token of one is that of the other; image
+tokens match by their place on the picture. As logits are linear in final hidden states, the hidden
+state interpolated between places has the interpolated logits.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkd.errors import DataError
+from mmkd.objectives import Targets
+
+Grid = tuple[int, int]  # rows and columns of a picture's tokens
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Student rows as weighted sums of teacher rows, n terms.
+
+    Attributes:
+        student: [n] int64, rows of the student's [B * T].
+        teacher: [n] int64, rows of the teacher's [B * T'].
+        weights: [n] float32.
+        shape: (B, T) of the student.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weights: Tensor
+    shape: tuple[int, int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, T', D] of the teacher -> [B, T, D], zeros where nothing matches."""
+        terms = x.flatten(0, 1)[self.teacher] * self.weights[:, None].to(x.dtype)
+        made = x.new_zeros(self.shape[0] * self.shape[1], x.shape[2])
+        return made.index_add(0, self.student, terms).unflatten(0, self.shape)
+
+    def to(self, device: torch.device) -> "Alignment":
+        student, teacher, weights = (
+            t.to(device) for t in (self.student, self.teacher, self.weights)
+        )
+        return Alignment(student, teacher, weights, self.shape)
+
+
+def align(
+    student: Targets, teacher: Targets, grids: list[list[tuple[Grid, Grid]]], ids: list[str]
+) -> Alignment:
+    """Match the tokens of one batch as two processors encoded it.
+
+    Args:
+        student, teacher: what their tokens are.
+        grids: for each row and picture, the student's and the teacher's grid of tokens.
+        ids: of the rows, for messages.
+
+    Raises:
+        DataError: a response has different tokens, or a picture's tokens are not its grid.
+    """
+    terms: list[tuple[Tensor, Tensor, Tensor]] = []
+    widths = student.attention.shape[1], teacher.attention.shape[1]
+    for row, name in enumerate(ids):
+        matched = [*_responses(student, teacher, row, name)]
+        mine, theirs = (t.vision[row].nonzero()[:, 0] for t in (student, teacher))
+        matched += _pictures(mine, theirs, grids[row], name)
+        terms += [(s + row * widths[0], t + row * widths[1], w) for s, t, w in matched]
+    rows, columns, weights = (torch.cat(part) for part in zip(*terms, strict=True))
+    return Alignment(rows, columns, weights, (len(ids), widths[0]))
+
+
+def _responses(
+    student: Targets, teacher: Targets, row: int, name: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The rows that predict each response token, one position before it."""
+    mine, theirs = (t.response[row].nonzero()[:, 0] for t in (student, teacher))
+    shorter = min(len(mine), len(theirs))  # a sequence may be cut at max_length
+    mine, theirs = mine[:shorter], theirs[:shorter]
+    if not torch.equal(student.input_ids[row, mine], teacher.input_ids[row, theirs]):
+        raise DataError(
+            f"the response of {name} has other tokens for the teacher than for the student",
+            mend="use models of one tokenizer family",
+        )
+    return [(mine - 1, theirs - 1, torch.ones(shorter))]
+
+
+def _pictures(
+    mine: Tensor, theirs: Tensor, grids: list[tuple[Grid, Grid]], name: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    sizes = [[grid[i][0] * grid[i][1] for grid in grids] for i in (0, 1)]
+    if [sum(s) for s in sizes] != [len(mine), len(theirs)]:
+        raise DataError(
+            f"the pictures of {name} have {len(mine)} image tokens for the student and "
+            f"{len(theirs)} for the teacher, and no grid tells which belong together",
+            mend="use processors that make one grid of tokens of a picture",
+        )
+    matched = []
+    parts = zip(grids, mine.split(sizes[0]), theirs.split(sizes[1]), strict=True)
+    for (small, large), rows, columns in parts:
+        to, source, weights = resized(large, small)
+        matched.append((rows[to], columns[source], weights))
+    return matched
+
+
+@lru_cache(maxsize=256)
+def resized(source: Grid, target: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Bilinear interpolation of one grid to another, with antialiasing where it shrinks.
+
+    Returns:
+        Terms (target cell [n], source cell [n], weight [n]); the identity for equal grids.
+    """
+    vertical, horizontal = (_line(s, t) for s, t in zip(source, target, strict=True))
+    matrix = torch.einsum("is,jt->ijst", vertical, horizontal).flatten(2).flatten(0, 1)
+    to, at = matrix.nonzero().unbind(1)
+    return to, at, matrix[to, at].float()
+
+
+def _line(source: int, target: int) -> Tensor:
+    """[target, source]: interpolation along one side."""
+    points = torch.eye(source, dtype=torch.float64)[None, :, :, None]
+    made = torch.nn.functional.interpolate(
+        points, size=(target, 1), mode="bilinear", antialias=True, align_corners=False
+    )
+    return made[0, :, :, 0].T
+
+
+def same_processor(a: Any, b: Any) -> bool:
+    """Whether two processors make the same tokens and pixels of every record."""
+
+    def facts(processor: Any) -> Any:
+        said = processor.to_dict() if hasattr(processor, "to_dict") else {}
+        pictures = processor.image_processor.to_dict()
+        words = processor.tokenizer.get_vocab()
+        return said, pictures, words, processor.chat_template
+
+    return a is b or facts(a) == facts(b)

@@ -1,0 +1,174 @@
+"""The reference of preference objectives: how likely a frozen model finds each answer.
+
+It runs beside the student at every step, or once before the first one: then its log-probabilities
+lie in the stage's folder, keyed by its weights and by what each record says and shows.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmkd import distributed
+from mmkd.data.batches import Batch, BatchStream, Encoder
+from mmkd.data.records import Record, load_image
+from mmkd.errors import DataError, RecipeError
+from mmkd.objectives import Objective, Preference
+from mmkd.progress import Bar
+from mmkd.teachers.live import LiveTeacher
+
+FILE = "reference.safetensors"
+KEY = "key"
+
+
+class LiveReference:
+    """Runs the reference on every batch.
+
+    Args:
+        model: the frozen reference.
+        vocabulary: tokens that it shares with the student, None for all.
+        once: its log-probabilities are to be stored before the first step.
+    """
+
+    def __init__(self, model: LiveTeacher, vocabulary: int | None, *, once: bool = False):
+        self.model, self.vocabulary, self.once = model, vocabulary, once
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Log-probability of each row's answers, [B]."""
+        return self.model.answer_logps(batch, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """What the reference said of each record's two answers, [2] by record."""
+
+    found: dict[int, Tensor]
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Log-probability of each row's answers, [B]."""
+        pairs = torch.stack([self.found[i] for i in batch.indices])  # [B / 2, 2]
+        return pairs.T.flatten().to(batch.targets.input_ids.device)
+
+
+Reference = LiveReference | StoredReference
+
+
+def choose_reference(
+    objectives: Sequence[Objective],
+    teacher: LiveTeacher | None,
+    student: PreTrainedModel,
+    device: torch.device,
+) -> LiveReference | None:
+    """The reference that a stage's preference objectives name, before the student trains."""
+    wanted = [o for o in objectives if isinstance(o, Preference) and o.config.reference != "none"]
+    if not wanted:
+        return None
+    settings = wanted[0].config
+    if settings.reference == "self":
+        teacher = LiveTeacher(copy.deepcopy(student), device)
+    if teacher is None:
+        raise RecipeError(
+            "the reference of preferences is the teacher, and there is none",
+            where=f"objective {wanted[0].name}",
+            mend="add 'teacher' to the recipe, or set reference to self or none",
+        )
+    once = settings.reference_logps == "once"
+    return LiveReference(teacher, wanted[0].shared_vocabulary, once=once)
+
+
+def store(
+    reference: LiveReference,
+    stream: BatchStream,
+    steps: int,
+    folder: Path,
+    autocast: Callable[[], AbstractContextManager],
+) -> StoredReference:
+    """Run the reference once over the records that `steps` steps will see; every rank calls it.
+
+    A file of the same reference and records is read instead.
+
+    Args:
+        reference: runs on this process's share of the records.
+        stream: of the stage.
+        steps: of the stage.
+        folder: the stage's, for `reference.safetensors`.
+        autocast: makes the context that it runs in.
+    """
+    indices = stream.seen(steps)
+    key = _key(reference, stream.encoder, indices)
+    path = folder / FILE
+    found = _read(path, key)
+    if found is not None:
+        return StoredReference(found)
+    mine = indices[stream.rank :: stream.world_size]
+    batches = [mine[i : i + stream.batch.size] for i in range(0, len(mine), stream.batch.size)]
+    lines = []
+    with Bar("reference", len(batches), quiet=stream.rank > 0) as bar:
+        for part in batches:
+            batch = stream.encoder.encode(part).to(reference.model.model.device)
+            with torch.no_grad(), autocast():
+                pairs = reference.logps(batch).float().unflatten(0, (2, -1)).T.tolist()
+            lines += [json.dumps([i, pair]) for i, pair in zip(batch.indices, pairs, strict=True)]
+            bar.advance()
+    said = dict(json.loads(line) for line in distributed.gather(lines))
+    found = {i: torch.tensor(pair) for i, pair in sorted(said.items())}
+    if stream.rank == 0:
+        _write(path, key, found)
+    distributed.barrier()
+    return StoredReference(found)
+
+
+def _write(path: Path, key: str, found: dict[int, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    tensors = {"index": torch.tensor(list(found)), "logps": torch.stack(list(found.values()))}
+    save_file(tensors, partial, metadata={KEY: key})
+    partial.replace(path)
+
+
+def _read(path: Path, key: str) -> dict[int, Tensor] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get(KEY) != key:
+                return None
+            indices, logps = file.get_tensor("index"), file.get_tensor("logps")
+    except (OSError, SafetensorError):
+        return None
+    return dict(zip(indices.tolist(), logps, strict=True))
+
+
+def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> str:
+    """One hash over the reference's weights, how it sees records, and the records."""
+    seen = hashlib.sha256()
+    _add_weights(seen, reference.model.model)
+    processor = (encoder.teacher or encoder).processor
+    said = [processor.chat_template, str(processor.to_dict()), encoder.config.max_length]
+    seen.update(json.dumps([*said, reference.vocabulary]).encode())
+    for index in indices:
+        try:
+            _add_record(seen, encoder, encoder.records[index], index)
+        except DataError as error:  # a record that the recipe skips
+            seen.update(str(error).encode())
+    return seen.hexdigest()
+
+
+def _add_weights(seen: Any, model: nn.Module) -> None:
+    for name, tensor in sorted(model.state_dict().items()):
+        seen.update(name.encode())
+        seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _add_record(seen: Any, encoder: Encoder, record: Record, index: int) -> None:
+    seen.update(json.dumps([index, record.messages, record.rejected]).encode())
+    for picture in record.images:
+        seen.update(load_image(picture, encoder.records.image_root).tobytes())
