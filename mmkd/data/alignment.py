@@ -119,11 +119,11 @@ def resized(source: Grid, target: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 def _line(source: int, target: int) -> Tensor:
     """[target, source]: interpolation along one side."""
-    points = torch.eye(source, dtype=torch.float64)[None, :, :, None]
+    points = torch.eye(source, dtype=torch.float64)[None, :, None]  # [1, source, 1, source]
     made = torch.nn.functional.interpolate(
-        points, size=(target, 1), mode="bilinear", antialias=True, align_corners=False
+        points, size=(1, target), mode="bilinear", antialias=True, align_corners=False
     )
-    return made[0, :, :, 0].T
+    return made[0, :, 0].T
 
 
 def same_processor(a: Any, b: Any) -> bool:
