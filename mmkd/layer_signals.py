@@ -23,6 +23,7 @@ from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
 
 Level = Literal["mixer", "block"]
+PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LayerPlan:
         forced: some objective is teacher-forced, at mixers, or at blocks where one of them compares
             blocks.
         matrices: mixing matrices are needed.
+        projections: queries, keys and values are needed.
     """
 
     pairs: dict[int, int] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class LayerPlan:
     free: bool = True
     forced: Level | None = None
     matrices: bool = False
+    projections: bool = False
 
     @classmethod
     def of(cls, objectives: Sequence[Any]) -> "LayerPlan":
@@ -71,6 +74,7 @@ class LayerPlan:
             free=len(forced) < len(layerwise) or any("distribution" in o.needs for o in objectives),
             forced=("block" if blocks else "mixer") if forced else None,
             matrices=any("matrices" in o.needs for o in objectives),
+            projections=any("projections" in o.needs for o in objectives),
         )
 
 
@@ -79,6 +83,7 @@ class Recorder:
     """What one run through a model's layers left behind."""
 
     matrices: bool
+    projections: bool = False
     found: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def keep(self, layer: int, **tensors: Tensor | None) -> None:
@@ -90,10 +95,14 @@ class Recorder:
 
 @contextmanager
 def record_layers(
-    model: PreTrainedModel, layers: Sequence[int], *, matrices: bool = False
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    matrices: bool = False,
+    projections: bool = False,
 ) -> Iterator[Recorder]:
     """Keep what goes through the given decoder layers of the forwards inside."""
-    recorder = Recorder(matrices)
+    recorder = Recorder(matrices, projections)
     with ExitStack() as stack:
         for index in layers:
             for handle in _record(find_parts(model).decoder_layers[index], index, recorder):
@@ -144,12 +153,24 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
     def heads(module: nn.Module, args: Any) -> None:
         recorder.keep(index, mixer_heads=args[0])
 
-    return [
+    def projected(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            recorder.keep(index, **{name: output})
+
+        return keep
+
+    handles = [
         layer.register_forward_pre_hook(block_in, with_kwargs=True),
         layer.register_forward_hook(block_out, with_kwargs=True),
         layer.self_attn.register_forward_hook(mixer_out, with_kwargs=True),
         layer.self_attn.o_proj.register_forward_pre_hook(heads),
     ]
+    if recorder.projections:
+        handles += [
+            getattr(layer.self_attn, projection).register_forward_hook(projected(name))
+            for name, projection in PROJECTIONS.items()
+        ]
+    return handles
 
 
 def _replace(layer: Any, theirs: LayerSignals, plan: LayerPlan) -> list[Any]:

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 from mmkd.data.alignment import same_processor
 from mmkd.data.batches import Encoder
 from mmkd.errors import RecipeError
-from mmkd.layer_signals import LayerPlan
+from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
-from mmkd.objectives import Layerwise, Objective, Preference, build_objective
+from mmkd.objectives import Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
@@ -132,8 +132,10 @@ def _check_layers(
                     where=where,
                     mend="set 'layers' and 'teacher_layers'",
                 )
+            if isinstance(objective, MiniLm):
+                _check_heads(objective, where, {"student": mine[s], "teacher": theirs[t]})
             widths = [_widths(layer) for layer in (mine[s], theirs[t])]
-            if widths[0] != widths[1]:
+            if objective.compares_widths and widths[0] != widths[1]:
                 raise RecipeError(
                     f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
                     where=where,
@@ -146,6 +148,21 @@ def _check_layers(
                 where=where,
                 mend="set teacher.attn_implementation to eager",
             )
+
+
+def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
+    """Relation heads divide the widths of what they are made of."""
+    for role, layer in layers.items():
+        for relation in objective.config.relations:
+            name = PROJECTIONS[relation]
+            width = getattr(getattr(layer.self_attn, name, None), "out_features", None)
+            if width is None or width % objective.config.heads:
+                raise RecipeError(
+                    f"{objective.config.heads} relation heads do not divide the {role}'s {name} "
+                    f"of width {width}",
+                    where=where,
+                    mend="choose 'heads' that divides all widths, or other 'relations'",
+                )
 
 
 def _widths(layer: Any) -> tuple[int, int]:

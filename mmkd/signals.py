@@ -38,6 +38,7 @@ def capture(
     *,
     layers: Sequence[int] = (),
     matrices: bool = False,
+    projections: bool = False,
     forced: dict[int, LayerSignals] | None = None,
     plan: LayerPlan | None = None,
 ) -> Signals:
@@ -49,6 +50,7 @@ def capture(
         inputs: what it is called with.
         layers: decoder layers to record.
         matrices: record mixing matrices too.
+        projections: record queries, keys and values too.
         forced: the teacher's signals by student layer, to be fed to the student's layers.
         plan: how `forced` is done.
     """
@@ -60,7 +62,9 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
-        free = stack.enter_context(record_layers(model, layers, matrices=matrices))
+        free = stack.enter_context(
+            record_layers(model, layers, matrices=matrices, projections=projections)
+        )
         fed = None
         if forced and plan is not None:
             fed = stack.enter_context(force_layers(model, forced, plan))

@@ -138,11 +138,15 @@ class Stage:
     @property
     def _teacher_layers(self) -> dict[str, Any]:
         plan = self.layer_plan
-        return {"layers": sorted(set(plan.pairs.values())), "matrices": plan.matrices}
+        return {"layers": sorted(set(plan.pairs.values())), **self._recorded}
+
+    @property
+    def _recorded(self) -> dict[str, bool]:
+        return {"matrices": self.layer_plan.matrices, "projections": self.layer_plan.projections}
 
     def _student_layers(self, teacher: Signals | None) -> dict[str, Any]:
         plan = self.layer_plan
-        wanted: dict[str, Any] = {"layers": sorted(plan.recorded), "matrices": plan.matrices}
+        wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **self._recorded}
         if plan.forced and teacher is not None:
             forced = {mine: teacher.layers[theirs] for mine, theirs in plan.pairs.items()}
             wanted |= {"forced": forced, "plan": plan}

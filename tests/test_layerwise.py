@@ -88,7 +88,9 @@ def test_values_and_gradients_equal_a_float64_twin(config):
         if rows[b, i]
     ) / (2 * count)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
-    leaves = [v for x in (free, forced) for s in x.values() for v in vars(s).values()]
+    leaves = [
+        v for x in (free, forced) for s in x.values() for v in vars(s).values() if v is not None
+    ]
     gradients = zip(
         torch.autograd.grad(got, leaves, allow_unused=True, retain_graph=True),
         torch.autograd.grad(want, leaves, allow_unused=True),
@@ -105,7 +107,7 @@ def test_values_and_gradients_equal_a_float64_twin(config):
 
 def test_every_layerwise_kind_is_tested_here():
     kinds = {kind for kind, cls in REGISTRY.items() if issubclass(cls, Layerwise)}
-    assert kinds == {c.kind for c in CONFIGS}
+    assert kinds == {"minilm"} | {c.kind for c in CONFIGS}  # minilm has a file of its own
 
 
 def test_equal_layers_are_at_zero_with_zero_gradient():
@@ -114,7 +116,9 @@ def test_equal_layers_are_at_zero_with_zero_gradient():
         config = config.model_copy(update={"layers": [1]})
         loss = build_objective(config)(of(same, same), of({1: copy.deepcopy(same[1])}), TARGETS, 4)
         assert loss.loss.item() == 0
-        grads = torch.autograd.grad(loss.loss, list(vars(same[1]).values()), allow_unused=True)
+        grads = torch.autograd.grad(
+            loss.loss, [v for v in vars(same[1]).values() if v is not None], allow_unused=True
+        )
         assert all(g is None or bool((g == 0).all()) for g in grads)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import Field
 
+from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ, expert_counts
 from mmkd.objectives.base import (
     LayerSignals,
@@ -20,6 +21,7 @@ from mmkd.objectives.base import (
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, MixerMse
+from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
 from mmkd.objectives.token_labels import TokenLabels
@@ -30,6 +32,8 @@ CLASSES: tuple[type[Objective], ...] = (
     Jsd,
     SkewDivergence,
     Relation,
+    MiniLm,
+    Affinity,
     TokenLabels,
     Balance,
     RouterZ,
@@ -72,6 +76,7 @@ __all__ = [
     "AnyObjectiveConfig",
     "LayerSignals",
     "Layerwise",
+    "MiniLm",
     "Need",
     "Objective",
     "ObjectiveConfig",

@@ -14,9 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Region = Literal["response", "prompt", "vision", "all"]
-# distribution: the head's output, layers: what happens inside of decoder layers, experts: routers,
-# pairs: chosen and rejected answers
-Need = Literal["teacher", "vision_labels", "distribution", "layers", "matrices", "experts", "pairs"]
+# distribution: the head's output, layers: what happens inside of decoder layers, matrices and
+# projections: more of it, experts: routers, pairs: chosen and rejected answers
+Need = Literal[
+    "teacher",
+    "vision_labels",
+    "distribution",
+    "layers",
+    "matrices",
+    "projections",
+    "experts",
+    "pairs",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class LayerSignals:
         block_input, block_output: [B, T, H], the layer's residual stream before and after.
         matrix: [B, heads, T, T] or None, how tokens mix: attention's probabilities, or a mixer's
             matrix.
+        queries, keys, values: [B, T, D] or None, what the projections make; D may differ.
     """
 
     mixer_input: Tensor
@@ -38,6 +48,9 @@ class LayerSignals:
     block_input: Tensor
     block_output: Tensor
     matrix: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Layerwise(Objective):
     """Base: pairs of layers, and a distance per token."""
 
     config: LayerwiseConfig
+    compares_widths: bool = True
     needs: frozenset[Need] = frozenset({"teacher", "layers"})
 
     def __init__(

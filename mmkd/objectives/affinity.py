@@ -1,0 +1,77 @@
+"""`affinity`: which picture of a batch goes with which answer, as the teacher sees it.
+
+With I_i the mean final hidden state of sample i's image tokens, T_j that of sample j's response, of
+unit length:
+
+    A = softmax over j of I_i T_j / tau,    B = softmax over i of I_i T_j / tau
+    L = 1/n sum_i KL(A^T_i || A^S_i) + 1/n sum_j KL(B^T_j || B^S_j)
+
+TinyCLIP's affinity mimicking (Wu et al. 2023, arXiv 2309.12314, section 3.1), with KL in the place
+of cross-entropy, so that equal models have 0. Both means are centred over the batch unless told
+otherwise: a decoder's hidden states share most of their direction. The batch is one process's
+micro-batch.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+
+
+class AffinityConfig(ObjectiveConfig):
+    """Image-text affinities within a batch."""
+
+    kind: Literal["affinity"]
+    temperature: float = Field(0.1, gt=0, description="tau")
+    center: bool = Field(True, description="subtract the batch's mean from pictures and answers")
+
+
+class Affinity(Objective):
+    config_class = AffinityConfig
+    config: AffinityConfig
+    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
+
+    def rows(self, targets: Targets) -> Tensor:
+        """One row a sample with picture and answer: that of its first response token."""
+        rows = targets.predicts("response") & targets.vision.any(1, keepdim=True)
+        return rows & (rows.cumsum(1) == 1)
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        if teacher is None:
+            raise ValueError(f"objective {self.name!r} needs a teacher")
+        samples = self.rows(targets).any(1)
+        if not samples.any():
+            return Outcome(0 * student.hidden.sum())
+        with torch.autocast(samples.device.type, enabled=False):
+            mine = self._affinities(student.hidden[samples], targets, samples)
+            theirs = self._affinities(teacher.hidden[samples].detach(), targets, samples)
+            kl = [
+                F.kl_div(mine.log_softmax(d), theirs.log_softmax(d), reduction="sum",
+                         log_target=True)
+                for d in (0, 1)
+            ]  # fmt: skip
+        return Outcome(torch.stack(kl).sum() / count)
+
+    def _affinities(self, hidden: Tensor, targets: Targets, samples: Tensor) -> Tensor:
+        """[n, n], pictures in rows, answers in columns."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        pictures, answers = (
+            self._unit(_mean(wide, rows[samples]))
+            for rows in (targets.vision, targets.predicts("response"))
+        )
+        return pictures @ answers.T / self.config.temperature
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return F.normalize(x - x.mean(0) if self.config.center else x, dim=-1)
+
+
+def _mean(hidden: Tensor, rows: Tensor) -> Tensor:
+    """[n, T, H], [n, T] -> [n, H]."""
+    weights = rows.to(hidden.dtype)
+    return (weights[:, None] @ hidden)[:, 0] / weights.sum(1, keepdim=True)

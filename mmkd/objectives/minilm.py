@@ -1,0 +1,93 @@
+"""`minilm`: how a layer's queries relate to each other, its keys and its values likewise.
+
+With X one of Q, K, V of a layer, split into A relation heads of width d whatever heads it has:
+
+    R_a = softmax(X_a X_a^T / sqrt(d))          [n, n]
+    L   = sum over Q, K, V of 1 / (A n) sum_a sum_t KL(R_a^T[t] || R_a^S[t])
+
+MiniLMv2 (Wang et al. 2021, arXiv 2012.15828, section 3): student and teacher may differ in width
+and in heads. Q, K and V are what the projections make, before positions are rotated in; of a Mamba
+mixer they are C, B and x before its convolution. A row's tokens relate to all real tokens of the
+region, as in the paper, whether the model attends to them or not.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmkd.objectives.base import LayerSignals, Need, Outcome, Signals, Targets
+from mmkd.objectives.layerwise import Layerwise, LayerwiseConfig
+
+TILE_ELEMENTS = 2**22  # of relations held at once
+Kind = Literal["queries", "keys", "values"]
+
+
+class MiniLmConfig(LayerwiseConfig):
+    """Self-relations of queries, keys and values; widths and heads may differ."""
+
+    kind: Literal["minilm"]
+    layers: list[int] = Field(min_length=1, description="student layers")
+    heads: int = Field(8, ge=1, description="relation heads; divides all widths of both models")
+    relations: list[Kind] = Field(["queries", "keys", "values"], min_length=1)
+    teacher_forced: Literal[False] = False
+
+
+class MiniLm(Layerwise):
+    config_class = MiniLmConfig
+    config: MiniLmConfig
+    compares_widths = False
+    needs: frozenset[Need] = frozenset({"teacher", "layers", "projections"})
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        if teacher is None:
+            raise ValueError(f"objective {self.name!r} needs a teacher")
+        rows = self.rows(targets)
+        total = torch.zeros((), device=rows.device)
+        with torch.autocast(rows.device.type, enabled=False):
+            for mine, theirs in self.pairs:
+                for kind in self.config.relations:
+                    own = _projected(student.layers[mine], kind)
+                    other = _projected(teacher.layers[theirs], kind)
+                    total = total + self._relations(own, other, rows)
+        return Outcome(total / (count * len(self.pairs)))
+
+    def _relations(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+        """Summed over tokens, mean over relation heads; [B, T, D] each."""
+        wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        total = student.new_zeros((), dtype=wide)
+        for mine, theirs, chosen in zip(student, teacher, rows, strict=True):
+            pair = [self._heads(x[chosen].to(wide)) for x in (mine, theirs)]  # [A, n, d]
+            for tile in _tiles(pair[0].shape[1], self.config.heads):
+                total = total + checkpoint(_divergence, *pair, tile, use_reentrant=False)
+        return total / self.config.heads
+
+    def _heads(self, x: Tensor) -> Tensor:
+        if x.shape[1] % self.config.heads:
+            raise ValueError(f"{self.config.heads} relation heads do not divide width {x.shape[1]}")
+        return x.unflatten(1, (self.config.heads, -1)).transpose(0, 1)
+
+
+def _projected(layer: LayerSignals, kind: Kind) -> Tensor:
+    found: Tensor | None = getattr(layer, kind)
+    if found is None:
+        raise ValueError(f"minilm needs the {kind} of the layer")
+    return found
+
+
+def _divergence(student: Tensor, teacher: Tensor, tile: slice) -> Tensor:
+    """Summed KL of the relations of the tile's tokens to all."""
+    mine, theirs = (
+        (x[:, tile] @ x.transpose(1, 2) / x.shape[2] ** 0.5).log_softmax(-1)  # [A, tile, n]
+        for x in (student, teacher.detach())
+    )
+    return (theirs.exp() * (theirs - mine)).sum()
+
+
+def _tiles(tokens: int, heads: int) -> list[slice]:
+    size = max(1, TILE_ELEMENTS // max(1, heads * tokens))
+    return [slice(i, i + size) for i in range(0, tokens, size)]

@@ -1,0 +1,224 @@
+"""Self-relations of layers and image-text affinities, against float64 twins and on real models."""
+
+import copy
+import json
+import math
+
+import families
+import pytest
+import torch
+from recipes import tiny_recipe
+
+from mmkd import pipeline
+from mmkd.errors import RecipeError
+from mmkd.layer_signals import LayerPlan
+from mmkd.objectives import LayerSignals, Signals, Targets, build_objective, minilm
+from mmkd.objectives.affinity import AffinityConfig
+from mmkd.objectives.minilm import MiniLmConfig
+from mmkd.recipe import MambaConversion, load_recipe
+from mmkd.signals import capture
+from mmkd.students import convert
+
+B, T = 3, 7
+LAYOUT = ["vvpprr.", "vpprrrr", "pprrr.."]
+
+
+def mask(letters):
+    return torch.tensor([[c in letters for c in row] for row in LAYOUT])
+
+
+TARGETS = Targets(torch.zeros(B, T, dtype=torch.long), mask("vpr"), mask("r"), mask("v"))
+
+
+def normal(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+
+def layer(seed, queries, keys):
+    x = normal(B, T, 4, seed=seed)
+    widths = {"queries": queries, "keys": keys, "values": keys}
+    made = {k: normal(B, T, w, seed=seed + i) for i, (k, w) in enumerate(widths.items())}
+    return LayerSignals(x, x, x, x, x, **made)
+
+
+def signals(layers):
+    return Signals(torch.zeros(B, T, 1), torch.zeros(1, 1), layers=layers)
+
+
+def relation_twin(student, teacher, rows, heads):
+    """By loops over rows, heads and tokens, for one kind."""
+    total = 0.0
+    for b in range(B):
+        seen = [t for t in range(T) if rows[b, t]]
+        for a in range(heads):
+            for t in seen:
+                p, q = (
+                    torch.stack([head(x, a, heads)[b, t] @ head(x, a, heads)[b, u] for u in seen])
+                    .div(math.sqrt(x.shape[2] // heads))
+                    .softmax(0)
+                    for x in (teacher, student)
+                )
+                total = total + (p * (p / q).log()).sum() / heads
+    return total
+
+
+def head(x, a, heads):
+    width = x.shape[2] // heads
+    return x[..., a * width : (a + 1) * width]
+
+
+@pytest.mark.parametrize("region", ["all", "response", "vision"])
+@pytest.mark.parametrize("tile", [1, 12, 2**22])
+def test_relations_equal_their_twin(region, tile, monkeypatch):
+    """The student has other widths and, split its own way, other heads."""
+    monkeypatch.setattr(minilm, "TILE_ELEMENTS", tile)
+    student = {1: layer(0, 8, 4), 2: layer(10, 8, 4)}
+    teacher = {0: layer(20, 12, 6), 3: layer(30, 12, 6)}
+    config = MiniLmConfig(
+        kind="minilm", layers=[1, 2], teacher_layers=[0, 3], heads=2, region=region
+    )
+    objective = build_objective(config)
+    got = objective(signals(student), signals(teacher), TARGETS, 9.0).loss
+    rows = objective.rows(TARGETS)
+    want = sum(
+        relation_twin(getattr(student[s], kind), getattr(teacher[t], kind), rows, 2)
+        for s, t in ((1, 0), (2, 3))
+        for kind in ("queries", "keys", "values")
+    ) / (2 * 9.0)
+    torch.testing.assert_close(got, want)
+    leaves = [getattr(x, k) for x in student.values() for k in ("queries", "keys", "values")]
+    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_equal_and_rotated_layers_are_at_zero():
+    one = layer(0, 8, 4)
+    rotation = torch.linalg.qr(normal(4, 4, seed=9).detach())[0]
+    turned = copy.copy(one)
+    for kind in ("queries", "keys", "values"):
+        x = getattr(one, kind).detach().unflatten(2, (-1, 4)) @ rotation
+        object.__setattr__(turned, kind, x.flatten(2))
+    objective = build_objective(MiniLmConfig(kind="minilm", layers=[0], heads=1))
+    heads = build_objective(
+        MiniLmConfig(kind="minilm", layers=[0], heads=1, relations=["keys", "values"])
+    )
+    assert objective(signals({0: one}), signals({0: one}), TARGETS, 1.0).loss.item() == 0
+    loss = heads(signals({0: one}), signals({0: turned}), TARGETS, 1.0).loss
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_what_a_model_projects_is_read(tmp_path):
+    """An attention's q, k and v, and a mixer's, which began as the same."""
+    teacher = families.make("llava")
+    student = copy.deepcopy(teacher)
+    convert(student, MambaConversion(kind="mamba", layers=[1], init="inherit"))
+    batch = families.inputs("llava", [5, 9], side="right")
+    objective = build_objective(MiniLmConfig(kind="minilm", layers=[0, 1], heads=2))
+    plan = LayerPlan.of([objective])
+    assert plan.projections
+    recorded = {"layers": [0, 1], "projections": True}
+    with torch.no_grad():
+        found = [capture(m, batch, **recorded) for m in (student, teacher)]
+    targets = Targets(
+        batch["input_ids"],
+        batch["attention_mask"].bool(),
+        batch["attention_mask"].bool(),
+        torch.zeros_like(batch["input_ids"]).bool(),
+    )
+    one = build_objective(MiniLmConfig(kind="minilm", layers=[0], heads=2))
+    assert one(*found, targets, 14.0).loss.item() == 0
+    # layer 1's input is the same in both: what it projects too
+    assert objective(*found, targets, 14.0).loss.item() == pytest.approx(0, abs=1e-10)
+    attention = teacher.model.language_model.layers[0].self_attn
+    want = attention.q_proj(found[1].layers[0].mixer_input)
+    torch.testing.assert_close(found[1].layers[0].queries, want)
+    with torch.no_grad():
+        assert capture(teacher, batch, layers=[0]).layers[0].queries is None
+
+
+def affinity_twin(student, teacher, center, temperature):
+    """Rows 0 and 1 have pictures."""
+    tables = []
+    for hidden in (student, teacher):
+        pictures, answers = [], []
+        for b in (0, 1):
+            said = [t - 1 for t in range(T) if LAYOUT[b][t] == "r"]
+            pictures.append(hidden[b, [t for t in range(T) if LAYOUT[b][t] == "v"]].mean(0))
+            answers.append(hidden[b, said].mean(0))
+        for group in (pictures, answers):
+            mean = sum(group) / 2 * center
+            group[:] = [(x - mean) / (x - mean).norm() for x in group]
+        tables.append(
+            torch.stack([torch.stack([i @ t / temperature for t in answers]) for i in pictures])
+        )
+    mine, theirs = tables
+    total = 0.0
+    for k in (0, 1):
+        for m, t in ((mine[k], theirs[k]), (mine[:, k], theirs[:, k])):
+            p, q = t.softmax(0), m.softmax(0)
+            total = total + (p * (p / q).log()).sum()
+    return total / 2
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_affinities_equal_their_twin(center):
+    student, teacher = normal(B, T, 5), normal(B, T, 8, seed=1)
+    config = AffinityConfig(kind="affinity", temperature=0.5, center=center)
+    objective = build_objective(config)
+    assert objective.rows(TARGETS).nonzero().tolist() == [[0, 3], [1, 2]]
+    head = torch.zeros(1, 1)
+    got = objective(Signals(student, head), Signals(teacher, head), TARGETS, 2.0).loss
+    want = affinity_twin(student, teacher.detach(), center, 0.5)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(x, student)[0] for x in (got, want)]
+    torch.testing.assert_close(*grads)
+    same = objective(Signals(student, head), Signals(student, head), TARGETS, 2.0).loss
+    assert same.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_batch_without_pictures_has_no_affinity():
+    text = Targets(TARGETS.input_ids, TARGETS.attention, TARGETS.response, mask("x"))
+    student = normal(B, T, 5)
+    objective = build_objective(AffinityConfig(kind="affinity"))
+    loss = objective(*[Signals(student, torch.zeros(1, 1))] * 2, text, 1.0).loss
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path):
+    objectives = [{"kind": "minilm", "layers": [1], "heads": 4}, {"kind": "affinity"}]
+    # every step sees all records
+    stage = {"objectives": objectives, "batch": {"size": 64}, "steps": 5}
+    student = {"model": str(tiny_model_dir),
+               "convert": [{"kind": "mlp", "decoder": 16},
+                           {"kind": "mamba", "layers": [1], "init": "mimic"}]}  # fmt: skip
+    raw = tiny_recipe(
+        scenes_dir, tiny_model_dir, tmp_path, student=student,
+        teacher={"model": str(tiny_model_dir)}, stage=stage,
+    )  # fmt: skip
+    folder = pipeline.run(load_recipe(raw)) / "01-mimic"
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["minilm"] > lines[-1]["minilm"] > 0
+    assert lines[0]["affinity"] > lines[-1]["affinity"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [0], "heads": 5}, "5 relation heads do not divide the student's q_proj"),
+        ({"layers": [9]}, "no pair of student layer 9"),
+        ({}, "layers: this key is missing"),
+        ({"layers": [0], "teacher_forced": True}, "teacher_forced"),
+    ],
+)
+def test_what_does_not_fit_is_refused(scenes_dir, tiny_model_dir, tmp_path, settings, message):
+    stage = {"objectives": [{"kind": "minilm", **settings}]}
+    raw = tiny_recipe(
+        scenes_dir, tiny_model_dir, tmp_path / "runs", stage=stage,
+        teacher={"model": str(tiny_model_dir)},
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=message):
+        pipeline.run(load_recipe(raw))
+    assert not (tmp_path / "runs").exists()
