@@ -187,10 +187,12 @@ def test_a_batch_without_pictures_has_no_affinity():
     loss.backward()
 
 
-def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path):
-    objectives = [{"kind": "minilm", "layers": [1], "heads": 4}, {"kind": "affinity"}]
+@pytest.mark.parametrize(
+    "objective", [{"kind": "minilm", "layers": [1], "heads": 4}, {"kind": "affinity"}]
+)
+def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path, objective):
     # every step sees all records
-    stage = {"objectives": objectives, "batch": {"size": 64}, "steps": 5}
+    stage = {"objectives": [objective], "batch": {"size": 64}, "steps": 5}
     student = {"model": str(tiny_model_dir),
                "convert": [{"kind": "mlp", "decoder": 16},
                            {"kind": "mamba", "layers": [1], "init": "mimic"}]}  # fmt: skip
@@ -200,8 +202,7 @@ def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path):
     )  # fmt: skip
     folder = pipeline.run(load_recipe(raw)) / "01-mimic"
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["minilm"] > lines[-1]["minilm"] > 0
-    assert lines[0]["affinity"] > lines[-1]["affinity"] > 0
+    assert lines[0]["loss"] > lines[-1]["loss"] > 0
 
 
 @pytest.mark.parametrize(
