@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd import distributed
-from mmkd.data.batches import Encoder
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import choose_precision
 from mmkd.errors import MmkdError

@@ -5,11 +5,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd.data.alignment import same_processor
-from mmkd.data.batches import Encoder
+from mmkd.data.encoder import Encoder
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
-from mmkd.objectives import Layerwise, MiniLm, Objective, Preference, build_objective
+from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
@@ -45,6 +45,7 @@ def check(recipe: Recipe) -> None:
             _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
         _check_reference(stage, objectives)
+        _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor)
 
 
@@ -85,6 +86,18 @@ def _check_reference(stage: StageConfig, objectives: list[Objective]) -> None:
             where=f"stage {stage.name}",
             mend="give them one, or two stages",
         )
+
+
+def _check_on_policy(stage: StageConfig, objectives: list[Objective]) -> None:
+    if stage.on_policy is None:
+        return
+    for objective in objectives:
+        if isinstance(objective, CrossEntropy | Preference):
+            raise RecipeError(
+                "with 'on_policy' the responses are the student's own: nothing to learn by heart",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
+            )
 
 
 def _check_experts(

@@ -23,12 +23,14 @@ from transformers import PreTrainedModel, set_seed
 from mmkd import distributed
 from mmkd.attention import prefer_float32_attention
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
-from mmkd.data.batches import Batch, BatchStream, Encoder
+from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Objective, Preference, Signals, build_objective, expert_counts
+from mmkd.on_policy import OnPolicy
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
@@ -50,6 +52,7 @@ class Stage:
     engine: Engine
     teacher: LiveTeacher | None
     reference: Reference | None
+    on_policy: OnPolicy | None
     objectives: list[Objective]
     layer_plan: LayerPlan
     stream: BatchStream
@@ -80,6 +83,7 @@ class Stage:
     def step(self, step: int, batches: list[Batch]) -> Metrics:
         """One optimizer step over the global batch."""
         batches = [b.to(self.engine.device) for b in batches]
+        batches, sampled = self._sampled(step, batches)
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
@@ -96,7 +100,16 @@ class Stage:
         result = self.engine.step()
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
-        return {**self._describe(step, metrics, result, batches), **self._shares(load)}
+        described = self._describe(step, metrics, result, batches)
+        return {**described, **sampled, **self._shares(load)}
+
+    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
+        """The batches with the student's own answers where the recipe wants them."""
+        if self.on_policy is None:
+            return batches, {}
+        made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
+        count = torch.tensor(float(sum(n for _, n in made)), device=self.engine.device)
+        return [batch for batch, _ in made], {"sampled": float(self.engine.total(count))}
 
     def _rows(self, batches: list[Batch]) -> dict[str, float]:
         counts = torch.tensor(
@@ -242,6 +255,7 @@ def run_stage(
         engine=engine,
         teacher=live if compared else None,
         reference=reference,
+        on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
         objectives=objectives,
         layer_plan=LayerPlan.of(objectives),
         stream=stream,

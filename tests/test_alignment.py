@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmkd import pipeline
 from mmkd.data.alignment import align, resized, same_processor
-from mmkd.data.batches import Encoder
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError, RecipeError
 from mmkd.loading import load_model, load_processor

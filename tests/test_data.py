@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from processors import END, FAMILIES
 
-from mmkd.data.batches import BatchStream, Encoder, grid_words, image_token_id
 from mmkd.data.chat import render_chat
+from mmkd.data.encoder import Encoder, grid_words, image_token_id
 from mmkd.data.records import GroundedObject, Records
+from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError
 from mmkd.recipe import BatchConfig, DataConfig
 

@@ -11,7 +11,7 @@ import torch
 from recipes import tiny_recipe
 
 from mmkd import pipeline
-from mmkd.data.batches import Targets
+from mmkd.data.encoder import Targets
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, build_objective, expert_counts

@@ -12,7 +12,7 @@ from recipes import tiny_recipe
 from safetensors.torch import load_file
 
 from mmkd import pipeline
-from mmkd.data.batches import Encoder
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError, RecipeError
 from mmkd.objectives import Signals, Targets, answer_logps, build_objective, preference_loss
@@ -343,7 +343,7 @@ def test_a_reference_runs_live_or_is_stored_once(run, monkeypatch):
 
 
 def test_stored_references_are_read_again_or_made_anew(run, scenes_dir, tiny_model_dir, tmp_path):
-    from mmkd.data.batches import BatchStream
+    from mmkd.data.stream import BatchStream
     from mmkd.loading import load_model, load_processor
     from mmkd.recipe import BatchConfig, ModelConfig
     from mmkd.teachers import LiveReference, LiveTeacher, store

@@ -64,8 +64,9 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, tiny_model
 
 def test_the_loss_is_the_models_own_loss(recipe, scenes_dir, tiny_model_dir):
     """One micro-batch: mean over supervised tokens, as transformers computes it from labels."""
-    from mmkd.data.batches import BatchStream, Encoder
+    from mmkd.data.encoder import Encoder
     from mmkd.data.records import Records
+    from mmkd.data.stream import BatchStream
 
     raw = recipe()
     config = load_recipe(raw)

@@ -45,13 +45,18 @@ class GroundedObject:
 @dataclass(frozen=True)
 class Record:
     """One conversation with its pictures, in the order of their placeholders; of a preference pair
-    the chosen one, and the one with the rejected answer."""
+    the chosen one, and the one with the rejected answer.
+
+    Attributes:
+        last_answer_only: earlier answers belong to the prompt.
+    """
 
     id: str
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
     objects: tuple[GroundedObject, ...] = ()
     rejected: list[Message] | None = None
+    last_answer_only: bool = False
 
 
 class Records:
@@ -146,7 +151,9 @@ def parse_record(row: dict[str, Any], index: int) -> Record:
         if conversation is not None:
             _place_images(conversation, len(images), free)
     objects = tuple(GroundedObject(o["name"], tuple(o["box"])) for o in row.get("objects") or [])
-    return Record(str(row.get("id", index)), messages, images, objects, rejected)
+    return Record(
+        str(row.get("id", index)), messages, images, objects, rejected, rejected is not None
+    )
 
 
 Turns = list[tuple[Any, Any]]

@@ -39,6 +39,11 @@ class Engine(Protocol):
         `mmkd.signals.capture` that say what is read off the layers."""
         ...
 
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        """The student's answers, [B, prompt + answer] token ids, in evaluation mode; between
+        micro-steps. `options` are those of transformers' `generate`."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Close the micro-step; `last` marks the last one before `step`. Once a micro-step."""
         ...

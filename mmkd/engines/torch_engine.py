@@ -59,6 +59,17 @@ class TorchEngine:
         self._open = True
         return capture(self.model, inputs, **layers)
 
+    @torch.no_grad()
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        if self._open:
+            raise RuntimeError("generation inside of a micro-step: call backward first")
+        model: Any = self.model
+        model.eval()
+        try:
+            return model.generate(**inputs, **options)
+        finally:
+            model.train()
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if not self._open:
             raise RuntimeError("two backwards in one micro-step: add the losses up first")

@@ -74,6 +74,7 @@ def build_objective(
 __all__ = [
     "REGISTRY",
     "AnyObjectiveConfig",
+    "CrossEntropy",
     "LayerSignals",
     "Layerwise",
     "MiniLm",

@@ -103,6 +103,21 @@ class EngineConfig(Strict):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
+class SamplingConfig(Strict):
+    """How answers are sampled from a model."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0: the likeliest token always")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens")
+
+
+class OnPolicyConfig(SamplingConfig):
+    """A share of the responses is the student's own (GKD)."""
+
+    lmbda: float = Field(0.5, ge=0, le=1, description="share of responses that it samples")
+
+
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
@@ -110,6 +125,7 @@ class StageConfig(Strict):
     train: list[str] = Field(["all"], description="groups of parameters by name")
     data: DataConfig | None = Field(None, description="the recipe's data if left out")
     objectives: list[AnyObjectiveConfig] = Field(min_length=1)
+    on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()

@@ -14,7 +14,17 @@ from mmkd.report.experts import busiest
 from mmkd.report.rundata import Member, Run, StageLog
 
 NOT_OBJECTIVES = frozenset(
-    {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "skipped", "seconds"}
+    {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "skipped",
+        "sampled",
+        "seconds",
+    }
 )
 BUSIEST = "busiest_expert"
 TITLES = {

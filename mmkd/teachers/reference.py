@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd import distributed
-from mmkd.data.batches import Batch, BatchStream, Encoder
+from mmkd.data.encoder import Batch, Encoder
 from mmkd.data.records import Record, load_image
+from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError
 from mmkd.objectives import Objective, Preference
 from mmkd.progress import Bar

@@ -1,10 +1,6 @@
-"""From records to batches: encoding, padding, masks, and a deterministic order.
+"""From records to a batch: encoding, padding, masks."""
 
-The order is a function of seed and step alone, so that a resumed run sees the same batches and the
-number of processes does not change what a step sees.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -16,13 +12,14 @@ from torch import Tensor
 
 from mmkd.data.alignment import Alignment, Grid, align, same_processor
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
-from mmkd.data.records import GroundedObject, Record, Records, located
+from mmkd.data.records import GroundedObject, Message, Record, Records, located
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Targets
-from mmkd.recipe import BatchConfig, DataConfig
+from mmkd.recipe import DataConfig
 
 IGNORED = -100
 RENDERED_KEPT = 50_000
+MOVED = "text_replacement_offsets"
 
 
 @dataclass(frozen=True)
@@ -134,16 +131,20 @@ class Encoder:
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
-        record = self.records[index]
+        return self._rendered_record(self.records[index])
+
+    def _rendered_record(self, record: Record) -> tuple[Rendered, Rendered | None]:
+        def rendered(messages: list[Message]) -> Rendered:
+            whole = render_chat(self.processor, messages)
+            return replace(whole, spans=whole.spans[-1:]) if record.last_answer_only else whole
+
         if not self.pairs:
-            return render_chat(self.processor, record.messages), None
+            return rendered(record.messages), None
         if record.rejected is None:
             raise DataError(
                 "the record has no rejected answer", mend="add 'chosen' and 'rejected' to it"
             )
-        both = [render_chat(self.processor, m) for m in (record.messages, record.rejected)]
-        chosen, rejected = (replace(r, spans=r.spans[-1:]) for r in both)
-        return chosen, rejected
+        return rendered(record.messages), rendered(record.rejected)
 
     def load(self, index: int) -> Sample:
         """Text and pictures of one record; raises DataError if it is bad."""
@@ -152,6 +153,34 @@ class Encoder:
             pictures = self.records.pictures(record)
             rendered, rejected = self._rendered(index)
             return Sample(index, record, rendered, pictures, rejected)
+
+    def encode_records(
+        self, indices: list[int], records: list[Record], skipped: list[str] | None = None
+    ) -> Batch:
+        """One padded batch of records that were made from those of the data; `skipped` is passed
+        on."""
+        samples = []
+        for index, record in zip(indices, records, strict=True):
+            with located(lambda index=index: self.records.where(index)):  # type: ignore[misc]
+                rendered, rejected = self._rendered_record(record)
+                pictures = self.records.pictures(record)
+                samples.append(Sample(index, record, rendered, pictures, rejected))
+        batch = replace(self._encode(samples), skipped=skipped or [])
+        if self.teacher is None:
+            return batch
+        return _beside(batch, self.teacher.encode_records(indices, records))
+
+    def prompts(self, records: list[Record]) -> dict[str, Tensor]:
+        """Inputs that ask for the next answer of each conversation, padded on the left."""
+        samples = []
+        for record in records:
+            text = self.processor.apply_chat_template(
+                record.messages, add_generation_prompt=True, tokenize=False
+            )
+            pictures = self.records.pictures(record)
+            samples.append(Sample(0, record, Rendered(text, ()), pictures))
+        encoded = self._process(samples, side="left")
+        return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
         """One padded batch; bad records are replaced by later ones if the recipe says so."""
@@ -168,23 +197,14 @@ class Encoder:
                     skipped.append(str(error))
             else:
                 raise DataError("every record is bad", where=str(self.records.path))
-        return self._beside_teacher(replace(self._encode(samples), skipped=skipped))
-
-    def _beside_teacher(self, batch: Batch) -> Batch:
-        if self.teacher is None:
-            return batch
-        theirs = self.teacher.encode(batch.indices)
-        rows = zip(batch.grids, theirs.grids, strict=True)
-        grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
-        ids = batch.ids * (len(grids) // len(batch.ids))
-        alignment = align(batch.targets, theirs.targets, grids, ids)
-        return replace(batch, teacher=theirs, alignment=alignment)
+        batch = replace(self._encode(samples), skipped=skipped)
+        return batch if self.teacher is None else _beside(batch, self.teacher.encode(batch.indices))
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
         encoded = self._process(samples)
         offsets = encoded.pop("offset_mapping")
-        moved = encoded.pop("text_replacement_offsets", None) or [[] for _ in samples]
+        moved = encoded.pop(MOVED, None) or [[] for _ in samples]
         attention = encoded["attention_mask"].bool()  # [B, T]
         response = torch.zeros_like(attention)
         for row, sample in enumerate(samples):
@@ -229,7 +249,7 @@ class Encoder:
         ]
         return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
-    def _process(self, samples: list[Sample]) -> dict[str, Any]:
+    def _process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
         texts = [s.rendered.text for s in samples]
         flat: list[Any] = [p for s in samples for p in s.pictures]
         # Idefics-like processors want the pictures of each row apart, the others one flat list.
@@ -240,16 +260,16 @@ class Encoder:
                 text=texts,
                 images=images,
                 padding=True,
-                padding_side="right",
+                padding_side=side,
                 add_special_tokens=not _template_writes_bos(self.processor, texts[0]),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
                 # Idefics3 would try to turn the replacement offsets into a tensor too.
                 return_tensors=None if nested else "pt",
             )
-            moved = encoded.pop("text_replacement_offsets", None)
+            moved = encoded.pop(MOVED, None)
             encoded.convert_to_tensors("pt")
-            return {**encoded, "text_replacement_offsets": moved}
+            return {**encoded, MOVED: moved}
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(
@@ -346,77 +366,10 @@ def grid_words(
     return words
 
 
-class BatchStream:
-    """The micro-batches of a stage, addressed by step.
-
-    Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
-    epochs, each shuffled by seed and epoch number. Rank r of R takes every R-th of them.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        batch: BatchConfig,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-    ):
-        self.encoder = encoder
-        self.batch = batch
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.workers = workers
-        self._epochs: dict[int, list[int]] = {}
-
-    @property
-    def records_per_step(self) -> int:
-        return self.batch.size * self.batch.accumulate * self.world_size
-
-    def steps_in(self, epochs: float) -> int:
-        return max(1, round(epochs * len(self.encoder.records) / self.records_per_step))
-
-    def _record(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.encoder.records))
-        if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(self.encoder.records), generator=generator)
-            self._epochs = {epoch: order.tolist(), **dict(list(self._epochs.items())[:1])}
-        return self._epochs[epoch][offset]
-
-    def indices(self, step: int, micro: int) -> list[int]:
-        """Which records this rank's micro-batch `micro` of step `step` holds."""
-        first = step * self.records_per_step + micro * self.batch.size * self.world_size
-        return [
-            self._record(first + i * self.world_size + self.rank) for i in range(self.batch.size)
-        ]
-
-    def seen(self, steps: int) -> list[int]:
-        """The records that the first `steps` steps see, ascending."""
-        count = min(steps * self.records_per_step, len(self.encoder.records))
-        return sorted({self._record(position) for position in range(count)})
-
-    def __getitem__(self, number: int) -> Batch:
-        step, micro = divmod(number, self.batch.accumulate)
-        return self.encoder.encode(self.indices(step, micro))
-
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step in first ... last - 1."""
-        numbers = range(first * self.batch.accumulate, last * self.batch.accumulate)
-        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None,
-            # Its own: a loader draws a seed, and a resumed run must not draw one more.
-            generator=torch.Generator(),
-        )
-        pending: list[Batch] = []
-        for batch in loader:
-            pending.append(batch)
-            if len(pending) == self.batch.accumulate:
-                yield pending
-                pending = []
+def _beside(batch: Batch, theirs: Batch) -> Batch:
+    """The batch with what the teacher's processor makes of its records."""
+    rows = zip(batch.grids, theirs.grids, strict=True)
+    grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
+    ids = batch.ids * (len(grids) // len(batch.ids))
+    alignment = align(batch.targets, theirs.targets, grids, ids)
+    return replace(batch, teacher=theirs, alignment=alignment)

@@ -1,0 +1,88 @@
+"""Batches in a deterministic order.
+
+The order is a function of seed and step alone, so that a resumed run sees the same batches and the
+number of processes does not change what a step sees.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from mmkd.data.encoder import Batch, Encoder
+from mmkd.recipe import BatchConfig
+
+
+class BatchStream:
+    """The micro-batches of a stage, addressed by step.
+
+    Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
+    epochs, each shuffled by seed and epoch number. Rank r of R takes every R-th of them.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        batch: BatchConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ):
+        self.encoder = encoder
+        self.batch = batch
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = workers
+        self._epochs: dict[int, list[int]] = {}
+
+    @property
+    def records_per_step(self) -> int:
+        return self.batch.size * self.batch.accumulate * self.world_size
+
+    def steps_in(self, epochs: float) -> int:
+        return max(1, round(epochs * len(self.encoder.records) / self.records_per_step))
+
+    def _record(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.encoder.records))
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            order = torch.randperm(len(self.encoder.records), generator=generator)
+            self._epochs = {epoch: order.tolist(), **dict(list(self._epochs.items())[:1])}
+        return self._epochs[epoch][offset]
+
+    def indices(self, step: int, micro: int) -> list[int]:
+        """Which records this rank's micro-batch `micro` of step `step` holds."""
+        first = step * self.records_per_step + micro * self.batch.size * self.world_size
+        return [
+            self._record(first + i * self.world_size + self.rank) for i in range(self.batch.size)
+        ]
+
+    def seen(self, steps: int) -> list[int]:
+        """The records that the first `steps` steps see, ascending."""
+        count = min(steps * self.records_per_step, len(self.encoder.records))
+        return sorted({self._record(position) for position in range(count)})
+
+    def __getitem__(self, number: int) -> Batch:
+        step, micro = divmod(number, self.batch.accumulate)
+        return self.encoder.encode(self.indices(step, micro))
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step in first ... last - 1."""
+        numbers = range(first * self.batch.accumulate, last * self.batch.accumulate)
+        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            # Its own: a loader draws a seed, and a resumed run must not draw one more.
+            generator=torch.Generator(),
+        )
+        pending: list[Batch] = []
+        for batch in loader:
+            pending.append(batch)
+            if len(pending) == self.batch.accumulate:
+                yield pending
+                pending = []

@@ -1,0 +1,59 @@
+"""On-policy distillation: the student answers, the teacher says how it would go on at every token.
+
+Generalized knowledge distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1): a
+share lambda of the responses is sampled from the student, the rest is the data set's; gradients do
+not go through the sampling.
+"""
+
+import random
+from dataclasses import dataclass
+
+from mmkd.data.answers import answered, answers_of, asked, sample
+from mmkd.data.encoder import Batch, Encoder
+from mmkd.engines import Engine
+from mmkd.recipe import OnPolicyConfig
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Replaces some of a batch's answers by the student's.
+
+    Attributes:
+        config: how many, and how they are sampled.
+        encoder: of the stage.
+        engine: runs the student.
+        seed: of the stage.
+    """
+
+    config: OnPolicyConfig
+    encoder: Encoder
+    engine: Engine
+    seed: int
+
+    def batch(self, batch: Batch, step: int, micro: int) -> tuple[Batch, int]:
+        """The batch with the student's answers, and how many there are.
+
+        Of a conversation with several answers one is drawn, and the conversation ends with it. The
+        draw is a function of seed, step, micro-batch and rank alone.
+        """
+        place = (step * 4096 + micro) * self.engine.world_size + self.engine.rank
+        draw = random.Random(self.seed * 2**32 + place)
+        records = [self.encoder.records[i] for i in batch.indices]
+        chosen = [i for i in range(len(records)) if draw.random() < self.config.lmbda]
+        prompts = [asked(records[i], draw.choice(answers_of(records[i]))) for i in chosen]
+        seed = draw.getrandbits(31)
+        if not chosen:
+            return batch, 0
+        with self.engine.autocast():
+            texts = sample(
+                self.engine.generate,
+                self.encoder,
+                prompts,
+                self.config,
+                seed=seed,
+                device=self.engine.device,
+            )
+        for i, prompt, text in zip(chosen, prompts, texts, strict=True):
+            records[i] = answered(prompt, text)
+        made = self.encoder.encode_records(batch.indices, records, batch.skipped)
+        return made.to(self.engine.device), len(chosen)
