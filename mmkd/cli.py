@@ -169,6 +169,43 @@ def build(
 
 
 @data_app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="model folder or Hub id that answers")],
+    data: Annotated[str, typer.Option(help="records with objects")],
+    out: Annotated[Path, typer.Option(help="parquet file to write")],
+    images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="answers to each prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="prompts")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: str = "auto",
+) -> None:
+    """Preference pairs from a model's own answers, scored by the objects that they name."""
+    from mmkd.pairs import make_pairs
+    from mmkd.progress import console
+    from mmkd.recipe import DataConfig, SamplingConfig
+
+    made = make_pairs(
+        model,
+        DataConfig(train=data, images=images),
+        out,
+        sampling=SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        samples=samples,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    console.print(
+        f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; in {made.equal:,} all "
+        "answers are of equal worth",
+        highlight=False,
+    )
+
+
+@data_app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="a data set's folder")],
     out: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045

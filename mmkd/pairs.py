@@ -1,0 +1,172 @@
+"""`mmkd data pairs`: preference pairs from a model's own answers, scored against ground truth.
+
+A model that answers a prompt several times shows where it is unsure; its best and its worst answer
+make a pair that no other data set has. Answers are scored by the objects that they name (CHAIR,
+Rohrbach et al. 2018, arXiv 1809.02156): invented ones first, then those left out.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mmkd import distributed
+from mmkd.data.answers import answers_of, asked, sample
+from mmkd.data.encoder import Encoder
+from mmkd.data.records import Record, Records, load_image
+from mmkd.data.scenes.build import IMAGE, TURNS, conversation
+from mmkd.errors import DataError, MmkdError
+from mmkd.evaluation.scenes import mentioned_objects
+from mmkd.loading import load_model, load_processor
+from mmkd.progress import track
+from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
+
+PAIRS = pa.schema(
+    [("id", pa.string()), ("image", IMAGE), ("chosen", TURNS), ("rejected", TURNS),
+     ("chosen_invented", pa.int32()), ("rejected_invented", pa.int32())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """Less is better: objects that are not there, and objects that are left out."""
+
+    invented: int
+    missing: int
+
+    @classmethod
+    def of(cls, answer: str, present: set[str]) -> "Score":
+        mentioned = set(mentioned_objects(answer))
+        return cls(len(mentioned - present), len(present - mentioned))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the prompts: `equal` ones had answers that all score the same."""
+
+    prompts: int
+    pairs: int
+    equal: int
+
+
+def make_pairs(
+    model: str,
+    data: DataConfig,
+    out: Path,
+    *,
+    sampling: SamplingConfig,
+    samples: int = 4,
+    limit: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+) -> Counts:
+    """Ask a model the first question of every record `samples` times and write the best and the
+    worst answer of each; whole or not at all.
+
+    Args:
+        model: folder or Hub id.
+        data: records with `objects`.
+        out: parquet file to write, in LLaVA's schema of pairs.
+        sampling: how the model answers.
+        samples: answers to each prompt, two or more.
+        limit: prompts; all records if None.
+        batch_size: prompts asked at once.
+        seed: decides the answers.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        MmkdError: settings, model or data do not fit.
+    """
+    if samples < 2 or sampling.temperature == 0:
+        raise MmkdError(
+            "pairs need two or more answers that may differ",
+            where="data pairs",
+            mend="give --samples 2 or more and a --temperature above 0",
+        )
+    if out.exists():
+        raise MmkdError("it is there already", where=str(out), mend="name a new file")
+    source = ModelConfig(model=model)
+    records = Records(data)
+    indices = list(range(min(limit or len(records), len(records))))
+    if not records[0].objects:
+        raise DataError(
+            "the records say nothing of objects", where=data.train, mend="add 'objects' (name, box)"
+        )
+    place = distributed.choose_device(device)
+    answering: Any = load_model(source)
+    answering.to(place)
+    encoder = Encoder(records, load_processor(source), data)
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+    def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        return answering.generate(**inputs, **options)
+
+    def rows() -> Iterator[dict[str, Any] | None]:
+        for number, part in enumerate(track(parts, "pairs", len(parts))):
+            asking = [records[i] for i in part]
+            prompts = [asked(r, answers_of(r)[0]) for r in asking]
+            answers = sample(
+                generate,
+                encoder,
+                prompts,
+                sampling,
+                seed=seed * 2**20 + number,
+                device=place,
+                count=samples,
+            )
+            for k, record in enumerate(asking):
+                yield _pair(record, prompts[k], answers[k * samples : (k + 1) * samples], records)
+
+    found = list(rows())
+    pairs = [row for row in found if row is not None]
+    _write(out, pairs)
+    return Counts(len(found), len(pairs), len(found) - len(pairs))
+
+
+def _pair(
+    record: Record, prompt: Record, answers: list[str], records: Records
+) -> dict[str, Any] | None:
+    """The best and the worst answer as a row; None where all are equally good."""
+    present = {o.name for o in record.objects if mentioned_objects(o.name)}
+    scored = sorted((Score.of(a, present), i) for i, a in enumerate(answers))
+    (best, first), (worst, last) = scored[0], scored[-1]
+    if best == worst:
+        return None
+    question = _text(prompt)
+    return {
+        "id": f"{record.id}-pair",
+        "image": _png(record, records),
+        "chosen": conversation([(question, answers[first])]),
+        "rejected": conversation([(question, answers[last])]),
+        "chosen_invented": best.invented,
+        "rejected_invented": worst.invented,
+    }
+
+
+def _text(prompt: Record) -> str:
+    return "".join(part.get("text", "") for part in prompt.messages[-1]["content"])
+
+
+def _png(record: Record, records: Records) -> dict[str, Any]:
+    out = io.BytesIO()
+    load_image(record.images[0], records.image_root).save(out, "PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        raise DataError(
+            "no prompt has answers of different worth",
+            where=str(out),
+            mend="raise --temperature or --samples",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(rows, PAIRS), partial, compression="zstd")
+    partial.replace(out)
