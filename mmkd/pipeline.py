@@ -6,6 +6,7 @@ runs/<name>/
     training.yaml               what is trained here; another recipe may not continue it
     00-start/student/           from-scratch or converted students only
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
+                start/student/    what a stage that converts starts from
   evaluation/<member>/ results.json  samples/  decode.json
   report.html
 """
@@ -24,7 +25,7 @@ from mmkd.files import read_json, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
-from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, load_recipe, to_yaml
+from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage
 from mmkd.students import write_converted
 
@@ -164,24 +165,32 @@ def train(member: Member, recipe: Recipe) -> None:
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     """Student and processor that stage `index` starts from."""
     config = member.recipe.student
+    conversions = member.recipe.stages[index].convert
     if index > 0:
-        folder = member.stage_folder(index - 1) / "student"
-    elif config.config is None and not config.convert:
-        return load_model(config), load_processor(config)
-    else:
-        folder = start(member, recipe)
-    source = config.model_copy(
-        update={"model": str(folder), "config": None, "processor": None, "revision": None}
-    )
-    return load_model(source), load_processor(source)
+        config = _from_folder(config, member.stage_folder(index - 1) / "student")
+    elif config.config is not None or config.convert:
+        folder = member.folder / "00-start"
+        config = _from_folder(config, _converted(member, recipe, config, folder, 0))
+    if conversions:
+        config = config.model_copy(update={"convert": conversions})
+        folder = member.stage_folder(index) / "start"
+        config = _from_folder(config, _converted(member, recipe, config, folder, index))
+    return load_model(config), load_processor(config)
 
 
-def start(member: Member, recipe: Recipe) -> Path:
-    """Write the from-scratch or converted student before its first stage; returns its folder."""
-    config = member.recipe.student
-    folder = member.folder / "00-start"
+def _from_folder(config: StudentConfig, folder: Path) -> StudentConfig:
+    """The same settings for a student that a run has written."""
+    source = {"model": str(folder), "config": None, "processor": None, "revision": None}
+    return config.model_copy(update={**source, "convert": []})
+
+
+def _converted(
+    member: Member, recipe: Recipe, config: StudentConfig, folder: Path, index: int
+) -> Path:
+    """Write the from-scratch or converted student that stage `index` starts from; returns its
+    folder."""
     if not _is_done(folder) and distributed.rank() == 0:
-        report = write_converted(config, folder / "student", seed=member.recipe.seed)
+        report = write_converted(config, folder / "student", seed=member.recipe.seed + index)
         for line in report.lines:
             console.print(line, highlight=False)
         describe(member, recipe)
@@ -214,7 +223,13 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
     settings = recipe.evaluate
     if settings is None:
         return
-    sources: dict[str, str] = {m.label: str(m.student) for m in trained}
+    sources: dict[str, str] = {}
+    for member in trained:
+        if settings.every_stage:
+            for index, stage in enumerate(member.recipe.stages[:-1]):
+                folder = member.stage_folder(index) / "student"
+                sources[f"{member.label}@{stage.name}"] = str(folder)
+        sources[member.label] = str(member.student)
     if recipe.teacher is not None and recipe.teacher.model and settings.teacher:
         sources = {TEACHER: recipe.teacher.model, **sources}
     for label, source in sources.items():
@@ -225,7 +240,7 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
             "trust_remote_code": recipe.student.trust_remote_code,
         }
         _score(label, model, settings, out, running)
-        if settings.decode:
+        if settings.decode and "@" not in label:
             _time_decoding(label, model, settings.decode, out, running)
 
 

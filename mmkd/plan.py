@@ -99,7 +99,9 @@ def plan_stage(
     recipe: Recipe, stage: StageConfig, processor: Any, teacher: PreTrainedModel | None
 ) -> dict[str, Any]:
     student = skeleton(recipe.student)
-    convert(student, recipe.student.convert)
+    until = recipe.stages.index(stage) + 1
+    for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
+        convert(student, conversions)
     trainable = set(set_trainable(student, stage.train))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]

@@ -37,6 +37,7 @@ def check(recipe: Recipe) -> None:
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
     for stage in recipe.stages:
+        convert(student, stage.convert)
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
         _check_teacher(stage, objectives, processor, teacher_processor)

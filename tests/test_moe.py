@@ -16,6 +16,7 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
+from mmkd.plan import make_plan
 from mmkd.recipe import (
     LayersConversion,
     MambaConversion,
@@ -24,6 +25,7 @@ from mmkd.recipe import (
     MoeConversion,
     load_recipe,
 )
+from mmkd.report.rundata import read_run
 from mmkd.signals import capture
 from mmkd.students import convert, set_trainable
 from mmkd_models.experts import route
@@ -377,5 +379,45 @@ def test_balance_without_experts_is_refused_before_anything_is_written(
         scenes_dir, tiny_model_dir, tmp_path / "runs", stage={"objectives": [{"kind": "balance"}]}
     )
     with pytest.raises(RecipeError, match="balance needs a student with experts"):
+        pipeline.run(load_recipe(raw))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_student_becomes_sparse_between_two_stages(scenes_dir, tiny_model_dir, tmp_path):
+    """Dense, then sparse: the second stage starts as the model that the first one made."""
+    stage = {"objectives": [{"kind": "ce"}], "batch": {"size": 4}, "engine": {"device": "cpu"}}
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)
+    moe = {"kind": "moe", "layers": "all"}
+    raw["stages"] = [
+        {**stage, "name": "dense", "steps": 2},
+        {**stage, "name": "sparse", "steps": 2, "convert": [moe], "train": ["moe"]},
+    ]
+    folder = pipeline.run(load_recipe(raw))
+    dense, start, sparse = (
+        load_pretrained(str(folder / name / "student"))
+        for name in ("01-dense", "02-sparse/start", "02-sparse")
+    )
+    assert not hasattr(dense.config, "layout")
+    assert start.config.layout == sparse.config.layout
+    x = torch.randint(300, 700, (1, 9))
+    with torch.no_grad():
+        outputs = [m(input_ids=x).logits for m in (dense, start, sparse)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
+    assert not torch.equal(outputs[2], outputs[1])
+    stages = make_plan(load_recipe(raw))["members"]["student"]["stages"]
+    assert stages[0]["parameters"] == parameter_count(dense)
+    assert stages[1]["parameters"] == parameter_count(sparse)
+    (member,) = read_run(folder).members
+    assert len(member.changes) == 1
+    assert "4 experts" in member.changes[0]
+
+
+def test_a_later_conversion_that_does_not_fit_is_refused_at_the_start(
+    scenes_dir, tiny_model_dir, tmp_path
+):
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path / "runs")
+    second = {**raw["stages"][0], "name": "sparse", "convert": [{"kind": "moe", "layers": [9]}]}
+    raw["stages"].append(second)
+    with pytest.raises(RecipeError, match=r"cannot place layers \[9\]"):
         pipeline.run(load_recipe(raw))
     assert not (tmp_path / "runs").exists()

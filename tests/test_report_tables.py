@@ -16,6 +16,7 @@ from written_runs import (
     TASK,
     put_evaluation,
     results,
+    samples,
     scores,
 )
 
@@ -235,3 +236,21 @@ def test_the_summary_needs_no_scores(run_dir: Path) -> None:
     text = " ".join(summary(run, build_tables(run)))
     assert "2 students of 250 parameters. The teacher is artifacts/teacher." in text
     assert render(run, build_tables(run)).startswith("<!doctype html>")
+
+
+def test_what_earlier_stages_made_stands_before_the_student(run_dir: Path) -> None:
+    """Marked as no student: nothing is best among them, and nothing is compared to them."""
+    for seed in (0, 1):
+        put_evaluation(run_dir, f"kd-seed{seed}@align", results(0.95, 1_000_000), samples([True]))
+    path = run_dir / "kd-seed0" / "training.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["stages"] = [{**recipe["stages"][0], "name": "align"}, *recipe["stages"]]
+    path.write_text(yaml.safe_dump(recipe))
+    tables = build_tables(read_run(run_dir))
+    labels = [(r.label, r.role, r.note) for r in tables.main.rows]
+    assert labels[1] == ("kd, align", "stage", "2 seeds")
+    assert [label for label, role, _ in labels if role == "student"] == ["kd", "ce"]
+    accuracy = next(c for c in tables.main.columns if c.key == (TASK, "vqa_accuracy"))
+    assert tables.main.best(accuracy) == {"kd"}
+    assert tables.differences is not None
+    assert not any("align" in r.label for r in tables.differences.rows)

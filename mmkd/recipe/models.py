@@ -122,6 +122,7 @@ class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    convert: list[Conversion] = Field([], description="changes of the student's structure before")
     train: list[str] = Field(["all"], description="groups of parameters by name")
     data: DataConfig | None = Field(None, description="the recipe's data if left out")
     objectives: list[AnyObjectiveConfig] = Field(min_length=1)
@@ -156,6 +157,7 @@ class EvaluateConfig(Strict):
     batch_size: int = Field(32, ge=1)
     limit: int | None = Field(None, ge=1, description="documents per task")
     teacher: bool = Field(True, description="score the teacher too")
+    every_stage: bool = Field(False, description="score what each stage made, not only the last")
     decode: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="context lengths at which decoding is timed, with the cache's size"
     )

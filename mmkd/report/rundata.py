@@ -148,7 +148,11 @@ def _member(path: Path, alone: bool) -> Member:
         seed=int(recipe.get("seed", 0)),
         recipe=recipe,
         stages=stages,
-        changes=(_json(folder / "00-start" / "done.json") or {}).get("changes", []),
+        changes=[
+            line
+            for start in (folder / "00-start", *(f / "start" for f in folders))
+            for line in (_json(start / "done.json") or {}).get("changes", [])
+        ],
         student=next((s for s in reversed(students) if s.is_dir()), None),
     )
 

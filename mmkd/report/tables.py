@@ -28,7 +28,7 @@ from mmkd.report.metrics import (
 )
 from mmkd.report.rundata import TEACHER, Run, Scores, student_size
 
-Role = Literal["teacher", "student", "baseline", "difference"]
+Role = Literal["teacher", "student", "stage", "baseline", "difference"]
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,13 @@ class Scored:
 
 
 def scored_models(run: Run) -> list[Scored]:
-    """The teacher, then the students in the recipe's order, each with all its seeds."""
+    """The teacher, then the students in the recipe's order, each with all its seeds and behind
+    what its earlier stages made, where that was scored."""
     found: list[Scored] = []
     if run.teacher:
         found.append(Scored(TEACHER, "teacher", {0: _with_costs(run.teacher)}))
     for group in run.groups:
+        found += _stages(run, group)
         seeds: dict[int, Scores] = {}
         for member in (m for m in run.members if m.group == group):
             if member.label in run.results:
@@ -134,8 +136,24 @@ def scored_models(run: Run) -> list[Scored]:
     found += [
         Scored(label, "student", {0: _with_costs(results)})
         for label, results in run.results.items()
-        if label not in known
+        if label.partition("@")[0] not in known
     ]
+    return found
+
+
+def _stages(run: Run, group: str) -> list[Scored]:
+    """What the earlier stages of one student made, where that was scored."""
+    members = [m for m in run.members if m.group == group]
+    found = []
+    for stage in dict.fromkeys(s.name for m in members for s in m.stages):
+        labels = {m.seed: f"{m.label}@{stage}" for m in members}
+        seeds = {
+            seed: _with_costs(run.results[label])
+            for seed, label in labels.items()
+            if label in run.results
+        }
+        if seeds:
+            found.append(Scored(f"{group}, {stage}", "stage", seeds))
     return found
 
 
