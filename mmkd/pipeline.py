@@ -11,8 +11,11 @@ runs/<name>/
   report.html
 """
 
+import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mmkd import distributed, preflight, provenance
 from mmkd.errors import RecipeError
-from mmkd.files import read_json, write_json, write_text
+from mmkd.files import read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
@@ -84,7 +87,8 @@ def run(recipe: Recipe) -> Path:
         if not _is_trained(member):
             preflight.check(member.recipe)
     distributed.barrier()
-    for member in todo:
+    for number, member in enumerate(todo):
+        share_stages(member, todo[:number], recipe)
         train(member, recipe)
     if distributed.rank() == 0:
         evaluate(recipe, todo)
@@ -160,6 +164,51 @@ def train(member: Member, recipe: Recipe) -> None:
         if distributed.rank() == 0:
             shutil.rmtree(member.stage_folder(index) / "checkpoints", ignore_errors=True)
         distributed.barrier()
+
+
+def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
+    """Take over the stages that another member has trained in the same way from the same start:
+    they would come out the same."""
+    count = len(member.recipe.stages)
+    done = sum(_is_done(member.stage_folder(i)) for i in range(count))
+    same = {other.label: _common_stages(member, other) for other in trained}
+    source = max(trained, key=lambda other: same[other.label], default=None)
+    if source is None or same[source.label] <= done or member.folder == source.folder:
+        return
+    shared = range(done, same[source.label])
+    if distributed.rank() == 0:
+        folders = ["00-start"] + [member.stage_folder(i).name for i in shared]
+        for name in folders:
+            if (source.folder / name).is_dir() and not _is_done(member.folder / name):
+                write_folder(member.folder / name, partial(_link, source.folder / name))
+        describe(member, recipe)
+        names = ", ".join(member.recipe.stages[i].name for i in shared)
+        console.print(f"{member.label}: {names} as in {source.label}", highlight=False)
+    distributed.barrier()
+
+
+def _common_stages(member: Member, other: Member) -> int:
+    """How many of the other's finished stages begin both recipes."""
+
+    def begin(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(exclude={"label", "name", "stages", "output_dir"})
+
+    if begin(member.recipe) != begin(other.recipe):
+        return 0
+    pairs = zip(member.recipe.stages, other.recipe.stages, strict=False)
+    finished = [a == b and _is_done(other.stage_folder(i)) for i, (a, b) in enumerate(pairs)]
+    return len(list(takewhile(bool, finished)))
+
+
+def _link(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_link_file)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:

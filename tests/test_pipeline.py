@@ -159,6 +159,37 @@ def test_variants_and_seeds_start_alike_and_are_trained_apart(scenes_dir, tiny_m
     assert "tvd" not in first["ce-seed1"]
 
 
+def test_variants_share_the_stages_in_which_they_are_alike(scenes_dir, tiny_model_dir, tmp_path):
+    """A stage that two recipes begin with is trained once, and comes out as if trained twice."""
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="shared")
+    first = raw["stages"][0]
+    cut = {"kind": "mlp", "decoder": 32}
+    raw["student"]["convert"] = [cut]
+    raw["stages"] = [{**first, "name": "one"}, {**first, "name": "two"}]
+    raw["variants"] = {
+        "other": ["stages.1.optimizer.lr=1e-2"],
+        "apart": ["stages.0.optimizer.lr=1e-2"],
+        "moe": ["stages.1.convert=[{kind: moe}]"],
+    }
+    folder = pipeline.run(load_recipe(raw))
+
+    def inode(member, stage):
+        return (folder / member / stage / "student" / "model.safetensors").stat().st_ino
+
+    for member in ("other", "moe"):
+        assert inode(member, "01-one") == inode("student", "01-one")
+        assert inode(member, "02-two") != inode("student", "02-two")
+        assert (folder / member / "00-start" / "done.json").exists()
+    assert inode("apart", "01-one") != inode("student", "01-one")
+    alone = {**raw, "name": "alone", "variants": {}, "label": "other"}
+    apart = pipeline.run(load_recipe(alone, raw["variants"]["other"]))
+    for stage in ("01-one", "02-two"):
+        a, b = (f / stage / "student" / "model.safetensors" for f in (folder / "other", apart))
+        assert a.read_bytes() == b.read_bytes()
+    again = pipeline.run(load_recipe(raw))  # all is there, nothing changes
+    assert again == folder
+
+
 def test_a_converted_student_keeps_the_chosen_layers(scenes_dir, tiny_model_dir, tmp_path):
     raw = tiny_recipe(
         scenes_dir,
