@@ -299,7 +299,14 @@ def _score(
     from mmkd.evaluation.run import evaluate as score
 
     request = {**model, **settings.model_dump(mode="json", exclude={"decode"})}
-    if (out / "request.json").exists() and read_json(out / "request.json") == request:
+    if _answered(out, request):
+        return
+    if twin := _twin(out, request):
+        write_folder(out, partial(_link, twin))
+        results = read_json(twin / "results.json")
+        write_json(out / "results.json", {**results, "model": model["model"]})
+        write_json(out / "request.json", request)
+        console.print(f"{label}: scores of the same weights as {twin.name}", highlight=False)
         return
     console.rule(f"{label}: evaluation")
     score(
@@ -312,6 +319,21 @@ def _score(
         **running,
     )
     write_json(out / "request.json", request)
+
+
+def _answered(out: Path, request: dict[str, Any]) -> bool:
+    path = out / "request.json"
+    return path.exists() and read_json(path) == request
+
+
+def _twin(out: Path, request: dict[str, Any]) -> Path | None:
+    """A finished evaluation of the same weights on the same tasks, under another name."""
+    if request["weights"] is None:
+        return None
+    for path in sorted(out.parent.glob("*/request.json")):
+        if path.parent != out and {**read_json(path), "model": request["model"]} == request:
+            return path.parent
+    return None
 
 
 def _time_decoding(

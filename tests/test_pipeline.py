@@ -236,7 +236,8 @@ def test_the_command_line_reports_errors_in_one_line(tmp_path):
 
 
 def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path):
-    """What `make quickstart` does, on tiny models: two students, three scores, one page."""
+    """What `make quickstart` does, on tiny models, with a stage before: two students that share
+    it, scores of every stage, one page."""
     raw = tiny_recipe(
         scenes_dir,
         tiny_model_dir,
@@ -248,14 +249,16 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
             "convert": [{"kind": "layers", "decoder": [0], "vision": [1]}],
         },
         stage={"objectives": [{"kind": "ce"}, {"kind": "kl"}], "steps": 3},
-        variants={"ce": ["stages.0.objectives=[{kind: ce}]"]},
+        variants={"ce": ["stages.1.objectives=[{kind: ce}]"]},
         evaluate={
+            "every_stage": True,
             "tasks": ["scenes_pope", "scenes_vqa", "scenes_caption"],
             "include": str(scenes_dir / "tasks"),
             "batch_size": 8,
             "limit": 6,
         },
     )
+    raw["stages"] = [{**raw["stages"][0], "name": "align"}, *raw["stages"]]
     code, output = finish(start(write(tmp_path / "recipe.yaml", raw)))
     assert code == 0, output
     folder = tmp_path / "tiny"
@@ -263,8 +266,12 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
         results = read_json(folder / "evaluation" / label / "results.json")
         assert set(results["scores"]) == {"scenes_pope", "scenes_vqa", "scenes_caption"}
         assert label in output
+    assert "ce@align: scores of the same weights as kd@align" in output
+    shared = read_json(folder / "evaluation" / "ce@align" / "results.json")
+    assert shared["model"].endswith("ce/01-align/student")
+    assert shared["scores"] == read_json(folder / "evaluation/kd@align/results.json")["scores"]
     page = (folder / "report.html").read_text()
-    for text in ("kd", "ce", "teacher", "POPE", "CHAIR", "data:image/png"):
+    for text in ("kd", "ce", "teacher", "kd, align", "POPE", "CHAIR", "data:image/png"):
         assert text in page
     record = read_json(folder / "provenance.json")
     assert record["versions"]["torch"]
