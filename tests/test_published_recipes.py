@@ -1,4 +1,4 @@
-"""The recipes of MaTVLM and mmMamba: they run, on tiny models as deep as the papers'."""
+"""The recipes of the four papers: they run, on tiny models as deep as the papers'."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from mmkd import pipeline
 from mmkd.loading import load_config
 from mmkd.recipe import ModelConfig, load_recipe
-from mmkd_models.layout import mamba_layers
+from mmkd_models.layout import mamba_layers, moe_layers
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEPTH = 32
@@ -21,6 +21,9 @@ LAYERS = {
     "matvlm/mamba_50": list(range(0, 32, 2)),
     "mmmamba/linear": list(range(32)),
     "mmmamba/hybrid": [i for i in range(32) if i % 4],
+    "llava_mod/qwen3_vl": [],
+    "llava_mod/preference": [],
+    "llava_kd/llava_onevision": [],
 }
 NEW = ("conv_weight", "conv_bias", "dt_proj", "dt_bias", "A_log", "D", "gate_proj", "norm_weight")
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -46,6 +49,9 @@ def shortened(name, model, scenes, out):
         {**s.model_dump(mode="json"), **small, "batch": {"size": 2, "accumulate": 1}}
         for s in recipe.stages
     ]
+    for stage in stages:
+        pairs = any(o["kind"] == "preference" for o in stage["objectives"])
+        stage["data"] = {"train": str(scenes / f"{'preferences' if pairs else 'train'}.parquet")}
     raw = recipe.model_dump(mode="json") | {
         "output_dir": str(out),
         "teacher": {"model": str(model)},
@@ -62,27 +68,38 @@ def shortened(name, model, scenes, out):
 def test_a_published_recipe_runs(name, deep_model_dir, scenes_dir, tmp_path):
     recipe = shortened(name, deep_model_dir, scenes_dir, tmp_path)
     folder = pipeline.run(recipe)
-    before = load_file(folder / "00-start" / "student" / "model.safetensors")
-    converted = list(
-        mamba_layers(load_config(ModelConfig(model=str(folder / "00-start" / "student"))))
-    )
-    assert converted == LAYERS[name]
+    before = deep_model_dir
+    if recipe.student.convert:
+        before = folder / "00-start" / "student"
+    assert list(mamba_layers(config_of(before))) == LAYERS[name]
     for index, stage in enumerate(recipe.stages, 1):
         done = folder / f"{index:02d}-{stage.name}"
-        after = load_file(done / "student" / "model.safetensors")
-        changed = {n for n in before if not before[n].equal(after[n])}
-        assert changed == {n for n in before if belongs(n, converted, stage.train)}
+        if stage.convert:
+            before = done / "start" / "student"
+            assert moe_layers(config_of(before)) == tuple(range(0, DEPTH, 2))
+        old, new = (load_file(f / "model.safetensors") for f in (before, done / "student"))
+        changed = {n for n in old if not old[n].equal(new[n])}
+        assert changed == {n for n in old if belongs(n, LAYERS[name], stage.train)}
         losses = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in losses] == [1, 2]
-        before = after
+        before = done / "student"
+
+
+def config_of(folder):
+    return load_config(ModelConfig(model=str(folder)))
 
 
 def belongs(name, converted, groups):
     """Whether a tensor is one that the groups may change."""
     if "multi_modal_projector" in name:
         return "connector" in groups
-    mixers = tuple(f".layers.{i}.self_attn." for i in converted)
-    if "vision_tower" in name or not any(m in name for m in mixers):
+    if "vision_tower" in name:
+        return False
+    if ".router." in name:
+        return "moe.router" in groups
+    if "language_model" in groups or (".mlp." in name and "ffn" in groups):
+        return True
+    if not any(f".layers.{i}.self_attn." in name for i in converted):
         return False
     part = name.split(".self_attn.")[1].split(".")[0]
     allowed = {"mamba.new": NEW, "mamba.qkv": QKV, "mamba": (*NEW, *QKV, "o_proj")}
