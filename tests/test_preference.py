@@ -203,7 +203,7 @@ def test_the_objective_equals_its_twin(kind, reference, average):
     grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (outcome.loss, want)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-    leads = [float((pc - rc) - (pr - rr)) for pc, pr, rc, rr in pairs]
+    leads = [((pc - rc) - (pr - rr)).item() for pc, pr, rc, rr in pairs]
     assert float(outcome.metrics["accuracy"]) == sum(x > 0 for x in leads) / 4
     assert float(outcome.metrics["margin"]) == pytest.approx(0.3 * sum(leads) / 4)
 

@@ -206,15 +206,25 @@ def test_pope_has_three_yes_and_three_no_questions_per_picture_and_kind(scenes_d
 
 def test_preference_pairs_differ_in_one_object_that_is_not_there(scenes_dir):
     rows = read(scenes_dir / "preferences.parquet")
-    assert rows
+    objects = {r["id"]: {o["name"] for o in r["objects"]}
+               for r in read(scenes_dir / "train.parquet")}  # fmt: skip
+    questions = 0
     for row in rows:
         chosen, rejected = row["chosen"][1]["value"], row["rejected"][1]["value"]
         assert row["chosen"][0] == row["rejected"][0]
         assert chosen != rejected
+        if chosen in ("yes", "no"):
+            questions += 1
+            asked = row["chosen"][0]["value"].replace("?", "").split()
+            named = next(w for w in asked if w in BY_NAME)
+            there = named in objects[row["id"].replace("preference", "train")]
+            assert (chosen, rejected) == (("yes", "no") if there else ("no", "yes"))
+            continue
         a, b = (t.replace(",", "").replace(".", "").lower().split() for t in (chosen, rejected))
         changed = [(x, y) for x, y in zip(a, b, strict=True) if x != y and x not in ("a", "an")]
         assert len(changed) == 1
         assert changed[0][1] in BY_NAME
+    assert questions == len(rows) / 2
 
 
 def test_vocabulary_is_what_the_documentation_says():

@@ -8,7 +8,14 @@ from mmkd.report.metrics import COST, VQA_OVERALL, Column
 from mmkd.report.rundata import Member, Run
 from mmkd.report.tables import Row, Tables, compact, format_value
 
-_SETTINGS = {"temperature": "T", "beta": "β", "alpha": "α", "region": "region"}
+_SETTINGS = {
+    "loss": "loss",
+    "reference": "reference",
+    "temperature": "T",
+    "beta": "β",
+    "alpha": "α",
+    "region": "region",
+}
 _UNSAID = {"temperature": 1.0, "region": "response"}
 
 

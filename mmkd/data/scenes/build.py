@@ -34,6 +34,7 @@ from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, sample_scene, scene_rn
 from mmkd.errors import DataError
 from mmkd.files import sha256
 
+EDITION = 2  # of the files' content
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 POPE_PER_CATEGORY = 3
 POPE_OFFSET = 1_000_000
@@ -153,7 +154,8 @@ class Writer:
     def preferences(self, count: int) -> Iterator[Row]:
         for i in range(count):
             scene, rng = self._scene("train", i), self._words_rng("train", POPE_OFFSET + i)
-            pair = questions.preference_caption(rng, scene, self.statistics)
+            ask = questions.preference_existence if i % 2 else questions.preference_caption
+            pair = ask(rng, scene, self.statistics)
             if pair is None:
                 continue
             asked, rejected = pair
@@ -260,6 +262,7 @@ def build_scenes(
     """
     request = {
         "name": "scenes",
+        "edition": EDITION,
         "seed": seed,
         "train": train,
         "validation": validation,

@@ -265,6 +265,19 @@ def ask_all(rng: np.random.Generator, scene: Scene, statistics: Statistics) -> l
     return [final, *shuffled] if rng.random() < 0.25 else [*shuffled, final]
 
 
+def preference_existence(
+    rng: np.random.Generator, scene: Scene, statistics: Statistics
+) -> tuple[Question, str] | None:
+    """A question after an object with the wrong answer rejected: two of three ask after one that is
+    not there and is often seen with what is."""
+    if not scene.objects:
+        return None
+    present = int(rng.integers(3)) == 0
+    names = scene.names if present else negatives(rng, scene, statistics, "adversarial", 3)
+    asked = ask_existence(rng, _pick(rng, names), present, "existence")
+    return asked, "no" if present else "yes"
+
+
 def preference_caption(
     rng: np.random.Generator, scene: Scene, statistics: Statistics
 ) -> tuple[Question, str] | None:
