@@ -29,7 +29,14 @@ from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
-from mmkd.objectives import Objective, Preference, Signals, build_objective, expert_counts
+from mmkd.objectives import (
+    Objective,
+    Preference,
+    Signals,
+    answer_logps,
+    build_objective,
+    expert_counts,
+)
 from mmkd.on_policy import OnPolicy
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
@@ -128,7 +135,7 @@ class Stage:
         with self.engine.autocast():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
             if self.reference is not None:
-                targets = replace(targets, reference_logps=self.reference.logps(batch))
+                targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
             student = self.engine.forward(batch.inputs, **self._student_layers(teacher))
             outcomes = {
                 o.name: o(student, teacher, targets, max(rows[o.name], 1.0))
@@ -138,6 +145,18 @@ class Stage:
         for name, outcome in outcomes.items():
             losses |= {f"{name}/{metric}": v for metric, v in outcome.metrics.items()}
         return losses, expert_counts(student, batch.targets)
+
+    def _reference_logps(self, batch: Batch, teacher: Signals | None) -> torch.Tensor:
+        reference = self.reference
+        assert reference is not None
+        if (
+            isinstance(reference, LiveReference)
+            and reference.model is self.teacher
+            and teacher is not None
+            and batch.alignment is None
+        ):
+            return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
+        return reference.logps(batch)
 
     def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
         """The share of the global batch's tokens that each expert of each sparse layer got."""

@@ -99,15 +99,24 @@ def test_a_killed_run_continues_with_the_same_figures(
     assert whole == killed
 
 
-def test_two_processes_train_like_one(scenes_dir, tiny_model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("objectives", "data"),
+    [
+        ([{"kind": "ce"}, {"kind": "kl"}], "train"),
+        # its baseline is a mean over both processes, which share the work of the reference
+        ([{"kind": "preference", "loss": "kto_pair", "reference_logps": "once"}], "preferences"),
+    ],
+)
+def test_two_processes_train_like_one(objectives, data, scenes_dir, tiny_model_dir, tmp_path):
     for name, size in (("one", 4), ("two", 2)):
-        stage = {"objectives": [{"kind": "ce"}, {"kind": "kl"}], "batch": {"size": size}}
+        stage = {"objectives": objectives, "batch": {"size": size}}
         raw = tiny_recipe(
             scenes_dir,
             tiny_model_dir,
             tmp_path,
             name=name,
             stage=stage,
+            data={"train": str(scenes_dir / f"{data}.parquet")},
             teacher={"model": str(tiny_model_dir)},
         )
         write(tmp_path / f"{name}.yaml", raw)
@@ -119,7 +128,7 @@ def test_two_processes_train_like_one(scenes_dir, tiny_model_dir, tmp_path):
     one, two = (metrics_of(tmp_path / n / "01-mimic") for n in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["supervised_tokens"] == b["supervised_tokens"]
-        for key in ("loss", "ce", "kl", "grad_norm"):
+        for key in ("loss", "grad_norm", *(o["kind"] for o in objectives)):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6)
 
 

@@ -342,6 +342,21 @@ def test_a_reference_runs_live_or_is_stored_once(run, monkeypatch):
     assert len(tensors["index"]) == 12
 
 
+def test_a_teacher_that_is_compared_too_runs_once(run, monkeypatch):
+    from mmkd.teachers import LiveTeacher
+
+    calls = []
+    own = LiveTeacher.own_signals
+    monkeypatch.setattr(
+        LiveTeacher, "own_signals", lambda self, *a, **k: calls.append(1) or own(self, *a, **k)
+    )
+    alone, _ = run("alone")
+    assert len(calls) == 3
+    both, _ = run("both", stage={"objectives": [{"kind": "preference"}, {"kind": "kl"}]})
+    assert len(calls) == 6
+    assert both[0]["preference"] == pytest.approx(alone[0]["preference"], rel=1e-5)
+
+
 def test_stored_references_are_read_again_or_made_anew(run, scenes_dir, tiny_model_dir, tmp_path):
     from mmkd.data.stream import BatchStream
     from mmkd.loading import load_model, load_processor
