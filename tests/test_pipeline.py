@@ -280,7 +280,7 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
     assert shared["model"].endswith("ce/01-align/student")
     assert shared["scores"] == read_json(folder / "evaluation/kd@align/results.json")["scores"]
     page = (folder / "report.html").read_text()
-    for text in ("kd", "ce", "teacher", "kd, align", "POPE", "CHAIR", "data:image/png"):
+    for text in ("kd", "ce", "teacher", "kd after align", "POPE", "CHAIR", "data:image/png"):
         assert text in page
     record = read_json(folder / "provenance.json")
     assert record["versions"]["torch"]

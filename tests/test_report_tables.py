@@ -248,7 +248,7 @@ def test_what_earlier_stages_made_stands_before_the_student(run_dir: Path) -> No
     path.write_text(yaml.safe_dump(recipe))
     tables = build_tables(read_run(run_dir))
     labels = [(r.label, r.role, r.note) for r in tables.main.rows]
-    assert labels[1] == ("kd, align", "stage", "2 seeds")
+    assert labels[1] == ("kd after align", "stage", "2 seeds")
     assert [label for label, role, _ in labels if role == "student"] == ["kd", "ce"]
     accuracy = next(c for c in tables.main.columns if c.key == (TASK, "vqa_accuracy"))
     assert tables.main.best(accuracy) == {"kd"}

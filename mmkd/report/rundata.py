@@ -26,6 +26,7 @@ class StageLog:
         loads: its experts' shares, one per step of a sparse student.
         done: the stage is finished.
         steps: how many steps it has in all, None where only its end would tell.
+        file: tells metrics.jsonl from others: members that share a stage have one file.
     """
 
     config: dict[str, Any]
@@ -33,6 +34,7 @@ class StageLog:
     loads: list[Load]
     done: bool
     steps: int | None
+    file: int
 
     @property
     def name(self) -> str:
@@ -160,10 +162,12 @@ def _member(path: Path, alone: bool) -> Member:
 def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
     done = _json(folder / "done.json")
     steps = done.get("steps") if done else config.get("steps")
-    logged = _lines(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    logged = _lines(path)
     numbers = [{k: v for k, v in line.items() if _is_number(v)} for line in logged]
     loads = [line["expert_load"] for line in logged if line.get("expert_load")]
-    return StageLog(config, numbers, loads, done is not None, steps)
+    file = path.stat().st_ino if path.is_file() else 0
+    return StageLog(config, numbers, loads, done is not None, steps, file)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -84,10 +84,14 @@ def _models(run: Run, tables: Tables) -> str:
     if len(sizes) > 1:
         size = f", the first{size}"
     if large and small:
-        times = f", {large / small:.1f} times smaller" if len(sizes) == 1 else ""
+        times = f", {_compared(large / small)}" if len(sizes) == 1 else ""
         return f"A teacher of {compact(large)} parameters ({source}) and {count}{size}{times}."
     taught = f" The teacher is {source}." if source else " No teacher."
     return f"{count.capitalize()}{size}.{taught}"
+
+
+def _compared(ratio: float) -> str:
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times as large"
 
 
 def _training(run: Run) -> str:
@@ -100,7 +104,9 @@ def _training(run: Run) -> str:
     stages = "one stage" if len(first.stages) == 1 else f"{len(first.stages)} stages"
     tokens = sum(s.total("supervised_tokens") for s in first.stages)
     said = f" ({compact(tokens)} supervised tokens)" if tokens else ""
-    seconds = sum(s.total("seconds") for m in run.members for s in m.stages)
+    # Stages that members share were trained once.
+    times = {s.file: s.total("seconds") for m in run.members for s in m.stages}
+    seconds = sum(times.values())
     alike = len({_steps(m) for m in run.members}) == 1
     done = all(m.done for m in run.members) and len(run.members) == run.expected
     trained, so_far = ("trained", "") if done else ("has trained", " so far")

@@ -153,7 +153,7 @@ def _stages(run: Run, group: str) -> list[Scored]:
             if label in run.results
         }
         if seeds:
-            found.append(Scored(f"{group}, {stage}", "stage", seeds))
+            found.append(Scored(f"{group} after {stage}", "stage", seeds))
     return found
 
 
@@ -219,7 +219,7 @@ def _kind_table(task: str, metrics: list[str], models: Sequence[Scored]) -> Tabl
         majority[column.key] = baseline
     if not columns:
         return None
-    rows = [model.row(columns) for model in models]
+    rows = [model.row(columns) for model in models if model.role != "stage"]
     rows = [r for r in rows if r.values]
     rows.append(Row("majority answer", "baseline", majority))
     return Table(f"{task}: accuracy by kind of question", columns, rows, task)
@@ -235,7 +235,7 @@ def _budget(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in recipe.items() if k not in ("label", "name", "teacher")}
     kept["student"] = {k: v for k, v in recipe["student"].items() if k != "convert"}
     stages = recipe.get("stages", [])
-    return kept | {"stages": [{**stage, "objectives": None} for stage in stages]}
+    return kept | {"stages": [{**s, "objectives": None, "convert": None} for s in stages]}
 
 
 def _difference_table(
