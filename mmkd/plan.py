@@ -42,10 +42,11 @@ STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 1}
 
 @dataclass(frozen=True)
 class Sample:
-    """Means per record: tokens of the sequence, patches of the vision tower, and for each objective
-    on the head's output its rows."""
+    """Means per record: its tokens, those of one sequence (a pair has two), patches of the vision
+    tower, and for each objective on the head's output its rows."""
 
     length: float
+    sequence: float
     supervised: float
     vision: float
     patches: float
@@ -139,7 +140,8 @@ def sample_data(
     """Token counts of some records; where there is no data yet, full-length sequences."""
     if not Path(data.train).is_file():
         length = float(data.max_length)
-        return Sample(length, length, 0.0, 0.0, {o.name: length for o in objectives}), 0
+        rows = {o.name: length for o in objectives}
+        return Sample(length, length, length, 0.0, 0.0, rows), 0
     records = Records(data)
     encoder = Encoder.of(objectives, data, processor, records=records)
     count = min(SAMPLED_RECORDS, len(records))
@@ -150,6 +152,7 @@ def sample_data(
     return (
         Sample(
             length=float(targets.attention.sum()) / count,
+            sequence=float(targets.attention.sum()) / len(targets.attention),
             supervised=float(targets.response.sum()) / count,
             vision=float(targets.vision.sum()) / count,
             patches=pixels / count,
@@ -247,7 +250,7 @@ def _forward(model: PreTrainedModel, sample: Sample, rows: float) -> dict[str, f
     shape = shape_of(model)
     patches = _patches(model, sample.patches)
     layers = shape.depth - len(mamba_layers(model.config))
-    attention = 4 * sample.length * shape.width * layers / 2  # causal: half the square
+    attention = 4 * sample.sequence * shape.width * layers / 2  # causal: half the square
     vision_attention = 4 * patches * shape.vision_width * shape.vision_depth
     return {
         "vision": patches * (2 * shape.vision + vision_attention)
@@ -296,6 +299,8 @@ def memory(
         found["teacher_weights"] = (
             parameter_count(teacher) * next(teacher.parameters()).element_size()
         )
+    if any(getattr(o, "reference", None) == "self" for o in stage.objectives):
+        found["reference_weights"] = found["student_weights"]
     return {**found, "total": sum(found.values())}
 
 

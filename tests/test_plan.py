@@ -55,6 +55,30 @@ def test_flops_follow_the_formula(scenes_dir, tiny_model_dir, tmp_path):
     assert whole["total"] == sum(v for k, v in whole.items() if k != "total")
 
 
+def test_pairs_are_two_sequences_and_a_reference_is_a_second_student(
+    scenes_dir, tiny_model_dir, tmp_path
+):
+    def plan(data, objective):
+        raw = tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            data={"train": str(scenes_dir / f"{data}.parquet")},
+            stage={"objectives": [objective], "batch": {"size": 1}},
+        )
+        return make_plan(load_recipe(raw))["members"]["student"]["stages"][0]
+
+    chosen = plan("preferences", {"kind": "ce"})
+    pairs = plan("preferences", {"kind": "preference", "reference": "self"})
+    tokens, twice = (p["tokens_per_step"] for p in (chosen, pairs))
+    assert twice == pytest.approx(2 * tokens, rel=0.02)
+    decoders = [p["flops_per_step"]["student_decoder"] for p in (chosen, pairs)]
+    assert decoders[1] == pytest.approx(2 * decoders[0], rel=0.02)
+    weights = pairs["memory_bytes"]
+    assert weights["reference_weights"] == weights["student_weights"]
+    assert "reference_weights" not in chosen["memory_bytes"]
+
+
 def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):
     def plan(*convert):
         student = {"model": str(tiny_model_dir), "convert": list(convert)}
