@@ -61,6 +61,14 @@ def test_tokens_match_by_answer_and_by_place():
     torch.testing.assert_close(got, want)
 
 
+def test_as_many_image_tokens_match_one_by_one():
+    """Also where a picture is cut into tiles, and no grid is known."""
+    student, teacher = targets_of("vvvpA"), targets_of("pvvvA")
+    x = torch.randn(1, 5, 2)
+    got = align(student, teacher, [[((2, 2), (2, 2))]], ["a"])(x)
+    torch.testing.assert_close(got[0, :3], x[0, 1:4])
+
+
 def test_what_cannot_be_aligned_is_one_line():
     one, other = targets_of("vvpAB"), targets_of("vpAC")
     with pytest.raises(DataError, match="the response of a7 has other tokens"):

@@ -1,8 +1,9 @@
 """A teacher with a processor of its own sees other tokens: which of them a student's tokens match.
 
 Responses are the same tokens in both, so the k-th response token of one is that of the other; image
-tokens match by their place on the picture. As logits are linear in final hidden states, the hidden
-state interpolated between places has the interpolated logits.
+tokens match one by one where there are as many, else by their place on the picture. As logits are
+linear in final hidden states, the hidden state interpolated between places has the interpolated
+logits.
 """
 
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def _responses(
 def _pictures(
     mine: Tensor, theirs: Tensor, grids: list[tuple[Grid, Grid]], name: str
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    if len(mine) == len(theirs):
+        return [(mine, theirs, torch.ones(len(mine)))]
     sizes = [[grid[i][0] * grid[i][1] for grid in grids] for i in (0, 1)]
     if [sum(s) for s in sizes] != [len(mine), len(theirs)]:
         raise DataError(
