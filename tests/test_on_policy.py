@@ -158,8 +158,7 @@ def test_labels_have_no_place_on_policy(scenes_dir, tiny_model_dir, tmp_path, ob
     assert not (tmp_path / "ce").exists()
 
 
-def test_gradients_are_those_of_the_sampled_text(tiny_model_dir, scenes_dir):
-    """No gradient goes through sampling: the loss is that of the same batch, read from disk."""
+def test_every_sampled_token_is_distilled_and_carries_no_gradient(tiny_model_dir, scenes_dir):
     policy = engine_of(tiny_model_dir, 1.0, scenes_dir)
     batch, _ = policy.batch(policy.encoder.encode([0, 1]), 1, 0)
     assert not any(t.requires_grad for t in batch.inputs.values())

@@ -2,6 +2,7 @@
 any model whose decoder layers own a `self_attn` and an `mlp`."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,11 +52,15 @@ def replace_ffn(model: PreTrainedModel, layout: MoeLayout) -> dict[int, nn.Modul
             made[index] = SparseFfn(mlp, layout)
         except ValueError as error:
             raise ValueError(f"decoder layer {index} cannot become sparse: {error}") from error
+    return _swap(layers, made, "mlp")
+
+
+def _swap(layers: nn.ModuleList, made: Mapping[int, nn.Module], name: str) -> dict[int, nn.Module]:
+    """Put the new modules in their layers; returns what was there."""
     replaced: dict[int, nn.Module] = {}
-    for index, sparse in made.items():
-        layer: Any = layers[index]
-        replaced[index] = layer.mlp
-        layer.mlp = sparse.train(replaced[index].training)
+    for index, module in made.items():
+        replaced[index] = getattr(layers[index], name)
+        setattr(layers[index], name, module.train(replaced[index].training))
     return replaced
 
 
@@ -98,11 +103,7 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
             mixers[index] = Mamba2Mixer(attention, layout, index, context)
         except ValueError as error:
             raise ValueError(f"decoder layer {index} cannot be converted: {error}") from error
-    replaced: dict[int, nn.Module] = {}
-    for index, mixer in mixers.items():
-        layer: Any = layers[index]
-        replaced[index] = layer.self_attn
-        layer.self_attn = mixer.train(replaced[index].training)
+    replaced = _swap(layers, mixers, "self_attn")
     context.mamba_layers = layout.layers
     if not present:
         watch = _Watch(model, context)
