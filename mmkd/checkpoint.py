@@ -1,55 +1,175 @@
-"""Checkpoints of an unfinished stage: engine state, random states, step.
+"""Checkpoints of an unfinished stage: what training changed, random states, step.
 
-A checkpoint folder `step-N` exists only when it is complete; the newest one is where a stage
-resumes. The data position needs no state: batches are addressed by step.
+checkpoints/step-N/
+  state.json                 step, number of ranks, size and checksum of every other file
+  tensors-RANK-PART.safetensors
+  random-RANK.pt
+
+A folder `step-N` exists only when it is complete. Tensors are whole and named by what they are, so
+that any engine on any number of ranks goes on from them. The data position needs no state: batches
+are addressed by step.
 """
 
+import json
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from mmkd import distributed
 from mmkd.engines import Engine
-from mmkd.files import write_json
+from mmkd.errors import CheckpointError
+from mmkd.files import read_json, sha256, sync_file, sync_folder, write_json
+from mmkd.progress import console
 
 STATE = "state.json"
+PART_BYTES = 2**30
 
 
 def save_checkpoint(folder: Path, step: int, engine: Engine, keep: int) -> None:
-    """Write `folder/step-N`, then delete all but the newest `keep`. Every rank calls it."""
+    """Write `folder/step-N`, then delete all but the newest `keep`. Every rank calls it.
+
+    Raises:
+        CheckpointError: on all ranks, if one could not write; older checkpoints stay.
+    """
     target = folder / f"step-{step}"
     partial = folder / f"step-{step}.partial"
     if engine.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     engine.barrier()
-    engine.save(partial)
-    torch.save(_random_states(), partial / f"random-{engine.rank}.pt")
-    engine.barrier()
+    files, problem = _write(partial, engine)
+    said = [json.loads(text) for text in distributed.gather([json.dumps([files, problem])])]
+    problem = next((p for _, p in said if p), None)
+    if problem is None and engine.rank == 0:
+        written = {name: facts for part, _ in said for name, facts in part.items()}
+        state = {"step": step, "world_size": engine.world_size, "files": written}
+        problem = _attempt(lambda: write_json(partial / STATE, state))
+    problems = distributed.gather([problem] if problem else [])
+    if problems:
+        if engine.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        before = [_step_of(p) for p in find_checkpoints(folder)]
+        raise CheckpointError(
+            f"cannot save step {step} ({problems[0]})",
+            where=str(folder),
+            mend="free space and run again: it goes on from "
+            + (f"step {before[-1]}" if before else "the start of the stage"),
+        )
     if engine.rank == 0:
-        write_json(partial / STATE, {"step": step, "world_size": engine.world_size})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+        sync_folder(folder)
         for old in find_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     engine.barrier()
 
 
+def _write(folder: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
+    """Write this rank's share of the tensors and its random states.
+
+    Returns its files with size and checksum, and what went wrong. A rank that cannot write still
+    goes through all tensors: gathering them takes every rank.
+    """
+    problem: str | None = None
+    names: list[str] = []
+    part: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        nonlocal problem, part
+        name, tensors = f"tensors-{engine.rank}-{len(names)}.safetensors", part
+        names.append(name)
+        problem = problem or _attempt(lambda: save_file(tensors, folder / name))
+        part = {}
+
+    for number, (key, tensor) in enumerate(engine.tensors()):
+        if number % engine.world_size == engine.rank:
+            part[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            if sum(t.nbytes for t in part.values()) > PART_BYTES:
+                flush()
+    flush()
+    names.append(f"random-{engine.rank}.pt")
+    problem = problem or _attempt(lambda: torch.save(_random_states(), folder / names[-1]))
+    files = {} if problem else {name: _facts(folder / name) for name in names}
+    return files, problem
+
+
+def _attempt(write: Callable[[], Any]) -> str | None:
+    """Write; returns what went wrong."""
+    try:
+        write()
+    except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 def load_checkpoint(folder: Path, engine: Engine) -> int:
-    """Restore the newest checkpoint below `folder`; returns its step, 0 if there is none."""
-    found = find_checkpoints(folder)
-    if not found:
-        return 0
-    newest = found[-1]
-    engine.load(newest)
-    states = newest / f"random-{engine.rank}.pt"
-    if states.exists():
-        _restore(torch.load(states, weights_only=True))
-    return _step_of(newest)
+    """Go on from the newest sound checkpoint below `folder`; returns its step, 0 if there is none.
+
+    A damaged one is named and passed over. Every rank calls it.
+    """
+    for path in reversed(find_checkpoints(folder)):
+        damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
+        if damages:
+            if engine.rank == 0:
+                console.print(f"{path}: {damages[0]}; passed over", highlight=False, soft_wrap=True)
+            continue
+        step = _step_of(path)
+        engine.restore(SavedTensors(path), step)
+        states = path / f"random-{engine.rank}.pt"
+        if states.exists():
+            _restore(torch.load(states, weights_only=True))
+        return step
+    return 0
+
+
+def _damage(path: Path, engine: Engine) -> str | None:
+    """What is wrong with a checkpoint; ranks share the files among them."""
+    try:
+        files = read_json(path / STATE)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE} cannot be read"
+    for number, (name, facts) in enumerate(sorted(files.items())):
+        if number % engine.world_size == engine.rank:
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+                return f"{name} is damaged (checksum)"
+    return None
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, read when asked for."""
+
+    def __init__(self, folder: Path):
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

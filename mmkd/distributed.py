@@ -23,10 +23,16 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
-def connect(device: torch.device) -> None:
-    """Join the process group that torchrun describes; nothing to do for one process."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def connect(device: torch.device, *, alone: bool = False) -> None:
+    """Join the process group that a launcher describes; `alone` makes a group of one process too,
+    which otherwise needs none."""
+    if dist.is_initialized() or (world_size() == 1 and not alone):
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size() > 1:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def barrier() -> None:
@@ -41,6 +47,13 @@ def gather(items: list[str]) -> list[str]:
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def disconnect() -> None:

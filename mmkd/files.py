@@ -41,7 +41,21 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     write(partial)
     for file in partial.rglob("*"):
         if file.is_file():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
+            sync_file(file)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Adafactor
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
@@ -57,3 +57,15 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
             )
         case "constant":
             return get_constant_schedule_with_warmup(optimizer, warmup)
+
+
+def forward_schedule(schedule: LRScheduler, steps: int) -> None:
+    """Put a fresh schedule where `steps` steps would have brought it."""
+    assert isinstance(schedule, LambdaLR)
+    rates = [
+        base * course(steps)
+        for base, course in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, rates

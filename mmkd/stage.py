@@ -21,11 +21,10 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from mmkd import distributed
-from mmkd.attention import prefer_float32_attention
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.encoder import Batch, Encoder
 from mmkd.data.stream import BatchStream
-from mmkd.engines import Engine, StepResult, TorchEngine, choose_precision
+from mmkd.engines import Engine, StepResult, build_engine
 from mmkd.errors import NonFiniteLossError
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
@@ -38,12 +37,10 @@ from mmkd.objectives import (
     expert_counts,
 )
 from mmkd.on_policy import OnPolicy
-from mmkd.optim import build_optimizer, build_schedule
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
-from mmkd.signals import check_supported
 from mmkd.steplog import StepLog
-from mmkd.students import set_trainable, write_student
+from mmkd.students import write_student
 from mmkd.teachers import LiveReference, LiveTeacher, Reference, choose_reference, store
 from mmkd_models.layout import mamba_layers
 
@@ -94,12 +91,11 @@ class Stage:
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
-        for i, batch in enumerate(batches):
+        for batch in batches:
             losses, counts = self._losses(batch, rows)
-            loss = sum(o.config.weight * losses[o.name] for o in self.objectives)
-            self.engine.backward(loss, last=i == len(batches) - 1)  # type: ignore[arg-type]
-            for name, value in {"loss": loss, **losses}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()  # type: ignore[union-attr]
+            self.engine.backward(losses["loss"])
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
             load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
         means = self.engine.total(torch.stack(list(sums.values()))).tolist()
         metrics = dict(zip(sums, means, strict=True))
@@ -130,21 +126,27 @@ class Stage:
     def _losses(
         self, batch: Batch, rows: dict[str, float]
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """Each objective's loss and metrics, and how often each expert was chosen, by layer."""
+        """The loss, each objective's part of it and its metrics, and how often each expert was
+        chosen, by layer."""
         targets = batch.targets
         with self.engine.autocast():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
-            student = self.engine.forward(batch.inputs, **self._student_layers(teacher))
+
+        def score(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             outcomes = {
                 o.name: o(student, teacher, targets, max(rows[o.name], 1.0))
                 for o in self.objectives
             }
-        losses = {name: outcome.loss for name, outcome in outcomes.items()}
-        for name, outcome in outcomes.items():
-            losses |= {f"{name}/{metric}": v for metric, v in outcome.metrics.items()}
-        return losses, expert_counts(student, batch.targets)
+            parts = {name: outcome.loss for name, outcome in outcomes.items()}
+            total = torch.stack([o.config.weight * parts[o.name] for o in self.objectives]).sum()
+            for name, outcome in outcomes.items():
+                parts |= {f"{name}/{metric}": v for metric, v in outcome.metrics.items()}
+            losses = {"loss": total, **{name: v.detach() for name, v in parts.items()}}
+            return losses, expert_counts(student, targets)
+
+        return self.engine.forward(batch.inputs, score, **self._student_layers(teacher))
 
     def _reference_logps(self, batch: Batch, teacher: Signals | None) -> torch.Tensor:
         reference = self.reference
@@ -282,33 +284,10 @@ def run_stage(
         folder=folder,
     )
     metrics = stage.train()
-    student.eval()
-    if stage.engine.rank == 0:
-        write_student(student, processor, folder / "student")
+    weights = engine.weights()
+    engine.close()
+    if engine.rank == 0:
+        write_student(student, processor, folder / "student", weights)
         write_json(folder / "done.json", {"steps": steps, "metrics": metrics})
-    stage.engine.barrier()
+    engine.barrier()
     return metrics
-
-
-def build_engine(
-    config: StageConfig, student: PreTrainedModel, steps: int, device: torch.device
-) -> Engine:
-    """The engine that a stage's recipe asks for, with the student in training mode."""
-    check_supported(student, "student")
-    torch.nn.Module.to(student, device)
-    student.train()
-    set_trainable(student, config.train)
-    precision = choose_precision(config.precision, device)
-    if device.type == "cpu" and precision == "bfloat16":
-        prefer_float32_attention(student)
-    if config.activation_checkpointing:
-        student.activation_checkpointing_enable()
-    optimizer = build_optimizer(student.parameters(), config.optimizer)
-    return TorchEngine(
-        student,
-        optimizer,
-        build_schedule(optimizer, config.schedule, steps),
-        device=device,
-        precision=precision,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )

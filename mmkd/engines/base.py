@@ -4,15 +4,17 @@ A micro-step is one forward (any number of objectives) and one backward. Losses 
 divided by the global batch's token counts, so gradients add up: over micro-steps and over ranks.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmkd.objectives import Signals
+
+Scored = TypeVar("Scored")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,15 @@ class Engine(Protocol):
         """Precision of forwards; the teacher runs under it too."""
         ...
 
-    def forward(self, inputs: dict[str, Tensor], **layers: Any) -> Signals:
-        """Student signals with gradients; opens a micro-step. `layers` are the arguments of
-        `mmkd.signals.capture` that say what is read off the layers."""
+    def forward(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
+        """What `score` makes of the student's signals, with gradients; opens a micro-step.
+
+        Objectives run inside of the forward: only there are all weights that they read, the head's
+        among them, whole on every rank. `layers` are the arguments of `mmkd.signals.capture` that
+        say what is read off the layers.
+        """
         ...
 
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -44,8 +52,8 @@ class Engine(Protocol):
         micro-steps. `options` are those of transformers' `generate`."""
         ...
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Close the micro-step; `last` marks the last one before `step`. Once a micro-step."""
+    def backward(self, loss: Tensor) -> None:
+        """Close the micro-step. Once a micro-step."""
         ...
 
     def step(self) -> StepResult:
@@ -56,14 +64,25 @@ class Engine(Protocol):
         """Sum over ranks."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule; every rank calls it."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that training changes, by name, whole and exact: `weights/NAME` and
+        `optimizer/NAME/STATE`. Every rank calls it and sees the same in the same order."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+    def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
+        """Continue after `steps` steps from what `tensors` gave, on any engine and any number of
+        ranks."""
+        ...
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The student's whole state dict for a model folder, None on all ranks but the first;
+        every rank calls it."""
         ...
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the engine holds on to; the student is not trained on."""
         ...

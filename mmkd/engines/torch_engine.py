@@ -1,24 +1,23 @@
 """The engine for one process, or a few with replicated weights: plain torch."""
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from mmkd import distributed
-from mmkd.engines.base import StepResult
+from mmkd.engines.base import Scored, StepResult
+from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
 from mmkd.objectives import Signals
+from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
 from mmkd.signals import capture
-
-WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 
 
 class TorchEngine:
@@ -53,11 +52,14 @@ class TorchEngine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def forward(self, inputs: dict[str, Tensor], **layers: Any) -> Signals:
+    def forward(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
         if self._open:
             raise RuntimeError("two forwards in one micro-step: call backward first")
         self._open = True
-        return capture(self.model, inputs, **layers)
+        with self.autocast():
+            return score(capture(self.model, inputs, **layers))
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -70,7 +72,7 @@ class TorchEngine:
         finally:
             model.train()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         if not self._open:
             raise RuntimeError("two backwards in one micro-step: add the losses up first")
         self._open = False
@@ -92,24 +94,22 @@ class TorchEngine:
         return StepResult(float(norm), lr)
 
     def total(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
+        return distributed.total(values)
 
-    def save(self, folder: Path) -> None:
-        if self.rank == 0:
-            save_model(self.model, str(folder / WEIGHTS))
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            }
-            torch.save(state, folder / OPTIMIZER)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from changing_weights(self.model)
+        yield from optimizer_tensors(self.model, self.optimizer)
 
-    def load(self, folder: Path) -> None:
-        load_model(self.model, str(folder / WEIGHTS))
-        state = torch.load(folder / OPTIMIZER, map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+    def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
+        load_weights(self.model, saved)
+        load_optimizer(self.model, self.optimizer, saved)
+        forward_schedule(self.schedule, steps)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        return self.model.state_dict() if self.rank == 0 else None
 
     def barrier(self) -> None:
         distributed.barrier()
+
+    def close(self) -> None:
+        self.model.eval()

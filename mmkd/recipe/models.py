@@ -99,8 +99,23 @@ class CheckpointConfig(Strict):
 class EngineConfig(Strict):
     """What runs forward, backward and step."""
 
-    kind: Literal["torch"] = "torch"
+    kind: Literal["torch", "deepspeed"] = "torch"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    zero: int | None = Field(
+        None, ge=0, le=3, description="ZeRO stage of deepspeed; its file's, or 2, if left out"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
+    )
+    config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self) -> "EngineConfig":
+        given = [n for n in ("zero", "config") if getattr(self, n) is not None]
+        given += ["offload"] * (self.offload != "none")
+        if self.kind == "torch" and given:
+            raise ValueError(f"{given[0]!r} is of kind deepspeed, and the engine's kind is torch")
+        return self
 
 
 class SamplingConfig(Strict):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from mmkd.files import write_folder
@@ -11,11 +12,20 @@ from mmkd.recipe import StudentConfig
 from mmkd.students.convert import ConversionReport, convert
 
 
-def write_student(student: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Config, safetensors and processor, and a converted student's code; whole or not there."""
+def write_student(
+    student: PreTrainedModel,
+    processor: Any,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Config, safetensors and processor, and a converted student's code; whole or not there.
+
+    `weights` are written in place of the student's own, which an engine may have spread over
+    processes.
+    """
 
     def write(partial: Path) -> None:
-        student.save_pretrained(partial)
+        student.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
 
     write_folder(folder, write)

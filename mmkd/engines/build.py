@@ -1,0 +1,49 @@
+"""Which engine a stage runs on."""
+
+import torch
+from transformers import PreTrainedModel
+
+from mmkd.attention import prefer_float32_attention
+from mmkd.engines.base import Engine
+from mmkd.engines.deepspeed_config import resolve
+from mmkd.engines.deepspeed_engine import DeepSpeedEngine
+from mmkd.engines.precision import choose_precision
+from mmkd.engines.torch_engine import TorchEngine
+from mmkd.optim import build_optimizer, build_schedule
+from mmkd.recipe import StageConfig
+from mmkd.signals import check_supported
+from mmkd.students import set_trainable
+
+
+def build_engine(
+    config: StageConfig, student: PreTrainedModel, steps: int, device: torch.device
+) -> Engine:
+    """The engine that a stage's recipe asks for, with the student in training mode."""
+    check_supported(student, "student")
+    torch.nn.Module.to(student, device)
+    student.train()
+    set_trainable(student, config.train)
+    precision = choose_precision(config.precision, device)
+    if device.type == "cpu" and precision == "bfloat16":
+        prefer_float32_attention(student)
+    if config.activation_checkpointing:
+        student.activation_checkpointing_enable()
+    optimizer = build_optimizer(student.parameters(), config.optimizer)
+    schedule = build_schedule(optimizer, config.schedule, steps)
+    if config.engine.kind == "deepspeed":
+        return DeepSpeedEngine(
+            student,
+            optimizer,
+            schedule,
+            config=resolve(config),
+            device=device,
+            precision=precision,
+        )
+    return TorchEngine(
+        student,
+        optimizer,
+        schedule,
+        device=device,
+        precision=precision,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )

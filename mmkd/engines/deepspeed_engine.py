@@ -1,0 +1,289 @@
+"""DeepSpeed's ZeRO engines behind the protocol (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from mmkd import distributed
+from mmkd.engines.base import Scored, StepResult
+from mmkd.engines.state import (
+    OPTIMIZER,
+    WEIGHTS,
+    changing_weights,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    saved_buffers,
+)
+from mmkd.errors import RecipeError
+from mmkd.objectives import Signals
+from mmkd.optim import forward_schedule
+from mmkd.recipe import Precision
+from mmkd.signals import capture
+
+
+def start(device: torch.device) -> Any:
+    """DeepSpeed itself, with its processes connected.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.utils import logger
+    except ImportError as error:
+        raise RecipeError(
+            f"DeepSpeed is not there ({error})",
+            where="engine.kind deepspeed",
+            mend="pip install 'mmkd[deepspeed]', or set engine.kind to torch",
+        ) from error
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Else it compiles a communication op for minutes; gloo does without.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    os.environ.setdefault("LOCAL_RANK", "0")
+    distributed.connect(device, alone=True)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    return deepspeed
+
+
+class ScoredStudent(nn.Module):
+    """Student and objectives in one forward: DeepSpeed gathers weights for the modules that it sees
+    run, and those that objectives read belong to this one."""
+
+    def __init__(self, student: PreTrainedModel, autocast: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.student = student
+        self.autocast = autocast
+
+    def forward(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], layers: dict[str, Any]
+    ) -> Scored:
+        with self.autocast():
+            return score(capture(self.student, inputs, **layers))
+
+
+class DeepSpeedEngine:
+    """Implements `Engine`; stages 0 to 3.
+
+    Args:
+        model: the student, loaded in full on every rank; its weights belong to the engine from here
+            on.
+        optimizer: over the trainable parameters.
+        schedule: of that optimizer's learning rate; the engine steps it.
+        config: DeepSpeed's, with every value resolved.
+        device: of this rank.
+        precision: bfloat16 keeps weights in bfloat16 and master weights in float32.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        *,
+        config: dict[str, Any],
+        device: torch.device,
+        precision: Precision = "float32",
+    ):
+        deepspeed = start(device)
+        self.model = model
+        self.schedule = schedule
+        self.device = device
+        self.precision = precision
+        self.rank = distributed.rank()
+        self.world_size = distributed.world_size()
+        self.zero: int = config["zero_optimization"]["stage"]
+        self._optimizer = optimizer
+        self._open = False
+        self._dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        self.engine, *_ = deepspeed.initialize(
+            model=ScoredStudent(model, self.autocast), optimizer=optimizer, config=config
+        )
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].to(device)  # weights in bfloat16, positions not
+
+    def autocast(self) -> AbstractContextManager:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def forward(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
+        if self._open:
+            raise RuntimeError("two forwards in one micro-step: call backward first")
+        self._open = True
+        return self.engine(inputs, score, layers)
+
+    @torch.no_grad()
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        if self._open:
+            raise RuntimeError("generation inside of a micro-step: call backward first")
+        model: Any = self.model
+        self.engine.eval()
+        try:
+            # Ranks that are done go on until all are: each forward gathers weights from all.
+            return model.generate(**inputs, synced_gpus=self.zero == 3, **options)
+        finally:
+            self.engine.train()
+
+    def backward(self, loss: Tensor) -> None:
+        if not self._open:
+            raise RuntimeError("two backwards in one micro-step: add the losses up first")
+        self._open = False
+        # DeepSpeed averages gradients over ranks; ours add up.
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-step
+
+    def step(self) -> StepResult:
+        lr = float(self.schedule.get_last_lr()[0])
+        norm = self._whole_norm() if self.zero == 0 else None
+        self.engine.step()
+        self.schedule.step()
+        return StepResult(float(self.engine.get_global_grad_norm() if norm is None else norm), lr)
+
+    def _whole_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
+
+    def total(self, values: Tensor) -> Tensor:
+        return distributed.total(values)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.zero == 0:
+            yield from changing_weights(self.model)
+            yield from optimizer_tensors(self.model, self._optimizer)
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        for name, parameter in trainable.items():
+            yield f"{WEIGHTS}/{name}", safe_get_full_fp32_param(parameter)
+        yield from saved_buffers(self.model)
+        states, step = self._states()
+        self._link_states()
+        for name, parameter in trainable.items():
+            for state in states:
+                whole = safe_get_full_optimizer_state(parameter, state)
+                yield f"{OPTIMIZER}/{name}/{state}", whole
+            if step is not None:
+                yield f"{OPTIMIZER}/{name}/step", step
+
+    def _states(self) -> tuple[list[str], Tensor | None]:
+        """Names of the states that have a parameter's shape, and the count of steps."""
+        state: dict[str, Any] = next(iter(self._optimizer.state.values()), {})
+        step = state.get("step", self._optimizer.param_groups[0].get("step"))
+        shaped = [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() > 0]
+        return shaped, None if step is None else torch.as_tensor(step, dtype=torch.float32)
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
+        if self.zero == 0:
+            load_weights(self.model, saved)
+            load_optimizer(self.model, self._optimizer, saved)
+        else:
+            self._restore_sharded(saved, steps)
+        forward_schedule(self.schedule, steps)
+
+    def _restore_sharded(self, saved: Mapping[str, Tensor], steps: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._create_states()
+        self._link_states()
+        states, _ = self._states()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                weight = saved[f"{WEIGHTS}/{name}"].to(self.device)
+                with self._gathered([parameter], changed=True):
+                    parameter.data.copy_(weight)
+                safe_set_full_fp32_param(parameter, weight)
+                for state in states:
+                    value = saved[f"{OPTIMIZER}/{name}/{state}"].to(self.device)
+                    safe_set_full_optimizer_state(parameter, value, state)
+        for key, buffer in saved_buffers(self.model):
+            buffer.copy_(saved[key])
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)
+        for group in self._optimizer.param_groups:
+            if "step" in group:
+                group["step"] = steps
+
+    def _create_states(self) -> None:
+        """Have the optimizer make its states: a step of zero gradients at learning rate zero."""
+        zero: Any = self.engine.optimizer
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        if self.zero == 3:
+            parts = zero.fp32_partitioned_groups_flat
+        else:
+            parts = zero.single_partition_of_fp32_groups
+        before = [part.grad for part in parts]
+        for part in parts:
+            part.grad = torch.zeros_like(part)
+        for number in range(len(parts)):
+            zero._optimizer_step(number)
+        for part, grad in zip(parts, before, strict=True):
+            part.grad = grad
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _link_states(self) -> None:
+        """Tell stages 1 and 2 where states are: they look once, when the first of their groups has
+        made its step, and miss those of the others."""
+        if self.zero < 3:
+            zero: Any = self.engine.optimizer
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _gathered(
+        self, parameters: list[nn.Parameter], *, changed: bool = False
+    ) -> AbstractContextManager:
+        """The whole parameters inside; `changed` keeps what was written to them."""
+        if self.zero < 3:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters(parameters, modifier_rank=0 if changed else None)
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor] | None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: dict[int, Tensor] = {}  # shared parameters once
+        for parameter in self.model.parameters():
+            master = None
+            if parameter.requires_grad and self.zero > 0:
+                master = safe_get_full_fp32_param(parameter)
+            with self._gathered([parameter]):
+                if self.rank == 0:
+                    whole[id(parameter)] = (parameter if master is None else master).detach().cpu()
+        if self.rank > 0:
+            return None
+        named = {n: whole[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
+        named |= dict(self.model.named_buffers())
+        found = {name: named[name].to(dtype) for name, dtype in self._dtypes.items()}
+        return found
+
+    def barrier(self) -> None:
+        distributed.barrier()
+
+    def close(self) -> None:
+        self.model.eval()
+        self.engine.destroy()
