@@ -34,7 +34,9 @@ STATE = "state.json"
 PART_BYTES = 2**30
 
 
-def save_checkpoint(folder: Path, step: int, engine: Engine, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, engine: Engine, *, records_per_step: int, keep: int
+) -> None:
     """Write `folder/step-N`, then delete all but the newest `keep`. Every rank calls it.
 
     Raises:
@@ -51,7 +53,12 @@ def save_checkpoint(folder: Path, step: int, engine: Engine, keep: int) -> None:
     problem = next((p for _, p in said if p), None)
     if problem is None and engine.rank == 0:
         written = {name: facts for part, _ in said for name, facts in part.items()}
-        state = {"step": step, "world_size": engine.world_size, "files": written}
+        state = {
+            "step": step,
+            "world_size": engine.world_size,
+            "records_per_step": records_per_step,
+            "files": written,
+        }
         problem = _attempt(lambda: write_json(partial / STATE, state))
     problems = distributed.gather([problem] if problem else [])
     if problems:
@@ -116,10 +123,13 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def load_checkpoint(folder: Path, engine: Engine) -> int:
+def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> int:
     """Go on from the newest sound checkpoint below `folder`; returns its step, 0 if there is none.
 
     A damaged one is named and passed over. Every rank calls it.
+
+    Raises:
+        CheckpointError: its steps saw another number of records.
     """
     for path in reversed(find_checkpoints(folder)):
         damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
@@ -127,7 +137,13 @@ def load_checkpoint(folder: Path, engine: Engine) -> int:
             if engine.rank == 0:
                 console.print(f"{path}: {damages[0]}; passed over", highlight=False, soft_wrap=True)
             continue
-        step = _step_of(path)
+        step, saw = _step_of(path), read_json(path / STATE)["records_per_step"]
+        if saw != records_per_step:
+            raise CheckpointError(
+                f"a step saw {saw} records, now it would see {records_per_step}",
+                where=str(path),
+                mend=f"set batch.total={saw}, it holds for any number of processes",
+            )
         engine.restore(SavedTensors(path), step)
         states = path / f"random-{engine.rank}.pt"
         if states.exists():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd.errors import MmkdError
+from mmkd.errors import MmkdError, StoppedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,13 +27,30 @@ Overrides = Annotated[
 ]
 
 
+@app.callback()
+def options(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Distil large vision-language models into small ones."""
+    # The deepspeed launcher says the rank here as well as in the environment.
+
+
 @app.command()
-def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
+) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
-    from mmkd import distributed, pipeline
+    if nproc > 1:
+        from mmkd.launch import launch
+
+        sys.exit(launch(["run", str(recipe), *(overrides or [])], nproc))
+    from mmkd import distributed, interrupt, pipeline
     from mmkd.recipe import load_recipe
     from mmkd.report import write_report
 
+    interrupt.listen()
     folder = pipeline.run(load_recipe(recipe, overrides))
     if distributed.rank() == 0:
         write_report(folder)
@@ -232,6 +249,8 @@ def main() -> None:
     """Entry point of `mmkd`."""
     try:
         app()
+    except StoppedError as end:
+        print(f"mmkd: {end}")
     except MmkdError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         sys.exit(2)

@@ -32,3 +32,7 @@ class CheckpointError(MmkdError):
 
 class NonFiniteLossError(MmkdError):
     """Training produced a loss or gradient that is not a number."""
+
+
+class StoppedError(MmkdError):
+    """The run was asked to stop and did; nothing is wrong."""

@@ -104,6 +104,7 @@ def refuse_other_recipe(member: Member) -> None:
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     wanted = yaml.safe_load(to_yaml(member.recipe))
+    found, wanted = (_without_layout(recipe) for recipe in (found, wanted))
     if found != wanted:
         raise RecipeError(
             f"the folder holds a run of another recipe, it differs in "
@@ -111,6 +112,14 @@ def refuse_other_recipe(member: Member) -> None:
             where=str(member.folder),
             mend="give the run another name, or delete the folder",
         )
+
+
+def _without_layout(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what may change between a stage's beginning and its end: where and in which
+    pieces it runs. How many records a step sees is for the checkpoint to tell."""
+    layout = ("engine", "batch", "checkpoint", "activation_checkpointing")
+    stages = [{k: v for k, v in s.items() if k not in layout} for s in recipe["stages"]]
+    return {**recipe, "stages": stages}
 
 
 def describe(member: Member, recipe: Recipe) -> None:

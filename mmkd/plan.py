@@ -109,7 +109,8 @@ def plan_stage(
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
     data = recipe.stage_data(stage)
     sample, records = sample_data(data, processor, objectives)
-    per_step = stage.batch.size * stage.batch.accumulate * distributed.world_size()
+    processes = distributed.world_size()
+    per_step = stage.batch.size * stage.batch.micro_steps(processes) * processes
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     return {

@@ -4,8 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mmkd import distributed
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
+from mmkd.engines.deepspeed_config import resolve
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
@@ -45,9 +47,16 @@ def check(recipe: Recipe) -> None:
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
+        _check_engine(stage)
         _check_reference(stage, objectives)
         _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor)
+
+
+def _check_engine(stage: StageConfig) -> None:
+    stage.batch.micro_steps(distributed.world_size())
+    if stage.engine.kind == "deepspeed":
+        resolve(stage)
 
 
 def _check_teacher(

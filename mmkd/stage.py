@@ -25,8 +25,9 @@ from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.encoder import Batch, Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult, build_engine
-from mmkd.errors import NonFiniteLossError
+from mmkd.errors import NonFiniteLossError, StoppedError
 from mmkd.files import write_json
+from mmkd.interrupt import AGAIN, asked, deferred
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import (
     Objective,
@@ -65,12 +66,15 @@ class Stage:
 
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
-        first = load_checkpoint(self.folder / "checkpoints", self.engine)
+        saved = self.folder / "checkpoints"
+        records = self.stream.records_per_step
+        first = load_checkpoint(saved, self.engine, records_per_step=records)
         active = self.engine.rank == 0
         log = StepLog(self.folder / "metrics.jsonl", first, active=active)
         skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
-        with Bar(self.config.name, self.steps, done=first, quiet=self.engine.rank > 0) as bar:
+        quiet = self.engine.rank > 0
+        with deferred(), Bar(self.config.name, self.steps, done=first, quiet=quiet) as bar:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()
                 metrics = self.step(step, batches)
@@ -79,9 +83,12 @@ class Stage:
                     for reason in distributed.gather([r for b in batches for r in b.skipped]):
                         skipped.write({"step": step, "reason": reason})
                 bar.advance(f"loss {metrics['loss']:.4f}")
-                if step % self.config.checkpoint.every == 0 and step < self.steps:
-                    folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-                    save_checkpoint(folder, step, self.engine, keep)
+                stop = asked(self.engine.device)
+                if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
+                    keep = self.config.checkpoint.keep
+                    save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
+                if stop:
+                    raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
         return metrics
 
     def step(self, step: int, batches: list[Batch]) -> Metrics:

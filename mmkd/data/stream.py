@@ -35,11 +35,12 @@ class BatchStream:
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
+        self.micro_steps = batch.micro_steps(world_size)
         self._epochs: dict[int, list[int]] = {}
 
     @property
     def records_per_step(self) -> int:
-        return self.batch.size * self.batch.accumulate * self.world_size
+        return self.batch.size * self.micro_steps * self.world_size
 
     def steps_in(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.encoder.records) / self.records_per_step))
@@ -65,12 +66,12 @@ class BatchStream:
         return sorted({self._record(position) for position in range(count)})
 
     def __getitem__(self, number: int) -> Batch:
-        step, micro = divmod(number, self.batch.accumulate)
+        step, micro = divmod(number, self.micro_steps)
         return self.encoder.encode(self.indices(step, micro))
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step in first ... last - 1."""
-        numbers = range(first * self.batch.accumulate, last * self.batch.accumulate)
+        numbers = range(first * self.micro_steps, last * self.micro_steps)
         loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
@@ -83,6 +84,6 @@ class BatchStream:
         pending: list[Batch] = []
         for batch in loader:
             pending.append(batch)
-            if len(pending) == self.batch.accumulate:
+            if len(pending) == self.micro_steps:
                 yield pending
                 pending = []

@@ -5,6 +5,7 @@ says otherwise, nothing starts.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ def resolve(stage: StageConfig) -> dict[str, Any]:
 
     Raises:
         RecipeError: the file cannot be read or contradicts the recipe, or the stage asks for
-            something that ZeRO cannot do.
+            something that ZeRO cannot do, or DeepSpeed is not installed.
     """
     engine = stage.engine
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            "DeepSpeed is not there",
+            where=f"stage {stage.name}: engine.kind deepspeed",
+            mend="pip install 'mmkd[deepspeed]', or set engine.kind to torch",
+        )
     where = f"stage {stage.name}: engine"
     file = _read(engine.config) if engine.config else {}
     if engine.config:
@@ -51,10 +58,12 @@ def _ours(stage: StageConfig, zero: int) -> dict[str, Any]:
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         if stage.engine.offload == "all":
             optimization["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    processes = distributed.world_size()
+    micro_steps = stage.batch.micro_steps(processes)
     return {
         "train_micro_batch_size_per_gpu": stage.batch.size,
-        "gradient_accumulation_steps": stage.batch.accumulate,
-        "train_batch_size": stage.batch.size * stage.batch.accumulate * distributed.world_size(),
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": stage.batch.size * micro_steps * processes,
         "gradient_clipping": stage.optimizer.max_grad_norm,
         "bf16": {"enabled": half},
         "fp16": {"enabled": False},

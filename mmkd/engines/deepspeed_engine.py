@@ -23,7 +23,6 @@ from mmkd.engines.state import (
     optimizer_tensors,
     saved_buffers,
 )
-from mmkd.errors import RecipeError
 from mmkd.objectives import Signals
 from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
@@ -31,23 +30,13 @@ from mmkd.signals import capture
 
 
 def start(device: torch.device) -> Any:
-    """DeepSpeed itself, with its processes connected.
-
-    Raises:
-        RecipeError: it is not installed.
-    """
+    """DeepSpeed itself, with its processes connected."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        import deepspeed
-        import deepspeed.ops
-        from deepspeed.utils import logger
-    except ImportError as error:
-        raise RecipeError(
-            f"DeepSpeed is not there ({error})",
-            where="engine.kind deepspeed",
-            mend="pip install 'mmkd[deepspeed]', or set engine.kind to torch",
-        ) from error
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
         # Else it compiles a communication op for minutes; gloo does without.
@@ -213,8 +202,9 @@ class DeepSpeedEngine:
                     parameter.data.copy_(weight)
                 safe_set_full_fp32_param(parameter, weight)
                 for state in states:
-                    value = saved[f"{OPTIMIZER}/{name}/{state}"].to(self.device)
-                    safe_set_full_optimizer_state(parameter, value, state)
+                    value = saved.get(f"{OPTIMIZER}/{name}/{state}")
+                    if value is not None:  # torch keeps no states of what has no gradient
+                        safe_set_full_optimizer_state(parameter, value.to(self.device), state)
         for key, buffer in saved_buffers(self.model):
             buffer.copy_(saved[key])
         for state in self._optimizer.state.values():

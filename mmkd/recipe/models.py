@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
@@ -83,10 +84,35 @@ class ScheduleConfig(Strict):
 
 
 class BatchConfig(Strict):
-    """One optimizer step sees size x accumulate x processes records."""
+    """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
 
     size: int = Field(8, ge=1, description="records per process and micro-step")
     accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
+    total: int | None = Field(
+        None, ge=1, description="records per optimizer step; in place of accumulate"
+    )
+
+    @model_validator(mode="after")
+    def _one_count(self) -> "BatchConfig":
+        if self.total is not None and self.accumulate != 1:
+            raise ValueError("give either 'accumulate' or 'total'")
+        return self
+
+    def micro_steps(self, processes: int) -> int:
+        """Micro-steps per optimizer step.
+
+        Raises:
+            RecipeError: `total` does not divide.
+        """
+        if self.total is None:
+            return self.accumulate
+        if self.total % (self.size * processes):
+            raise RecipeError(
+                f"total {self.total} is no multiple of size {self.size} x {processes} processes",
+                where="stages.batch",
+                mend="change one of them",
+            )
+        return self.total // (self.size * processes)
 
 
 class CheckpointConfig(Strict):

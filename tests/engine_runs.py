@@ -1,0 +1,36 @@
+"""Runs recipes one after another in the processes that started it: a JSON file lists them.
+
+Each entry is a recipe and the step before which its run breaks off, or null.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mmkd import distributed, pipeline, stage
+from mmkd.recipe import load_recipe
+
+
+class BrokenOffError(Exception):
+    pass
+
+
+def main(path: str) -> None:
+    step = stage.Stage.step
+    for raw, stop in json.loads(Path(path).read_text()):
+
+        def watched(self, number, batches, stop=stop):
+            if number == stop:
+                raise BrokenOffError
+            return step(self, number, batches)
+
+        stage.Stage.step = watched
+        try:
+            pipeline.run(load_recipe(raw))
+        except BrokenOffError:
+            distributed.barrier()
+    distributed.disconnect()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,135 @@
+"""DeepSpeed's stages 0 to 3 train what plain torch trains, and go on where any of them stopped.
+
+The student is a sparse hybrid, its objectives read the output, image tokens and layers; all runs of
+a number of processes share one launch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import tiny_recipe
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+OBJECTIVES = [
+    {"kind": "ce"},
+    {"kind": "kl", "weight": 0.5},
+    {"kind": "kl", "name": "kl_vision", "region": "vision"},
+    {"kind": "relation"},
+    {"kind": "layer_l2"},
+    {"kind": "router_z", "weight": 0.01},  # balance is a micro-batch's own
+]
+CONVERT = [
+    {"kind": "mamba", "keep_attention": [0], "init": "mimic"},
+    {"kind": "moe", "experts": 4, "top_k": 2, "layers": "all"},
+]
+STEPS, STOP = 6, 5
+ENGINES = {
+    "torch": {},
+    **{f"zero{z}": {"kind": "deepspeed", "zero": z} for z in range(4)},
+    "offload": {"kind": "deepspeed", "zero": 3, "offload": "all"},
+}
+# begun on, gone on with
+HANDED_OVER = [("zero2", "zero2"), ("zero3", "zero3"), ("torch", "zero3"), ("zero1", "torch")]
+
+
+class Runs:
+    """Starts runs and reads what they left."""
+
+    def __init__(self, scenes: Path, model: Path, folder: Path):
+        self.scenes, self.model, self.folder = scenes, model, folder
+
+    def recipe(self, name: str, engine: str, **stage):
+        return tiny_recipe(
+            self.scenes,
+            self.model,
+            self.folder,
+            name=name,
+            teacher={"model": str(self.model)},
+            student={"model": str(self.model), "convert": CONVERT},
+            stage={
+                "objectives": OBJECTIVES,
+                "steps": STEPS,
+                "batch": {"size": 2, "total": 8},
+                "engine": {"device": "cpu", **ENGINES[engine]},
+                # A large eps: gradients that are rounding alone must not become steps.
+                "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
+                "checkpoint": {"every": 2},
+                **stage,
+            },
+        )
+
+    def start(self, entries: list, processes: int) -> None:
+        path = self.folder / f"runs-{processes}-{len(list(self.folder.glob('runs-*')))}.json"
+        path.write_text(json.dumps(entries))
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launcher = [*torchrun, f"--nproc_per_node={processes}"] if processes > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launcher, str(Path(__file__).with_name("engine_runs.py")), str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def metrics(self, name: str) -> list[dict]:
+        path = self.folder / name / "01-mimic" / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "01-mimic" / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(scenes_dir, tiny_model_dir, tmp_path_factory) -> Runs:
+    """All runs: every engine at one and two processes, and those that are handed over."""
+    made = Runs(scenes_dir, tiny_model_dir, tmp_path_factory.mktemp("runs"))
+    two = [(made.recipe(f"{engine}-2", engine), None) for engine in ENGINES]
+    for before, after in HANDED_OVER:
+        name = f"{before}-{after}"
+        two += [(made.recipe(name, before), STOP), (made.recipe(name, after), None)]
+    two.append((made.recipe("two-one", "zero3"), STOP))
+    made.start(two, 2)
+    one = [(made.recipe(f"{engine}-1", engine), None) for engine in ("torch", "zero2", "zero3")]
+    one += [(made.recipe("two-one", "zero2"), None), (made.recipe("one-two", "torch"), STOP)]
+    made.start(one, 1)
+    made.start([(made.recipe("one-two", "zero2"), None)], 2)
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{e}-2" for e in ENGINES), "zero2-1", "zero3-1", "two-one", "one-two"]
+)
+def test_every_engine_trains_the_same(runs, name):
+    """1e-5 is what float32 sums in another order are apart after six steps of Adam."""
+    got, want = runs.metrics(name), runs.metrics("torch-1")
+    assert len(got) == len(want) == STEPS
+    for mine, theirs in zip(got, want, strict=True):
+        for key in ("loss", "ce", "kl", "kl_vision", "relation", "layer_l2", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (key, mine["step"])
+        assert mine["lr"] == theirs["lr"]
+        assert mine["supervised_tokens"] == theirs["supervised_tokens"]
+    weights, expected = runs.weights(name), runs.weights("torch-1")
+    assert weights.keys() == expected.keys()
+    for key, tensor in weights.items():
+        assert tensor.dtype == expected[key].dtype
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("before_after", HANDED_OVER)
+def test_a_run_goes_on_where_it_stopped(runs, before_after):
+    before, after = before_after
+    got = [m["loss"] for m in runs.metrics(f"{before}-{after}")]
+    want = [m["loss"] for m in runs.metrics(f"{before}-2")]
+    if before == after:
+        assert got == want
+    else:
+        assert got[: STOP - 1] == want[: STOP - 1]
+        assert got == pytest.approx(want, rel=1e-5)
