@@ -23,6 +23,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes that one process may use: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def connect(device: torch.device, *, alone: bool = False) -> None:
     """Join the process group that a launcher describes; `alone` makes a group of one process too,
     which otherwise needs none."""

@@ -31,6 +31,7 @@ from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage
 from mmkd.students import write_converted
+from mmkd.teachers import LiveTeacher, place_teacher
 
 TEACHER = "teacher"
 
@@ -268,12 +269,16 @@ def _is_trained(member: Member) -> bool:
     return all(_is_done(member.stage_folder(i)) for i in range(len(member.recipe.stages)))
 
 
-def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[PreTrainedModel | None, Any]:
+def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[LiveTeacher | None, Any]:
     """Teacher and its processor, where one of the stages has an objective that needs them."""
-    objectives = [build_objective(o) for s in stages for o in s.objectives]
-    if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
+    needing = [
+        s for s in stages if any("teacher" in build_objective(o).needs for o in s.objectives)
+    ]
+    if recipe.teacher is None or not needing:
         return None, None
-    return load_model(recipe.teacher), load_processor(recipe.teacher)
+    device = distributed.choose_device(needing[0].engine.device)
+    teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
+    return teacher, load_processor(recipe.teacher)
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:

@@ -233,7 +233,7 @@ def run_stage(
     *,
     student: PreTrainedModel,
     processor: Any,
-    teacher: PreTrainedModel | None,
+    teacher: LiveTeacher | None,
     teacher_processor: Any,
     shared_vocabulary: int | None,
     data: DataConfig,
@@ -272,7 +272,7 @@ def run_stage(
         workers=data.workers,
     )
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    live = LiveTeacher(teacher, device) if teacher is not None and "teacher" in needs else None
+    live = teacher if "teacher" in needs else None
     reference: Reference | None = choose_reference(objectives, live, student, device)
     engine = build_engine(config, student, steps, device)
     if isinstance(reference, LiveReference) and reference.once:

@@ -34,7 +34,12 @@ ENGINES = {
     "torch": {},
     **{f"zero{z}": {"kind": "deepspeed", "zero": z} for z in range(4)},
     "offload": {"kind": "deepspeed", "zero": 3, "offload": "all"},
+    # the teacher's weights
+    "sharded": {"kind": "deepspeed", "zero": 2},
+    "sharded-torch": {},
+    "waiting": {"kind": "deepspeed", "zero": 3},
 }
+PLACEMENTS = {"sharded": "sharded", "sharded-torch": "sharded", "waiting": "offload"}
 # begun on, gone on with
 HANDED_OVER = [("zero2", "zero2"), ("zero3", "zero3"), ("torch", "zero3"), ("zero1", "torch")]
 
@@ -51,7 +56,7 @@ class Runs:
             self.model,
             self.folder,
             name=name,
-            teacher={"model": str(self.model)},
+            teacher={"model": str(self.model), "placement": PLACEMENTS.get(engine, "auto")},
             student={"model": str(self.model), "convert": CONVERT},
             stage={
                 "objectives": OBJECTIVES,

@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO engines behind the protocol (Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,40 +25,7 @@ from mmkd.objectives import Signals
 from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
 from mmkd.signals import capture
-
-
-def start(device: torch.device) -> Any:
-    """DeepSpeed itself, with its processes connected."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # Else it compiles a communication op for minutes; gloo does without.
-        deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    os.environ.setdefault("LOCAL_RANK", "0")
-    distributed.connect(device, alone=True)
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    return deepspeed
-
-
-class ScoredStudent(nn.Module):
-    """Student and objectives in one forward: DeepSpeed gathers weights for the modules that it sees
-    run, and those that objectives read belong to this one."""
-
-    def __init__(self, student: PreTrainedModel, autocast: Callable[[], AbstractContextManager]):
-        super().__init__()
-        self.student = student
-        self.autocast = autocast
-
-    def forward(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], layers: dict[str, Any]
-    ) -> Scored:
-        with self.autocast():
-            return score(capture(self.student, inputs, **layers))
+from mmkd.zero import Root, gathered, start
 
 
 class DeepSpeedEngine:
@@ -99,7 +64,7 @@ class DeepSpeedEngine:
         self._dtypes = {name: t.dtype for name, t in model.state_dict().items()}
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         self.engine, *_ = deepspeed.initialize(
-            model=ScoredStudent(model, self.autocast), optimizer=optimizer, config=config
+            model=Root(model), optimizer=optimizer, config=config
         )
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(device)  # weights in bfloat16, positions not
@@ -115,7 +80,12 @@ class DeepSpeedEngine:
         if self._open:
             raise RuntimeError("two forwards in one micro-step: call backward first")
         self._open = True
-        return self.engine(inputs, score, layers)
+
+        def run(model: PreTrainedModel) -> Scored:
+            with self.autocast():
+                return score(capture(model, inputs, **layers))
+
+        return self.engine(run)
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -245,12 +215,7 @@ class DeepSpeedEngine:
     def _gathered(
         self, parameters: list[nn.Parameter], *, changed: bool = False
     ) -> AbstractContextManager:
-        """The whole parameters inside; `changed` keeps what was written to them."""
-        if self.zero < 3:
-            return nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        return GatheredParameters(parameters, modifier_rank=0 if changed else None)
+        return gathered(parameters, changed=changed) if self.zero == 3 else nullcontext()
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor] | None:

@@ -32,6 +32,7 @@ from mmkd.recipe.models import (
     ScheduleConfig,
     StageConfig,
     StudentConfig,
+    TeacherPlacement,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "StageConfig",
     "StudentConfig",
     "Tail",
+    "TeacherPlacement",
     "load_recipe",
     "load_student",
     "to_yaml",

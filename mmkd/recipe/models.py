@@ -10,6 +10,7 @@ from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
 
 Precision = Literal["float32", "bfloat16", "auto"]
+TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 
 
 class ModelConfig(Strict):
@@ -44,6 +45,11 @@ class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
     source: Literal["live"] = Field("live", description="live: resident beside the student")
+    placement: TeacherPlacement = Field(
+        "auto",
+        description="replicated: whole on every process; sharded: spread over them; offload: on "
+        "the CPU, each layer fetched when it runs (both need DeepSpeed); auto: by size",
+    )
 
 
 class StudentConfig(ModelConfig):

@@ -1,6 +1,17 @@
 """Where teacher signals come from."""
 
 from mmkd.teachers.live import LiveTeacher
+from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
+from mmkd.teachers.sharded import ShardedTeacher
 
-__all__ = ["LiveReference", "LiveTeacher", "Reference", "choose_reference", "store"]
+__all__ = [
+    "LiveReference",
+    "LiveTeacher",
+    "Reference",
+    "ShardedTeacher",
+    "choose_placement",
+    "choose_reference",
+    "place_teacher",
+    "store",
+]

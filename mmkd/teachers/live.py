@@ -1,5 +1,6 @@
-"""A teacher that is resident beside the student: frozen, in eval mode, without gradients."""
+"""A teacher that runs beside the student: frozen, in eval mode, without gradients."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,18 @@ from mmkd.signals import capture, check_supported
 
 
 class LiveTeacher:
-    """Runs the teacher on the student's batches, or on its own view of them."""
+    """Runs the teacher on the student's batches, or on its own view of them.
+
+    Every process holds all of its weights.
+    """
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         check_supported(model, "teacher")
-        self.model = model.requires_grad_(False).eval().to(device)
+        self.device = device
+        self.model = self._placed(model.requires_grad_(False).eval())
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        return torch.nn.Module.to(model, self.device)
 
     @torch.no_grad()
     def signals(self, batch: Batch, **layers: Any) -> Signals:
@@ -37,3 +45,7 @@ class LiveTeacher:
     def answer_logps(self, batch: Batch, vocabulary: int | None) -> Tensor:
         """Log-probability of each row's responses, [B]."""
         return answer_logps(self.own_signals(batch), (batch.teacher or batch).targets, vocabulary)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights by name, sorted, whole; every rank calls it."""
+        yield from sorted(self.model.state_dict().items())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd import distributed
@@ -116,7 +116,7 @@ def store(
     lines = []
     with Bar("reference", len(batches), quiet=stream.rank > 0) as bar:
         for part in batches:
-            batch = stream.encoder.encode(part).to(reference.model.model.device)
+            batch = stream.encoder.encode(part).to(reference.model.device)
             with torch.no_grad(), autocast():
                 pairs = reference.logps(batch).float().unflatten(0, (2, -1)).T.tolist()
             lines += [json.dumps([i, pair]) for i, pair in zip(batch.indices, pairs, strict=True)]
@@ -151,7 +151,7 @@ def _read(path: Path, key: str) -> dict[int, Tensor] | None:
 def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> str:
     """One hash over the reference's weights, how it sees records, and the records."""
     seen = hashlib.sha256()
-    _add_weights(seen, reference.model.model)
+    _add_weights(seen, reference.model)
     processor = (encoder.teacher or encoder).processor
     said = [processor.chat_template, str(processor.to_dict()), encoder.config.max_length]
     seen.update(json.dumps([*said, reference.vocabulary]).encode())
@@ -163,8 +163,8 @@ def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> 
     return seen.hexdigest()
 
 
-def _add_weights(seen: Any, model: nn.Module) -> None:
-    for name, tensor in sorted(model.state_dict().items()):
+def _add_weights(seen: Any, teacher: LiveTeacher) -> None:
+    for name, tensor in teacher.tensors():
         seen.update(name.encode())
         seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

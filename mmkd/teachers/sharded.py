@@ -1,0 +1,88 @@
+"""A teacher whose weights are spread over the processes, or wait on the CPU.
+
+ZeRO stage 3 without an optimizer: each layer is gathered when it runs (Rajbhandari et al. 2020,
+arXiv 1910.02054, section 5.3).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmkd.data.encoder import Batch
+from mmkd.objectives import Signals
+from mmkd.signals import capture
+from mmkd.teachers.live import LiveTeacher
+from mmkd.zero import Root, gathered, start
+
+
+class ShardedTeacher(LiveTeacher):
+    """Signals equal those of the whole teacher.
+
+    The head stays whole on every process: objectives go through it in chunks long after the
+    teacher's forward.
+
+    Args:
+        model: the teacher, loaded in full; it belongs to this object from here on.
+        device: of this rank.
+        offload: keep the weights of each process's share on the CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, offload: bool = False):
+        self.offload = offload
+        super().__init__(model, device)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        deepspeed = start(self.device)
+        head = copy.deepcopy(model.get_output_embeddings()).to(self.device)
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        zero: dict[str, Any] = {"stage": 3}
+        if self.offload:
+            pinned = self.device.type == "cuda"
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+        half = next(model.parameters()).dtype == torch.bfloat16
+        self.engine, *_ = deepspeed.initialize(
+            model=Root(model),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 0.0,
+                "bf16": {"enabled": half},
+                "zero_optimization": zero,
+            },
+        )
+        self.engine.eval()
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].to(self.device)
+        self._spread_head = model.get_output_embeddings()
+        model.set_output_embeddings(head)
+        return model
+
+    @torch.no_grad()
+    def own_signals(self, batch: Batch, **layers: Any) -> Signals:
+        inputs, precision = (batch.teacher or batch).inputs, self._precision()
+
+        def run(model: PreTrainedModel) -> Signals:
+            with precision:  # DeepSpeed closes the one outside
+                return capture(model, inputs, **layers)
+
+        return self.engine(run)
+
+    def _precision(self) -> AbstractContextManager:
+        kind = self.device.type
+        return torch.autocast(
+            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            parameter = parameters.get(name)
+            if parameter is None or not hasattr(parameter, "ds_id"):
+                yield name, tensor
+                continue
+            with gathered([parameter]):
+                yield name, parameter.detach()

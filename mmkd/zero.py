@@ -1,0 +1,52 @@
+"""DeepSpeed's start, and what student and teacher need to be run by it."""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmkd import distributed
+
+Result = TypeVar("Result")
+
+
+def start(device: torch.device) -> Any:
+    """DeepSpeed itself, with its processes connected."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Else it compiles a communication op for minutes; gloo does without.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    os.environ.setdefault("LOCAL_RANK", "0")
+    distributed.connect(device, alone=True)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    return deepspeed
+
+
+class Root(nn.Module):
+    """Runs whatever reads a model inside of one module's forward: DeepSpeed gathers weights for the
+    modules that it sees run, and those that are read from outside belong to this one."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[PreTrainedModel], Result]) -> Result:
+        return run(self.model)
+
+
+def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> AbstractContextManager:
+    """Parameters that stage 3 has spread, whole inside; `changed` keeps what rank 0 writes."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0 if changed else None)
