@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmkd import distributed, pipeline, stage
 from mmkd.recipe import load_recipe
+from mmkd.teachers import sharded
 
 
 class BrokenOffError(Exception):
@@ -16,6 +17,7 @@ class BrokenOffError(Exception):
 
 
 def main(path: str) -> None:
+    sharded.WHOLE_BELOW = 0  # tiny weights are spread too
     step = stage.Stage.step
     for raw, stop in json.loads(Path(path).read_text()):
 

@@ -30,6 +30,7 @@ CONVERT = [
     {"kind": "moe", "experts": 4, "top_k": 2, "layers": "all"},
 ]
 STEPS, STOP = 6, 5
+SPREAD = "spread.json"
 ENGINES = {
     "torch": {},
     **{f"zero{z}": {"kind": "deepspeed", "zero": z} for z in range(4)},
@@ -44,13 +45,41 @@ PLACEMENTS = {"sharded": "sharded", "sharded-torch": "sharded", "waiting": "offl
 HANDED_OVER = [("zero2", "zero2"), ("zero3", "zero3"), ("torch", "zero3"), ("zero1", "torch")]
 
 
+# what runs a frozen model or samples beside: name -> engines, stage
+BESIDE = {
+    "preference": (
+        ("torch", "sharded", "zero3"),
+        {
+            "objectives": [
+                {"kind": "preference", "loss": "sigmoid", "reference_logps": "once"},
+                {"kind": "kl"},
+            ],
+            "pairs": True,
+        },
+    ),
+    "self": (
+        ("torch", "zero3"),
+        {"objectives": [{"kind": "preference", "loss": "ipo", "reference": "self"}], "pairs": True},
+    ),
+    "sampled": (
+        ("torch", "zero2"),
+        {
+            "objectives": [{"kind": "jsd"}],
+            "on_policy": {"lmbda": 0.5, "max_new_tokens": 6, "temperature": 0},
+        },
+    ),
+}
+
+
 class Runs:
     """Starts runs and reads what they left."""
 
     def __init__(self, scenes: Path, model: Path, folder: Path):
         self.scenes, self.model, self.folder = scenes, model, folder
 
-    def recipe(self, name: str, engine: str, **stage):
+    def recipe(self, name: str, engine: str, *, pairs: bool = False, **stage):
+        if pairs:
+            stage["data"] = {"train": str(self.scenes / "preferences.parquet")}
         return tiny_recipe(
             self.scenes,
             self.model,
@@ -62,7 +91,7 @@ class Runs:
                 "objectives": OBJECTIVES,
                 "steps": STEPS,
                 "batch": {"size": 2, "total": 8},
-                "engine": {"device": "cpu", **ENGINES[engine]},
+                "engine": {"device": "cpu", **self._engine(engine)},
                 # A large eps: gradients that are rounding alone must not become steps.
                 "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
                 "checkpoint": {"every": 2},
@@ -70,7 +99,16 @@ class Runs:
             },
         )
 
+    def _engine(self, engine: str) -> dict:
+        settings = ENGINES[engine]
+        if settings.get("zero") == 3:
+            return {**settings, "config": str(self.folder / SPREAD)}
+        return settings
+
     def start(self, entries: list, processes: int) -> None:
+        # Tiny weights are spread too.
+        spread = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        (self.folder / SPREAD).write_text(json.dumps(spread))
         path = self.folder / f"runs-{processes}-{len(list(self.folder.glob('runs-*')))}.json"
         path.write_text(json.dumps(entries))
         torchrun = ["-m", "torch.distributed.run", "--standalone"]
@@ -82,7 +120,7 @@ class Runs:
             text=True,
             timeout=500,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-9000:]
 
     def metrics(self, name: str) -> list[dict]:
         path = self.folder / name / "01-mimic" / "metrics.jsonl"
@@ -101,6 +139,8 @@ def runs(scenes_dir, tiny_model_dir, tmp_path_factory) -> Runs:
         name = f"{before}-{after}"
         two += [(made.recipe(name, before), STOP), (made.recipe(name, after), None)]
     two.append((made.recipe("two-one", "zero3"), STOP))
+    for name, (engines, settings) in BESIDE.items():
+        two += [(made.recipe(f"{name}-{e}", e, steps=3, **settings), None) for e in engines]
     made.start(two, 2)
     one = [(made.recipe(f"{engine}-1", engine), None) for engine in ("torch", "zero2", "zero3")]
     one += [(made.recipe("two-one", "zero2"), None), (made.recipe("one-two", "torch"), STOP)]
@@ -138,3 +178,12 @@ def test_a_run_goes_on_where_it_stopped(runs, before_after):
     else:
         assert got[: STOP - 1] == want[: STOP - 1]
         assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_frozen_models_and_samples_are_the_same_on_every_engine(runs, name):
+    engines, _ = BESIDE[name]
+    want, *others = [runs.metrics(f"{name}-{engine}") for engine in engines]
+    for got in others:
+        assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in want], rel=1e-5)
+        assert [m.get("sampled") for m in got] == [m.get("sampled") for m in want]

@@ -100,7 +100,7 @@ def _without_optimizer(file: dict[str, Any], stage: StageConfig, where: str) -> 
     scheduler = file.get("scheduler", {}).get("params", {})
     if any(value != AUTO for value in scheduler.values()):
         raise RecipeError(
-            "a scheduler of DeepSpeed's",
+            "it brings a scheduler of its own",
             where=where,
             mend="remove it: the recipe's 'schedule' runs",
         )
@@ -146,6 +146,9 @@ def _refuse(stage: StageConfig, zero: int, merged: dict[str, Any], where: str) -
         problem, mend = "stage 0 offloads nothing", "set engine.zero to 1 or more"
     elif zero < 3 and "offload_param" in offload:
         problem, mend = "only stage 3 offloads weights", "set engine.zero to 3"
+    elif zero == 3 and stage.on_policy is not None:
+        problem = "at stage 3 each token that the student samples would gather all weights"
+        mend = "set engine.zero to 2"
     elif zero > 0 and stage.optimizer.kind == "adafactor":
         problem = "adafactor's states are rows and columns, ZeRO cuts weights into flat pieces"
         mend = "use adamw, or the torch engine"

@@ -91,11 +91,11 @@ class DeepSpeedEngine:
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         if self._open:
             raise RuntimeError("generation inside of a micro-step: call backward first")
+
         model: Any = self.model
         self.engine.eval()
         try:
-            # Ranks that are done go on until all are: each forward gathers weights from all.
-            return model.generate(**inputs, synced_gpus=self.zero == 3, **options)
+            return model.generate(**inputs, **options)
         finally:
             self.engine.train()
 

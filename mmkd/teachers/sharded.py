@@ -19,6 +19,9 @@ from mmkd.signals import capture
 from mmkd.teachers.live import LiveTeacher
 from mmkd.zero import Root, gathered, start
 
+WHOLE_BELOW = 100_000
+"""Elements of a weight below which every process keeps it whole."""
+
 
 class ShardedTeacher(LiveTeacher):
     """Signals equal those of the whole teacher.
@@ -40,7 +43,7 @@ class ShardedTeacher(LiveTeacher):
         deepspeed = start(self.device)
         head = copy.deepcopy(model.get_output_embeddings()).to(self.device)
         buffers = {name: b.clone() for name, b in model.named_buffers()}
-        zero: dict[str, Any] = {"stage": 3}
+        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": WHOLE_BELOW}
         if self.offload:
             pinned = self.device.type == "cuda"
             zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
