@@ -1,76 +1,26 @@
-"""`mmkd plan`: what a run would cost, from configs and a sample of the data, without weights.
+"""`mmkd plan`: what a run would cost, from configs and a sample of the data, without weights."""
 
-FLOPs count multiply and add as two (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): a forward
-costs 2 per parameter and token, gradients of weights and of activations 2 each, attention scores
-and values 4 * length * width per layer and token, a Mamba-2 scan 4 P N for its state and chunk * (P
-+ N) inside of a chunk, per head and token (arXiv 2405.21060, section 6). Of experts only those
-count that a token meets. Activation memory follows Korthikanti et al. 2022 (arXiv 2205.05198, eq.
-2, without stored attention scores): 34 bytes per token, unit of width and layer in 16 bit.
-"""
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd import distributed
+from mmkd.costs import Sample, flops_per_record, idle_parameters, memory, parameter_bytes
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.engines import choose_precision
 from mmkd.errors import MmkdError
 from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
-from mmkd.ops.linear_loss import CHUNK_ELEMENTS
 from mmkd.pipeline import members
 from mmkd.progress import console
-from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
 from mmkd.students import convert, set_trainable
+from mmkd.teachers import choose_placement
 from mmkd_models.layout import mamba_layers
-from mmkd_models.mixer import Mamba2Mixer
-from mmkd_models.moe import SparseFfn
-from mmkd_models.parts import find_parts
 
 SAMPLED_RECORDS = 48
-ACTIVATION_BYTES_16_BIT = 34
-SCAN_CHUNK = 64
-STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 1}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Means per record: its tokens, those of one sequence (a pair has two), patches of the vision
-    tower, and for each objective on the head's output its rows."""
-
-    length: float
-    sequence: float
-    supervised: float
-    vision: float
-    patches: float
-    rows: dict[str, float]
-
-    @property
-    def projected(self) -> float:
-        """Rows that go through the head."""
-        return max(self.rows.values(), default=0.0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's cost depends on: parameters of its parts, of the decoder those that one token
-    meets, widths and depths."""
-
-    decoder: int
-    vision: int
-    connector: int
-    head: tuple[int, int]
-    width: int
-    depth: int
-    vision_width: int
-    vision_depth: int
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
@@ -113,6 +63,11 @@ def plan_stage(
     per_step = stage.batch.size * stage.batch.micro_steps(processes) * processes
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
+    placement: TeacherPlacement = "replicated"
+    if teacher is not None and recipe.teacher is not None:
+        device = distributed.choose_device(stage.engine.device)
+        wanted = recipe.teacher.placement
+        placement = choose_placement(wanted, parameter_bytes(teacher), device)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
@@ -131,7 +86,8 @@ def plan_stage(
             k: round(v * per_step)
             for k, v in flops_per_record(student, trainable, teacher, sample).items()
         },
-        "memory_bytes": memory(student, trained, teacher, stage, sample),
+        "memory_bytes": memory(student, trained, teacher, stage, sample, placement),
+        "teacher_placement": None if teacher is None else placement,
     }
 
 
@@ -167,144 +123,6 @@ def sample_data(
     )
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
-    parts = find_parts(model)
-    text = model.config.get_text_config()
-    vision = getattr(model.config, "vision_config", None)
-    embeddings = parameter_count(model.get_input_embeddings())
-    decoder = parameter_count(parts.decoder) - embeddings
-    tower = parameter_count(parts.vision) if parts.vision is not None else 0
-    head = parts.head.weight
-    assert isinstance(head, torch.Tensor)
-    tied = head is model.get_input_embeddings().weight
-    connector = (
-        parameter_count(model) - decoder - embeddings - tower - (0 if tied else head.numel())
-    )
-    return Shape(
-        decoder=decoder - idle_parameters(model),
-        vision=tower,
-        connector=connector,
-        head=(head.shape[0], head.shape[1]),
-        width=text.hidden_size,
-        depth=len(parts.decoder_layers),
-        vision_width=getattr(vision, "hidden_size", 0) or 0,
-        vision_depth=len(parts.vision_layers or ()),
-    )
-
-
-def idle_parameters(model: PreTrainedModel) -> int:
-    """Parameters of experts that a token does not meet."""
-    sparse = [m for m in find_parts(model).decoder.modules() if isinstance(m, SparseFfn)]
-    return sum(
-        parameter_count(m.experts) * (m.layout.experts - m.layout.top_k) // m.layout.experts
-        for m in sparse
-    )
-
-
-def _patches(model: PreTrainedModel, pixels: float) -> float:
-    """Vision-tower tokens behind a number of pixel values (three channels)."""
-    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
-    return pixels / (3 * patch * patch) if patch else 0.0
-
-
-def flops_per_record(
-    student: PreTrainedModel,
-    trainable: set[str],
-    teacher: PreTrainedModel | None,
-    sample: Sample,
-) -> dict[str, float]:
-    """FLOPs of one record in one step, by what they are spent on."""
-    passes = _passes(student, trainable)
-    forward = _forward(student, sample, sample.projected)
-    found = {
-        "student_vision": forward["vision"] * passes["vision"],
-        "student_decoder": forward["decoder"] * passes["decoder"],
-        "student_head": forward["head"] * passes["head"],
-    }
-    if teacher is not None:
-        frozen = _forward(teacher, sample, sample.projected)
-        found |= {f"teacher_{part}": value for part, value in frozen.items()}
-    return {**found, "total": sum(found.values())}
-
-
-def _passes(student: PreTrainedModel, trainable: set[str]) -> dict[str, int]:
-    """How many times the forward's FLOPs each part costs: 1, +1 for gradients of activations
-    that something before it needs, +1 for gradients of its own weights."""
-    parts = find_parts(student)
-    ids = {id(p) for n, p in student.named_parameters() if n in trainable}
-
-    def trains(module: nn.Module | None) -> bool:
-        return module is not None and any(id(p) in ids for p in module.parameters())
-
-    vision, decoder = trains(parts.vision), trains(parts.decoder)
-    known = [parts.vision, parts.decoder, parts.head]
-    inside = {id(p) for m in known if m is not None for p in m.parameters()}
-    before = vision or bool(ids - inside)
-    return {
-        "vision": 1 + 2 * vision,
-        "decoder": 1 + (before or decoder) + decoder,
-        "head": 1 + (before or decoder) + trains(parts.head),
-    }
-
-
-def _forward(model: PreTrainedModel, sample: Sample, rows: float) -> dict[str, float]:
-    shape = shape_of(model)
-    patches = _patches(model, sample.patches)
-    layers = shape.depth - len(mamba_layers(model.config))
-    attention = 4 * sample.sequence * shape.width * layers / 2  # causal: half the square
-    vision_attention = 4 * patches * shape.vision_width * shape.vision_depth
-    return {
-        "vision": patches * (2 * shape.vision + vision_attention)
-        + 2 * sample.vision * shape.connector,
-        "decoder": sample.length * (2 * shape.decoder + attention + _scan(model)),
-        "head": rows * 2 * shape.head[0] * shape.head[1],
-    }
-
-
-def _scan(model: PreTrainedModel) -> float:
-    """FLOPs of all scans per token."""
-    mixers = [m for m in find_parts(model).decoder.modules() if isinstance(m, Mamba2Mixer)]
-    return sum(
-        m.shape.heads
-        * (4 * m.shape.value_dim * m.d_state + SCAN_CHUNK * (m.shape.value_dim + m.d_state))
-        for m in mixers
-    )
-
-
-def memory(
-    student: PreTrainedModel,
-    trained: int,
-    teacher: PreTrainedModel | None,
-    stage: StageConfig,
-    sample: Sample,
-) -> dict[str, int]:
-    """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk."""
-    shape = shape_of(student)
-    weight = next(student.parameters()).element_size()
-    device = distributed.choose_device(stage.engine.device)
-    precision = choose_precision(stage.precision, device)
-    scale = 1 if precision == "bfloat16" or weight == 2 else 2
-    tokens = sample.length * stage.batch.size
-    patches = _patches(student, sample.patches) * stage.batch.size
-    per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT
-    units = tokens * shape.width * shape.depth + patches * shape.vision_width * shape.vision_depth
-    rows = sample.projected * stage.batch.size
-    found = {
-        "student_weights": parameter_count(student) * weight,
-        "gradients": trained * weight,
-        "optimizer": trained * weight * STATES[stage.optimizer.kind],
-        "activations": round(units * per_unit * scale),
-        "head_chunk": round(3 * 4 * min(rows * shape.head[0], CHUNK_ELEMENTS)),
-    }
-    if teacher is not None:
-        found["teacher_weights"] = (
-            parameter_count(teacher) * next(teacher.parameters()).element_size()
-        )
-    if any(getattr(o, "reference", None) == "self" for o in stage.objectives):
-        found["reference_weights"] = found["student_weights"]
-    return {**found, "total": sum(found.values())}
-
-
 def human(value: float, unit: str = "") -> str:
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
@@ -336,7 +154,8 @@ _ROWS: dict[str, Any] = {
     "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
     "optimizer": lambda s: "{kind} lr {lr:g}".format(**s["settings"]["optimizer"]),
     "schedule": lambda s: s["settings"]["schedule"]["kind"],
-    "engine": lambda s: f"{s['settings']['engine']['kind']}, {s['settings']['precision']}",
+    "engine": lambda s: f"{_engine(s['settings']['engine'])}, {s['settings']['precision']}",
+    "teacher's weights": lambda s: s["teacher_placement"] or "",
     "records": lambda s: f"{s['records']:,}" if s["records"] else "not built yet",
     "records per step": lambda s: s["records_per_step"],
     "steps (epochs)": lambda s: f"{s['steps']:,} ({s['epochs']:g})",
@@ -349,7 +168,15 @@ _ROWS: dict[str, Any] = {
     ),
     "memory, estimated": lambda s: human(s["memory_bytes"]["total"], "B"),
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
+    "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
+
+
+def _engine(settings: dict[str, Any]) -> str:
+    if settings["kind"] == "torch":
+        return "torch"
+    stage = settings["zero"]
+    return "deepspeed" if stage is None else f"deepspeed, ZeRO {stage}"
 
 
 def _objective(settings: dict[str, Any]) -> str:

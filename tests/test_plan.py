@@ -96,6 +96,39 @@ def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, 
     assert more == pytest.approx(3 * 2 * 2 * router * tokens, rel=1e-2)
 
 
+def test_zero_spreads_what_its_stage_says(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
+    """Adam in float32: weights, gradients, master weights and two states of 4 bytes each."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def plan(engine, placement="replicated"):
+        raw = tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            teacher={"model": str(tiny_model_dir), "placement": placement},
+            stage={"engine": {"device": "cpu", **engine}, "objectives": [{"kind": "kl"}]},
+        )
+        (stage,) = make_plan(load_recipe(raw))["members"]["student"]["stages"]
+        return stage["parameters"], stage["memory_bytes"]
+
+    for zero, (weights, gradients, states) in enumerate(
+        [(4, 4, 8), (4, 4, 3), (4, 1, 3), (1, 1, 3)]
+    ):
+        count, found = plan({"kind": "deepspeed", "zero": zero})
+        assert found["student_weights"] == pytest.approx(weights * count, abs=4)
+        assert found["gradients"] == pytest.approx(gradients * count, abs=4)
+        assert found["optimizer"] == pytest.approx(states * count, abs=4)
+        assert found["teacher_weights"] == 4 * count
+        assert found["cpu"] == 0
+    count, found = plan({"kind": "deepspeed", "zero": 3, "offload": "all"}, "offload")
+    assert found["student_weights"] == found["optimizer"] == 0
+    assert found["cpu"] == pytest.approx((1 + 3 + 1) * count, abs=8)
+    assert found["teacher_weights"] < 4 * count
+    _, spread = plan({}, "sharded")
+    assert spread["teacher_weights"] == pytest.approx(found["teacher_weights"] + count, abs=4)
+
+
 def test_a_seven_billion_model_is_planned_without_weights(scenes_dir, tmp_path):
     raw = tiny_recipe(
         scenes_dir,
