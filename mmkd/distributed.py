@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -62,6 +64,15 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def leave() -> None:
+    """Leave the process group for good; the first rank goes on as one process that no launcher
+    started."""
+    disconnect()
+    if rank() == 0:
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
 
 
 def disconnect() -> None:

@@ -19,8 +19,8 @@ POLL_SECONDS = 0.1
 def launch(arguments: list[str], processes: int) -> int:
     """Run `mmkd ARGUMENTS` in that many processes; returns the exit status.
 
-    SIGTERM and SIGINT are passed on, and all processes may end in their own time. When one fails,
-    the others are stopped.
+    SIGTERM and SIGINT are passed on, and all processes may end in their own time; a second one
+    kills them. When one fails, the others are stopped.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,9 +41,12 @@ def launch(arguments: list[str], processes: int) -> int:
         for rank in range(processes)
     ]
 
+    heard: list[int] = []
+
     def pass_on(number: int, frame: Any) -> None:
         for worker in workers:
-            worker.send_signal(number)
+            worker.send_signal(signal.SIGKILL if heard else number)
+        heard.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ def start(device: torch.device) -> Any:
     if device.type == "cpu":
         # Else it compiles a communication op for minutes; gloo does without.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    # DeepSpeed calls functions of torch.distributed that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=".*torch.distributed", category=FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")
     distributed.connect(device, alone=True)
     deepspeed.init_distributed(auto_mpi_discovery=False)
