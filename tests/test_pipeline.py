@@ -30,8 +30,9 @@ def write(path, raw):
     return path
 
 
-def start(recipe, *launcher):
+def start(recipe, *launcher, processes=1):
     command = [*(launcher or (sys.executable, "-m", "mmkd.cli")), "run", str(recipe)]
+    command += ["--nproc", str(processes)] if processes > 1 else []
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -130,6 +131,25 @@ def test_two_processes_train_like_one(objectives, data, scenes_dir, tiny_model_d
         assert a["supervised_tokens"] == b["supervised_tokens"]
         for key in ("loss", "grad_norm", *(o["kind"] for o in objectives)):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6)
+
+
+def test_one_of_two_processes_scores(scenes_dir, tiny_model_dir, tmp_path):
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        stage={"steps": 1, "batch": {"size": 2}},
+        evaluate={
+            "tasks": ["scenes_vqa"],
+            "include": str(scenes_dir / "tasks"),
+            "limit": 2,
+        },
+    )
+    path = write(tmp_path / "two.yaml", raw)
+    code, output = finish(start(path, processes=2))
+    assert code == 0, output
+    assert (tmp_path / "tiny" / "report.html").exists()
+    assert read_json(tmp_path / "tiny" / "evaluation" / "student" / "results.json")["scores"]
 
 
 def test_finished_stages_are_kept_and_another_recipe_is_refused(
