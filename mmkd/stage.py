@@ -87,7 +87,7 @@ class Stage:
                 if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
                     keep = self.config.checkpoint.keep
                     save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
-                if stop:
+                if stop and step < self.steps:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
         return metrics
 

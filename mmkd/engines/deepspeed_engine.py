@@ -91,7 +91,6 @@ class DeepSpeedEngine:
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         if self._open:
             raise RuntimeError("generation inside of a micro-step: call backward first")
-
         model: Any = self.model
         self.engine.eval()
         try:
@@ -233,8 +232,7 @@ class DeepSpeedEngine:
             return None
         named = {n: whole[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
         named |= dict(self.model.named_buffers())
-        found = {name: named[name].to(dtype) for name, dtype in self._dtypes.items()}
-        return found
+        return {name: named[name].to(dtype) for name, dtype in self._dtypes.items()}
 
     def barrier(self) -> None:
         distributed.barrier()
