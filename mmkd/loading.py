@@ -1,5 +1,6 @@
 """Models and processors from a folder, from the Hub, or from a config with random weights."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 
 # Students load by the installed code: what a folder brings is not run.
 AutoConfig.register(MODEL_TYPE, MmkdConfig, exist_ok=True)
+# transformers imports DeepSpeed where it is installed, and DeepSpeed prints that it found no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
 FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"

@@ -145,6 +145,7 @@ def test_a_sparse_hybrid_loads_where_only_torch_and_transformers_are(tmp_path):
     env = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",  # it prints what it finds
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other sums would be other bits
     }
