@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from mmkd import distributed
 from mmkd.engines.base import Scored, StepResult
+from mmkd.engines.common import EngineBase
 from mmkd.engines.state import (
     OPTIMIZER,
     WEIGHTS,
@@ -28,7 +28,7 @@ from mmkd.signals import capture
 from mmkd.zero import Root, gathered, start
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(EngineBase):
     """Implements `Engine`; stages 0 to 3.
 
     Args:
@@ -51,16 +51,12 @@ class DeepSpeedEngine:
         device: torch.device,
         precision: Precision = "float32",
     ):
+        super().__init__(device, precision)
         deepspeed = start(device)
         self.model = model
         self.schedule = schedule
-        self.device = device
-        self.precision = precision
-        self.rank = distributed.rank()
-        self.world_size = distributed.world_size()
         self.zero: int = config["zero_optimization"]["stage"]
         self._optimizer = optimizer
-        self._open = False
         self._dtypes = {name: t.dtype for name, t in model.state_dict().items()}
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         self.engine, *_ = deepspeed.initialize(
@@ -69,17 +65,10 @@ class DeepSpeedEngine:
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(device)  # weights in bfloat16, positions not
 
-    def autocast(self) -> AbstractContextManager:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def forward(
         self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
     ) -> Scored:
-        if self._open:
-            raise RuntimeError("two forwards in one micro-step: call backward first")
-        self._open = True
+        self._begin()
 
         def run(model: PreTrainedModel) -> Scored:
             with self.autocast():
@@ -89,8 +78,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-        if self._open:
-            raise RuntimeError("generation inside of a micro-step: call backward first")
+        self._between()
         model: Any = self.model
         self.engine.eval()
         try:
@@ -99,9 +87,7 @@ class DeepSpeedEngine:
             self.engine.train()
 
     def backward(self, loss: Tensor) -> None:
-        if not self._open:
-            raise RuntimeError("two backwards in one micro-step: add the losses up first")
-        self._open = False
+        self._end()
         # DeepSpeed averages gradients over ranks; ours add up.
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
@@ -118,9 +104,6 @@ class DeepSpeedEngine:
         return torch.nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None]
         )
-
-    def total(self, values: Tensor) -> Tensor:
-        return distributed.total(values)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.zero == 0:
@@ -233,9 +216,6 @@ class DeepSpeedEngine:
         named = {n: whole[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
         named |= dict(self.model.named_buffers())
         return {name: named[name].to(dtype) for name, dtype in self._dtypes.items()}
-
-    def barrier(self) -> None:
-        distributed.barrier()
 
     def close(self) -> None:
         self.model.eval()

@@ -1,7 +1,6 @@
 """The engine for one process, or a few with replicated weights: plain torch."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from mmkd import distributed
 from mmkd.engines.base import Scored, StepResult
+from mmkd.engines.common import EngineBase
 from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
 from mmkd.objectives import Signals
 from mmkd.optim import forward_schedule
@@ -20,7 +19,7 @@ from mmkd.recipe import Precision
 from mmkd.signals import capture
 
 
-class TorchEngine:
+class TorchEngine(EngineBase):
     """Implements `Engine`; gradients are summed over ranks once per step."""
 
     def __init__(
@@ -33,38 +32,26 @@ class TorchEngine:
         precision: Precision = "float32",
         max_grad_norm: float = 1.0,
     ):
+        super().__init__(device, precision)
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
-        self.device = device
-        self.precision = precision
         self.max_grad_norm = max_grad_norm
-        self.rank = distributed.rank()
-        self.world_size = distributed.world_size()
-        self._open = False
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def autocast(self) -> AbstractContextManager:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def forward(
         self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
     ) -> Scored:
-        if self._open:
-            raise RuntimeError("two forwards in one micro-step: call backward first")
-        self._open = True
+        self._begin()
         with self.autocast():
             return score(capture(self.model, inputs, **layers))
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-        if self._open:
-            raise RuntimeError("generation inside of a micro-step: call backward first")
+        self._between()
         model: Any = self.model
         model.eval()
         try:
@@ -73,9 +60,7 @@ class TorchEngine:
             model.train()
 
     def backward(self, loss: Tensor) -> None:
-        if not self._open:
-            raise RuntimeError("two backwards in one micro-step: add the losses up first")
-        self._open = False
+        self._end()
         if loss.requires_grad:
             loss.backward()
 
@@ -93,9 +78,6 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(float(norm), lr)
 
-    def total(self, values: Tensor) -> Tensor:
-        return distributed.total(values)
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from changing_weights(self.model)
         yield from optimizer_tensors(self.model, self.optimizer)
@@ -107,9 +89,6 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor] | None:
         return self.model.state_dict() if self.rank == 0 else None
-
-    def barrier(self) -> None:
-        distributed.barrier()
 
     def close(self) -> None:
         self.model.eval()
