@@ -4,8 +4,11 @@
 with: for each row a picture's tokens in the midst of that many words.
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -266,3 +269,22 @@ def row_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         part = value.unflatten(0, (rows, -1))[row]
         alone[name] = part[:, real] if value.shape == batch["input_ids"].shape else part
     return alone
+
+
+def run_alone(script: str, home: Path, *arguments: Path) -> str:
+    """What a script prints in a process that sees neither mmkd's environment nor its folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={
+            "HF_HOME": str(home / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "DS_ACCELERATOR": "cpu",  # it prints what it finds
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other sums would be other bits
+        },
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

@@ -190,17 +190,8 @@ print([m for m in sys.modules if m.split(".")[0] in ("mmkd", "mmkd_models") and 
 def test_a_folder_loads_where_only_torch_and_transformers_are(saved, tmp_path):
     batch = families.inputs("llava", [5, 9])
     torch.save(batch, tmp_path / "batch.pt")
-    command = [sys.executable, "-c", ALONE, str(saved), str(tmp_path)]
-    env = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",  # it prints what it finds
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other sums would be other bits
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "[]"
+    printed = families.run_alone(ALONE, tmp_path, saved, tmp_path)
+    assert printed.strip() == "[]"
     got = torch.load(tmp_path / "got.pt")
     model = load_pretrained(str(saved))
     with torch.no_grad():

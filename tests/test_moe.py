@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import families
 import pytest
@@ -141,16 +139,7 @@ def test_a_sparse_hybrid_loads_where_only_torch_and_transformers_are(tmp_path):
     model.save_pretrained(tmp_path)
     batch = families.inputs("llava", [5, 9])
     torch.save(batch, tmp_path / "batch.pt")
-    command = [sys.executable, "-c", ALONE, str(tmp_path)]
-    env = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",  # it prints what it finds
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other sums would be other bits
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    families.run_alone(ALONE, tmp_path, tmp_path)
     got = torch.load(tmp_path / "got.pt")
     torch.testing.assert_close(got, logits_of(model, batch), rtol=0, atol=1e-6)
 
