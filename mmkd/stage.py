@@ -42,7 +42,14 @@ from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.steplog import StepLog
 from mmkd.students import write_student
-from mmkd.teachers import LiveReference, LiveTeacher, Reference, choose_reference, store
+from mmkd.teachers import (
+    LiveReference,
+    LiveTeacher,
+    Reference,
+    ShardedTeacher,
+    choose_reference,
+    store,
+)
 from mmkd_models.layout import mamba_layers
 
 Metrics = dict[str, Any]
@@ -142,8 +149,10 @@ class Stage:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
 
         def score(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+            student = student.first(len(targets.input_ids))
+            theirs = None if teacher is None else teacher.first(len(targets.input_ids))
             outcomes = {
-                o.name: o(student, teacher, targets, max(rows[o.name], 1.0))
+                o.name: o(student, theirs, targets, max(rows[o.name], 1.0))
                 for o in self.objectives
             }
             parts = {name: outcome.loss for name, outcome in outcomes.items()}
@@ -262,7 +271,13 @@ def run_stage(
         for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
-    encoder = Encoder.of(objectives, data, processor, teacher_processor=teacher_processor)
+    encoder = Encoder.of(
+        objectives,
+        data,
+        processor,
+        teacher_processor=teacher_processor,
+        filler=config.engine.kind == "deepspeed" or isinstance(teacher, ShardedTeacher),
+    )
     stream = BatchStream(
         encoder,
         config.batch,

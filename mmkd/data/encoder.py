@@ -20,6 +20,7 @@ from mmkd.recipe import DataConfig
 IGNORED = -100
 RENDERED_KEPT = 50_000
 MOVED = "text_replacement_offsets"
+BLANK_SIZE = (64, 64)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        inputs: what the model is called with, without labels.
+        inputs: what the model is called with, without labels; with a filler, one row more than the
+            rest.
         targets: what its tokens are.
         ids: the records' ids, for messages; a pair's two rows have one.
         skipped: messages of the records that were left out.
@@ -87,6 +89,7 @@ class Encoder:
         pairs: encode the rejected answers too, behind the chosen ones; only the last answer of a
             conversation is then a response.
         teacher_processor: the teacher's, if it makes other tokens or pixels.
+        filler: have the models see a blank picture behind a batch that has none.
     """
 
     def __init__(
@@ -98,15 +101,17 @@ class Encoder:
         vision_labels: bool = False,
         pairs: bool = False,
         teacher_processor: Any = None,
+        filler: bool = False,
     ):
         self.records = records
         self.processor = processor
         self.config = config
         self.vision_labels = vision_labels
         self.pairs = pairs
+        self.filler = _blank(processor) if filler else None
         self.teacher = None
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
-            self.teacher = Encoder(records, teacher_processor, config, pairs=pairs)
+            self.teacher = Encoder(records, teacher_processor, config, pairs=pairs, filler=filler)
         self._rendered = lru_cache(maxsize=RENDERED_KEPT)(self._render)
 
     @classmethod
@@ -118,6 +123,7 @@ class Encoder:
         *,
         teacher_processor: Any = None,
         records: Records | None = None,
+        filler: bool = False,
     ) -> "Encoder":
         """The encoder that a stage's objectives need."""
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
@@ -128,6 +134,7 @@ class Encoder:
             vision_labels="vision_labels" in needs,
             pairs="pairs" in needs,
             teacher_processor=teacher_processor if "teacher" in needs else None,
+            filler=filler,
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -202,20 +209,22 @@ class Encoder:
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
-        encoded = self._process(samples)
+        filler = [] if any(s.pictures for s in samples) else [self.filler] * bool(self.filler)
+        encoded = self._process(samples + filler)
         offsets = encoded.pop("offset_mapping")
         moved = encoded.pop(MOVED, None) or [[] for _ in samples]
-        attention = encoded["attention_mask"].bool()  # [B, T]
+        ids = encoded["input_ids"][: len(samples)]  # [B, T]
+        attention = encoded["attention_mask"][: len(samples)].bool()  # [B, T]
         response = torch.zeros_like(attention)
         for row, sample in enumerate(samples):
             spans = expanded_spans(sample.rendered.spans, moved[row])
             response[row] = torch.tensor(mark_tokens(offsets[row].tolist(), spans))
-        vision = encoded["input_ids"] == image_token_id(self.processor)  # [B, T]
+        vision = ids == image_token_id(self.processor)  # [B, T]
         labels = background = None
         if self.vision_labels:
             labels, background = self._vision_labels(samples, vision)
         targets = Targets(
-            encoded["input_ids"],
+            ids,
             attention,
             response & attention & ~vision,
             vision,
@@ -291,9 +300,13 @@ class Encoder:
                 mend="raise data.max_length or use smaller images",
             )
 
+        rows = (len(samples), len(batch.inputs["input_ids"]))
+
         def head(value: Any) -> Any:
-            is_sequence = isinstance(value, Tensor) and value.shape[:2] == (len(samples), length)
-            return value[:, :limit] if is_sequence else value
+            is_sequence = isinstance(value, Tensor) and value.dim() > 1
+            if is_sequence and value.shape[0] in rows and value.shape[1] == length:
+                return value[:, :limit]
+            return value
 
         targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
         return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
@@ -326,6 +339,15 @@ class Encoder:
 @lru_cache(maxsize=65536)
 def _last_token(tokenizer: Any, word: str) -> int:
     return tokenizer.encode(word, add_special_tokens=False)[-1]
+
+
+def _blank(processor: Any) -> Sample:
+    """A question about a blank picture."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    messages: list[Message] = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    picture = Image.new("RGB", BLANK_SIZE)
+    return Sample(-1, Record("filler", messages), Rendered(text, ()), [picture])
 
 
 def _template_writes_bos(processor: Any, text: str) -> bool:

@@ -57,7 +57,11 @@ class Engine(Protocol):
         ...
 
     def step(self) -> StepResult:
-        """Clip, update, advance the schedule, clear gradients."""
+        """Clip, update, advance the schedule, clear gradients.
+
+        The gradient of a weight that no loss of the step depends on is zero: its momentum and its
+        decay go on.
+        """
         ...
 
     def total(self, values: Tensor) -> Tensor:

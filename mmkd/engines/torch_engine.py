@@ -65,10 +65,10 @@ class TorchEngine(EngineBase):
             loss.backward()
 
     def step(self) -> StepResult:
-        if self.world_size > 1:
-            for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.world_size > 1:
                 dist.all_reduce(parameter.grad)
         limit = self.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)

@@ -6,7 +6,7 @@ per covered token over all ranks and accumulation steps, whatever the batch layo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -52,6 +52,12 @@ class LayerSignals:
     keys: Tensor | None = None
     values: Tensor | None = None
 
+    def first(self, rows: int) -> "LayerSignals":
+        """The same of a batch's first rows."""
+        return LayerSignals(
+            **{name: None if x is None else x[:rows] for name, x in vars(self).items()}
+        )
+
 
 @dataclass(frozen=True)
 class RouterSignals:
@@ -88,6 +94,19 @@ class Signals:
     layers: dict[int, LayerSignals] = field(default_factory=dict)
     forced: dict[int, LayerSignals] = field(default_factory=dict)
     routers: dict[int, RouterSignals] = field(default_factory=dict)
+
+    def first(self, rows: int) -> "Signals":
+        """The same of a batch's first rows, without what else the model saw."""
+        if len(self.hidden) == rows:
+            return self
+        return replace(
+            self,
+            hidden=self.hidden[:rows],
+            embeddings=None if self.embeddings is None else self.embeddings[:rows],
+            layers={i: layer.first(rows) for i, layer in self.layers.items()},
+            forced={i: layer.first(rows) for i, layer in self.forced.items()},
+            routers={i: replace(r, logits=r.logits[:rows]) for i, r in self.routers.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def answer_logps(signals: Signals, targets: Targets, vocabulary: int | None) -> 
         vocabulary: tokens that both models share; None for the whole head.
     """
     rows = targets.predicts_answers()  # [B, T]
+    signals = signals.first(len(rows))
     found = token_logps(
         signals.hidden[rows],
         signals.head_weight,
