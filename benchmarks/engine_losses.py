@@ -2,9 +2,9 @@
 
     python -m benchmarks.engine_losses --json runs/bench/engine_losses.json
 
-Runs the quickstart's mimic stage through `mmkd run`, in float32, on torch and on ZeRO 0 to 3, at one
-and two processes, with the teacher whole on each process and spread over them. Runs that are there
-already are not made again.
+Runs the quickstart's mimic stage through `mmkd run`, in float32, on torch and on ZeRO 0 to 3, at
+one and two processes, with the teacher whole on each process and spread over them. Runs that are
+there already are not made again.
 """
 
 import argparse

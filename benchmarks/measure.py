@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
 
 def save(args: argparse.Namespace, **record: Any) -> None:
     """Write settings, machine and what was measured to `args.json`, or print them."""
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "out")}
     record = {"settings": settings, "machine": machine(), **record}
     if args.json:
         write_json(args.json, record)

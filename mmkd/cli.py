@@ -252,8 +252,35 @@ def main() -> None:
     except StoppedError as end:
         print(f"mmkd: {end}")
     except MmkdError as error:
-        print(f"mmkd: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+    except (OSError, RuntimeError) as error:
+        known = _full_disk(error) or _lost_peer(error)
+        if known is None:
+            raise
+        _fail(known)
+
+
+def _fail(error: MmkdError) -> None:
+    print(f"mmkd: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _full_disk(error: Exception) -> MmkdError | None:
+    from mmkd.files import FULL
+
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    return MmkdError(
+        f"cannot write ({error.strerror})",
+        where=error.filename,
+        mend="free space and run the same command again",
+    )
+
+
+def _lost_peer(error: Exception) -> MmkdError | None:
+    from mmkd.distributed import explained
+
+    return explained(error)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,22 @@
 """Who this process is, and how processes find each other."""
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from mmkd.errors import PeerError
+
+PATIENCE = 1800.0
+"""Seconds that a process waits for the others, if the recipe says nothing else."""
+
+_patience = timedelta(seconds=PATIENCE)
+
+# What torch's backends say when another process is gone; they raise plain RuntimeErrors.
+GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LATE = ("timed out", "timeout")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,16 +46,49 @@ def memory_of(device: torch.device) -> int:
     return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def connect(device: torch.device, *, alone: bool = False) -> None:
+def connect(device: torch.device, *, alone: bool = False, patience: float = PATIENCE) -> None:
     """Join the process group that a launcher describes; `alone` makes a group of one process too,
-    which otherwise needs none."""
+    which otherwise needs none.
+
+    Args:
+        device: of this process.
+        alone: make a group of one.
+        patience: seconds to wait for the others, now and in every exchange.
+
+    Raises:
+        PeerError: they did not come.
+    """
+    global _patience
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
+    _patience = timedelta(seconds=patience)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if world_size() > 1:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    settings: dict[str, Any] = {"timeout": _patience}
+    if world_size() == 1:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, **settings)
+    except dist.DistError as error:
+        raise PeerError(
+            f"process {rank()} waited {patience:.0f} s, and not all {world_size()} came",
+            mend="start all of them with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
+        ) from error
+
+
+def new_group(ranks: list[int]) -> Any:
+    """A group of some processes that waits as long as the group of all."""
+    return dist.new_group(ranks, timeout=_patience)
+
+
+def explained(error: BaseException) -> PeerError | None:
+    """What an exception says of the other processes, if it is about them."""
+    said = str(error)
+    if not (isinstance(error, dist.DistError) or any(word in said for word in GONE)):
+        return None
+    again = "see what the others said; the same command goes on from the newest checkpoint"
+    if any(word in said.lower() for word in LATE):
+        return PeerError(f"process {rank()} waits for another one that does not answer", mend=again)
+    return PeerError(f"process {rank()} lost another one", mend=again)
 
 
 def barrier() -> None:

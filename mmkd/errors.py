@@ -1,5 +1,7 @@
 """Errors a user sees: one line that says what is wrong, where, and how to mend it."""
 
+AGAIN = "run the same command again to go on"
+
 
 class MmkdError(Exception):
     """A problem the user can mend.
@@ -32,6 +34,10 @@ class CheckpointError(MmkdError):
 
 class NonFiniteLossError(MmkdError):
     """Training produced a loss or gradient that is not a number."""
+
+
+class PeerError(MmkdError):
+    """Another process of the run is gone or does not answer."""
 
 
 class StoppedError(MmkdError):

@@ -1,5 +1,6 @@
 """Files that are whole or not there: write beside, flush to disk, then rename."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from mmkd.errors import CheckpointError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,11 +41,22 @@ def read_json(path: Path) -> Any:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder through `write`; it takes its name only when it is complete."""
+    """Fill a folder through `write`; it takes its name only when it is complete.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left of it.
+    """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
+    try:
+        write(partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot write ({reason})", where=str(path), mend="free space and run again"
+        ) from error
     for file in partial.rglob("*"):
         if file.is_file():
             sync_file(file)

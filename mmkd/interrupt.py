@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from mmkd import distributed
-from mmkd.errors import StoppedError
-
-AGAIN = "run the same command again to go on"
+from mmkd.errors import AGAIN, StoppedError
 
 _asked = False
 _inside = False

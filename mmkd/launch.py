@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+from mmkd.errors import AGAIN
+
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
 
@@ -59,7 +61,13 @@ def launch(arguments: list[str], processes: int) -> int:
 
 def _stop(workers: list[subprocess.Popen]) -> int:
     """End the processes beside one that failed; returns its status."""
-    status = next(code for w in workers if (code := w.poll()) not in (None, 0))
+    failed = next(i for i, w in enumerate(workers) if w.poll() not in (None, 0))
+    status = workers[failed].returncode
+    if status < 0:
+        print(
+            f"mmkd: process {failed} was killed ({signal.Signals(-status).name}) -- {AGAIN}",
+            file=sys.stderr,
+        )
     deadline = time.monotonic() + GRACE_SECONDS
     for worker in workers:
         try:

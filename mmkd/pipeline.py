@@ -81,7 +81,9 @@ def run(recipe: Recipe) -> Path:
     Raises:
         MmkdError: in one line, what is wrong with recipe, models or data.
     """
-    distributed.connect(distributed.choose_device(recipe.stages[0].engine.device))
+    patience = max(stage.engine.patience for stage in recipe.stages)
+    device = distributed.choose_device(recipe.stages[0].engine.device)
+    distributed.connect(device, patience=patience)
     todo = members(recipe)
     for member in todo:
         refuse_other_recipe(member)

@@ -13,6 +13,7 @@ so that every objective is a mean per covered token of the global batch.
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.encoder import Batch, Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult, build_engine
-from mmkd.errors import NonFiniteLossError, StoppedError
+from mmkd.errors import AGAIN, NonFiniteLossError, StoppedError
 from mmkd.files import write_json
-from mmkd.interrupt import AGAIN, asked, deferred
+from mmkd.interrupt import asked, deferred
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import (
     Objective,
@@ -40,8 +41,9 @@ from mmkd.objectives import (
 from mmkd.on_policy import OnPolicy
 from mmkd.progress import Bar
 from mmkd.recipe import DataConfig, StageConfig
+from mmkd.shared_vision import SharedVision, share_vision
 from mmkd.steplog import StepLog
-from mmkd.students import write_student
+from mmkd.students import set_trainable, write_student
 from mmkd.teachers import (
     LiveReference,
     LiveTeacher,
@@ -63,6 +65,7 @@ class Stage:
     config: StageConfig
     engine: Engine
     teacher: LiveTeacher | None
+    vision: SharedVision | None
     reference: Reference | None
     on_policy: OnPolicy | None
     objectives: list[Objective]
@@ -143,7 +146,7 @@ class Stage:
         """The loss, each objective's part of it and its metrics, and how often each expert was
         chosen, by layer."""
         targets = batch.targets
-        with self.engine.autocast():
+        with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
@@ -152,8 +155,7 @@ class Stage:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
             outcomes = {
-                o.name: o(student, theirs, targets, max(rows[o.name], 1.0))
-                for o in self.objectives
+                o.name: o(student, theirs, targets, max(rows[o.name], 1.0)) for o in self.objectives
             }
             parts = {name: outcome.loss for name, outcome in outcomes.items()}
             total = torch.stack([o.config.weight * parts[o.name] for o in self.objectives]).sum()
@@ -162,7 +164,8 @@ class Stage:
             losses = {"loss": total, **{name: v.detach() for name, v in parts.items()}}
             return losses, expert_counts(student, targets)
 
-        return self.engine.forward(batch.inputs, score, **self._student_layers(teacher))
+        with self.vision.replaying() if self.vision else nullcontext():
+            return self.engine.forward(batch.inputs, score, **self._student_layers(teacher))
 
     def _reference_logps(self, batch: Batch, teacher: Signals | None) -> torch.Tensor:
         reference = self.reference
@@ -289,14 +292,19 @@ def run_stage(
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
     live = teacher if "teacher" in needs else None
     reference: Reference | None = choose_reference(objectives, live, student, device)
+    set_trainable(student, config.train)
+    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
+    vision = None
+    if live is not None and compared and encoder.teacher is None:
+        vision = share_vision(live, student)
     engine = build_engine(config, student, steps, device)
     if isinstance(reference, LiveReference) and reference.once:
         reference = store(reference, stream, steps, folder, engine.autocast)
-    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     stage = Stage(
         config=config,
         engine=engine,
         teacher=live if compared else None,
+        vision=vision,
         reference=reference,
         on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
         objectives=objectives,

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mmkd.files import write_text
+
 
 class StepLog:
     """One file of lines with a `step` each, written by one rank."""
@@ -21,7 +23,7 @@ class StepLog:
         kept = [line for line in lines if _step_of(line) <= step]
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         if active and len(kept) < len(lines):
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         if self.active:

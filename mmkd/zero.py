@@ -28,6 +28,10 @@ def start(device: torch.device) -> Any:
     if device.type == "cpu":
         # Else it compiles a communication op for minutes; gloo does without.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    from deepspeed.comm.torch import TorchBackend
+
+    # Its own groups would wait for half an hour, whatever the recipe says.
+    TorchBackend.new_group = lambda self, ranks: distributed.new_group(ranks)
     # DeepSpeed calls functions of torch.distributed that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", message=".*torch.distributed", category=FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -23,43 +23,10 @@ def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA model (0.1 M weights, float32) and the scenes' processor."""
-    import torch
-    from transformers import (
-        AutoProcessor,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
+    from tiny import write_tiny_model
 
-    processor = AutoProcessor.from_pretrained(scenes_dir / "processor")
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**small, image_size=64, patch_size=8),
-        # a wide initialisation, so that different questions get different answers
-        text_config=LlamaConfig(
-            **small,
-            num_key_value_heads=2,
-            vocab_size=len(processor.tokenizer),
-            initializer_range=0.3,
-            max_position_embeddings=512,
-        ),
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=64,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    )
     out = tmp_path_factory.mktemp("models") / "tiny"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    write_tiny_model(scenes_dir / "processor", out)
     return out
 
 

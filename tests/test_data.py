@@ -248,6 +248,44 @@ def test_long_records_are_cut_behind_the_images_only(folder):
         Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10)).encode([0])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_filler_adds_a_picture_and_changes_no_record(folder, family, pairs):
+    turns = conversations([("human", "How many cats ?"), ("gpt", "two cats and a dog")])
+    if pairs:
+        other = [*turns[:1], {"from": "gpt", "value": "a cat"}]
+        rows = [{"id": "words", "chosen": turns, "rejected": other}]
+    else:
+        rows = [{"id": "words", "conversations": turns}]
+    data, config = records(folder, rows), DataConfig(train="-")
+    plain = Encoder(data, FAMILIES[family](), config, pairs=pairs).encode([0])
+    filled = Encoder(data, FAMILIES[family](), config, pairs=pairs, filler=True).encode([0])
+    assert "pixel_values" not in plain.inputs
+    assert "pixel_values" in filled.inputs
+    count = len(plain.targets.input_ids)
+    assert filled.inputs["input_ids"].shape[0] == count + 1
+    assert (filled.inputs["input_ids"][-1] == image_token_id(FAMILIES[family]())).any()
+    length = plain.targets.input_ids.shape[1]
+    for name in ("input_ids", "attention", "response", "vision"):
+        assert (getattr(filled.targets, name)[:, :length] == getattr(plain.targets, name)).all()
+        assert len(getattr(filled.targets, name)) == count
+    assert not filled.targets.attention[:, length:].any()
+    assert (filled.ids, filled.grids) == (plain.ids, plain.grids)
+
+
+def test_a_filler_is_for_batches_without_pictures(folder):
+    rows = [
+        {"id": "seen", "image": "red.png", "conversations": conversations(TURNS)},
+        {"id": "words", "conversations": conversations([("human", "?"), ("gpt", "cats")])},
+    ]
+    data = records(folder, rows)
+    whole = Encoder(data, FAMILIES["llava"](), DataConfig(train="-"), filler=True).encode([0, 1])
+    assert whole.inputs["input_ids"].shape == whole.targets.input_ids.shape
+    short = Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10), filler=True)
+    with pytest.raises(DataError, match="a blank picture alone passes max_length 10"):
+        short.encode([1])
+
+
 def stream(folder, size, accumulate, rank=0, world=1):
     rows = [
         {"id": str(i), "image": "red.png", "conversations": conversations(TURNS[:2])}

@@ -75,6 +75,8 @@ BESIDE = {
         ("torch", "sharded-torch", "zero1", "zero2", "zero3"),
         {"batch": {"size": 1, "total": 4}, "wordy": True},
     ),
+    # teacher and student have one frozen vision tower
+    "frozen": (("torch", "sharded-torch", "zero2", "zero3"), {"train": ["language_model"]}),
     "wordy_pairs": (
         ("torch", "zero2", "zero3"),
         {

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 from recipes import tiny_recipe
+from tiny import write_tiny_model
 
 from mmkd import pipeline
 from mmkd.errors import RecipeError
@@ -44,15 +45,10 @@ def finish(process):
 
 
 @pytest.fixture
-def dropout_model_dir(tiny_model_dir, tmp_path):
+def dropout_model_dir(scenes_dir, tmp_path):
     """The tiny model with dropout on, so that a resumed run needs the random states too."""
-    import shutil
-
     folder = tmp_path / "dropout-model"
-    shutil.copytree(tiny_model_dir, folder)
-    config = read_json(folder / "config.json")
-    config["text_config"]["attention_dropout"] = 0.2
-    (folder / "config.json").write_text(json.dumps(config))
+    write_tiny_model(scenes_dir / "processor", folder, dropout=0.2)
     return folder
 
 

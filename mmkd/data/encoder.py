@@ -108,7 +108,7 @@ class Encoder:
         self.config = config
         self.vision_labels = vision_labels
         self.pairs = pairs
-        self.filler = _blank(processor) if filler else None
+        self.filler = [_blank(processor)] if filler else []
         self.teacher = None
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
             self.teacher = Encoder(records, teacher_processor, config, pairs=pairs, filler=filler)
@@ -209,8 +209,8 @@ class Encoder:
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
-        filler = [] if any(s.pictures for s in samples) else [self.filler] * bool(self.filler)
-        encoded = self._process(samples + filler)
+        pictures = any(s.pictures for s in samples)
+        encoded = self._process(samples if pictures else samples + self.filler)
         offsets = encoded.pop("offset_mapping")
         moved = encoded.pop(MOVED, None) or [[] for _ in samples]
         ids = encoded["input_ids"][: len(samples)]  # [B, T]
@@ -292,11 +292,14 @@ class Encoder:
         length = batch.targets.input_ids.shape[1]
         if length <= limit:
             return batch
-        cut = batch.targets.vision[:, limit:].any(1)
-        if cut.any():
+        pictures = batch.inputs["input_ids"] == image_token_id(self.processor)
+        cut = pictures[:, limit:].any(1).nonzero()[:, 0].tolist()
+        if cut:
             raise DataError(
-                f"its images alone pass max_length {limit}",
-                where=self.records.where(samples[int(cut.nonzero()[0])].index),
+                f"its images alone pass max_length {limit}"
+                if cut[0] < len(samples)
+                else f"a blank picture alone passes max_length {limit}",
+                where=self.records.where(samples[min(cut[0], len(samples) - 1)].index),
                 mend="raise data.max_length or use smaller images",
             )
 

@@ -12,17 +12,16 @@ from mmkd.engines.torch_engine import TorchEngine
 from mmkd.optim import build_optimizer, build_schedule
 from mmkd.recipe import StageConfig
 from mmkd.signals import check_supported
-from mmkd.students import set_trainable
 
 
 def build_engine(
     config: StageConfig, student: PreTrainedModel, steps: int, device: torch.device
 ) -> Engine:
-    """The engine that a stage's recipe asks for, with the student in training mode."""
+    """The engine that a stage's recipe asks for, with the student in training mode; its trainable
+    weights are chosen already."""
     check_supported(student, "student")
     torch.nn.Module.to(student, device)
     student.train()
-    set_trainable(student, config.train)
     precision = choose_precision(config.precision, device)
     if device.type == "cpu" and precision == "bfloat16":
         prefer_float32_attention(student)

@@ -54,9 +54,7 @@ class LayerSignals:
 
     def first(self, rows: int) -> "LayerSignals":
         """The same of a batch's first rows."""
-        return LayerSignals(
-            **{name: None if x is None else x[:rows] for name, x in vars(self).items()}
-        )
+        return replace(self, **{n: x[:rows] for n, x in vars(self).items() if x is not None})
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,12 @@ class EngineConfig(Strict):
         "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
     )
     config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
+    patience: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds that a process waits for the others before it gives up; the largest "
+        "of all stages counts",
+    )
 
     @model_validator(mode="after")
     def _of_deepspeed(self) -> "EngineConfig":

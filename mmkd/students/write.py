@@ -11,6 +11,8 @@ from mmkd.loading import load_model, load_processor
 from mmkd.recipe import StudentConfig
 from mmkd.students.convert import ConversionReport, convert
 
+SHARD_SIZE = "5GB"
+
 
 def write_student(
     student: PreTrainedModel,
@@ -25,7 +27,7 @@ def write_student(
     """
 
     def write(partial: Path) -> None:
-        student.save_pretrained(partial, state_dict=weights)
+        student.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(partial)
 
     write_folder(folder, write)

@@ -46,6 +46,9 @@ class LiveTeacher:
         """Log-probability of each row's responses, [B]."""
         return answer_logps(self.own_signals(batch), (batch.teacher or batch).targets, vocabulary)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Its weights by name, sorted, whole; every rank calls it."""
-        yield from sorted(self.model.state_dict().items())
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Its weights by name, sorted, whole, those whose names begin with `prefix`; every rank
+        calls it."""
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if name.startswith(prefix):
+                yield name, tensor

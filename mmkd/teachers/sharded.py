@@ -80,9 +80,9 @@ class ShardedTeacher(LiveTeacher):
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in super().tensors(prefix):
             parameter = parameters.get(name)
             if parameter is None or not hasattr(parameter, "ds_id"):
                 yield name, tensor
