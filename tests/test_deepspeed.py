@@ -89,6 +89,10 @@ BESIDE = {
 }
 
 
+HALF = ("zero1", "zero2", "zero3")
+ROUNDING = 2**-8  # of bfloat16
+
+
 class Runs:
     """Starts runs and reads what they left."""
 
@@ -174,6 +178,10 @@ def runs(scenes_dir, tiny_model_dir, tmp_path_factory) -> Runs:
     two.append((made.recipe("two-one", "zero3"), STOP))
     for name, (engines, settings) in BESIDE.items():
         two += [(made.recipe(f"{name}-{e}", e, steps=3, **settings), None) for e in engines]
+    for engine in HALF:
+        two.append((made.recipe(f"half-{engine}", engine, precision="bfloat16"), None))
+    again = made.recipe("half-again", "zero2", precision="bfloat16")
+    two += [(again, STOP), (again, None)]
     made.start(two, 2)
     one = [(made.recipe(f"{engine}-1", engine), None) for engine in ("torch", "zero2", "zero3")]
     one += [(made.recipe("two-one", "zero2"), None), (made.recipe("one-two", "torch"), STOP)]
@@ -220,3 +228,21 @@ def test_frozen_models_and_samples_are_the_same_on_every_engine(runs, name):
     for got in others:
         assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in want], rel=1e-5)
         assert [m.get("sampled") for m in got] == [m.get("sampled") for m in want]
+
+
+@pytest.mark.parametrize("engine", HALF)
+def test_bfloat16_trains_float32_weights(runs, engine):
+    """As float32 does but for rounding, and what is written is not rounded."""
+    got, want = runs.metrics(f"half-{engine}"), runs.metrics("torch-2")
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2 * ROUNDING)
+    weights = runs.weights(f"half-{engine}")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert any((t != t.bfloat16().float()).any() for t in weights.values())
+
+
+def test_bfloat16_goes_on_where_it_stopped(runs):
+    got, want = runs.metrics("half-again"), runs.metrics("half-zero2")
+    assert [m["loss"] for m in got] == [m["loss"] for m in want]
+    weights, expected = runs.weights("half-again"), runs.weights("half-zero2")
+    assert all(torch.equal(t, expected[name]) for name, t in weights.items())

@@ -22,6 +22,7 @@ from mmkd.recipe.load import load_recipe, load_student, to_yaml
 from mmkd.recipe.models import (
     BatchConfig,
     DataConfig,
+    EngineConfig,
     EvaluateConfig,
     ModelConfig,
     OnPolicyConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "BatchConfig",
     "Conversion",
     "DataConfig",
+    "EngineConfig",
     "EvaluateConfig",
     "Every",
     "Head",

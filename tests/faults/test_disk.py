@@ -1,0 +1,89 @@
+"""A disk that fills up, by the operating system's limit on the size of a file."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import yaml
+from recipes import tiny_recipe
+
+CHECKPOINT, STUDENT = 300_000, 250_000  # bytes: less than one file of a checkpoint, of a student
+
+
+def start(path, processes, limit=None):
+    def limited():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "mmkd.cli", "run", path, "--nproc", str(processes)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def runs(scenes_dir, tiny_model_dir, tmp_path):
+    """A quiet run's losses, and the recipe and folder of another one."""
+
+    def make(processes, every):
+        for name in ("quiet", "full"):
+            raw = tiny_recipe(
+                scenes_dir,
+                tiny_model_dir,
+                tmp_path,
+                name=name,
+                stage={
+                    "steps": 6,
+                    "batch": {"size": 2, "total": 4},
+                    "checkpoint": {"every": every},
+                },
+            )
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+        done = start(tmp_path / "quiet.yaml", processes)
+        assert done.returncode == 0, done.stderr
+        return losses(tmp_path / "quiet"), tmp_path / "full.yaml", tmp_path / "full"
+
+    return make
+
+
+def losses(folder):
+    lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_while_a_checkpoint_is_written(runs, processes):
+    expected, recipe, folder = runs(processes, every=2)
+    done = start(recipe, processes, CHECKPOINT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("mmkd: ")]
+    assert len(said) == processes
+    for line in said:
+        assert "checkpoints: cannot save step 2 (" in line
+        assert "File too large" in line
+        assert "free space and run again: it goes on from the start of the stage" in line
+    assert not list(folder.rglob("*.partial"))
+    assert start(recipe, processes).returncode == 0
+    assert losses(folder) == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_while_the_student_is_written(runs, processes):
+    expected, recipe, folder = runs(processes, every=100)
+    done = start(recipe, processes, STUDENT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "student: cannot write (" in done.stderr
+    assert "File too large" in done.stderr
+    assert not list(folder.rglob("*.partial"))
+    assert not (folder / "01-mimic" / "student").exists()
+    assert start(recipe, processes).returncode == 0
+    assert losses(folder) == expected
