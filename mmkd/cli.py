@@ -61,13 +61,21 @@ def run(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    nproc: Annotated[Optional[int], typer.Option(min=1, help="plan for so many processes")] = None,  # noqa: UP045
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=1, help="plan for GPUs of so many GiB, one a process"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage."""
+    from mmkd import distributed
     from mmkd.plan import make_plan, print_plan
     from mmkd.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe, overrides))
+    size = None if memory is None else int(memory * 2**30)
+    with distributed.imagined(nproc or distributed.world_size(), size):
+        made = make_plan(load_recipe(recipe, overrides))
     if as_json:
         print(json.dumps(made, indent=1))
     else:

@@ -98,9 +98,11 @@ def idle_parameters(model: PreTrainedModel) -> int:
 
 
 def _patches(model: PreTrainedModel, pixels: float) -> float:
-    """Vision-tower tokens behind a number of pixel values (three channels)."""
-    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
-    return pixels / (3 * patch * patch) if patch else 0.0
+    """Vision-tower tokens behind a number of pixel values (three channels; Qwen-VL's towers read
+    each picture as two frames)."""
+    vision = getattr(model.config, "vision_config", None)
+    patch, frames = (getattr(vision, n, None) for n in ("patch_size", "temporal_patch_size"))
+    return pixels / (3 * patch * patch * (frames or 1)) if patch else 0.0
 
 
 def flops_per_record(
@@ -175,13 +177,16 @@ def memory(
     sample: Sample,
     placement: TeacherPlacement = "replicated",
 ) -> dict[str, int]:
-    """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk.
+    """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk; the
+    student's trainable weights are chosen.
 
     What is kept on the CPU beside a GPU stands under `cpu`, outside of the total. ZeRO stage 1
     spreads master weights and optimizer states, 2 gradients too, 3 weights too (Rajbhandari et al.
     2020, arXiv 1910.02054, section 3).
     """
     shape = shape_of(student)
+    tower = find_parts(student).vision
+    seen = tower is not None and any(p.requires_grad for p in tower.parameters())
     weight = next(student.parameters()).element_size()
     device = distributed.choose_device(stage.engine.device)
     precision = choose_precision(stage.precision, device)
@@ -189,11 +194,15 @@ def memory(
     tokens = sample.length * stage.batch.size
     patches = _patches(student, sample.patches) * stage.batch.size
     per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT
-    units = tokens * shape.width * shape.depth + patches * shape.vision_width * shape.vision_depth
+    units = tokens * shape.width * shape.depth
+    units += patches * shape.vision_width * shape.vision_depth * seen  # frozen ones keep none
+    kept = units * per_unit
+    if stage.activation_checkpointing:
+        kept += _layer(shape, tokens, patches)  # the one that runs again
     rows = sample.projected * stage.batch.size
     found = _student_states(parameter_count(student), trained, weight, stage, precision)
     found |= {
-        "activations": round(units * per_unit * scale),
+        "activations": round(kept * scale),
         "head_chunk": round(3 * 4 * min(rows * shape.head[0], CHUNK_ELEMENTS)),
     }
     cpu = found.pop("cpu")
@@ -209,9 +218,17 @@ def memory(
             "offload": spread,
         }[placement]
         cpu += share if placement == "offload" else 0
+        patches = _patches(teacher, sample.patches) * stage.batch.size
+        found["teacher_activations"] = round(_layer(shape_of(teacher), tokens, patches) * scale)
     if any(getattr(o, "reference", None) == "self" for o in stage.objectives):
         found["reference_weights"] = parameter_count(student) * weight
     return {**found, "total": sum(found.values()), "cpu": cpu}
+
+
+def _layer(shape: Shape, tokens: float, patches: float) -> float:
+    """Bytes in 16 bit that one layer's forward takes while it runs."""
+    widest = max(tokens * shape.width, patches * shape.vision_width)
+    return ACTIVATION_BYTES_16_BIT * widest
 
 
 def _student_states(

@@ -1,6 +1,9 @@
 """Who this process is, and how processes find each other."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +24,35 @@ LATE = ("timed out", "timeout")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@dataclass(frozen=True)
+class Imagined:
+    """Processes that are planned for, with a GPU of so many bytes each, or on this machine."""
+
+    processes: int
+    memory: int | None
+
+
+_imagined: Imagined | None = None
+
+
+@contextmanager
+def imagined(processes: int, memory: int | None) -> Iterator[None]:
+    """Inside, sizes and devices are those of another machine; nothing may run."""
+    global _imagined
+    _imagined = Imagined(processes, memory)
+    try:
+        yield
+    finally:
+        _imagined = None
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    if _imagined is not None:
+        return _imagined.processes
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -33,6 +60,8 @@ def choose_device(wanted: str) -> torch.device:
     """The recipe's device; `auto` takes this process's GPU where there is one."""
     if wanted != "auto":
         return torch.device(wanted)
+    if _imagined is not None and _imagined.memory is not None:
+        return torch.device("cuda")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -40,6 +69,8 @@ def choose_device(wanted: str) -> torch.device:
 
 def memory_of(device: torch.device) -> int:
     """Bytes that one process may use: its GPU's, or its share of the machine's."""
+    if _imagined is not None and _imagined.memory is not None:
+        return _imagined.memory
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -47,8 +47,14 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan_stage(
-    recipe: Recipe, stage: StageConfig, processor: Any, teacher: PreTrainedModel | None
+    recipe: Recipe,
+    stage: StageConfig,
+    processor: Any,
+    teacher: PreTrainedModel | None,
+    sampled: tuple[Sample, int] | None = None,
 ) -> dict[str, Any]:
+    """One stage's plan; `sampled` are a mean record and the number of records, read from the data
+    if left out."""
     student = skeleton(recipe.student)
     until = recipe.stages.index(stage) + 1
     for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
@@ -57,15 +63,16 @@ def plan_stage(
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
-    data = recipe.stage_data(stage)
-    sample, records = sample_data(data, processor, objectives)
+    if sampled is None:
+        sampled = sample_data(recipe.stage_data(stage), processor, objectives)
+    sample, records = sampled
     processes = distributed.world_size()
+    device = distributed.choose_device(stage.engine.device)
     per_step = stage.batch.size * stage.batch.micro_steps(processes) * processes
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     placement: TeacherPlacement = "replicated"
     if teacher is not None and recipe.teacher is not None:
-        device = distributed.choose_device(stage.engine.device)
         wanted = recipe.teacher.placement
         placement = choose_placement(wanted, parameter_bytes(teacher), device)
     return {
@@ -87,6 +94,7 @@ def plan_stage(
             for k, v in flops_per_record(student, trainable, teacher, sample).items()
         },
         "memory_bytes": memory(student, trained, teacher, stage, sample, placement),
+        "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": None if teacher is None else placement,
     }
 
@@ -167,9 +175,14 @@ _ROWS: dict[str, Any] = {
         sum(v for k, v in s["flops_per_step"].items() if k.startswith("teacher")), "FLOP"
     ),
     "memory, estimated": lambda s: human(s["memory_bytes"]["total"], "B"),
+    "  there is": lambda s: _fits(s["memory_bytes"]["total"], s["device_memory_bytes"]),
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
     "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
+
+
+def _fits(needed: int, there: int) -> str:
+    return human(there, "B") + (", too little" if needed > there else "")
 
 
 def _engine(settings: dict[str, Any]) -> str:

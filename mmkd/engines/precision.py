@@ -17,6 +17,8 @@ def choose_precision(wanted: Precision, device: torch.device) -> Precision:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return True  # a GPU that is planned for
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
