@@ -17,8 +17,16 @@ from transformers.optimization import (
 from mmkd.recipe import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """The optimizer over the trainable parameters; vectors get no weight decay."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool = False
+) -> Optimizer:
+    """The optimizer over the trainable parameters; vectors get no weight decay.
+
+    Args:
+        parameters: of the student.
+        config: of the stage.
+        fused: one kernel a step for adam and adamw, on GPUs and for states that wait on the CPU.
+    """
     trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -26,10 +34,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     ]
     groups = [g for g in groups if g["params"]]
     match config.kind:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        case "adam":
-            return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case "adamw" | "adam":
+            make = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+            return make(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         case "sgd":
             return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
         case "adafactor":

@@ -27,7 +27,8 @@ def build_engine(
         prefer_float32_attention(student)
     if config.activation_checkpointing:
         student.activation_checkpointing_enable()
-    optimizer = build_optimizer(student.parameters(), config.optimizer)
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(student.parameters(), config.optimizer, fused=fused)
     schedule = build_schedule(optimizer, config.schedule, steps)
     if config.engine.kind == "deepspeed":
         return DeepSpeedEngine(

@@ -55,7 +55,7 @@ class Kill:
         processes: that were killed.
         alive: processes there were.
         step: steps done in the stage.
-        saved: the stage's newest checkpoint.
+        saved: the step that the next start goes on from.
         status: exit status of the command, None where it was killed itself.
     """
 
@@ -135,6 +135,9 @@ class Run:
         return path.read_text().count("\n") if path.exists() else 0
 
     def saved(self, stage: str) -> int:
+        """The step that a new start goes on from."""
+        if (self.folder / stage / "done.json").exists():
+            return self.steps(stage)
         saves = (self.folder / stage / "checkpoints").glob("step-*")
         return max((int(p.name[5:]) for p in saves if p.suffix != ".partial"), default=0)
 
