@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart teacher study test lint format bench clean
+.PHONY: help setup quickstart teacher study test lint format faults bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,11 +45,20 @@ format: $(VENV)/.installed ## apply the style
 test: lint ## lint, types, unit tests and one run from start to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-bench: $(VENV)/.installed ## time and memory: objectives, scan, decoding, experts (half an hour)
+faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twenty minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/kills.py --kills 110 --json runs/faults.json
+
+bench: data/scenes/dataset.json ## time and memory: objectives, scan, decoding, experts, engines
 	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json
 	$(BIN)/python -m benchmarks.scan --json runs/bench/scan.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
 	$(BIN)/python -m benchmarks.moe --json runs/bench/moe.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine --json runs/bench/engine.json
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 \
+		-m benchmarks.engine --json runs/bench/engine-2.json
+	$(BIN)/python -m benchmarks.engine_losses --json runs/bench/engine_losses.json
+	$(BIN)/python -m benchmarks.scaling --json runs/bench/scaling.json
 
 clean: ## remove runs and built data
 	rm -rf runs data/scenes data/scenes_teacher

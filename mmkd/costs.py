@@ -18,7 +18,7 @@ from mmkd import distributed
 from mmkd.engines import choose_precision
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.loading import parameter_count
-from mmkd.ops.linear_loss import CHUNK_ELEMENTS
+from mmkd.ops.head_losses import BUFFERS, CHUNK_BYTES
 from mmkd.recipe import Precision, StageConfig, TeacherPlacement
 from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
@@ -203,7 +203,7 @@ def memory(
     found = _student_states(parameter_count(student), trained, weight, stage, precision)
     found |= {
         "activations": round(kept * scale),
-        "head_chunk": round(3 * 4 * min(rows * shape.head[0], CHUNK_ELEMENTS)),
+        "head_chunk": round(min(rows * shape.head[0] * 4 * BUFFERS, CHUNK_BYTES)),
     }
     cpu = found.pop("cpu")
     if teacher is not None:

@@ -150,6 +150,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 def train(member: Member, recipe: Recipe) -> None:
     """Run the member's unfinished stages; `recipe` is the whole run's."""
+    _tidy(member)
     if _is_trained(member):
         console.print(f"{member.label}: already trained", highlight=False)
         return
@@ -175,9 +176,16 @@ def train(member: Member, recipe: Recipe) -> None:
             folder=member.stage_folder(index),
             seed=member.recipe.seed + index,
         )
-        if distributed.rank() == 0:
-            shutil.rmtree(member.stage_folder(index) / "checkpoints", ignore_errors=True)
+        _tidy(member)
         distributed.barrier()
+
+
+def _tidy(member: Member) -> None:
+    """Finished stages need no checkpoints; a run that was killed behind a stage has left some."""
+    for index in range(len(member.recipe.stages)):
+        folder = member.stage_folder(index)
+        if distributed.rank() == 0 and _is_done(folder):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:

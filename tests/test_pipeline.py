@@ -304,3 +304,11 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
     written = (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns
     assert finish(start(tmp_path / "recipe.yaml"))[0] == 0
     assert (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns == written
+
+
+def test_a_run_killed_behind_a_stage_leaves_no_checkpoints(scenes_dir, tiny_model_dir, tmp_path):
+    folder = pipeline.run(load_recipe(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)))
+    left = folder / "01-mimic" / "checkpoints" / "step-4"
+    left.mkdir(parents=True)
+    pipeline.run(load_recipe(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)))
+    assert not left.parent.exists()

@@ -1,9 +1,8 @@
 """Next-token cross-entropy from hidden states, without logits for all rows."""
 
-import torch
 from torch import Tensor
 
-from mmkd.ops.linear_loss import kept_rows, linear_loss
+from mmkd.ops.head_losses import Head, HeadLoss, head_losses
 
 
 def linear_cross_entropy(
@@ -30,17 +29,6 @@ def linear_cross_entropy(
     Returns:
         Scalar in at least float32. Zero kept rows give 0 with zero gradients.
     """
-    kept_targets = targets if mask is None else targets[mask]
-
-    def row_loss(logits: Tensor, rows: slice) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits, kept_targets[rows], reduction="sum")
-
-    kept = kept_rows(hidden, mask)
-    total = linear_loss(
-        kept,
-        weight[:vocab_size],
-        None if bias is None else bias[:vocab_size],
-        row_loss,
-        chunk_size=chunk_size,
-    )
-    return total / max(kept.shape[0], 1)
+    loss = HeadLoss("ce", mask, targets=targets, vocab_size=vocab_size)
+    total, _ = head_losses(Head(hidden, weight, bias), [loss], chunk_size=chunk_size)
+    return total / max(len(hidden) if mask is None else int(mask.sum()), 1)

@@ -2,7 +2,7 @@
 
     l_i = log softmax(W h_i + b)[y_i]
 
-Unlike the losses of `linear_loss`, what comes out is a value per row, so that gradients are only
+Unlike `head_losses`, what comes out is a value per row, so that gradients are only
 known in the backward pass: each chunk's logits are made again there.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmkd.ops.linear_loss import project, rows_per_chunk
+from mmkd.ops.head_losses import project, rows_per_chunk
 
 
 def token_logps(

@@ -255,7 +255,8 @@ def torment(home: Path, engine: str, kills: int, draw: random.Random) -> list[Ki
         run.finish()
         outcome = run.outcome()
         for key, value in expected.items():
-            assert outcome[key] == value, f"{engine}: {key} differs in {run.folder}"
+            shown = outcome[key] if key in ("left", "scores") else ""
+            assert outcome[key] == value, f"{engine}: {key} differs in {run.folder} {shown}"
     return found
 
 
