@@ -37,6 +37,7 @@ from mmkd.objectives import (
     answer_logps,
     build_objective,
     expert_counts,
+    score,
 )
 from mmkd.on_policy import OnPolicy
 from mmkd.progress import Bar
@@ -146,26 +147,20 @@ class Stage:
         """The loss, each objective's part of it and its metrics, and how often each expert was
         chosen, by layer."""
         targets = batch.targets
+        counts = {name: max(count, 1.0) for name, count in rows.items()}
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
 
-        def score(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
-            outcomes = {
-                o.name: o(student, theirs, targets, max(rows[o.name], 1.0)) for o in self.objectives
-            }
-            parts = {name: outcome.loss for name, outcome in outcomes.items()}
-            total = torch.stack([o.config.weight * parts[o.name] for o in self.objectives]).sum()
-            for name, outcome in outcomes.items():
-                parts |= {f"{name}/{metric}": v for metric, v in outcome.metrics.items()}
-            losses = {"loss": total, **{name: v.detach() for name, v in parts.items()}}
-            return losses, expert_counts(student, targets)
+            total, said = score(self.objectives, student, theirs, targets, counts)
+            return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
-            return self.engine.forward(batch.inputs, score, **self._student_layers(teacher))
+            return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
 
     def _reference_logps(self, batch: Batch, teacher: Signals | None) -> torch.Tensor:
         reference = self.reference

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from mmkd.ops import DIVERGENCES, linear_cross_entropy, linear_divergence
+from mmkd.ops import (
+    DIVERGENCES,
+    Head,
+    HeadLoss,
+    head_losses,
+    linear_cross_entropy,
+    linear_divergence,
+)
 
 N, HS, HT, V = 23, 6, 10, 37
 
@@ -222,3 +229,74 @@ def test_cross_entropy_equals_torch(chunk_size):
         torch.autograd.grad(got, student), torch.autograd.grad(want, student), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_many_losses_in_one_pass_equal_their_sum(padded):
+    vs, vt, vocab = (V + 3, V + 8, V) if padded else (V, V, None)
+    student, teacher, _ = parts(12, vs, vt)
+    generator = torch.Generator().manual_seed(3)
+    kinds = [("ce", 1.0), *((kind, t) for kind in DIVERGENCES for t in (1.0, 2.0))]
+    targets = torch.randint(V, (N,), generator=generator)
+    losses = [
+        HeadLoss(
+            kind,
+            torch.rand(N, generator=generator) < 0.5,
+            scale=0.3 + number,
+            targets=targets if kind == "ce" else None,
+            temperature=temperature,
+            beta=0.3,
+            alpha=0.2,
+            vocab_size=None if kind == "ce" else vocab,
+        )
+        for number, (kind, temperature) in enumerate(kinds)
+    ]
+    total, sums = head_losses(Head(*student), losses, Head(*teacher), chunk_size=3)
+    expected = []
+    for loss in losses:
+        if loss.kind == "ce":
+            logits = (student[0] @ student[1].t() + student[2])[loss.mask]
+            expected.append(
+                torch.nn.functional.cross_entropy(logits, targets[loss.mask], reduction="sum")
+            )
+            continue
+        mean = twin(loss.kind, student, teacher, loss.temperature, 0.3, 0.2, loss.mask, vocab)
+        expected.append(mean * loss.mask.sum())
+    torch.testing.assert_close(sums, torch.stack(expected).detach(), rtol=1e-11, atol=1e-13)
+    want = sum(loss.scale * value for loss, value in zip(losses, expected, strict=True))
+    torch.testing.assert_close(total, want, rtol=1e-11, atol=0)
+    for got, exact in zip(
+        torch.autograd.grad(total, student), torch.autograd.grad(want, student), strict=True
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
+
+
+def test_rows_are_projected_once(monkeypatch):
+    student, teacher, mask = parts(13)
+    rows = []
+    plain = head_losses.__globals__["project"]
+
+    def counted(hidden, *rest):
+        rows.append(len(hidden))
+        return plain(hidden, *rest)
+
+    monkeypatch.setitem(head_losses.__globals__, "project", counted)
+    other = mask.roll(1)
+    losses = [
+        HeadLoss("ce", mask, targets=torch.zeros(N, dtype=torch.long)),
+        HeadLoss("kl", mask),
+        HeadLoss("jsd", other),
+    ]
+    head_losses(Head(*student), losses, Head(*teacher))
+    assert sum(rows) == 2 * int((mask | other).sum())  # by the student's head and the teacher's
+    rows.clear()
+    head_losses(Head(*student), losses[:1], Head(*teacher))
+    assert sum(rows) == int(mask.sum())
+
+
+def test_gradients_are_taken_once():
+    student, teacher, _ = parts(14)
+    total, _ = head_losses(Head(*student), [HeadLoss("kl")], Head(*teacher))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken once"):
+        total.backward()

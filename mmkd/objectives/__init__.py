@@ -24,6 +24,7 @@ from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, Mix
 from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
+from mmkd.objectives.together import score
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -91,5 +92,6 @@ __all__ = [
     "build_objective",
     "expert_counts",
     "preference_loss",
+    "score",
     "visual_relation",
 ]

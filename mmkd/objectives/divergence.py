@@ -1,4 +1,4 @@
-"""Distillation of output distributions: the divergences of `mmkd.ops.divergence` over a region.
+"""Distillation of output distributions: the divergences of `mmkd.ops` over a region.
 
     L = 1/|M| sum_{t in M} D(p_t, q_t)
 
@@ -12,17 +12,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Need,
-    Objective,
-    ObjectiveConfig,
-    Outcome,
-    Region,
-    Signals,
-    Targets,
-    share_of,
-)
-from mmkd.ops import linear_divergence
+from mmkd.objectives.base import Need, ObjectiveConfig, Region, Targets
+from mmkd.objectives.together import HeadObjective
+from mmkd.ops import HeadLoss
 
 
 class DivergenceConfig(ObjectiveConfig):
@@ -47,7 +39,7 @@ class SkewConfig(DivergenceConfig):
     alpha: float = Field(0.1, ge=0, lt=1, description="skew")
 
 
-class Divergence(Objective):
+class Divergence(HeadObjective):
     config_class: ClassVar[type[DivergenceConfig]] = DivergenceConfig
     config: DivergenceConfig
     needs: frozenset[Need] = frozenset({"teacher", "distribution"})
@@ -55,25 +47,10 @@ class Divergence(Objective):
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
-    def __call__(
-        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
-    ) -> Outcome:
-        if teacher is None:
-            raise ValueError(f"objective {self.name!r} needs a teacher")
+    def head_loss(self, targets: Targets) -> HeadLoss:
         settings = self.config.model_dump(include={"kind", "temperature", "beta", "alpha"})
-        rows = self.rows(targets)
-        mean = linear_divergence(
-            student.hidden.flatten(0, 1),
-            student.head_weight,
-            teacher.hidden.flatten(0, 1),
-            teacher.head_weight,
-            mask=rows.flatten(),
-            student_bias=student.head_bias,
-            teacher_bias=teacher.head_bias,
-            vocab_size=self.shared_vocabulary,
-            **settings,
-        )
-        return Outcome(share_of(mean, rows, count))
+        rows = self.rows(targets).flatten()
+        return HeadLoss(mask=rows, vocab_size=self.shared_vocabulary, **settings)
 
 
 class Jsd(Divergence):

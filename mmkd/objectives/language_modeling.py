@@ -9,16 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Need,
-    Objective,
-    ObjectiveConfig,
-    Outcome,
-    Signals,
-    Targets,
-    share_of,
-)
-from mmkd.ops import linear_cross_entropy
+from mmkd.objectives.base import Need, ObjectiveConfig, Targets
+from mmkd.objectives.together import HeadObjective
+from mmkd.ops import HeadLoss
 
 
 class CrossEntropyConfig(ObjectiveConfig):
@@ -28,7 +21,7 @@ class CrossEntropyConfig(ObjectiveConfig):
     region: Literal["response", "prompt"] = "response"
 
 
-class CrossEntropy(Objective):
+class CrossEntropy(HeadObjective):
     config_class = CrossEntropyConfig
     config: CrossEntropyConfig
     needs: frozenset[Need] = frozenset({"distribution"})
@@ -36,15 +29,6 @@ class CrossEntropy(Objective):
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
-    def __call__(
-        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
-    ) -> Outcome:
-        rows = self.rows(targets)
-        mean = linear_cross_entropy(
-            student.hidden.flatten(0, 1),
-            student.head_weight,
-            targets.next_ids().flatten(),
-            mask=rows.flatten(),
-            bias=student.head_bias,
-        )
-        return Outcome(share_of(mean, rows, count))
+    def head_loss(self, targets: Targets) -> HeadLoss:
+        rows = self.rows(targets).flatten()
+        return HeadLoss("ce", rows, targets=targets.next_ids().flatten())

@@ -19,7 +19,7 @@ They are taken in the forward pass, while a chunk's logits are there; the backwa
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ class HeadLoss:
     beta: float = 0.5
     alpha: float = 0.1
     vocab_size: int | None = None
+
+    def scaled(self, scale: float) -> "HeadLoss":
+        return replace(self, scale=scale)
 
     @property
     def settled(self) -> str:
@@ -294,7 +297,9 @@ def _chunk(
     grad: Tensor | None = None
     for (temperature, width), some in alike.items():
         z = logits[:, :width]
-        t = None if theirs is None else theirs[:, :width]
+        t = None
+        if theirs is not None and any(loss.kind != "ce" for _, loss in some):
+            t = theirs[:, :width]
         if temperature != 1 or len(alike) > 1:
             z = z / temperature
             t = None if t is None else t / temperature

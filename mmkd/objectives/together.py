@@ -1,0 +1,81 @@
+"""A stage's objectives on one batch; those on the head's output share one pass over its rows."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.ops import Head, HeadLoss, head_losses
+
+
+class HeadObjective(Objective):
+    """Base of objectives on the head's output at the final hidden states."""
+
+    def head_loss(self, targets: Targets) -> HeadLoss:
+        """The loss and its rows, of the [B * T] of a batch."""
+        raise NotImplementedError
+
+    def __call__(
+        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+    ) -> Outcome:
+        total, _ = _one_pass([self], [1 / count], student, teacher, targets)
+        return Outcome(total)
+
+
+def _one_pass(
+    objectives: Sequence[HeadObjective],
+    factors: Sequence[float],
+    student: Signals,
+    teacher: Signals | None,
+    targets: Targets,
+) -> tuple[Tensor, Tensor]:
+    """The sum of factor times loss with gradients, and each loss's sum over its rows."""
+    losses = []
+    for objective, factor in zip(objectives, factors, strict=True):
+        if "teacher" in objective.needs and teacher is None:
+            raise ValueError(f"objective {objective.name!r} needs a teacher")
+        losses.append(objective.head_loss(targets).scaled(factor))
+    frozen = None if teacher is None else _head(teacher)
+    return head_losses(_head(student), losses, frozen)
+
+
+def _head(signals: Signals) -> Head:
+    return Head(signals.hidden.flatten(0, 1), signals.head_weight, signals.head_bias)
+
+
+def score(
+    objectives: Sequence[Objective],
+    student: Signals,
+    teacher: Signals | None,
+    targets: Targets,
+    counts: Mapping[str, float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all objectives, with gradients, and what each says, without.
+
+    Args:
+        objectives: of a stage.
+        student, teacher: on the batch.
+        targets: of the batch.
+        counts: rows in the global batch, by objective's name.
+
+    Returns:
+        The loss, and by name each objective's value and its metrics.
+    """
+    heads = [o for o in objectives if isinstance(o, HeadObjective)]
+    terms: list[Tensor] = []
+    said: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    if heads:
+        factors = [o.config.weight / counts[o.name] for o in heads]
+        total, sums = _one_pass(heads, factors, student, teacher, targets)
+        terms.append(total)
+        said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
+    for objective in objectives:
+        if isinstance(objective, HeadObjective):
+            continue
+        outcome = objective(student, teacher, targets, counts[objective.name])
+        terms.append(objective.config.weight * outcome.loss)
+        said[objective.name] = outcome.loss.detach()
+        metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
+    return torch.stack(terms).sum(), {o.name: said[o.name] for o in objectives} | metrics
