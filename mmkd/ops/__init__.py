@@ -6,7 +6,8 @@ The scan, the convolution and the experts live where they can travel with a stud
 from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import linear_divergence
 from mmkd.ops.gram import gram_inner
-from mmkd.ops.head_losses import DIVERGENCES, Head, HeadLoss, head_losses
+from mmkd.ops.head_losses import head_losses
+from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
 from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
 from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
@@ -16,6 +17,7 @@ __all__ = [
     "Head",
     "HeadLoss",
     "Routing",
+    "SparseRows",
     "balance_loss",
     "causal_conv",
     "causal_conv_step",

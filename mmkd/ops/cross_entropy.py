@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from mmkd.ops.head_losses import Head, HeadLoss, head_losses
+from mmkd.ops.head_losses import head_losses
+from mmkd.ops.terms import Head, HeadLoss
 
 
 def linear_cross_entropy(

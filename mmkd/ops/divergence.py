@@ -17,7 +17,8 @@ NOT multiplied in, for any kind: use the objective's weight for that. `jsd` at b
 
 from torch import Tensor
 
-from mmkd.ops.head_losses import Head, HeadLoss, head_losses
+from mmkd.ops.head_losses import head_losses
+from mmkd.ops.terms import Head, HeadLoss
 
 
 def linear_divergence(

@@ -1,0 +1,128 @@
+"""What a loss on a head's output is: its kind, its rows, and whom it compares with."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head is applied to.
+
+    Attributes:
+        hidden: [N, H], final hidden states.
+        weight: [V, H].
+        bias: [V] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """A teacher's distributions by their k likeliest tokens, and the mass of all others together.
+
+    What divergences then compare are the k tokens and one cell for the rest, of the student's
+    distribution too: never more than the whole divergence (arXiv 2402.03898 and others take the
+    k alone).
+
+    Attributes:
+        ids: [n, k] int64, tokens of the stored rows, no token twice.
+        log_probs: [n, k] float32, at temperature 1.
+        log_rest: [n] float32, of the mass that no stored token has.
+        at: [N] int64, where each row of the batch is stored; -1 where it is not.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+    at: Tensor
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """One loss and the rows that it covers.
+
+    Attributes:
+        kind: `ce` or one of `DIVERGENCES`.
+        mask: [N] bool, the rows; None for all.
+        scale: factor of its sum over rows in the total.
+        targets: [N] int64, the tokens of `ce`.
+        temperature: divides the logits of a divergence.
+        beta: of jsd.
+        alpha: of skew_kl and skew_reverse_kl.
+        vocab_size: tokens that get mass; None for all of the head's.
+    """
+
+    kind: str
+    mask: Tensor | None = None
+    scale: float = 1.0
+    targets: Tensor | None = None
+    temperature: float = 1.0
+    beta: float = 0.5
+    alpha: float = 0.1
+    vocab_size: int | None = None
+
+    def scaled(self, scale: float) -> "HeadLoss":
+        return replace(self, scale=scale)
+
+    @property
+    def settled(self) -> str:
+        """The kind, where a setting makes it another one."""
+        if self.kind == "jsd" and self.beta in (0.0, 1.0):
+            return "kl" if self.beta == 0.0 else "reverse_kl"
+        if self.alpha == 0.0 and self.kind.startswith("skew_"):
+            return self.kind.removeprefix("skew_")
+        return self.kind
+
+
+def check(loss: HeadLoss, student: Head, teacher: Head | SparseRows | None) -> None:
+    rows, size = student.hidden.shape[0], student.weight.shape[0]
+    if student.hidden.dim() != 2:
+        raise ValueError(f"hidden states must be [N, H], got {list(student.hidden.shape)}")
+    if loss.mask is not None and (loss.mask.dtype != torch.bool or loss.mask.shape != (rows,)):
+        raise ValueError(
+            f"mask must be bool [{rows}], got {loss.mask.dtype} {list(loss.mask.shape)}"
+        )
+    if loss.kind == "ce":
+        if loss.targets is None or loss.targets.shape != (rows,):
+            raise ValueError(f"ce needs targets [{rows}]")
+        return
+    if loss.kind not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {loss.kind!r}, known: {', '.join(DIVERGENCES)}")
+    if loss.temperature <= 0:
+        raise ValueError(f"temperature is {loss.temperature}, it must be positive")
+    if not 0 <= loss.beta <= 1:
+        raise ValueError(f"beta is {loss.beta}, it must be in [0, 1]")
+    if not 0 <= loss.alpha < 1:
+        raise ValueError(f"alpha is {loss.alpha}, it must be in [0, 1)")
+    if teacher is None:
+        raise ValueError(f"{loss.kind} needs a teacher")
+    if isinstance(teacher, SparseRows):
+        _check_stored(loss, teacher, rows)
+        return
+    if teacher.hidden.shape[0] != rows:
+        raise ValueError(f"{rows} student rows but {teacher.hidden.shape[0]} teacher rows")
+    smaller = min(size, teacher.weight.shape[0])
+    if loss.vocab_size is None and size != teacher.weight.shape[0]:
+        raise ValueError(
+            f"the heads have {size} (student) and {teacher.weight.shape[0]} (teacher) rows: give "
+            "vocab_size, the number of tokens that both share"
+        )
+    if loss.vocab_size is not None and not 0 < loss.vocab_size <= smaller:
+        raise ValueError(f"vocab_size is {loss.vocab_size}, it must be between 1 and {smaller}")
+
+
+def _check_stored(loss: HeadLoss, teacher: SparseRows, rows: int) -> None:
+    if loss.temperature != 1:
+        raise ValueError(f"stored rows are of temperature 1, the loss asks for {loss.temperature}")
+    if teacher.at.shape != (rows,):
+        raise ValueError(f"stored rows are for {len(teacher.at)} rows, the batch has {rows}")
+    wanted = teacher.at if loss.mask is None else teacher.at[loss.mask]
+    if bool((wanted < 0).any()):
+        raise ValueError(f"{int((wanted < 0).sum())} rows of {loss.kind} are not stored")
