@@ -119,9 +119,11 @@ class Run:
             )
 
     def workers(self, process: subprocess.Popen) -> list[psutil.Process]:
-        """The processes that train."""
+        """The processes that train, or score."""
         own = psutil.Process(process.pid)
-        return [own] if self.nproc == 1 else own.children()
+        if self.nproc == 1:
+            return [own]
+        return [p for p in own.children() if p.status() != psutil.STATUS_ZOMBIE]
 
     def finish(self) -> None:
         """Run to the end."""
@@ -157,6 +159,12 @@ class Run:
             return "step"
         return "stage change" if self.stage() == STAGES[1] else "start"
 
+    def traces(self) -> set[tuple[str, int]]:
+        """What work leaves behind: files with their sizes, and lines about evaluation."""
+        files = [p for p in self.folder.rglob("*") if p.is_file()]
+        found = {(str(p), p.stat().st_size) for p in files}
+        return found | {("evaluations", self.log.read_text().count("evaluation"))}
+
     def outcome(self) -> dict[str, Any]:
         """All that may not depend on kills."""
         scores = read_json(self.folder / "evaluation" / "student" / "results.json")["scores"]
@@ -185,7 +193,11 @@ def disturb(run: Run, draw: random.Random) -> Kill | None:
     stage, before = run.stage(), run.saved(run.stage())
     wanted = before + draw.randint(1, 4)
     process = run.start()
+    untouched = run.traces()
     deadline = time.monotonic() + PATIENCE
+    while len(run.workers(process)) < run.nproc:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
     def there() -> bool:
         if aim == "start":
@@ -217,7 +229,7 @@ def disturb(run: Run, draw: random.Random) -> Kill | None:
     return Kill(
         run.engine,
         aim,
-        run.moment(),
+        "start" if run.traces() == untouched else run.moment(),
         1 if one else len(workers),
         len(workers),
         run.steps(stage),
