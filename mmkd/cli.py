@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+import typer.core
 
 from mmkd.errors import MmkdError, StoppedError
+
+
+class RecipeGroup(typer.core.TyperGroup):
+    """Commands, one of which may be left out: `mmkd cache RECIPE` builds."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["build", *args])
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,8 +27,14 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build and look at data sets.")
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
+cache_app = typer.Typer(
+    cls=RecipeGroup,
+    no_args_is_help=True,
+    help="A teacher's output distributions on disk: `mmkd cache RECIPE` stores them.",
+)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(cache_app, name="cache")
 
 RecipeFile = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
 Overrides = Annotated[
@@ -55,6 +71,57 @@ def run(
     if distributed.rank() == 0:
         write_report(folder)
     distributed.disconnect()
+
+
+@cache_app.command(name="build")
+def build_cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
+) -> None:
+    """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
+    if nproc > 1:
+        from mmkd.launch import launch
+
+        sys.exit(launch(["cache", "build", str(recipe), *(overrides or [])], nproc))
+    from mmkd import distributed
+    from mmkd.build_cache import build_cache as build
+    from mmkd.cache_stats import print_stats, stats
+    from mmkd.recipe import load_recipe
+
+    store = build(load_recipe(recipe, overrides))
+    if distributed.rank() == 0:
+        print_stats(stats(store))
+    distributed.disconnect()
+
+
+@cache_app.command(name="stats")
+def cache_stats(
+    folder: Annotated[Path, typer.Argument(help="a cache's folder")],
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="its recipe: compare with the teacher itself"),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="model folder: whose divergences are compared; the recipe's if left out"),
+    ] = None,
+    records: Annotated[int, typer.Option(min=1, help="records to compare on")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Bytes a token, read speed, and with a recipe the error against the teacher itself."""
+    from mmkd.cache import Store
+    from mmkd.cache_stats import compare, print_stats, stats
+    from mmkd.recipe import load_recipe
+
+    store = Store(folder)
+    found = stats(store)
+    if recipe is not None:
+        found |= compare(store, load_recipe(recipe), student, records)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_stats(found)
 
 
 @app.command()

@@ -23,6 +23,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from mmkd import distributed, preflight, provenance
+from mmkd.cache import Store
 from mmkd.errors import RecipeError
 from mmkd.files import read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
@@ -31,7 +32,7 @@ from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
 from mmkd.stage import run_stage
 from mmkd.students import write_converted
-from mmkd.teachers import LiveTeacher, place_teacher
+from mmkd.teachers import StoredTeacher, Teacher, place_teacher
 
 TEACHER = "teacher"
 
@@ -281,13 +282,18 @@ def _is_trained(member: Member) -> bool:
     return all(_is_done(member.stage_folder(i)) for i in range(len(member.recipe.stages)))
 
 
-def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[LiveTeacher | None, Any]:
-    """Teacher and its processor, where one of the stages has an objective that needs them."""
+def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[Teacher | None, Any]:
+    """Teacher and its processor, where one of the stages has an objective that needs them; a
+    stored one has the student's."""
     needing = [
         s for s in stages if any("teacher" in build_objective(o).needs for o in s.objectives)
     ]
     if recipe.teacher is None or not needing:
         return None, None
+    if recipe.teacher.source == "cache":
+        assert recipe.teacher.cache is not None
+        stored = StoredTeacher(Store(Path(recipe.teacher.cache.folder)))
+        return stored, load_processor(recipe.student)
     device = distributed.choose_device(needing[0].engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     return teacher, load_processor(recipe.teacher)

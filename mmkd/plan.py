@@ -27,7 +27,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     """The plan of every member and stage as plain JSON values."""
     processor = load_processor(recipe.student)
     teacher = None
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and recipe.teacher.source == "live":
         teacher = skeleton(recipe.teacher)
     return {
         "name": recipe.name,
@@ -95,8 +95,16 @@ def plan_stage(
         },
         "memory_bytes": memory(student, trained, teacher, stage, sample, placement),
         "device_memory_bytes": distributed.memory_of(device),
-        "teacher_placement": None if teacher is None else placement,
+        "teacher_placement": _placement(recipe, objectives, placement),
     }
+
+
+def _placement(
+    recipe: Recipe, objectives: list[Objective], placement: TeacherPlacement
+) -> str | None:
+    if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
+        return None
+    return "read from its cache" if recipe.teacher.source == "cache" else placement
 
 
 def sample_data(

@@ -1,10 +1,12 @@
 """Everything that can be known to be wrong before a run writes its first file."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from mmkd import distributed
+from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
 from mmkd.engines.deepspeed_config import resolve
@@ -12,9 +14,11 @@ from mmkd.errors import RecipeError
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
 from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
+from mmkd.provenance import weights_hash
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
+from mmkd.teachers import check_storable
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
 
@@ -33,8 +37,10 @@ def check(recipe: Recipe) -> None:
     student = skeleton(recipe.student)
     check_supported(student, "student")
     convert(student, recipe.student.convert)
-    teacher = teacher_processor = None
-    if recipe.teacher is not None:
+    teacher = teacher_processor = store = None
+    if recipe.teacher is not None and recipe.teacher.source == "cache":
+        store = _check_store(recipe, processor)
+    elif recipe.teacher is not None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
@@ -42,7 +48,10 @@ def check(recipe: Recipe) -> None:
         convert(student, stage.convert)
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
-        _check_teacher(stage, objectives, processor, teacher_processor)
+        if store is None:
+            _check_teacher(stage, objectives, processor, teacher_processor)
+        else:
+            _check_stored(recipe, stage, objectives, store)
         _check_experts(stage, objectives, student)
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
@@ -50,13 +59,51 @@ def check(recipe: Recipe) -> None:
         _check_engine(stage)
         _check_reference(stage, objectives)
         _check_on_policy(stage, objectives)
-        _check_data(recipe, stage, objectives, processor, teacher_processor)
+        _check_data(recipe, stage, objectives, processor, teacher_processor, store)
 
 
 def _check_engine(stage: StageConfig) -> None:
     stage.batch.micro_steps(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)
+
+
+def _check_store(recipe: Recipe, processor: Any) -> Store:
+    """The teacher's cache is complete, and of this teacher and processor."""
+    assert recipe.teacher is not None
+    assert recipe.teacher.cache is not None
+    store = Store(Path(recipe.teacher.cache.folder))
+    where = f"teacher.cache {store.folder}"
+    again = "build it again with `mmkd cache`, or name another folder"
+    if store.manifest["processor"] != processor_hash(processor):
+        raise RecipeError(
+            "it was built with another processor than the student's", where=where, mend=again
+        )
+    weights = weights_hash(Path(recipe.teacher.model or ""))
+    if weights is not None and weights != store.manifest["teacher"]["weights"]:
+        raise RecipeError(
+            f"it was built from other weights than {recipe.teacher.model}", where=where, mend=again
+        )
+    return store
+
+
+def _check_stored(
+    recipe: Recipe, stage: StageConfig, objectives: list[Objective], store: Store
+) -> None:
+    """The cache holds what the stage's objectives read."""
+    reading = [o for o in objectives if "teacher" in o.needs]
+    check_storable(stage, reading)
+    regions, length = (store.manifest[k] for k in ("regions", "max_length"))
+    data = recipe.stage_data(stage)
+    for objective in reading:
+        region = getattr(objective.config, "region", None)
+        if region not in regions or data.max_length != length:
+            raise RecipeError(
+                f"the teacher's cache has regions {', '.join(regions)} at max_length {length}, not "
+                f"{region} at {data.max_length}",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="build it again with `mmkd cache`, or name another folder",
+            )
 
 
 def _check_teacher(
@@ -199,10 +246,15 @@ def _check_data(
     objectives: list[Objective],
     processor: Any,
     teacher_processor: Any,
+    store: Store | None,
 ) -> None:
-    """The first record can be encoded, for both models where they see it differently."""
+    """The first record can be encoded, for both models where they see it differently, and is in
+    the teacher's cache."""
     data = recipe.stage_data(stage)
-    encoder = Encoder.of(objectives, data, processor, teacher_processor=teacher_processor)
+    stored = store if any("teacher" in o.needs for o in objectives) else None
+    encoder = Encoder.of(
+        objectives, data, processor, teacher_processor=teacher_processor, store=stored
+    )
     batch = encoder.encode([0])
     for objective in objectives:
         objective.rows(batch.targets)

@@ -34,6 +34,7 @@ from mmkd.objectives import (
     Objective,
     Preference,
     Signals,
+    TeacherSignals,
     answer_logps,
     build_objective,
     expert_counts,
@@ -49,7 +50,8 @@ from mmkd.teachers import (
     LiveReference,
     LiveTeacher,
     Reference,
-    ShardedTeacher,
+    StoredTeacher,
+    Teacher,
     choose_reference,
     store,
 )
@@ -65,7 +67,7 @@ class Stage:
 
     config: StageConfig
     engine: Engine
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     vision: SharedVision | None
     reference: Reference | None
     on_policy: OnPolicy | None
@@ -162,13 +164,13 @@ class Stage:
         with self.vision.replaying() if self.vision else nullcontext():
             return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
 
-    def _reference_logps(self, batch: Batch, teacher: Signals | None) -> torch.Tensor:
+    def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
         reference = self.reference
         assert reference is not None
         if (
             isinstance(reference, LiveReference)
             and reference.model is self.teacher
-            and teacher is not None
+            and isinstance(teacher, Signals)
             and batch.alignment is None
         ):
             return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
@@ -192,10 +194,10 @@ class Stage:
     def _recorded(self) -> dict[str, bool]:
         return {"matrices": self.layer_plan.matrices, "projections": self.layer_plan.projections}
 
-    def _student_layers(self, teacher: Signals | None) -> dict[str, Any]:
+    def _student_layers(self, teacher: TeacherSignals | None) -> dict[str, Any]:
         plan = self.layer_plan
         wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **self._recorded}
-        if plan.forced and teacher is not None:
+        if plan.forced and isinstance(teacher, Signals):
             forced = {mine: teacher.layers[theirs] for mine, theirs in plan.pairs.items()}
             wanted |= {"forced": forced, "plan": plan}
         return wanted
@@ -240,7 +242,7 @@ def run_stage(
     *,
     student: PreTrainedModel,
     processor: Any,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
     teacher_processor: Any,
     shared_vocabulary: int | None,
     data: DataConfig,
@@ -253,7 +255,7 @@ def run_stage(
         config: the stage.
         student: what trains; moved to the engine's device.
         processor: the student's processor.
-        teacher: the live teacher, or None where no objective needs one.
+        teacher: live or stored, or None where no objective needs one.
         teacher_processor: the teacher's processor, or None.
         shared_vocabulary: tokens that both models share.
         data: the records.
@@ -269,12 +271,15 @@ def run_stage(
         for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
+    live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
+    stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
     encoder = Encoder.of(
         objectives,
         data,
         processor,
         teacher_processor=teacher_processor,
-        filler=config.engine.kind == "deepspeed" or isinstance(teacher, ShardedTeacher),
+        filler=config.engine.kind == "deepspeed" or (live is not None and live.spread),
+        store=None if stored is None else stored.store,
     )
     stream = BatchStream(
         encoder,
@@ -285,7 +290,6 @@ def run_stage(
         workers=data.workers,
     )
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    live = teacher if "teacher" in needs else None
     reference: Reference | None = choose_reference(objectives, live, student, device)
     set_trainable(student, config.train)
     compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
@@ -298,7 +302,7 @@ def run_stage(
     stage = Stage(
         config=config,
         engine=engine,
-        teacher=live if compared else None,
+        teacher=(live if compared else None) or stored,
         vision=vision,
         reference=reference,
         on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,

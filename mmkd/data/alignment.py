@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkd.cache import processor_hash
 from mmkd.errors import DataError
 from mmkd.objectives import Targets
 
@@ -131,11 +132,4 @@ def _line(source: int, target: int) -> Tensor:
 
 def same_processor(a: Any, b: Any) -> bool:
     """Whether two processors make the same tokens and pixels of every record."""
-
-    def facts(processor: Any) -> Any:
-        said = processor.to_dict() if hasattr(processor, "to_dict") else {}
-        pictures = processor.image_processor.to_dict()
-        words = processor.tokenizer.get_vocab()
-        return said, pictures, words, processor.chat_template
-
-    return a is b or facts(a) == facts(b)
+    return a is b or processor_hash(a) == processor_hash(b)

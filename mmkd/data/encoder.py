@@ -6,15 +6,18 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmkd.cache import Store, record_key
 from mmkd.data.alignment import Alignment, Grid, align, same_processor
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.records import GroundedObject, Message, Record, Records, located
 from mmkd.errors import DataError
-from mmkd.objectives import Need, Objective, Targets
+from mmkd.objectives import Need, Objective, Region, Targets
+from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
 
 IGNORED = -100
@@ -38,6 +41,7 @@ class Batch:
         teacher: the same records as the teacher's own processor encodes them, None where it is the
             student's.
         alignment: which of the teacher's tokens are which of the student's.
+        stored: the teacher's distributions, where they come from its cache.
     """
 
     inputs: dict[str, Tensor]
@@ -48,6 +52,7 @@ class Batch:
     grids: list[list[Grid]] = field(default_factory=list)
     teacher: "Batch | None" = None
     alignment: Alignment | None = None
+    stored: SparseRows | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
@@ -59,6 +64,7 @@ class Batch:
             targets=Targets(**{k: move(v) for k, v in vars(self.targets).items()}),
             teacher=None if self.teacher is None else self.teacher.to(device),
             alignment=None if self.alignment is None else self.alignment.to(device),
+            stored=None if self.stored is None else self.stored.to(device),
         )
 
 
@@ -71,6 +77,11 @@ class Sample:
     rendered: Rendered
     pictures: list[Image.Image]
     rejected: Rendered | None = None
+
+    @property
+    def key(self) -> bytes:
+        """What a cache knows it by."""
+        return record_key(self.record.messages, self.pictures)
 
     def other(self) -> "Sample":
         """The rejected answer as a sample."""
@@ -90,6 +101,7 @@ class Encoder:
             conversation is then a response.
         teacher_processor: the teacher's, if it makes other tokens or pixels.
         filler: have the models see a blank picture behind a batch that has none.
+        store: the teacher's cache, to be read beside each batch.
     """
 
     def __init__(
@@ -102,12 +114,14 @@ class Encoder:
         pairs: bool = False,
         teacher_processor: Any = None,
         filler: bool = False,
+        store: Store | None = None,
     ):
         self.records = records
         self.processor = processor
         self.config = config
         self.vision_labels = vision_labels
         self.pairs = pairs
+        self.store = store
         self.filler = [_blank(processor)] if filler else []
         self.teacher = None
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
@@ -124,6 +138,7 @@ class Encoder:
         teacher_processor: Any = None,
         records: Records | None = None,
         filler: bool = False,
+        store: Store | None = None,
     ) -> "Encoder":
         """The encoder that a stage's objectives need."""
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
@@ -135,6 +150,7 @@ class Encoder:
             pairs="pairs" in needs,
             teacher_processor=teacher_processor if "teacher" in needs else None,
             filler=filler,
+            store=store,
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -160,6 +176,10 @@ class Encoder:
             pictures = self.records.pictures(record)
             rendered, rejected = self._rendered(index)
             return Sample(index, record, rendered, pictures, rejected)
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """One padded batch of samples that `load` gave, without the teacher's own view."""
+        return self._encode(samples)
 
     def encode_records(
         self, indices: list[int], records: list[Record], skipped: list[str] | None = None
@@ -240,7 +260,28 @@ class Encoder:
             indices=[s.index for s in chosen],
             grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
         )
-        return self._truncate(batch, samples)
+        batch = self._truncate(batch, samples)
+        if self.store is None:
+            return batch
+        return replace(batch, stored=self._stored(self.store, batch.targets, samples))
+
+    def _stored(self, store: Store, targets: Targets, samples: list[Sample]) -> SparseRows:
+        """The teacher's rows of a batch, as its cache has them."""
+        covered = covered_rows(targets, store.manifest["regions"])  # [B, T]
+        found = []
+        for sample, count in zip(samples, covered.sum(1).tolist(), strict=True):
+            where = self.records.where(sample.index)
+            rows = store.get(sample.key, where)
+            if len(rows) != count:
+                raise DataError(
+                    f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
+                    where=where,
+                    mend="build the cache again",
+                )
+            found.append(rows)
+        at = torch.full((covered.numel(),), -1)
+        at[covered.flatten()] = torch.arange(sum(map(len, found)))
+        return SparseRows(*store.codec.decode(np.concatenate(found)), at)
 
     def _grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
@@ -342,6 +383,14 @@ class Encoder:
 @lru_cache(maxsize=65536)
 def _last_token(tokenizer: Any, word: str) -> int:
     return tokenizer.encode(word, add_special_tokens=False)[-1]
+
+
+def covered_rows(targets: Targets, regions: Sequence[Region]) -> Tensor:
+    """[B, T] bool: the rows of any of the regions."""
+    covered = torch.zeros_like(targets.attention)
+    for region in regions:
+        covered |= targets.predicts(region)
+    return covered
 
 
 def _blank(processor: Any) -> Sample:

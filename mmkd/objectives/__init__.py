@@ -16,7 +16,9 @@ from mmkd.objectives.base import (
     Region,
     RouterSignals,
     Signals,
+    StoredSignals,
     Targets,
+    TeacherSignals,
 )
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
@@ -24,7 +26,7 @@ from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, Mix
 from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
-from mmkd.objectives.together import score
+from mmkd.objectives.together import HeadObjective, score
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -76,6 +78,7 @@ __all__ = [
     "REGISTRY",
     "AnyObjectiveConfig",
     "CrossEntropy",
+    "HeadObjective",
     "LayerSignals",
     "Layerwise",
     "MiniLm",
@@ -87,7 +90,9 @@ __all__ = [
     "Region",
     "RouterSignals",
     "Signals",
+    "StoredSignals",
     "Targets",
+    "TeacherSignals",
     "answer_logps",
     "build_objective",
     "expert_counts",

@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from mmkd.ops import SparseRows
+
 Region = Literal["response", "prompt", "vision", "all"]
 # distribution: the head's output, layers: what happens inside of decoder layers, matrices and
 # projections: more of it, experts: routers, pairs: chosen and rejected answers
@@ -105,6 +107,24 @@ class Signals:
             forced={i: layer.first(rows) for i, layer in self.forced.items()},
             routers={i: replace(r, logits=r.logits[:rows]) for i, r in self.routers.items()},
         )
+
+
+@dataclass(frozen=True)
+class StoredSignals:
+    """A teacher's output distributions that were read from its cache.
+
+    Attributes:
+        rows: of the batch's [B * T].
+    """
+
+    rows: SparseRows
+
+    def first(self, rows: int) -> "StoredSignals":
+        """The same: what a filler adds was never stored."""
+        return self
+
+
+TeacherSignals = Signals | StoredSignals
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import (
+    Objective,
+    Outcome,
+    Signals,
+    StoredSignals,
+    Targets,
+    TeacherSignals,
+)
 from mmkd.ops import Head, HeadLoss, head_losses
 
 
@@ -17,7 +24,7 @@ class HeadObjective(Objective):
         raise NotImplementedError
 
     def __call__(
-        self, student: Signals, teacher: Signals | None, targets: Targets, count: float
+        self, student: Signals, teacher: TeacherSignals | None, targets: Targets, count: float
     ) -> Outcome:
         total, _ = _one_pass([self], [1 / count], student, teacher, targets)
         return Outcome(total)
@@ -27,7 +34,7 @@ def _one_pass(
     objectives: Sequence[HeadObjective],
     factors: Sequence[float],
     student: Signals,
-    teacher: Signals | None,
+    teacher: TeacherSignals | None,
     targets: Targets,
 ) -> tuple[Tensor, Tensor]:
     """The sum of factor times loss with gradients, and each loss's sum over its rows."""
@@ -36,8 +43,9 @@ def _one_pass(
         if "teacher" in objective.needs and teacher is None:
             raise ValueError(f"objective {objective.name!r} needs a teacher")
         losses.append(objective.head_loss(targets).scaled(factor))
-    frozen = None if teacher is None else _head(teacher)
-    return head_losses(_head(student), losses, frozen)
+    if isinstance(teacher, StoredSignals):
+        return head_losses(_head(student), losses, teacher.rows)
+    return head_losses(_head(student), losses, None if teacher is None else _head(teacher))
 
 
 def _head(signals: Signals) -> Head:
@@ -47,7 +55,7 @@ def _head(signals: Signals) -> Head:
 def score(
     objectives: Sequence[Objective],
     student: Signals,
-    teacher: Signals | None,
+    teacher: TeacherSignals | None,
     targets: Targets,
     counts: Mapping[str, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +82,10 @@ def score(
     for objective in objectives:
         if isinstance(objective, HeadObjective):
             continue
-        outcome = objective(student, teacher, targets, counts[objective.name])
+        if isinstance(teacher, StoredSignals) and "teacher" in objective.needs:
+            raise ValueError(f"objective {objective.name!r} needs a teacher that runs")
+        live = None if isinstance(teacher, StoredSignals) else teacher
+        outcome = objective(student, live, targets, counts[objective.name])
         terms.append(objective.config.weight * outcome.loss)
         said[objective.name] = outcome.loss.detach()
         metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}

@@ -43,6 +43,9 @@ class SparseRows:
     log_rest: Tensor
     at: Tensor
 
+    def to(self, device: torch.device) -> "SparseRows":
+        return SparseRows(*(t.to(device) for t in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class HeadLoss:

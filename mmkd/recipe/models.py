@@ -28,28 +28,48 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
+        self._check_source()
+        return self
+
+    def _check_source(self) -> None:
         if (self.model is None) == (self.config is None):
             raise ValueError("give either 'model' (folder or Hub id) or 'config' (random weights)")
         if self.config is not None and self.processor is None:
             raise ValueError("a model from 'config' needs 'processor', a folder or Hub id")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("'config' needs 'model_type', such as llava or qwen2_5_vl")
-        return self
 
     @property
     def processor_source(self) -> str:
         return self.processor or self.model or ""
 
 
+class CacheConfig(Strict):
+    """A teacher's output distributions on disk."""
+
+    folder: str
+    k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
+
+
 class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
-    source: Literal["live"] = Field("live", description="live: resident beside the student")
+    source: Literal["live", "cache"] = Field(
+        "live",
+        description="live: resident beside the student; cache: read from what `mmkd cache` stored",
+    )
+    cache: CacheConfig | None = Field(None, description="where `mmkd cache` stores, and how much")
     placement: TeacherPlacement = Field(
         "auto",
         description="replicated: whole on every process; sharded: spread over them; offload: on "
         "the CPU, each layer fetched when it runs (both need DeepSpeed); auto: by size",
     )
+
+    def _check_source(self) -> None:
+        if self.source == "live" or self.model is not None or self.config is not None:
+            super()._check_source()
+        if self.source == "cache" and self.cache is None:
+            raise ValueError("'source: cache' needs 'cache', with the folder of what was stored")
 
 
 class StudentConfig(ModelConfig):

@@ -4,12 +4,18 @@ from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher
+from mmkd.teachers.stored import StoredTeacher, check_storable
+
+Teacher = LiveTeacher | StoredTeacher
 
 __all__ = [
     "LiveReference",
     "LiveTeacher",
     "Reference",
     "ShardedTeacher",
+    "StoredTeacher",
+    "Teacher",
+    "check_storable",
     "choose_placement",
     "choose_reference",
     "place_teacher",

@@ -17,7 +17,12 @@ class LiveTeacher:
     """Runs the teacher on the student's batches, or on its own view of them.
 
     Every process holds all of its weights.
+
+    Attributes:
+        spread: whether processes have to run it together.
     """
+
+    spread = False
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         check_supported(model, "teacher")

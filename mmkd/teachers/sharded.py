@@ -35,6 +35,8 @@ class ShardedTeacher(LiveTeacher):
         offload: keep the weights of each process's share on the CPU.
     """
 
+    spread = True
+
     def __init__(self, model: PreTrainedModel, device: torch.device, *, offload: bool = False):
         self.offload = offload
         super().__init__(model, device)

@@ -1,0 +1,30 @@
+"""What a cache goes by: the content of a record, and how a processor sees records."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+KEY_BYTES = 16
+
+
+def record_key(messages: Sequence[Any], pictures: Sequence[Image.Image]) -> bytes:
+    """A hash of a record's words and decoded pictures."""
+    seen = hashlib.blake2b(digest_size=KEY_BYTES)
+    seen.update(json.dumps(messages, sort_keys=True).encode())
+    for picture in pictures:
+        seen.update(repr((picture.mode, picture.size)).encode())
+        seen.update(picture.tobytes())
+    return seen.digest()
+
+
+def processor_hash(processor: Any) -> str:
+    """A hash of all that decides which tokens and pixels a processor makes."""
+    said = processor.to_dict() if hasattr(processor, "to_dict") else {}
+    pictures = processor.image_processor.to_dict()
+    words = sorted(processor.tokenizer.get_vocab().items())
+    facts = [said, pictures, words, processor.chat_template]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,196 @@
+"""A cache's folder.
+
+manifest.json                 what was stored, how, and every shard's checksum; written last
+settings.json                 the same without shards, while the cache is built
+rows-RANK-NUMBER.safetensors  rows [n, words], the records' keys [m, 16] and ends [m]
+rows-RANK-NUMBER.json         its size, checksum and counts
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mmkd.cache.codec import RowCodec
+from mmkd.errors import CheckpointError, DataError
+from mmkd.files import read_json, sha256, sync_file, write_json
+
+SHARD_ROWS = 2**18
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+FORMAT = 1
+REBUILD = "build it with `mmkd cache RECIPE`"
+
+
+class StoreWriter:
+    """Fills a cache's folder from one of several processes; what is there already stays.
+
+    Args:
+        folder: of the cache.
+        settings: what is stored and how; every process gives the same.
+        rank: of this process.
+
+    Raises:
+        CheckpointError: the folder holds another cache.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int):
+        self.folder, self.rank = folder, rank
+        self.settings = {"format": FORMAT, **settings}
+        if (folder / SETTINGS).exists() and read_json(folder / SETTINGS) != self.settings:
+            raise CheckpointError(
+                "the folder holds another teacher's, data's or recipe's rows",
+                where=str(folder),
+                mend="name a new folder in teacher.cache, or delete this one",
+            )
+        if rank == 0:
+            write_json(folder / SETTINGS, self.settings)
+        self.codec = RowCodec(settings["vocabulary"], settings["k"])
+        self.stored = {key for shard in _shards(folder) for key in _keys(folder / shard["file"])}
+        self._rows: list[np.ndarray] = []
+        self._keys: list[bytes] = []
+        self._number = len(list(folder.glob(f"rows-{rank}-*.json")))
+
+    def add(self, key: bytes, rows: np.ndarray) -> None:
+        """A record's rows, [n, words] uint64."""
+        self._keys.append(key)
+        self._rows.append(rows)
+        if sum(map(len, self._rows)) >= SHARD_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added as a shard."""
+        if not self._keys:
+            return
+        path = self.folder / f"rows-{self.rank}-{self._number}.safetensors"
+        partial = path.with_suffix(".partial")
+        rows = np.concatenate(self._rows)
+        ends = np.cumsum([len(r) for r in self._rows])
+        save_file(
+            {
+                "rows": torch.from_numpy(rows.view(np.int64)),
+                "ends": torch.from_numpy(ends),
+                "keys": torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(
+                    len(self._keys), -1
+                ),
+            },
+            partial,
+        )
+        sync_file(partial)
+        partial.replace(path)
+        facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        counts = {"records": len(ends), "rows": len(rows)}
+        write_json(path.with_suffix(".json"), {"file": path.name, **facts, **counts})
+        self._rows, self._keys = [], []
+        self._number += 1
+
+    def finish(self) -> None:
+        """Say that the cache is complete, when all processes have flushed."""
+        write_json(self.folder / MANIFEST, {**self.settings, "shards": _shards(self.folder)})
+
+
+class Store:
+    """Reads a complete cache.
+
+    Raises:
+        CheckpointError: it is not there, not complete, or lacks a shard.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / MANIFEST
+        if not path.is_file():
+            begun = "begun and not complete" if (folder / SETTINGS).exists() else "not there"
+            raise CheckpointError(
+                f"the teacher's cache is {begun}", where=str(folder), mend=REBUILD
+            )
+        try:
+            self.manifest = read_json(path)
+            shards, kind = self.manifest["shards"], self.manifest["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError("it cannot be read", where=str(path), mend=REBUILD) from error
+        if kind != FORMAT:
+            raise CheckpointError(f"format {kind} is not known", where=str(path), mend=REBUILD)
+        for shard in shards:
+            file = folder / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise CheckpointError("it is missing or cut", where=str(file), mend=REBUILD)
+        self.codec = RowCodec(self.manifest["vocabulary"], self.manifest["k"])
+        self._open: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def _places(self) -> dict[bytes, tuple[int, int, int]]:
+        """Shard and rows of each record."""
+        found: dict[bytes, tuple[int, int, int]] = {}
+        for number, shard in enumerate(self.manifest["shards"]):
+            with safe_open(self.folder / shard["file"], "pt") as file:
+                ends = file.get_tensor("ends").tolist()
+            starts = [0, *ends[:-1]]
+            keys = _keys(self.folder / shard["file"])
+            found |= {k: (number, a, b) for k, a, b in zip(keys, starts, ends, strict=True)}
+        return found
+
+    def __len__(self) -> int:
+        return sum(shard["records"] for shard in self.manifest["shards"])
+
+    @property
+    def rows(self) -> int:
+        return sum(shard["rows"] for shard in self.manifest["shards"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard["bytes"] for shard in self.manifest["shards"])
+
+    @property
+    def keys(self) -> list[bytes]:
+        return list(self._places)
+
+    def get(self, key: bytes, where: str) -> np.ndarray:
+        """A record's rows, [n, words] uint64.
+
+        Raises:
+            DataError: the record is not there; `where` is its place in the data.
+        """
+        place = self._places.get(key)
+        if place is None:
+            raise DataError(
+                f"its words and pictures are not in the teacher's cache {self.folder}",
+                where=where,
+                mend="the data has changed since: build the cache again",
+            )
+        number, start, end = place
+        return self._shard(number)[start:end]
+
+    def _shard(self, number: int) -> np.ndarray:
+        """All rows of a shard, mapped; its checksum is looked at once."""
+        if number not in self._open:
+            shard = self.manifest["shards"][number]
+            path = self.folder / shard["file"]
+            if sha256(path) != shard["sha256"]:
+                raise CheckpointError("damaged (checksum)", where=str(path), mend=REBUILD)
+            self._open[number] = _mapped(path)
+        return self._open[number]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The rows of a shard without reading them; safetensors says where they lie."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))["rows"]
+    start = 8 + size + header["data_offsets"][0]
+    return np.memmap(path, dtype=np.uint64, mode="r", offset=start, shape=tuple(header["shape"]))
+
+
+def _keys(path: Path) -> list[bytes]:
+    with safe_open(path, "pt") as file:
+        return [bytes(row) for row in file.get_tensor("keys").numpy()]
+
+
+def _shards(folder: Path) -> list[dict[str, Any]]:
+    """Of all complete shards, by name."""
+    return [read_json(path) for path in sorted(folder.glob("rows-*.json"))]

@@ -1,0 +1,58 @@
+"""A teacher whose output distributions were stored before; its weights are not needed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmkd.cache import Store
+from mmkd.data.encoder import Batch
+from mmkd.errors import RecipeError
+from mmkd.objectives import HeadObjective, Objective, StoredSignals
+from mmkd.recipe import StageConfig
+
+LIVE = "set teacher.source to live"
+
+
+class StoredTeacher:
+    """Gives what the encoder has read from the cache beside each batch.
+
+    Args:
+        store: the cache.
+    """
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def signals(self, batch: Batch, **layers: Any) -> StoredSignals:
+        """The distributions of a batch's rows; nothing of layers."""
+        if batch.stored is None:
+            raise ValueError("the batch was encoded without the teacher's cache")
+        return StoredSignals(batch.stored)
+
+
+def check_storable(stage: StageConfig, objectives: Sequence[Objective]) -> None:
+    """A stage's objectives that read a teacher can do with its stored distributions.
+
+    Raises:
+        RecipeError: one of them cannot.
+    """
+    for objective in objectives:
+        where = f"stage {stage.name}: objective {objective.name}"
+        if not isinstance(objective, HeadObjective):
+            raise RecipeError(
+                "a teacher's cache holds output distributions, it needs more",
+                where=where,
+                mend=LIVE,
+            )
+        temperature = getattr(objective.config, "temperature", 1.0)
+        if temperature != 1:
+            raise RecipeError(
+                f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
+                where=where,
+                mend=LIVE,
+            )
+    if objectives and stage.on_policy is not None:
+        raise RecipeError(
+            "the student's own answers are in no cache",
+            where=f"stage {stage.name}: on_policy",
+            mend=LIVE,
+        )
