@@ -150,6 +150,32 @@ def plan(
 
 
 @app.command()
+def bench(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    stage: Annotated[Optional[str], typer.Option(help="the first if left out")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
+    out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+) -> None:
+    """Where the time and memory of a recipe's steps go, against what the models alone take."""
+    from mmkd import distributed
+    from mmkd.bench import bench as time_steps
+    from mmkd.bench import plot_bench, print_bench
+    from mmkd.files import write_json
+    from mmkd.recipe import load_recipe
+
+    found = time_steps(load_recipe(recipe, overrides), stage, steps)
+    if distributed.rank() == 0:
+        print_bench(found)
+        if out is not None:
+            write_json(out, found)
+        if plot is not None:
+            plot_bench(found, plot)
+    distributed.disconnect()
+
+
+@app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="model folder or Hub id")],
     out: Annotated[Path, typer.Option(help="folder to write")],

@@ -30,7 +30,7 @@ from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
-from mmkd.stage import run_stage
+from mmkd.stage_run import run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import StoredTeacher, Teacher, place_teacher
 
@@ -157,7 +157,7 @@ def train(member: Member, recipe: Recipe) -> None:
         return
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
-    teacher, teacher_processor = _teacher(member.recipe, [stages[i] for i in pending])
+    teacher, teacher_processor = load_teacher(member.recipe, [stages[i] for i in pending])
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
@@ -282,7 +282,7 @@ def _is_trained(member: Member) -> bool:
     return all(_is_done(member.stage_folder(i)) for i in range(len(member.recipe.stages)))
 
 
-def _teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[Teacher | None, Any]:
+def load_teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[Teacher | None, Any]:
     """Teacher and its processor, where one of the stages has an objective that needs them; a
     stored one has the student's."""
     needing = [

@@ -19,43 +19,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
 
 from mmkd import distributed
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
-from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.encoder import Batch
 from mmkd.data.stream import BatchStream
-from mmkd.engines import Engine, StepResult, build_engine
+from mmkd.engines import Engine, StepResult
 from mmkd.errors import AGAIN, NonFiniteLossError, StoppedError
-from mmkd.files import write_json
 from mmkd.interrupt import asked, deferred
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import (
     Objective,
-    Preference,
     Signals,
     TeacherSignals,
     answer_logps,
-    build_objective,
     expert_counts,
     score,
 )
 from mmkd.on_policy import OnPolicy
 from mmkd.progress import Bar
-from mmkd.recipe import DataConfig, StageConfig
-from mmkd.shared_vision import SharedVision, share_vision
+from mmkd.recipe import StageConfig
+from mmkd.shared_vision import SharedVision
 from mmkd.steplog import StepLog
-from mmkd.students import set_trainable, write_student
 from mmkd.teachers import (
     LiveReference,
-    LiveTeacher,
     Reference,
-    StoredTeacher,
     Teacher,
-    choose_reference,
-    store,
 )
-from mmkd_models.layout import mamba_layers
 
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
@@ -63,7 +53,7 @@ Metrics = dict[str, Any]
 
 @dataclass
 class Stage:
-    """Everything one stage works with; `run_stage` builds it."""
+    """Everything one stage works with; `build_stage` makes it."""
 
     config: StageConfig
     engine: Engine
@@ -235,88 +225,3 @@ class Stage:
             "supervised_tokens": supervised,
             "skipped": skipped,
         }
-
-
-def run_stage(
-    config: StageConfig,
-    *,
-    student: PreTrainedModel,
-    processor: Any,
-    teacher: Teacher | None,
-    teacher_processor: Any,
-    shared_vocabulary: int | None,
-    data: DataConfig,
-    folder: Path,
-    seed: int,
-) -> Metrics:
-    """Train `student` in place through one stage and write `folder/student` and `done.json`.
-
-    Args:
-        config: the stage.
-        student: what trains; moved to the engine's device.
-        processor: the student's processor.
-        teacher: live or stored, or None where no objective needs one.
-        teacher_processor: the teacher's processor, or None.
-        shared_vocabulary: tokens that both models share.
-        data: the records.
-        folder: the stage's folder in the run directory.
-        seed: of dropout and data order.
-    """
-    set_seed(seed)
-    device = distributed.choose_device(config.engine.device)
-    objectives = [
-        build_objective(
-            o, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers(student.config)
-        )
-        for o in config.objectives
-    ]
-    needs = frozenset().union(*(o.needs for o in objectives))
-    live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
-    stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
-    encoder = Encoder.of(
-        objectives,
-        data,
-        processor,
-        teacher_processor=teacher_processor,
-        filler=config.engine.kind == "deepspeed" or (live is not None and live.spread),
-        store=None if stored is None else stored.store,
-    )
-    stream = BatchStream(
-        encoder,
-        config.batch,
-        seed=seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=data.workers,
-    )
-    steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    reference: Reference | None = choose_reference(objectives, live, student, device)
-    set_trainable(student, config.train)
-    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
-    vision = None
-    if live is not None and compared and encoder.teacher is None:
-        vision = share_vision(live, student)
-    engine = build_engine(config, student, steps, device)
-    if isinstance(reference, LiveReference) and reference.once:
-        reference = store(reference, stream, steps, folder, engine.autocast)
-    stage = Stage(
-        config=config,
-        engine=engine,
-        teacher=(live if compared else None) or stored,
-        vision=vision,
-        reference=reference,
-        on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
-        objectives=objectives,
-        layer_plan=LayerPlan.of(objectives),
-        stream=stream,
-        steps=steps,
-        folder=folder,
-    )
-    metrics = stage.train()
-    weights = engine.weights()
-    engine.close()
-    if engine.rank == 0:
-        write_student(student, processor, folder / "student", weights)
-        write_json(folder / "done.json", {"steps": steps, "metrics": metrics})
-    engine.barrier()
-    return metrics

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, inputs, make
 from recipes import tiny_recipe
 
-from mmkd import pipeline, stage
+from mmkd import pipeline, stage_run
 from mmkd.recipe import load_recipe
 from mmkd.shared_vision import share_vision
 from mmkd.signals import capture
@@ -90,8 +90,8 @@ def test_a_stage_shares_and_its_losses_stay(scenes_dir, tiny_model_dir, tmp_path
         made.append(share_vision(*models))
         return made[-1]
 
-    monkeypatch.setattr(stage, "share_vision", share)
+    monkeypatch.setattr(stage_run, "share_vision", share)
     together = losses("together")
     assert made[0] is not None
-    monkeypatch.setattr(stage, "share_vision", lambda *_: None)
+    monkeypatch.setattr(stage_run, "share_vision", lambda *_: None)
     assert together == losses("apart")

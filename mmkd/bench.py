@@ -1,0 +1,300 @@
+"""`mmkd bench`: where the time of a recipe's steps goes, against what the models alone take.
+
+The floor is what no trainer can leave out, measured bare on the same batches: the teacher's body
+and head, the student's body forward and backward, and the three products of its head, on the rows
+that the objectives cover.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from mmkd import distributed, preflight
+from mmkd.data.encoder import Batch
+from mmkd.errors import RecipeError
+from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.objectives import Signals
+from mmkd.pipeline import load_teacher, members
+from mmkd.progress import Bar, console
+from mmkd.recipe import Recipe
+from mmkd.shared_vision import SharedVision
+from mmkd.signals import capture
+from mmkd.stage import Stage
+from mmkd.stage_run import build_stage
+from mmkd.students import convert
+from mmkd.teachers import LiveTeacher
+
+PARTS = ("data", "teacher", "student forward", "objectives", "backward", "optimizer", "rest")
+WARM_UP = 2
+COLOURS = ("#c9b8a0", "#8fb4d9", "#b7d3a8", "#f0d58c", "#9cc58b", "#d9a3a3", "#cccccc", "#a9cd9a")
+
+
+class Clock:
+    """Seconds by part of the step that is running; parts inside of others are told apart."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str, *, inside: str | None = None) -> Iterator[None]:
+        """Time what is inside; `inside` is the part that must not count it too."""
+        started = self._time()
+        try:
+            yield
+        finally:
+            taken = self._time() - started
+            self._now[name] += taken
+            if inside is not None:
+                self._now[inside] -= taken
+
+    def close_step(self) -> None:
+        self.steps.append(dict(self._now))
+        self._now.clear()
+
+    def _time(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each part over the steps behind the first ones."""
+        kept = self.steps[WARM_UP:] or self.steps
+        names = {name for step in kept for name in step}
+        return {name: statistics.median(s.get(name, 0.0) for s in kept) for name in names}
+
+
+class _TimedEngine:
+    """An engine whose parts are timed."""
+
+    def __init__(self, engine: Any, clock: Clock):
+        self._engine, self._clock = engine, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, inputs: Any, score: Callable[[Signals], Any], **layers: Any) -> Any:
+        def timed(signals: Signals) -> Any:
+            with self._clock.part("objectives", inside="student forward"):
+                return score(signals)
+
+        with self._clock.part("student forward"):
+            return self._engine.forward(inputs, timed, **layers)
+
+    def backward(self, loss: Tensor) -> None:
+        with self._clock.part("backward"):
+            self._engine.backward(loss)
+
+    def step(self) -> Any:
+        with self._clock.part("optimizer"):
+            return self._engine.step()
+
+
+class _TimedTeacher:
+    def __init__(self, teacher: Any, clock: Clock):
+        self._teacher, self._clock = teacher, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def signals(self, batch: Batch, **layers: Any) -> Any:
+        with self._clock.part("teacher"):
+            return self._teacher.signals(batch, **layers)
+
+
+def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
+    """Time some steps of a stage, and its floor after each of them.
+
+    Args:
+        recipe: whose first student, teacher and data are taken.
+        stage_name: the stage; the first if None.
+        steps: to time; two more warm up.
+
+    Raises:
+        RecipeError: no such stage.
+    """
+    names = [s.name for s in recipe.stages]
+    if stage_name is not None and stage_name not in names:
+        raise RecipeError(
+            f"no stage {stage_name!r}", where="stages", mend=f"there are {', '.join(names)}"
+        )
+    index = 0 if stage_name is None else names.index(stage_name)
+    with TemporaryDirectory() as folder:
+        return _bench(*_prepare(members(recipe)[0].recipe, index, Path(folder)), recipe.name, steps)
+
+
+def _prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrainedModel]:
+    """The stage with its student as it is before any training."""
+    config = recipe.stages[index]
+    device = distributed.choose_device(config.engine.device)
+    distributed.connect(device, patience=config.engine.patience)
+    preflight.check(recipe)
+    set_seed(recipe.seed)
+    student, processor = load_model(recipe.student), load_processor(recipe.student)
+    changes = [recipe.student.convert, *(s.convert for s in recipe.stages[: index + 1])]
+    for conversions in changes:
+        convert(student, conversions)
+    teacher, teacher_processor = load_teacher(recipe, [config])
+    shared = None
+    if teacher is not None:
+        shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+    stage = build_stage(
+        config,
+        student=student,
+        processor=processor,
+        teacher=teacher,
+        teacher_processor=teacher_processor,
+        shared_vocabulary=shared,
+        data=recipe.stage_data(config),
+        folder=folder,
+        seed=recipe.seed + index,
+    )
+    return stage, student
+
+
+def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:
+    clock = Clock(stage.engine.device)
+    floors: list[dict[str, float]] = []
+    teacher = stage.teacher
+    stage.engine = cast(Any, _TimedEngine(stage.engine, clock))
+    if teacher is not None:
+        stage.teacher = cast(Any, _TimedTeacher(teacher, clock))
+    count = steps + WARM_UP
+    stream = stage.stream
+    tokens = []
+    with Bar("bench", count, quiet=distributed.rank() > 0) as bar:
+        for number in range(count):
+            with clock.part("whole"):
+                with clock.part("data"):
+                    first = number * stream.micro_steps
+                    batches = [stream[first + i] for i in range(stream.micro_steps)]
+                metrics = stage.step(number + 1, batches)
+            clock.close_step()
+            tokens.append(metrics["supervised_tokens"])
+            if stage.config.engine.kind == "torch":  # else the weights are the engine's
+                floors.append(_floor(stage, student, teacher, batches))
+            bar.advance()
+    found = clock.medians()
+    whole = found.pop("whole")
+    found["rest"] = whole - sum(found.values())
+    kept = floors[WARM_UP:] or [{}]
+    floor = {k: statistics.median(f[k] for f in kept) for k in kept[0]}
+    bare = sum(floor.values())
+    return {
+        "recipe": name,
+        "stage": stage.config.name,
+        "processes": distributed.world_size(),
+        "device": str(stage.engine.device),
+        "steps": steps,
+        "seconds": whole,
+        "parts": {name: found.get(name, 0.0) for name in PARTS},
+        "floor": floor,
+        "floor_seconds": bare,
+        "without_data_over_floor": (whole - found["data"]) / bare if bare else None,
+        "supervised_tokens_per_second": statistics.median(tokens[WARM_UP:]) / whole,
+        "peak_bytes": _peak(stage.engine.device),
+    }
+
+
+def _floor(stage: Stage, student: Any, teacher: Any, batches: list[Batch]) -> dict[str, float]:
+    """Seconds of the models' own work on a step's batches."""
+    device = stage.engine.device
+    clock = Clock(device)
+    heads = [o for o in stage.objectives if "distribution" in o.needs]
+    for batch in (b.to(device) for b in batches):
+        rows = torch.zeros_like(batch.targets.attention)
+        compared = torch.zeros_like(rows)
+        for objective in heads:
+            covered = objective.rows(batch.targets)
+            rows |= covered
+            if "teacher" in objective.needs:
+                compared |= covered
+        with stage.engine.autocast():
+            if isinstance(teacher, LiveTeacher):
+                _bare_teacher(clock, teacher, batch, compared, stage.vision)
+            with clock.part("student"):
+                seen = stage.vision.replaying() if stage.vision else nullcontext()
+                with seen:
+                    signals = capture(student, batch.inputs).first(len(rows))
+                hidden = signals.hidden[rows]
+                weight = signals.head_weight.to(hidden.dtype)
+                logits = hidden.detach() @ weight.detach().t()
+                gradient = logits @ weight.detach()
+                if signals.head_weight.requires_grad:
+                    logits.t() @ hidden.detach()
+        with clock.part("student"):
+            hidden.backward(gradient * 0)
+        student.zero_grad(set_to_none=True)
+    clock.close_step()
+    return clock.steps[0]
+
+
+@torch.no_grad()
+def _bare_teacher(
+    clock: Clock, teacher: LiveTeacher, batch: Batch, rows: Tensor, vision: SharedVision | None
+) -> None:
+    with clock.part("teacher"), vision.recording() if vision else nullcontext():
+        signals = teacher.signals(batch).first(len(rows))
+        hidden = signals.hidden[rows]
+        hidden @ signals.head_weight.to(hidden.dtype).t()
+
+
+def _peak(device: torch.device) -> int:
+    """Most memory that was in use: the GPU's, or this process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['recipe']}, stage {found['stage']}: a step")
+    for name in ("", "ms", "share"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, seconds in found["parts"].items():
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / found['seconds']:.0%}")
+    table.add_section()
+    table.add_row("step", f"{1e3 * found['seconds']:.1f}", "100%")
+    for name, seconds in found["floor"].items():
+        table.add_row(f"floor: {name}", f"{1e3 * seconds:.1f}", f"{seconds / found['seconds']:.0%}")
+    if found["floor"]:
+        table.add_row("without data, of the floor", f"{found['without_data_over_floor']:.2f}x", "")
+    table.add_row("supervised tokens/s", f"{found['supervised_tokens_per_second']:,.0f}", "")
+    table.add_row("peak memory", f"{found['peak_bytes'] / 1e6:,.0f} MB", "")
+    console.print(table)
+
+
+def plot_bench(found: dict[str, Any], path: Path) -> None:
+    """Two bars, the step's parts and the floor's, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip((*PARTS, "student"), COLOURS, strict=True))
+    for row, parts in enumerate((found["floor"], found["parts"])):
+        left = 0.0
+        for name, seconds in parts.items():
+            width = 1e3 * max(seconds, 0.0)
+            axes.barh(row, width, left=left, color=colours[name], edgecolor="white")
+            if width > 0.07 * 1e3 * found["seconds"]:
+                text = f"{name}\n{width:.0f}"
+                axes.text(left + width / 2, row, text, ha="center", va="center", fontsize=7)
+            left += width
+    axes.set_yticks([0, 1], ["floor", "step"])
+    axes.set_xlabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{found['recipe']}, stage {found['stage']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

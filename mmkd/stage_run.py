@@ -1,0 +1,122 @@
+"""From a stage's recipe and models to a stage that runs, and its run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+
+from mmkd import distributed
+from mmkd.data.encoder import Encoder
+from mmkd.data.stream import BatchStream
+from mmkd.engines import build_engine
+from mmkd.files import write_json
+from mmkd.layer_signals import LayerPlan
+from mmkd.objectives import Preference, build_objective
+from mmkd.on_policy import OnPolicy
+from mmkd.recipe import DataConfig, StageConfig
+from mmkd.shared_vision import share_vision
+from mmkd.stage import Metrics, Stage
+from mmkd.students import set_trainable, write_student
+from mmkd.teachers import (
+    LiveReference,
+    LiveTeacher,
+    Reference,
+    StoredTeacher,
+    Teacher,
+    choose_reference,
+    store,
+)
+from mmkd_models.layout import mamba_layers
+
+
+def build_stage(
+    config: StageConfig,
+    *,
+    student: PreTrainedModel,
+    processor: Any,
+    teacher: Teacher | None,
+    teacher_processor: Any,
+    shared_vocabulary: int | None,
+    data: DataConfig,
+    folder: Path,
+    seed: int,
+) -> Stage:
+    """The stage, ready for its first step.
+
+    Args:
+        config: the stage.
+        student: what trains; moved to the engine's device.
+        processor: the student's processor.
+        teacher: live or stored, or None where no objective needs one.
+        teacher_processor: the teacher's processor, or None.
+        shared_vocabulary: tokens that both models share.
+        data: the records.
+        folder: the stage's folder in the run directory.
+        seed: of dropout and data order.
+    """
+    set_seed(seed)
+    device = distributed.choose_device(config.engine.device)
+    objectives = [
+        build_objective(
+            o, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers(student.config)
+        )
+        for o in config.objectives
+    ]
+    needs = frozenset().union(*(o.needs for o in objectives))
+    live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
+    stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
+    encoder = Encoder.of(
+        objectives,
+        data,
+        processor,
+        teacher_processor=teacher_processor,
+        filler=config.engine.kind == "deepspeed" or (live is not None and live.spread),
+        store=None if stored is None else stored.store,
+    )
+    stream = BatchStream(
+        encoder,
+        config.batch,
+        seed=seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=data.workers,
+    )
+    steps = config.steps or stream.steps_in(config.epochs or 1.0)
+    reference: Reference | None = choose_reference(objectives, live, student, device)
+    set_trainable(student, config.train)
+    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
+    vision = None
+    if live is not None and compared and encoder.teacher is None:
+        vision = share_vision(live, student)
+    engine = build_engine(config, student, steps, device)
+    if isinstance(reference, LiveReference) and reference.once:
+        reference = store(reference, stream, steps, folder, engine.autocast)
+    return Stage(
+        config=config,
+        engine=engine,
+        teacher=(live if compared else None) or stored,
+        vision=vision,
+        reference=reference,
+        on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
+        objectives=objectives,
+        layer_plan=LayerPlan.of(objectives),
+        stream=stream,
+        steps=steps,
+        folder=folder,
+    )
+
+
+def run_stage(
+    config: StageConfig, *, student: PreTrainedModel, processor: Any, folder: Path, **settings: Any
+) -> Metrics:
+    """Train `student` in place through one stage and write `folder/student` and `done.json`;
+    arguments as in `build_stage`."""
+    stage = build_stage(config, student=student, processor=processor, folder=folder, **settings)
+    metrics = stage.train()
+    weights = stage.engine.weights()
+    stage.engine.close()
+    if stage.engine.rank == 0:
+        write_student(student, processor, folder / "student", weights)
+        write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
+    stage.engine.barrier()
+    return metrics

@@ -1,0 +1,69 @@
+"""`mmkd bench`: parts that add up to the step, beside a floor of the models' own work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from recipes import tiny_recipe
+
+from mmkd import bench
+from mmkd.errors import RecipeError
+from mmkd.recipe import load_recipe
+
+
+@pytest.fixture
+def raw(scenes_dir, tiny_model_dir, tmp_path):
+    def make(**stage):
+        return tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            teacher={"model": str(tiny_model_dir)},
+            stage={"objectives": [{"kind": "ce"}, {"kind": "kl"}], **stage},
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("train", [["all"], ["language_model"]])
+def test_parts_add_up(raw, tmp_path, train):
+    found = bench.bench(load_recipe(raw(train=train, batch={"size": 2, "accumulate": 2})), None, 3)
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"])
+    for name in ("data", "teacher", "student forward", "objectives", "backward", "optimizer"):
+        assert found["parts"][name] > 0
+    assert set(found["floor"]) == {"teacher", "student"}
+    assert found["floor_seconds"] == pytest.approx(sum(found["floor"].values()))
+    assert found["supervised_tokens_per_second"] > 0
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_engines_that_own_the_weights_have_no_floor(raw):
+    pytest.importorskip("deepspeed")
+    engine = {"device": "cpu", "kind": "deepspeed", "zero": 3}
+    found = bench.bench(load_recipe(raw(engine=engine)), "mimic", 1)
+    assert found["floor"] == {}
+    assert found["parts"]["backward"] > 0
+
+
+def test_an_unknown_stage_is_named(raw):
+    with pytest.raises(RecipeError, match=r"no stage 'align' -- there are mimic"):
+        bench.bench(load_recipe(raw()), "align", 1)
+
+
+def test_the_command_writes_table_numbers_and_picture(raw, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw()))
+    words = ["--steps", "1", "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkd.cli", "bench", tmp_path / "recipe.yaml", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "without data, of the floor" in done.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["stage"] == "mimic"
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
