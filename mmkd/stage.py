@@ -81,11 +81,13 @@ class Stage:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()
                 metrics = self.step(step, batches)
-                log.write({**metrics, "seconds": round(time.monotonic() - started, 4)})
+                seconds = time.monotonic() - started
+                log.write({**metrics, "seconds": round(seconds, 4)})
                 if metrics["skipped"]:
                     for reason in distributed.gather([r for b in batches for r in b.skipped]):
                         skipped.write({"step": step, "reason": reason})
-                bar.advance(f"loss {metrics['loss']:.4f}")
+                speed = metrics["supervised_tokens"] / seconds
+                bar.advance(f"loss {metrics['loss']:.4f}, {speed:,.0f} supervised tokens/s")
                 stop = asked(self.engine.device)
                 if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
                     keep = self.config.checkpoint.keep
@@ -211,11 +213,12 @@ class Stage:
                 [b.targets.attention.sum() for b in batches],
                 [b.targets.response.sum() for b in batches],
                 [len(b.skipped) for b in batches],
+                [b.targets.attention.numel() for b in batches],
             ],
             dtype=torch.float64,
             device=self.engine.device,
         )
-        real, supervised, skipped = self.engine.total(tokens.sum(1)).tolist()
+        real, supervised, skipped, places = self.engine.total(tokens.sum(1)).tolist()
         return {
             "step": step,
             **losses,
@@ -224,4 +227,5 @@ class Stage:
             "tokens": real,
             "supervised_tokens": supervised,
             "skipped": skipped,
+            "padding": round(1 - real / places, 4),
         }

@@ -316,6 +316,27 @@ def test_a_step_sees_the_same_records_at_any_layout(folder):
     assert seen([stream(folder, 2, 1, r, 2) for r in range(2)], 7) == whole
 
 
+def test_grouping_by_length_pads_less_and_moves_no_record_between_steps(folder):
+    words = ("two", "two cats", "two cats and a dog", "cats and a dog and two cats and a dog")
+    rows = [
+        {"id": str(i), "conversations": conversations([("human", "?"), ("gpt", words[i % 4])])}
+        for i in range(16)
+    ]
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), DataConfig(train="-"))
+
+    def streams(grouped):
+        batch = BatchConfig(size=2, accumulate=2, group_by_length=grouped)
+        return [BatchStream(encoder, batch, seed=3, rank=r, world_size=2) for r in range(2)]
+
+    def padding(found):
+        masks = [b.targets.attention for s in found for step in s.steps(0, 2) for b in step]
+        return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    grouped, apart = streams(True), streams(False)
+    assert seen(grouped, 4) == seen(apart, 4)
+    assert padding(grouped) < 0.5 * padding(apart)
+
+
 def test_a_stream_can_start_anywhere(folder):
     late = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(3, 6)]
     whole = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(0, 6)]

@@ -104,6 +104,14 @@ class Records:
         with located(lambda: self.where(index)):
             return parse_record(self._rows[index], index)
 
+    def length(self, index: int) -> tuple[int, int]:
+        """Pictures and characters of a record; none of one that cannot be read."""
+        try:
+            record = self[index]
+        except DataError:
+            return 0, 0
+        return len(record.images), sum(len(_text(message)) for message in record.messages)
+
     def pictures(self, record: Record) -> list[Image.Image]:
         """A record's pictures, decoded to RGB."""
         return [load_image(ref, self.image_root) for ref in record.images]

@@ -114,6 +114,9 @@ class BatchConfig(Strict):
 
     size: int = Field(8, ge=1, description="records per process and micro-step")
     accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
+    group_by_length: bool = Field(
+        True, description="put a step's records of alike length into one micro-batch"
+    )
     total: int | None = Field(
         None, ge=1, description="records per optimizer step; in place of accumulate"
     )

@@ -22,6 +22,7 @@ NOT_OBJECTIVES = frozenset(
         "tokens",
         "supervised_tokens",
         "skipped",
+        "padding",
         "sampled",
         "seconds",
     }
