@@ -131,11 +131,11 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
         )
     index = 0 if stage_name is None else names.index(stage_name)
     with TemporaryDirectory() as folder:
-        return _bench(*_prepare(members(recipe)[0].recipe, index, Path(folder)), recipe.name, steps)
+        return _bench(*prepare(members(recipe)[0].recipe, index, Path(folder)), recipe.name, steps)
 
 
-def _prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrainedModel]:
-    """The stage with its student as it is before any training."""
+def prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrainedModel]:
+    """A stage with its student as it is before any training; `folder` is for what it stores."""
     config = recipe.stages[index]
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, patience=config.engine.patience)
@@ -183,7 +183,7 @@ def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dic
             clock.close_step()
             tokens.append(metrics["supervised_tokens"])
             if stage.config.engine.kind == "torch":  # else the weights are the engine's
-                floors.append(_floor(stage, student, teacher, batches))
+                floors.append(floor_of(stage, student, teacher, batches))
             bar.advance()
     found = clock.medians()
     whole = found.pop("whole")
@@ -207,8 +207,8 @@ def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dic
     }
 
 
-def _floor(stage: Stage, student: Any, teacher: Any, batches: list[Batch]) -> dict[str, float]:
-    """Seconds of the models' own work on a step's batches."""
+def floor_of(stage: Stage, student: Any, teacher: Any, batches: list[Batch]) -> dict[str, float]:
+    """Seconds of the models' own work on a step's batches, by model."""
     device = stage.engine.device
     clock = Clock(device)
     heads = [o for o in stage.objectives if "distribution" in o.needs]

@@ -16,9 +16,9 @@ class BatchStream:
     """The micro-batches of a stage, addressed by step.
 
     Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
-    epochs, each shuffled by seed and epoch number. Rank r of R takes every R-th of them, or, grouped
-    by length, every R-th micro-batch of the step's records in the order of their length: what a
-    step sees stays the same, with less padding.
+    epochs, each shuffled by seed and epoch number. Rank r of R takes every R-th of them, or,
+    grouped by length, every R-th micro-batch of the step's records in the order of their length:
+    what a step sees stays the same, with less padding.
     """
 
     def __init__(

@@ -1,0 +1,99 @@
+"""Whole training steps: beside a teacher, from its cache, without one, and their floor.
+
+    python -m benchmarks.step --json runs/bench/step.json
+
+The quickstart's mimic stage in float32 on encoded batches (CE + KL + KL over the image tokens).
+`floor`: what the models alone take (`mmkd bench` says of what). All in turn in this process,
+medians. The quickstart's student is small; `--student teacher` takes the teacher's own size.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from rich.table import Table
+
+from benchmarks.measure import median_seconds, save
+from mmkd.bench import floor_of, prepare
+from mmkd.build_cache import build_cache
+from mmkd.progress import console
+from mmkd.recipe import Recipe, load_recipe
+
+RECIPE = "configs/quickstart.yaml"
+STUDENTS = {"quickstart": [], "teacher": ["student.convert=[]"]}
+
+
+def recipes(folder: Path, batch: int, student: str, records: int) -> dict[str, Recipe]:
+    """The stage beside the teacher, from its cache, and with cross-entropy alone, on the first
+    records."""
+    data = folder / "records.parquet"
+    pq.write_table(pq.read_table("data/scenes/train.parquet").slice(0, records), data)
+    common = [
+        "variants={}",
+        f"data.train={data}",
+        f"stages.0.batch={{size: {batch}}}",
+        "stages.0.precision=float32",
+        "stages.0.engine={device: cpu}",
+        *STUDENTS[student],
+    ]
+    cache = ["teacher.source=cache", f"teacher.cache={{folder: {folder / 'cache'}}}"]
+    return {
+        "beside the teacher": load_recipe(RECIPE, common),
+        "from its cache": load_recipe(RECIPE, common + cache),
+        "cross-entropy": load_recipe(RECIPE, [*common, "stages.0.objectives=[{kind: ce}]"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--student", choices=list(STUDENTS), default="quickstart")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = recipes(folder, args.batch, args.student, 8 * args.batch)
+        build_cache(made["from its cache"])
+        calls: dict[str, Callable[[], Any]] = {}
+        for label, recipe in made.items():
+            stage, student = prepare(recipe, 0, folder)
+            batches = [stage.stream[number] for number in range(8)]
+            count = iter(range(10**6))
+
+            def step(stage: Any = stage, batches: Any = batches, count: Any = count) -> None:
+                number = next(count)
+                stage.step(number + 1, [batches[number % 8]])
+
+            calls[label] = step
+            if label == "beside the teacher":
+                turn = iter(range(10**6))
+
+                def floor(
+                    stage: Any = stage, student: Any = student, batches: Any = batches
+                ) -> None:
+                    floor_of(stage, student, stage.teacher, [batches[next(turn) % 8]])
+
+                calls["floor"] = floor
+        seconds = median_seconds(calls, args.repeats)
+    report(seconds)
+    save(args, seconds=seconds)
+
+
+def report(seconds: dict[str, float]) -> None:
+    table = Table(title="ms a step")
+    for name in ("step", "ms", "of the floor", "of cross-entropy"):
+        table.add_column(name, justify="right")
+    for name, taken in seconds.items():
+        parts = [f"{taken / seconds[k]:.2f}x" for k in ("floor", "cross-entropy")]
+        table.add_row(name, f"{1e3 * taken:.1f}", *parts)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
