@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mmkd import distributed, pipeline, stage
+from mmkd.engines import torch_engine
 from mmkd.recipe import load_recipe
 from mmkd.teachers import sharded
 
@@ -18,6 +19,7 @@ class BrokenOffError(Exception):
 
 def main(path: str) -> None:
     sharded.WHOLE_BELOW = 0  # tiny weights are spread too
+    torch_engine.BUCKET_BYTES = 50_000  # their gradients take several messages
     step = stage.Stage.step
     for raw, stop in json.loads(Path(path).read_text()):
 

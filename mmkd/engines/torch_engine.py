@@ -18,6 +18,8 @@ from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
 from mmkd.signals import capture
 
+BUCKET_BYTES = 2**25
+
 
 class TorchEngine(EngineBase):
     """Implements `Engine`; gradients are summed over ranks once per step."""
@@ -68,8 +70,8 @@ class TorchEngine(EngineBase):
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.world_size > 1:
-                dist.all_reduce(parameter.grad)
+        if self.world_size > 1:
+            self._sum_gradients()
         limit = self.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         lr = float(self.schedule.get_last_lr()[0])
@@ -77,6 +79,18 @@ class TorchEngine(EngineBase):
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(float(norm), lr)
+
+    def _sum_gradients(self) -> None:
+        """Over ranks, many in one message: each alone would wait for the network again."""
+        waiting: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            bucket = waiting.setdefault(parameter.grad.dtype, [])
+            bucket.append(parameter.grad)
+            if sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+                _all_reduce(waiting.pop(parameter.grad.dtype))
+        for bucket in waiting.values():
+            _all_reduce(bucket)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from changing_weights(self.model)
@@ -92,3 +106,11 @@ class TorchEngine(EngineBase):
 
     def close(self) -> None:
         self.model.eval()
+
+
+def _all_reduce(tensors: list[Tensor]) -> None:
+    """Sum each over ranks, in place."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
