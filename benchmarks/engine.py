@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import median_seconds, save
 from mmkd import distributed
-from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.batch import Batch
+from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
 from mmkd.loading import load_model, load_processor

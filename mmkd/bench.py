@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from mmkd import distributed, preflight
-from mmkd.data.encoder import Batch
+from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import Signals

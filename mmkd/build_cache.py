@@ -16,7 +16,8 @@ from torch import Tensor
 from mmkd import distributed
 from mmkd.cache import Store, StoreWriter, processor_hash
 from mmkd.data.alignment import same_processor
-from mmkd.data.encoder import Encoder, covered_rows
+from mmkd.data.batch import covered_rows
+from mmkd.data.encoder import Encoder
 from mmkd.engines import choose_precision
 from mmkd.errors import DataError, RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary

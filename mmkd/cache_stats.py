@@ -11,7 +11,8 @@ from torch import Tensor
 from mmkd import distributed
 from mmkd.build_cache import needed
 from mmkd.cache import Store
-from mmkd.data.encoder import Encoder, covered_rows
+from mmkd.data.batch import covered_rows
+from mmkd.data.encoder import Encoder
 from mmkd.errors import RecipeError
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Objective, Signals, build_objective

@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass
 
 from mmkd.data.answers import answered, answers_of, asked, sample
-from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.batch import Batch
+from mmkd.data.encoder import Encoder
 from mmkd.engines import Engine
 from mmkd.recipe import OnPolicyConfig
 

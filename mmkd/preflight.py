@@ -58,6 +58,7 @@ def check(recipe: Recipe) -> None:
         set_trainable(student, stage.train)
         _check_engine(stage)
         _check_reference(stage, objectives)
+        _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor, store)
 
@@ -133,6 +134,27 @@ def _check_teacher(
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="use region response or vision, or models with one processor",
             )
+
+
+def _check_packing(
+    stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
+) -> None:
+    """What is packed is compared token by token, with a teacher that gets the same rows."""
+    if stage.batch.pack is None:
+        return
+    where, mend = f"stage {stage.name}: batch.pack", "set it to null"
+    for objective in objectives:
+        if objective.relates_tokens:
+            raise RecipeError(
+                f"objective {objective.name} relates the tokens of a row, and packed rows hold "
+                "several records",
+                where=where,
+                mend=mend,
+            )
+    reading = teacher_processor is not None and any("teacher" in o.needs for o in objectives)
+    if reading and not same_processor(processor, teacher_processor):
+        what = "teacher and student have different processors"
+        raise RecipeError(what, where=where, mend=mend)
 
 
 def _check_reference(stage: StageConfig, objectives: list[Objective]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from mmkd import distributed
 from mmkd.checkpoint import load_checkpoint, save_checkpoint
-from mmkd.data.encoder import Batch
+from mmkd.data.batch import Batch
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult
 from mmkd.errors import AGAIN, NonFiniteLossError, StoppedError

@@ -13,6 +13,7 @@ from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Preference, build_objective
 from mmkd.on_policy import OnPolicy
+from mmkd.packed import check_packing
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.shared_vision import share_vision
 from mmkd.stage import Metrics, Stage
@@ -72,6 +73,7 @@ def build_stage(
         teacher_processor=teacher_processor,
         filler=config.engine.kind == "deepspeed" or (live is not None and live.spread),
         store=None if stored is None else stored.store,
+        pack=config.batch.pack,
     )
     stream = BatchStream(
         encoder,
@@ -83,6 +85,8 @@ def build_stage(
     )
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
     reference: Reference | None = choose_reference(objectives, live, student, device)
+    if config.batch.pack is not None:
+        check_packing(encoder, student, live, device)
     set_trainable(student, config.train)
     compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     vision = None

@@ -8,7 +8,8 @@ from PIL import Image
 from processors import END, FAMILIES
 
 from mmkd.data.chat import render_chat
-from mmkd.data.encoder import Encoder, grid_words, image_token_id
+from mmkd.data.encoder import Encoder, image_token_id
+from mmkd.data.labels import grid_words
 from mmkd.data.records import GroundedObject, Records
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError

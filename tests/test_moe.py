@@ -9,10 +9,9 @@ import torch
 from recipes import tiny_recipe
 
 from mmkd import pipeline
-from mmkd.data.encoder import Targets
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.loading import load_model, load_pretrained, parameter_count
-from mmkd.objectives import RouterSignals, Signals, build_objective, expert_counts
+from mmkd.objectives import RouterSignals, Signals, Targets, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
 from mmkd.plan import make_plan
 from mmkd.recipe import (

@@ -1,7 +1,7 @@
 """From records to a batch: encoding, padding, masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -12,60 +12,20 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.cache import Store, record_key
-from mmkd.data.alignment import Alignment, Grid, align, same_processor
+from mmkd.data.alignment import Grid, align, same_processor
+from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
-from mmkd.data.records import GroundedObject, Message, Record, Records, located
+from mmkd.data.labels import IGNORED, vision_labels
+from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
+from mmkd.data.records import Message, Record, Records, located
 from mmkd.errors import DataError
-from mmkd.objectives import Need, Objective, Region, Targets
+from mmkd.objectives import Need, Objective, Targets
 from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
 
-IGNORED = -100
 RENDERED_KEPT = 50_000
 MOVED = "text_replacement_offsets"
 BLANK_SIZE = (64, 64)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    Attributes:
-        inputs: what the model is called with, without labels; with a filler, one row more than the
-            rest.
-        targets: what its tokens are.
-        ids: the records' ids, for messages; a pair's two rows have one.
-        skipped: messages of the records that were left out.
-        indices: the records.
-        grids: rows and columns of image tokens of each picture of each row.
-        teacher: the same records as the teacher's own processor encodes them, None where it is the
-            student's.
-        alignment: which of the teacher's tokens are which of the student's.
-        stored: the teacher's distributions, where they come from its cache.
-    """
-
-    inputs: dict[str, Tensor]
-    targets: Targets
-    ids: list[str]
-    skipped: list[str] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    grids: list[list[Grid]] = field(default_factory=list)
-    teacher: "Batch | None" = None
-    alignment: Alignment | None = None
-    stored: SparseRows | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return replace(
-            self,
-            inputs={k: move(v) for k, v in self.inputs.items()},
-            targets=Targets(**{k: move(v) for k, v in vars(self.targets).items()}),
-            teacher=None if self.teacher is None else self.teacher.to(device),
-            alignment=None if self.alignment is None else self.alignment.to(device),
-            stored=None if self.stored is None else self.stored.to(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +62,7 @@ class Encoder:
         teacher_processor: the teacher's, if it makes other tokens or pixels.
         filler: have the models see a blank picture behind a batch that has none.
         store: the teacher's cache, to be read beside each batch.
+        pack: most tokens of a row in which records lie one behind another; None for one a row.
     """
 
     def __init__(
@@ -115,6 +76,7 @@ class Encoder:
         teacher_processor: Any = None,
         filler: bool = False,
         store: Store | None = None,
+        pack: int | None = None,
     ):
         self.records = records
         self.processor = processor
@@ -122,6 +84,7 @@ class Encoder:
         self.vision_labels = vision_labels
         self.pairs = pairs
         self.store = store
+        self.pack = pack
         self.filler = [_blank(processor)] if filler else []
         self.teacher = None
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
@@ -139,6 +102,7 @@ class Encoder:
         records: Records | None = None,
         filler: bool = False,
         store: Store | None = None,
+        pack: int | None = None,
     ) -> "Encoder":
         """The encoder that a stage's objectives need."""
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
@@ -151,6 +115,7 @@ class Encoder:
             teacher_processor=teacher_processor if "teacher" in needs else None,
             filler=filler,
             store=store,
+            pack=pack,
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -242,7 +207,13 @@ class Encoder:
         vision = ids == image_token_id(self.processor)  # [B, T]
         labels = background = None
         if self.vision_labels:
-            labels, background = self._vision_labels(samples, vision)
+            labels, background = vision_labels(
+                [s.record.objects for s in samples],
+                [s.pictures for s in samples],
+                vision,
+                self.processor.tokenizer,
+                lambda row: self.records.where(samples[row].index),
+            )
         targets = Targets(
             ids,
             attention,
@@ -261,9 +232,33 @@ class Encoder:
             grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
         )
         batch = self._truncate(batch, samples)
-        if self.store is None:
-            return batch
-        return replace(batch, stored=self._stored(self.store, batch.targets, samples))
+        if self.store is not None:
+            batch = replace(batch, stored=self._stored(self.store, batch.targets, samples))
+        return batch if self.pack is None else self._packed(batch, samples, self.pack)
+
+    def _packed(self, batch: Batch, samples: list[Sample], capacity: int) -> Batch:
+        """The batch in rows of several records; a filler is one of them that has no targets."""
+        seen = batch.inputs["attention_mask"].bool()  # [B, T], or [B + 1, T]
+        packing = Packing(seen, capacity)
+        extra = (0, 0, 0, len(seen) - len(samples))
+
+        def padded(value: Any) -> Any:
+            rows = isinstance(value, Tensor) and value.dim() == 2
+            return torch.nn.functional.pad(value, extra) if rows else value
+
+        targets = Targets(**{k: padded(v) for k, v in vars(batch.targets).items()})
+        pictures = [len(s.pictures) for s in samples] + [1] * extra[3]
+        token = self.processor.tokenizer.pad_token_id or 0
+        stored = batch.stored
+        if stored is not None:
+            at = torch.nn.functional.pad(stored.at.view(len(samples), -1), extra, value=-1)
+            stored = pack_stored(replace(stored, at=at.flatten()), packing)
+        return replace(
+            batch,
+            inputs=pack_inputs(batch.inputs, packing, pictures, token),
+            targets=pack_targets(targets, packing, IGNORED),
+            stored=stored,
+        )
 
     def _stored(self, store: Store, targets: Targets, samples: list[Sample]) -> SparseRows:
         """The teacher's rows of a batch, as its cache has them."""
@@ -355,43 +350,6 @@ class Encoder:
         targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
         return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
 
-    def _vision_labels(self, samples: list[Sample], vision: Tensor) -> tuple[Tensor, Tensor]:
-        labels = torch.full(vision.shape, IGNORED)  # [B, T]
-        labelled = torch.zeros(len(samples), 1, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            if len(sample.pictures) != 1 or not sample.record.objects:
-                continue
-            tokens = int(vision[row].sum())
-            grid = round(tokens**0.5)
-            if grid**2 != tokens:
-                raise DataError(
-                    "token_labels needs image tokens on a square grid",
-                    where=self.records.where(sample.index),
-                    mend="use a processor without tiling or rows",
-                )
-            words = grid_words(sample.record.objects, sample.pictures[0].size, grid)
-            labels[row, vision[row]] = torch.tensor([self._word_id(w) for w in words])
-            labelled[row] = True
-        return labels, vision & labelled & (labels == IGNORED)
-
-    def _word_id(self, word: str | None) -> int:
-        if word is None:
-            return IGNORED
-        return _last_token(self.processor.tokenizer, word)
-
-
-@lru_cache(maxsize=65536)
-def _last_token(tokenizer: Any, word: str) -> int:
-    return tokenizer.encode(word, add_special_tokens=False)[-1]
-
-
-def covered_rows(targets: Targets, regions: Sequence[Region]) -> Tensor:
-    """[B, T] bool: the rows of any of the regions."""
-    covered = torch.zeros_like(targets.attention)
-    for region in regions:
-        covered |= targets.predicts(region)
-    return covered
-
 
 def _blank(processor: Any) -> Sample:
     """A question about a blank picture."""
@@ -413,31 +371,6 @@ def image_token_id(processor: Any) -> int:
     if known is not None:
         return known
     return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-
-
-def grid_words(
-    objects: tuple[GroundedObject, ...], size: tuple[int, int], grid: int
-) -> list[str | None]:
-    """The word for each cell of a grid x grid picture, row by row: the smallest box that covers
-    the cell's centre, None where there is none.
-
-    Args:
-        objects: names and boxes in pixels.
-        size: (width, height) of the picture in pixels.
-        grid: cells per side.
-    """
-    by_area = sorted(
-        objects, key=lambda o: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), reverse=True
-    )
-    words: list[str | None] = [None] * grid**2
-    for cell in range(grid**2):
-        x = (cell % grid + 0.5) * size[0] / grid
-        y = (cell // grid + 0.5) * size[1] / grid
-        for obj in by_area:
-            left, top, right, bottom = obj.box
-            if left <= x < right and top <= y < bottom:
-                words[cell] = obj.name
-    return words
 
 
 def _beside(batch: Batch, theirs: Batch) -> Batch:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.batch import Batch
+from mmkd.data.encoder import Encoder
 from mmkd.recipe import BatchConfig
 
 

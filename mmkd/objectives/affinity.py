@@ -32,6 +32,7 @@ class AffinityConfig(ObjectiveConfig):
 
 class Affinity(Objective):
     config_class = AffinityConfig
+    relates_tokens = True
     config: AffinityConfig
     needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 

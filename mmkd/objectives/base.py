@@ -142,6 +142,7 @@ class Targets:
         background: [B, T] bool or None, image tokens of a labelled picture that show no object.
         rejected: [B] bool or None, rows of rejected answers: the second half of a batch of pairs.
         reference_logps: [B] or None, log-probabilities of the answers by a preference's reference.
+        starts: [B, T] bool or None, first tokens of the records of packed rows.
     """
 
     input_ids: Tensor
@@ -153,6 +154,7 @@ class Targets:
     end_id: int = 0
     rejected: Tensor | None = None
     reference_logps: Tensor | None = None
+    starts: Tensor | None = None
 
     def predicts(self, region: Region) -> Tensor:
         """[B, T] bool: the rows whose output distribution a region covers.
@@ -177,6 +179,8 @@ class Targets:
         return self._before(self.response)
 
     def _before(self, tokens: Tensor) -> Tensor:
+        if self.starts is not None:
+            tokens = tokens & ~self.starts  # the token before belongs to another record
         rows = torch.zeros_like(tokens)
         rows[:, :-1] = tokens[:, 1:]
         return rows & self.attention
@@ -214,9 +218,16 @@ class ObjectiveConfig(BaseModel):
 
 
 class Objective:
-    """Base of all objectives; a subclass names its config and what it needs."""
+    """Base of all objectives; a subclass names its config and what it needs.
+
+    Attributes:
+        config_class: of its settings.
+        relates_tokens: it compares a row's tokens with each other, so that a row has to be one
+            record.
+    """
 
     config_class: ClassVar[type[ObjectiveConfig]]
+    relates_tokens: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -150,6 +150,7 @@ class HiddenMse(Layerwise):
 
 class Matrix(Layerwise):
     config_class = MatrixConfig
+    relates_tokens = True
     needs: frozenset[Need] = frozenset({"teacher", "layers", "matrices"})
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:

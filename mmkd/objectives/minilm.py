@@ -37,6 +37,7 @@ class MiniLmConfig(LayerwiseConfig):
 
 class MiniLm(Layerwise):
     config_class = MiniLmConfig
+    relates_tokens = True
     config: MiniLmConfig
     compares_widths = False
     needs: frozenset[Need] = frozenset({"teacher", "layers", "projections"})

@@ -148,6 +148,7 @@ class Preference(Objective):
     """Reads pairs: rows of chosen answers, and as many rows of rejected ones behind them."""
 
     config_class = PreferenceConfig
+    relates_tokens = True
     config: PreferenceConfig
 
     @property

@@ -108,6 +108,7 @@ class Relation(Objective):
     """Each row's loss counts by its tokens."""
 
     config_class: ClassVar[type[RelationConfig]] = RelationConfig
+    relates_tokens = True
     config: RelationConfig
     needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 

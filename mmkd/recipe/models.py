@@ -117,6 +117,12 @@ class BatchConfig(Strict):
     group_by_length: bool = Field(
         True, description="put a step's records of alike length into one micro-batch"
     )
+    pack: int | None = Field(
+        None,
+        ge=1,
+        description="records of a micro-batch lie one behind another in rows of at most so many "
+        "tokens, and none sees another",
+    )
     total: int | None = Field(
         None, ge=1, description="records per optimizer step; in place of accumulate"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmkd.data.encoder import Batch
+from mmkd.data.batch import Batch
 from mmkd.objectives import Signals, answer_logps
 from mmkd.signals import capture, check_supported
 

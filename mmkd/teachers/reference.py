@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd import distributed
-from mmkd.data.encoder import Batch, Encoder
+from mmkd.data.batch import Batch
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Record, load_image
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmkd.data.encoder import Batch
+from mmkd.data.batch import Batch
 from mmkd.objectives import Signals
 from mmkd.signals import capture
 from mmkd.teachers.live import LiveTeacher

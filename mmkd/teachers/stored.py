@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmkd.cache import Store
-from mmkd.data.encoder import Batch
+from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.objectives import HeadObjective, Objective, StoredSignals
 from mmkd.recipe import StageConfig

@@ -1,0 +1,62 @@
+"""A micro-batch: a model's inputs and what its tokens are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkd.data.alignment import Alignment, Grid
+from mmkd.objectives import Region, Targets
+from mmkd.ops import SparseRows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        inputs: what the model is called with, without labels; with a filler, one row more than the
+            rest.
+        targets: what its tokens are.
+        ids: the records' ids, for messages; a pair's two rows have one.
+        skipped: messages of the records that were left out.
+        indices: the records.
+        grids: rows and columns of image tokens of each picture of each row.
+        teacher: the same records as the teacher's own processor encodes them, None where it is the
+            student's.
+        alignment: which of the teacher's tokens are which of the student's.
+        stored: the teacher's distributions, where they come from its cache.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Targets
+    ids: list[str]
+    skipped: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    grids: list[list[Grid]] = field(default_factory=list)
+    teacher: "Batch | None" = None
+    alignment: Alignment | None = None
+    stored: SparseRows | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            inputs={k: move(v) for k, v in self.inputs.items()},
+            targets=Targets(**{k: move(v) for k, v in vars(self.targets).items()}),
+            teacher=None if self.teacher is None else self.teacher.to(device),
+            alignment=None if self.alignment is None else self.alignment.to(device),
+            stored=None if self.stored is None else self.stored.to(device),
+        )
+
+
+def covered_rows(targets: Targets, regions: Sequence[Region]) -> Tensor:
+    """[B, T] bool: the rows of any of the regions."""
+    covered = torch.zeros_like(targets.attention)
+    for region in regions:
+        covered |= targets.predicts(region)
+    return covered
