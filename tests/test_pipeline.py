@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from recipes import tiny_recipe
 from tiny import write_tiny_model
@@ -15,7 +16,8 @@ from tiny import write_tiny_model
 from mmkd import pipeline
 from mmkd.errors import RecipeError
 from mmkd.files import read_json
-from mmkd.recipe import load_recipe
+from mmkd.loading import load_model
+from mmkd.recipe import ModelConfig, load_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 
@@ -312,3 +314,19 @@ def test_a_run_killed_behind_a_stage_leaves_no_checkpoints(scenes_dir, tiny_mode
     left.mkdir(parents=True)
     pipeline.run(load_recipe(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)))
     assert not left.parent.exists()
+
+
+def test_a_large_student_is_written_in_parts(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
+    from mmkd.students import write as writing
+
+    whole = pipeline.run(load_recipe(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="one")))
+    monkeypatch.setattr(writing, "SHARD_SIZE", "100KB")
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="parts", evaluate=None)
+    folder = pipeline.run(load_recipe(raw)) / "01-mimic" / "student"
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert (folder / "model.safetensors.index.json").exists()
+    students = [
+        load_model(ModelConfig(model=str(f))) for f in (folder, whole / "01-mimic" / "student")
+    ]
+    pairs = zip(*(m.state_dict().items() for m in students), strict=True)
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
