@@ -1,0 +1,151 @@
+"""DPO from final hidden states to gradients, against TRL's dense way and Liger's chunks.
+
+    pip install -e '.[bench]'
+    python -m benchmarks.preference --json runs/bench/preference.json
+
+Pairs of answers, float32; student and reference with their own heads. Methods' losses and gradient
+norms are compared before anything is timed. Times: all in turn in this process, medians. Memory:
+growth of the peak resident size in a fresh process each.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import median_seconds, peak_bytes, save
+from mmkd.objectives import preference_loss
+from mmkd.ops import token_logps
+from mmkd.progress import console
+
+BETA = 0.1
+IGNORED = -100
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def make_inputs(
+    pairs: int, tokens: int, vocabulary: int, student: int, reference: int, masked: float
+) -> Inputs:
+    """Hidden states [2 pairs, tokens, H] and heads of both models, and labels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hs, ws = normal(2 * pairs, tokens, student), normal(vocabulary, student).mul_(0.05)
+    hr, wr = normal(2 * pairs, tokens, reference), normal(vocabulary, reference).mul_(0.05)
+    labels = torch.randint(vocabulary, (2 * pairs, tokens), generator=generator)
+    labels[:, : round(masked * tokens)] = IGNORED
+    return hs.requires_grad_(), ws.requires_grad_(), hr, wr, labels
+
+
+def mmkd(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
+    kept = labels != IGNORED
+
+    def answers(hidden: Tensor, weight: Tensor) -> Tensor:
+        found = token_logps(hidden[kept], weight, labels[kept])
+        return found.new_zeros(len(labels)).index_add(0, kept.nonzero()[:, 0], found)
+
+    with torch.no_grad():
+        reference = answers(hr, wr)
+    student = answers(hs, ws)
+    parts = [*student.chunk(2), *reference.chunk(2)]
+    return preference_loss(*parts, kind="sigmoid", beta=BETA)
+
+
+def trl(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax
+
+    kept = labels != IGNORED
+
+    def answers(hidden: Tensor, weight: Tensor) -> Tensor:
+        found = selective_log_softmax(hidden @ weight.t(), labels.clamp(min=0))
+        return (found * kept).sum(1)
+
+    with torch.no_grad():
+        reference = answers(hr, wr)
+    chosen, rejected = (answers(hs, ws) - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def liger(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(
+        ignore_index=IGNORED,
+        beta=BETA,
+        compute_nll_loss=False,
+        compiled=False,
+        use_ref_model=True,
+        average_log_prob=False,
+    )
+    return loss(ws, hs, labels, None, hr, wr)[0]
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"mmkd": mmkd, "TRL dense": trl, "Liger": liger}
+
+
+def step(method: str, inputs: Inputs) -> float:
+    inputs[0].grad = inputs[1].grad = None
+    loss = METHODS[method](*inputs)
+    loss.backward()
+    return float(loss.detach())
+
+
+def make_call(method: str, *shape: Any) -> Callable[[], float]:
+    return partial(step, method, make_inputs(*shape))
+
+
+def check() -> None:
+    """All methods' losses and gradients are the same."""
+    found = {}
+    for name in METHODS:
+        inputs = make_inputs(3, 20, 500, 16, 24, 0.5)
+        loss = step(name, inputs)
+        found[name] = [loss, *(float(t.grad.norm()) for t in inputs[:2] if t.grad is not None)]
+    for name, values in found.items():
+        for mine, theirs in zip(found["mmkd"], values, strict=True):
+            if abs(mine - theirs) > 1e-4 * abs(mine):
+                raise SystemExit(f"{name} differs: {values}, mmkd {found['mmkd']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--student", type=int, default=256)
+    parser.add_argument("--reference", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    check()
+    results = []
+    for masked in (0.5, 0.0):
+        shape = (args.pairs, args.tokens, args.vocabulary, args.student, args.reference, masked)
+        inputs = make_inputs(*shape)
+        seconds = median_seconds({m: partial(step, m, inputs) for m in METHODS}, args.repeats)
+        small = (1, 4, 64, 8, 8, 0.0)
+        memory = {m: peak_bytes(make_call, (m, *shape), (m, *small)) for m in METHODS}
+        results.append({"masked": masked, "seconds": seconds, "peak_bytes": memory})
+    table = Table(title="DPO, seconds and peak MB (mmkd's part of it)")
+    for name in ("masked", *METHODS):
+        table.add_column(name, justify="right")
+    for r in results:
+        for key, scale, digits in (("seconds", 1.0, 2), ("peak_bytes", 1e-6, 0)):
+            cells = [f"{scale * v:.{digits}f} ({r[key]['mmkd'] / v:.2f})" for v in r[key].values()]
+            table.add_row(f"{r['masked']:.0%}", *cells)
+    console.print(table)
+    versions = {p: version(p) for p in ("trl", "liger-kernel")}
+    save(args, peers=versions, results=results)
+
+
+if __name__ == "__main__":
+    main()
