@@ -116,7 +116,8 @@ class _Distributions:
                 on_q += loss.scale
                 on_p += loss.scale
             else:
-                value, g = getattr(self, f"_{loss.settled}")(loss)
+                room = self.memory("slope" if slope is None else "more", *self.q.shape)
+                value, g = getattr(self, f"_{loss.settled}")(loss, room)
                 g = g.mul_(loss.scale) if loss.scale != 1 else g
                 slope = g if slope is None else slope.add_(g)
             sums[number] += value.sum(dtype=torch.float64)
@@ -128,42 +129,44 @@ class _Distributions:
             grad.add_(self.p, alpha=-on_p)
         return _less_labels(grad, labels)
 
-    # Each returns the loss's value by row, [C], and a fresh g, [C, V].
+    # Each returns the loss's value by row, [C], and g in `room`, [C, V].
 
-    def _reverse_kl(self, loss: HeadLoss) -> tuple[Tensor, Tensor]:
-        return -_dot(self.q, self.ahead) - self.offset, -self.ahead
+    def _reverse_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
+        return -_dot(self.q, self.ahead) - self.offset, torch.neg(self.ahead, out=room)
 
-    def _jsd(self, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+    def _jsd(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
         b = loss.beta
-        lead = self._lead(b)
+        lead = self._lead(b, room)
         from_p = _dot(self.p, self.ahead) + self.offset + _dot(self.p, lead)
         value = b * from_p + (1 - b) * _dot(self.q, lead)
         return value, lead.mul_(1 - b)
 
-    def _skew_kl(self, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+    def _skew_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
         a = loss.alpha
-        lead = self._lead(a)
+        lead = self._lead(a, room)
         value = _dot(self.p, self.ahead) + self.offset + _dot(self.p, lead)
-        return value, (self.p / self._mixture(a)).mul_(a - 1)
+        mixture = self._mixture(a, room)
+        return value, torch.div(self.p, mixture, out=room).mul_(a - 1)
 
-    def _skew_reverse_kl(self, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+    def _skew_reverse_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
         a = loss.alpha
-        lead = self._lead(1 - a)
+        lead = self._lead(1 - a, room)
         value = _dot(self.q, lead)
-        return value, lead.sub_((self.q / self._mixture(1 - a)).mul_(a))
+        mixture = self._mixture(1 - a, self.memory("mixture", *self.q.shape))
+        return value, lead.sub_(torch.div(self.q, mixture, out=mixture), alpha=a)
 
-    def _tvd(self, loss: HeadLoss) -> tuple[Tensor, Tensor]:
-        apart = self.q - self.p
+    def _tvd(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
+        apart = torch.sub(self.q, self.p, out=room)
         return 0.5 * apart.abs().sum(1), apart.sign_().mul_(0.5)
 
-    def _mixture(self, share: float) -> Tensor:
+    def _mixture(self, share: float, room: Tensor) -> Tensor:
         """share p + (1 - share) q, nowhere 0."""
-        made = torch.mul(self.p, share).add_(self.q, alpha=1 - share)
+        made = torch.mul(self.p, share, out=room).add_(self.q, alpha=1 - share)
         return made.clamp_(min=torch.finfo(made.dtype).tiny)
 
-    def _lead(self, share: float) -> Tensor:
+    def _lead(self, share: float, room: Tensor) -> Tensor:
         """log q - log(share p + (1 - share) q), [C, V]."""
-        return self._mixture(share).log_().neg_().add_(self.z).sub_(self.log_sum[:, None])
+        return self._mixture(share, room).log_().neg_().add_(self.z).sub_(self.log_sum[:, None])
 
 
 def _sparse(
