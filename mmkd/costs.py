@@ -18,7 +18,7 @@ from mmkd import distributed
 from mmkd.engines import choose_precision
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.loading import parameter_count
-from mmkd.ops.head_losses import BUFFERS, CHUNK_BYTES
+from mmkd.ops.head_losses import BUFFERS
 from mmkd.recipe import Precision, StageConfig, TeacherPlacement
 from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
@@ -201,9 +201,10 @@ def memory(
         kept += _layer(shape, tokens, patches)  # the one that runs again
     rows = sample.projected * stage.batch.size
     found = _student_states(parameter_count(student), trained, weight, stage, precision)
+    room = stage.engine.head_memory * 2**20
     found |= {
         "activations": round(kept * scale),
-        "head_chunk": round(min(rows * shape.head[0] * 4 * BUFFERS, CHUNK_BYTES)),
+        "head_chunk": round(min(rows * shape.head[0] * 4 * BUFFERS, room)),
     }
     cpu = found.pop("cpu")
     if teacher is not None:

@@ -150,7 +150,8 @@ class Stage:
         def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
-            total, said = score(self.objectives, student, theirs, targets, counts)
+            memory = self.config.engine.head_memory * 2**20
+            total, said = score(self.objectives, student, theirs, targets, counts, memory)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():

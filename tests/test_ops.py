@@ -396,3 +396,22 @@ def test_what_is_not_stored_is_named():
         head_losses(Head(*student), [HeadLoss("kl")], missing)
     with pytest.raises(ValueError, match="temperature 1, the loss asks for 2"):
         head_losses(Head(*student), [HeadLoss("kl", temperature=2)], rows)
+
+
+def test_a_memory_budget_sets_the_chunk(monkeypatch):
+    student, teacher, _ = parts(19)
+    rows = []
+    plain = head_losses.__globals__["project"]
+
+    def counted(hidden, *rest):
+        rows.append(len(hidden))
+        return plain(hidden, *rest)
+
+    monkeypatch.setitem(head_losses.__globals__, "project", counted)
+    monkeypatch.setitem(head_losses.__globals__, "BUFFERS", 1)
+    whole, _ = head_losses(Head(*student), [HeadLoss("kl")], Head(*teacher))
+    assert max(rows) == N
+    rows.clear()
+    small, _ = head_losses(Head(*student), [HeadLoss("kl")], Head(*teacher), memory=20 * V * 8)
+    assert max(rows) == 20
+    torch.testing.assert_close(small, whole, rtol=1e-12, atol=0)

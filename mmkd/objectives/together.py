@@ -13,7 +13,7 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
-from mmkd.ops import Head, HeadLoss, head_losses
+from mmkd.ops import CHUNK_BYTES, Head, HeadLoss, head_losses
 
 
 class HeadObjective(Objective):
@@ -36,6 +36,7 @@ def _one_pass(
     student: Signals,
     teacher: TeacherSignals | None,
     targets: Targets,
+    memory: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """The sum of factor times loss with gradients, and each loss's sum over its rows."""
     losses = []
@@ -44,8 +45,9 @@ def _one_pass(
             raise ValueError(f"objective {objective.name!r} needs a teacher")
         losses.append(objective.head_loss(targets).scaled(factor))
     if isinstance(teacher, StoredSignals):
-        return head_losses(_head(student), losses, teacher.rows)
-    return head_losses(_head(student), losses, None if teacher is None else _head(teacher))
+        return head_losses(_head(student), losses, teacher.rows, memory=memory)
+    frozen = None if teacher is None else _head(teacher)
+    return head_losses(_head(student), losses, frozen, memory=memory)
 
 
 def _head(signals: Signals) -> Head:
@@ -58,6 +60,7 @@ def score(
     teacher: TeacherSignals | None,
     targets: Targets,
     counts: Mapping[str, float],
+    memory: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all objectives, with gradients, and what each says, without.
 
@@ -66,6 +69,7 @@ def score(
         student, teacher: on the batch.
         targets: of the batch.
         counts: rows in the global batch, by objective's name.
+        memory: bytes for the logits of a chunk of rows.
 
     Returns:
         The loss, and by name each objective's value and its metrics.
@@ -76,7 +80,7 @@ def score(
     metrics: dict[str, Tensor] = {}
     if heads:
         factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums = _one_pass(heads, factors, student, teacher, targets)
+        total, sums = _one_pass(heads, factors, student, teacher, targets, memory)
         terms.append(total)
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
     for objective in objectives:

@@ -6,13 +6,14 @@ The scan, the convolution and the experts live where they can travel with a stud
 from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import linear_divergence
 from mmkd.ops.gram import gram_inner
-from mmkd.ops.head_losses import head_losses
+from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
 from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
 from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
 __all__ = [
+    "CHUNK_BYTES",
     "DIVERGENCES",
     "Head",
     "HeadLoss",

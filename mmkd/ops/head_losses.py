@@ -16,8 +16,8 @@ from mmkd.ops.distributions import Memory, Part, chunk_losses
 from mmkd.ops.terms import Head, HeadLoss, SparseRows, check
 
 CHUNK_BYTES = 2**27
-"""Memory for a chunk's logits and what is made of them, all together."""
 BUFFERS = 5
+"""Blocks of [chunk, V] that are there at one time."""
 
 
 def head_losses(
@@ -26,6 +26,7 @@ def head_losses(
     teacher: Head | SparseRows | None = None,
     *,
     chunk_size: int | None = None,
+    memory: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Sums of losses over their rows.
 
@@ -34,7 +35,8 @@ def head_losses(
         losses: of any kinds, over any rows.
         teacher: of the same N rows; gets no gradient. Not needed by `ce` alone. Of stored rows no
             full vocabulary is ever built.
-        chunk_size: rows projected at once; what fits in `CHUNK_BYTES` if None.
+        chunk_size: rows projected at once; what fits in `memory` if None.
+        memory: bytes for a chunk's logits and what is made of them, all together.
 
     Returns:
         The sum of scale times loss, differentiable once, and each loss's own sum, [len(losses)],
@@ -50,7 +52,13 @@ def head_losses(
     # Autocast would round the float32 reductions and products that are explicit here.
     with torch.autocast(student.hidden.device.type, enabled=False):
         total, sums = _HeadLosses.apply(
-            student.hidden, student.weight, student.bias, teacher, tuple(losses), chunk_size
+            student.hidden,
+            student.weight,
+            student.bias,
+            teacher,
+            tuple(losses),
+            chunk_size,
+            memory,
         )
     return total, sums
 
@@ -73,9 +81,15 @@ def project(
     return logits + bias if out is None else logits.add_(bias)
 
 
-def rows_per_chunk(rows: int, vocabulary: int, chunk_size: int | None, bytes_each: int = 4) -> int:
-    """How many rows to project at once; by default what fits in `CHUNK_BYTES`."""
-    fitting = CHUNK_BYTES // (BUFFERS * bytes_each * vocabulary)
+def rows_per_chunk(
+    rows: int,
+    vocabulary: int,
+    chunk_size: int | None,
+    bytes_each: int = 4,
+    memory: int = CHUNK_BYTES,
+) -> int:
+    """How many rows to project at once; by default what fits in `memory` bytes, and 16 at least."""
+    fitting = memory // (BUFFERS * bytes_each * vocabulary)
     return max(1, min(rows, chunk_size or max(16, fitting)))
 
 
@@ -100,6 +114,7 @@ class _HeadLosses(torch.autograd.Function):
         teacher: Head | SparseRows | None,
         losses: tuple[HeadLoss, ...],
         chunk_size: int | None,
+        memory: int,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -110,18 +125,18 @@ class _HeadLosses(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
-        memory = Memory(wide, hidden.device)
+        blocks = Memory(wide, hidden.device)
         for rows, part in _groups(losses, len(hidden), hidden.device):
-            chunk = rows_per_chunk(len(rows), width, chunk_size, wide.itemsize)
+            chunk = rows_per_chunk(len(rows), width, chunk_size, wide.itemsize, memory)
             for some in rows.split(chunk):
                 h = hidden[some]  # [C, H]
-                logits = project(h, own, own_bias, memory("student", len(some), width))
+                logits = project(h, own, own_bias, blocks("student", len(some), width))
                 theirs: Tensor | SparseRows | None = None
                 if isinstance(teacher, SparseRows):
                     theirs = teacher
                 elif teacher is not None and any(x.kind != "ce" for _, x in part):
-                    theirs = _teacher_logits(teacher, some, part, memory)
-                grad = chunk_losses(logits, theirs, some, part, sums, memory)  # [C, width]
+                    theirs = _teacher_logits(teacher, some, part, blocks)
+                grad = chunk_losses(logits, theirs, some, part, sums, blocks)  # [C, width]
                 if grad_bias is not None:
                     grad_bias[:width] += grad.sum(0)
                 grad = grad.to(hidden.dtype)
@@ -147,7 +162,7 @@ class _HeadLosses(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _teacher_logits(teacher: Head, rows: Tensor, part: Part, memory: Memory) -> Tensor:

@@ -169,6 +169,9 @@ class EngineConfig(Strict):
         "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
     )
     config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
+    head_memory: int = Field(
+        128, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
+    )
     patience: float = Field(
         1800.0,
         gt=0,
