@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd import distributed
 
 Result = TypeVar("Result")
+
+_group: Any = None
 
 
 def start(device: torch.device) -> Any:
@@ -36,8 +39,20 @@ def start(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", message=".*torch.distributed", category=FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")
     distributed.connect(device, alone=True)
+    _forget_old_groups()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     return deepspeed
+
+
+def _forget_old_groups() -> None:
+    """DeepSpeed keeps its copy of the group of all processes, even when that has ended and another
+    one has begun."""
+    global _group
+    from deepspeed.utils import groups
+
+    if dist.group.WORLD is not _group:
+        groups._WORLD_GROUP = None
+        _group = dist.group.WORLD
 
 
 class Root(nn.Module):

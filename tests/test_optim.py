@@ -7,7 +7,7 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline, stage
+from mmkd import distributed, pipeline, stage
 from mmkd.engines import build
 from mmkd.optim import build_optimizer, build_schedule, forward_schedule
 from mmkd.recipe import OptimizerConfig, ScheduleConfig, load_recipe
@@ -124,3 +124,16 @@ def test_fused_adam_under_offload_goes_on_where_it_stopped(
     assert fused == pytest.approx(plain, rel=1e-5)
     run("stopped", stop=4)
     assert run("stopped") == fused
+
+
+def test_a_second_run_after_the_processes_parted(scenes_dir, tiny_model_dir, tmp_path):
+    """A run that scores leaves its group of processes; the next one makes another."""
+    pytest.importorskip("deepspeed")
+    for name in ("one", "two"):
+        engine = {"device": "cpu", "kind": "deepspeed", "zero": 2}
+        stage = {"steps": 1, "engine": engine}
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name=name, stage=stage)
+        pipeline.run(load_recipe(raw))
+        distributed.disconnect()
+    metrics = [(tmp_path / n / "01-mimic" / "metrics.jsonl").read_text() for n in ("one", "two")]
+    assert len({json.loads(text)["loss"] for text in metrics}) == 1

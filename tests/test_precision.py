@@ -25,11 +25,17 @@ def test_auto_asks_the_processor(able, chosen, monkeypatch):
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_asks_the_card_without_emulation(able, monkeypatch):
     asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda **settings: asked.append(settings) or able
     )
     assert choose_precision("auto", torch.device("cuda")) == ("bfloat16" if able else "float32")
     assert asked == [{"including_emulation": False}]
+
+
+def test_a_card_that_is_planned_for_multiplies_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_precision("auto", torch.device("cuda")) == "bfloat16"
 
 
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
