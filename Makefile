@@ -49,7 +49,7 @@ faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twent
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 	$(BIN)/python tests/faults/kills.py --kills 110 --json runs/faults.json
 
-bench: data/scenes/dataset.json ## time and memory: objectives, scan, decoding, experts, engines
+bench: data/scenes/dataset.json ## time and memory of all parts (an hour); peers where installed
 	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json
 	$(BIN)/python -m benchmarks.scan --json runs/bench/scan.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
@@ -59,6 +59,9 @@ bench: data/scenes/dataset.json ## time and memory: objectives, scan, decoding, 
 		-m benchmarks.engine --json runs/bench/engine-2.json
 	$(BIN)/python -m benchmarks.engine_losses --json runs/bench/engine_losses.json
 	$(BIN)/python -m benchmarks.scaling --json runs/bench/scaling.json
+	$(BIN)/python -m benchmarks.step --json runs/bench/step.json
+	$(BIN)/python -m benchmarks.cache --json runs/bench/cache.json
+	$(BIN)/python -m benchmarks.packing --json runs/bench/packing.json
 
 clean: ## remove runs and built data
 	rm -rf runs data/scenes data/scenes_teacher
