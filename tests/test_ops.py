@@ -272,8 +272,9 @@ def test_many_losses_in_one_pass_equal_their_sum(padded):
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
 
 
-def test_rows_are_projected_once(monkeypatch):
-    student, teacher, mask = parts(13)
+@pytest.fixture
+def projected(monkeypatch):
+    """How many rows each projection had."""
     rows = []
     plain = head_losses.__globals__["project"]
 
@@ -282,6 +283,11 @@ def test_rows_are_projected_once(monkeypatch):
         return plain(hidden, *rest)
 
     monkeypatch.setitem(head_losses.__globals__, "project", counted)
+    return rows
+
+
+def test_rows_are_projected_once(projected):
+    student, teacher, mask = parts(13)
     other = mask.roll(1)
     losses = [
         HeadLoss("ce", mask, targets=torch.zeros(N, dtype=torch.long)),
@@ -289,10 +295,12 @@ def test_rows_are_projected_once(monkeypatch):
         HeadLoss("jsd", other),
     ]
     head_losses(Head(*student), losses, Head(*teacher))
-    assert sum(rows) == 2 * int((mask | other).sum())  # by the student's head and the teacher's
-    rows.clear()
+    assert sum(projected) == 2 * int(
+        (mask | other).sum()
+    )  # by the student's head and the teacher's
+    projected.clear()
     head_losses(Head(*student), losses[:1], Head(*teacher))
-    assert sum(rows) == int(mask.sum())
+    assert sum(projected) == int(mask.sum())
 
 
 def test_gradients_are_taken_once():
@@ -398,20 +406,12 @@ def test_what_is_not_stored_is_named():
         head_losses(Head(*student), [HeadLoss("kl", temperature=2)], rows)
 
 
-def test_a_memory_budget_sets_the_chunk(monkeypatch):
+def test_a_memory_budget_sets_the_chunk(projected, monkeypatch):
     student, teacher, _ = parts(19)
-    rows = []
-    plain = head_losses.__globals__["project"]
-
-    def counted(hidden, *rest):
-        rows.append(len(hidden))
-        return plain(hidden, *rest)
-
-    monkeypatch.setitem(head_losses.__globals__, "project", counted)
     monkeypatch.setitem(head_losses.__globals__, "BUFFERS", 1)
     whole, _ = head_losses(Head(*student), [HeadLoss("kl")], Head(*teacher))
-    assert max(rows) == N
-    rows.clear()
+    assert max(projected) == N
+    projected.clear()
     small, _ = head_losses(Head(*student), [HeadLoss("kl")], Head(*teacher), memory=20 * V * 8)
-    assert max(rows) == 20
+    assert max(projected) == 20
     torch.testing.assert_close(small, whole, rtol=1e-12, atol=0)
