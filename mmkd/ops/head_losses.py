@@ -15,7 +15,7 @@ from torch import Tensor
 from mmkd.ops.distributions import Memory, Part, chunk_losses
 from mmkd.ops.terms import Head, HeadLoss, SparseRows, check
 
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 112 * 2**20
 BUFFERS = 5
 """Blocks of [chunk, V] that are there at one time."""
 

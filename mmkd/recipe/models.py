@@ -170,7 +170,7 @@ class EngineConfig(Strict):
     )
     config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
     head_memory: int = Field(
-        128, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
+        112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
     )
     patience: float = Field(
         1800.0,
