@@ -2,12 +2,22 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """DeepSpeed writes down that this process is one of one; what a test starts must not read it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
