@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """DeepSpeed writes down that this process is one of one; what a test starts must not read it."""
+    """DeepSpeed says there that this process is one of one; what a test starts must not read it."""
     before = dict(os.environ)
     yield
     os.environ.clear()
