@@ -1,9 +1,10 @@
 """Commands. Each parses its words and calls one function; errors are one line, exit status 2."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 import typer.core
@@ -352,6 +353,7 @@ def main() -> None:
         app()
     except StoppedError as end:
         print(f"mmkd: {end}")
+        _end(0)
     except MmkdError as error:
         _fail(error)
     except (OSError, RuntimeError) as error:
@@ -361,9 +363,20 @@ def main() -> None:
         _fail(known)
 
 
-def _fail(error: MmkdError) -> None:
+def _fail(error: MmkdError) -> NoReturn:
     print(f"mmkd: {error}", file=sys.stderr)
-    sys.exit(2)
+    _end(2)
+
+
+def _end(status: int) -> NoReturn:
+    """Exit; at once where other processes are connected, whose threads may abort a slow exit."""
+    from mmkd import distributed
+
+    if distributed.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _full_disk(error: Exception) -> MmkdError | None:
