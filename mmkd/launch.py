@@ -61,8 +61,10 @@ def launch(arguments: list[str], processes: int) -> int:
 
 def _stop(workers: list[subprocess.Popen]) -> int:
     """End the processes beside one that failed; returns its status."""
-    failed = next(i for i, w in enumerate(workers) if w.poll() not in (None, 0))
-    status = workers[failed].returncode
+    codes = {i: code for i, w in enumerate(workers) if (code := w.poll()) not in (None, 0)}
+    # One that was killed comes first: the others fail because of it.
+    failed = min(codes, key=lambda i: codes[i] > 0)
+    status = codes[failed]
     if status < 0:
         print(
             f"mmkd: process {failed} was killed ({signal.Signals(-status).name}) -- {AGAIN}",
