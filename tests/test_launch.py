@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from recipes import tiny_recipe
+
+from mmkd import launch
 
 BIN = Path(sys.executable).parent
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "launch"
@@ -70,3 +73,15 @@ def test_every_launcher(scenes_dir, tiny_model_dir, tmp_path, expected, launcher
     engine = {"kind": "deepspeed", "zero": 2}
     found = losses(scenes_dir, tiny_model_dir, tmp_path, LAUNCHERS[launcher], **engine)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_killed_process_is_the_cause(order, capsys):
+    """Others fail because of it, whoever is seen first."""
+    words = ["exit 2", "kill -KILL $$"][::order]
+    workers = [subprocess.Popen(["sh", "-c", word]) for word in words]
+    for worker in workers:
+        worker.wait()
+    assert launch._stop(workers) == 128 + signal.SIGKILL
+    number = words.index("kill -KILL $$")
+    assert f"process {number} was killed (SIGKILL)" in capsys.readouterr().err
