@@ -357,7 +357,10 @@ def main() -> None:
     except MmkdError as error:
         _fail(error)
     except (OSError, RuntimeError) as error:
-        known = _full_disk(error) or _lost_peer(error)
+        from mmkd.distributed import explained
+        from mmkd.files import full_disk
+
+        known = full_disk(error) or explained(error)
         if known is None:
             raise
         _fail(known)
@@ -377,24 +380,6 @@ def _end(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _full_disk(error: Exception) -> MmkdError | None:
-    from mmkd.files import FULL
-
-    if not isinstance(error, OSError) or error.errno not in FULL:
-        return None
-    return MmkdError(
-        f"cannot write ({error.strerror})",
-        where=error.filename,
-        mend="free space and run the same command again",
-    )
-
-
-def _lost_peer(error: Exception) -> MmkdError | None:
-    from mmkd.distributed import explained
-
-    return explained(error)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,17 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def full_disk(error: Exception) -> CheckpointError | None:
+    """What an exception says of a disk that takes no more, if it is about one."""
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    return CheckpointError(
+        f"cannot write ({error.strerror})",
+        where=error.filename,
+        mend="free space and run the same command again",
+    )
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

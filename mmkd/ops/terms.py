@@ -28,8 +28,7 @@ class SparseRows:
     """A teacher's distributions by their k likeliest tokens, and the mass of all others together.
 
     What divergences then compare are the k tokens and one cell for the rest, of the student's
-    distribution too: never more than the whole divergence (arXiv 2402.03898 and others take the
-    k alone).
+    distribution too: never more than the whole divergence.
 
     Attributes:
         ids: [n, k] int64, tokens of the stored rows, no token twice.

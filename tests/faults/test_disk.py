@@ -87,3 +87,13 @@ def test_full_while_the_student_is_written(runs, processes):
     assert not (folder / "01-mimic" / "student").exists()
     assert start(recipe, processes).returncode == 0
     assert losses(folder) == expected
+
+
+def test_full_before_the_first_step(runs):
+    expected, recipe, folder = runs(1, every=2)
+    done = start(recipe, 1, 1000)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "cannot write (File too large) -- free space and run the same command" in done.stderr
+    assert start(recipe, 1).returncode == 0
+    assert losses(folder) == expected
