@@ -1,0 +1,50 @@
+"""The commands' groups, and words that several of them take."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+import typer.core
+
+
+class RecipeGroup(typer.core.TyperGroup):
+    """Commands, one of which may be left out: `mmkd cache RECIPE` builds."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["build", *args])
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil large vision-language models into small ones.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build and look at data sets.")
+recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
+cache_app = typer.Typer(
+    cls=RecipeGroup,
+    no_args_is_help=True,
+    help="A teacher's output distributions on disk: `mmkd cache RECIPE` stores them.",
+)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(cache_app, name="cache")
+
+RecipeFile = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(help="key.path=value, such as stages.0.optimizer.lr=1e-4"),
+]
+
+Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+
+
+@app.callback()
+def options(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Distil large vision-language models into small ones."""
+    # The deepspeed launcher says the rank here as well as in the environment.

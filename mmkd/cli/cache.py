@@ -1,0 +1,61 @@
+"""A teacher's cache: build it, and look at it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmkd.cli.app import AsJson, Nproc, Overrides, RecipeFile, cache_app
+
+
+@cache_app.command(name="build")
+def build_cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+) -> None:
+    """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
+    if nproc > 1:
+        from mmkd.launch import launch
+
+        sys.exit(launch(["cache", "build", str(recipe), *(overrides or [])], nproc))
+    from mmkd import distributed
+    from mmkd.build_cache import build_cache as build
+    from mmkd.cache_stats import print_stats, stats
+    from mmkd.recipe import load_recipe
+
+    store = build(load_recipe(recipe, overrides))
+    if distributed.rank() == 0:
+        print_stats(stats(store))
+    distributed.disconnect()
+
+
+@cache_app.command(name="stats")
+def cache_stats(
+    folder: Annotated[Path, typer.Argument(help="a cache's folder")],
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="its recipe: compare with the teacher itself"),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="model folder: whose divergences are compared; the recipe's if left out"),
+    ] = None,
+    records: Annotated[int, typer.Option(min=1, help="records to compare on")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes a token, read speed, and with a recipe the error against the teacher itself."""
+    from mmkd.cache import Store
+    from mmkd.cache_stats import compare, print_stats, stats
+    from mmkd.recipe import load_recipe
+
+    store = Store(folder)
+    found = stats(store)
+    if recipe is not None:
+        found |= compare(store, load_recipe(recipe), student, records)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_stats(found)

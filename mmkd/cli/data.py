@@ -1,0 +1,83 @@
+"""Data sets: build and look at them."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmkd.cli.app import data_app
+from mmkd.errors import MmkdError
+
+
+@data_app.command()
+def build(
+    name: Annotated[str, typer.Argument(help="scenes")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train: Annotated[int, typer.Option(min=1, help="training pictures")] = 12_000,
+    validation: Annotated[int, typer.Option(min=1)] = 500,
+    evaluation: Annotated[int, typer.Option(min=1, help="pictures per evaluation file")] = 200,
+) -> None:
+    """Build a data set from installed packages: real pictures, questions and ground truth."""
+    from mmkd.data.scenes.build import build_scenes
+    from mmkd.progress import console, track
+
+    if name != "scenes":
+        raise MmkdError(f"unknown data set {name!r}", mend="known: scenes")
+    made = build_scenes(
+        out, seed=seed, train=train, validation=validation, evaluation=evaluation, progress=track
+    )
+    for file, rows in made["rows"].items():
+        console.print(f"{rows:8,} rows  {out / file}", highlight=False)
+
+
+@data_app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="model folder or Hub id that answers")],
+    data: Annotated[str, typer.Option(help="records with objects")],
+    out: Annotated[Path, typer.Option(help="parquet file to write")],
+    images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="answers to each prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="prompts")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: str = "auto",
+) -> None:
+    """Preference pairs from a model's own answers, scored by the objects that they name."""
+    from mmkd.pairs import make_pairs
+    from mmkd.progress import console
+    from mmkd.recipe import DataConfig, SamplingConfig
+
+    made = make_pairs(
+        model,
+        DataConfig(train=data, images=images),
+        out,
+        sampling=SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        samples=samples,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    console.print(
+        f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; in {made.equal:,} all "
+        "answers are of equal worth",
+        highlight=False,
+    )
+
+
+@data_app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="a data set's folder")],
+    out: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+    count: Annotated[int, typer.Option(min=1)] = 24,
+) -> None:
+    """A contact sheet: pictures with their questions and answers."""
+    from mmkd.data.scenes.show import contact_sheet
+    from mmkd.progress import console
+
+    path = out or folder / "contact_sheet.png"
+    contact_sheet(folder, count).save(path)
+    console.print(f"wrote {path}", highlight=False)

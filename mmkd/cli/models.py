@@ -1,0 +1,90 @@
+"""Models: convert and score them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mmkd.cli.app import app
+from mmkd.errors import MmkdError
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="model folder or Hub id")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="key=value of the mixers, such as rope=false or state=kv"),
+    ] = None,
+    keep_attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="every:4, every:4:last, head:2, tail:2, none or 0,4,8"),
+    ] = None,
+    layers: Annotated[Optional[str], typer.Option(help="or: layers that become Mamba")] = None,  # noqa: UP045
+    init: Annotated[str, typer.Option(help="default, inherit, mimic or exact")] = "mimic",
+    experts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="and, or instead: experts per sparse layer"),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="experts that a token meets")] = 2,
+    sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="of the new weights")] = 42,
+    trust_remote_code: bool = False,
+) -> None:
+    """Put Mamba-2 mixers in attention's place, experts in the networks', and write the student."""
+    from mmkd.progress import console
+    from mmkd.recipe import load_student
+    from mmkd.students import placement, write_converted
+
+    if out.exists():
+        raise MmkdError("it is there already", where=str(out), mend="name a new folder")
+    mamba: dict[str, Any] = {"kind": "mamba", "init": init}
+    for name, text in (("keep_attention", keep_attention), ("layers", layers)):
+        if text is not None:
+            mamba[name] = placement.parse(text)
+    moe: dict[str, Any] = {"kind": "moe", "experts": experts, "top_k": top_k}
+    moe["layers"] = placement.parse(sparse_layers)
+    wants_mamba = experts is None or bool(settings) or len(mamba) > 2
+    student = load_student(
+        {
+            "model": model,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "convert": [mamba] * wants_mamba + [moe] * (experts is not None),
+        },
+        [f"convert.0.{setting}" for setting in settings or []],
+    )
+    report = write_converted(student, out, seed=seed)
+    for line in report.lines:
+        console.print(line, highlight=False)
+    console.print(
+        f"wrote {out}: {report.after:,} parameters, {report.before:,} before", highlight=False
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    student: Annotated[str, typer.Argument(help="model folder or Hub id")],
+    tasks: Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas")],
+    include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="folder for results and samples")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
+    device: str = "cpu",
+) -> None:
+    """Score a model with lmms-eval."""
+    from mmkd.evaluation.run import evaluate as score
+    from mmkd.report.tables import print_scores
+
+    result = score(
+        student,
+        tasks=tasks.split(","),
+        include_path=include,
+        out=out,
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+    )
+    print_scores({Path(student).name: result.scores})

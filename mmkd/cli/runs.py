@@ -1,0 +1,99 @@
+"""Recipes: run, plan, time and report them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmkd.cli.app import AsJson, Nproc, Overrides, RecipeFile, app, recipe_app
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+) -> None:
+    """Train, evaluate and report; a second call continues where the first stopped."""
+    if nproc > 1:
+        from mmkd.launch import launch
+
+        sys.exit(launch(["run", str(recipe), *(overrides or [])], nproc))
+    from mmkd import distributed, interrupt, pipeline
+    from mmkd.recipe import load_recipe
+    from mmkd.report import write_report
+
+    interrupt.listen()
+    folder = pipeline.run(load_recipe(recipe, overrides))
+    if distributed.rank() == 0:
+        write_report(folder)
+    distributed.disconnect()
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[Optional[int], typer.Option(min=1, help="plan for so many processes")] = None,  # noqa: UP045
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=1, help="plan for GPUs of so many GiB, one a process"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage."""
+    from mmkd import distributed
+    from mmkd.plan import make_plan, print_plan
+    from mmkd.recipe import load_recipe
+
+    size = None if memory is None else int(memory * 2**30)
+    with distributed.imagined(nproc or distributed.world_size(), size):
+        made = make_plan(load_recipe(recipe, overrides))
+    if as_json:
+        print(json.dumps(made, indent=1))
+    else:
+        print_plan(made)
+
+
+@app.command()
+def bench(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    stage: Annotated[Optional[str], typer.Option(help="the first if left out")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
+    out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+) -> None:
+    """Where the time and memory of a recipe's steps go, against what the models alone take."""
+    from mmkd import distributed
+    from mmkd.bench import bench as time_steps
+    from mmkd.bench import plot_bench, print_bench
+    from mmkd.files import write_json
+    from mmkd.recipe import load_recipe
+
+    found = time_steps(load_recipe(recipe, overrides), stage, steps)
+    if distributed.rank() == 0:
+        print_bench(found)
+        if out is not None:
+            write_json(out, found)
+        if plot is not None:
+            plot_bench(found, plot)
+    distributed.disconnect()
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write a run's report.html again and print its table."""
+    from mmkd.report import write_report
+
+    write_report(folder)
+
+
+@recipe_app.command()
+def schema() -> None:
+    """The recipe's JSON schema."""
+    from mmkd.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
