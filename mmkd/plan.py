@@ -68,7 +68,7 @@ def plan_stage(
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
-    per_step = stage.batch.size * stage.batch.micro_steps(processes) * processes
+    per_step = stage.batch.records_per_step(processes)
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     placement: TeacherPlacement = "replicated"

@@ -15,7 +15,7 @@ from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
 from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
-from mmkd.recipe import Recipe, StageConfig
+from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import convert, set_trainable
 from mmkd.teachers import check_storable
@@ -57,6 +57,7 @@ def check(recipe: Recipe) -> None:
             _check_layers(recipe, stage, objectives, student, teacher)
         set_trainable(student, stage.train)
         _check_engine(stage)
+        _check_budget(stage, recipe.stage_data(stage))
         _check_reference(stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
@@ -64,9 +65,21 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_engine(stage: StageConfig) -> None:
-    stage.batch.micro_steps(distributed.world_size())
+    stage.batch.records_per_step(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)
+
+
+def _check_budget(stage: StageConfig, data: DataConfig) -> None:
+    """A micro-batch has room for the longest record."""
+    tokens = stage.batch.tokens
+    if tokens is not None and tokens < data.max_length:
+        raise RecipeError(
+            f"a micro-batch of {tokens} tokens cannot hold a record of max_length "
+            f"{data.max_length}",
+            where=f"stage {stage.name}: batch.tokens",
+            mend="raise it, or lower data.max_length",
+        )
 
 
 def _check_store(recipe: Recipe, processor: Any) -> Store:

@@ -103,9 +103,9 @@ class Stage:
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             losses, counts = self._losses(batch, rows)
-            self.engine.backward(losses["loss"])
+            self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
             load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}

@@ -109,10 +109,13 @@ class ScheduleConfig(Strict):
     min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
 
 
+SIZE = 8
+
+
 class BatchConfig(Strict):
     """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
 
-    size: int = Field(8, ge=1, description="records per process and micro-step")
+    size: int = Field(SIZE, ge=1, description="records per process and micro-step")
     accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
     group_by_length: bool = Field(
         True, description="put a step's records of alike length into one micro-batch"
@@ -126,28 +129,49 @@ class BatchConfig(Strict):
     total: int | None = Field(
         None, ge=1, description="records per optimizer step; in place of accumulate"
     )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of size, with total: tokens of a micro-batch at most, padding too",
+    )
 
     @model_validator(mode="after")
     def _one_count(self) -> "BatchConfig":
         if self.total is not None and self.accumulate != 1:
             raise ValueError("give either 'accumulate' or 'total'")
+        if self.tokens is not None and self.size != SIZE:
+            raise ValueError("give either 'size' or 'tokens'")
+        if self.tokens is not None and self.total is None:
+            raise ValueError("'tokens' needs 'total', the records of an optimizer step")
         return self
 
-    def micro_steps(self, processes: int) -> int:
-        """Micro-steps per optimizer step.
+    def records_per_step(self, processes: int) -> int:
+        """Records per optimizer step.
 
         Raises:
             RecipeError: `total` does not divide.
         """
         if self.total is None:
-            return self.accumulate
-        if self.total % (self.size * processes):
+            return self.size * self.accumulate * processes
+        least = processes * (self.size if self.tokens is None else 1)
+        if self.total % least:
+            size = "" if self.tokens is not None else f"size {self.size} x "
             raise RecipeError(
-                f"total {self.total} is no multiple of size {self.size} x {processes} processes",
+                f"total {self.total} is no multiple of {size}{processes} processes",
                 where="stages.batch",
                 mend="change one of them",
             )
-        return self.total // (self.size * processes)
+        return self.total
+
+    def micro_steps(self, processes: int) -> int | None:
+        """Micro-steps per optimizer step; None where `tokens` decides it step by step."""
+        if self.tokens is not None:
+            return None
+        return self.records_per_step(processes) // (self.size * processes)
+
+    def micro_batch(self, length: float) -> float:
+        """Records of a micro-batch, if they are of `length` tokens."""
+        return self.size if self.tokens is None else max(1.0, self.tokens / length)
 
 
 class CheckpointConfig(Strict):
