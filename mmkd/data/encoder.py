@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class Encoder:
     ):
         self.records = records
         self.processor = processor
-        self.processing = Processing(processor)
+        cache = None if config.picture_cache is None else Path(config.picture_cache)
+        self.processing = Processing(processor, cache)
         self.config = config
         self.vision_labels = vision_labels
         self.pairs = pairs
@@ -139,7 +141,7 @@ class Encoder:
         """Text and pictures of one record; raises DataError if it is bad."""
         with located(lambda: self.records.where(index)):
             record = self.records[index]
-            pictures = self.records.pictures(record)
+            pictures = self.records.pictures(record, self.processing.picture)
             rendered, rejected = self._rendered(index)
             return Sample(index, record, rendered, pictures, rejected)
 

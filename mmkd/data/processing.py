@@ -1,11 +1,15 @@
 """A model's processor on rendered conversations and their pictures."""
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mmkd.data.picture_cache import PictureCache
+from mmkd.data.records import load_image
 from mmkd.errors import DataError
 
 MOVED = "text_replacement_offsets"
@@ -17,9 +21,16 @@ class Processing:
 
     Args:
         processor: a model's.
+        cache: folder of what it makes of pictures, if that is kept.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, cache: Path | None = None):
+        self.picture = load_image
+        if cache is not None:
+            pictures = PictureCache(cache, processor.image_processor)
+            processor = copy.copy(processor)
+            processor.image_processor = pictures
+            self.picture = pictures.picture
         self.processor = processor
         # Idefics-like processors want the pictures of each row apart, the others one flat list.
         self._nested = hasattr(processor, "fake_image_token")

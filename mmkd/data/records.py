@@ -108,9 +108,11 @@ class Records:
         """Width and height of a record's pictures."""
         return [image_size(ref, self.image_root) for ref in record.images]
 
-    def pictures(self, record: Record) -> list[Image.Image]:
-        """A record's pictures, decoded to RGB."""
-        return [load_image(ref, self.image_root) for ref in record.images]
+    def pictures(
+        self, record: Record, load: Callable[[Any, Path], Image.Image] | None = None
+    ) -> list[Image.Image]:
+        """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
+        return [(load or load_image)(ref, self.image_root) for ref in record.images]
 
 
 @contextmanager

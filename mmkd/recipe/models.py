@@ -86,6 +86,9 @@ class DataConfig(Strict):
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
     on_bad_sample: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+    picture_cache: str | None = Field(
+        None, description="folder that keeps what the processors make of pictures"
+    )
 
 
 class OptimizerConfig(Strict):
