@@ -59,7 +59,7 @@ def plan_stage(
     until = recipe.stages.index(stage) + 1
     for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
         convert(student, conversions)
-    trainable = set(set_trainable(student, stage.train))
+    trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
@@ -164,7 +164,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 _ROWS: dict[str, Any] = {
     "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
-    "trains": lambda s: ", ".join(s["settings"]["train"]),
+    "trains": lambda s: _trains(s["settings"]["train"]),
     "parameters": lambda s: human(s["parameters"]),
     "  a token meets": lambda s: human(s["active_parameters"]),
     "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
@@ -187,6 +187,16 @@ _ROWS: dict[str, Any] = {
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
     "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
+
+
+def _trains(settings: dict[str, Any]) -> str:
+    lora = settings["lora"]
+    if lora is None:
+        return ", ".join(settings["groups"])
+    kind = "DoRA" if lora["dora"] else "LoRA"
+    return ", ".join(
+        [*settings["groups"], f"{kind} {lora['rank']} of {' + '.join(lora['groups'])}"]
+    )
 
 
 def _fits(needed: int, there: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd import distributed
+from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
@@ -17,7 +18,7 @@ from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preferen
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
-from mmkd.students import convert, set_trainable
+from mmkd.students import check_groups, convert
 from mmkd.teachers import check_storable
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
@@ -55,7 +56,7 @@ def check(recipe: Recipe) -> None:
         _check_experts(stage, objectives, student)
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
-        set_trainable(student, stage.train)
+        _check_trained(stage, student)
         _check_engine(stage)
         _check_budget(stage, recipe.stage_data(stage))
         _check_reference(stage, objectives)
@@ -68,6 +69,14 @@ def _check_engine(stage: StageConfig) -> None:
     stage.batch.records_per_step(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)
+
+
+def _check_trained(stage: StageConfig, student: PreTrainedModel) -> None:
+    """The groups that train are there, and layers for adapters."""
+    lora = stage.train.lora
+    check_groups(student, stage.train.groups, lora)
+    if lora is not None:
+        adapter_targets(student, lora)
 
 
 def _check_budget(stage: StageConfig, data: DataConfig) -> None:

@@ -87,7 +87,7 @@ def build_stage(
     reference: Reference | None = choose_reference(objectives, live, student, device)
     if config.batch.pack is not None:
         check_packing(encoder, student, live, device)
-    set_trainable(student, config.train)
+    set_trainable(student, config.train.groups, config.train.lora)
     compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     vision = None
     if live is not None and compared and encoder.teacher is None:
@@ -120,7 +120,7 @@ def run_stage(
     weights = stage.engine.weights()
     stage.engine.close()
     if stage.engine.rank == 0:
-        write_student(student, processor, folder / "student", weights)
+        write_student(student, processor, folder / "student", weights, config.train.lora)
         write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
     stage.engine.barrier()
     return metrics

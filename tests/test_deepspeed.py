@@ -80,6 +80,11 @@ BESIDE = {
         ("torch", "zero0", "zero1", "zero2", "zero3"),
         {"batch": {"total": 8, "tokens": 320}, "max_length": 320},
     ),
+    # the head's adapter is read outside of its layer
+    "adapters": (
+        ("torch", "zero1", "zero2", "zero3"),
+        {"train": {"groups": ["moe.router"], "lora": {"groups": ["language_model", "head"]}}},
+    ),
     # teacher and student have one frozen vision tower
     "frozen": (("torch", "sharded-torch", "zero2", "zero3"), {"train": ["language_model"]}),
     "wordy_pairs": (

@@ -24,6 +24,7 @@ from mmkd.recipe.models import (
     DataConfig,
     EngineConfig,
     EvaluateConfig,
+    LoraConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimizerConfig,
@@ -34,6 +35,7 @@ from mmkd.recipe.models import (
     StageConfig,
     StudentConfig,
     TeacherPlacement,
+    TrainConfig,
 )
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Every",
     "Head",
     "LayersConversion",
+    "LoraConfig",
     "MambaConversion",
     "MambaInit",
     "MlpConversion",
@@ -62,6 +65,7 @@ __all__ = [
     "StudentConfig",
     "Tail",
     "TeacherPlacement",
+    "TrainConfig",
     "load_recipe",
     "load_student",
     "to_yaml",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
@@ -230,12 +230,49 @@ class OnPolicyConfig(SamplingConfig):
     lmbda: float = Field(0.5, ge=0, le=1, description="share of responses that it samples")
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters beside the linear layers of some groups, whose own weights stay as they
+    are."""
+
+    groups: list[str] = Field(
+        ["language_model"], min_length=1, description="the head gets one only by its own name"
+    )
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
+    dora: bool = Field(False, description="train each output's scale apart (DoRA)")
+    keep: bool = Field(
+        False, description="write the adapters too, in peft's format, beside the merged student"
+    )
+
+    @model_validator(mode="after")
+    def _head_without_dropout(self) -> "LoraConfig":
+        if self.dropout and "head" in self.groups:
+            raise ValueError("the head's adapter takes no dropout: its losses see weights only")
+        return self
+
+
+class TrainConfig(Strict):
+    """What trains: groups of parameters, whole, and adapters. A list names groups."""
+
+    groups: list[str] = Field([], description="groups of parameters that train whole")
+    lora: LoraConfig | None = Field(None, description="adapters in place of more of them")
+
+    @model_validator(mode="after")
+    def _something(self) -> "TrainConfig":
+        if not self.groups and self.lora is None:
+            raise ValueError("nothing trains: name groups, or add 'lora'")
+        return self
+
+
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     convert: list[Conversion] = Field([], description="changes of the student's structure before")
-    train: list[str] = Field(["all"], description="groups of parameters by name")
+    train: TrainConfig = Field(
+        TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
+    )
     data: DataConfig | None = Field(None, description="the recipe's data if left out")
     objectives: list[AnyObjectiveConfig] = Field(min_length=1)
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
@@ -250,6 +287,11 @@ class StageConfig(Strict):
         "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
     )
     activation_checkpointing: bool = False
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _named_groups(cls, value: Any) -> Any:
+        return {"groups": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
