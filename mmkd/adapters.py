@@ -10,6 +10,7 @@ with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -102,15 +103,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def effective_weight(layer: nn.Module) -> Tensor:
+def effective_weight(layer: Any) -> Tensor:
     """[out, in]: what a linear layer multiplies by, its adapter included, with gradients."""
     if not isinstance(layer, Linear) or layer.disable_adapters:
-        return layer.weight  # type: ignore[return-value]
+        return layer.weight
+    adapter: Any = layer
     magnitude = None
-    if NAME in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[NAME].weight
-    a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    return _weight(layer.base_layer.weight, a, b, magnitude, layer.scaling[NAME])
+    if NAME in adapter.lora_magnitude_vector:
+        magnitude = adapter.lora_magnitude_vector[NAME].weight
+    a, b = adapter.lora_A[NAME].weight, adapter.lora_B[NAME].weight
+    return _weight(adapter.base_layer.weight, a, b, magnitude, adapter.scaling[NAME])
 
 
 def _weight(base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:

@@ -62,6 +62,8 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
+    if recipe.teacher is not None and recipe.teacher.source == "self":
+        teacher = student
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
@@ -104,7 +106,8 @@ def _placement(
 ) -> str | None:
     if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
         return None
-    return "read from its cache" if recipe.teacher.source == "cache" else placement
+    said = {"cache": "read from its cache", "self": "the student itself"}
+    return said.get(recipe.teacher.source, placement)
 
 
 def sample_data(

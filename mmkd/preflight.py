@@ -41,6 +41,8 @@ def check(recipe: Recipe) -> None:
     teacher = teacher_processor = store = None
     if recipe.teacher is not None and recipe.teacher.source == "cache":
         store = _check_store(recipe, processor)
+    elif recipe.teacher is not None and recipe.teacher.source == "self":
+        teacher, teacher_processor = student, processor
     elif recipe.teacher is not None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)

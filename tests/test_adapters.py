@@ -165,6 +165,22 @@ def test_a_stage_writes_a_plain_student_and_its_adapters(recipe, tiny_model_dir,
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_the_student_without_adapters_is_its_own_teacher(recipe, tiny_model_dir):
+    """As a copy of it would be, or the folder that it came from."""
+    stage = {"train": {"lora": {"rank": 4}}, "objectives": [{"kind": "reverse_kl"}, {"kind": "ce"}]}
+    want = losses(pipeline.run(recipe("folder", **stage)))
+
+    def own(name):
+        raw = recipe(name, **stage).model_dump(mode="json")
+        return losses(pipeline.run(load_recipe(raw | {"teacher": {"source": "self"}})))
+
+    assert own("self") == pytest.approx(want, rel=1e-6)
+    stage["train"]["groups"] = ["connector"]  # now it has to be a copy
+    more = losses(pipeline.run(recipe("more", **stage)))
+    assert own("copy") == pytest.approx(more, rel=1e-6)
+    assert more[1:] != pytest.approx(want[1:], rel=1e-6)
+
+
 def test_adapters_go_on_where_they_stopped(recipe, monkeypatch):
     lora = {"train": {"lora": {"rank": 4}}}
     want = losses(pipeline.run(recipe("whole", **lora)))

@@ -54,9 +54,10 @@ class CacheConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
-    source: Literal["live", "cache"] = Field(
+    source: Literal["live", "cache", "self"] = Field(
         "live",
-        description="live: resident beside the student; cache: read from what `mmkd cache` stored",
+        description="live: resident beside the student; cache: read from what `mmkd cache` stored; "
+        "self: the student as it was before the stage, with adapters the student without them",
     )
     cache: CacheConfig | None = Field(None, description="where `mmkd cache` stores, and how much")
     placement: TeacherPlacement = Field(
@@ -66,6 +67,10 @@ class TeacherConfig(ModelConfig):
     )
 
     def _check_source(self) -> None:
+        if self.source == "self":
+            if self.model is not None or self.config is not None:
+                raise ValueError("'source: self' is the student itself: leave 'model' out")
+            return
         if self.source == "live" or self.model is not None or self.config is not None:
             super()._check_source()
         if self.source == "cache" and self.cache is None:
