@@ -150,8 +150,9 @@ class Stage:
         def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
-            memory = self.config.engine.head_memory * 2**20
-            total, said = score(self.objectives, student, theirs, targets, counts, memory)
+            engine = self.config.engine
+            head = (engine.head_memory * 2**20, engine.head_backend)
+            total, said = score(self.objectives, student, theirs, targets, counts, *head)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():

@@ -12,6 +12,7 @@ from mmkd import pipeline
 from mmkd.attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.ops import head_losses
 from mmkd.recipe import ModelConfig, load_recipe
 
 
@@ -136,6 +137,16 @@ def test_optimizers_and_schedules(recipe, kind, schedule):
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1.0) if schedule == "constant" else rates[-1] < 0.7
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "torch"])
+def test_the_recipe_names_the_backend_of_the_head(recipe, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        head_losses.__globals__, "kernel_for", lambda backend, *rest: asked.append(backend)
+    )
+    train(recipe(stage={"steps": 1, "engine": {"head_backend": wanted}}))
+    assert set(asked) == {wanted}
 
 
 def test_clipping_can_be_switched_off(recipe):
