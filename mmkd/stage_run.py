@@ -27,6 +27,7 @@ from mmkd.teachers import (
     choose_reference,
     store,
 )
+from mmkd.trackers import Tracked
 from mmkd_models.layout import mamba_layers
 
 
@@ -41,6 +42,7 @@ def build_stage(
     data: DataConfig,
     folder: Path,
     seed: int,
+    tracked: Tracked | None = None,
 ) -> Stage:
     """The stage, ready for its first step.
 
@@ -54,6 +56,7 @@ def build_stage(
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
+        tracked: the stage as its run's trackers see it, if they do.
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
@@ -107,6 +110,7 @@ def build_stage(
         stream=stream,
         steps=steps,
         folder=folder,
+        tracked=tracked,
     )
 
 

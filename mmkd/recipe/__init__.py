@@ -34,6 +34,7 @@ from mmkd.recipe.models import (
     StageConfig,
     StudentConfig,
     TeacherPlacement,
+    TrackerName,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "StudentConfig",
     "Tail",
     "TeacherPlacement",
+    "TrackerName",
     "load_recipe",
     "load_student",
     "to_yaml",
