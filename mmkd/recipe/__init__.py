@@ -35,6 +35,7 @@ from mmkd.recipe.models import (
     StageConfig,
     StudentConfig,
     TeacherPlacement,
+    TrackerName,
     TrainConfig,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "StudentConfig",
     "Tail",
     "TeacherPlacement",
+    "TrackerName",
     "TrainConfig",
     "load_recipe",
     "load_student",
