@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmkd.files import sha256
+from mmkd.plugins import plugin_files
 from mmkd.recipe import Recipe
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
@@ -34,6 +35,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
         },
+        "plugins": plugin_files(),
         "data": {name: sha256(Path(name)) for name in sorted(data) if Path(name).is_file()},
     }
 
