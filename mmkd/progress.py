@@ -18,6 +18,11 @@ console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def say(text: str) -> None:
+    """Print text as it is: no markup, no colours, and lines as long as they are."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Bar:
     """One bar: `advance` with a short note on what is going on."""
 

@@ -18,7 +18,7 @@ from mmkd.recipe.conversions import (
     Placement,
     Tail,
 )
-from mmkd.recipe.load import load_recipe, load_student, to_yaml
+from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
     BatchConfig,
     DataConfig,
@@ -29,6 +29,7 @@ from mmkd.recipe.models import (
     OptimizerConfig,
     Precision,
     Recipe,
+    ReleaseConfig,
     SamplingConfig,
     ScheduleConfig,
     StageConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "Placement",
     "Precision",
     "Recipe",
+    "ReleaseConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "StageConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "Tail",
     "TeacherPlacement",
     "load_recipe",
+    "load_release",
     "load_student",
     "to_yaml",
 ]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import RecipeError
 from mmkd.recipe.conversions import PLACEMENT_TAGS
-from mmkd.recipe.models import Recipe, StudentConfig
+from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -42,6 +42,17 @@ def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> Stu
     for override in overrides or []:
         raw = _override(raw, override)
     return _validate(StudentConfig, raw, "student")
+
+
+def load_release(raw: dict[str, Any], overrides: list[str] | None = None) -> ReleaseConfig:
+    """A release alone, as `mmkd release` makes one: overridden and checked like a recipe's.
+
+    Raises:
+        RecipeError: in one line, the key and the mend.
+    """
+    for override in overrides or []:
+        raw = _override(raw, override)
+    return _validate(ReleaseConfig, raw, "release")
 
 
 def to_yaml(recipe: Recipe) -> str:
