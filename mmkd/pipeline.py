@@ -8,6 +8,7 @@ runs/<name>/
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
                 start/student/    what a stage that converts starts from
   evaluation/<member>/ results.json  samples/  decode.json
+  release/<member>/             what `mmkd release` sends to the Hub
   report.html
 """
 

@@ -137,7 +137,9 @@ def test_limits_are_told(hub_run):
     put(path, json.dumps(results(0.7, 1_000_000, limit=50)))
     for other in ("kd-seed1", "kd-seed2"):
         shutil.rmtree(hub_run / "evaluation" / other)
-    card = card_of(hub_run)
+    teacher = hub_run / "evaluation" / "teacher" / "results.json"
+    change(teacher, lambda found: found["scores"].update(mme={"mme_score": 1500.0}))
+    card = card_of(hub_run)  # the teacher alone was scored on another task
     assert "the first 50 questions of each task only" in card.text
     assert "One seed" in card.text
     assert all(r.dataset_args == {"limit": 50} for r in card.data.eval_results)

@@ -109,7 +109,8 @@ def evaluation_results(source: Source) -> list[EvalResult]:
         )
         for column in score_table(source).columns
         for task, metric in [column.key]
-        if task != COST and math.isfinite(value := results["scores"][task].get(metric, math.nan))
+        if task != COST
+        and math.isfinite(value := results["scores"].get(task, {}).get(metric, math.nan))
     ]
 
 

@@ -15,9 +15,10 @@ from typing import NamedTuple, TypeVar
 import httpx2
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import logging
 
 from mmkd.errors import HubError
-from mmkd.progress import say
+from mmkd.progress import console, say
 from mmkd.recipe import ReleaseConfig
 
 T = TypeVar("T")
@@ -96,6 +97,9 @@ def upload(folder: Path, settings: ReleaseConfig) -> str:
             where=repo,
             mend="make it private on the Hub, or give another name",
         )
+    say(f"sending to {address}")
+    if not console.is_terminal:  # bars are for terminals; elsewhere a line every half minute
+        logging.get_logger("huggingface_hub._upload_pipeline").setLevel("INFO")
     attempt(
         repo,
         "upload",
