@@ -103,9 +103,9 @@ class Stage:
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             losses, counts = self._losses(batch, rows)
-            self.engine.backward(losses["loss"])
+            self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
             load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
@@ -150,8 +150,9 @@ class Stage:
         def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
-            memory = self.config.engine.head_memory * 2**20
-            total, said = score(self.objectives, student, theirs, targets, counts, memory)
+            engine = self.config.engine
+            head = (engine.head_memory * 2**20, engine.head_backend)
+            total, said = score(self.objectives, student, theirs, targets, counts, *head)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():

@@ -103,6 +103,25 @@ def test_how_it_was_made(hub_run):
     assert "no code of its own" in card.text
 
 
+def test_adapters_token_batches_and_a_student_that_teaches_itself(hub_run, tmp_path):
+    def edit(recipe):
+        recipe["teacher"] = {"source": "self"}
+        (stage,) = recipe["stages"]
+        stage["train"] = {"groups": ["connector"], "lora": {"rank": 4, "dora": True, "keep": True}}
+        stage["batch"] = {"tokens": 4096, "total": 24}
+
+    change(hub_run / "kd-seed0" / "training.yaml", edit)
+    put(hub_run / "kd-seed0" / "01-mimic" / "student" / "adapter" / "adapter_config.json", "{}")
+    release(hub_run, repo="me/student", out=tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    (row,) = lines_with(card, "| mimic |")
+    assert "| connector, DoRA of rank 4 in language_model | train.parquet | 40 | 24 |" in row
+    assert "| teacher | the student itself, as it was before each stage |" in card.text
+    assert "[LoRA](https://arxiv.org/abs/2106.09685), [DoRA]" in card.text
+    assert card.data.base_model == [START]
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_a_student_without_a_teacher_has_none(hub_run):
     card = card_of(hub_run, "ce")
     assert card.data.base_model == [START]

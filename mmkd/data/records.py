@@ -104,17 +104,15 @@ class Records:
         with located(lambda: self.where(index)):
             return parse_record(self._rows[index], index)
 
-    def length(self, index: int) -> tuple[int, int]:
-        """Pictures and characters of a record; none of one that cannot be read."""
-        try:
-            record = self[index]
-        except DataError:
-            return 0, 0
-        return len(record.images), sum(len(_text(message)) for message in record.messages)
+    def sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Width and height of a record's pictures."""
+        return [image_size(ref, self.image_root) for ref in record.images]
 
-    def pictures(self, record: Record) -> list[Image.Image]:
-        """A record's pictures, decoded to RGB."""
-        return [load_image(ref, self.image_root) for ref in record.images]
+    def pictures(
+        self, record: Record, load: Callable[[Any, Path], Image.Image] | None = None
+    ) -> list[Image.Image]:
+        """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
+        return [(load or load_image)(ref, self.image_root) for ref in record.images]
 
 
 @contextmanager
@@ -256,20 +254,40 @@ def load_image(ref: Any, root: Path) -> Image.Image:
     Raises:
         DataError: it is missing, outside of `root`, broken, or too large to be meant.
     """
-    name = "image"
+    with _readable(ref):
+        return _opened(ref, root).convert("RGB")
+
+
+def image_size(ref: Any, root: Path) -> tuple[int, int]:
+    """Width and height of an image reference, which is not decoded.
+
+    Raises:
+        DataError: as in `load_image`, but for what only decoding shows.
+    """
+    with _readable(ref):
+        return _opened(ref, root).size
+
+
+def _opened(ref: Any, root: Path) -> Image.Image:
+    if isinstance(ref, Image.Image):
+        return ref
+    if isinstance(ref, dict) and ref.get("bytes") is not None:
+        return Image.open(io.BytesIO(ref["bytes"]))
+    path = ref.get("path") if isinstance(ref, dict) else ref
+    if not isinstance(path, str) or not path:
+        raise DataError("the image is missing", mend="give its path or bytes")
+    return Image.open(_inside(root, path))
+
+
+@contextmanager
+def _readable(ref: Any) -> Iterator[None]:
+    """Say what is wrong with an image."""
+    path = ref.get("path") if isinstance(ref, dict) else ref
+    name = path if isinstance(path, str) and path else "image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(ref, Image.Image):
-                return ref.convert("RGB")
-            if isinstance(ref, dict) and ref.get("bytes") is not None:
-                name = ref.get("path") or name
-                return Image.open(io.BytesIO(ref["bytes"])).convert("RGB")
-            path = ref.get("path") if isinstance(ref, dict) else ref
-            if not isinstance(path, str) or not path:
-                raise DataError("the image is missing", mend="give its path or bytes")
-            name = path
-            return Image.open(_inside(root, path)).convert("RGB")
+            yield
     except FileNotFoundError as error:
         raise DataError(f"no such image: {name}", mend="check data.images") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

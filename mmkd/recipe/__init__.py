@@ -24,6 +24,7 @@ from mmkd.recipe.models import (
     DataConfig,
     EngineConfig,
     EvaluateConfig,
+    LoraConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimizerConfig,
@@ -34,7 +35,9 @@ from mmkd.recipe.models import (
     ScheduleConfig,
     StageConfig,
     StudentConfig,
+    TeacherConfig,
     TeacherPlacement,
+    TrainConfig,
 )
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "Every",
     "Head",
     "LayersConversion",
+    "LoraConfig",
     "MambaConversion",
     "MambaInit",
     "MlpConversion",
@@ -63,7 +67,9 @@ __all__ = [
     "StageConfig",
     "StudentConfig",
     "Tail",
+    "TeacherConfig",
     "TeacherPlacement",
+    "TrainConfig",
     "load_recipe",
     "load_release",
     "load_student",

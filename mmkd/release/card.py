@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mmkd.recipe import ModelConfig, ReleaseConfig, StageConfig
+from mmkd.recipe import ModelConfig, ReleaseConfig, StageConfig, TeacherConfig
 from mmkd.release.papers import papers
 from mmkd.release.scrub import file_name
 from mmkd.release.source import Source
@@ -138,15 +138,14 @@ def stage_rows(source: Source) -> list[StageRow]:
     processes = source.run.provenance.get("machine", {}).get("processes", 1)
     rows = []
     for stage, log in zip(source.recipe.stages, source.member.stages, strict=True):
-        batch = stage.batch
         rows.append(
             StageRow(
                 name=stage.name,
                 objectives=_objectives(stage),
-                train=", ".join(stage.train),
+                train=trained(stage),
                 data=file_name(source.recipe.stage_data(stage).train),
                 steps=log.steps or 0,
-                records=batch.total or batch.size * batch.accumulate * processes,
+                records=stage.batch.records_per_step(processes),
                 lr=stage.optimizer.lr,
             )
         )
@@ -160,10 +159,21 @@ def _objectives(stage: StageConfig) -> str:
     return f"{text}; {stage.on_policy.lmbda:.0%} of the answers sampled from the student"
 
 
+def trained(stage: StageConfig) -> str:
+    """Groups of parameters that train, and those with adapters."""
+    lora = stage.train.lora
+    if lora is None:
+        return ", ".join(stage.train.groups)
+    adapters = f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank} in {', '.join(lora.groups)}"
+    return ", ".join([*stage.train.groups, adapters])
+
+
 def model_text(source: Source, config: ModelConfig | None) -> str:
     """Where a model came from, without a path."""
     if config is None:
         return "none"
+    if isinstance(config, TeacherConfig) and config.source == "self":
+        return "the student itself, as it was before each stage"
     if config.config is not None:
         return f"random weights of a {config.config['model_type']} model"
     if config.model is None:

@@ -12,17 +12,19 @@ from mmkd.files import link_file, write_folder
 from mmkd.recipe import ReleaseConfig
 from mmkd.release.scrub import scrub
 from mmkd.release.source import Source
+from mmkd.students.write import ADAPTER
 
 Files = dict[str, Path | str]  # name in the release -> the file, or a new one's text
 OUTPUT_DIR = "runs"
 
 
 def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> Files:
-    """What a release holds; nothing is written."""
+    """What a release holds; nothing is written. Adapters that a stage has kept are part of the
+    weights already, and fit what is not released: they stay behind."""
     files: Files = {
         path.relative_to(source.student).as_posix(): path
         for path in sorted(source.student.rglob("*"))
-        if path.is_file()
+        if path.is_file() and ADAPTER not in path.relative_to(source.student).parts
     }
     recipe = scrub(source.recipe.model_dump(mode="json") | {"output_dir": OUTPUT_DIR})
     provenance = scrub(source.run.provenance)

@@ -19,6 +19,8 @@ MATVLM = Paper("MaTVLM", "2503.13440")
 MMMAMBA = Paper("mmMamba", "2502.13145")
 MAMBA_2 = Paper("Mamba-2", "2405.21060")
 MAMBA_IN_LLAMA = Paper("MambaInLlama", "2408.15237")
+LORA = Paper("LoRA", "2106.09685")
+DORA = Paper("DoRA", "2402.09353")
 UPCYCLING = Paper("Komatsuzaki et al.", "2212.05055")
 
 _OBJECTIVES = {
@@ -54,6 +56,8 @@ def papers(recipe: Recipe) -> list[Paper]:
     for stage in recipe.stages:
         found += [p for objective in stage.objectives for p in _of_objective(objective)]
         found += [GKD] if stage.on_policy else []
+        if stage.train.lora is not None:
+            found += [LORA, DORA] if stage.train.lora.dora else [LORA]
     return list(dict.fromkeys(found))
 
 
