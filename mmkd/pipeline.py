@@ -33,6 +33,7 @@ from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import StoredTeacher, Teacher, place_teacher
+from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
 
@@ -123,10 +124,11 @@ def refuse_other_recipe(member: Member) -> None:
 
 def _without_layout(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what may change between a stage's beginning and its end: where and in which
-    pieces it runs. How many records a step sees is for the checkpoint to tell."""
+    pieces it runs, and where its charts go. How many records a step sees is for the checkpoint to
+    tell."""
     layout = ("engine", "batch", "checkpoint", "activation_checkpointing")
     stages = [{k: v for k, v in s.items() if k not in layout} for s in recipe["stages"]]
-    return {**recipe, "stages": stages}
+    return {**recipe, "stages": stages, "report_to": []}
 
 
 def describe(member: Member, recipe: Recipe) -> None:
@@ -177,6 +179,7 @@ def train(member: Member, recipe: Recipe) -> None:
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
             seed=member.recipe.seed + index,
+            tracked=Tracked(member.recipe, run_folder(recipe), member.stage_folder(index)),
         )
         _tidy(member)
         distributed.barrier()

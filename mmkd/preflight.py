@@ -20,6 +20,7 @@ from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import check_storable
+from mmkd.trackers import check_trackers
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
 
@@ -34,6 +35,7 @@ def check(recipe: Recipe) -> None:
         MmkdError: what a stage would stumble over, from an unknown group of parameters to a first
             record that cannot be encoded.
     """
+    check_trackers(recipe.report_to)
     processor = load_processor(recipe.student)
     student = skeleton(recipe.student)
     check_supported(student, "student")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmkd.files import sha256
+from mmkd.plugins import plugin_files
 from mmkd.recipe import Recipe
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
@@ -29,13 +30,14 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "git": _git(),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
         },
         "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
+        "plugins": plugin_files(),
         "data": {name: sha256(Path(name)) for name in sorted(data) if Path(name).is_file()},
     }
 
@@ -72,7 +74,7 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changes)}
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

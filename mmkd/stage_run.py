@@ -29,6 +29,7 @@ from mmkd.teachers import (
     own_teacher,
     store,
 )
+from mmkd.trackers import Tracked
 from mmkd_models.layout import mamba_layers
 
 OWN: Literal["self"] = "self"
@@ -45,6 +46,7 @@ def build_stage(
     data: DataConfig,
     folder: Path,
     seed: int,
+    tracked: Tracked | None = None,
 ) -> Stage:
     """The stage, ready for its first step.
 
@@ -59,6 +61,7 @@ def build_stage(
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
+        tracked: the stage as its run's trackers see it, if they do.
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
@@ -118,6 +121,7 @@ def build_stage(
         stream=stream,
         steps=steps,
         folder=folder,
+        tracked=tracked,
     )
 
 

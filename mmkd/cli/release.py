@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import app
+from mmkd.cli.app import Plugins, app
 
 
 @app.command()
@@ -24,6 +24,7 @@ def release(
     seed: Annotated[Optional[int], typer.Option(help="the first if left out")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="write this folder, upload nothing")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Publish a finished student on the Hub: weights, code, processor, card."""
     from mmkd.release import release as publish

@@ -37,6 +37,7 @@ from mmkd.recipe.models import (
     StudentConfig,
     TeacherConfig,
     TeacherPlacement,
+    TrackerName,
     TrainConfig,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "Tail",
     "TeacherConfig",
     "TeacherPlacement",
+    "TrackerName",
     "TrainConfig",
     "load_recipe",
     "load_release",

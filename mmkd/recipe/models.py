@@ -1,10 +1,10 @@
 """The parts of a recipe with their defaults."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmkd.errors import RecipeError
+from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
@@ -325,6 +325,26 @@ class EvaluateConfig(Strict):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """`none`, one name or a list of them, as a list."""
+    names = value if isinstance(value, list) else [] if value in (None, "none") else [value]
+    for name in names:
+        if name not in get_args(TrackerName):
+            raise ValueError(f"no tracker {name!r}, {nearest(str(name), get_args(TrackerName))}")
+    return list(dict.fromkeys(names))
+
+
+ReportTo = Annotated[
+    list[TrackerName],
+    BeforeValidator(
+        _trackers, json_schema_input_type=TrackerName | Literal["none"] | list[TrackerName]
+    ),
+]
+
+
 class ReleaseConfig(Strict):
     """How `mmkd release` publishes a finished student on the Hub."""
 
@@ -345,6 +365,9 @@ class Recipe(Strict):
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
     seed: int = Field(42, ge=0)
     output_dir: str = Field("runs", description="the run is written to output_dir/name")
+    report_to: ReportTo = Field(
+        [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
+    )
     teacher: TeacherConfig | None = None
     student: StudentConfig
     data: DataConfig

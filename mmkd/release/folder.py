@@ -26,7 +26,8 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
         for path in sorted(source.student.rglob("*"))
         if path.is_file() and ADAPTER not in path.relative_to(source.student).parts
     }
-    recipe = scrub(source.recipe.model_dump(mode="json") | {"output_dir": OUTPUT_DIR})
+    own = {"output_dir": OUTPUT_DIR, "report_to": []}  # what is of whoever trains it again
+    recipe = scrub(source.recipe.model_dump(mode="json") | own)
     provenance = scrub(source.run.provenance)
     return files | {
         "README.md": f"{str(card).rstrip()}\n",

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging
 
 from mmkd.errors import HubError
-from mmkd.progress import console, say
+from mmkd.progress import live, say
 from mmkd.recipe import ReleaseConfig
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def upload(folder: Path, settings: ReleaseConfig) -> str:
             mend="make it private on the Hub, or give another name",
         )
     say(f"sending to {address}")
-    if not console.is_terminal:  # bars are for terminals; elsewhere a line every half minute
+    if not live():  # bars are for terminals; elsewhere a line every half minute
         logging.get_logger("huggingface_hub._upload_pipeline").setLevel("INFO")
     attempt(
         repo,
