@@ -35,6 +35,10 @@ class CheckpointError(MmkdError):
     """A model folder or a run directory cannot be used."""
 
 
+class HubError(MmkdError):
+    """The Hub cannot be reached, or it refuses."""
+
+
 class NonFiniteLossError(MmkdError):
     """Training produced a loss or gradient that is not a number."""
 

@@ -8,10 +8,10 @@ runs/<name>/
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
                 start/student/    what a stage that converts starts from
   evaluation/<member>/ results.json  samples/  decode.json
+  release/<member>/             what `mmkd release` sends to the Hub
   report.html
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.errors import RecipeError
-from mmkd.files import read_json, write_folder, write_json, write_text
+from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
@@ -66,7 +66,8 @@ def members(recipe: Recipe) -> list[Member]:
     for seed in recipe.seeds or [recipe.seed]:
         for label, overrides in {recipe.label: [], **recipe.variants}.items():
             raw = recipe.model_dump(mode="json")
-            raw |= {"variants": {}, "seeds": [], "evaluate": None, "seed": seed, "label": label}
+            raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
+            raw |= {"seed": seed, "label": label}
             name = f"{label}-seed{seed}" if recipe.seeds else label
             folder = run_folder(recipe) if alone else run_folder(recipe) / name
             found.append(Member(name, load_recipe(raw, overrides), folder))
@@ -227,14 +228,7 @@ def _common_stages(member: Member, other: Member) -> int:
 
 
 def _link(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_link_file)
-
-
-def _link_file(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=link_file)
 
 
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:

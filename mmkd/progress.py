@@ -19,6 +19,11 @@ console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def say(text: str) -> None:
+    """Print text as it is: no markup, no colours, and lines as long as they are."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def live() -> bool:
     """Whether a bar can be drawn again in place. FORCE_COLOR, which services that run tests set,
     makes rich take a file for a terminal; a log of cursor movements is none."""

@@ -22,6 +22,7 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 def collect(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides the run's losses, as JSON."""
     data = {recipe.data.train, *(s.data.train for s in recipe.stages if s.data)}
+    models = {m.model for m in (recipe.teacher, recipe.student) if m and m.model}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seeds": recipe.seeds or [recipe.seed],
@@ -35,6 +36,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
         },
+        "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
         "plugins": plugin_files(),
         "data": {name: sha256(Path(name)) for name in sorted(data) if Path(name).is_file()},
     }

@@ -18,7 +18,7 @@ from mmkd.recipe.conversions import (
     Placement,
     Tail,
 )
-from mmkd.recipe.load import load_recipe, load_student, to_yaml
+from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
     BatchConfig,
     DataConfig,
@@ -30,10 +30,12 @@ from mmkd.recipe.models import (
     OptimizerConfig,
     Precision,
     Recipe,
+    ReleaseConfig,
     SamplingConfig,
     ScheduleConfig,
     StageConfig,
     StudentConfig,
+    TeacherConfig,
     TeacherPlacement,
     TrackerName,
     TrainConfig,
@@ -60,15 +62,18 @@ __all__ = [
     "Placement",
     "Precision",
     "Recipe",
+    "ReleaseConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "StageConfig",
     "StudentConfig",
     "Tail",
+    "TeacherConfig",
     "TeacherPlacement",
     "TrackerName",
     "TrainConfig",
     "load_recipe",
+    "load_release",
     "load_student",
     "to_yaml",
 ]

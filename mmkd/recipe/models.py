@@ -348,8 +348,21 @@ ReportTo = Annotated[
 ]
 
 
+class ReleaseConfig(Strict):
+    """How `mmkd release` publishes a finished student on the Hub."""
+
+    repo: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hub, such as me/student"
+    )
+    private: bool = Field(False, description="private; false leaves it to the Hub's own default")
+    license: str | None = Field(None, description="the Hub's name for it, such as apache-2.0")
+    datasets: list[str] = Field([], description="Hub ids of the data that it was trained on")
+    language: list[str] = Field([], description="ISO 639 codes, such as en")
+    tags: list[str] = Field([], description="tags beside mmkd and distillation")
+
+
 class Recipe(Strict):
-    """A whole run: teacher, student, data, stages, evaluation."""
+    """A whole run: teacher, student, data, stages, evaluation, release."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
@@ -363,6 +376,7 @@ class Recipe(Strict):
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     evaluate: EvaluateConfig | None = None
+    release: ReleaseConfig | None = None
     variants: dict[str, list[str]] = Field(
         {}, description="label -> overrides; each is trained beside the recipe, from the same start"
     )
