@@ -10,7 +10,8 @@ from processors import END, FAMILIES
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder, image_token_id
 from mmkd.data.labels import grid_words
-from mmkd.data.records import GroundedObject, Records
+from mmkd.data.records import Records
+from mmkd.data.schema import GroundedObject
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError
 from mmkd.recipe import BatchConfig, DataConfig

@@ -35,8 +35,10 @@ from mmkd.recipe.models import (
     StudentConfig,
     TeacherPlacement,
 )
+from mmkd.recipe.sources import HUB, SourceConfig
 
 __all__ = [
+    "HUB",
     "BatchConfig",
     "Conversion",
     "DataConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "Recipe",
     "SamplingConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "StageConfig",
     "StudentConfig",
     "Tail",

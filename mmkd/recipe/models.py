@@ -8,6 +8,7 @@ from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.sources import SourceConfig
 
 Precision = Literal["float32", "bfloat16", "auto"]
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
@@ -79,13 +80,34 @@ class StudentConfig(ModelConfig):
 
 
 class DataConfig(Strict):
-    """Records to train on: LLaVA conversations or chat messages, json, jsonl or parquet."""
+    """Records to train on, from one source or a mixture."""
 
-    train: str = Field(description="file of records")
+    train: str | None = Field(
+        None, description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
+    )
     images: str | None = Field(None, description="folder that image paths are relative to")
+    sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
     on_bad_sample: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "DataConfig":
+        if (self.train is None) == (not self.sources):
+            raise ValueError("give either 'train' (one source) or 'sources' (a mixture)")
+        names = [s.label for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name: give each a 'name'")
+        if len({s.weight is None for s in self.sources}) > 1:
+            raise ValueError("give every source a 'weight', or none")
+        return self
+
+    @property
+    def parts(self) -> list[SourceConfig]:
+        """The sources, one or more, with the folders of their images."""
+        if self.train is not None:
+            return [SourceConfig(train=self.train, images=self.images)]
+        return [s.model_copy(update={"images": s.images or self.images}) for s in self.sources]
 
 
 class OptimizerConfig(Strict):
