@@ -85,6 +85,7 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
     name = "image"
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata, thousands of times
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(ref, Image.Image):
                 yield ref

@@ -3,7 +3,8 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, count
+from math import gcd
 from pathlib import Path
 
 from PIL import Image
@@ -14,8 +15,8 @@ from mmkd.data.sources import open_rows
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
-# Prime, so that steps of it come to every record of any smaller number of them.
-STRIDE = 1_000_000_007
+# Of a sequence's length: steps of the golden ratio land far from all earlier ones.
+STRIDE = 0.618
 
 
 class Source:
@@ -50,6 +51,9 @@ class Records:
     def __init__(self, config: DataConfig):
         self.sources = [Source(part) for part in config.parts]
         self._ends = list(accumulate(map(len, self.sources)))
+        # Without a common divisor, so that steps of it come to every record.
+        near = count(int(STRIDE * len(self)))
+        self._stride = next(n for n in near if gcd(n, len(self)) == 1)
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ class Records:
     def instead(self, index: int, attempt: int) -> int:
         """What is read in place of a bad record, after so many others that are bad too: far away,
         since neighbours are often bad for the same reason."""
-        return (index + attempt * STRIDE) % len(self)
+        return (index + attempt * self._stride) % len(self)
 
     def length(self, index: int) -> tuple[int, int]:
         """Pictures and characters of a record; none of one that cannot be read."""

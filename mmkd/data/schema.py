@@ -129,7 +129,7 @@ def _from_first_question(turns: Turns) -> Turns:
     """Without the answers that nobody asked for: conversations cut out of longer ones begin with
     one, and LLaVA's own code leaves it out too."""
     asked = next((i for i, (role, _) in enumerate(turns) if role not in ("gpt", "assistant")), None)
-    return turns if asked is None else turns[asked:]
+    return [] if asked is None else turns[asked:]
 
 
 def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
@@ -151,6 +151,8 @@ def _conversation(turns: Turns) -> list[Message]:
     messages = [_message(role, content) for role, content in turns]
     if not any(m["role"] == "assistant" and text_of(m).strip() for m in messages):
         raise DataError("no response of the assistant", mend="add one or drop the record")
+    if messages[0]["role"] == "assistant":
+        raise DataError("the conversation begins with an answer", mend="add what it answers")
     return messages
 
 
