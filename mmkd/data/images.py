@@ -1,6 +1,7 @@
 """Pictures of records: found below their folder, never outside, and decoded with limits."""
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,18 +126,19 @@ def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
     return printable(path), _inside(root, path)
 
 
-def _inside(root: Path, path: str) -> Path:
+def _inside(root: Path, path: str) -> str:
     """The file that a path names, links followed, if it lies below `root`."""
     name = printable(path)
-    target = (root / path).resolve()
-    if not target.is_relative_to(_resolved(root.absolute())):
+    home = _resolved(os.path.abspath(root))
+    target = os.path.realpath(os.path.join(home, path))
+    if not target.startswith(os.path.join(home, "")):
         raise DataError(
             f"{name} lies outside of {root}",
             mend="keep images below data.images, links' targets too",
             kind="image outside of its folder",
         )
-    if not target.is_file():
-        missing = not target.exists()
+    if not os.path.isfile(target):
+        missing = not os.path.exists(target)
         raise DataError(
             f"no such image: {name}" if missing else f"{name} is not a file",
             mend="check data.images",
@@ -146,5 +148,5 @@ def _inside(root: Path, path: str) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _resolved(root: Path) -> Path:
-    return root.resolve()
+def _resolved(root: str) -> str:
+    return os.path.realpath(root)
