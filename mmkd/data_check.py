@@ -23,9 +23,7 @@ SAMPLED = 256
 UNCUT = 2**30
 
 
-def check_data(
-    target: str, images: str | None, look: Look, workers: int, *, quiet: bool = False
-) -> dict[str, Any]:
+def check_data(target: str, images: str | None, look: Look, workers: int) -> dict[str, Any]:
     """Look through all data of a recipe, or through one source.
 
     Args:
@@ -33,7 +31,6 @@ def check_data(
         images: the folder of a source's images.
         look: what for.
         workers: processes.
-        quiet: show no progress.
 
     Returns:
         What was found, as JSON.
@@ -48,7 +45,7 @@ def check_data(
         recipe = load_recipe(target)
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
     started = time.perf_counter()
-    found = [check_source(source, look, workers, quiet=quiet) for source in sources]
+    found = [check_source(source, look, workers) for source in sources]
     seconds = time.perf_counter() - started
     bad = sum(f.bad for f in found)
     return {

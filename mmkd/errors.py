@@ -43,9 +43,7 @@ class DataError(MmkdError):
         self.kind = kind or what
 
     def at(self, where: str) -> "DataError":
-        """The same problem with its place, unless it has one."""
-        if self.where is not None:
-            return self
+        """The same problem with its place."""
         return DataError(self.what, where=where, mend=self.mend, kind=self.kind)
 
 

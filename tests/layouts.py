@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from mmkd.data.records import Records
+from mmkd.data.schema import Record
 from mmkd.recipe import DataConfig
 
 Turns = list[dict[str, str]]
@@ -183,3 +186,21 @@ def sample(number: int) -> dict[str, bytes]:
         f"part/{number:04d}.png": encoded(number),
         f"part/{number:04d}.json": json.dumps(record).encode(),
     }
+
+
+def write_numbers(path: Path, numbers: Iterable[Any]) -> None:
+    """Records without pictures, as a list or one a line."""
+    rows = [{"id": f"r{n}", "conversations": turns("?", f"answer {n}")} for n in numbers]
+    path.write_text(
+        "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
+    )
+
+
+def words(record: Record) -> list[str]:
+    """What each message says."""
+    return ["".join(p.get("text", "<image>") for p in m["content"]) for m in record.messages]
+
+
+def read(train: Path | str) -> Records:
+    """The records of one source."""
+    return Records(DataConfig(train=str(train)))

@@ -124,7 +124,9 @@ def test_published_layouts_are_all_good(tmp_path, monkeypatch, capsys, layout):
 
 def test_shards_and_bombs_are_looked_at(tmp_path, monkeypatch, capsys):
     path = write_tar(tmp_path / "a.tar", {k: v for n in range(4) for k, v in sample(n).items()})
-    assert found(monkeypatch, capsys, path, "--workers", 1)[0] == 0
+    write_tar(tmp_path / "b.tar", sample(5))
+    status, said = found(monkeypatch, capsys, tmp_path / "*.tar", "--workers", 1)
+    assert (status, said["records"], said["pictures"]) == (0, 5, 5)
     monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
     status, said = found(monkeypatch, capsys, path, "--workers", 1)
     assert (status, said["bad"]) == (1, 4)
@@ -179,4 +181,4 @@ def test_a_process_that_dies_is_told(folder, monkeypatch):
     monkeypatch.setattr(check, "image_size", lambda *_: os._exit(1))
     source = SourceConfig(train=str(folder / "a.jsonl"), images=str(folder / "images"))
     with pytest.raises(DataError, match="a process that looked through it died"):
-        check_source(source, Look(), workers=2, quiet=True)
+        check_source(source, Look(), workers=2)

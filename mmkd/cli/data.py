@@ -1,6 +1,8 @@
 """Data sets: build and look at them."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -82,8 +84,8 @@ def check(
     from mmkd.data.check import Look, cores
     from mmkd.data_check import check_data, print_check
 
-    look = Look(decode, unique_ids)
-    found = check_data(target, images, look, workers or cores(), quiet=as_json)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # the progress
+        found = check_data(target, images, Look(decode, unique_ids), workers or cores())
     if as_json:
         print(json.dumps(found, indent=1))
     else:

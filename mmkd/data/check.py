@@ -66,16 +66,13 @@ class _Part:
     errors: list[tuple[int, DataError]] = field(default_factory=list)
 
 
-def check_source(
-    config: SourceConfig, look: Look, workers: int, *, quiet: bool = False
-) -> Findings:
+def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
     """Look through a source's records in several processes.
 
     Args:
         config: the source.
         look: what for.
         workers: processes.
-        quiet: show no progress.
 
     Raises:
         DataError: the source cannot be read at all, or a process died of a record.
@@ -86,7 +83,7 @@ def check_source(
     seen: dict[str, int] = {}
     with (
         _parts(source, look, chunks, workers) as parts,
-        Bar(config.label, len(source), quiet=quiet) as bar,
+        Bar(config.label, len(source)) as bar,
     ):
         for chunk, part in zip(chunks, parts, strict=True):
             part.errors += _repeated(source, part, seen)
@@ -158,7 +155,7 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
             part.errors.append((index, error))
             continue
         part.pictures += len(record.images)
-        if look.unique_ids:
+        if look.unique_ids and record.id != str(index):  # which stands for none
             part.ids.append((index, record.id))
         errors = list(_problems(record, look))
         if errors:

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,25 @@ BYTES = "__bytes__"
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset`, pictures as their bytes."""
+    """Rows of a `datasets.Dataset`, pictures as their bytes.
 
-    def __init__(self, table: Any, folder: Path | None, place: Callable[[int], str]):
+    Args:
+        table: the data set.
+        folder: what image paths are relative to.
+        files: for messages: where the rows come from, with the number of rows until each one's end.
+    """
+
+    def __init__(self, table: Any, folder: Path | None, files: dict[str, int]):
         self.folder = folder
-        self.place = place
-        self._table = table
+        self._table = _undecoded(table)
+        self._names, self._ends = list(files), list(files.values())
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def place(self, index: int) -> str:
+        number = bisect_right(self._ends, index)
+        return f"{self._names[number]}: record {index - [0, *self._ends][number]}"
 
     def row(self, index: int) -> dict[str, Any]:
         return self._table[index]
@@ -41,17 +51,12 @@ def parquet_rows(files: list[Path], train: str) -> TableRows:
 
     datasets.disable_progress_bars()
     try:
-        ends = list(accumulate(pyarrow.parquet.read_metadata(f).num_rows for f in files))
         names = [str(f) for f in files]
+        ends = accumulate(pyarrow.parquet.read_metadata(name).num_rows for name in names)
         table = datasets.load_dataset("parquet", data_files=names, split="train")
     except Exception as error:
         raise unreadable(error, train) from error
-
-    def place(index: int) -> str:
-        number = bisect_right(ends, index)
-        return f"{files[number]}: record {index - (ends[number - 1] if number else 0)}"
-
-    return TableRows(_undecoded(table), files[0].parent, place)
+    return TableRows(table, files[0].parent, dict(zip(names, ends, strict=True)))
 
 
 def is_saved(folder: Path) -> bool:
@@ -76,7 +81,7 @@ def saved_rows(folder: Path) -> TableRows:
         raise DataError(
             f"it holds the splits {splits}", where=str(folder), mend="name the folder of one"
         )
-    return TableRows(_undecoded(table), folder, lambda index: f"{folder}: record {index}")
+    return TableRows(table, folder, {str(folder): len(table)})
 
 
 def hub_rows(config: SourceConfig) -> "TableRows | StreamedRows":
@@ -98,7 +103,7 @@ def hub_rows(config: SourceConfig) -> "TableRows | StreamedRows":
     except Exception as error:
         raise _not_loaded(error, config.train) from error
     folder = Path(name) if Path(name).is_dir() else None
-    return TableRows(_undecoded(table), folder, lambda index: f"{config.train}: record {index}")
+    return TableRows(table, folder, {config.train: len(table)})
 
 
 class StreamedRows:
@@ -134,7 +139,10 @@ class StreamedRows:
         def restore(value: dict[str, Any]) -> Any:
             return kept["pictures"][value[BYTES]] if value.keys() == {BYTES} else value
 
-        return json.loads(kept["text"], object_hook=restore)
+        try:
+            return json.loads(kept["text"], object_hook=restore)
+        except (IndexError, TypeError) as error:  # a record of the data set's says BYTES itself
+            raise DataError(f"a record has the key {BYTES}", mend="drop it") from error
 
 
 def _streamed(
