@@ -42,7 +42,11 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, types, unit tests and one run from start to end
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+test: lint $(VENV)/.tested ## lint, types, unit tests and one run from start to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twenty minutes)

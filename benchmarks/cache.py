@@ -11,11 +11,13 @@ printed beside it. Read speed: from the disk's cache through checksum-free slice
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.measure import save
 from mmkd.cache import RowCodec, Store, StoreWriter
@@ -24,33 +26,38 @@ from mmkd.progress import console
 EXPONENTS = ((1.2, 3.0), (1.5, 4.0), (2.0, 6.0), (3.0, 8.0))
 
 
-def error(
-    codec: RowCodec, exponents: tuple[float, float], noise: float, rows: int
-) -> dict[str, Any]:
-    """Of the KL through the codec, against the whole one, by token."""
+def made_rows(
+    vocabulary: int, exponents: tuple[float, float], noise: float, rows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The teacher's and the student's log-probabilities of tokens, [1, V] float64, one by one."""
     generator = torch.Generator().manual_seed(0)
-    ranks = torch.arange(1, codec.vocabulary + 1, dtype=torch.float64).log()
+    ranks = torch.arange(1, vocabulary + 1, dtype=torch.float64).log()
     low, high = exponents
-    differences, whole_kl, masses = [], [], []
     for _ in range(rows):
         exponent = low + (high - low) * torch.rand(1, generator=generator, dtype=torch.float64)
         teacher = -exponent * ranks
         student = teacher + noise * torch.randn(
             len(ranks), generator=generator, dtype=torch.float64
         )
-        log_p, log_q = teacher.log_softmax(0), student.log_softmax(0)
-        p, q = log_p.exp(), log_q.exp()
-        whole = (p * (log_p - log_q)).sum()
-        log_probs, ids = log_p[None].topk(codec.k)
+        yield teacher.log_softmax(0)[None], student.log_softmax(0)[None]
+
+
+def error(
+    codec: RowCodec, exponents: tuple[float, float], noise: float, rows: int
+) -> dict[str, Any]:
+    """Of the KL through the codec, against the whole one, by token."""
+    differences, whole_kl, masses = [], [], []
+    for log_p, log_q in made_rows(codec.vocabulary, exponents, noise, rows):
+        whole = (log_p.exp() * (log_p - log_q)).sum(1)
+        log_probs, ids = log_p.topk(codec.k)
         rest = 1 - log_probs.exp().sum(1)
         ids, logs, log_rest = codec.decode(codec.encode(ids, log_probs, rest))
-        kept = logs[0].double().exp()
-        left = log_rest[0].double().exp()
-        stored = (kept * (logs[0].double() - log_q[ids[0]])).sum()
-        stored = stored + left * (left.log() - (1 - q[ids[0]].sum()).log())
+        logs, log_rest, mine = logs.double(), log_rest.double(), log_q.gather(1, ids)
+        left = (1 - mine.exp().sum(1)).log()
+        stored = (logs.exp() * (logs - mine)).sum(1) + log_rest.exp() * (log_rest - left)
         differences.append(float((stored - whole).abs()))
         whole_kl.append(float(whole))
-        masses.append(float(rest[0]))
+        masses.append(float(rest))
     mean = sum(whole_kl) / rows
     return {
         "exponents": exponents,

@@ -3,11 +3,13 @@
     pip install -e '.[bench]' && pip install --no-deps torchtune==0.6.1 nvidia-modelopt
     python -m benchmarks.divergence --json runs/bench/divergence.json
     python -m benchmarks.divergence --vocabulary 152000 --rows 512 --json ...
+    python -m benchmarks.divergence --device cuda --json ...
 
 From final hidden states to the gradients of the student's hidden states and head, float32. Before
 anything is timed all methods' gradients are compared with a dense float64 twin on a small problem.
 Times: all methods in turn in this process, medians. Memory: growth of the peak resident size in a
-fresh process each.
+fresh process each, on a GPU of what tensors take there. Where a GPU is, `mmkd, torch` leaves the
+Triton kernel out.
 """
 
 import argparse
@@ -35,17 +37,18 @@ def make_inputs(
     student: int,
     teacher: int,
     masked: float,
+    device: str = "cpu",
     dtype: Any = torch.float32,
 ) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     hs, ws = normal(rows, student).requires_grad_(), normal(vocabulary, student).mul_(0.05)
     ht, wt = normal(rows, teacher), normal(vocabulary, teacher).mul_(0.05)
     mask = torch.rand(rows, generator=generator) >= masked
-    return hs, ws.requires_grad_(), ht, wt, mask
+    return hs, ws.requires_grad_(), ht, wt, mask.to(device)
 
 
 def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor) -> Tensor:
@@ -67,13 +70,16 @@ def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tenso
     return (rows * mask).sum() / mask.sum()
 
 
-def mmkd(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor) -> Tensor:
-    return linear_divergence(hs, ws, ht, wt, kind=kind, mask=mask)
+def mmkd(
+    kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor, backend: str = "auto"
+) -> Tensor:
+    return linear_divergence(hs, ws, ht, wt, kind=kind, mask=mask, backend=backend)
 
 
 @cache
 def methods() -> dict[str, Method]:
-    return {"mmkd": mmkd, **peers()[0], "dense": dense}
+    plain = {"mmkd, torch": partial(mmkd, backend="torch")} if torch.cuda.is_available() else {}
+    return {"mmkd": mmkd, **plain, **peers()[0], "dense": dense}
 
 
 def has(method: str, kind: str) -> bool:
@@ -85,16 +91,18 @@ def step(method: str, kind: str, inputs: Inputs) -> None:
     loss = methods()[method](kind, *inputs)
     assert loss is not None
     loss.backward()
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
 
 
 def make_call(method: str, kind: str, *shape: Any) -> Callable[[], None]:
     return partial(step, method, kind, make_inputs(*shape))
 
 
-def errors(kind: str, names: list[str]) -> dict[str, float]:
+def errors(kind: str, names: list[str], device: str) -> dict[str, float]:
     """Largest relative distance of each method's gradients from a float64 twin's, on 96 rows and
     1,000 tokens; the distance of a tensor over its norm."""
-    shape = (96, 1000, 32, 48, 0.5)
+    shape = (96, 1000, 32, 48, 0.5, device)
     exact = make_inputs(*shape, torch.float64)
     dense(kind, *exact).backward()
     found = {}
@@ -118,18 +126,19 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
     for masked in (0.5, 0.0):
-        shape = (args.rows, args.vocabulary, args.student, args.teacher, masked)
+        shape = (args.rows, args.vocabulary, args.student, args.teacher, masked, args.device)
         for kind in KINDS:
             names = [name for name in methods() if has(name, kind)]
             inputs = make_inputs(*shape)
             calls = {name: partial(step, name, kind, inputs) for name in names}
             seconds = median_seconds(calls, args.repeats)
-            small = (8, 64, 8, 8, 0.0)
+            small = (8, 64, 8, 8, 0.0, args.device)
             memory = {
                 name: peak_bytes(make_call, (name, kind, *shape), (name, kind, *small))
                 for name in names
@@ -140,7 +149,7 @@ def main() -> None:
                     "masked": masked,
                     "seconds": seconds,
                     "peak_bytes": memory,
-                    "gradient_error": errors(kind, names),
+                    "gradient_error": errors(kind, names, args.device),
                 }
             )
             console.print(f"{kind}, {masked:.0%} masked: done", highlight=False)

@@ -120,7 +120,7 @@ def main() -> None:
     objectives = [build_objective(o) for o in stage.objectives]
     encoder = Encoder.of(objectives, recipe.data, load_processor(recipe.student))
     stream = BatchStream(encoder, batch, seed=0, rank=distributed.rank(), world_size=processes)
-    steps = Steps(recipe, stage, [stream[number] for number in range(8)])
+    steps = Steps(recipe, stage, [stream.batches(number)[0] for number in range(8)])
     methods = {"plain": steps.plain(), **{name: steps.on(e) for name, e in ENGINES.items()}}
     seconds = median_seconds(methods, args.repeats)
     if distributed.rank() == 0:

@@ -33,6 +33,8 @@ def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> di
 def peak_bytes(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple) -> int:
     """Growth of the peak resident size during `make(*size)()`, in a fresh process.
 
+    Where its inputs are on a GPU, growth of the peak of what tensors take there.
+
     Args:
         make: importable; builds the inputs and returns what is measured.
         size: its arguments.
@@ -46,6 +48,11 @@ def _peak(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple, thr
     torch.set_num_threads(threads)
     make(*small)()
     call = make(*size)
+    if torch.cuda.is_initialized() and torch.cuda.memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - held
     Path("/proc/self/clear_refs").write_text("5")  # the high water falls to what is resident now
     before = _status("VmHWM")
     call()
@@ -67,6 +74,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": models[0] if models else platform.processor(),
         "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -63,7 +63,7 @@ def main() -> None:
         calls: dict[str, Callable[[], Any]] = {}
         for label, recipe in made.items():
             stage, student = prepare(recipe, 0, folder)
-            batches = [stage.stream[number] for number in range(8)]
+            batches = [stage.stream.batches(number)[0] for number in range(8)]
             count = iter(range(10**6))
 
             def step(stage: Any = stage, batches: Any = batches, count: Any = count) -> None:

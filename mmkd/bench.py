@@ -92,9 +92,9 @@ class _TimedEngine:
         with self._clock.part("student forward"):
             return self._engine.forward(inputs, timed, **layers)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, **which: Any) -> None:
         with self._clock.part("backward"):
-            self._engine.backward(loss)
+            self._engine.backward(loss, **which)
 
     def step(self) -> Any:
         with self._clock.part("optimizer"):
@@ -177,8 +177,7 @@ def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dic
         for number in range(count):
             with clock.part("whole"):
                 with clock.part("data"):
-                    first = number * stream.micro_steps
-                    batches = [stream[first + i] for i in range(stream.micro_steps)]
+                    batches = stream.batches(number)
                 metrics = stage.step(number + 1, batches)
             clock.close_step()
             tokens.append(metrics["supervised_tokens"])

@@ -191,15 +191,16 @@ def memory(
     device = distributed.choose_device(stage.engine.device)
     precision = choose_precision(stage.precision, device)
     scale = 1 if precision == "bfloat16" or weight == 2 else 2
-    tokens = sample.length * stage.batch.size
-    patches = _patches(student, sample.patches) * stage.batch.size
+    batch = stage.batch.micro_batch(sample.length)
+    tokens = sample.length * batch
+    patches = _patches(student, sample.patches) * batch
     per_unit = 2 if stage.activation_checkpointing else ACTIVATION_BYTES_16_BIT
     units = tokens * shape.width * shape.depth
     units += patches * shape.vision_width * shape.vision_depth * seen  # frozen ones keep none
     kept = units * per_unit
     if stage.activation_checkpointing:
         kept += _layer(shape, tokens, patches)  # the one that runs again
-    rows = sample.projected * stage.batch.size
+    rows = sample.projected * batch
     found = _student_states(parameter_count(student), trained, weight, stage, precision)
     room = stage.engine.head_memory * 2**20
     found |= {
@@ -219,7 +220,7 @@ def memory(
             "offload": spread,
         }[placement]
         cpu += share if placement == "offload" else 0
-        patches = _patches(teacher, sample.patches) * stage.batch.size
+        patches = _patches(teacher, sample.patches) * batch
         found["teacher_activations"] = round(_layer(shape_of(teacher), tokens, patches) * scale)
     if any(getattr(o, "reference", None) == "self" for o in stage.objectives):
         found["reference_weights"] = parameter_count(student) * weight

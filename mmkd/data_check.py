@@ -13,7 +13,7 @@ from mmkd.data.check import Findings, Look, check_source
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import RecipeError
 from mmkd.loading import load_processor
 from mmkd.progress import console
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
@@ -104,13 +104,8 @@ def _tokens(recipe: Recipe) -> Iterator[dict[str, Any]]:
         encoder = Encoder(records, processor, data.model_copy(update={"max_length": UNCUT}))
         members = Mixture(records, recipe.seed).members(epoch=0).tolist()
         count = min(SAMPLED, len(members))
-        lengths = []
-        for index in (members[i * len(members) // count] for i in range(count)):
-            try:
-                targets = encoder.batch([encoder.load(index)]).targets
-            except DataError:  # counted already
-                continue
-            lengths.append(int(targets.attention.sum()))
+        found = (encoder.length(members[i * len(members) // count]) for i in range(count))
+        lengths = [length for length in found if length]  # 0: a bad record, counted already
         if lengths:
             marks = torch.tensor(lengths).double().quantile(torch.tensor([0.5, 0.95]).double())
             yield {

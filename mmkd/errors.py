@@ -1,5 +1,8 @@
 """Errors a user sees: one line that says what is wrong, where, and how to mend it."""
 
+import difflib
+from collections.abc import Sequence
+
 AGAIN = "run the same command again to go on"
 
 
@@ -61,3 +64,9 @@ class PeerError(MmkdError):
 
 class StoppedError(MmkdError):
     """The run was asked to stop and did; nothing is wrong."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """How to mend a word that is not known: the nearest one that is, or all."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import PreTrainedModel
@@ -30,9 +30,10 @@ from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
-from mmkd.stage_run import run_stage
+from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import StoredTeacher, Teacher, place_teacher
+from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
 
@@ -122,10 +123,11 @@ def refuse_other_recipe(member: Member) -> None:
 
 def _without_layout(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what may change between a stage's beginning and its end: where and in which
-    pieces it runs. How many records a step sees is for the checkpoint to tell."""
+    pieces it runs, and where its charts go. How many records a step sees is for the checkpoint to
+    tell."""
     layout = ("engine", "batch", "checkpoint", "activation_checkpointing")
     stages = [{k: v for k, v in s.items() if k not in layout} for s in recipe["stages"]]
-    return {**recipe, "stages": stages}
+    return {**recipe, "stages": stages, "report_to": []}
 
 
 def describe(member: Member, recipe: Recipe) -> None:
@@ -176,6 +178,7 @@ def train(member: Member, recipe: Recipe) -> None:
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
             seed=member.recipe.seed + index,
+            tracked=Tracked(member.recipe, run_folder(recipe), member.stage_folder(index)),
         )
         _tidy(member)
         distributed.barrier()
@@ -282,7 +285,9 @@ def _is_trained(member: Member) -> bool:
     return all(_is_done(member.stage_folder(i)) for i in range(len(member.recipe.stages)))
 
 
-def load_teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[Teacher | None, Any]:
+def load_teacher(
+    recipe: Recipe, stages: list[StageConfig]
+) -> tuple[Teacher | Literal["self"] | None, Any]:
     """Teacher and its processor, where one of the stages has an objective that needs them; a
     stored one has the student's."""
     needing = [
@@ -294,6 +299,8 @@ def load_teacher(recipe: Recipe, stages: list[StageConfig]) -> tuple[Teacher | N
         assert recipe.teacher.cache is not None
         stored = StoredTeacher(Store(Path(recipe.teacher.cache.folder)))
         return stored, load_processor(recipe.student)
+    if recipe.teacher.source == OWN:
+        return OWN, load_processor(recipe.student)
     device = distributed.choose_device(needing[0].engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     return teacher, load_processor(recipe.teacher)

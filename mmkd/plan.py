@@ -60,16 +60,18 @@ def plan_stage(
     until = recipe.stages.index(stage) + 1
     for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
         convert(student, conversions)
-    trainable = set(set_trainable(student, stage.train))
+    trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
+    if recipe.teacher is not None and recipe.teacher.source == "self":
+        teacher = student
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
-    per_step = stage.batch.size * stage.batch.micro_steps(processes) * processes
+    per_step = stage.batch.records_per_step(processes)
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     placement: TeacherPlacement = "replicated"
@@ -105,7 +107,8 @@ def _placement(
 ) -> str | None:
     if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
         return None
-    return "read from its cache" if recipe.teacher.source == "cache" else placement
+    said = {"cache": "read from its cache", "self": "the student itself"}
+    return said.get(recipe.teacher.source, placement)
 
 
 def sample_data(
@@ -166,7 +169,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 _ROWS: dict[str, Any] = {
     "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
-    "trains": lambda s: ", ".join(s["settings"]["train"]),
+    "trains": lambda s: _trains(s["settings"]["train"]),
     "parameters": lambda s: human(s["parameters"]),
     "  a token meets": lambda s: human(s["active_parameters"]),
     "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
@@ -189,6 +192,16 @@ _ROWS: dict[str, Any] = {
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
     "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
+
+
+def _trains(settings: dict[str, Any]) -> str:
+    lora = settings["lora"]
+    if lora is None:
+        return ", ".join(settings["groups"])
+    kind = "DoRA" if lora["dora"] else "LoRA"
+    return ", ".join(
+        [*settings["groups"], f"{kind} {lora['rank']} of {' + '.join(lora['groups'])}"]
+    )
 
 
 def _fits(needed: int, there: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd import distributed
+from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
@@ -16,10 +17,11 @@ from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
 from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
-from mmkd.recipe import Recipe, StageConfig
+from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
-from mmkd.students import convert, set_trainable
+from mmkd.students import check_groups, convert
 from mmkd.teachers import check_storable
+from mmkd.trackers import check_trackers
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
 
@@ -34,6 +36,7 @@ def check(recipe: Recipe) -> None:
         MmkdError: what a stage would stumble over, from an unknown group of parameters to a first
             record that cannot be encoded.
     """
+    check_trackers(recipe.report_to)
     processor = load_processor(recipe.student)
     student = skeleton(recipe.student)
     check_supported(student, "student")
@@ -41,6 +44,8 @@ def check(recipe: Recipe) -> None:
     teacher = teacher_processor = store = None
     if recipe.teacher is not None and recipe.teacher.source == "cache":
         store = _check_store(recipe, processor)
+    elif recipe.teacher is not None and recipe.teacher.source == "self":
+        teacher, teacher_processor = student, processor
     elif recipe.teacher is not None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)
@@ -56,8 +61,9 @@ def check(recipe: Recipe) -> None:
         _check_experts(stage, objectives, student)
         if teacher is not None:
             _check_layers(recipe, stage, objectives, student, teacher)
-        set_trainable(student, stage.train)
+        _check_trained(stage, student)
         _check_engine(stage)
+        _check_budget(stage, recipe.stage_data(stage))
         _check_reference(stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
@@ -65,9 +71,29 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_engine(stage: StageConfig) -> None:
-    stage.batch.micro_steps(distributed.world_size())
+    stage.batch.records_per_step(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)
+
+
+def _check_trained(stage: StageConfig, student: PreTrainedModel) -> None:
+    """The groups that train are there, and layers for adapters."""
+    lora = stage.train.lora
+    check_groups(student, stage.train.groups, lora)
+    if lora is not None:
+        adapter_targets(student, lora)
+
+
+def _check_budget(stage: StageConfig, data: DataConfig) -> None:
+    """A micro-batch has room for the longest record."""
+    tokens = stage.batch.tokens
+    if tokens is not None and tokens < data.max_length:
+        raise RecipeError(
+            f"a micro-batch of {tokens} tokens cannot hold a record of max_length "
+            f"{data.max_length}",
+            where=f"stage {stage.name}: batch.tokens",
+            mend="raise it, or lower data.max_length",
+        )
 
 
 def _check_store(recipe: Recipe, processor: Any) -> Store:

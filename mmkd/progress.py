@@ -1,5 +1,6 @@
 """Progress of long work: a bar with ETA on a terminal, a line now and then elsewhere."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,16 +19,22 @@ console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def live() -> bool:
+    """Whether a bar can be drawn again in place. FORCE_COLOR, which services that run tests set,
+    makes rich take a file for a terminal; a log of cursor movements is none."""
+    return console.is_interactive and console.file.isatty()
+
+
 class Bar:
     """One bar: `advance` by `count` with a short note on what is going on."""
 
     def __init__(self, name: str, total: int, *, done: int = 0, quiet: bool = False):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
-        self._start, self._first, self._last_line = time.monotonic(), done, 0.0
+        self._start, self._first, self._last_line = time.monotonic(), done, -math.inf
         self._progress: Progress | None = None
 
     def __enter__(self) -> "Bar":
-        if console.is_terminal and not self.quiet:
+        if live() and not self.quiet:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -59,7 +66,9 @@ class Bar:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
         eta = (self.total - self.done) / max(rate, 1e-9)
         console.print(
-            f"{self.name} {self.done}/{self.total}, eta {eta:.0f} s  {note}", highlight=False
+            f"{self.name} {self.done}/{self.total}, eta {eta:.0f} s  {note}",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -31,7 +31,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "git": _git(),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -101,7 +101,7 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changes)}
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmkd.adapters import effective_weight
 from mmkd.errors import CheckpointError
 from mmkd.layer_signals import LayerPlan, force_layers, record_layers
 from mmkd.objectives import LayerSignals, RouterSignals, Signals
@@ -72,7 +73,7 @@ def capture(
     head = model.get_output_embeddings()
     return Signals(
         hidden,
-        head.weight,
+        effective_weight(head),
         getattr(head, "bias", None),
         entering[0],
         free.signals(),

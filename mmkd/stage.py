@@ -46,6 +46,7 @@ from mmkd.teachers import (
     Reference,
     Teacher,
 )
+from mmkd.trackers import Tracked, Trackers
 
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
@@ -66,6 +67,7 @@ class Stage:
     stream: BatchStream
     steps: int
     folder: Path
+    tracked: Tracked | None = None
 
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
@@ -77,12 +79,16 @@ class Stage:
         skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
         quiet = self.engine.rank > 0
-        with deferred(), Bar(self.config.name, self.steps, done=first, quiet=quiet) as bar:
+        charts = Trackers(self.tracked, step=first, written=log.written, active=active)
+        bar = Bar(self.config.name, self.steps, done=first, quiet=quiet)
+        with deferred(), charts, bar:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()
                 metrics = self.step(step, batches)
                 seconds = time.monotonic() - started
-                log.write({**metrics, "seconds": round(seconds, 4)})
+                line = {**metrics, "seconds": round(seconds, 4)}
+                log.write(line)
+                charts.log(line)
                 if metrics["skipped"]:
                     for reason in distributed.gather([r for b in batches for r in b.skipped]):
                         skipped.write({"step": step, "reason": reason})
@@ -103,9 +109,9 @@ class Stage:
         rows = self._rows(batches)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             losses, counts = self._losses(batch, rows)
-            self.engine.backward(losses["loss"])
+            self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
             load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
@@ -150,8 +156,9 @@ class Stage:
         def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
             theirs = None if teacher is None else teacher.first(len(targets.input_ids))
-            memory = self.config.engine.head_memory * 2**20
-            total, said = score(self.objectives, student, theirs, targets, counts, memory)
+            engine = self.config.engine
+            head = (engine.head_memory * 2**20, engine.head_backend)
+            total, said = score(self.objectives, student, theirs, targets, counts, *head)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():

@@ -1,7 +1,7 @@
 """From a stage's recipe and models to a stage that runs, and its run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, set_seed
 
@@ -9,6 +9,7 @@ from mmkd import distributed
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
+from mmkd.engines.deepspeed_config import resolve
 from mmkd.files import write_json
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Preference, build_objective
@@ -25,9 +26,13 @@ from mmkd.teachers import (
     StoredTeacher,
     Teacher,
     choose_reference,
+    own_teacher,
     store,
 )
+from mmkd.trackers import Tracked
 from mmkd_models.layout import mamba_layers
+
+OWN: Literal["self"] = "self"
 
 
 def build_stage(
@@ -35,12 +40,13 @@ def build_stage(
     *,
     student: PreTrainedModel,
     processor: Any,
-    teacher: Teacher | None,
+    teacher: Teacher | Literal["self"] | None,
     teacher_processor: Any,
     shared_vocabulary: int | None,
     data: DataConfig,
     folder: Path,
     seed: int,
+    tracked: Tracked | None = None,
 ) -> Stage:
     """The stage, ready for its first step.
 
@@ -48,12 +54,14 @@ def build_stage(
         config: the stage.
         student: what trains; moved to the engine's device.
         processor: the student's processor.
-        teacher: live or stored, or None where no objective needs one.
+        teacher: live or stored, "self" for the student as it is now, or None where no objective
+            needs one.
         teacher_processor: the teacher's processor, or None.
         shared_vocabulary: tokens that both models share.
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
+        tracked: the stage as its run's trackers see it, if they do.
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
@@ -64,6 +72,12 @@ def build_stage(
         for o in config.objectives
     ]
     needs = frozenset().union(*(o.needs for o in objectives))
+
+    def own() -> LiveTeacher:
+        return own_teacher(student, device, only_adapters=_only_adapters(config))
+
+    if teacher == OWN:
+        teacher = own()
     live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
     stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
     encoder = Encoder.of(
@@ -84,13 +98,13 @@ def build_stage(
         workers=data.workers,
     )
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    reference: Reference | None = choose_reference(objectives, live, student, device)
+    reference: Reference | None = choose_reference(objectives, live, own)
     if config.batch.pack is not None:
         check_packing(encoder, student, live, device)
-    set_trainable(student, config.train)
+    set_trainable(student, config.train.groups, config.train.lora)
     compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     vision = None
-    if live is not None and compared and encoder.teacher is None:
+    if live is not None and live.model is not student and compared and encoder.teacher is None:
         vision = share_vision(live, student)
     engine = build_engine(config, student, steps, device)
     if isinstance(reference, LiveReference) and reference.once:
@@ -107,7 +121,17 @@ def build_stage(
         stream=stream,
         steps=steps,
         folder=folder,
+        tracked=tracked,
     )
+
+
+def _only_adapters(config: StageConfig) -> bool:
+    """Nothing but adapters trains, and each process has all other weights whole."""
+    if config.train.lora is None or config.train.groups:
+        return False
+    if config.engine.kind == "torch":
+        return True
+    return resolve(config)["zero_optimization"]["stage"] < 3
 
 
 def run_stage(
@@ -120,7 +144,7 @@ def run_stage(
     weights = stage.engine.weights()
     stage.engine.close()
     if stage.engine.rank == 0:
-        write_student(student, processor, folder / "student", weights)
+        write_student(student, processor, folder / "student", weights, config.train.lora)
         write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
     stage.engine.barrier()
     return metrics

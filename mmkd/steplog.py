@@ -9,7 +9,12 @@ from mmkd.files import write_text
 
 
 class StepLog:
-    """One file of lines with a `step` each, written by one rank."""
+    """One file of lines with a `step` each, written by one rank.
+
+    Attributes:
+        last: the newest line that is kept.
+        written: the last step of the file as it was found, redone or not.
+    """
 
     def __init__(self, path: Path, step: int, *, active: bool = True):
         """
@@ -21,6 +26,8 @@ class StepLog:
         self.path, self.active = path, active
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
+        found = [s for s in map(_step_of, lines) if s < math.inf]
+        self.written = int(max(found, default=0))
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         if active and len(kept) < len(lines):
             write_text(path, "".join(line + "\n" for line in kept))

@@ -75,6 +75,16 @@ BESIDE = {
         ("torch", "sharded-torch", "zero1", "zero2", "zero3"),
         {"batch": {"size": 1, "total": 4}, "wordy": True},
     ),
+    # as many micro-steps as a step's records need
+    "budget": (
+        ("torch", "zero0", "zero1", "zero2", "zero3"),
+        {"batch": {"total": 8, "tokens": 320}, "max_length": 320},
+    ),
+    # the head's adapter is read outside of its layer
+    "adapters": (
+        ("torch", "zero1", "zero2", "zero3"),
+        {"train": {"groups": ["moe.router"], "lora": {"groups": ["language_model", "head"]}}},
+    ),
     # teacher and student have one frozen vision tower
     "frozen": (("torch", "sharded-torch", "zero2", "zero3"), {"train": ["language_model"]}),
     "wordy_pairs": (
@@ -99,10 +109,9 @@ class Runs:
     def __init__(self, scenes: Path, model: Path, folder: Path):
         self.scenes, self.model, self.folder = scenes, model, folder
 
-    def recipe(self, name: str, engine: str, *, pairs=False, wordy=False, **stage):
-        if pairs or wordy:
-            file = "preferences.parquet" if pairs else "train.parquet"
-            stage["data"] = {"train": str((self.folder if wordy else self.scenes) / file)}
+    def recipe(self, name: str, engine: str, *, pairs=False, wordy=False, max_length=2048, **stage):
+        file = "preferences.parquet" if pairs else "train.parquet"
+        train = (self.folder if wordy else self.scenes) / file
         return tiny_recipe(
             self.scenes,
             self.model,
@@ -110,6 +119,7 @@ class Runs:
             name=name,
             teacher={"model": str(self.model), "placement": PLACEMENTS.get(engine, "auto")},
             student={"model": str(self.model), "convert": CONVERT},
+            data={"train": str(train), "max_length": max_length},
             stage={
                 "objectives": OBJECTIVES,
                 "steps": STEPS,
@@ -228,6 +238,12 @@ def test_frozen_models_and_samples_are_the_same_on_every_engine(runs, name):
     for got in others:
         assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in want], rel=1e-5)
         assert [m.get("sampled") for m in got] == [m.get("sampled") for m in want]
+
+
+def test_a_token_budget_changes_no_loss(runs):
+    """Of the steps at whose start both schedules have given the same rates."""
+    want = [m["loss"] for m in runs.metrics("torch-1")][:2]
+    assert [m["loss"] for m in runs.metrics("budget-torch")][:2] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", HALF)

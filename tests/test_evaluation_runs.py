@@ -261,7 +261,9 @@ def test_silent_failures_of_lmms_eval_are_errors() -> None:
 def test_missing_lmms_eval_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     require_lmms_eval()
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    with pytest.raises(MmkdError, match=r"pip install .*sacrebleu.* --no-deps lmms-eval==0\.7\.3"):
+    with pytest.raises(
+        MmkdError, match=r"pip install .*mmkd\[eval\].* --no-deps lmms-eval==0\.7\.3"
+    ):
         require_lmms_eval()
 
 

@@ -80,7 +80,7 @@ def test_convolution_kernel_gets_what_it_asks_for(packed, with_state, monkeypatc
 
 
 def test_ops_import_torch_only():
-    code = "import sys, mmkd.ops; print({'transformers', 'mamba_ssm'} & set(sys.modules))"
+    code = "import sys, mmkd.ops; print({'transformers', 'mamba_ssm', 'triton'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

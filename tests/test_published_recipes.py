@@ -79,7 +79,7 @@ def test_a_published_recipe_runs(name, deep_model_dir, scenes_dir, tmp_path):
             assert moe_layers(config_of(before)) == tuple(range(0, DEPTH, 2))
         old, new = (load_file(f / "model.safetensors") for f in (before, done / "student"))
         changed = {n for n in old if not old[n].equal(new[n])}
-        assert changed == {n for n in old if belongs(n, LAYERS[name], stage.train)}
+        assert changed == {n for n in old if belongs(n, LAYERS[name], stage.train.groups)}
         losses = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in losses] == [1, 2]
         before = done / "student"

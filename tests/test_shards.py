@@ -4,9 +4,12 @@ import json
 import tarfile
 
 import pytest
+import torch
 from layouts import drawn, encoded, put, read, sample, turns, words, write_tar
+from processors import FAMILIES
 
 from mmkd.data import images
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig
@@ -55,6 +58,21 @@ def test_shards_are_read_in_any_order_without_unpacking(shards):
     assert sorted(p.name for p in shards.iterdir()) == before
     asked = Records(DataConfig(sources=[{"train": str(shards / "s-1.tar"), "prompt": "Hm?"}]))
     assert words(asked[0]) == ["<image>Hm?", "a ball"]
+
+
+def test_pictures_of_shards_are_kept_as_others_are(shards, tmp_path):
+    records = read(shards / "s-0.tar")
+    plain = DataConfig(train="-")
+    kept = DataConfig(train="-", picture_cache=str(tmp_path / "kept"))
+    wanted = Encoder(records, FAMILIES["llava"](), plain).encode([0, 3])
+    for _ in range(2):
+        found = Encoder(records, FAMILIES["llava"](), kept).encode([0, 3])
+        for name, value in wanted.inputs.items():
+            assert torch.equal(found.inputs[name], value), name
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 2
+    write_tar(shards / "s-0.tar", {k: v for n in (8, 9) for k, v in sample(n).items()})
+    changed = Encoder(read(shards / "s-0.tar"), FAMILIES["llava"](), kept).encode([0, 1])
+    assert not torch.equal(changed.inputs["pixel_values"], wanted.inputs["pixel_values"])
 
 
 def special(tar, kind, name="part/0001.png"):

@@ -7,6 +7,7 @@ import pytest
 from layouts import (
     LAYOUTS,
     drawn,
+    encoded,
     llava_665k_rows,
     read,
     rlaif_rows,

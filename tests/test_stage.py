@@ -12,6 +12,7 @@ from mmkd import pipeline
 from mmkd.attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.ops import head_losses
 from mmkd.recipe import ModelConfig, load_recipe
 
 
@@ -30,7 +31,7 @@ def recipe(scenes_dir, tiny_model_dir, tmp_path):
     return make
 
 
-def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, tiny_model_dir):
+def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, scenes_dir, tiny_model_dir):
     """Responses differ in length, so a mean of per-batch means would differ."""
     objectives = [
         {"kind": "ce"},
@@ -39,15 +40,17 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, tiny_model
         {"kind": "relation"},
     ]
     results = []
-    for size, accumulate in ((8, 1), (2, 4), (1, 8)):
+    layouts = [{"size": 8}, {"size": 2, "accumulate": 4}, {"size": 1, "accumulate": 8}]
+    for number, batch in enumerate([*layouts, {"total": 8, "tokens": 260}]):
         raw = recipe(
-            name=f"layout-{size}",
+            name=f"layout-{number}",
+            data={"train": str(scenes_dir / "train.parquet"), "max_length": 128},
             # A teacher with another seed's weights would do; the student after 0 steps is it.
             teacher={"model": str(tiny_model_dir)},
             stage={
                 "objectives": objectives,
                 "steps": 3,
-                "batch": {"size": size, "accumulate": accumulate},
+                "batch": batch,
                 # Adam would blow up the rounding of gradients that are zero.
                 "optimizer": {"kind": "sgd", "lr": 0.5},
             },
@@ -74,7 +77,7 @@ def test_the_loss_is_the_models_own_loss(recipe, scenes_dir, tiny_model_dir):
     source = ModelConfig(model=str(tiny_model_dir))
     model, processor = load_model(source), load_processor(source)
     encoder = Encoder(Records(config.data), processor, config.data)
-    batch = BatchStream(encoder, config.stages[0].batch, seed=config.seed)[0]
+    batch = BatchStream(encoder, config.stages[0].batch, seed=config.seed).batches(0)[0]
     labels = batch.targets.input_ids.masked_fill(~batch.targets.response, -100)
     with torch.no_grad():
         want = model(**batch.inputs, labels=labels).loss.item()
@@ -134,6 +137,16 @@ def test_optimizers_and_schedules(recipe, kind, schedule):
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1.0) if schedule == "constant" else rates[-1] < 0.7
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "torch"])
+def test_the_recipe_names_the_backend_of_the_head(recipe, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        head_losses.__globals__, "kernel_for", lambda backend, *rest: asked.append(backend)
+    )
+    train(recipe(stage={"steps": 1, "engine": {"head_backend": wanted}}))
+    assert set(asked) == {wanted}
 
 
 def test_clipping_can_be_switched_off(recipe):

@@ -22,7 +22,7 @@ from mmkd.files import read_json, sha256, sync_file, write_json
 
 SHARD_ROWS = 2**18
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-FORMAT = 1
+FORMAT = 2
 REBUILD = "build it with `mmkd cache RECIPE`"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
+from mmkd.data.processing import MOVED, Processing
 from mmkd.data.records import Records, located
 from mmkd.data.schema import Message, Record
 from mmkd.errors import DataError
@@ -25,7 +27,6 @@ from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
 
 RENDERED_KEPT = 50_000
-MOVED = "text_replacement_offsets"
 BLANK_SIZE = (64, 64)
 
 
@@ -81,6 +82,8 @@ class Encoder:
     ):
         self.records = records
         self.processor = processor
+        cache = None if config.picture_cache is None else Path(config.picture_cache)
+        self.processing = Processing(processor, cache)
         self.config = config
         self.vision_labels = vision_labels
         self.pairs = pairs
@@ -139,9 +142,20 @@ class Encoder:
         """Text and pictures of one record; raises DataError if it is bad."""
         with located(lambda: self.records.where(index)):
             record = self.records[index]
-            pictures = self.records.pictures(record)
+            pictures = self.records.pictures(record, self.processing.picture)
             rendered, rejected = self._rendered(index)
             return Sample(index, record, rendered, pictures, rejected)
+
+    def length(self, index: int) -> int:
+        """Tokens of a record, of a pair's longer answer; 0 of a record that cannot be read."""
+        try:
+            record = self.records[index]
+            sizes = self.records.sizes(record)
+            answers = [r for r in self._rendered(index) if r is not None]
+        except DataError:
+            return 0
+        longest = max(self.processing.length(r.text, sizes) for r in answers)
+        return min(longest, self.config.max_length)
 
     def batch(self, samples: list[Sample]) -> Batch:
         """One padded batch of samples that `load` gave, without the teacher's own view."""
@@ -205,7 +219,7 @@ class Encoder:
         for row, sample in enumerate(samples):
             spans = expanded_spans(sample.rendered.spans, moved[row])
             response[row] = torch.tensor(mark_tokens(offsets[row].tolist(), spans))
-        vision = ids == image_token_id(self.processor)  # [B, T]
+        vision = ids == self.processing.image_token_id  # [B, T]
         labels = background = None
         if self.vision_labels:
             labels, background = vision_labels(
@@ -296,40 +310,17 @@ class Encoder:
         return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     def _process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
-        texts = [s.rendered.text for s in samples]
-        flat: list[Any] = [p for s in samples for p in s.pictures]
-        # Idefics-like processors want the pictures of each row apart, the others one flat list.
-        nested = hasattr(self.processor, "fake_image_token")
-        images = ([s.pictures for s in samples] if nested else flat) if flat else None
-        try:
-            encoded = self.processor(
-                text=texts,
-                images=images,
-                padding=True,
-                padding_side=side,
-                add_special_tokens=not _template_writes_bos(self.processor, texts[0]),
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                # Idefics3 would try to turn the replacement offsets into a tensor too.
-                return_tensors=None if nested else "pt",
+        with located(lambda: self.records.where(samples[0].index)):
+            return self.processing(
+                [s.rendered.text for s in samples], [s.pictures for s in samples], side
             )
-            moved = encoded.pop(MOVED, None)
-            encoded.convert_to_tensors("pt")
-            return {**encoded, MOVED: moved}
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"the processor refuses it: {reason}",
-                where=self.records.where(samples[0].index),
-                mend="check the record's images and placeholders",
-            ) from error
 
     def _truncate(self, batch: Batch, samples: list[Sample]) -> Batch:
         limit = self.config.max_length
         length = batch.targets.input_ids.shape[1]
         if length <= limit:
             return batch
-        pictures = batch.inputs["input_ids"] == image_token_id(self.processor)
+        pictures = batch.inputs["input_ids"] == self.processing.image_token_id
         cut = pictures[:, limit:].any(1).nonzero()[:, 0].tolist()
         if cut:
             raise DataError(
@@ -359,19 +350,6 @@ def _blank(processor: Any) -> Sample:
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     picture = Image.new("RGB", BLANK_SIZE)
     return Sample(-1, Record("filler", messages), Rendered(text, ()), [picture])
-
-
-def _template_writes_bos(processor: Any, text: str) -> bool:
-    bos = processor.tokenizer.bos_token
-    return bos is not None and text.startswith(bos)
-
-
-def image_token_id(processor: Any) -> int:
-    """The id of the token that image features replace."""
-    known = getattr(processor, "image_token_id", None)
-    if known is not None:
-        return known
-    return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
 
 def _beside(batch: Batch, theirs: Batch) -> Batch:

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from itertools import accumulate, count
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from mmkd.data.images import load_image
-from mmkd.data.schema import Record, parse_record, record_id, text_of
+from mmkd.data.images import image_size, load_image
+from mmkd.data.schema import Record, parse_record, record_id
 from mmkd.data.sources import open_rows
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
@@ -93,17 +94,15 @@ class Records:
         since neighbours are often bad for the same reason."""
         return (index + attempt * self._stride) % len(self)
 
-    def length(self, index: int) -> tuple[int, int]:
-        """Pictures and characters of a record; none of one that cannot be read."""
-        try:
-            record = self[index]
-        except DataError:
-            return 0, 0
-        return len(record.images), sum(len(text_of(message)) for message in record.messages)
+    def sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Width and height of a record's pictures."""
+        return [image_size(ref, record.root) for ref in record.images]
 
-    def pictures(self, record: Record) -> list[Image.Image]:
-        """A record's pictures, decoded to RGB."""
-        return [load_image(ref, record.root) for ref in record.images]
+    def pictures(
+        self, record: Record, load: Callable[[Any, Path | None], Image.Image] = load_image
+    ) -> list[Image.Image]:
+        """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
+        return [load(ref, record.root) for ref in record.images]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
+from mmkd.data.micro_batches import by_size, by_tokens
 from mmkd.data.mixture import Mixture
 from mmkd.recipe import BatchConfig
 
@@ -18,9 +19,8 @@ class BatchStream:
     """The micro-batches of a stage, addressed by step.
 
     Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
-    epochs, each a `Mixture` of the sources in an order by seed and epoch number. Rank r of R
-    takes every R-th of them, or, grouped by length, every R-th micro-batch of the step's records in
-    the order of their length: what a step sees stays the same, with less padding.
+    epochs, each a `Mixture` of the sources in an order by seed and epoch number, as
+    `mmkd.data.micro_batches` cuts them.
     """
 
     def __init__(
@@ -39,13 +39,9 @@ class BatchStream:
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
-        self.micro_steps = batch.micro_steps(world_size)
+        self.records_per_step = batch.records_per_step(world_size)
         self._epochs: dict[int, list[int]] = {}
-        self._lengths: dict[int, tuple[int, int]] = {}
-
-    @property
-    def records_per_step(self) -> int:
-        return self.batch.size * self.micro_steps * self.world_size
+        self._lengths: dict[int, int] = {}
 
     def steps_in(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.mixture) / self.records_per_step))
@@ -57,25 +53,24 @@ class BatchStream:
             self._epochs = {epoch: order, **dict(list(self._epochs.items())[:1])}
         return self._epochs[epoch][offset]
 
-    def indices(self, step: int, micro: int) -> list[int]:
-        """Which records this rank's micro-batch `micro` of step `step` holds."""
-        if self.batch.group_by_length and self.micro_steps * self.world_size > 1:
-            start = (micro * self.world_size + self.rank) * self.batch.size
-            return self._by_length(step)[start : start + self.batch.size]
-        first = step * self.records_per_step + micro * self.batch.size * self.world_size
-        return [
-            self._record(first + i * self.world_size + self.rank) for i in range(self.batch.size)
-        ]
-
-    def _by_length(self, step: int) -> list[int]:
+    def plan(self, step: int) -> list[list[int]]:
+        """The records of each of this rank's micro-batches of a step."""
         first = step * self.records_per_step
         records = [self._record(first + i) for i in range(self.records_per_step)]
-        return sorted(records, key=self._length)
+        several = self.batch.micro_steps(self.world_size) != 1 or self.world_size > 1
+        if several and self.batch.group_by_length:
+            records.sort(key=self._length)
+        if self.batch.tokens is None:
+            cut = by_size(records, self.batch.size)
+        else:
+            lengths = {record: self._length(record) for record in records}
+            packed = self.batch.pack is not None
+            cut = by_tokens(records, lengths, self.batch.tokens, self.world_size, packed=packed)
+        return cut[self.rank :: self.world_size]
 
-    def _length(self, record: int) -> tuple[int, int]:
-        """Pictures and characters of a record."""
+    def _length(self, record: int) -> int:
         if record not in self._lengths:
-            self._lengths[record] = self.encoder.records.length(record)
+            self._lengths[record] = self.encoder.length(record)
         return self._lengths[record]
 
     def seen(self, steps: int) -> list[int]:
@@ -88,17 +83,24 @@ class BatchStream:
             found.update(order[: count - epoch * len(self.mixture)])
         return sorted(found)
 
-    def __getitem__(self, number: int) -> Batch:
-        step, micro = divmod(number, self.micro_steps)
-        return self.encoder.encode(self.indices(step, micro))
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        return [self.encoder.encode(indices) for indices in self.plan(step)]
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step in first ... last - 1."""
-        numbers = range(first * self.micro_steps, last * self.micro_steps)
+        counts: list[int] = []
+
+        def planned() -> Iterator[list[int]]:
+            for step in range(first, last):
+                plan = self.plan(step)
+                counts.append(len(plan))
+                yield from plan
+
         loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
-            self,  # type: ignore[arg-type]
+            _Encoded(self.encoder),
             batch_size=None,
-            sampler=numbers,
+            sampler=planned(),
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             # Its own: a loader draws a seed, and a resumed run must not draw one more.
@@ -107,6 +109,17 @@ class BatchStream:
         pending: list[Batch] = []
         for batch in loader:
             pending.append(batch)
-            if len(pending) == self.micro_steps:
+            if len(pending) == counts[0]:
+                counts.pop(0)
                 yield pending
                 pending = []
+
+
+class _Encoded(torch.utils.data.Dataset[Batch]):
+    """Batches by the numbers of their records; what a worker process holds."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return self.encoder.encode(indices)

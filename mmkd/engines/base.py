@@ -52,8 +52,8 @@ class Engine(Protocol):
         micro-steps. `options` are those of transformers' `generate`."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Close the micro-step. Once a micro-step."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Close the micro-step; `last` of its step. Once a micro-step."""
         ...
 
     def step(self) -> StepResult:

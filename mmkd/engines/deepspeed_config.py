@@ -59,11 +59,13 @@ def _ours(stage: StageConfig, zero: int) -> dict[str, Any]:
         if stage.engine.offload == "all":
             optimization["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     processes = distributed.world_size()
-    micro_steps = stage.batch.micro_steps(processes)
+    # Where a token budget cuts a step, only the engine knows how many micro-steps it has.
+    micro_steps = stage.batch.micro_steps(processes) or 1
+    size = stage.batch.records_per_step(processes) // (micro_steps * processes)
     return {
-        "train_micro_batch_size_per_gpu": stage.batch.size,
+        "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": micro_steps,
-        "train_batch_size": stage.batch.size * micro_steps * processes,
+        "train_batch_size": size * micro_steps * processes,
         "gradient_clipping": stage.optimizer.max_grad_norm,
         "bf16": {"enabled": half},
         "fp16": {"enabled": False},

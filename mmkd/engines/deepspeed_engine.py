@@ -86,11 +86,12 @@ class DeepSpeedEngine(EngineBase):
         finally:
             self.engine.train()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._end()
+        self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over ranks; ours add up.
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
+        if not last:
             self.engine.step()  # counts the micro-step
 
     def step(self) -> StepResult:

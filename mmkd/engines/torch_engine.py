@@ -61,7 +61,7 @@ class TorchEngine(EngineBase):
         finally:
             model.train()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._end()
         if loss.requires_grad:
             loss.backward()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mmkd.errors import DataError, MmkdError
+from mmkd.evaluation.install import INSTALL
 from mmkd.evaluation.isolation import isolated
 from mmkd.files import write_json, write_text
 
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
     from transformers import PreTrainedModel, ProcessorMixin
 
-INSTALL = (
-    "pip install torch==2.13.0 transformers accelerate datasets evaluate sacrebleu loguru pytz "
-    "tenacity pytablewriter pillow && pip install --no-deps lmms-eval==0.7.3"
-)
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 Sample = dict[str, Any]
 

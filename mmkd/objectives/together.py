@@ -13,7 +13,7 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
-from mmkd.ops import CHUNK_BYTES, Head, HeadLoss, head_losses
+from mmkd.ops import CHUNK_BYTES, Head, HeadLoss, SparseRows, head_losses
 
 
 class HeadObjective(Objective):
@@ -37,6 +37,7 @@ def _one_pass(
     teacher: TeacherSignals | None,
     targets: Targets,
     memory: int = CHUNK_BYTES,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The sum of factor times loss with gradients, and each loss's sum over its rows."""
     losses = []
@@ -44,10 +45,12 @@ def _one_pass(
         if "teacher" in objective.needs and teacher is None:
             raise ValueError(f"objective {objective.name!r} needs a teacher")
         losses.append(objective.head_loss(targets).scaled(factor))
+    theirs: Head | SparseRows | None
     if isinstance(teacher, StoredSignals):
-        return head_losses(_head(student), losses, teacher.rows, memory=memory)
-    frozen = None if teacher is None else _head(teacher)
-    return head_losses(_head(student), losses, frozen, memory=memory)
+        theirs = teacher.rows
+    else:
+        theirs = None if teacher is None else _head(teacher)
+    return head_losses(_head(student), losses, theirs, memory=memory, backend=backend)
 
 
 def _head(signals: Signals) -> Head:
@@ -61,6 +64,7 @@ def score(
     targets: Targets,
     counts: Mapping[str, float],
     memory: int = CHUNK_BYTES,
+    backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all objectives, with gradients, and what each says, without.
 
@@ -70,6 +74,7 @@ def score(
         targets: of the batch.
         counts: rows in the global batch, by objective's name.
         memory: bytes for the logits of a chunk of rows.
+        backend: of losses on the head's output, "auto" or "torch".
 
     Returns:
         The loss, and by name each objective's value and its metrics.
@@ -80,7 +85,7 @@ def score(
     metrics: dict[str, Tensor] = {}
     if heads:
         factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums = _one_pass(heads, factors, student, teacher, targets, memory)
+        total, sums = _one_pass(heads, factors, student, teacher, targets, memory, backend)
         terms.append(total)
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
     for objective in objectives:

@@ -75,6 +75,7 @@ class TokenLabels(Objective):
             labels.flatten(),
             mask=rows.flatten(),
             bias=student.head_bias,
+            backend="torch",  # `engine.head_backend` is not known here
         )
         return Outcome(share_of(mean, rows, count))
 

@@ -60,17 +60,13 @@ def chunk_losses(
         memory: for what is made on the way.
     """
     whole = logits.shape[1]
-    alike: dict[tuple[float, int], Part] = {}
-    for number, loss in part:
-        temperature = 1.0 if loss.kind == "ce" else loss.temperature
-        key = (temperature, loss.vocab_size or whole)
-        alike.setdefault(key, []).append((number, loss))
+    groups = alike(part, whole)
     grad: Tensor | None = None
-    for (temperature, width), some in alike.items():
+    for (temperature, width), some in groups.items():
         z = logits[:, :width]
         compared = any(loss.kind != "ce" for _, loss in some)
         t = theirs[:, :width] if compared and isinstance(theirs, Tensor) else None
-        if temperature != 1 or len(alike) > 1:
+        if temperature != 1 or len(groups) > 1:
             z = z / temperature
             t = None if t is None else t / temperature
         if compared and isinstance(theirs, SparseRows):
@@ -78,12 +74,21 @@ def chunk_losses(
         else:
             found = _Distributions(z, t, memory).losses(rows, some, sums)
         found = found if temperature == 1 else found.div_(temperature)
-        if grad is None and width == whole and len(alike) == 1:
+        if grad is None and width == whole and len(groups) == 1:
             return found
         grad = torch.zeros_like(logits) if grad is None else grad
         grad[:, :width] += found
     assert grad is not None
     return grad
+
+
+def alike(part: Part, whole: int) -> dict[tuple[float, int], Part]:
+    """Losses by what they make distributions of: a temperature, and the width of `whole`."""
+    groups: dict[tuple[float, int], Part] = {}
+    for number, loss in part:
+        temperature = 1.0 if loss.kind == "ce" else loss.temperature
+        groups.setdefault((temperature, loss.vocab_size or whole), []).append((number, loss))
+    return groups
 
 
 class _Distributions:

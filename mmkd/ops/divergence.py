@@ -36,6 +36,7 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Mean divergence over the kept rows, from hidden states, without logits for all rows.
 
@@ -54,6 +55,7 @@ def linear_divergence(
         vocab_size: tokens that both heads share, when they are padded differently. Rows of a
             head past it get no mass: they are as if their logit were -inf.
         chunk_size: rows projected at once; chosen by memory if None.
+        backend: as in `head_losses`.
 
     Returns:
         Scalar in at least float32. Zero kept rows give 0 with zero gradients.
@@ -74,5 +76,6 @@ def linear_divergence(
         [loss],
         Head(teacher_hidden, teacher_weight, teacher_bias),
         chunk_size=chunk_size,
+        backend=backend,
     )
     return total / max(len(student_hidden) if mask is None else int(mask.sum()), 1)

@@ -7,17 +7,22 @@ pass, while a chunk's logits are there; the backward pass scales them.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkd.ops.backends import kernel_for
 from mmkd.ops.distributions import Memory, Part, chunk_losses
 from mmkd.ops.terms import Head, HeadLoss, SparseRows, check
 
 CHUNK_BYTES = 112 * 2**20
 BUFFERS = 5
 """Blocks of [chunk, V] that are there at one time."""
+KERNEL_BUFFERS = 2
+"""The same with the Triton kernel, which writes gradients over the student's logits."""
 
 
 def head_losses(
@@ -27,6 +32,7 @@ def head_losses(
     *,
     chunk_size: int | None = None,
     memory: int = CHUNK_BYTES,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sums of losses over their rows.
 
@@ -37,18 +43,23 @@ def head_losses(
             full vocabulary is ever built.
         chunk_size: rows projected at once; what fits in `memory` if None.
         memory: bytes for a chunk's logits and what is made of them, all together.
+        backend: "auto" (a Triton kernel on CUDA where it fits and runs, else torch), "torch" or
+            "triton". The kernel takes no float64 and no stored rows.
 
     Returns:
         The sum of scale times loss, differentiable once, and each loss's own sum, [len(losses)],
         without gradient; both in at least float32. No rows give 0 with zero gradients.
 
     Raises:
-        ValueError: unknown kind, a setting out of range, or shapes that do not fit.
+        ValueError: unknown kind, a setting out of range, shapes that do not fit, or a backend
+            that does not.
+        RuntimeError: backend "triton" where the kernel does not run.
     """
     for loss in losses:
         check(loss, student, teacher)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, it must be at least 1")
+    kernel = kernel_for(backend, student.hidden, _unfit(student, teacher))
     # Autocast would round the float32 reductions and products that are explicit here.
     with torch.autocast(student.hidden.device.type, enabled=False):
         total, sums = _HeadLosses.apply(
@@ -59,16 +70,26 @@ def head_losses(
             tuple(losses),
             chunk_size,
             memory,
+            kernel,
         )
     return total, sums
+
+
+def _unfit(student: Head, teacher: Head | SparseRows | None) -> str | None:
+    """Why the kernel cannot take these, or None."""
+    if student.hidden.dtype == torch.float64:
+        return "the kernel takes no torch.float64"
+    if isinstance(teacher, SparseRows):
+        return "the kernel takes no stored rows"
+    return None
 
 
 def project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
-    """Logits [C, V] in at least float32; the product itself runs in the hidden states' dtype.
+    """Logits [C, V]; the product itself runs in the hidden states' dtype.
 
-    `out` is memory for them, used where no conversion is needed.
+    They are in `out` where it has that dtype, and else in at least float32.
     """
     weight = weight.to(hidden.dtype)
     if out is not None and out.dtype == hidden.dtype:
@@ -85,11 +106,14 @@ def rows_per_chunk(
     rows: int,
     vocabulary: int,
     chunk_size: int | None,
-    bytes_each: int = 4,
+    bytes_each: int = 4 * BUFFERS,
     memory: int = CHUNK_BYTES,
 ) -> int:
-    """How many rows to project at once; by default what fits in `memory` bytes, and 16 at least."""
-    fitting = memory // (BUFFERS * bytes_each * vocabulary)
+    """How many rows to project at once; by default what fits in `memory` bytes, and 16 at least.
+
+    `bytes_each` are a logit's, with what is made of it.
+    """
+    fitting = memory // (bytes_each * vocabulary)
     return max(1, min(rows, chunk_size or max(16, fitting)))
 
 
@@ -115,6 +139,7 @@ class _HeadLosses(torch.autograd.Function):
         losses: tuple[HeadLoss, ...],
         chunk_size: int | None,
         memory: int,
+        kernel: ModuleType | None,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -125,9 +150,13 @@ class _HeadLosses(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
-        blocks = Memory(wide, hidden.device)
+        # The kernel reads logits as the product leaves them, and rounds their gradient itself.
+        as_is = kernel is not None and _one_dtype(Head(hidden, weight, bias), teacher)
+        blocks = Memory(hidden.dtype if as_is else wide, hidden.device)
+        find = partial(chunk_losses, memory=blocks) if kernel is None else kernel.chunk_losses
+        bytes_each = blocks.dtype.itemsize * (BUFFERS if kernel is None else KERNEL_BUFFERS)
         for rows, part in _groups(losses, len(hidden), hidden.device):
-            chunk = rows_per_chunk(len(rows), width, chunk_size, wide.itemsize, memory)
+            chunk = rows_per_chunk(len(rows), width, chunk_size, bytes_each, memory)
             for some in rows.split(chunk):
                 h = hidden[some]  # [C, H]
                 logits = project(h, own, own_bias, blocks("student", len(some), width))
@@ -136,7 +165,7 @@ class _HeadLosses(torch.autograd.Function):
                     theirs = teacher
                 elif teacher is not None and any(x.kind != "ce" for _, x in part):
                     theirs = _teacher_logits(teacher, some, part, blocks)
-                grad = chunk_losses(logits, theirs, some, part, sums, blocks)  # [C, width]
+                grad = find(logits, theirs, some, part, sums)  # [C, width]
                 if grad_bias is not None:
                     grad_bias[:width] += grad.sum(0)
                 grad = grad.to(hidden.dtype)
@@ -162,7 +191,13 @@ class _HeadLosses(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
+
+
+def _one_dtype(student: Head, teacher: Head | SparseRows | None) -> bool:
+    """Whether all logits are plain products in one dtype: a bias is added in float32."""
+    heads = [student, teacher] if isinstance(teacher, Head) else [student]
+    return all(h.bias is None and h.hidden.dtype == student.hidden.dtype for h in heads)
 
 
 def _teacher_logits(teacher: Head, rows: Tensor, part: Part, memory: Memory) -> Tensor:

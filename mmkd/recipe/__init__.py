@@ -24,6 +24,7 @@ from mmkd.recipe.models import (
     DataConfig,
     EngineConfig,
     EvaluateConfig,
+    LoraConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimizerConfig,
@@ -34,6 +35,8 @@ from mmkd.recipe.models import (
     StageConfig,
     StudentConfig,
     TeacherPlacement,
+    TrackerName,
+    TrainConfig,
 )
 from mmkd.recipe.sources import HUB, SourceConfig
 
@@ -47,6 +50,7 @@ __all__ = [
     "Every",
     "Head",
     "LayersConversion",
+    "LoraConfig",
     "MambaConversion",
     "MambaInit",
     "MlpConversion",
@@ -65,6 +69,8 @@ __all__ = [
     "StudentConfig",
     "Tail",
     "TeacherPlacement",
+    "TrackerName",
+    "TrainConfig",
     "load_recipe",
     "load_student",
     "to_yaml",

@@ -1,6 +1,5 @@
 """Read, merge, override and check recipes; what is wrong is said in one line."""
 
-import difflib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -9,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from mmkd.errors import RecipeError
+from mmkd.errors import RecipeError, nearest
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.models import Recipe, StudentConfig
 
@@ -93,14 +92,14 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
-            mend = _nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
+            mend = nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
         elif first["type"] == "missing":
             message, mend = "this key is missing", "add it"
         elif first["type"] == "union_tag_invalid":
             context = first["ctx"]
             message = f"unknown {context['discriminator']} '{context['tag']}'"
             known = [k.strip().strip("'") for k in context["expected_tags"].split(",")]
-            mend = _nearest(str(context["tag"]), known)
+            mend = nearest(str(context["tag"]), known)
         elif "input" in first and not isinstance(first["input"], (dict, list)):
             message = f"{message}, got {first['input']!r}"
         raise RecipeError(message, where=f"{where}: {key}", mend=mend) from error
@@ -121,11 +120,6 @@ def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
         except (KeyError, IndexError, TypeError):
             node = None
     return path
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
 def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -1,10 +1,10 @@
 """The parts of a recipe with their defaults."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmkd.errors import RecipeError
+from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
@@ -55,9 +55,10 @@ class CacheConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
-    source: Literal["live", "cache"] = Field(
+    source: Literal["live", "cache", "self"] = Field(
         "live",
-        description="live: resident beside the student; cache: read from what `mmkd cache` stored",
+        description="live: resident beside the student; cache: read from what `mmkd cache` stored; "
+        "self: the student as it was before the stage, with adapters the student without them",
     )
     cache: CacheConfig | None = Field(None, description="where `mmkd cache` stores, and how much")
     placement: TeacherPlacement = Field(
@@ -67,6 +68,10 @@ class TeacherConfig(ModelConfig):
     )
 
     def _check_source(self) -> None:
+        if self.source == "self":
+            if self.model is not None or self.config is not None:
+                raise ValueError("'source: self' is the student itself: leave 'model' out")
+            return
         if self.source == "live" or self.model is not None or self.config is not None:
             super()._check_source()
         if self.source == "cache" and self.cache is None:
@@ -90,6 +95,9 @@ class DataConfig(Strict):
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
     on_bad_sample: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+    picture_cache: str | None = Field(
+        None, description="folder that keeps what the processors make of pictures"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> "DataConfig":
@@ -131,10 +139,13 @@ class ScheduleConfig(Strict):
     min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
 
 
+SIZE = 8
+
+
 class BatchConfig(Strict):
     """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
 
-    size: int = Field(8, ge=1, description="records per process and micro-step")
+    size: int = Field(SIZE, ge=1, description="records per process and micro-step")
     accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
     group_by_length: bool = Field(
         True, description="put a step's records of alike length into one micro-batch"
@@ -148,28 +159,49 @@ class BatchConfig(Strict):
     total: int | None = Field(
         None, ge=1, description="records per optimizer step; in place of accumulate"
     )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of size, with total: tokens of a micro-batch at most, padding too",
+    )
 
     @model_validator(mode="after")
     def _one_count(self) -> "BatchConfig":
         if self.total is not None and self.accumulate != 1:
             raise ValueError("give either 'accumulate' or 'total'")
+        if self.tokens is not None and self.size != SIZE:
+            raise ValueError("give either 'size' or 'tokens'")
+        if self.tokens is not None and self.total is None:
+            raise ValueError("'tokens' needs 'total', the records of an optimizer step")
         return self
 
-    def micro_steps(self, processes: int) -> int:
-        """Micro-steps per optimizer step.
+    def records_per_step(self, processes: int) -> int:
+        """Records per optimizer step.
 
         Raises:
             RecipeError: `total` does not divide.
         """
         if self.total is None:
-            return self.accumulate
-        if self.total % (self.size * processes):
+            return self.size * self.accumulate * processes
+        least = processes * (self.size if self.tokens is None else 1)
+        if self.total % least:
+            size = "" if self.tokens is not None else f"size {self.size} x "
             raise RecipeError(
-                f"total {self.total} is no multiple of size {self.size} x {processes} processes",
+                f"total {self.total} is no multiple of {size}{processes} processes",
                 where="stages.batch",
                 mend="change one of them",
             )
-        return self.total // (self.size * processes)
+        return self.total
+
+    def micro_steps(self, processes: int) -> int | None:
+        """Micro-steps per optimizer step; None where `tokens` decides it step by step."""
+        if self.tokens is not None:
+            return None
+        return self.records_per_step(processes) // (self.size * processes)
+
+    def micro_batch(self, length: float) -> float:
+        """Records of a micro-batch, if they are of `length` tokens."""
+        return self.size if self.tokens is None else max(1.0, self.tokens / length)
 
 
 class CheckpointConfig(Strict):
@@ -193,6 +225,9 @@ class EngineConfig(Strict):
     config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
     head_memory: int = Field(
         112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
+    )
+    head_backend: Literal["auto", "torch"] = Field(
+        "auto", description="of losses on the head's output; auto: a Triton kernel on CUDA"
     )
     patience: float = Field(
         1800.0,
@@ -225,12 +260,49 @@ class OnPolicyConfig(SamplingConfig):
     lmbda: float = Field(0.5, ge=0, le=1, description="share of responses that it samples")
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters beside the linear layers of some groups, whose own weights stay as they
+    are."""
+
+    groups: list[str] = Field(
+        ["language_model"], min_length=1, description="the head gets one only by its own name"
+    )
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
+    dora: bool = Field(False, description="train each output's scale apart (DoRA)")
+    keep: bool = Field(
+        False, description="write the adapters too, in peft's format, beside the merged student"
+    )
+
+    @model_validator(mode="after")
+    def _head_without_dropout(self) -> "LoraConfig":
+        if self.dropout and "head" in self.groups:
+            raise ValueError("the head's adapter takes no dropout: its losses see weights only")
+        return self
+
+
+class TrainConfig(Strict):
+    """What trains: groups of parameters, whole, and adapters. A list names groups."""
+
+    groups: list[str] = Field([], description="groups of parameters that train whole")
+    lora: LoraConfig | None = Field(None, description="adapters in place of more of them")
+
+    @model_validator(mode="after")
+    def _something(self) -> "TrainConfig":
+        if not self.groups and self.lora is None:
+            raise ValueError("nothing trains: name groups, or add 'lora'")
+        return self
+
+
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     convert: list[Conversion] = Field([], description="changes of the student's structure before")
-    train: list[str] = Field(["all"], description="groups of parameters by name")
+    train: TrainConfig = Field(
+        TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
+    )
     data: DataConfig | None = Field(None, description="the recipe's data if left out")
     objectives: list[AnyObjectiveConfig] = Field(min_length=1)
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
@@ -245,6 +317,11 @@ class StageConfig(Strict):
         "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
     )
     activation_checkpointing: bool = False
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _named_groups(cls, value: Any) -> Any:
+        return {"groups": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
@@ -270,6 +347,26 @@ class EvaluateConfig(Strict):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """`none`, one name or a list of them, as a list."""
+    names = value if isinstance(value, list) else [] if value in (None, "none") else [value]
+    for name in names:
+        if name not in get_args(TrackerName):
+            raise ValueError(f"no tracker {name!r}, {nearest(str(name), get_args(TrackerName))}")
+    return list(dict.fromkeys(names))
+
+
+ReportTo = Annotated[
+    list[TrackerName],
+    BeforeValidator(
+        _trackers, json_schema_input_type=TrackerName | Literal["none"] | list[TrackerName]
+    ),
+]
+
+
 class Recipe(Strict):
     """A whole run: teacher, student, data, stages, evaluation."""
 
@@ -277,6 +374,9 @@ class Recipe(Strict):
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
     seed: int = Field(42, ge=0)
     output_dir: str = Field("runs", description="the run is written to output_dir/name")
+    report_to: ReportTo = Field(
+        [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
+    )
     teacher: TeacherConfig | None = None
     student: StudentConfig
     data: DataConfig

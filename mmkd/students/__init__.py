@@ -1,11 +1,12 @@
 """Students: how their structure changes before a stage, and which parameters train."""
 
 from mmkd.students.convert import ConversionReport, convert
-from mmkd.students.groups import set_trainable
+from mmkd.students.groups import check_groups, set_trainable
 from mmkd.students.write import write_converted, write_student
 
 __all__ = [
     "ConversionReport",
+    "check_groups",
     "convert",
     "set_trainable",
     "write_converted",

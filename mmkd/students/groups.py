@@ -1,29 +1,49 @@
 """Which parameters of a student train, by group name."""
 
 import difflib
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from mmkd.adapters import adapter_parameters, add_adapters
 from mmkd.errors import RecipeError
+from mmkd.recipe import LoraConfig
 from mmkd_models.parts import parameter_groups
 
 
-def set_trainable(model: PreTrainedModel, groups: list[str]) -> list[str]:
-    """Freeze everything but the named groups; return the names of what trains.
+def set_trainable(
+    model: PreTrainedModel, groups: Sequence[str], lora: LoraConfig | None = None
+) -> list[str]:
+    """Freeze everything but the named groups and new adapters; return the names of what trains.
+
+    Raises:
+        RecipeError: an unknown group, or one without parameters.
+    """
+    check_groups(model, groups, lora)
+    known = parameter_groups(model)
+    chosen = {name for group in groups for name in known[group]}
+    whole = {id(p) for n, p in model.named_parameters() if n in chosen}
+    if lora is not None:
+        add_adapters(model, lora)
+    adapters = set(adapter_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in whole or name in adapters)
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def check_groups(
+    model: PreTrainedModel, groups: Sequence[str], lora: LoraConfig | None = None
+) -> None:
+    """The groups are there.
 
     Raises:
         RecipeError: an unknown group, or one without parameters.
     """
     known = parameter_groups(model)
-    chosen: set[str] = set()
-    for group in groups:
+    for group in [*groups, *(lora.groups if lora else [])]:
         if group not in known:
             close = difflib.get_close_matches(group, known, n=1)
             mend = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
             raise RecipeError(f"unknown group {group!r}", where="stages.train", mend=mend)
         if not known[group]:
             raise RecipeError(f"the student has no parameters in {group!r}", where="stages.train")
-        chosen.update(known[group])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-    return [n for n, p in model.named_parameters() if p.requires_grad]

@@ -6,12 +6,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from mmkd.adapters import merged, save_adapters
 from mmkd.files import write_folder
 from mmkd.loading import load_model, load_processor
-from mmkd.recipe import StudentConfig
+from mmkd.recipe import LoraConfig, StudentConfig
 from mmkd.students.convert import ConversionReport, convert
 
 SHARD_SIZE = "5GB"
+ADAPTER = "adapter"
 
 
 def write_student(
@@ -19,16 +21,24 @@ def write_student(
     processor: Any,
     folder: Path,
     weights: dict[str, Tensor] | None = None,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Config, safetensors and processor, and a converted student's code; whole or not there.
 
-    `weights` are written in place of the student's own, which an engine may have spread over
-    processes.
+    Args:
+        student: adapters become part of the layers that have them.
+        processor: the student's.
+        folder: to write; replaced if it is there.
+        weights: in place of the student's own, which an engine may have spread over processes.
+        lora: what its adapters are; its `adapter` folder keeps them if that says so.
     """
+    whole = weights if lora is None else merged(student, weights)
 
     def write(partial: Path) -> None:
-        student.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
+        student.save_pretrained(partial, state_dict=whole, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(partial)
+        if lora is not None and lora.keep:
+            save_adapters(student, lora, weights, partial / ADAPTER)
 
     write_folder(folder, write)
 

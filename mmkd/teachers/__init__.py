@@ -1,6 +1,7 @@
 """Where teacher signals come from."""
 
 from mmkd.teachers.live import LiveTeacher
+from mmkd.teachers.own import own_teacher
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher
@@ -18,6 +19,7 @@ __all__ = [
     "check_storable",
     "choose_placement",
     "choose_reference",
+    "own_teacher",
     "place_teacher",
     "store",
 ]

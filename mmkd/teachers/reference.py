@@ -4,7 +4,6 @@ It runs beside the student at every step, or once before the first one: then its
 lie in the stage's folder, keyed by its weights and by what each record says and shows.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mmkd import distributed
 from mmkd.data.batch import Batch
@@ -68,16 +66,21 @@ Reference = LiveReference | StoredReference
 def choose_reference(
     objectives: Sequence[Objective],
     teacher: LiveTeacher | None,
-    student: PreTrainedModel,
-    device: torch.device,
+    own: Callable[[], LiveTeacher],
 ) -> LiveReference | None:
-    """The reference that a stage's preference objectives name, before the student trains."""
+    """The reference that a stage's preference objectives name.
+
+    Args:
+        objectives: of the stage.
+        teacher: of the recipe.
+        own: makes a teacher of the student as it is before it trains.
+    """
     wanted = [o for o in objectives if isinstance(o, Preference) and o.config.reference != "none"]
     if not wanted:
         return None
     settings = wanted[0].config
     if settings.reference == "self":
-        teacher = LiveTeacher(copy.deepcopy(student), device)
+        teacher = own()
     if teacher is None:
         raise RecipeError(
             "the reference of preferences is the teacher, and there is none",

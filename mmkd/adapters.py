@@ -1,0 +1,159 @@
+"""LoRA and DoRA: low-rank adapters beside frozen linear layers, by peft.
+
+    W' = W + s B A                         LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1)
+    W' = m (W + s B A) / ||W + s B A||     DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5)
+
+with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient (section 4.3). B is
+0 at first, so that a student with new adapters is the student without them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmkd.errors import RecipeError
+from mmkd.recipe import LoraConfig
+from mmkd_models.parts import parameter_groups
+
+NAME = "default"
+A, B, MAGNITUDE = (
+    f"{part}.{NAME}.weight" for part in ("lora_A", "lora_B", "lora_magnitude_vector")
+)
+BASE = "base_layer."
+
+
+def targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """Names of the linear layers that get adapters: those of the groups, the head only by its name.
+
+    Raises:
+        RecipeError: there are none, or the head is wanted and shares its weight.
+    """
+    where = "stages.train.lora"
+    known = parameter_groups(model)
+    chosen = {name for group in lora.groups for name in known.get(group, [])}
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    layers = [
+        name
+        for name, module in model.named_modules()
+        # Of subclasses torch reads the weight without calling them.
+        if type(module) is nn.Linear and f"{name}.weight" in chosen and name != head
+    ]
+    if "head" in lora.groups:
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            raise RecipeError(
+                "the head shares its weight with the embeddings, an adapter would part them",
+                where=where,
+                mend="leave 'head' out of its groups",
+            )
+        layers.append(head)
+    if not layers:
+        raise RecipeError(f"no linear layers in {', '.join(lora.groups)}", where=where)
+    return layers
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Put new adapters beside the layers that `targets` names, in place."""
+    inject_adapter_in_model(_peft_config(lora, targets(model, lora)), model, NAME)
+
+
+def _peft_config(lora: LoraConfig, layers: list[str]) -> PeftConfig:
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        target_modules=layers,
+    )
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+    """Layers with adapters by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+
+
+def adapter_parameters(model: nn.Module) -> list[str]:
+    """Names of the adapters' weights."""
+    return [
+        f"{layer}.{name}"
+        for layer, module in adapted_layers(model).items()
+        for name, _ in module.named_parameters()
+        if not name.startswith(BASE)
+    ]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was without adapters, inside."""
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch also freezes the adapters' weights
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def effective_weight(layer: Any) -> Tensor:
+    """[out, in]: what a linear layer multiplies by, its adapter included, with gradients."""
+    if not isinstance(layer, Linear) or layer.disable_adapters:
+        return layer.weight
+    adapter: Any = layer
+    magnitude = None
+    if NAME in adapter.lora_magnitude_vector:
+        magnitude = adapter.lora_magnitude_vector[NAME].weight
+    a, b = adapter.lora_A[NAME].weight, adapter.lora_B[NAME].weight
+    return _weight(adapter.base_layer.weight, a, b, magnitude, adapter.scaling[NAME])
+
+
+def _weight(base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
+    whole = base + scale * (b @ a).to(base.dtype)
+    if magnitude is None:
+        return whole
+    norm = torch.linalg.norm(whole, dim=1).detach()  # [out]
+    norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)  # rows of padding tokens may be 0
+    return (magnitude / norm)[:, None].to(base.dtype) * whole
+
+
+@torch.no_grad()
+def merged(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's weights by the names of the model without adapters, these in their layers.
+
+    Args:
+        model: with adapters.
+        weights: its weights where an engine has spread them; its own if None.
+    """
+    found = dict(weights if weights is not None else model.state_dict())
+    for name, layer in adapted_layers(model).items():
+        a, b = (found.pop(f"{name}.{part}") for part in (A, B))
+        magnitude = found.pop(f"{name}.{MAGNITUDE}", None)
+        for part in ("weight", "bias"):
+            if f"{name}.{BASE}{part}" in found:
+                found[f"{name}.{part}"] = found.pop(f"{name}.{BASE}{part}")
+        base = found[f"{name}.weight"]
+        parts = (base.float(), a.float(), b.float(), magnitude)
+        found[f"{name}.weight"] = _weight(*parts, layer.scaling[NAME]).to(base.dtype)
+    return found
+
+
+def save_adapters(
+    model: PreTrainedModel, lora: LoraConfig, weights: Mapping[str, Tensor] | None, folder: Path
+) -> None:
+    """The adapters as peft loads them beside the student that the stage began with."""
+    found = dict(weights if weights is not None else model.state_dict())
+    folder.mkdir(parents=True)
+    tensors = {  # as if peft's wrapper held the model
+        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, found, NAME).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _peft_config(lora, list(adapted_layers(model))).save_pretrained(str(folder))

@@ -1,0 +1,59 @@
+"""Before the first run: what works on this machine, and a recipe to begin with."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmkd.cli.app import AsJson, app
+
+
+@app.command()
+def doctor(
+    output_dir: Annotated[Path, typer.Option(help="where runs are to be written")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """What works on this machine, what is missing or broken, and the command that mends it.
+
+    Exit status 1 where something that mmkd needs is missing or broken.
+    """
+    from mmkd.doctor import as_json as described
+    from mmkd.doctor import examine, hindering, print_rows
+
+    rows = examine(output_dir)
+    if as_json:
+        print(json.dumps(described(rows), indent=1))
+    else:
+        print_rows(rows)
+    raise typer.Exit(int(bool(hindering(rows))))
+
+
+@app.command()
+def init(
+    method: Annotated[Optional[str], typer.Argument(help="see --list")] = None,  # noqa: UP045
+    teacher: Annotated[Optional[str], typer.Option(help="Hub id or folder")] = None,  # noqa: UP045
+    student: Annotated[Optional[str], typer.Option(help="Hub id or folder")] = None,  # noqa: UP045
+    data: Annotated[Optional[str], typer.Option(help="file of records")] = None,  # noqa: UP045
+    images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
+    pairs: Annotated[Optional[str], typer.Option(help="file of preference pairs")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="recipe to write")] = Path("recipe.yaml"),
+    listed: Annotated[bool, typer.Option("--list", help="the methods")] = False,
+) -> None:
+    """Write a commented recipe of a method for a teacher and a student."""
+    from mmkd.progress import console
+    from mmkd.starters import METHODS, Choices, write_starter
+
+    if method is None or listed:
+        for name, known in METHODS.items():
+            console.print(f"{name:11} {known.summary}", highlight=False, soft_wrap=True)
+        return
+    write_starter(method, Choices(teacher, student, data, images, pairs), out)
+    file = shlex.quote(str(out))
+    console.print(
+        f"wrote {out}; next: mmkd plan {file}, then mmkd run {file}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

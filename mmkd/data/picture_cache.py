@@ -1,0 +1,180 @@
+"""What an image processor makes of pictures, kept on disk: neither decoded nor resized again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import BatchFeature
+
+from mmkd.cache import HASH, picture_hash
+from mmkd.data.images import Member, image_size, load_image
+from mmkd.errors import RecipeError
+
+NAME = "mmkd_picture"
+"""In a picture's `info`: what it is known by."""
+LISTS = "lists"
+LEVELS = " levels"
+
+
+class PictureCache:
+    """Stands in for a processor's own image processor, and looks on the disk first.
+
+    A picture that is there is not decoded: an empty one of its size goes through the processor in
+    its place. Values come back bit by bit.
+
+    Args:
+        folder: of the cache; several processes may fill it at one time.
+        image_processor: a processor's own.
+
+    Raises:
+        RecipeError: the image processor treats a picture otherwise beside others.
+    """
+
+    def __init__(self, folder: Path, image_processor: Any):
+        self._own = image_processor
+        settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+        self._folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self._check()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_own":
+            raise AttributeError(name)
+        return getattr(self._own, name)
+
+    def picture(self, ref: Any, root: Path | None) -> Image.Image:
+        """A record's picture in RGB, or an empty one of its size if what is made of it is there."""
+        name = _name(ref, root)
+        known = _hash(self._path(name))
+        if known is None:
+            picture = load_image(ref, root)
+        else:
+            picture = Image.new("RGB", image_size(ref, root))
+            picture.info[HASH] = known
+        picture.info[NAME] = name
+        return picture
+
+    def __call__(self, images: Sequence[Image.Image], **settings: Any) -> BatchFeature:
+        return _joined([self._single(image, settings) for image in images])
+
+    def _single(self, image: Image.Image, settings: dict[str, Any]) -> dict[str, Any]:
+        name = image.info.get(NAME)
+        if name is None:
+            return dict(self._own([image], **settings))
+        path = self._path(name)
+        if HASH in image.info:
+            return _read(path)
+        made = dict(self._own([image], **settings))
+        _write(path, made, picture_hash(image).hex())
+        return made
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name[:2] / f"{name}.safetensors"
+
+    def _check(self) -> None:
+        pictures = [Image.new("RGB", size, "white") for size in ((97, 53), (40, 200), (64, 64))]
+        settings = {"return_tensors": "pt"}
+        try:
+            alone = _joined([dict(self._own([p], **settings)) for p in pictures])
+            together = self._own(pictures, **settings)
+            same = alone.keys() == together.keys() and all(
+                torch.equal(torch.as_tensor(alone[k]), torch.as_tensor(together[k])) for k in alone
+            )
+        except (ValueError, RuntimeError):  # shapes that cannot be joined
+            same = False
+        if not same:
+            raise RecipeError(
+                f"{type(self._own).__name__} treats a picture otherwise beside others",
+                where="data.picture_cache",
+                mend="leave it out for this family",
+            )
+
+
+def _name(ref: Any, root: Path | None) -> str:
+    """What a reference is known by: its bytes, or its path, time and size."""
+    found = hashlib.blake2b(digest_size=16)
+    if isinstance(ref, dict) and ref.get("bytes") is not None:
+        found.update(ref["bytes"])
+    elif isinstance(ref, Image.Image):
+        found.update(picture_hash(ref))
+    elif isinstance(ref, Member):
+        found.update(repr((ref.offset, ref.size, *_facts(Path(ref.archive)))).encode())
+    else:
+        path = (root or Path()) / str(ref["path"] if isinstance(ref, dict) else ref)
+        found.update(repr(_facts(path)).encode())
+    return found.hexdigest()
+
+
+def _facts(path: Path) -> tuple[str, tuple[int, int] | None]:
+    if not path.is_file():  # loading says what is wrong
+        return str(path), None
+    facts = path.stat()
+    return str(path.resolve()), (facts.st_mtime_ns, facts.st_size)
+
+
+def _joined(parts: list[dict[str, Any]]) -> BatchFeature:
+    joined: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        if isinstance(first, torch.Tensor):
+            joined[name] = torch.cat([part[name] for part in parts])
+        else:
+            joined[name] = [item for part in parts for item in part[name]]
+    return BatchFeature(joined)
+
+
+def _write(path: Path, made: dict[str, Any], content: str) -> None:
+    """Numbers of few different values, as pixels are, are kept by the number of their value."""
+    arrays: dict[str, np.ndarray] = {}
+    lists: dict[str, Any] = {}
+    for name, value in made.items():
+        if not isinstance(value, torch.Tensor):
+            lists[name] = value
+            continue
+        array = np.ascontiguousarray(value.numpy())
+        if array.dtype == np.float32:
+            levels, numbers = _levels(array)
+            kinds = (k for k in (np.uint8, np.uint16) if len(levels) <= np.iinfo(k).max + 1)
+            if (kind := next(kinds, None)) is not None:
+                arrays[name + LEVELS], array = levels, numbers.astype(kind)
+        arrays[name] = array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(arrays, partial, {HASH: content, LISTS: json.dumps(lists)})
+    partial.replace(path)
+
+
+def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values of float32 numbers, and the number of each one's value."""
+    bits = pa.array(array.reshape(-1).view(np.int32)).dictionary_encode()
+    levels = bits.dictionary.to_numpy().view(np.float32)
+    return levels, bits.indices.to_numpy().reshape(array.shape)
+
+
+def _hash(path: Path) -> str | None:
+    """Of the picture that a file is about; None if it is not there or damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata()[HASH]
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        lists = json.loads(file.metadata()[LISTS])
+    made: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if name.endswith(LEVELS):
+            continue
+        levels = arrays.get(name + LEVELS)
+        made[name] = torch.from_numpy(array if levels is None else levels[array])
+    return made | lists

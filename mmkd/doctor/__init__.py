@@ -1,0 +1,57 @@
+"""`mmkd doctor`: what of mmkd works on this machine, and how to mend what does not.
+
+Nothing here may fail where something else is broken: torch, transformers and the like are
+imported by the checks alone, which run in a process of their own.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mmkd.doctor.checks import all_checks
+from mmkd.doctor.isolated import Row, run_isolated
+from mmkd.progress import console, live
+
+STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red"}
+
+
+def examine(output_dir: Path) -> list[Row]:
+    """Every check's rows; `output_dir` is where runs are to be written."""
+    rows = []
+    with console.status("python") if live() else nullcontext() as status:
+        for row in run_isolated(all_checks(output_dir)):
+            rows.append(row)
+            if status is not None:
+                status.update(f"{row.name}: {row.state}")
+    return rows
+
+
+def hindering(rows: list[Row]) -> list[Row]:
+    """The rows of what mmkd needs that is not there or does not work."""
+    return [row for row in rows if row.needed and row.state != "ok"]
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    return {"ready": not hindering(rows), "rows": [vars(row) for row in rows]}
+
+
+def print_rows(rows: list[Row]) -> None:
+    """A table, one part a section; below it the commands that mend what is missing or broken."""
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for section in dict.fromkeys(row.section for row in rows):
+        table.add_row(Text(section, style="bold"))
+        for row in rows:
+            if row.section == section:
+                table.add_row(f"  {row.name}", Text(row.state, STYLES[row.state]), Text(row.detail))
+    console.print(table)
+    for mend in dict.fromkeys(row.mend for row in rows if row.mend):
+        _say(f"{', '.join(row.name for row in rows if row.mend == mend)}: {mend}")
+    names = [row.name for row in hindering(rows)]
+    _say(f"mmkd needs: {', '.join(names)}" if names else "what mmkd needs is there and works")
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,96 @@
+"""What mmkd's own metadata asks for, and what is installed of it."""
+
+import importlib
+import importlib.metadata
+import platform
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from mmkd.doctor.isolated import Finding, one_line
+
+MODULES = {"pillow": "PIL"}
+# Imported lazily by its package: what else it needs shows only there.
+DEEPER = {"transformers": "AutoModelForImageTextToText"}
+REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*([^;]*)")
+EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A package and the versions of it that will do, such as `>=2.9`."""
+
+    name: str
+    versions: str
+
+    @property
+    def module(self) -> str:
+        return MODULES.get(self.name, self.name.replace("-", "_"))
+
+    def __str__(self) -> str:
+        return self.name + self.versions
+
+
+def requirements(extra: str | None = None) -> list[Wanted]:
+    """Of mmkd itself, or of one of its extras."""
+    found = []
+    for line in importlib.metadata.requires("mmkd") or []:
+        marker, match = EXTRA.search(line), REQUIREMENT.match(line)
+        if match and (marker.group(1) if marker else None) == extra:
+            found.append(Wanted(match.group(1), match.group(2).strip()))
+    return found
+
+
+def python() -> list[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    wanted = importlib.metadata.metadata("mmkd")["Requires-Python"]
+    version = platform.python_version()
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        return [Finding("broken", f"{version}, not {wanted}")]
+    return [Finding("ok", version)]
+
+
+def mmkd() -> list[Finding]:
+    return [Finding("ok", importlib.metadata.version("mmkd"))]
+
+
+def package(wanted: Wanted) -> list[Finding]:
+    """It is there, of a version that will do, and can be imported."""
+    problem = _problem(wanted)
+    if problem is not None:
+        return [problem]
+    try:
+        module = importlib.import_module(wanted.module)
+        if wanted.name in DEEPER:
+            getattr(module, DEEPER[wanted.name])
+    except Exception as error:
+        again = f"pip install --force-reinstall '{wanted}'"
+        return [Finding("broken", one_line(error), again)]
+    return [Finding("ok", importlib.metadata.version(wanted.name))]
+
+
+def unmet(extra: str) -> list[str]:
+    """What is missing or of another version of an extra's packages."""
+    problems = {wanted.name: _problem(wanted) for wanted in requirements(extra)}
+    return [f"{name}: {p.state}, {p.detail}" for name, p in problems.items() if p is not None]
+
+
+def _problem(wanted: Wanted) -> Finding | None:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        version = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("missing", f"mmkd wants {wanted}")
+    if not SpecifierSet(wanted.versions).contains(version, prereleases=True):
+        return Finding("broken", f"{version}, and mmkd wants {wanted}")
+    return None
+
+
+def torchvision() -> list[Finding]:
+    """transformers uses it where it is installed: a broken one is worse than none."""
+    if find_spec("torchvision") is None:
+        return []
+    module = importlib.import_module("torchvision")
+    return [Finding("ok", module.__version__)]

@@ -1,0 +1,66 @@
+"""Where runs are written, and where models come from."""
+
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from mmkd.doctor.isolated import Finding, one_line
+
+GIB = 2**30
+LEAST = GIB
+SECONDS = 5.0
+
+
+def folder(path: Path) -> list[Finding]:
+    """It can be written, and there is room. Nothing is left behind; a folder that is not there yet
+    is judged by the one that would hold it."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            file.write(b"mmkd")
+            file.flush()
+    except OSError as error:
+        return [Finding("broken", f"{place}: {error.strerror}")]
+    free = shutil.disk_usage(place).free
+    detail = f"{path}: {free / GIB:.1f} GiB free"
+    if free < LEAST:
+        return [Finding("broken", detail, f"free space on the disk of {place}")]
+    return [Finding("ok", detail)]
+
+
+def hub() -> list[Finding]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        names = " ".join(n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if n in os.environ)
+        detail = f"offline ({names}): folders and the hub cache only"
+        return [Finding("missing", detail, f"unset {names}")]
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        return [Finding("broken", f"{constants.ENDPOINT} does not answer ({one_line(error)})")]
+    return [Finding("ok", f"{constants.ENDPOINT} answers")]
+
+
+def login() -> list[Finding]:
+    """Whether there is a token; never which."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return [Finding("missing", "gated models and uploads need it")]
+    given = any(os.environ.get(n) for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return [Finding("ok", f"a token is set by {'the environment' if given else 'hf auth login'}")]
+
+
+def hub_cache() -> list[Finding]:
+    from huggingface_hub import constants
+
+    return folder(Path(constants.HF_HUB_CACHE))

@@ -1,0 +1,27 @@
+"""Checks of the doctor that go wrong, in a module that another process imports at once."""
+
+import os
+import time
+
+from mmkd.doctor.isolated import Finding
+
+
+def answer():
+    return [Finding("ok", "1.0")]
+
+
+def raising():
+    raise ImportError("undefined symbol\n_ZN3c10")
+
+
+def leaving():
+    raise SystemExit(3)
+
+
+def crashing():
+    print("what a library says before it goes")
+    os.abort()
+
+
+def hanging():
+    time.sleep(100)

@@ -1,0 +1,101 @@
+"""Pictures from the disk are what the processor makes, and are not decoded again."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processors import FAMILIES
+
+from mmkd.data import picture_cache
+from mmkd.data.encoder import Encoder
+from mmkd.data.records import Records
+from mmkd.errors import RecipeError
+from mmkd.recipe import DataConfig
+
+SIZES = ((120, 80), (64, 64), (50, 150))
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = []
+    for number, (width, height) in enumerate(SIZES):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append(
+            {
+                "id": number,
+                "images": [f"{number}.png"] * (1 + number % 2),
+                "messages": [
+                    {"role": "user", "content": "what?"},
+                    {"role": "assistant", "content": "two cats"},
+                ],
+            }
+        )
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def encoder(data, family, cached=True):
+    kept = str(data / "kept") if cached else None
+    config = DataConfig(train=str(data / "data.json"), picture_cache=kept)
+    return Encoder(Records(config), FAMILIES[family](), config)
+
+
+def same(mine, theirs):
+    assert mine.inputs.keys() == theirs.inputs.keys()
+    return all(torch.equal(mine.inputs[k], theirs.inputs[k]) for k in mine.inputs)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files that are decoded."""
+    found = []
+    load = picture_cache.load_image
+
+    def watched(ref, root):
+        found.append(ref)
+        return load(ref, root)
+
+    monkeypatch.setattr(picture_cache, "load_image", watched)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_batches_are_the_same_and_pictures_are_decoded_once(data, family, decoded):
+    want = encoder(data, family, cached=False)
+    cached = encoder(data, family)
+    assert same(cached.encode([0, 1, 2]), want.encode([0, 1, 2]))
+    assert len(decoded) == 4
+    assert same(encoder(data, family).encode([2, 0, 1]), want.encode([2, 0, 1]))
+    assert len(decoded) == 4
+    for number in range(3):
+        assert cached.load(number).key == want.load(number).key
+
+
+def test_what_has_changed_or_is_damaged_is_made_again(data, decoded):
+    encoder(data, "llava").encode([0, 1, 2])
+    files = sorted((data / "kept").rglob("*.safetensors"))
+    assert len(files) == 3
+    decoded.clear()
+    Image.new("RGB", SIZES[1], "red").save(data / "1.png")
+    os.utime(data / "1.png", ns=(1, 1))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-7])
+    got = encoder(data, "llava").encode([0, 1, 2])
+    assert same(got, encoder(data, "llava", cached=False).encode([0, 1, 2]))
+    assert len(decoded) == 4
+    assert not list((data / "kept").rglob("*.partial"))
+
+
+def test_a_family_whose_pictures_depend_on_each_other_is_refused(data):
+    with pytest.raises(RecipeError, match=r"treats a picture otherwise.*leave it out"):
+        encoder(data, "smolvlm")
+
+
+def test_other_settings_have_their_own_pictures(data):
+    encoder(data, "llava").encode([0])
+    encoder(data, "qwen").encode([0])
+    assert len(list((data / "kept").iterdir())) == 2

@@ -1,0 +1,61 @@
+"""Progress: a bar on a terminal, few and plain lines elsewhere."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from mmkd import progress
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, file, *, seconds=1.0, quiet=False, **settings):
+    """What 100 steps of so many seconds print, when a third of them is done already."""
+    now = iter(x * seconds for x in range(1000))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "console", Console(file=file, **settings))
+    with progress.Bar("mimic", 150, done=50, quiet=quiet) as bar:
+        for _ in range(100):
+            bar.advance("loss 0.5000, 12,345 supervised tokens/s, and more than 80 columns hold")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("settings", [{}, {"force_terminal": True}, {"color_system": "truecolor"}])
+def test_a_log_gets_a_plain_line_now_and_then(settings, monkeypatch):
+    text = shown(monkeypatch, io.StringIO(), **settings)
+    lines = text.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "mimic 51/150", "mimic 82/150", "mimic 113/150", "mimic 144/150", "mimic 150/150",
+    ]  # fmt: skip
+    assert lines[1].startswith("mimic 82/150, eta 68 s  loss 0.5000")
+    assert text.isascii()
+    assert all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_force_color_makes_no_terminal_of_a_log(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in shown(monkeypatch, io.StringIO())
+
+
+def test_other_ranks_say_nothing(monkeypatch):
+    assert shown(monkeypatch, io.StringIO(), quiet=True) == ""
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    text = shown(monkeypatch, Terminal(), seconds=0.0, force_terminal=True, width=120)
+    assert "150/150" in text
+    assert "eta" in text
+    assert "\x1b[" in text
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in shown(monkeypatch, Terminal())
