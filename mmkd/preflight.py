@@ -120,15 +120,16 @@ def _check_stored(
 ) -> None:
     """The cache holds what the stage's objectives read."""
     reading = [o for o in objectives if "teacher" in o.needs]
-    check_storable(stage, reading)
-    regions, length = (store.manifest[k] for k in ("regions", "max_length"))
-    data = recipe.stage_data(stage)
+    check_storable(stage, reading, hidden=store.hidden is not None)
+    length, data = store.manifest["max_length"], recipe.stage_data(stage)
     for objective in reading:
-        region = getattr(objective.config, "region", None)
-        if region not in regions or data.max_length != length:
+        regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]
+        if objective.reads_hidden and store.hidden is not None:
+            regions, wanted = store.hidden["regions"], [*objective.reads_hidden]
+        if not {*wanted} <= {*regions} or data.max_length != length:
             raise RecipeError(
                 f"the teacher's cache has regions {', '.join(regions)} at max_length {length}, not "
-                f"{region} at {data.max_length}",
+                f"{', '.join(map(str, wanted))} at {data.max_length}",
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="build it again with `mmkd cache`, or name another folder",
             )

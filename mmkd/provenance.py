@@ -15,6 +15,7 @@ import torch
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
 from mmkd.files import sha256
+from mmkd.plugins import plugin_files
 from mmkd.recipe import HUB, Recipe, SourceConfig
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
@@ -37,6 +38,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
         },
+        "plugins": plugin_files(),
         "data": {part.train: source_facts(part) for d in data for part in d.parts},
     }
 

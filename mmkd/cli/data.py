@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, data_app
+from mmkd.cli.app import AsJson, Plugins, data_app
 from mmkd.errors import MmkdError
 
 
@@ -74,6 +74,7 @@ def pairs(
 @data_app.command()
 def check(
     target: Annotated[str, typer.Argument(help="recipe, or what data.train may be")],
+    plugin: Plugins = None,
     images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
     decode: Annotated[bool, typer.Option(help="decode pictures, not only headers")] = False,
     unique_ids: Annotated[bool, typer.Option(help="count ids that come twice")] = False,

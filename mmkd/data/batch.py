@@ -28,6 +28,7 @@ class Batch:
             student's.
         alignment: which of the teacher's tokens are which of the student's.
         stored: the teacher's distributions, where they come from its cache.
+        stored_hidden: [B, T, H] float16, its final hidden states from there; zeros where none are.
     """
 
     inputs: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Batch:
     teacher: "Batch | None" = None
     alignment: Alignment | None = None
     stored: SparseRows | None = None
+    stored_hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
@@ -51,6 +53,7 @@ class Batch:
             teacher=None if self.teacher is None else self.teacher.to(device),
             alignment=None if self.alignment is None else self.alignment.to(device),
             stored=None if self.stored is None else self.stored.to(device),
+            stored_hidden=move(self.stored_hidden),
         )
 
 

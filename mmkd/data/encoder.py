@@ -248,7 +248,11 @@ class Encoder:
         )
         batch = self._truncate(batch, samples)
         if self.store is not None:
-            batch = replace(batch, stored=self._stored(self.store, batch.targets, samples))
+            batch = replace(
+                batch,
+                stored=self._stored(self.store, batch.targets, samples),
+                stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
+            )
         return batch if self.pack is None else self._packed(batch, samples, self.pack)
 
     def _packed(self, batch: Batch, samples: list[Sample], capacity: int) -> Batch:
@@ -292,6 +296,18 @@ class Encoder:
         at = torch.full((covered.numel(),), -1)
         at[covered.flatten()] = torch.arange(sum(map(len, found)))
         return SparseRows(*store.codec.decode(np.concatenate(found)), at)
+
+    def _stored_hidden(
+        self, store: Store, targets: Targets, samples: list[Sample]
+    ) -> Tensor | None:
+        """The teacher's final hidden states of a batch, if its cache has them."""
+        if store.hidden is None or self.pack is not None:  # what reads them is never packed
+            return None
+        covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
+        found = [store.get_hidden(s.key, self.records.where(s.index)) for s in samples]
+        made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
+        made[covered] = torch.cat(found)
+        return made
 
     def _grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]

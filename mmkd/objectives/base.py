@@ -111,13 +111,16 @@ class Signals:
 
 @dataclass(frozen=True)
 class StoredSignals:
-    """A teacher's output distributions that were read from its cache.
+    """What was read from a teacher's cache.
 
     Attributes:
-        rows: of the batch's [B * T].
+        rows: its output distributions, of the batch's [B * T].
+        signals: its final hidden states where they are stored, zeros elsewhere, and a head of the
+            same inner products as the teacher's; None if the cache holds none.
     """
 
     rows: SparseRows
+    signals: Signals | None = None
 
     def first(self, rows: int) -> "StoredSignals":
         """The same: what a filler adds was never stored."""
@@ -259,6 +262,12 @@ class Objective:
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows that this objective averages over."""
         raise NotImplementedError
+
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        """Regions of the teacher's final hidden states that this objective reads, if it reads
+        nothing else of it."""
+        return ()
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

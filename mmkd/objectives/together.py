@@ -91,9 +91,7 @@ def score(
     for objective in objectives:
         if isinstance(objective, HeadObjective):
             continue
-        if isinstance(teacher, StoredSignals) and "teacher" in objective.needs:
-            raise ValueError(f"objective {objective.name!r} needs a teacher that runs")
-        live = None if isinstance(teacher, StoredSignals) else teacher
+        live = teacher.signals if isinstance(teacher, StoredSignals) else teacher
         outcome = objective(student, live, targets, counts[objective.name])
         terms.append(objective.config.weight * outcome.loss)
         said[objective.name] = outcome.loss.detach()

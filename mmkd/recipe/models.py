@@ -50,6 +50,9 @@ class CacheConfig(Strict):
 
     folder: str
     k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
+    hidden: bool = Field(
+        False, description="keep final hidden states too, for relation and affinity, in 16 bits"
+    )
 
 
 class TeacherConfig(ModelConfig):
