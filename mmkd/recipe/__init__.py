@@ -40,8 +40,10 @@ from mmkd.recipe.models import (
     TrackerName,
     TrainConfig,
 )
+from mmkd.recipe.sources import HUB, SourceConfig
 
 __all__ = [
+    "HUB",
     "BatchConfig",
     "Conversion",
     "DataConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "ReleaseConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "StageConfig",
     "StudentConfig",
     "Tail",

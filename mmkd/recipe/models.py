@@ -8,6 +8,7 @@ from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.sources import DataConfig
 
 Precision = Literal["float32", "bfloat16", "auto"]
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
@@ -84,19 +85,6 @@ class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
     convert: list[Conversion] = Field([], description="changes of its structure, in order")
-
-
-class DataConfig(Strict):
-    """Records to train on: LLaVA conversations or chat messages, json, jsonl or parquet."""
-
-    train: str = Field(description="file of records")
-    images: str | None = Field(None, description="folder that image paths are relative to")
-    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
-    on_bad_sample: Literal["stop", "skip"] = "stop"
-    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
-    picture_cache: str | None = Field(
-        None, description="folder that keeps what the processors make of pictures"
-    )
 
 
 class OptimizerConfig(Strict):
@@ -274,6 +262,15 @@ class TrainConfig(Strict):
         if not self.groups and self.lora is None:
             raise ValueError("nothing trains: name groups, or add 'lora'")
         return self
+
+    @property
+    def words(self) -> str:
+        """What trains, for tables."""
+        if self.lora is None:
+            return ", ".join(self.groups)
+        kind = "DoRA" if self.lora.dora else "LoRA"
+        adapters = f"{kind} of rank {self.lora.rank} in {' + '.join(self.lora.groups)}"
+        return ", ".join([*self.groups, adapters])
 
 
 class StageConfig(Strict):

@@ -142,8 +142,8 @@ def stage_rows(source: Source) -> list[StageRow]:
             StageRow(
                 name=stage.name,
                 objectives=_objectives(stage),
-                train=trained(stage),
-                data=file_name(source.recipe.stage_data(stage).train),
+                train=stage.train.words,
+                data=", ".join(file_name(p.label) for p in source.recipe.stage_data(stage).parts),
                 steps=log.steps or 0,
                 records=stage.batch.records_per_step(processes),
                 lr=stage.optimizer.lr,
@@ -157,15 +157,6 @@ def _objectives(stage: StageConfig) -> str:
     if stage.on_policy is None:
         return text
     return f"{text}; {stage.on_policy.lmbda:.0%} of the answers sampled from the student"
-
-
-def trained(stage: StageConfig) -> str:
-    """Groups of parameters that train, and those with adapters."""
-    lora = stage.train.lora
-    if lora is None:
-        return ", ".join(stage.train.groups)
-    adapters = f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank} in {', '.join(lora.groups)}"
-    return ", ".join([*stage.train.groups, adapters])
 
 
 def model_text(source: Source, config: ModelConfig | None) -> str:
