@@ -13,6 +13,7 @@ runs/<name>/
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -111,8 +112,9 @@ def refuse_other_recipe(member: Member) -> None:
     if not path.exists() or not started:
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = yaml.safe_load(to_yaml(member.recipe))
-    found, wanted = (_without_layout(recipe) for recipe in (found, wanted))
+    with suppress(RecipeError):  # keys that are new since have their defaults
+        found = load_recipe(found).model_dump(mode="json")
+    found, wanted = (_without_layout(r) for r in (found, member.recipe.model_dump(mode="json")))
     if found != wanted:
         raise RecipeError(
             f"the folder holds a run of another recipe, it differs in "

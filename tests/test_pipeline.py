@@ -160,6 +160,12 @@ def test_finished_stages_are_kept_and_another_recipe_is_refused(
     pipeline.run(load_recipe(raw))
     pipeline.run(load_recipe(raw, ["release={repo: me/student}"]))  # says nothing of training
     assert student.stat().st_mtime_ns == written
+    path = folder / "training.yaml"
+    older = yaml.safe_load(path.read_text())
+    older["stages"][0]["train"] = ["all"]
+    del older["data"]["picture_cache"], older["stages"][0]["batch"]
+    path.write_text(yaml.safe_dump(older))  # as written before these keys were there
+    pipeline.run(load_recipe(raw))
     before = sorted(p.name for p in folder.rglob("*"))
     with pytest.raises(RecipeError, match=r"it differs in stages\.0\.optimizer\.lr"):
         pipeline.run(load_recipe(raw, ["stages.0.optimizer.lr=0.5"]))

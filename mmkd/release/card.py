@@ -143,7 +143,9 @@ def stage_rows(source: Source) -> list[StageRow]:
                 name=stage.name,
                 objectives=_objectives(stage),
                 train=stage.train.words,
-                data=", ".join(file_name(p.name or p.train) for p in source.recipe.stage_data(stage).parts),
+                data=", ".join(
+                    file_name(p.name or p.train) for p in source.recipe.stage_data(stage).parts
+                ),
                 steps=log.steps or 0,
                 records=stage.batch.records_per_step(processes),
                 lr=stage.optimizer.lr,
