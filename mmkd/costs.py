@@ -113,8 +113,8 @@ def flops_per_record(
     sample: Sample,
     others: Sequence[PreTrainedModel] = (),
 ) -> dict[str, float]:
-    """FLOPs of one record in one step, by what they are spent on; `others` are further teachers, all
-    of which are asked about it."""
+    """FLOPs of one record in one step, by what they are spent on; `others` are further teachers,
+    all of which are asked about it."""
     passes = _passes(student, trainable)
     forward = _forward(student, sample, sample.projected)
     found = {
