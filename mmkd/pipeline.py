@@ -93,6 +93,8 @@ def run(recipe: Recipe) -> Path:
         refuse_other_recipe(member)
         if not _is_trained(member):
             preflight.check(member.recipe)
+    if recipe.evaluate is not None and not all(_is_trained(member) for member in todo):
+        preflight.check_evaluation(recipe.evaluate)
     distributed.barrier()
     for number, member in enumerate(todo):
         share_stages(member, todo[:number], recipe)
@@ -357,6 +359,7 @@ def _score(
         model["model"],
         tasks=settings.tasks,
         include_path=Path(settings.include) if settings.include else None,
+        local=Path(settings.local) if settings.local else None,
         out=out,
         batch_size=settings.batch_size,
         limit=settings.limit,
@@ -367,7 +370,15 @@ def _score(
 
 def _answered(out: Path, request: dict[str, Any]) -> bool:
     path = out / "request.json"
-    return path.exists() and read_json(path) == request
+    return path.exists() and _asked(path) == request
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What an evaluation was asked for; keys that are new since have their defaults."""
+    fields = EvaluateConfig.model_fields
+    unset = {name: f.default for name, f in fields.items() if not f.is_required()}
+    del unset["decode"]
+    return unset | dict(read_json(path))
 
 
 def _twin(out: Path, request: dict[str, Any]) -> Path | None:
@@ -375,7 +386,7 @@ def _twin(out: Path, request: dict[str, Any]) -> Path | None:
     if request["weights"] is None:
         return None
     for path in sorted(out.parent.glob("*/request.json")):
-        if path.parent != out and {**read_json(path), "model": request["model"]} == request:
+        if path.parent != out and _asked(path) | {"model": request["model"]} == request:
             return path.parent
     return None
 

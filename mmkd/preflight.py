@@ -13,11 +13,12 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.errors import RecipeError
+from mmkd.evaluation.run import check as check_tasks
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
 from mmkd.loading import load_processor, shared_vocabulary, skeleton
 from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
-from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.recipe import DataConfig, EvaluateConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
@@ -84,6 +85,16 @@ def _check_others(recipe: Recipe, processor: Any) -> None:
             )
     for stage in recipe.stages:
         ask_each([], recipe.teachers, recipe.stage_data(stage))
+
+
+def check_evaluation(settings: EvaluateConfig) -> None:
+    """The tasks of the evaluation are there, with what they need.
+
+    Raises:
+        MmkdError: what lmms-eval would stumble over after the training.
+    """
+    include, local = (Path(f) if f else None for f in (settings.include, settings.local))
+    check_tasks(settings.tasks, include, local)
 
 
 def _check_engine(stage: StageConfig) -> None:

@@ -24,11 +24,11 @@ from mmkd.data.scenes.questions import ASKERS
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation import scenes
 from mmkd.evaluation.isolation import isolated
+from mmkd.evaluation.manager import find_tasks
 from mmkd.evaluation.run import (
     _simple_evaluate,
     collect_scores,
     evaluate,
-    find_tasks,
     require_lmms_eval,
 )
 
@@ -56,7 +56,8 @@ class Oracle(lmms):
 
 
 def test_true_answers_get_full_scores_through_lmms_eval(scenes_dir: Path) -> None:
-    manager = find_tasks(["scenes"], scenes_dir / "tasks")
+    manager = find_tasks(["scenes"], scenes_dir / "tasks", None)
+    assert sorted(manager.chosen.names) == sorted(TASKS)
     raw = _simple_evaluate(Oracle(), TASKS, manager, None)
     scores = collect_scores(raw, TASKS)
     assert list(scores) == TASKS

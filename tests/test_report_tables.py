@@ -1,5 +1,6 @@
 """The report's tables: aggregation over seeds, differences, marks, and the parts under them."""
 
+import base64
 import io
 import json
 import math
@@ -7,8 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from rich.console import Console
 from written_runs import (
     ACCURACY,
@@ -25,7 +29,7 @@ from mmkd.report.metrics import direction, headline_columns, vqa_kinds
 from mmkd.report.page import every_metric, render
 from mmkd.report.plots import smoothed
 from mmkd.report.rundata import read_run
-from mmkd.report.samples import data_file, disagree, join, pick
+from mmkd.report.samples import disagree, join, load_pictures, pick, picture_files
 from mmkd.report.summary import describe_objectives, summary, warnings
 from mmkd.report.tables import Value, build_tables, compact, format_value, print_scores
 
@@ -133,13 +137,13 @@ def test_print_scores_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_task_nobody_knows_shows_all_its_metrics(terminal: Console) -> None:
-    found = {"gqa": {"exact_match": 0.61234, "odd_[bold]thing": 1234.5}}
-    print_scores({"a": found, "b": {"gqa": {"exact_match": 0.5, "odd_[bold]thing": 1.0}}})
+    found = {"okvqa": {"exact_match": 0.61234, "odd_[bold]thing": 1234.5}}
+    print_scores({"a": found, "b": {"okvqa": {"exact_match": 0.5, "odd_[bold]thing": 1.0}}})
     text = terminal.export_text()
     assert "0.612 *" in text
     assert "1,234" in text  # half to even
     assert "odd [bold]thing" in text
-    assert len(headline_columns("gqa", list(found["gqa"]))) == 2
+    assert len(headline_columns("okvqa", list(found["okvqa"]))) == 2
 
 
 def test_every_metric_is_on_the_page_somewhere(run_dir: Path) -> None:
@@ -203,10 +207,35 @@ def test_half_of_the_samples_are_disputed_where_there_are_enough(hard: int, expe
 def test_the_data_file_is_found_from_the_project_folder(run_dir: Path, tmp_path: Path) -> None:
     run = read_run(run_dir)
     run.recipe["evaluate"]["include"] = "data/tasks"  # relative to where `mmkd run` was called
-    found = data_file(run, TASK)
-    assert found is not None
-    assert found.resolve() == tmp_path / "data" / "eval" / "vqa.parquet"
-    assert data_file(run, "other") is None
+    found = picture_files(run, TASK)
+    assert [path.resolve() for path in found] == [tmp_path / "data" / "eval" / "vqa.parquet"]
+    assert picture_files(run, "other") == []
+
+
+def test_files_of_the_evaluation_come_first_and_rows_count_through_them(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    run = read_run(run_dir)
+    shards = []
+    for number, colours in enumerate([["red", "lime"], ["blue"]]):
+        rows = [{"image": [{"bytes": picture(c), "path": None}]} for c in colours]
+        shards.append(f"local/test-{number}.parquet")  # relative to where `mmkd run` was called
+        (tmp_path / "local").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / shards[-1])
+    next(iter(run.results.values()))["data"] = {TASK: shards}
+    found = load_pictures(run, TASK, [{"m": {"doc_id": 0}}, {"m": {"doc_id": 2}}])
+    assert {doc: colour_of(uri) for doc, uri in found.items()} == {0: (255, 0, 0), 2: (0, 0, 255)}
+
+
+def picture(colour: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def colour_of(uri: str) -> Any:
+    found = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    return found.convert("RGB").getpixel((0, 0))
 
 
 def test_smoothing_keeps_constants_and_starts_at_the_first_value() -> None:

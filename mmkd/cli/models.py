@@ -69,6 +69,7 @@ def evaluate(
     student: Annotated[str, typer.Argument(help="model folder or Hub id")],
     tasks: Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas")],
     include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
+    local: Annotated[Optional[Path], typer.Option(help="folder of the tasks' data")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="folder for results and samples")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
@@ -82,6 +83,7 @@ def evaluate(
         student,
         tasks=tasks.split(","),
         include_path=include,
+        local=local,
         out=out,
         batch_size=batch_size,
         limit=limit,

@@ -44,8 +44,16 @@ def random_state() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_only() -> Iterator[None]:
-    """Show loguru's warnings and errors on stderr inside, and keep the caller's handlers safe.
+def silent_imports() -> Iterator[None]:
+    """For looking at tasks only: their modules' warnings and logs stay unseen, and lmms-eval's
+    evaluator, which changes torch.distributed's timeouts, is not imported."""
+    with random_state(), warnings.catch_warnings(), no_handlers():
+        yield
+
+
+@contextmanager
+def no_handlers() -> Iterator[None]:
+    """Keep the caller's loguru handlers safe: inside there are none.
 
     loguru can remove a handler but not put it back, so its table of handlers is set aside.
     """
@@ -55,14 +63,23 @@ def warnings_only() -> Iterator[None]:
     handlers, level = core.handlers, core.min_level
     core.handlers, core.min_level = {}, float("inf")
     try:
+        yield
+    finally:
+        logger.remove()
+        core.handlers, core.min_level = handlers, level
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Show loguru's warnings and errors on stderr inside."""
+    from loguru import logger
+
+    with no_handlers():
         import lmms_eval.evaluator  # noqa: F401  importing it replaces the handlers: do that first
 
         logger.remove()
         logger.add(sys.stderr, level="WARNING", format="lmms-eval: {message}")
         yield
-    finally:
-        logger.remove()
-        core.handlers, core.min_level = handlers, level
 
 
 @contextmanager

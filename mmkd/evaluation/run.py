@@ -8,22 +8,24 @@ Files: `out/results.json` (written last, so it is there only when all is) and
 `out/samples/<task>.jsonl`, one line per document.
 """
 
-import difflib
 import importlib.metadata
 import importlib.util
+import io
 import json
-import os
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmkd.errors import DataError, MmkdError
+from mmkd.errors import MmkdError
 from mmkd.evaluation.install import INSTALL
-from mmkd.evaluation.isolation import isolated
+from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class EvaluationResult:
         lmms_eval: version of lmms-eval.
         device, dtype: where and in which type the model ran.
         batch_size, limit: as asked for; with a limit the scores are of the first documents only.
+        data: {task: files of its documents}, for tasks that were read from `local`.
         samples: {task: [one record per document]}.
     """
 
@@ -62,6 +65,7 @@ class EvaluationResult:
     dtype: str
     batch_size: int
     limit: int | None
+    data: dict[str, list[str]]
     samples: dict[str, list[Sample]] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def evaluate(
     tasks: list[str],
     include_path: Path | None,
     out: Path | None,
+    local: Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     device: str = "cpu",
@@ -89,9 +94,12 @@ def evaluate(
     Args:
         model: a folder, a Hub name, or a model in memory, whose train/eval state and device stay.
         processor: needed with a model in memory.
-        tasks: task or group names, from `include_path` or of those bundled with lmms-eval.
+        tasks: names of tasks, groups and tags, from `include_path` or bundled with lmms-eval, or
+            short names of `mmkd.evaluation.standard`.
         include_path: folder with task YAML files.
         out: folder for `results.json` and `samples/`; None writes nothing.
+        local: folder with the parquet files of tasks whose data is on the Hub, see
+            `mmkd.evaluation.local`; None loads them from the Hub.
         batch_size: questions per generate call.
         limit: only the first so many documents of every task.
         device: where a model from a folder runs.
@@ -99,16 +107,17 @@ def evaluate(
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
-        MmkdError: lmms-eval is missing, a task is unknown or returned no scores.
+        MmkdError: lmms-eval is missing, a task is unknown, needs a judge or returned no scores.
         CheckpointError: the model or its processor cannot be used.
-        DataError: a task's data file is missing.
+        DataError: a task's data file is missing or of another schema.
     """
     require_lmms_eval()
     _require_positive(batch_size=batch_size, limit=limit)
     with isolated(progress):
         from mmkd.evaluation.adapter import MmkdModel
+        from mmkd.evaluation.manager import find_tasks
 
-        manager = find_tasks(tasks, include_path)
+        manager = find_tasks(tasks, include_path, local)
         path = None if isinstance(model, nn.Module) else str(model)
         adapter = MmkdModel(
             path,
@@ -120,10 +129,9 @@ def evaluate(
             progress=progress,
         )
         started = time.perf_counter()
-        tasks = expand_tags(tasks, manager)
-        raw = _simple_evaluate(adapter, tasks, manager, limit)
+        raw = _simple_evaluate(adapter, manager.chosen.names, manager, limit)
         seconds = time.perf_counter() - started
-    scores = collect_scores(raw, tasks)
+    scores = collect_scores(raw, manager.chosen.names)
     result = EvaluationResult(
         model=path or adapter.model.config.name_or_path or type(adapter.model).__name__,
         scores=scores,
@@ -136,6 +144,7 @@ def evaluate(
         dtype=str(adapter.model.dtype).removeprefix("torch."),
         batch_size=batch_size,
         limit=limit,
+        data={name: [str(f) for f in found.files] for name, found in manager.local.items()},
         samples={task: [_sample(s) for s in raw["samples"][task]] for task in scores},
     )
     if out is not None:
@@ -155,73 +164,19 @@ def require_lmms_eval() -> None:
         raise MmkdError("lmms-eval is not installed", mend=INSTALL)
 
 
-def find_tasks(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
-    """An index that knows all `tasks`; the slow one over lmms-eval's own only when needed.
+def check(tasks: Sequence[str], include_path: Path | None, local: Path | None) -> None:
+    """Everything about tasks that can be known to be wrong before there is a model to score.
 
     Raises:
-        MmkdError: a task is unknown, or none is asked for.
-        DataError: `include_path` or a task's data file does not exist.
+        MmkdError: lmms-eval or a package that a task imports is missing, a task is unknown, or
+            needs a judge or a server.
+        DataError: a task's local data is missing or of another schema.
     """
-    from lmms_eval.tasks import TaskManager
+    require_lmms_eval()
+    with silent_imports():
+        from mmkd.evaluation.manager import find_tasks
 
-    if not tasks:
-        raise MmkdError("no tasks to evaluate", mend="name at least one, e.g. scenes_pope")
-    if include_path is not None and not include_path.is_dir():
-        raise DataError("no such folder of tasks", where=str(include_path), mend="give DATA/tasks")
-    paths = [str(include_path)] if include_path else []
-    own = TaskManager("ERROR", include_path=paths, include_defaults=False)
-    manager = own
-    if not set(tasks) <= set(own.all_tasks):
-        manager = TaskManager("ERROR", include_path=paths, include_defaults=True)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise _unknown_task(task, own.all_tasks, manager.all_tasks, include_path)
-    for task in expand_tags(tasks, manager):
-        _check_data(task, manager)
-    return manager
-
-
-def expand_tags(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
-    """Tags (a label that tasks share, like `scenes`) as the tasks that carry them."""
-    found: list[str] = []
-    for task in tasks:
-        entry = manager.task_index[task]
-        found += sorted(entry["task"]) if entry["type"] == "tag" else [task]
-    return list(dict.fromkeys(found))
-
-
-def _unknown_task(
-    task: str, own: Sequence[str], known: Sequence[str], include_path: Path | None
-) -> MmkdError:
-    near = difflib.get_close_matches(task, own, n=1) or difflib.get_close_matches(task, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    listed = ", ".join(own) if own else "those of lmms-eval"
-    more = f" and {len(known) - len(own)} of lmms-eval" if own else ""
-    return MmkdError(
-        f"unknown task {task!r}",
-        where=str(include_path) if include_path else None,
-        mend=f"{hint}known tasks: {listed}{more}",
-    )
-
-
-def _check_data(task: str, manager: "TaskManager") -> None:
-    """Refuse a task whose local files are missing: lmms-eval would retry five times, then crash."""
-    from lmms_eval.utils import load_yaml_config
-
-    yaml_path = manager.task_index[task]["yaml_path"]
-    if yaml_path == -1:
-        return
-    config = load_yaml_config(yaml_path, mode="simple")
-    if config.get("dataset_path") not in ("parquet", "json", "csv"):
-        return
-    data_files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
-    for name in data_files.values() if isinstance(data_files, Mapping) else [data_files]:
-        if isinstance(name, str) and "://" not in name and not os.path.isfile(name):
-            raise DataError(
-                f"the data of task {task} is missing: {name}",
-                where=str(yaml_path),
-                mend="build the data set first (mmkd data build scenes --out DIR)",
-            )
+        find_tasks(tasks, include_path, local)
 
 
 def _simple_evaluate(
@@ -230,26 +185,38 @@ def _simple_evaluate(
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
-    try:
-        found: dict[str, Any] | None = simple_evaluate(
-            model=adapter,
-            tasks=list(tasks),
-            task_manager=manager,
-            batch_size=adapter.batch_size,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            process_docs_parallel=1,
-            verbosity="ERROR",
-        )
-    except RetryError as error:  # lmms-eval hides the cause behind five retries
-        cause = error.last_attempt.exception() or error
-        first = (str(cause).splitlines() or [""])[0]
-        raise MmkdError(
-            f"lmms-eval could not load the data ({type(cause).__name__}: {first})",
-            where=", ".join(tasks),
-            mend="check the tasks' dataset_path, the network and HF_HUB_OFFLINE",
-        ) from cause
+    where = ", ".join(tasks)
+    # some tasks print their categories' scores, or write them beside the working directory
+    with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
+        try:
+            found: dict[str, Any] | None = simple_evaluate(
+                model=adapter,
+                tasks=list(tasks),
+                task_manager=manager,
+                batch_size=adapter.batch_size,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                verbosity="ERROR",
+                cli_args=Namespace(output_path=scratch, process_with_media=True),
+            )
+        except RetryError as error:  # lmms-eval hides the cause behind five retries
+            cause = error.last_attempt.exception() or error
+            if isinstance(cause, MmkdError):
+                raise cause from None
+            first = (str(cause).splitlines() or [""])[0]
+            raise MmkdError(
+                f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
+                where=where,
+                mend="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
+            ) from cause
+        except AssertionError as error:
+            raise MmkdError(
+                f"lmms-eval refuses the documents ({error})",
+                where=where,
+                mend="check the data; a limit must not part documents that are scored together",
+            ) from error
     return found or {}
 
 

@@ -324,6 +324,9 @@ class EvaluateConfig(Strict):
 
     tasks: list[str] = Field(min_length=1)
     include: str | None = Field(None, description="folder of lmms-eval task files")
+    local: str | None = Field(
+        None, description="folder with the tasks' data as parquet files, in place of the Hub"
+    )
     batch_size: int = Field(32, ge=1)
     limit: int | None = Field(None, ge=1, description="documents per task")
     teacher: bool = Field(True, description="score the teacher too")

@@ -192,6 +192,6 @@ def cell(value: Any) -> str:
 
 def heading(column: Column) -> str:
     """A metric's name, with its unit and where less is better."""
-    unit = " %" if column.unit == "percent" else ""
+    unit = " %" if column.is_share else ""
     lower = column.better == "lower" and column.key[0] != COST
     return f"{column.name}{unit}{' (lower is better)' if lower else ''}"

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["higher", "lower"] | None
-Unit = Literal["percent", "number", "count", "bytes", "times"]
+# percent: a share of 1; points: a share of 100
+Unit = Literal["percent", "points", "number", "count", "bytes", "times"]
 Key = tuple[str, str]  # task, metric
 COST = ""  # the task of what a model costs
 
@@ -22,6 +23,11 @@ class Column:
     @property
     def name(self) -> str:
         return f"{self.group} {self.title}".strip()
+
+    @property
+    def is_share(self) -> bool:
+        """The value is read with a percent sign."""
+        return self.unit in ("percent", "points")
 
 
 HEADLINE: dict[str, list[Column]] = {
@@ -42,6 +48,39 @@ HEADLINE: dict[str, list[Column]] = {
         Column(("scenes_caption", "caption_object_recall"), "Caption", "objects named"),
         Column(("scenes_caption", "caption_bleu"), "Caption", "BLEU"),
     ],
+    # lmms-eval's own; its pope_yes_ratio is the data's share of yes, not the answers'
+    "pope": [
+        Column(("pope", "pope_accuracy"), "POPE", "accuracy"),
+        Column(("pope", "pope_precision"), "POPE", "precision"),
+        Column(("pope", "pope_recall"), "POPE", "recall"),
+        Column(("pope", "pope_f1_score"), "POPE", "F1"),
+    ],
+    # sums over categories of accuracy and accuracy+, of at most 2000 and 800
+    "mme": [
+        Column(("mme", "mme_perception_score"), "MME", "perception", unit="number"),
+        Column(("mme", "mme_cognition_score"), "MME", "cognition", unit="number"),
+    ],
+    "mmbench_en_dev_static": [
+        Column(("mmbench_en_dev_static", "gpt_eval_score"), "MMBench", "EN dev", unit="points")
+    ],
+    "gqa": [Column(("gqa", "exact_match"), "GQA", "exact match")],
+    "scienceqa": [Column(("scienceqa", "exact_match"), "ScienceQA", "all")],
+    "scienceqa_img": [Column(("scienceqa_img", "exact_match"), "ScienceQA", "with picture")],
+    "textvqa_val": [Column(("textvqa_val", "exact_match"), "TextVQA", "val")],
+    "vqav2_val": [Column(("vqav2_val", "exact_match"), "VQAv2", "val")],
+    "vizwiz_vqa_val": [Column(("vizwiz_vqa_val", "exact_match"), "VizWiz", "val")],
+    "seedbench": [
+        Column(("seedbench", "seed_image"), "SEED", "image"),
+        Column(("seedbench", "seed_video"), "SEED", "video"),
+        Column(("seedbench", "seed_all"), "SEED", "all"),
+    ],
+    "ai2d": [Column(("ai2d", "exact_match_flexible-extract"), "AI2D", "exact match")],
+    "chartqa": [
+        Column(("chartqa", "relaxed_human_split"), "ChartQA", "human"),
+        Column(("chartqa", "relaxed_augmented_split"), "ChartQA", "augmented"),
+        Column(("chartqa", "relaxed_overall"), "ChartQA", "overall"),
+    ],
+    "mmmu_val": [Column(("mmmu_val", "mmmu_acc"), "MMMU", "val")],
 }
 # Cost is listed, not ranked by speed: equal students differ in tokens/s by noise alone.
 COSTS = [
@@ -75,8 +114,13 @@ def headline_columns(task: str, metrics: list[str]) -> list[Column]:
 
 def all_columns(task: str, metrics: list[str], unit: Unit | None = None) -> list[Column]:
     """Every metric of a task as a column."""
-    unit = unit or ("percent" if task in HEADLINE else "number")
-    return [Column((task, m), task, m.replace("_", " "), direction(m), unit) for m in metrics]
+    known = HEADLINE.get(task, [])
+    unit = unit or (known[0].unit if known else "number")
+    named = {c.key[1]: c.better for c in known}
+    return [
+        Column((task, m), task, m.replace("_", " "), named.get(m, direction(m)), unit)
+        for m in metrics
+    ]
 
 
 def vqa_kinds(metrics: list[str]) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 from PIL import Image
 
 from mmkd.report.rundata import TEACHER, Run, read_samples
+from mmkd.task_files import data_files, read_task
 
 PER_TASK = 9
 PER_WORDY_TASK = 6  # where answers are sentences
@@ -148,34 +148,41 @@ def _shown(samples: dict[str, Sample], picture: str | None) -> Shown:
 
 
 def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -> dict[int, str]:
-    """{doc_id: data URI} from the task's parquet file; empty where there is none at hand."""
-    path = data_file(run, task)
-    if path is None or not path.is_file():
+    """{doc_id: data URI} from the task's parquet files; empty where there are none at hand."""
+    paths = picture_files(run, task)
+    if not paths or not all(path.is_file() for path in paths):
         return {}
     wanted = {}
     for samples in documents:
         first = next(iter(samples.values()))
         wanted[int(first["doc_id"])] = first.get("id")
     try:
-        rows = _rows(path, wanted)
-        return {doc: _data_uri(row["image"]) for doc, row in rows.items() if row.get("image")}
+        rows = _rows(paths, wanted)
+        found = {doc: _first_picture(row.get("image")) for doc, row in rows.items()}
+        return {doc: _data_uri(image) for doc, image in found.items() if image}
     except (OSError, ValueError, KeyError):  # a picture less is no reason to lose the report
         return {}
 
 
-def _rows(path: Path, wanted: dict[int, Any]) -> dict[int, Sample]:
-    """Rows by number; a row whose id is another one than the sample's is left out."""
-    file = pq.ParquetFile(path)
-    columns = [name for name in ("id", "image") if name in file.schema_arrow.names]
+def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, Sample]:
+    """Rows by number, counted through all files; a row whose id is another one than the sample's
+    is left out."""
     found, start = {}, 0
-    for batch in file.iter_batches(batch_size=256, columns=columns):
-        for doc in sorted(wanted):
-            if start <= doc < start + batch.num_rows:
-                row = batch.slice(doc - start, 1).to_pylist()[0]
-                if wanted[doc] is None or row.get("id", wanted[doc]) == wanted[doc]:
-                    found[doc] = row
-        start += batch.num_rows
+    for file in map(pq.ParquetFile, paths):
+        columns = [name for name in ("id", "image") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for doc in sorted(wanted):
+                if start <= doc < start + batch.num_rows:
+                    row = batch.slice(doc - start, 1).to_pylist()[0]
+                    if wanted[doc] is None or row.get("id", wanted[doc]) == wanted[doc]:
+                        found[doc] = row
+            start += batch.num_rows
     return found
+
+
+def _first_picture(image: Any) -> Any:
+    """The picture, or the first where a document has several."""
+    return (image[0] if image else None) if isinstance(image, list) else image
 
 
 def _data_uri(image: dict[str, Any]) -> str:
@@ -190,41 +197,22 @@ def _data_uri(image: dict[str, Any]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-class _TaskLoader(yaml.SafeLoader):
-    """Reads lmms-eval's task files; their `!function` tags are names nobody calls here."""
-
-
-_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def data_file(run: Run, task: str) -> Path | None:
-    """The local file behind a task: `dataset_kwargs.data_files` of its YAML."""
+def picture_files(run: Run, task: str) -> list[Path]:
+    """The parquet files with a task's documents, in order: where the evaluation found them, or
+    those that the task's own file names."""
+    # Paths are relative to where the recipe was run; that is mostly two folders above the run.
+    places = [Path(), run.folder.resolve().parent.parent]
+    for results in run.results.values():
+        for place in places if results.get("data", {}).get(task) else []:
+            found = [place / name for name in results["data"][task]]
+            if all(path.is_file() for path in found):
+                return found
     include = (run.recipe.get("evaluate") or {}).get("include")
     if not include:
-        return None
-    # Recipes are relative to where they were run; that is mostly two folders above the run.
-    folders = [Path(include), run.folder.resolve().parent.parent / include]
-    for folder in folders:
+        return []
+    for folder in [place / include for place in places]:
         for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
-            config = _task_config(path)
+            config = read_task(path)
             if config.get("task") == task:
-                return _first_file(config, path.parent)
-    return None
-
-
-def _task_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    base = path.parent / str(config.get("include"))
-    return {**_task_config(base), **config} if "include" in config and base != path else config
-
-
-def _first_file(config: dict[str, Any], folder: Path) -> Path | None:
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if isinstance(files, dict):
-        files = files.get(config.get("test_split")) or next(iter(files.values()), None)
-    return folder / files if isinstance(files, str) and "://" not in files else None
+                return data_files(config, path.parent)
+    return []

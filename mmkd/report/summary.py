@@ -136,7 +136,7 @@ def _result(tables: Tables) -> list[str]:
     column = next((c for c in columns if c.key[1] == VQA_OVERALL), columns[0] if columns else None)
     if column is None:
         return []
-    unit = "\u00a0%" if column.unit == "percent" else ""
+    unit = "\u00a0%" if column.is_share else ""
     rows = [r for r in tables.main.rows if column.key in r.values]
     said = ", ".join(
         f"{r.label} {format_value(r.values[column.key], column.unit)}{unit}" for r in rows
@@ -151,7 +151,7 @@ def _difference(tables: Tables, column: Column) -> list[str]:
     for row in tables.differences.rows:
         if value := row.values.get(column.key):
             text = format_value(value, column.unit, sign=True)
-            points = " points" if column.unit == "percent" else ""
+            points = " points" if column.is_share else ""
             found.append(f"{row.label}: {text}{points} ({row.note}).")
     return found
 

@@ -290,7 +290,7 @@ def format_value(value: Value | None, unit: Unit, *, sign: bool = False) -> str:
         return compact(value.mean, "B" if unit == "bytes" else "")
     scale = 100 if unit == "percent" else 1
     mean = scale * value.mean
-    digits = 1 if unit in ("percent", "times") else _digits(mean)
+    digits = 1 if unit in ("percent", "points", "times") else _digits(mean)
     text = f"{mean:{'+' if sign else ''},.{digits}f}".replace("-", "−")
     text += "×" if unit == "times" else ""
     if value.std is None:
@@ -373,7 +373,7 @@ def _on_its_side(table: Table) -> RichTable:
 
 
 def _heading(table: Table, column: Column, space: str) -> str:
-    unit = " %" if column.unit == "percent" and not table.of_differences else ""
+    unit = " %" if column.is_share and not table.of_differences else ""
     return f"{column.group}{space}{column.title}{unit}".strip()
 
 

@@ -1,0 +1,165 @@
+"""Data of lmms-eval's tasks from local parquet files instead of the Hub.
+
+A task that reads the split `test` of the Hub's `owner/POPE` reads `DIR/POPE/test.parquet`; with a
+configuration, `DIR/ScienceQA/ScienceQA-IMG/test.parquet`. The Hub's own layout works too: the
+owner's folder, `data/`, and shards `test-00000-of-00002.parquet`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image, List, load_dataset
+
+from mmkd.errors import DataError
+from mmkd.evaluation.catalog import Task
+from mmkd.evaluation.standard import COLUMNS, PICTURES
+
+_BUILDERS = ("parquet", "json", "csv", "imagefolder", "arrow", "text", "pandas")
+_ENCODED = {"bytes", "path"}
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """Where one task's documents are.
+
+    Attributes:
+        split: the split that is scored.
+        files: its parquet files, in order.
+        pictures: files with the columns id and image, where the documents hold imageId.
+    """
+
+    split: str
+    files: list[Path]
+    pictures: list[Path]
+
+    def override(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A task's keys with this data in place of the Hub's."""
+        files = {self.split: [str(path) for path in self.files]}
+        changed: dict[str, Any] = {
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "features": features(self.files[0])},
+        }
+        if self.pictures:
+            changed["process_docs"] = self._with_pictures
+        return config | changed
+
+    def _with_pictures(self, documents: Dataset) -> Dataset:
+        """The documents with the column image, looked up by imageId."""
+        rows = read_parquet(self.pictures).cast_column("image", Image(decode=False))
+        pictures = {row["id"]: row["image"] for row in rows}
+        return documents.map(
+            lambda document: {"image": pictures[document["imageId"]]},
+            features=Features({**documents.features, "image": Image()}),
+        )
+
+
+def find_local(tasks: Iterable[Task], folder: Path) -> dict[str, LocalData]:
+    """{task: its files in `folder`}, for all tasks whose data is on the Hub.
+
+    Raises:
+        DataError: the folder or a task's files are missing, empty or of another schema.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            "no such folder of data", where=str(folder), mend="correct `local`, or leave it out"
+        )
+    return {
+        task.name: _find(task, folder)
+        for task in tasks
+        if task.config.get("dataset_path") not in (None, *_BUILDERS)
+    }
+
+
+def _find(task: Task, folder: Path) -> LocalData:
+    config = task.config.get("dataset_name")
+    split = str(task.split)
+    files = _files(task, folder, config, split)
+    check_columns(files, COLUMNS.get(task.name, ()), task.name)
+    pictures = []
+    if task.name in PICTURES:
+        pictures = _files(task, folder, PICTURES[task.name], split)
+        check_columns(pictures, ("id", "image"), task.name)
+        _check_pictures(files, pictures)
+    return LocalData(split, files, pictures)
+
+
+def _files(task: Task, folder: Path, config: str | None, split: str) -> list[Path]:
+    name = str(task.config["dataset_path"])
+    short = name.rpartition("/")[2]
+    for place in [folder / name, folder / short, *sorted(folder.glob(f"*/{short}"))]:
+        base = place / config if config else place
+        for inner in (base, base / "data"):
+            if found := [*inner.glob(f"{split}.parquet"), *inner.glob(f"{split}-*.parquet")]:
+                return sorted(found)
+    wanted = folder / short / (config or "") / f"{split}.parquet"
+    raise DataError(
+        f"no local data of task {task.name}",
+        where=str(folder),
+        mend=f"put {wanted} there, with the columns of the Hub's {name}, or leave `local` out",
+    )
+
+
+def check_columns(files: Sequence[Path], columns: Sequence[str], task: str) -> None:
+    """Refuse files without rows, without a column, or that are no parquet files."""
+    for path in files:
+        try:
+            read = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                "not a parquet file", where=str(path), mend="write it with to_parquet"
+            ) from error
+        missing = [name for name in columns if name not in read.schema_arrow.names]
+        if missing:
+            raise DataError(
+                f"task {task} reads the column {missing[0]}, which is not there",
+                where=str(path),
+                mend=f"give the columns {', '.join(columns)}",
+            )
+        if not read.metadata.num_rows:
+            raise DataError("no rows", where=str(path), mend="give at least one")
+
+
+def _check_pictures(files: Sequence[Path], pictures: Sequence[Path]) -> None:
+    known = _values(pictures, "id")
+    if missing := sorted(_values(files, "imageId") - known):
+        raise DataError(
+            f"no picture with id {missing[0]}",
+            where=", ".join(map(str, pictures)),
+            mend="give the pictures of all questions",
+        )
+
+
+def _values(files: Sequence[Path], column: str) -> set[Any]:
+    return {
+        value
+        for path in files
+        for value in pq.read_table(path, columns=[column])[column].to_pylist()
+    }
+
+
+def read_parquet(files: Sequence[Path]) -> Dataset:
+    """The rows of all files, pictures decoded on access."""
+    return load_dataset(
+        "parquet",
+        data_files=[str(path) for path in files],
+        features=features(files[0]),
+        split="train",
+    )
+
+
+def features(path: Path) -> Features:
+    """The types of a parquet file's columns; a column of bytes and path holds pictures, whether
+    or not `datasets` wrote the file and said so."""
+    found = Features.from_arrow_schema(pq.read_schema(path))
+    return Features({name: _with_pictures(kind) for name, kind in found.items()})
+
+
+def _with_pictures(kind: Any) -> Any:
+    if isinstance(kind, dict) and set(kind) == _ENCODED:
+        return Image()
+    return List(_with_pictures(kind.feature)) if isinstance(kind, List) else kind

@@ -1,0 +1,60 @@
+"""lmms-eval's index of tasks, with what mmkd changes in their configurations."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.tasks import TaskManager
+
+from mmkd.errors import MmkdError
+from mmkd.evaluation.catalog import Chosen, choose, is_submission
+from mmkd.evaluation.local import LocalData, find_local
+
+
+class ChosenTasks(TaskManager):
+    """The chosen tasks as lmms-eval defines them, prompts and scoring included.
+
+    Two things differ: documents come from `local` where it has the task, and metrics that are
+    files for a benchmark's server are left out.
+    """
+
+    def __init__(self, chosen: Chosen, local: Mapping[str, LocalData]):
+        self.chosen, self.local = chosen, local
+        folders = [str(folder) for folder in chosen.folders]
+        super().__init__("ERROR", include_path=folders, include_defaults=False)
+
+    def _get_config(self, name: str) -> dict[str, Any]:
+        try:
+            config: dict[str, Any] = super()._get_config(name)
+        except ImportError as error:
+            raise _missing_package(name, error) from error
+        if config.get("metric_list"):
+            scored = [m for m in config["metric_list"] if m and not is_submission(m)]
+            config = config | {"metric_list": scored}
+        return self.local[name].override(config) if name in self.local else config
+
+
+def find_tasks(asked: Sequence[str], include: Path | None, local: Path | None) -> ChosenTasks:
+    """The tasks of these names, all that they import and all local data looked at.
+
+    Raises:
+        MmkdError: a task is unknown, has no score here, or needs a package that is missing.
+        DataError: a task's local data is missing or of another schema.
+    """
+    chosen = choose(asked, include)
+    found = ChosenTasks(chosen, find_local(chosen.tasks, local) if local else {})
+    for task in chosen.tasks:
+        found._get_config(task.name)  # imports what its functions need
+    return found
+
+
+def _missing_package(task: str, error: ImportError) -> MmkdError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    package = (getattr(cause, "name", None) or "").partition(".")[0]
+    return MmkdError(
+        f"task {task} needs the package {package}" if package else str(cause),
+        where="lmms-eval",
+        mend=f"pip install {package}" if package else "install what it imports",
+    )
