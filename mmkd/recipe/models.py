@@ -22,8 +22,10 @@ class ModelConfig(Strict):
     )
     processor: str | None = Field(None, description="folder or Hub id; the model's own if left out")
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="kernel of attention; `matrix` needs the teacher's eager"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that the model brings")
 
     @model_validator(mode="after")
@@ -47,7 +49,7 @@ class ModelConfig(Strict):
 class CacheConfig(Strict):
     """A teacher's output distributions on disk."""
 
-    folder: str
+    folder: str = Field(description="where `mmkd cache` writes")
     k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
     hidden: bool = Field(
         False, description="keep final hidden states too, for relation and affinity, in 16 bits"
@@ -92,7 +94,7 @@ class DataConfig(Strict):
     train: str = Field(description="file of records")
     images: str | None = Field(None, description="folder that image paths are relative to")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
-    on_bad_sample: Literal["stop", "skip"] = "stop"
+    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take the next one")
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
     picture_cache: str | None = Field(
         None, description="folder that keeps what the processors make of pictures"
@@ -100,13 +102,13 @@ class DataConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """Weight decay is not applied to vectors (norms and biases)."""
+    """How weights change in a step; vectors (norms and biases) do not decay."""
 
-    kind: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    lr: float = Field(2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    kind: Literal["adamw", "adam", "sgd", "adafactor"] = Field("adamw", description="algorithm")
+    lr: float = Field(2e-5, gt=0, description="learning rate, the schedule's highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw and adam")
+    eps: float = Field(1e-8, gt=0, description="of adamw and adam")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
 
@@ -114,7 +116,7 @@ class OptimizerConfig(Strict):
 class ScheduleConfig(Strict):
     """Learning rate over the steps of a stage."""
 
-    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     decay: float = Field(0.2, ge=0, lt=1, description="share of the steps at the end, for wsd")
     min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
@@ -195,7 +197,7 @@ class CheckpointConfig(Strict):
 class EngineConfig(Strict):
     """What runs forward, backward and step."""
 
-    kind: Literal["torch", "deepspeed"] = "torch"
+    kind: Literal["torch", "deepspeed"] = Field("torch", description="library")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     zero: int | None = Field(
         None, ge=0, le=3, description="ZeRO stage of deepspeed; its file's, or 2, if left out"
@@ -229,9 +231,9 @@ class EngineConfig(Strict):
 class SamplingConfig(Strict):
     """How answers are sampled from a model."""
 
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=1, description="longest answer")
     temperature: float = Field(1.0, ge=0, description="0: the likeliest token always")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="share of the mass that is sampled from")
     top_k: int = Field(0, ge=0, description="0: all tokens")
 
 
@@ -248,7 +250,7 @@ class LoraConfig(Strict):
     groups: list[str] = Field(
         ["language_model"], min_length=1, description="the head gets one only by its own name"
     )
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="of an adapter's product")
     alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
     dora: bool = Field(False, description="train each output's scale apart (DoRA)")
@@ -279,25 +281,25 @@ class TrainConfig(Strict):
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="its folder is NN-name")
     convert: list[Conversion] = Field([], description="changes of the student's structure before")
     train: TrainConfig = Field(
         TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
     )
     data: DataConfig | None = Field(None, description="the recipe's data if left out")
-    objectives: list[AnyObjectiveConfig] = Field(min_length=1)
+    objectives: list[AnyObjectiveConfig] = Field(min_length=1, description="summed by weight")
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
     precision: Precision = Field(
         "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(False, description="recompute layers to save memory")
 
     @field_validator("train", mode="before")
     @classmethod
@@ -317,9 +319,9 @@ class StageConfig(Strict):
 class EvaluateConfig(Strict):
     """lmms-eval on the finished students and the teacher."""
 
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1, description="names of lmms-eval tasks")
     include: str | None = Field(None, description="folder of lmms-eval task files")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="questions at once")
     limit: int | None = Field(None, ge=1, description="documents per task")
     teacher: bool = Field(True, description="score the teacher too")
     every_stage: bool = Field(False, description="score what each stage made, not only the last")
@@ -351,9 +353,9 @@ ReportTo = Annotated[
 class Recipe(Strict):
     """A whole run: teacher, student, data, stages, evaluation."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder")
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="decides data order, new weights and sampling")
     output_dir: str = Field("runs", description="the run is written to output_dir/name")
     report_to: ReportTo = Field(
         [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
