@@ -1,0 +1,158 @@
+"""Distil on a folder of your own pictures, which need no text.
+
+    python examples/own_images.py PHOTOS --teacher ID --student ID --out runs/photos
+
+The teacher answers a few prompts on every picture; its answers become the data of a recipe, which
+`mmkd run` trains. At the end teacher and student answer on pictures that were held out.
+
+    OUT/train.jsonl      what the teacher said, LLaVA conversations; delete it to ask again
+    OUT/recipe.yaml      written once; edit it and run the same command again
+    OUT/photos/          the run: report.html, 01-mimic/student
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from PIL import Image
+
+from mmkd import distributed
+from mmkd.data.answers import sample
+from mmkd.data.encoder import Encoder
+from mmkd.data.records import Record, Records, load_image
+from mmkd.errors import DataError, MmkdError
+from mmkd.files import write_text
+from mmkd.loading import load_model, load_processor
+from mmkd.progress import console, track
+from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
+
+PROMPTS = [
+    "Describe this image in detail.",
+    "What is the main subject of this image? Answer in one sentence.",
+    "List the objects that you can see, separated by commas.",
+]
+NAME, STAGE, AT_ONCE = "photos", "mimic", 8
+Question = tuple[str, str]  # a picture's path below the folder, a prompt
+
+
+class Folder(Records):
+    """Pictures that are asked for by their paths below a folder."""
+
+    def __init__(self, root: Path):
+        self.path = self.image_root = root
+
+    def where(self, index: int) -> str:
+        return str(self.path)
+
+    def readable(self) -> list[str]:
+        """Paths of the pictures that can be decoded, in a fixed order."""
+        known = Image.registered_extensions()
+        files = [f for f in sorted(self.path.rglob("*")) if f.suffix.lower() in known]
+        names = []
+        for file in track(files, "pictures", len(files)):
+            name = str(file.relative_to(self.path))
+            try:
+                load_image(name, self.path)
+                names.append(name)
+            except DataError as error:
+                console.print(f"left out: {error}", markup=False, highlight=False)
+        return names
+
+
+def ask(model: ModelConfig, folder: Folder, questions: list[Question], longest: int) -> list[str]:
+    """A model's likeliest answer to each question."""
+    device = distributed.choose_device("auto")
+    answering: Any = load_model(model)
+    answering.to(device)
+    encoder = Encoder(folder, load_processor(model), DataConfig(train="-"))  # "-": no file is read
+    settings = SamplingConfig(max_new_tokens=longest, temperature=0)
+
+    def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        return answering.generate(**inputs, **options)
+
+    def record(name: str, prompt: str) -> Record:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return Record(name, [{"role": "user", "content": content}], [name])
+
+    parts = [questions[i : i + AT_ONCE] for i in range(0, len(questions), AT_ONCE)]
+    answers: list[str] = []
+    for part in track(parts, f"{model.model} answers", len(parts)):
+        asked = [record(*question) for question in part]
+        answers += sample(generate, encoder, asked, settings, seed=0, device=device)
+    return answers
+
+
+def conversation(question: Question, answer: str) -> dict[str, Any]:
+    """A record as data files hold it."""
+    name, prompt = question
+    turns = [("human", f"<image>\n{prompt}"), ("gpt", answer)]
+    return {"image": name, "conversations": [{"from": who, "value": what} for who, what in turns]}
+
+
+def recipe(photos: Path, teacher: ModelConfig, student: str, out: Path) -> dict[str, Any]:
+    """Cross-entropy on what the teacher said, KL to its distributions over answer and picture."""
+    kl_vision = {"kind": "kl", "name": "kl_vision", "region": "vision"}
+    stage = {
+        "name": STAGE,
+        "train": ["connector", "language_model"],
+        "objectives": [{"kind": "ce"}, {"kind": "kl"}, kl_vision],
+        "epochs": 1,
+        "batch": {"size": 4, "accumulate": 4},
+        "precision": "auto",
+        "optimizer": {"lr": 2e-5},
+    }
+    return {
+        "name": NAME,
+        "output_dir": str(out),
+        "teacher": {"model": teacher.model, "dtype": teacher.dtype},
+        "student": {"model": student},
+        "data": {"train": str(out / "train.jsonl"), "images": str(photos)},
+        "stages": [stage],
+    }
+
+
+def main(
+    photos: Annotated[Path, typer.Argument(help="folder of pictures, in any depth")],
+    teacher: Annotated[str, typer.Option(help="folder or Hub id")],
+    student: Annotated[str, typer.Option(help="folder or Hub id, of the teacher's tokenizer")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    prompt: Annotated[list[str], typer.Option(help="repeat for several")] = PROMPTS,
+    held_out: Annotated[int, typer.Option(min=1, help="pictures, the last by name")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+) -> None:
+    """Distil a teacher into a student on pictures of your own."""
+    photos, out = photos.resolve(), out.resolve()
+    folder = Folder(photos)
+    names = folder.readable()
+    if len(names) <= held_out:
+        raise DataError(f"{len(names)} readable pictures", where=str(photos), mend="add some")
+    dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
+    asked = ModelConfig(model=teacher, dtype=dtype)
+    data, file = out / "train.jsonl", out / "recipe.yaml"
+    if not data.exists():
+        questions = [(name, p) for name in names[:-held_out] for p in prompt]
+        answers = ask(asked, folder, questions, max_new_tokens)
+        rows = [conversation(q, a) for q, a in zip(questions, answers, strict=True) if a]
+        write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
+    if not file.exists():
+        write_text(file, yaml.safe_dump(recipe(photos, asked, student, out), sort_keys=False))
+    if code := subprocess.run([sys.executable, "-m", "mmkd.cli", "run", str(file)]).returncode:
+        raise typer.Exit(code)
+    made = ModelConfig(model=str(out / NAME / f"01-{STAGE}" / "student"))
+    questions = [(name, prompt[0]) for name in names[-held_out:]]
+    said = [ask(model, folder, questions, max_new_tokens) for model in (asked, made)]
+    for (name, question), one, other in zip(questions, *said, strict=True):
+        text = f"\n{name}: {question}\n  teacher: {one}\n  student: {other}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MmkdError as error:
+        sys.exit(f"error: {error}")
