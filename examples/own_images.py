@@ -24,7 +24,9 @@ from PIL import Image
 from mmkd import distributed
 from mmkd.data.answers import sample
 from mmkd.data.encoder import Encoder
-from mmkd.data.records import Record, Records, load_image
+from mmkd.data.images import FORMATS, load_image
+from mmkd.data.records import Records
+from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.files import write_text
 from mmkd.loading import load_model, load_processor
@@ -40,36 +42,37 @@ NAME, STAGE, AT_ONCE = "photos", "mimic", 8
 Question = tuple[str, str]  # a picture's path below the folder, a prompt
 
 
-class Folder(Records):
-    """Pictures that are asked for by their paths below a folder."""
+class Given(Records):
+    """Records that are given one by one, and not read from anywhere."""
 
-    def __init__(self, root: Path):
-        self.path = self.image_root = root
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def where(self, index: int) -> str:
-        return str(self.path)
-
-    def readable(self) -> list[str]:
-        """Paths of the pictures that can be decoded, in a fixed order."""
-        known = Image.registered_extensions()
-        files = [f for f in sorted(self.path.rglob("*")) if f.suffix.lower() in known]
-        names = []
-        for file in track(files, "pictures", len(files)):
-            name = str(file.relative_to(self.path))
-            try:
-                load_image(name, self.path)
-                names.append(name)
-            except DataError as error:
-                console.print(f"left out: {error}", markup=False, highlight=False)
-        return names
+        return str(self.folder)
 
 
-def ask(model: ModelConfig, folder: Folder, questions: list[Question], longest: int) -> list[str]:
+def readable(photos: Path) -> list[str]:
+    """Paths of the pictures that can be decoded, in a fixed order."""
+    known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files = [f for f in sorted(photos.rglob("*")) if f.suffix.lower() in known]
+    names = []
+    for file in track(files, "pictures", len(files)):
+        try:
+            load_image(name := str(file.relative_to(photos)), photos)
+            names.append(name)
+        except DataError as error:
+            console.print(f"left out: {error}", markup=False, highlight=False)
+    return names
+
+
+def ask(model: ModelConfig, photos: Path, questions: list[Question], longest: int) -> list[str]:
     """A model's likeliest answer to each question."""
     device = distributed.choose_device("auto")
     answering: Any = load_model(model)
     answering.to(device)
-    encoder = Encoder(folder, load_processor(model), DataConfig(train="-"))  # "-": no file is read
+    # no data file is read for records that are given
+    encoder = Encoder(Given(photos), load_processor(model), DataConfig(train="-"))
     settings = SamplingConfig(max_new_tokens=longest, temperature=0)
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -77,7 +80,7 @@ def ask(model: ModelConfig, folder: Folder, questions: list[Question], longest: 
 
     def record(name: str, prompt: str) -> Record:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return Record(name, [{"role": "user", "content": content}], [name])
+        return Record(name, [{"role": "user", "content": content}], [name], root=photos)
 
     parts = [questions[i : i + AT_ONCE] for i in range(0, len(questions), AT_ONCE)]
     answers: list[str] = []
@@ -127,8 +130,7 @@ def main(
 ) -> None:
     """Distil a teacher into a student on pictures of your own."""
     photos, out = photos.resolve(), out.resolve()
-    folder = Folder(photos)
-    names = folder.readable()
+    names = readable(photos)
     if len(names) <= held_out:
         raise DataError(f"{len(names)} readable pictures", where=str(photos), mend="add some")
     dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
@@ -136,7 +138,7 @@ def main(
     data, file = out / "train.jsonl", out / "recipe.yaml"
     if not data.exists():
         questions = [(name, p) for name in names[:-held_out] for p in prompt]
-        answers = ask(asked, folder, questions, max_new_tokens)
+        answers = ask(asked, photos, questions, max_new_tokens)
         rows = [conversation(q, a) for q, a in zip(questions, answers, strict=True) if a]
         write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
     if not file.exists():
@@ -145,7 +147,7 @@ def main(
         raise typer.Exit(code)
     made = ModelConfig(model=str(out / NAME / f"01-{STAGE}" / "student"))
     questions = [(name, prompt[0]) for name in names[-held_out:]]
-    said = [ask(model, folder, questions, max_new_tokens) for model in (asked, made)]
+    said = [ask(model, photos, questions, max_new_tokens) for model in (asked, made)]
     for (name, question), one, other in zip(questions, *said, strict=True):
         text = f"\n{name}: {question}\n  teacher: {one}\n  student: {other}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -85,8 +85,8 @@ def build_cache(recipe: Recipe) -> Store:
         writer.keep_head(*relative_head(model, vocabulary))
     distributed.barrier()
     teacher = place_teacher(model, teacher_config.placement, device)
-    for name, stage in _files(recipe, stages).items():
-        _store_file(name, recipe.stage_data(stage), stage, processor, teacher, writer)
+    for stage in _readers(recipe, stages):
+        _store_data(recipe.stage_data(stage), stage, processor, teacher, writer)
     writer.flush()
     distributed.barrier()
     if distributed.rank() == 0:
@@ -107,8 +107,8 @@ def needed(stage: StageConfig, *, hidden: bool) -> list[Objective]:
     return found
 
 
-def _files(recipe: Recipe, stages: list[StageConfig]) -> dict[str, StageConfig]:
-    """Data files, each with the first stage that reads it.
+def _readers(recipe: Recipe, stages: list[StageConfig]) -> list[StageConfig]:
+    """The first stage that reads each data set.
 
     Raises:
         RecipeError: two stages cut sequences at different lengths.
@@ -122,32 +122,33 @@ def _files(recipe: Recipe, stages: list[StageConfig]) -> dict[str, StageConfig]:
         )
     found: dict[str, StageConfig] = {}
     for stage in stages:
-        found.setdefault(recipe.stage_data(stage).train, stage)
-    return found
+        said = [part.model_dump_json() for part in recipe.stage_data(stage).parts]
+        found.setdefault("".join(said), stage)
+    return list(found.values())
 
 
-def _store_file(
-    name: str,
+def _store_data(
     data: DataConfig,
     stage: StageConfig,
     processor: Any,
     teacher: LiveTeacher,
     writer: StoreWriter,
 ) -> None:
-    """Store this process's share of a data file's records."""
+    """Store this process's share of a data set's records."""
     encoder = Encoder.of(
         [build_objective(o) for o in stage.objectives],
         data,
         processor,
         filler=teacher.spread and distributed.world_size() > 1,
     )
+    name = ", ".join(part.label for part in data.parts)
     count, size = len(encoder.records), stage.batch.size
     ranks, rank = distributed.world_size(), distributed.rank()
     # Each rank makes as many batches, for a teacher that is spread over them.
     batches = -(-count // (size * ranks))
     precision = choose_precision(stage.precision, teacher.device)
     skipped = 0
-    with Bar(Path(name).name, batches, quiet=rank > 0) as bar:
+    with Bar(name, batches, quiet=rank > 0) as bar:
         for number in range(batches):
             first = (number * ranks + rank) * size
             skipped += _store_records(

@@ -10,6 +10,7 @@ from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
@@ -297,13 +298,15 @@ def _check_data(
     teacher_processor: Any,
     store: Store | None,
 ) -> None:
-    """The first record can be encoded, for both models where they see it differently, and is in
-    the teacher's cache."""
+    """The first record of each source can be encoded, for both models where they see it
+    differently, and is in the teacher's cache."""
     data = recipe.stage_data(stage)
     stored = store if any("teacher" in o.needs for o in objectives) else None
     encoder = Encoder.of(
         objectives, data, processor, teacher_processor=teacher_processor, store=stored
     )
-    batch = encoder.encode([0])
-    for objective in objectives:
-        objective.rows(batch.targets)
+    Mixture(encoder.records, recipe.seed)
+    for first in encoder.records.starts:
+        batch = encoder.encode([first])
+        for objective in objectives:
+            objective.rows(batch.targets)

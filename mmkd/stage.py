@@ -122,7 +122,7 @@ class Stage:
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
         described = self._describe(step, metrics, result, batches)
-        return {**described, **sampled, **self._shares(load)}
+        return {**described, **sampled, **self._sources(batches), **self._shares(load)}
 
     def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
         """The batches with the student's own answers where the recipe wants them."""
@@ -175,6 +175,17 @@ class Stage:
         ):
             return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
         return reference.logps(batch)
+
+    def _sources(self, batches: list[Batch]) -> Metrics:
+        """How many of the global batch's records each source of a mixture gave."""
+        records = self.stream.encoder.records
+        if len(records.sources) == 1:
+            return {}
+        counts = torch.zeros(len(records.sources), dtype=torch.float64, device=self.engine.device)
+        for index in (i for batch in batches for i in batch.indices):
+            counts[records.source_of(index)] += 1
+        names = [s.config.label for s in records.sources]
+        return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
 
     def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
         """The share of the global batch's tokens that each expert of each sparse layer got."""

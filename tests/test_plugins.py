@@ -58,6 +58,14 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     assert found[-1] > 1e-4
     said = json.loads((tmp_path / "tiny" / "provenance.json").read_text())
     assert len(said["plugins"][str(file)]) == 64
+
+    monkeypatch.setattr(added, "_added", {})  # as in a process of its own
+    out = tmp_path / "released"
+    words = ("release", tmp_path / "tiny", "--out", out)
+    assert mmkd(monkeypatch, *words) == 2
+    assert mmkd(monkeypatch, *words, "--plugin", file) in (0, None)
+    assert "hidden_cosine" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "provenance.json").read_text()
     assert "hidden_cosine" in yaml.safe_dump(
         yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text())
     )

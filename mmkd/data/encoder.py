@@ -19,7 +19,8 @@ from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
 from mmkd.data.processing import MOVED, Processing
-from mmkd.data.records import Message, Record, Records, located
+from mmkd.data.records import Records, located
+from mmkd.data.schema import Message, Record
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Targets
 from mmkd.ops import SparseRows
@@ -195,14 +196,14 @@ class Encoder:
         for index in indices:
             for attempt in range(len(self.records)):
                 try:
-                    samples.append(self.load((index + attempt) % len(self.records)))
+                    samples.append(self.load(self.records.instead(index, attempt)))
                     break
                 except DataError as error:
                     if self.config.on_bad_sample == "stop":
                         raise
                     skipped.append(str(error))
             else:
-                raise DataError("every record is bad", where=str(self.records.path))
+                raise DataError("every record is bad", where=self.records.name)
         batch = replace(self._encode(samples), skipped=skipped)
         return batch if self.teacher is None else _beside(batch, self.teacher.encode(batch.indices))
 

@@ -8,6 +8,7 @@ from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.sources import DataConfig
 
 Precision = Literal["float32", "bfloat16", "auto"]
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
@@ -86,19 +87,6 @@ class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
     convert: list[Conversion] = Field([], description="changes of its structure, in order")
-
-
-class DataConfig(Strict):
-    """Records to train on: LLaVA conversations or chat messages, json, jsonl or parquet."""
-
-    train: str = Field(description="file of records")
-    images: str | None = Field(None, description="folder that image paths are relative to")
-    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
-    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take the next one")
-    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
-    picture_cache: str | None = Field(
-        None, description="folder that keeps what the processors make of pictures"
-    )
 
 
 class OptimizerConfig(Strict):
@@ -277,6 +265,15 @@ class TrainConfig(Strict):
             raise ValueError("nothing trains: name groups, or add 'lora'")
         return self
 
+    @property
+    def words(self) -> str:
+        """What trains, for tables."""
+        if self.lora is None:
+            return ", ".join(self.groups)
+        kind = "DoRA" if self.lora.dora else "LoRA"
+        adapters = f"{kind} of rank {self.lora.rank} in {' + '.join(self.lora.groups)}"
+        return ", ".join([*self.groups, adapters])
+
 
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
@@ -350,8 +347,21 @@ ReportTo = Annotated[
 ]
 
 
+class ReleaseConfig(Strict):
+    """How `mmkd release` publishes a finished student on the Hub."""
+
+    repo: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hub, such as me/student"
+    )
+    private: bool = Field(False, description="private; false leaves it to the Hub's own default")
+    license: str | None = Field(None, description="the Hub's name for it, such as apache-2.0")
+    datasets: list[str] = Field([], description="Hub ids of the data that it was trained on")
+    language: list[str] = Field([], description="ISO 639 codes, such as en")
+    tags: list[str] = Field([], description="tags beside mmkd and distillation")
+
+
 class Recipe(Strict):
-    """A whole run: teacher, student, data, stages, evaluation."""
+    """A whole run: teacher, student, data, stages, evaluation, release."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder")
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
@@ -365,6 +375,7 @@ class Recipe(Strict):
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     evaluate: EvaluateConfig | None = None
+    release: ReleaseConfig | None = None
     variants: dict[str, list[str]] = Field(
         {}, description="label -> overrides; each is trained beside the recipe, from the same start"
     )
