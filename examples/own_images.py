@@ -5,7 +5,7 @@
 The teacher answers a few prompts on every picture; its answers become the data of a recipe, which
 `mmkd run` trains. At the end teacher and student answer on pictures that were held out.
 
-    OUT/train.jsonl      what the teacher said, LLaVA conversations; delete it to ask again
+    OUT/train.jsonl      what the teacher said, chat messages; delete it to ask again
     OUT/recipe.yaml      written once; edit it and run the same command again
     OUT/photos/          the run: report.html, 01-mimic/student
 """
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from PIL import Image
 
 from mmkd import distributed
@@ -35,10 +34,27 @@ from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
 
 PROMPTS = [
     "Describe this image in detail.",
-    "What is the main subject of this image? Answer in one sentence.",
     "List the objects that you can see, separated by commas.",
 ]
-NAME, STAGE, AT_ONCE = "photos", "mimic", 8
+RECIPE = """\
+name: photos
+output_dir: %s
+teacher: {model: %s, dtype: %s}
+student: {model: %s}
+data: {train: %s, images: %s}
+stages:
+  - name: mimic
+    train: [connector, language_model]
+    objectives:
+      - {kind: ce}  # what the teacher said
+      - {kind: kl}  # its distributions over that
+      - {kind: kl, name: kl_vision, region: vision}  # and over the picture's tokens
+    epochs: 1
+    batch: {size: 4, accumulate: 4}
+    precision: auto
+    optimizer: {lr: 2.0e-5}
+"""
+AT_ONCE = 8
 Question = tuple[str, str]  # a picture's path below the folder, a prompt
 
 
@@ -90,35 +106,6 @@ def ask(model: ModelConfig, photos: Path, questions: list[Question], longest: in
     return answers
 
 
-def conversation(question: Question, answer: str) -> dict[str, Any]:
-    """A record as data files hold it."""
-    name, prompt = question
-    turns = [("human", f"<image>\n{prompt}"), ("gpt", answer)]
-    return {"image": name, "conversations": [{"from": who, "value": what} for who, what in turns]}
-
-
-def recipe(photos: Path, teacher: ModelConfig, student: str, out: Path) -> dict[str, Any]:
-    """Cross-entropy on what the teacher said, KL to its distributions over answer and picture."""
-    kl_vision = {"kind": "kl", "name": "kl_vision", "region": "vision"}
-    stage = {
-        "name": STAGE,
-        "train": ["connector", "language_model"],
-        "objectives": [{"kind": "ce"}, {"kind": "kl"}, kl_vision],
-        "epochs": 1,
-        "batch": {"size": 4, "accumulate": 4},
-        "precision": "auto",
-        "optimizer": {"lr": 2e-5},
-    }
-    return {
-        "name": NAME,
-        "output_dir": str(out),
-        "teacher": {"model": teacher.model, "dtype": teacher.dtype},
-        "student": {"model": student},
-        "data": {"train": str(out / "train.jsonl"), "images": str(photos)},
-        "stages": [stage],
-    }
-
-
 def main(
     photos: Annotated[Path, typer.Argument(help="folder of pictures, in any depth")],
     teacher: Annotated[str, typer.Option(help="folder or Hub id")],
@@ -130,8 +117,7 @@ def main(
 ) -> None:
     """Distil a teacher into a student on pictures of your own."""
     photos, out = photos.resolve(), out.resolve()
-    names = readable(photos)
-    if len(names) <= held_out:
+    if len(names := readable(photos)) <= held_out:
         raise DataError(f"{len(names)} readable pictures", where=str(photos), mend="add some")
     dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
     asked = ModelConfig(model=teacher, dtype=dtype)
@@ -139,13 +125,17 @@ def main(
     if not data.exists():
         questions = [(name, p) for name in names[:-held_out] for p in prompt]
         answers = ask(asked, photos, questions, max_new_tokens)
-        rows = [conversation(q, a) for q, a in zip(questions, answers, strict=True) if a]
-        write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
+        lines = []
+        for (name, p), a in zip(questions, answers, strict=True):
+            turns = [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
+            lines += [json.dumps({"images": [name], "messages": turns}) + "\n"] if a else []
+        write_text(data, "".join(lines))
     if not file.exists():
-        write_text(file, yaml.safe_dump(recipe(photos, asked, student, out), sort_keys=False))
+        words = (out, teacher, dtype, student, data, photos)
+        write_text(file, RECIPE % tuple(json.dumps(str(word)) for word in words))
     if code := subprocess.run([sys.executable, "-m", "mmkd.cli", "run", str(file)]).returncode:
         raise typer.Exit(code)
-    made = ModelConfig(model=str(out / NAME / f"01-{STAGE}" / "student"))
+    made = ModelConfig(model=str(out / "photos" / "01-mimic" / "student"))
     questions = [(name, prompt[0]) for name in names[-held_out:]]
     said = [ask(model, photos, questions, max_new_tokens) for model in (asked, made)]
     for (name, question), one, other in zip(questions, *said, strict=True):
