@@ -6,7 +6,7 @@ The teacher answers a few prompts on every picture; its answers become the data 
 `mmkd run` trains. At the end teacher and student answer on pictures that were held out.
 
     OUT/train.jsonl      what the teacher said, chat messages; delete it to ask again
-    OUT/recipe.yaml      written once; edit it and run the same command again
+    OUT/recipe.yaml      written once; edit it, delete OUT/photos and run again to train otherwise
     OUT/photos/          the run: report.html, 01-mimic/student
 """
 
