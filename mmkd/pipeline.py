@@ -33,7 +33,7 @@ from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
-from mmkd.teachers import StoredTeacher, Teacher, place_teacher
+from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
@@ -163,6 +163,7 @@ def train(member: Member, recipe: Recipe) -> None:
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
     teacher, teacher_processor = load_teacher(member.recipe, [stages[i] for i in pending])
+    others = load_others(member.recipe) if teacher is not None else {}
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
@@ -177,6 +178,8 @@ def train(member: Member, recipe: Recipe) -> None:
             processor=processor,
             teacher=teacher,
             teacher_processor=teacher_processor,
+            teachers=member.recipe.teachers,
+            others=others,
             shared_vocabulary=shared,
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
@@ -300,6 +303,12 @@ def load_teacher(
     device = distributed.choose_device(needing[0].engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     return teacher, load_processor(recipe.teacher)
+
+
+def load_others(recipe: Recipe) -> dict[str, LiveTeacher]:
+    """All teachers but the first, by name."""
+    device = distributed.choose_device(recipe.stages[0].engine.device)
+    return {t.name: place_teacher(load_model(t), t.placement, device) for t in recipe.more_teachers}
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:

@@ -66,6 +66,7 @@ def plan_stage(
     if recipe.teacher is not None and recipe.teacher.source == "self":
         teacher = student
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
+    others = [skeleton(t) for t in recipe.more_teachers] if teacher is not None else []
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
@@ -94,12 +95,22 @@ def plan_stage(
         "vision_tokens_per_step": round(sample.vision * per_step),
         "flops_per_step": {
             k: round(v * per_step)
-            for k, v in flops_per_record(student, trainable, teacher, sample).items()
+            for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
         },
-        "memory_bytes": memory(student, trained, teacher, stage, sample, placement),
+        "memory_bytes": _with_others(
+            memory(student, trained, teacher, stage, sample, placement), others
+        ),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, objectives, placement),
     }
+
+
+def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[str, int]:
+    """Memory with the weights of further teachers, whole."""
+    if not others:
+        return memory
+    weights = sum(map(parameter_bytes, others))
+    return {**memory, "other_teachers_weights": weights, "total": memory["total"] + weights}
 
 
 def _placement(

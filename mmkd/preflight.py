@@ -20,7 +20,7 @@ from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
-from mmkd.teachers import check_storable
+from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
@@ -50,6 +50,7 @@ def check(recipe: Recipe) -> None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
+    _check_others(recipe, processor)
     for stage in recipe.stages:
         convert(student, stage.convert)
         mamba = mamba_layers(student.config)
@@ -68,6 +69,21 @@ def check(recipe: Recipe) -> None:
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor, store)
+
+
+def _check_others(recipe: Recipe, processor: Any) -> None:
+    """Further teachers see the student's tokens and pictures, and the data have their sources."""
+    for teacher in recipe.more_teachers:
+        where = f"teacher {teacher.name}"
+        check_supported(skeleton(teacher), where)
+        if not same_processor(processor, load_processor(teacher)):
+            raise RecipeError(
+                "of several teachers, all but the first need the student's processor",
+                where=where,
+                mend="put it first, or leave it out",
+            )
+    for stage in recipe.stages:
+        ask_each([], recipe.teachers, recipe.stage_data(stage))
 
 
 def _check_engine(stage: StageConfig) -> None:

@@ -25,7 +25,7 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 def collect(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides the run's losses, as JSON."""
     data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
-    models = {m.model for m in (recipe.teacher, recipe.student) if m and m.model}
+    models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seeds": recipe.seeds or [recipe.seed],

@@ -65,6 +65,7 @@ class Encoder:
         filler: have the models see a blank picture behind a batch that has none.
         store: the teacher's cache, to be read beside each batch.
         pack: most tokens of a row in which records lie one behind another; None for one a row.
+        sources: say which data source each token's record is from.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Encoder:
         filler: bool = False,
         store: Store | None = None,
         pack: int | None = None,
+        sources: bool = False,
     ):
+        self.sources = sources
         self.records = records
         self.processor = processor
         cache = None if config.picture_cache is None else Path(config.picture_cache)
@@ -120,6 +123,7 @@ class Encoder:
             filler=filler,
             store=store,
             pack=pack,
+            sources=any(o.sources is not None for o in objectives),
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -238,6 +242,7 @@ class Encoder:
             background,
             self.processor.tokenizer.eos_token_id,
             torch.arange(len(samples)) >= len(chosen) if self.pairs else None,
+            sources=self._sources(samples, ids) if self.sources else None,
         )
         batch = Batch(
             dict(encoded),
@@ -254,6 +259,11 @@ class Encoder:
                 stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
             )
         return batch if self.pack is None else self._packed(batch, samples, self.pack)
+
+    def _sources(self, samples: list[Sample], ids: Tensor) -> Tensor:
+        """[B, T] int64."""
+        numbers = [self.records.source_of(s.index) for s in samples]
+        return torch.tensor(numbers)[:, None].expand_as(ids).clone()
 
     def _packed(self, batch: Batch, samples: list[Sample], capacity: int) -> Batch:
         """The batch in rows of several records; a filler is one of them that has no targets."""

@@ -33,7 +33,7 @@ from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, Mix
 from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
-from mmkd.objectives.together import HeadObjective, score
+from mmkd.objectives.together import HeadObjective, Teachers, score
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -116,6 +116,7 @@ __all__ = [
     "StoredSignals",
     "Targets",
     "TeacherSignals",
+    "Teachers",
     "add_objective",
     "answer_logps",
     "build_objective",

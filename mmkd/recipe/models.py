@@ -60,6 +60,14 @@ class CacheConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
+    name: str = Field(
+        "teacher", pattern=r"^[A-Za-z0-9_-]+$", description="of one of several, in metrics"
+    )
+    weight: float = Field(1.0, gt=0, description="of one of several: factor of its objectives")
+    sources: list[str] = Field(
+        [], description="names of the data sources that it is asked about; all if left out"
+    )
+
     source: Literal["live", "cache", "self"] = Field(
         "live",
         description="live: resident beside the student; cache: read from what `mmkd cache` stored; "
@@ -370,7 +378,8 @@ class Recipe(Strict):
     report_to: ReportTo = Field(
         [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
     )
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | None = Field(None, description="or a list of several")
+    more_teachers: list[TeacherConfig] = Field([], description="the others of a list")
     student: StudentConfig
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
@@ -381,8 +390,25 @@ class Recipe(Strict):
     )
     seeds: list[int] = Field([], description="train everything once per seed; [seed] if left out")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _several_teachers(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("teacher"), list):
+            return raw
+        first, *others = raw["teacher"] or [None]
+        return {**raw, "teacher": first, "more_teachers": others}
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """All of them, the first one first."""
+        return [] if self.teacher is None else [self.teacher, *self.more_teachers]
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if len({t.name for t in self.teachers}) != len(self.teachers):
+            raise ValueError("two teachers have the same name: give each a 'name'")
+        if self.more_teachers and any(t.source != "live" for t in self.teachers):
+            raise ValueError("of several teachers each has to run ('source: live')")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name")
