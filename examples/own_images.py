@@ -54,8 +54,7 @@ stages:
     precision: auto
     optimizer: {lr: 2.0e-5}
 """
-AT_ONCE = 8
-Question = tuple[str, str]  # a picture's path below the folder, a prompt
+AT_ONCE = 8  # questions
 
 
 class Given(Records):
@@ -82,13 +81,12 @@ def readable(photos: Path) -> list[str]:
     return names
 
 
-def ask(model: ModelConfig, photos: Path, questions: list[Question], longest: int) -> list[str]:
-    """A model's likeliest answer to each question."""
+def ask(model: ModelConfig, photos: Path, pairs: list[tuple[str, str]], longest: int) -> list[str]:
+    """A model's likeliest answer to each (picture's path, prompt)."""
     device = distributed.choose_device("auto")
     answering: Any = load_model(model)
     answering.to(device)
-    # no data file is read for records that are given
-    encoder = Encoder(Given(photos), load_processor(model), DataConfig(train="-"))
+    encoder = Encoder(Given(photos), load_processor(model), DataConfig(train="-"))  # not read
     settings = SamplingConfig(max_new_tokens=longest, temperature=0)
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
@@ -98,11 +96,13 @@ def ask(model: ModelConfig, photos: Path, questions: list[Question], longest: in
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         return Record(name, [{"role": "user", "content": content}], [name], root=photos)
 
-    parts = [questions[i : i + AT_ONCE] for i in range(0, len(questions), AT_ONCE)]
+    parts = [pairs[i : i + AT_ONCE] for i in range(0, len(pairs), AT_ONCE)]
     answers: list[str] = []
     for part in track(parts, f"{model.model} answers", len(parts)):
-        asked = [record(*question) for question in part]
+        asked = [record(*pair) for pair in part]
         answers += sample(generate, encoder, asked, settings, seed=0, device=device)
+    answering.cpu()
+    torch.cuda.empty_cache()  # what trains next needs the memory
     return answers
 
 

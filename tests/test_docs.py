@@ -70,6 +70,11 @@ def test_recipes_load(page):
             load_recipe(completed(yaml.safe_load(block)))
 
 
+def test_the_quickstart_shows_its_recipe():
+    (whole,) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
+    assert load_recipe(yaml.safe_load(whole)) == load_recipe(ROOT / "configs" / "quickstart.yaml")
+
+
 def test_the_reference_is_what_the_models_say():
     text = reference.reference()
     assert reference.OUT.read_text() == text, "run: python -m scripts.reference"
