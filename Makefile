@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart teacher study test lint format faults bench clean
+.PHONY: help setup quickstart teacher study test lint format docs faults bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,6 +48,14 @@ $(VENV)/.tested: $(VENV)/.installed
 
 test: lint $(VENV)/.tested ## lint, types, unit tests and one run from start to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+docs: $(VENV)/.documents ## build the documentation into site/
+	$(BIN)/python -m scripts.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.documents: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults

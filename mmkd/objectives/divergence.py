@@ -21,7 +21,7 @@ class DivergenceConfig(ObjectiveConfig):
     """Divergence between the teacher's and the student's next-token distributions."""
 
     kind: Literal["kl", "reverse_kl", "tvd"]
-    region: Region = "response"
+    region: Region = Field("response", description="tokens that it covers")
     temperature: float = Field(1.0, gt=0, description="divides both logits; no T^2 factor")
 
 

@@ -7,6 +7,7 @@ with M the rows that predict the region's tokens.
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import Need, ObjectiveConfig, Targets
@@ -18,7 +19,7 @@ class CrossEntropyConfig(ObjectiveConfig):
     """Cross-entropy on the text of the data set."""
 
     kind: Literal["ce"] = "ce"
-    region: Literal["response", "prompt"] = "response"
+    region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
 
 
 class CrossEntropy(HeadObjective):

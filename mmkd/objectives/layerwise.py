@@ -42,7 +42,7 @@ class LayerwiseConfig(ObjectiveConfig):
     layers: list[int] | None = Field(None, description="student layers; its Mamba layers if none")
     teacher_layers: list[int] | None = Field(None, description="one for each; the same if left out")
     teacher_forced: bool = Field(True, description="student layers get the teacher's input")
-    region: Region = "all"
+    region: Region = Field("all", description="tokens that it covers")
 
     @model_validator(mode="after")
     def _pairs(self) -> "LayerwiseConfig":

@@ -31,8 +31,10 @@ class MiniLmConfig(LayerwiseConfig):
     kind: Literal["minilm"]
     layers: list[int] = Field(min_length=1, description="student layers")
     heads: int = Field(8, ge=1, description="relation heads; divides all widths of both models")
-    relations: list[Kind] = Field(["queries", "keys", "values"], min_length=1)
-    teacher_forced: Literal[False] = False
+    relations: list[Kind] = Field(
+        ["queries", "keys", "values"], min_length=1, description="whose self-relations"
+    )
+    teacher_forced: Literal[False] = Field(False, description="not for this objective")
 
 
 class MiniLm(Layerwise):

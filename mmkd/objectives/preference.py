@@ -34,12 +34,14 @@ class PreferenceConfig(ObjectiveConfig):
     """Chosen answers above rejected ones, measured from a reference."""
 
     kind: Literal["preference"]
-    loss: Kind = "kto_pair"
+    loss: Kind = Field("kto_pair", description="sigmoid is DPO")
     beta: float = Field(0.1, gt=0, description="how fast a lead over the reference is enough")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"
     )
-    reference: Literal["teacher", "self", "none"] = "teacher"
+    reference: Literal["teacher", "self", "none"] = Field(
+        "teacher", description="self: the student before the stage"
+    )
     reference_logps: Literal["live", "once"] = Field(
         "live", description="once: computed before the first step and kept in the run"
     )

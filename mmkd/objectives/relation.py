@@ -34,7 +34,7 @@ class RelationConfig(ObjectiveConfig):
     """Cosine between the token-to-token similarities of student and teacher."""
 
     kind: Literal["relation"]
-    region: Region = "vision"
+    region: Region = Field("vision", description="tokens that it relates")
     features: Literal["logits", "hidden"] = Field(
         "logits", description="of a token: its logits (LLaVA-KD), or its final hidden state"
     )

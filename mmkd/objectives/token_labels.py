@@ -36,7 +36,7 @@ class TokenLabelsConfig(ObjectiveConfig):
     """Cross-entropy of image tokens against the word of the object they show."""
 
     kind: Literal["token_labels"] = "token_labels"
-    at: Literal["connector", "decoder"] = "connector"
+    at: Literal["connector", "decoder"] = Field("connector", description="whose output is labelled")
     background: bool = Field(False, description="tokens without object say the end-of-turn token")
 
 

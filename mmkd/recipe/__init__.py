@@ -20,27 +20,28 @@ from mmkd.recipe.conversions import (
 )
 from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
-    BatchConfig,
-    DataConfig,
-    EngineConfig,
     EvaluateConfig,
-    LoraConfig,
     ModelConfig,
-    OnPolicyConfig,
-    OptimizerConfig,
-    Precision,
     Recipe,
     ReleaseConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     TeacherPlacement,
     TrackerName,
+)
+from mmkd.recipe.sources import HUB, DataConfig, SourceConfig
+from mmkd.recipe.stages import (
+    BatchConfig,
+    EngineConfig,
+    LoraConfig,
+    OnPolicyConfig,
+    OptimizerConfig,
+    Precision,
+    SamplingConfig,
+    ScheduleConfig,
+    StageConfig,
     TrainConfig,
 )
-from mmkd.recipe.sources import HUB, SourceConfig
 
 __all__ = [
     "HUB",

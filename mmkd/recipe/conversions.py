@@ -26,20 +26,20 @@ class MlpConversion(Strict):
 class Every(Strict):
     """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
 
-    every: int = Field(ge=1)
+    every: int = Field(ge=1, description="n")
     first: bool = Field(True, description="the first of each n; false: the last")
 
 
 class Head(Strict):
     """The first layers."""
 
-    head: int = Field(ge=0)
+    head: int = Field(ge=0, description="how many")
 
 
 class Tail(Strict):
     """The last layers."""
 
-    tail: int = Field(ge=0)
+    tail: int = Field(ge=0, description="how many")
 
 
 Layers = list[Annotated[int, Field(ge=0)]]
@@ -77,13 +77,13 @@ class MambaConversion(Strict):
     kind: Literal["mamba"]
     keep_attention: Placement | None = Field(None, description="layers that keep their attention")
     layers: Placement | None = Field(None, description="layers that become Mamba")
-    init: MambaInit = "mimic"
+    init: MambaInit = Field("mimic", description="what the mixer starts from")
     d_conv: int | None = Field(None, ge=1, description="taps of the convolution")
     d_state: int | None = Field(None, ge=1, description="state size; the head size if left out")
-    activation: Literal["silu", "none"] | None = None
-    norm: Literal["head_rms", "none"] | None = None
-    gate: Literal["silu", "none"] | None = None
-    norm_before_gate: bool | None = None
+    activation: Literal["silu", "none"] | None = Field(None, description="behind the convolution")
+    norm: Literal["head_rms", "none"] | None = Field(None, description="of what the state gives")
+    gate: Literal["silu", "none"] | None = Field(None, description="of what the state gives")
+    norm_before_gate: bool | None = Field(None, description="false: the gate comes first")
     rope: bool | None = Field(None, description="rotate keys and queries as the attention did")
     state: Literal["query", "kv"] | None = Field(
         None, description="one state per query head, or one per key-value head"

@@ -65,7 +65,7 @@ class DataConfig(Strict):
     images: str | None = Field(None, description="folder that image paths are relative to")
     sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
-    on_bad_sample: Literal["stop", "skip"] = "stop"
+    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take another one")
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
     picture_cache: str | None = Field(
         None, description="folder that keeps what the processors make of pictures"

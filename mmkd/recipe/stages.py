@@ -1,0 +1,237 @@
+"""A stage of a recipe and its parts, with their defaults."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmkd.errors import RecipeError
+from mmkd.objectives import AnyObjectiveConfig
+from mmkd.recipe.base import Strict
+from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.sources import DataConfig
+
+Precision = Literal["float32", "bfloat16", "auto"]
+
+
+class OptimizerConfig(Strict):
+    """How weights change in a step; vectors (norms and biases) do not decay."""
+
+    kind: Literal["adamw", "adam", "sgd", "adafactor"] = Field("adamw", description="algorithm")
+    lr: float = Field(2e-5, gt=0, description="learning rate, the schedule's highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw and adam")
+    eps: float = Field(1e-8, gt=0, description="of adamw and adam")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the steps of a stage."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, ge=0, lt=1, description="share of the steps at the end, for wsd")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
+
+
+SIZE = 8
+
+
+class BatchConfig(Strict):
+    """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
+
+    size: int = Field(SIZE, ge=1, description="records per process and micro-step")
+    accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
+    group_by_length: bool = Field(
+        True, description="put a step's records of alike length into one micro-batch"
+    )
+    pack: int | None = Field(
+        None,
+        ge=1,
+        description="records of a micro-batch lie one behind another in rows of at most so many "
+        "tokens, and none sees another",
+    )
+    total: int | None = Field(
+        None, ge=1, description="records per optimizer step; in place of accumulate"
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of size, with total: tokens of a micro-batch at most, padding too",
+    )
+
+    @model_validator(mode="after")
+    def _one_count(self) -> "BatchConfig":
+        if self.total is not None and self.accumulate != 1:
+            raise ValueError("give either 'accumulate' or 'total'")
+        if self.tokens is not None and self.size != SIZE:
+            raise ValueError("give either 'size' or 'tokens'")
+        if self.tokens is not None and self.total is None:
+            raise ValueError("'tokens' needs 'total', the records of an optimizer step")
+        return self
+
+    def records_per_step(self, processes: int) -> int:
+        """Records per optimizer step.
+
+        Raises:
+            RecipeError: `total` does not divide.
+        """
+        if self.total is None:
+            return self.size * self.accumulate * processes
+        least = processes * (self.size if self.tokens is None else 1)
+        if self.total % least:
+            size = "" if self.tokens is not None else f"size {self.size} x "
+            raise RecipeError(
+                f"total {self.total} is no multiple of {size}{processes} processes",
+                where="stages.batch",
+                mend="change one of them",
+            )
+        return self.total
+
+    def micro_steps(self, processes: int) -> int | None:
+        """Micro-steps per optimizer step; None where `tokens` decides it step by step."""
+        if self.tokens is not None:
+            return None
+        return self.records_per_step(processes) // (self.size * processes)
+
+    def micro_batch(self, length: float) -> float:
+        """Records of a micro-batch, if they are of `length` tokens."""
+        return self.size if self.tokens is None else max(1.0, self.tokens / length)
+
+
+class CheckpointConfig(Strict):
+    """When a stage saves what it needs to resume."""
+
+    every: int = Field(200, ge=1, description="steps")
+    keep: int = Field(1, ge=1, description="newest checkpoints that stay on disk")
+
+
+class EngineConfig(Strict):
+    """What runs forward, backward and step."""
+
+    kind: Literal["torch", "deepspeed"] = Field("torch", description="library")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    zero: int | None = Field(
+        None, ge=0, le=3, description="ZeRO stage of deepspeed; its file's, or 2, if left out"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
+    )
+    config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
+    head_memory: int = Field(
+        112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
+    )
+    head_backend: Literal["auto", "torch"] = Field(
+        "auto", description="of losses on the head's output; auto: a Triton kernel on CUDA"
+    )
+    patience: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds that a process waits for the others before it gives up; the largest "
+        "of all stages counts",
+    )
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self) -> "EngineConfig":
+        given = [n for n in ("zero", "config") if getattr(self, n) is not None]
+        given += ["offload"] * (self.offload != "none")
+        if self.kind == "torch" and given:
+            raise ValueError(f"{given[0]!r} is of kind deepspeed, and the engine's kind is torch")
+        return self
+
+
+class SamplingConfig(Strict):
+    """How answers are sampled from a model."""
+
+    max_new_tokens: int = Field(128, ge=1, description="longest answer")
+    temperature: float = Field(1.0, ge=0, description="0: the likeliest token always")
+    top_p: float = Field(1.0, gt=0, le=1, description="share of the mass that is sampled from")
+    top_k: int = Field(0, ge=0, description="0: all tokens")
+
+
+class OnPolicyConfig(SamplingConfig):
+    """A share of the responses is the student's own (GKD)."""
+
+    lmbda: float = Field(0.5, ge=0, le=1, description="share of responses that it samples")
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters beside the linear layers of some groups, whose own weights stay as they
+    are."""
+
+    groups: list[str] = Field(
+        ["language_model"], min_length=1, description="the head gets one only by its own name"
+    )
+    rank: int = Field(16, ge=1, description="of an adapter's product")
+    alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
+    dora: bool = Field(False, description="train each output's scale apart (DoRA)")
+    keep: bool = Field(
+        False, description="write the adapters too, in peft's format, beside the merged student"
+    )
+
+    @model_validator(mode="after")
+    def _head_without_dropout(self) -> "LoraConfig":
+        if self.dropout and "head" in self.groups:
+            raise ValueError("the head's adapter takes no dropout: its losses see weights only")
+        return self
+
+
+class TrainConfig(Strict):
+    """What trains: groups of parameters, whole, and adapters. A list names groups."""
+
+    groups: list[str] = Field([], description="groups of parameters that train whole")
+    lora: LoraConfig | None = Field(None, description="adapters in place of more of them")
+
+    @model_validator(mode="after")
+    def _something(self) -> "TrainConfig":
+        if not self.groups and self.lora is None:
+            raise ValueError("nothing trains: name groups, or add 'lora'")
+        return self
+
+    @property
+    def words(self) -> str:
+        """What trains, for tables."""
+        if self.lora is None:
+            return ", ".join(self.groups)
+        kind = "DoRA" if self.lora.dora else "LoRA"
+        adapters = f"{kind} of rank {self.lora.rank} in {' + '.join(self.lora.groups)}"
+        return ", ".join([*self.groups, adapters])
+
+
+class StageConfig(Strict):
+    """One training run: what trains, on which data, against which objectives."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="its folder is NN-name")
+    convert: list[Conversion] = Field([], description="changes of the student's structure before")
+    train: TrainConfig = Field(
+        TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
+    )
+    data: DataConfig | None = Field(None, description="the recipe's data if left out")
+    objectives: list[AnyObjectiveConfig] = Field(min_length=1, description="summed by weight")
+    on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
+    precision: Precision = Field(
+        "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute layers to save memory")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _named_groups(cls, value: Any) -> Any:
+        return {"groups": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either 'steps' or 'epochs'")
+        names = [o.name or o.kind for o in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError("two objectives have the same name: give each a 'name'")
+        return self

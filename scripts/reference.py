@@ -1,0 +1,170 @@
+"""docs/reference.md: every key of a recipe, from the models that read it.
+
+python -m scripts.reference
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmkd.files import write_text
+from mmkd.progress import console
+from mmkd.recipe import Recipe
+
+OUT = Path(__file__).parents[1] / "docs" / "reference.md"
+INTRO = """# Recipe reference
+
+Made from the models that read a recipe (`python -m scripts.reference`); `mmkd recipe schema` prints
+the same as a JSON schema, and [Concepts](concepts.md) says what the parts are for. A key without a
+default has to be given; unknown keys are errors.
+"""
+CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
+GROUPS = {
+    CONVERSIONS: "Entries of `convert`, by `kind`.",
+    OBJECTIVES: "Entries of `objectives`, by `kind`; others can come "
+    "[from outside](extending.md#an-objective).",
+    FORMS: "Mappings that a key takes beside other values.",
+}
+# Keys whose entries say their kind.
+KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES}
+WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+HEAD = ["| key | type | default | what |", "|---|---|---|---|"]
+Schema = dict[str, Any]
+
+
+class Reference:
+    """The page as it grows: a section for every mapping, behind the one that names it first.
+
+    Args:
+        schema: a JSON schema whose mappings are in `$defs`.
+    """
+
+    def __init__(self, schema: Schema):
+        self.definitions: dict[str, Schema] = schema["$defs"]
+        self.titles: dict[str, str] = {}
+        self.sections: list[str] = []
+        self.groups: dict[str, list[str]] = {title: [] for title in GROUPS}
+        self._write(self.sections, "## The recipe", schema, "")
+
+    def text(self) -> str:
+        """The whole page."""
+        grouped = [
+            part
+            for title, sections in self.groups.items()
+            for part in (f"## {title}\n\n{GROUPS[title]}\n", *sections)
+        ]
+        return "\n".join([INTRO, *self.sections, *grouped])
+
+    def _write(self, into: list[str], heading: str, model: Schema, path: str) -> None:
+        place = len(into)
+        into.append("")  # what it names comes behind it
+        told = heading.startswith("###")
+        keys = [
+            (key, schema)
+            for key, schema in model["properties"].items()
+            if not (told and key == "kind")  # the heading says it
+        ]
+        rows = []
+        for key, schema in keys:
+            inner = f"{path}.{key}".removeprefix(".")
+            default = "" if key in model.get("required", []) else _default(schema)
+            words = (f"`{key}`", self._type(schema, inner, into), default, self._about(schema))
+            rows.append(f"| {' | '.join(words)} |".replace("  ", " "))
+        into[place] = "\n".join([f"{heading}\n", _sentence(model), "", *HEAD, *rows, ""])
+
+    def _type(self, schema: Schema, path: str, into: list[str]) -> str:
+        """A value's type in words; mappings that it names get their sections."""
+        choices = _choices(schema)
+        if "discriminator" in schema:
+            return self._kinds(schema, path)
+        if len(choices) > 1:
+            return " or ".join(self._type(s, "", self.groups[FORMS]) for s in choices)
+        (value,) = choices
+        if value is not schema:
+            return self._type(value, path, into)
+        if "$ref" in schema:
+            return self._mapping(schema, path, into)
+        if "enum" in schema or "const" in schema:
+            values = schema.get("enum", [schema.get("const")])
+            return ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in values)
+        if schema["type"] == "array":
+            return self._list(schema, path, into)
+        if schema["type"] == "object":
+            values = schema.get("additionalProperties")
+            typed = isinstance(values, dict)
+            return f"names to {self._type(values, path, into)}" if typed else "mapping"
+        limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
+        return " ".join([WORDS[schema["type"]], " and ".join(limits)]).strip()
+
+    def _list(self, schema: Schema, path: str, into: list[str]) -> str:
+        if "prefixItems" in schema:
+            return f"list of {len(schema['prefixItems'])} numbers"
+        least = ", one or more" if schema.get("minItems") else ""
+        return f"list of {self._type(schema['items'], path, into)}{least}"
+
+    def _mapping(self, schema: Schema, path: str, into: list[str]) -> str:
+        name, model = self._definition(schema)
+        if name not in self.titles:
+            self.titles[name] = path or f"by {next(iter(model['properties']))}"
+            level = "##" if into is self.sections else "###"
+            self._write(into, f"{level} {self.titles[name]}", model, path)
+        return _link(self.titles[name])
+
+    def _kinds(self, schema: Schema, path: str) -> str:
+        group = KINDS[path.rpartition(".")[2]]
+        for choice in schema["oneOf"]:
+            name, model = self._definition(choice)
+            if name not in self.titles:
+                kind = model["properties"]["kind"]
+                names = kind.get("enum") or [kind["const"]]
+                self.titles[name] = ", ".join(names)
+                self._write(self.groups[group], f"### {self.titles[name]}", model, names[0])
+        return _link(group)
+
+    def _about(self, schema: Schema) -> str:
+        """What a key is for: its own words, else those of the mapping that it takes."""
+        inner = schema.get("items", schema)
+        named = [s for s in _choices(inner) if "$ref" in s]
+        if "description" not in schema and len(named) == 1:
+            return _sentence(self._definition(named[0])[1])
+        return schema.get("description", "").replace("|", "\\|")
+
+    def _definition(self, schema: Schema) -> tuple[str, Schema]:
+        name = schema["$ref"].rpartition("/")[2]
+        return name, self.definitions[name]
+
+
+def _choices(schema: Schema) -> list[Schema]:
+    """What a value may be, apart from none."""
+    inner = schema.get("anyOf") or schema.get("oneOf")
+    if inner is None:
+        return [] if schema.get("type") == "null" else [schema]
+    return [s for choice in inner for s in _choices(choice)]
+
+
+def _default(schema: Schema) -> str:
+    default = schema["default"]
+    if isinstance(default, dict) and default:
+        return "its defaults"
+    return "none" if default is None else f"`{json.dumps(default)}`"
+
+
+def _sentence(model: Schema) -> str:
+    """A mapping's description without line breaks."""
+    return " ".join(model["description"].split())
+
+
+def _link(title: str) -> str:
+    kept = (c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+    return f"[{title}](#{''.join(kept)})"
+
+
+def reference() -> str:
+    """The page's text."""
+    return Reference(Recipe.model_json_schema()).text()
+
+
+if __name__ == "__main__":
+    write_text(OUT, reference())
+    console.print(f"wrote {OUT}", highlight=False, soft_wrap=True)
