@@ -39,7 +39,7 @@ SMOLVLM = (
 )
 WORDS = ("system You help . user assistant USER ASSISTANT : Assistant User two cats and a dog ?",)
 OTHER_WORDS = ("What is that? There is a red book left of the black cat, and a green cup. "
-               "Is there a tree? Yes. No. How many are there? äöü 🎉 é",)  # fmt: skip
+               "Is there a tree? Yes. No. How many are there? ä ö ü é 🎉 🎉🎉",)  # fmt: skip
 """For a tokenizer that cuts words, umlauts and emoji elsewhere."""
 
 
