@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -147,10 +148,8 @@ def test_one_tokenizer_has_a_chunk_a_token():
     assert torch.equal(ids.flatten()[found.student.rows + 1], found.student.ids)
 
 
-@pytest.mark.parametrize("trim", [False, True])
-@pytest.mark.parametrize("said", SAID[:5])
-def test_offsets_without_spaces_mean_the_same_cuts(said, trim):
-    """Llama 3 and GPT-2 leave white space out of a token's offsets."""
+def byte_level(trim):
+    """As of GPT-2 or Llama 3, which leave white space out of a token's offsets (`trim`)."""
     words = Regex(r"[^\s\p{L}]+[\r\n]*|[^\r\n\p{L}]?\p{L}+|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -167,6 +166,32 @@ def test_offsets_without_spaces_mean_the_same_cuts(said, trim):
         show_progress=False,
     )
     tokenizer.train_from_iterator([*OTHER_WORDS, *WORDS, ".\n\n .\n\n .\n\n Two  spaces"], trainer)
+    return tokenizer
+
+
+def byte_fallback():
+    """As of Llama 2 and Mistral: characters without a token are bytes, spaces are letters."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(
+        OTHER_WORDS, trainers.BpeTrainer(vocab_size=90, show_progress=False)
+    )
+    facts = json.loads(trained.to_str())
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *facts["model"]["vocab"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    facts["model"] |= {"vocab": vocabulary, "byte_fallback": True, "unk_token": "<unk>"}
+    tokenizer = Tokenizer.from_str(json.dumps(facts))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make", [partial(byte_level, False), partial(byte_level, True), byte_fallback]
+)
+@pytest.mark.parametrize("said", SAID[:5])
+def test_what_lies_between_cuts_is_what_its_tokens_say(said, make):
+    tokenizer = make()
     text = f"A: {said}"
     rendered = Rendered(text, ((2, len(text)),), ((3, len(text)),))
     found = tokenizer.encode(text)
@@ -177,6 +202,23 @@ def test_offsets_without_spaces_mean_the_same_cuts(said, trim):
     for (start, first), (stop, last) in pairwise(cuts):
         piece = tokenizer.decode(found.ids[first:last])
         assert (piece.lstrip() if start == 0 else piece) == said[start:stop]
+
+
+@pytest.mark.parametrize(
+    ("words", "offsets", "cuts"),
+    [
+        ("a.\n\nb", [(0, 1), (1, 2), (4, 5)], {0: 0, 1: 1, 4: 2, 5: 3}),  # '.\n\n' is one
+        ("a  b", [(0, 1), (2, 2), (3, 4)], {0: 0, 1: 1, 2: 2, 4: 3}),  # ' ' and ' b'
+        ("ab", [(0, 1), (1, 1), (1, 2)], {0: 0, 1: 1, 2: 3}),  # a token that says nothing
+        ("äb", [(0, 1), (0, 2)], {0: 0, 2: 2}),  # bytes of ä in both
+    ],
+)
+def test_cuts_by_offsets(words, offsets, cuts):
+    whole = ((0, len(words)),)
+    rendered = Rendered(words, whole, whole)
+    (answer,) = cut_answers(rendered, [], offsets, [0] * len(offsets), set())
+    assert answer.cuts == cuts
+    assert answer.end is None
 
 
 def test_other_words_are_one_line(families):
