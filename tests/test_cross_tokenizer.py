@@ -414,10 +414,14 @@ def test_what_needs_one_vocabulary_is_refused(recipe, objective, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["alm", "uld"])
-def test_packed_rows_and_stored_teachers_are_refused(recipe, kind, folders, tmp_path):
+def test_packed_rows_stored_and_several_teachers_are_refused(recipe, kind, folders, tmp_path):
     with pytest.raises(RecipeError, match=r"batch.pack: objective .* chunks .* set it to null"):
         pipeline.run(recipe([{"kind": kind}], stage={"batch": {"size": 2, "pack": 512}}))
     stored = {"model": str(folders[0]), "source": "cache", "cache": {"folder": str(tmp_path / "c")}}
-    with pytest.raises(RecipeError, match="a teacher's cache holds output distributions"):
+    with pytest.raises(RecipeError, match=r"a teacher's cache holds .* it needs more"):
         build_cache(recipe([{"kind": kind}], teacher=stored))
+    several = [{"model": str(folders[1])}, {"model": str(folders[0]), "name": "second"}]
+    raw = recipe([{"kind": kind}]).model_dump(mode="json", exclude={"more_teachers"})
+    with pytest.raises(RecipeError, match="one teacher that is asked about all records"):
+        pipeline.run(load_recipe({**raw, "teacher": several}))
     assert not list(tmp_path.iterdir())

@@ -30,6 +30,7 @@ class Batch:
         alignment: which of the teacher's tokens are which of the student's.
         stored: the teacher's distributions, where they come from its cache.
         answers: of each record as its tokens cut them, where chunks are asked for.
+        stored_hidden: [B, T, H] float16, its final hidden states from there; zeros where none are.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +43,7 @@ class Batch:
     alignment: Alignment | None = None
     stored: SparseRows | None = None
     answers: list[list[Answer]] = field(default_factory=list)
+    stored_hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
@@ -54,6 +56,7 @@ class Batch:
             teacher=None if self.teacher is None else self.teacher.to(device),
             alignment=None if self.alignment is None else self.alignment.to(device),
             stored=None if self.stored is None else self.stored.to(device),
+            stored_hidden=move(self.stored_hidden),
         )
 
 

@@ -1,7 +1,7 @@
 """From records to a batch: encoding, padding, masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmkd.cache import Store, record_key
+from mmkd.cache import Store
 from mmkd.data.alignment import ALIGNED, Grid, same_processor
 from mmkd.data.batch import Batch, covered_rows, paired
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
@@ -20,7 +19,9 @@ from mmkd.data.chunks import Answer, cut_answers
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
 from mmkd.data.processing import MOVED, Processing
-from mmkd.data.records import Message, Record, Records, located
+from mmkd.data.records import Records, located
+from mmkd.data.samples import Sample, blank_sample
+from mmkd.data.schema import Message, Record
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Region, Targets
 from mmkd.ops import SparseRows
@@ -28,28 +29,6 @@ from mmkd.recipe import DataConfig
 from mmkd.vocabulary import same_vocabulary
 
 RENDERED_KEPT = 50_000
-BLANK_SIZE = (64, 64)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A record ready to be encoded; of a preference pair, one of its two answers."""
-
-    index: int
-    record: Record
-    rendered: Rendered
-    pictures: list[Image.Image]
-    rejected: Rendered | None = None
-
-    @property
-    def key(self) -> bytes:
-        """What a cache knows it by."""
-        return record_key(self.record.messages, self.pictures)
-
-    def other(self) -> "Sample":
-        """The rejected answer as a sample."""
-        assert self.rejected is not None
-        return replace(self, rendered=self.rejected, rejected=None)
 
 
 class Encoder:
@@ -69,6 +48,7 @@ class Encoder:
         chunks: find the pieces of responses that both models' tokens have in common.
         aligned: match the tokens of a teacher with a processor of its own one by one: image tokens,
             and responses if the vocabulary is the student's.
+        sources: say which data source each token's record is from.
     """
 
     def __init__(
@@ -85,7 +65,9 @@ class Encoder:
         pack: int | None = None,
         chunks: bool = False,
         aligned: bool = True,
+        sources: bool = False,
     ):
+        self.sources = sources
         self.records = records
         self.processor = processor
         cache = None if config.picture_cache is None else Path(config.picture_cache)
@@ -96,7 +78,7 @@ class Encoder:
         self.store = store
         self.pack = pack
         self.chunks = chunks
-        self.filler = [_blank(processor)] if filler else []
+        self.filler = [blank_sample(processor)] if filler else []
         self.teacher = None
         self.matched: tuple[Region, ...] = ALIGNED if aligned else ()
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
@@ -135,6 +117,7 @@ class Encoder:
             pack=pack,
             chunks="chunks" in needs,
             aligned=bool(by_token),
+            sources=any(o.sources is not None for o in objectives),
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -220,14 +203,14 @@ class Encoder:
         for index in indices:
             for attempt in range(len(self.records)):
                 try:
-                    samples.append(self.load((index + attempt) % len(self.records)))
+                    samples.append(self.load(self.records.instead(index, attempt)))
                     break
                 except DataError as error:
                     if self.config.on_bad_sample == "stop":
                         raise
                     skipped.append(str(error))
             else:
-                raise DataError("every record is bad", where=str(self.records.path))
+                raise DataError("every record is bad", where=self.records.name)
         return replace(self._encode(samples), skipped=skipped)
 
     def _encode(self, chosen: list[Sample]) -> Batch:
@@ -261,6 +244,7 @@ class Encoder:
             background,
             self.processor.tokenizer.eos_token_id,
             torch.arange(len(samples)) >= len(chosen) if self.pairs else None,
+            sources=self._sources(samples, ids) if self.sources else None,
         )
         batch = Batch(
             dict(encoded),
@@ -273,7 +257,11 @@ class Encoder:
             batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
         batch = self._truncate(batch, samples)
         if self.store is not None:
-            batch = replace(batch, stored=self._stored(self.store, batch.targets, samples))
+            batch = replace(
+                batch,
+                stored=self._stored(self.store, batch.targets, samples),
+                stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
+            )
         return batch if self.pack is None else self._packed(batch, samples, self.pack)
 
     def _answers(
@@ -282,6 +270,11 @@ class Encoder:
         specials = set(self.processor.tokenizer.all_special_ids)
         rows = zip(samples, moved, offsets.tolist(), ids.tolist(), strict=False)
         return [cut_answers(s.rendered, m, o, i, specials) for s, m, o, i in rows]
+
+    def _sources(self, samples: list[Sample], ids: Tensor) -> Tensor:
+        """[B, T] int64."""
+        numbers = [self.records.source_of(s.index) for s in samples]
+        return torch.tensor(numbers)[:, None].expand_as(ids).clone()
 
     def _packed(self, batch: Batch, samples: list[Sample], capacity: int) -> Batch:
         """The batch in rows of several records; a filler is one of them that has no targets."""
@@ -324,6 +317,18 @@ class Encoder:
         at = torch.full((covered.numel(),), -1)
         at[covered.flatten()] = torch.arange(sum(map(len, found)))
         return SparseRows(*store.codec.decode(np.concatenate(found)), at)
+
+    def _stored_hidden(
+        self, store: Store, targets: Targets, samples: list[Sample]
+    ) -> Tensor | None:
+        """The teacher's final hidden states of a batch, if its cache has them."""
+        if store.hidden is None or self.pack is not None:  # what reads them is never packed
+            return None
+        covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
+        found = [store.get_hidden(s.key, self.records.where(s.index)) for s in samples]
+        made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
+        made[covered] = torch.cat(found)
+        return made
 
     def _grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
@@ -373,12 +378,3 @@ class Encoder:
 
         targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
         return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
-
-
-def _blank(processor: Any) -> Sample:
-    """A question about a blank picture."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    messages: list[Message] = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    picture = Image.new("RGB", BLANK_SIZE)
-    return Sample(-1, Record("filler", messages), Rendered(text, (), ()), [picture])

@@ -142,6 +142,7 @@ def pack_targets(targets: Targets, packing: Packing, ignored: int) -> Targets:
         vision_labels=moved(targets.vision_labels, ignored),
         background=moved(targets.background, False),
         starts=packing.starts,
+        sources=moved(targets.sources, -1),
     )
 
 
