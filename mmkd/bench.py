@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from mmkd import distributed, preflight
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
-from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Signals
 from mmkd.pipeline import load_teacher, members
 from mmkd.progress import Bar, console
@@ -146,16 +146,12 @@ def prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrained
     for conversions in changes:
         convert(student, conversions)
     teacher, teacher_processor = load_teacher(recipe, [config])
-    shared = None
-    if teacher is not None:
-        shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
     stage = build_stage(
         config,
         student=student,
         processor=processor,
         teacher=teacher,
         teacher_processor=teacher_processor,
-        shared_vocabulary=shared,
         data=recipe.stage_data(config),
         folder=folder,
         seed=recipe.seed + index,

@@ -21,7 +21,7 @@ from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.encoder import Encoder
 from mmkd.engines import choose_precision
 from mmkd.errors import DataError, RecipeError
-from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Objective, Region, Signals, build_objective
 from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
@@ -29,6 +29,7 @@ from mmkd.progress import Bar, console
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.teachers import LiveTeacher, check_storable, place_teacher
+from mmkd.vocabulary import shared_vocabulary
 
 
 def build_cache(recipe: Recipe) -> Store:

@@ -27,7 +27,7 @@ from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.errors import RecipeError
 from mmkd.files import link_file, read_json, write_folder, write_json, write_text
-from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
@@ -169,9 +169,6 @@ def train(member: Member, recipe: Recipe) -> None:
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
-        shared = None
-        if teacher is not None:
-            shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
         if distributed.rank() == 0:
             console.rule(f"{member.label}: stage {stages[index].name}")
         run_stage(
@@ -182,7 +179,6 @@ def train(member: Member, recipe: Recipe) -> None:
             teacher_processor=teacher_processor,
             teachers=member.recipe.teachers,
             others=others,
-            shared_vocabulary=shared,
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
             seed=member.recipe.seed + index,

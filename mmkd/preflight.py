@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 from mmkd import distributed
 from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
-from mmkd.data.alignment import same_processor
+from mmkd.data.alignment import ALIGNED, same_processor
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
-from mmkd.errors import RecipeError
+from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
-from mmkd.loading import load_processor, shared_vocabulary, skeleton
+from mmkd.loading import load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, EvaluateConfig, Recipe, StageConfig
@@ -23,11 +23,9 @@ from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
+from mmkd.vocabulary import shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
-
-# What two processors have in common.
-ALIGNED = ("response", "vision")
 
 
 def check(recipe: Recipe) -> None:
@@ -67,6 +65,7 @@ def check(recipe: Recipe) -> None:
         _check_engine(stage)
         _check_budget(stage, recipe.stage_data(stage))
         _check_reference(stage, objectives)
+        _check_chunks(recipe, stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor, store)
@@ -165,8 +164,8 @@ def _check_stored(
 def _check_teacher(
     stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
 ) -> None:
-    """There is one where it is needed, of the same vocabulary; where it sees other tokens than the
-    student, nothing is compared but what both have."""
+    """There is one where it is needed; where it has or sees other tokens than the student, nothing
+    is compared but what both have."""
     needing = [o for o in objectives if "teacher" in o.needs]
     if not needing:
         return
@@ -177,7 +176,10 @@ def _check_teacher(
             where=f"stage {stage.name}",
             mend="add 'teacher' to the recipe",
         )
-    shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+    try:
+        shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+    except CheckpointError as error:
+        _check_vocabularies(stage, needing, error.what)
     if same_processor(processor, teacher_processor):
         return
     for objective in needing:
@@ -191,6 +193,32 @@ def _check_teacher(
             )
 
 
+def _check_vocabularies(stage: StageConfig, objectives: list[Objective], differ: str) -> None:
+    """What reads a teacher of another vocabulary can do so."""
+    for objective in objectives:
+        region = getattr(objective.config, "region", "vision")
+        if not objective.any_vocabulary or region != "vision":
+            raise RecipeError(
+                f"{differ}, and this objective compares them token by token",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="use alm or uld for responses and relation for image tokens, or models of one "
+                "tokenizer family",
+            )
+
+
+def _check_chunks(recipe: Recipe, stage: StageConfig, objectives: list[Objective]) -> None:
+    """Chunks are found between the student and one teacher, in all records."""
+    if len(recipe.teachers) < 2 and not any(t.sources for t in recipe.teachers):
+        return
+    for objective in objectives:
+        if "chunks" in objective.needs:
+            raise RecipeError(
+                "it compares with one teacher that is asked about all records",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="name one teacher without 'sources', or use kl",
+            )
+
+
 def _check_packing(
     stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
 ) -> None:
@@ -199,6 +227,12 @@ def _check_packing(
         return
     where, mend = f"stage {stage.name}: batch.pack", "set it to null"
     for objective in objectives:
+        if "chunks" in objective.needs:
+            raise RecipeError(
+                f"objective {objective.name} looks for chunks in records that stand alone",
+                where=where,
+                mend=mend,
+            )
         if objective.relates_tokens:
             raise RecipeError(
                 f"objective {objective.name} relates the tokens of a row, and packed rows hold "

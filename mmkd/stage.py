@@ -177,13 +177,14 @@ class Stage:
             return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
 
     def _others(self, batch: Batch) -> dict[str, Signals]:
-        """Signals of the further teachers that are asked about a batch, or have to run anyway."""
+        """Signals of the further teachers that are asked about a batch, or have to run anyway; they
+        see the student's tokens, whatever the first one sees."""
         found = {}
         for name, teacher in self.others.items():
             asking = [o for o in self.objectives if o.teacher == name]
             rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
             if teacher.spread or any(bool(r.any()) for r in rows):
-                found[name] = teacher.signals(batch)
+                found[name] = teacher.signals(replace(batch, teacher=None, alignment=None))
         return found
 
     def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:

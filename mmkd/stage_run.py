@@ -32,6 +32,7 @@ from mmkd.teachers import (
     store,
 )
 from mmkd.trackers import Tracked
+from mmkd.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd_models.layout import mamba_layers
 
 OWN: Literal["self"] = "self"
@@ -44,7 +45,6 @@ def build_stage(
     processor: Any,
     teacher: Teacher | Literal["self"] | None,
     teacher_processor: Any,
-    shared_vocabulary: int | None,
     data: DataConfig,
     folder: Path,
     seed: int,
@@ -61,7 +61,6 @@ def build_stage(
         teacher: live or stored, "self" for the student as it is now, or None where no objective
             needs one.
         teacher_processor: the teacher's processor, or None.
-        shared_vocabulary: tokens that both models share.
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
@@ -71,10 +70,12 @@ def build_stage(
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
+    shared = None
+    if teacher_processor is not None:
+        words = processor.tokenizer, teacher_processor.tokenizer
+        shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
     alone = [
-        build_objective(
-            o, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers(student.config)
-        )
+        build_objective(o, shared_vocabulary=shared, mamba_layers=mamba_layers(student.config))
         for o in config.objectives
     ]
     objectives = ask_each(alone, teachers, data)

@@ -1,4 +1,4 @@
-"""Real processors of three families around one small tokenizer: no hub, no torchvision.
+"""Real processors of three families around small tokenizers: no hub, no torchvision.
 
 The chat templates are written after the families' documented formats: LLaVA-1.5 (no closing token),
 Qwen2.5-VL (ChatML, a newline after each turn) and SmolVLM (a generation prompt without space).
@@ -37,10 +37,15 @@ SMOLVLM = (
     "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-WORDS = ["system You help . user assistant USER ASSISTANT : Assistant User two cats and a dog ?"]
+WORDS = ("system You help . user assistant USER ASSISTANT : Assistant User two cats and a dog ?",)
+OTHER_WORDS = ("What is that? There is a red book left of the black cat, and a green cup. "
+               "Is there a tree? Yes. No. How many are there? ä ö ü é 🎉 🎉🎉",)  # fmt: skip
+"""For a tokenizer that cuts words, umlauts and emoji elsewhere."""
 
 
-def _tokenizer(eos: str, specials: list[str], **named: str) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    eos: str, specials: list[str], words: tuple[str, ...] = WORDS, **named: str
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,19 +55,19 @@ def _tokenizer(eos: str, specials: list[str], **named: str) -> PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos, extra_special_tokens=named
     )
 
 
 @lru_cache
-def llava() -> LlavaProcessor:
+def llava(words: tuple[str, ...] = WORDS) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"height": 32, "width": 32}, do_center_crop=False
         ),
-        tokenizer=_tokenizer("</s>", ["</s>", "<image>"], image_token="<image>"),
+        tokenizer=_tokenizer("</s>", ["</s>", "<image>"], words, image_token="<image>"),
         patch_size=8,
         vision_feature_select_strategy="full",
         chat_template=LLAVA,

@@ -174,7 +174,7 @@ def test_a_shared_vocabulary_keeps_mass_off_the_padding_rows():
 def test_every_kind_of_the_registry_is_tested_here():
     """All but those that have a file of their own."""
     tested = {c.kind for c in CONFIGS} | {"ce", "token_labels"}
-    tested |= {"relation", "balance", "router_z", "preference", "affinity"}
+    tested |= {"relation", "balance", "router_z", "preference", "affinity", "alm", "uld"}
     assert tested == {kind for kind, cls in REGISTRY.items() if not issubclass(cls, Layerwise)}
 
 

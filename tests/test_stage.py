@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from mmkd import pipeline
 from mmkd.attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
-from mmkd.loading import load_model, load_processor, shared_vocabulary
+from mmkd.loading import load_model, load_processor
 from mmkd.ops import head_losses
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.vocabulary import shared_vocabulary
 
 
 def train(raw):

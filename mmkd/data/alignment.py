@@ -1,11 +1,12 @@
 """A teacher with a processor of its own sees other tokens: which of them a student's tokens match.
 
-Responses are the same tokens in both, so the k-th response token of one is that of the other; image
-tokens match one by one where there are as many, else by their place on the picture. As logits are
-linear in final hidden states, the hidden state interpolated between places has the interpolated
-logits.
+Of one vocabulary, responses are the same tokens in both, so the k-th response token of one is that
+of the other; image tokens match one by one where there are as many, else by their place on the
+picture. As logits are linear in final hidden states, the hidden state interpolated between places
+has the interpolated logits. Responses of two vocabularies match in chunks: `mmkd.data.chunks`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from mmkd.cache import processor_hash
 from mmkd.errors import DataError
-from mmkd.objectives import Targets
+from mmkd.objectives import Region, Targets
 
 Grid = tuple[int, int]  # rows and columns of a picture's tokens
+ALIGNED: tuple[Region, ...] = ("response", "vision")
+"""What two processors have in common."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class Alignment:
 
 
 def align(
-    student: Targets, teacher: Targets, grids: list[list[tuple[Grid, Grid]]], ids: list[str]
+    student: Targets,
+    teacher: Targets,
+    grids: list[list[tuple[Grid, Grid]]],
+    ids: list[str],
+    regions: Collection[Region] = ALIGNED,
 ) -> Alignment:
     """Match the tokens of one batch as two processors encoded it.
 
@@ -58,16 +65,21 @@ def align(
         student, teacher: what their tokens are.
         grids: for each row and picture, the student's and the teacher's grid of tokens.
         ids: of the rows, for messages.
+        regions: what is to be matched, of `ALIGNED`.
 
     Raises:
         DataError: a response has different tokens, or a picture's tokens are not its grid.
     """
-    terms: list[tuple[Tensor, Tensor, Tensor]] = []
+    nothing = torch.zeros(0, dtype=torch.long)
+    terms = [(nothing, nothing, torch.zeros(0))]
     widths = student.attention.shape[1], teacher.attention.shape[1]
     for row, name in enumerate(ids):
-        matched = [*_responses(student, teacher, row, name)]
-        mine, theirs = (t.vision[row].nonzero()[:, 0] for t in (student, teacher))
-        matched += _pictures(mine, theirs, grids[row], name)
+        matched = []
+        if "response" in regions:
+            matched += _responses(student, teacher, row, name)
+        if "vision" in regions:
+            mine, theirs = (t.vision[row].nonzero()[:, 0] for t in (student, teacher))
+            matched += _pictures(mine, theirs, grids[row], name)
         terms += [(s + row * widths[0], t + row * widths[1], w) for s, t, w in matched]
     rows, columns, weights = (torch.cat(part) for part in zip(*terms, strict=True))
     return Alignment(rows, columns, weights, (len(ids), widths[0]))

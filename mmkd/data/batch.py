@@ -1,14 +1,15 @@
 """A micro-batch: a model's inputs and what its tokens are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkd.data.alignment import Alignment, Grid
-from mmkd.objectives import Region, Targets
+from mmkd.data.alignment import Alignment, Grid, align
+from mmkd.data.chunks import Answer, pair_chunks
+from mmkd.objectives import Chunks, Region, Targets
 from mmkd.ops import SparseRows
 
 
@@ -28,6 +29,7 @@ class Batch:
             student's.
         alignment: which of the teacher's tokens are which of the student's.
         stored: the teacher's distributions, where they come from its cache.
+        answers: of each record as its tokens cut them, where chunks are asked for.
         stored_hidden: [B, T, H] float16, its final hidden states from there; zeros where none are.
     """
 
@@ -40,11 +42,12 @@ class Batch:
     teacher: "Batch | None" = None
     alignment: Alignment | None = None
     stored: SparseRows | None = None
+    answers: list[list[Answer]] = field(default_factory=list)
     stored_hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+            return value.to(device) if isinstance(value, Tensor | Chunks) else value
 
         return replace(
             self,
@@ -55,6 +58,34 @@ class Batch:
             stored=None if self.stored is None else self.stored.to(device),
             stored_hidden=move(self.stored_hidden),
         )
+
+
+def paired(
+    batch: Batch, theirs: Batch | None, regions: Collection[Region], *, chunks: bool
+) -> Batch:
+    """The batch with what the teacher sees of it.
+
+    Args:
+        batch: as the student's processor encodes it.
+        theirs: as the teacher's does, if that is another.
+        regions: where the tokens of two processors are matched one by one.
+        chunks: find the chunks of its answers.
+
+    Raises:
+        DataError: they do not fit.
+    """
+    if theirs is not None:
+        rows = zip(batch.grids, theirs.grids, strict=True)
+        grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
+        ids = batch.ids * (len(grids) // len(batch.ids))
+        alignment = align(batch.targets, theirs.targets, grids, ids, regions)
+        batch = replace(batch, teacher=theirs, alignment=alignment)
+    if chunks:
+        other = theirs or batch
+        tokens = batch.targets.input_ids, other.targets.input_ids
+        found = pair_chunks(*tokens, batch.answers, other.answers, batch.ids)
+        batch = replace(batch, targets=replace(batch.targets, chunks=found))
+    return batch
 
 
 def covered_rows(targets: Targets, regions: Sequence[Region]) -> Tensor:

@@ -16,10 +16,17 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text; `spans` are the (start, end) characters that are responses."""
+    """A conversation as text.
+
+    Attributes:
+        text: by the chat template.
+        spans: (start, end) characters of each response, end of turn included.
+        said: of the words in each response, without what the template puts around them.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    said: tuple[Span, ...]
 
 
 def render_chat(processor: Any, messages: list[Message]) -> Rendered:
@@ -43,6 +50,7 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
     tokenizer = processor.tokenizer
     specials = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
     spans: list[Span] = []
+    words: list[Span] = []
     closed = False
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -63,11 +71,12 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
             )
         stop, closed = _end_of_turn(text, at + len(said), end, specials)
         spans.append((len(prefix), stop))
+        words.append((at, at + len(said)))
     if not closed and spans and tokenizer.eos_token and messages[-1]["role"] == "assistant":
         start, stop = spans[-1]
         text = text[:stop] + tokenizer.eos_token
         spans[-1] = (start, len(text))
-    return Rendered(text, tuple(spans))
+    return Rendered(text, tuple(spans), tuple(words))
 
 
 def _common_length(a: str, b: str) -> int:

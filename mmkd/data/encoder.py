@@ -1,7 +1,7 @@
 """From records to a batch: encoding, padding, masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -9,46 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmkd.cache import Store, record_key
-from mmkd.data.alignment import Grid, align, same_processor
-from mmkd.data.batch import Batch, covered_rows
+from mmkd.cache import Store
+from mmkd.data.alignment import ALIGNED, Grid, same_processor
+from mmkd.data.batch import Batch, covered_rows, paired
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
+from mmkd.data.chunks import Answer, cut_answers
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
 from mmkd.data.processing import MOVED, Processing
 from mmkd.data.records import Records, located
+from mmkd.data.samples import Sample, blank_sample
 from mmkd.data.schema import Message, Record
 from mmkd.errors import DataError
-from mmkd.objectives import Need, Objective, Targets
+from mmkd.objectives import Need, Objective, Region, Targets
 from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
+from mmkd.vocabulary import same_vocabulary
 
 RENDERED_KEPT = 50_000
-BLANK_SIZE = (64, 64)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A record ready to be encoded; of a preference pair, one of its two answers."""
-
-    index: int
-    record: Record
-    rendered: Rendered
-    pictures: list[Image.Image]
-    rejected: Rendered | None = None
-
-    @property
-    def key(self) -> bytes:
-        """What a cache knows it by."""
-        return record_key(self.record.messages, self.pictures)
-
-    def other(self) -> "Sample":
-        """The rejected answer as a sample."""
-        assert self.rejected is not None
-        return replace(self, rendered=self.rejected, rejected=None)
 
 
 class Encoder:
@@ -65,6 +45,9 @@ class Encoder:
         filler: have the models see a blank picture behind a batch that has none.
         store: the teacher's cache, to be read beside each batch.
         pack: most tokens of a row in which records lie one behind another; None for one a row.
+        chunks: find the pieces of responses that both models' tokens have in common.
+        aligned: match the tokens of a teacher with a processor of its own one by one: image tokens,
+            and responses if the vocabulary is the student's.
         sources: say which data source each token's record is from.
     """
 
@@ -80,6 +63,8 @@ class Encoder:
         filler: bool = False,
         store: Store | None = None,
         pack: int | None = None,
+        chunks: bool = False,
+        aligned: bool = True,
         sources: bool = False,
     ):
         self.sources = sources
@@ -92,10 +77,16 @@ class Encoder:
         self.pairs = pairs
         self.store = store
         self.pack = pack
-        self.filler = [_blank(processor)] if filler else []
+        self.chunks = chunks
+        self.filler = [blank_sample(processor)] if filler else []
         self.teacher = None
+        self.matched: tuple[Region, ...] = ALIGNED if aligned else ()
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
-            self.teacher = Encoder(records, teacher_processor, config, pairs=pairs, filler=filler)
+            self.teacher = Encoder(
+                records, teacher_processor, config, pairs=pairs, filler=filler, chunks=chunks
+            )
+            if aligned and not same_vocabulary(processor.tokenizer, teacher_processor.tokenizer):
+                self.matched = ("vision",)
         self._rendered = lru_cache(maxsize=RENDERED_KEPT)(self._render)
 
     @classmethod
@@ -113,6 +104,7 @@ class Encoder:
     ) -> "Encoder":
         """The encoder that a stage's objectives need."""
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
+        by_token = [o for o in objectives if "teacher" in o.needs and "chunks" not in o.needs]
         return cls(
             records or Records(config),
             processor,
@@ -123,6 +115,8 @@ class Encoder:
             filler=filler,
             store=store,
             pack=pack,
+            chunks="chunks" in needs,
+            aligned=bool(by_token),
             sources=any(o.sources is not None for o in objectives),
         )
 
@@ -132,7 +126,9 @@ class Encoder:
     def _rendered_record(self, record: Record) -> tuple[Rendered, Rendered | None]:
         def rendered(messages: list[Message]) -> Rendered:
             whole = render_chat(self.processor, messages)
-            return replace(whole, spans=whole.spans[-1:]) if record.last_answer_only else whole
+            if not record.last_answer_only:
+                return whole
+            return replace(whole, spans=whole.spans[-1:], said=whole.said[-1:])
 
         if not self.pairs:
             return rendered(record.messages), None
@@ -170,16 +166,18 @@ class Encoder:
     ) -> Batch:
         """One padded batch of records that were made from those of the data; `skipped` is passed
         on."""
+        batch = replace(self._read_records(indices, records), skipped=skipped or [])
+        theirs = None if self.teacher is None else self.teacher._read_records(indices, records)
+        return paired(batch, theirs, self.matched, chunks=self.chunks)
+
+    def _read_records(self, indices: list[int], records: list[Record]) -> Batch:
         samples = []
         for index, record in zip(indices, records, strict=True):
             with located(lambda index=index: self.records.where(index)):  # type: ignore[misc]
                 rendered, rejected = self._rendered_record(record)
                 pictures = self.records.pictures(record)
                 samples.append(Sample(index, record, rendered, pictures, rejected))
-        batch = replace(self._encode(samples), skipped=skipped or [])
-        if self.teacher is None:
-            return batch
-        return _beside(batch, self.teacher.encode_records(indices, records))
+        return self._encode(samples)
 
     def prompts(self, records: list[Record]) -> dict[str, Tensor]:
         """Inputs that ask for the next answer of each conversation, padded on the left."""
@@ -189,12 +187,17 @@ class Encoder:
                 record.messages, add_generation_prompt=True, tokenize=False
             )
             pictures = self.records.pictures(record)
-            samples.append(Sample(0, record, Rendered(text, ()), pictures))
+            samples.append(Sample(0, record, Rendered(text, (), ()), pictures))
         encoded = self._process(samples, side="left")
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
         """One padded batch; bad records are replaced by later ones if the recipe says so."""
+        batch = self._read(indices)
+        theirs = None if self.teacher is None else self.teacher._read(batch.indices)
+        return paired(batch, theirs, self.matched, chunks=self.chunks)
+
+    def _read(self, indices: list[int]) -> Batch:
         samples: list[Sample] = []
         skipped: list[str] = []
         for index in indices:
@@ -208,8 +211,7 @@ class Encoder:
                     skipped.append(str(error))
             else:
                 raise DataError("every record is bad", where=self.records.name)
-        batch = replace(self._encode(samples), skipped=skipped)
-        return batch if self.teacher is None else _beside(batch, self.teacher.encode(batch.indices))
+        return replace(self._encode(samples), skipped=skipped)
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
@@ -251,6 +253,8 @@ class Encoder:
             indices=[s.index for s in chosen],
             grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
         )
+        if self.chunks:
+            batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
         batch = self._truncate(batch, samples)
         if self.store is not None:
             batch = replace(
@@ -259,6 +263,13 @@ class Encoder:
                 stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
             )
         return batch if self.pack is None else self._packed(batch, samples, self.pack)
+
+    def _answers(
+        self, samples: list[Sample], moved: list[Any], offsets: Tensor, ids: Tensor
+    ) -> list[list[Answer]]:
+        specials = set(self.processor.tokenizer.all_special_ids)
+        rows = zip(samples, moved, offsets.tolist(), ids.tolist(), strict=False)
+        return [cut_answers(s.rendered, m, o, i, specials) for s, m, o, i in rows]
 
     def _sources(self, samples: list[Sample], ids: Tensor) -> Tensor:
         """[B, T] int64."""
@@ -367,21 +378,3 @@ class Encoder:
 
         targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
         return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
-
-
-def _blank(processor: Any) -> Sample:
-    """A question about a blank picture."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    messages: list[Message] = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    picture = Image.new("RGB", BLANK_SIZE)
-    return Sample(-1, Record("filler", messages), Rendered(text, ()), [picture])
-
-
-def _beside(batch: Batch, theirs: Batch) -> Batch:
-    """The batch with what the teacher's processor makes of its records."""
-    rows = zip(batch.grids, theirs.grids, strict=True)
-    grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
-    ids = batch.ids * (len(grids) // len(batch.ids))
-    alignment = align(batch.targets, theirs.targets, grids, ids)
-    return replace(batch, teacher=theirs, alignment=alignment)

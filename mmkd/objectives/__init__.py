@@ -27,6 +27,8 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
+from mmkd.objectives.chunks import Chunks, ChunkTokens
+from mmkd.objectives.cross_tokenizer import Alm, Uld
 from mmkd.objectives.divergence import Divergence, Jsd, SkewDivergence
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, MixerMse
@@ -41,6 +43,8 @@ CLASSES: tuple[type[Objective], ...] = (
     Divergence,
     Jsd,
     SkewDivergence,
+    Alm,
+    Uld,
     Relation,
     MiniLm,
     Affinity,
@@ -100,6 +104,8 @@ def build_objective(
 __all__ = [
     "REGISTRY",
     "AnyObjectiveConfig",
+    "ChunkTokens",
+    "Chunks",
     "CrossEntropy",
     "HeadObjective",
     "LayerSignals",

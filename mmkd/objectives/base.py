@@ -14,11 +14,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from mmkd.objectives.chunks import Chunks
 from mmkd.ops import SparseRows
 
 Region = Literal["response", "prompt", "vision", "all"]
 # distribution: the head's output, layers: what happens inside of decoder layers, matrices and
-# projections: more of it, experts: routers, pairs: chosen and rejected answers
+# projections: more of it, experts: routers, pairs: chosen and rejected answers, chunks: pieces of
+# answers that student and teacher tokenize alike at their ends
 Need = Literal[
     "teacher",
     "vision_labels",
@@ -28,6 +30,7 @@ Need = Literal[
     "projections",
     "experts",
     "pairs",
+    "chunks",
 ]
 
 
@@ -86,6 +89,8 @@ class Signals:
         layers: decoder layers by number, where an objective asks for them.
         forced: the same, but each layer fed with what entered the teacher's layer.
         routers: sparse layers by number.
+        own_hidden: [B, T', H] or None, final hidden states of a teacher on its own tokens, where
+            `hidden` is what matches the student's.
     """
 
     hidden: Tensor
@@ -95,6 +100,7 @@ class Signals:
     layers: dict[int, LayerSignals] = field(default_factory=dict)
     forced: dict[int, LayerSignals] = field(default_factory=dict)
     routers: dict[int, RouterSignals] = field(default_factory=dict)
+    own_hidden: Tensor | None = None
 
     def first(self, rows: int) -> "Signals":
         """The same of a batch's first rows, without what else the model saw."""
@@ -107,6 +113,7 @@ class Signals:
             layers={i: layer.first(rows) for i, layer in self.layers.items()},
             forced={i: layer.first(rows) for i, layer in self.forced.items()},
             routers={i: replace(r, logits=r.logits[:rows]) for i, r in self.routers.items()},
+            own_hidden=None if self.own_hidden is None else self.own_hidden[:rows],
         )
 
 
@@ -147,6 +154,7 @@ class Targets:
         rejected: [B] bool or None, rows of rejected answers: the second half of a batch of pairs.
         reference_logps: [B] or None, log-probabilities of the answers by a preference's reference.
         starts: [B, T] bool or None, first tokens of the records of packed rows.
+        chunks: pieces of responses that student and teacher have in common, or None.
         sources: [B, T] int64 or None, the number of the data source that a token's record is from.
         heard: [B, T] bool or None, tokens of the records that count; None for all.
     """
@@ -161,6 +169,7 @@ class Targets:
     rejected: Tensor | None = None
     reference_logps: Tensor | None = None
     starts: Tensor | None = None
+    chunks: Chunks | None = None
     sources: Tensor | None = None
     heard: Tensor | None = None
 
@@ -242,12 +251,15 @@ class Objective:
         config_class: of its settings.
         relates_tokens: it compares a row's tokens with each other, so that a row has to be one
             record.
+        any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
+            where it reads chunks.
         teacher: the name of the teacher that it compares with, where there are several.
         sources: numbers of the data sources whose records it covers; None for all.
     """
 
     config_class: ClassVar[type[ObjectiveConfig]]
     relates_tokens: ClassVar[bool] = False
+    any_vocabulary: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -109,6 +109,7 @@ class Relation(Objective):
 
     config_class: ClassVar[type[RelationConfig]] = RelationConfig
     relates_tokens = True
+    any_vocabulary = True
     config: RelationConfig
     needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 

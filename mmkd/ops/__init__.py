@@ -7,19 +7,23 @@ from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import linear_divergence
 from mmkd.ops.gram import gram_inner
 from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
+from mmkd.ops.likelihood import BinaryKind, binary_divergence
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
+from mmkd.ops.uld import linear_uld
 from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
 from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
 __all__ = [
     "CHUNK_BYTES",
     "DIVERGENCES",
+    "BinaryKind",
     "Head",
     "HeadLoss",
     "Routing",
     "SparseRows",
     "balance_loss",
+    "binary_divergence",
     "causal_conv",
     "causal_conv_step",
     "expert_ffn",
@@ -27,6 +31,7 @@ __all__ = [
     "head_losses",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_uld",
     "route",
     "ssd_matrix",
     "ssd_scan",

@@ -184,14 +184,23 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        if ctx.grads is None:
-            raise RuntimeError("the gradients were taken once and are gone")
-        grads = [
-            None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        ctx.grads = None
-        return (*grads, None, None, None, None, None)
+        return (*scaled_gradients(ctx, grad_outputs[0]), None, None, None, None, None)
+
+
+def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:
+    """What a forward pass left in `ctx.grads`, times the loss's gradient, in `ctx.dtypes`.
+
+    Raises:
+        RuntimeError: they were taken before.
+    """
+    if ctx.grads is None:
+        raise RuntimeError("the gradients were taken once and are gone")
+    grads = [
+        None if grad is None else grad.mul_(scale).to(dtype)
+        for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+    ]
+    ctx.grads = None
+    return grads
 
 
 def _one_dtype(student: Head, teacher: Head | SparseRows | None) -> bool:

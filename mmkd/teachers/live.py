@@ -39,7 +39,8 @@ class LiveTeacher:
         own = self.own_signals(batch, **layers)
         if batch.alignment is None:
             return own
-        return replace(own, hidden=batch.alignment(own.hidden), embeddings=None)
+        aligned = batch.alignment(own.hidden)
+        return replace(own, hidden=aligned, own_hidden=own.hidden, embeddings=None)
 
     @torch.no_grad()
     def own_signals(self, batch: Batch, **layers: Any) -> Signals:

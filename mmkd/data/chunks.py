@@ -1,0 +1,146 @@
+"""Answers that two tokenizers cut differently: the pieces whose ends both have in common.
+
+Places are characters of the answer's words. A cut lies where one token ends and the next begins, so
+there is none inside of a character whose bytes several tokens share. What the template puts around
+the words belongs to no piece, but for the end-of-turn token, which is one of its own.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkd.data.chat import Rendered, Span, expanded_spans
+from mmkd.errors import DataError
+from mmkd.objectives import Chunks, ChunkTokens
+
+Piece = tuple[range, range]
+"""The tokens of a chunk in the student's and in the teacher's row."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where one model's tokens cut an answer.
+
+    Attributes:
+        words: what is said.
+        cuts: a place in the words -> the number in its row of the first token behind it.
+        end: the number of the end-of-turn token, None where there is none.
+    """
+
+    words: str
+    cuts: dict[int, int]
+    end: int | None
+
+
+def cut_answers(
+    rendered: Rendered,
+    replacements: list[dict[str, Any]],
+    offsets: Sequence[Span],
+    ids: Sequence[int],
+    specials: Collection[int],
+) -> list[Answer]:
+    """The answers of one conversation as its tokens cut them.
+
+    Args:
+        rendered: the conversation.
+        replacements: the processor's `text_replacement_offsets` of it.
+        offsets: (start, end) characters of its tokens.
+        ids: its tokens.
+        specials: ids of special tokens.
+    """
+    found = []
+    said = expanded_spans(rendered.said, replacements)
+    whole = expanded_spans(rendered.spans, replacements)
+    for (first, last), (start, stop), (_, closed) in zip(rendered.said, said, whole, strict=True):
+        words = rendered.text[first:last]
+        tokens = {
+            number: (max(a - start, 0), min(b - start, len(words)))
+            for number, (a, b) in enumerate(offsets)
+            if a < stop and b > start
+        }
+        ends = (
+            number
+            for number, (a, b) in enumerate(offsets)
+            if stop <= a < b <= closed and ids[number] in specials
+        )
+        found.append(Answer(words, _cuts(words, tokens), next(ends, None)))
+    return found
+
+
+def _cuts(words: str, tokens: dict[int, Span]) -> dict[int, int]:
+    """Place -> number of the first token behind it.
+
+    A tokenizer may leave white space at a token's ends out of its offsets: line breaks are then of
+    the token before, other spaces of the token behind, as in byte-level BPE.
+    """
+    cuts: dict[int, int] = {}
+    end = 0
+    for number, (start, stop) in tokens.items():
+        if end < start < stop:
+            end += words[end:start].rfind("\n") + 1
+        if start > end:
+            start = end
+        if start == end:
+            cuts.setdefault(start, number)
+        end = max(end, stop)
+    if tokens:
+        cuts.setdefault(len(words), max(tokens) + 1)
+    return cuts
+
+
+def pair_chunks(
+    student: Tensor,
+    teacher: Tensor,
+    mine: list[list[Answer]],
+    theirs: list[list[Answer]],
+    names: list[str],
+) -> Chunks:
+    """The chunks of a batch, the finest that both models' tokens allow.
+
+    Args:
+        student: [B, T] int64, the student's tokens, which may be cut short at T.
+        teacher: [B, T'] int64, the teacher's.
+        mine, theirs: the answers of each row as the two cut them.
+        names: of the rows, for messages.
+
+    Raises:
+        DataError: a row has other words for the teacher than for the student.
+    """
+    pieces: list[tuple[int, Piece]] = []
+    for row, (name, ours, others) in enumerate(zip(names, mine, theirs, strict=True)):
+        if [a.words for a in ours] != [a.words for a in others]:
+            raise DataError(
+                f"the response of {name} has other words for the teacher than for the student",
+                mend="set data.on_bad_sample to stop, to see which of them is bad for the teacher",
+            )
+        for pair in zip(ours, others, strict=True):
+            pieces += [(row, piece) for piece in _pieces(*pair)]
+    widths = student.shape[1], teacher.shape[1]
+    pieces = [(r, p) for r, p in pieces if all(t.stop <= w for t, w in zip(p, widths, strict=True))]
+    return Chunks(
+        _tokens(student, [(row, piece[0]) for row, piece in pieces]),
+        _tokens(teacher, [(row, piece[1]) for row, piece in pieces]),
+    )
+
+
+def _pieces(mine: Answer, theirs: Answer) -> Iterator[Piece]:
+    shared = sorted(mine.cuts.keys() & theirs.cuts.keys())
+    for start, stop in pairwise(shared):
+        yield (
+            range(mine.cuts[start], mine.cuts[stop]),
+            range(theirs.cuts[start], theirs.cuts[stop]),
+        )
+    if mine.end is not None and theirs.end is not None:
+        yield range(mine.end, mine.end + 1), range(theirs.end, theirs.end + 1)
+
+
+def _tokens(ids: Tensor, pieces: list[tuple[int, range]]) -> ChunkTokens:
+    places = [row * ids.shape[1] + token for row, tokens in pieces for token in tokens]
+    chunk = [number for number, (_, tokens) in enumerate(pieces) for _ in tokens]
+    at = torch.tensor(places, dtype=torch.long)
+    # each token is predicted one position before it stands
+    return ChunkTokens(at - 1, ids.flatten()[at], torch.tensor(chunk, dtype=torch.long))

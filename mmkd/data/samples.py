@@ -1,0 +1,42 @@
+"""Records ready to be encoded."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from mmkd.cache import record_key
+from mmkd.data.chat import Rendered
+from mmkd.data.schema import Message, Record
+
+BLANK_SIZE = (64, 64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record with its text and pictures; of a preference pair, one of its two answers."""
+
+    index: int
+    record: Record
+    rendered: Rendered
+    pictures: list[Image.Image]
+    rejected: Rendered | None = None
+
+    @property
+    def key(self) -> bytes:
+        """What a cache knows it by."""
+        return record_key(self.record.messages, self.pictures)
+
+    def other(self) -> "Sample":
+        """The rejected answer as a sample."""
+        assert self.rejected is not None
+        return replace(self, rendered=self.rejected, rejected=None)
+
+
+def blank_sample(processor: Any) -> Sample:
+    """A question about a blank picture."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    messages: list[Message] = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    picture = Image.new("RGB", BLANK_SIZE)
+    return Sample(-1, Record("filler", messages), Rendered(text, (), ()), [picture])

@@ -1,0 +1,105 @@
+"""Universal Logit Distillation: distributions over any two vocabularies, compared by rank.
+
+With p and q the teacher's and the student's probabilities of one row, each sorted from large to
+small and the shorter filled up with zeros,
+
+    L = sum_i |p_(i) - q_(i)|
+
+Of two distributions whose tokens all are equally far from each other, this is the Wasserstein
+distance that Boizard et al. 2024 (arXiv 2402.12030) take: no token needs a partner.
+
+With g_i = sign(q_(i) - p_(i)) put back into the order of the student's tokens, the gradient by its
+logits is q (g - <q, g>).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkd.ops.head_losses import project, rows_per_chunk, scaled_gradients
+from mmkd.ops.terms import Head
+
+BUFFERS = 9
+"""Blocks of [chunk, V] that are there at one time; the order of a sort is two."""
+
+
+def linear_uld(
+    student: Head,
+    teacher: Head,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The sum of the distances of N rows' distributions, without logits for all rows.
+
+    Args:
+        student: hidden [N, H], weight [V, H]; gets gradients where it asks for them.
+        teacher: hidden [N, H'], weight [V', H']; gets none.
+        vocab_size: rows of both heads past it get no mass.
+        chunk_size: rows projected at once; chosen by memory if None.
+
+    Returns:
+        A scalar in at least float32, between 0 and 2 N, differentiable once. No rows give 0 with
+        zero gradients.
+
+    Raises:
+        ValueError: the two have different numbers of rows.
+    """
+    rows = len(student.hidden)
+    if len(teacher.hidden) != rows:
+        raise ValueError(f"{rows} student rows but {len(teacher.hidden)} teacher rows")
+    mine, theirs = (
+        Head(h.hidden, h.weight[:vocab_size], None if h.bias is None else h.bias[:vocab_size])
+        for h in (student, teacher)
+    )
+    widest = max(len(mine.weight), len(theirs.weight))
+    chunk = rows_per_chunk(rows, widest, chunk_size, 4 * BUFFERS)
+    with torch.autocast(mine.hidden.device.type, enabled=False):
+        return _Uld.apply(mine.hidden, mine.weight, mine.bias, theirs, chunk)
+
+
+class _Uld(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Head, chunk: int
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        own = weight.to(hidden.dtype)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            q = project(hidden[rows], own, bias).softmax(1)  # [C, V]
+            p = project(teacher.hidden[rows], teacher.weight, teacher.bias).softmax(1)  # [C, V']
+            value, slope = _distance(q, p.to(q.dtype))
+            total += value
+            grad = q * (slope - (q * slope).sum(1, keepdim=True))  # [C, V]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ own
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden[rows]
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        return (*scaled_gradients(ctx, grad_outputs[0]), None, None)
+
+
+def _distance(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over rows of [C, V] and [C, V'], in float64, and its gradient by q."""
+    ranked, order = q.sort(1, descending=True)
+    other = p.sort(1, descending=True).values
+    width, rest = q.shape[1], other[:, q.shape[1] :]
+    apart = ranked.sub_(F.pad(other[:, :width], (0, max(0, width - p.shape[1]))))
+    value = apart.abs().sum(dtype=torch.float64) + rest.sum(dtype=torch.float64)
+    return value, torch.empty_like(q).scatter_(1, order, apart.sign_())
