@@ -21,8 +21,8 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from benchmarks.measure import save
+from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
-from mmkd.data.records import load_image
 from mmkd.progress import console
 
 SIZE = (640, 480)

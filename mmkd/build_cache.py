@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mmkd import distributed
 from mmkd.cache import Store, StoreWriter, processor_hash
 from mmkd.data.alignment import same_processor
-from mmkd.data.batch import covered_rows
+from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.encoder import Encoder
 from mmkd.engines import choose_precision
 from mmkd.errors import DataError, RecipeError
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import Objective, Region, Signals, build_objective
+from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
 from mmkd.progress import Bar, console
 from mmkd.provenance import weights_hash
@@ -47,7 +49,8 @@ def build_cache(recipe: Recipe) -> Store:
         )
     if teacher_config.model is None and teacher_config.config is None:
         raise RecipeError("there is no model to run", where="teacher", mend="add 'model'")
-    stages = [s for s in recipe.stages if needed(s)]
+    hidden = teacher_config.cache.hidden
+    stages = [s for s in recipe.stages if needed(s, hidden=hidden)]
     if not stages:
         raise RecipeError("no stage has an objective that reads a teacher", where="stages")
     device = distributed.choose_device(stages[0].engine.device)
@@ -62,10 +65,11 @@ def build_cache(recipe: Recipe) -> Store:
     regions = regions_of(stages)
     vocabulary = shared_vocabulary(student_processor.tokenizer, processor.tokenizer)
     folder = Path(teacher_config.cache.folder)
-    settings = {
+    settings: dict[str, Any] = {
         "vocabulary": vocabulary,
         "k": min(teacher_config.cache.k, vocabulary),
         "regions": regions,
+        "hidden": hidden_of(stages),
         "max_length": recipe.stage_data(stages[0]).max_length,
         "teacher": {
             "model": teacher_config.model,
@@ -73,12 +77,16 @@ def build_cache(recipe: Recipe) -> Store:
         },
         "processor": processor_hash(processor),
     }
-    writer = StoreWriter(folder, settings, distributed.rank())
-    distributed.barrier()
     model = load_model(teacher_config)
+    if settings["hidden"] is not None:
+        settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
+    writer = StoreWriter(folder, settings, distributed.rank())
+    if settings["hidden"] is not None and distributed.rank() == 0:
+        writer.keep_head(*relative_head(model, vocabulary))
+    distributed.barrier()
     teacher = place_teacher(model, teacher_config.placement, device)
-    for name, stage in _files(recipe, stages).items():
-        _store_file(name, recipe.stage_data(stage), stage, processor, teacher, writer)
+    for stage in _readers(recipe, stages):
+        _store_data(recipe.stage_data(stage), stage, processor, teacher, writer)
     writer.flush()
     distributed.barrier()
     if distributed.rank() == 0:
@@ -87,19 +95,20 @@ def build_cache(recipe: Recipe) -> Store:
     return Store(folder)
 
 
-def needed(stage: StageConfig) -> list[Objective]:
+def needed(stage: StageConfig, *, hidden: bool) -> list[Objective]:
     """The stage's objectives that read a teacher.
 
     Raises:
-        RecipeError: one of them needs more of it than distributions at temperature 1.
+        RecipeError: one of them needs more of it than distributions at temperature 1, and final
+            hidden states where these are kept (`hidden`).
     """
     found = [o for o in map(build_objective, stage.objectives) if "teacher" in o.needs]
-    check_storable(stage, found)
+    check_storable(stage, found, hidden=hidden)
     return found
 
 
-def _files(recipe: Recipe, stages: list[StageConfig]) -> dict[str, StageConfig]:
-    """Data files, each with the first stage that reads it.
+def _readers(recipe: Recipe, stages: list[StageConfig]) -> list[StageConfig]:
+    """The first stage that reads each data set.
 
     Raises:
         RecipeError: two stages cut sequences at different lengths.
@@ -113,32 +122,33 @@ def _files(recipe: Recipe, stages: list[StageConfig]) -> dict[str, StageConfig]:
         )
     found: dict[str, StageConfig] = {}
     for stage in stages:
-        found.setdefault(recipe.stage_data(stage).train, stage)
-    return found
+        said = [part.model_dump_json() for part in recipe.stage_data(stage).parts]
+        found.setdefault("".join(said), stage)
+    return list(found.values())
 
 
-def _store_file(
-    name: str,
+def _store_data(
     data: DataConfig,
     stage: StageConfig,
     processor: Any,
     teacher: LiveTeacher,
     writer: StoreWriter,
 ) -> None:
-    """Store this process's share of a data file's records."""
+    """Store this process's share of a data set's records."""
     encoder = Encoder.of(
         [build_objective(o) for o in stage.objectives],
         data,
         processor,
         filler=teacher.spread and distributed.world_size() > 1,
     )
+    name = ", ".join(part.label for part in data.parts)
     count, size = len(encoder.records), stage.batch.size
     ranks, rank = distributed.world_size(), distributed.rank()
     # Each rank makes as many batches, for a teacher that is spread over them.
     batches = -(-count // (size * ranks))
     precision = choose_precision(stage.precision, teacher.device)
     skipped = 0
-    with Bar(Path(name).name, batches, quiet=rank > 0) as bar:
+    with Bar(name, batches, quiet=rank > 0) as bar:
         for number in range(batches):
             first = (number * ranks + rank) * size
             skipped += _store_records(
@@ -176,9 +186,40 @@ def _store_records(
     parts = likeliest(signals, covered, codec.vocabulary, codec.k)
     rows = np.concatenate([codec.encode(*part) for part in parts])
     ends = covered.sum(1).cumsum(0).tolist()
-    for sample, start, end in zip(samples, [0, *ends], ends, strict=False):
-        writer.add(sample.key, rows[start:end])
+    states = _hidden_states(signals, batch, writer)
+    for number, (sample, start, end) in enumerate(zip(samples, [0, *ends], ends, strict=False)):
+        writer.add(sample.key, rows[start:end], states[number] if states else None)
     return bad
+
+
+def _hidden_states(signals: Signals, batch: Batch, writer: StoreWriter) -> list[Tensor]:
+    """[h, H] float16 of each record, if they are kept."""
+    wanted = writer.settings["hidden"]
+    if wanted is None:
+        return []
+    covered = covered_rows(batch.targets, wanted["regions"])  # [B, T]
+    states = [row[mask].half().cpu() for row, mask in zip(signals.hidden, covered, strict=True)]
+    if not all(torch.isfinite(s).all() for s in states):
+        raise DataError(
+            "final hidden states are too large for 16 bits",
+            where=batch.ids[0],
+            mend="set 'hidden: false' in teacher.cache",
+        )
+    return states
+
+
+@torch.no_grad()
+def relative_head(model: PreTrainedModel, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    """A head of the same inner products of logits as the model's, [D, H] and [D] or None, smaller
+    where the vocabulary is larger than the model's width."""
+    head: Any = model.get_output_embeddings()
+    weight = head.weight[:vocabulary].float().cpu()
+    bias = None if getattr(head, "bias", None) is None else head.bias[:vocabulary].float().cpu()
+    whole = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+    if len(whole) <= whole.shape[1]:
+        return weight, bias
+    small = logit_factor(whole).T
+    return (small, None) if bias is None else (small[:, :-1], small[:, -1])
 
 
 @torch.no_grad()
@@ -206,4 +247,11 @@ def likeliest(
 
 def regions_of(stages: list[StageConfig]) -> list[Region]:
     """The regions that the stages' divergences cover."""
-    return sorted({getattr(o.config, "region") for s in stages for o in needed(s)})  # noqa: B009
+    found = [o for s in stages for o in needed(s, hidden=True) if not o.reads_hidden]
+    return sorted({getattr(o.config, "region") for o in found})  # noqa: B009
+
+
+def hidden_of(stages: list[StageConfig]) -> dict[str, Any] | None:
+    """The regions of whose hidden states the stages' objectives read."""
+    found = {r for s in stages for o in needed(s, hidden=True) for r in o.reads_hidden}
+    return {"regions": sorted(found)} if found else None

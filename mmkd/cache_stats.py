@@ -45,6 +45,7 @@ def stats(store: Store) -> dict[str, Any]:
         "vocabulary": store.codec.vocabulary,
         "k": store.codec.k,
         "regions": store.manifest["regions"],
+        "hidden": store.hidden,
         "rest_mass": float(rest.mean()),
         "tokens_read_per_second": len(rest) / seconds,
     }
@@ -60,7 +61,7 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
         student: a model folder, or None for the recipe's student before its first stage.
         records: how many.
     """
-    stage = next((s for s in recipe.stages if needed(s)), None)
+    stage = next((s for s in recipe.stages if needed(s, hidden=True)), None)
     if recipe.teacher is None or recipe.teacher.model is None or stage is None:
         raise RecipeError(
             "there is no teacher to compare with", where="teacher", mend="add 'model'"
@@ -116,6 +117,10 @@ def _by_row(student: Signals, teacher: Signals | SparseRows, rows: Tensor, width
     return torch.stack(found)
 
 
+def _hidden(kept: dict[str, Any] | None) -> str:
+    return "none" if kept is None else f"{', '.join(kept['regions'])}, {kept['width']} numbers each"
+
+
 def print_stats(found: dict[str, Any]) -> None:
     table = Table(show_header=False)
     table.add_column()
@@ -125,6 +130,7 @@ def print_stats(found: dict[str, Any]) -> None:
         ("records", f"{found['records']:,}"),
         ("tokens", f"{found['tokens']:,}"),
         ("of regions", ", ".join(found["regions"])),
+        ("hidden states of", _hidden(found["hidden"])),
         ("size", f"{found['bytes'] / 1e6:,.1f} MB"),
         ("bytes a token", f"{found['bytes_per_token']:.1f}"),
         ("tokens kept", f"{found['k']} of {found['vocabulary']:,}"),

@@ -8,6 +8,7 @@ count that a token meets. Activation memory follows Korthikanti et al. 2022 (arX
 2, without stored attention scores): 34 bytes per token, unit of width and layer in 16 bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,10 @@ def flops_per_record(
     trainable: set[str],
     teacher: PreTrainedModel | None,
     sample: Sample,
+    others: Sequence[PreTrainedModel] = (),
 ) -> dict[str, float]:
-    """FLOPs of one record in one step, by what they are spent on."""
+    """FLOPs of one record in one step, by what they are spent on; `others` are further teachers,
+    all of which are asked about it."""
     passes = _passes(student, trainable)
     forward = _forward(student, sample, sample.projected)
     found = {
@@ -122,6 +125,9 @@ def flops_per_record(
     if teacher is not None:
         frozen = _forward(teacher, sample, sample.projected)
         found |= {f"teacher_{part}": value for part, value in frozen.items()}
+    if others:
+        more = (sum(_forward(m, sample, sample.projected).values()) for m in others)
+        found["teacher_others"] = sum(more)
     return {**found, "total": sum(found.values())}
 
 

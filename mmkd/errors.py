@@ -28,11 +28,34 @@ class RecipeError(MmkdError):
 
 
 class DataError(MmkdError):
-    """A record, an image or a data set cannot be used."""
+    """A record, an image or a data set cannot be used.
+
+    Args:
+        kind: what such problems are counted as; `what` itself where it names nothing particular.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        mend: str | None = None,
+        kind: str | None = None,
+    ):
+        super().__init__(what, where=where, mend=mend)
+        self.kind = kind or what
+
+    def at(self, where: str) -> "DataError":
+        """The same problem with its place."""
+        return DataError(self.what, where=where, mend=self.mend, kind=self.kind)
 
 
 class CheckpointError(MmkdError):
     """A model folder or a run directory cannot be used."""
+
+
+class HubError(MmkdError):
+    """The Hub cannot be reached, or it refuses."""
 
 
 class NonFiniteLossError(MmkdError):

@@ -75,6 +75,14 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     partial.rename(path)
 
 
+def link_file(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name where the disk allows it, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb+") as file:

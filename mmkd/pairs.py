@@ -18,8 +18,9 @@ import torch
 from mmkd import distributed
 from mmkd.data.answers import answers_of, asked, sample
 from mmkd.data.encoder import Encoder
-from mmkd.data.records import Record, Records, load_image
+from mmkd.data.records import Records
 from mmkd.data.scenes.build import IMAGE, TURNS, conversation
+from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.scenes import mentioned_objects
 from mmkd.loading import load_model, load_processor
@@ -96,7 +97,9 @@ def make_pairs(
     indices = list(range(min(limit or len(records), len(records))))
     if not records[0].objects:
         raise DataError(
-            "the records say nothing of objects", where=data.train, mend="add 'objects' (name, box)"
+            "the records say nothing of objects",
+            where=records.name,
+            mend="add 'objects' (name, box)",
         )
     place = distributed.choose_device(device)
     answering: Any = load_model(source)
@@ -155,7 +158,7 @@ def _text(prompt: Record) -> str:
 
 def _png(record: Record, records: Records) -> dict[str, Any]:
     out = io.BytesIO()
-    load_image(record.images[0], records.image_root).save(out, "PNG")
+    records.pictures(record)[0].save(out, "PNG")
     return {"bytes": out.getvalue(), "path": None}
 
 

@@ -8,11 +8,12 @@ runs/<name>/
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
                 start/student/    what a stage that converts starts from
   evaluation/<member>/ results.json  samples/  decode.json
+  release/<member>/             what `mmkd release` sends to the Hub
   report.html
 """
 
-import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -25,14 +26,14 @@ from transformers import PreTrainedModel
 from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.errors import RecipeError
-from mmkd.files import read_json, write_folder, write_json, write_text
+from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor, shared_vocabulary
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
-from mmkd.teachers import StoredTeacher, Teacher, place_teacher
+from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
@@ -66,7 +67,8 @@ def members(recipe: Recipe) -> list[Member]:
     for seed in recipe.seeds or [recipe.seed]:
         for label, overrides in {recipe.label: [], **recipe.variants}.items():
             raw = recipe.model_dump(mode="json")
-            raw |= {"variants": {}, "seeds": [], "evaluate": None, "seed": seed, "label": label}
+            raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
+            raw |= {"seed": seed, "label": label}
             name = f"{label}-seed{seed}" if recipe.seeds else label
             folder = run_folder(recipe) if alone else run_folder(recipe) / name
             found.append(Member(name, load_recipe(raw, overrides), folder))
@@ -110,8 +112,9 @@ def refuse_other_recipe(member: Member) -> None:
     if not path.exists() or not started:
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = yaml.safe_load(to_yaml(member.recipe))
-    found, wanted = (_without_layout(recipe) for recipe in (found, wanted))
+    with suppress(RecipeError):  # keys that are new since have their defaults
+        found = load_recipe(found).model_dump(mode="json")
+    found, wanted = (_without_layout(r) for r in (found, member.recipe.model_dump(mode="json")))
     if found != wanted:
         raise RecipeError(
             f"the folder holds a run of another recipe, it differs in "
@@ -160,6 +163,7 @@ def train(member: Member, recipe: Recipe) -> None:
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
     teacher, teacher_processor = load_teacher(member.recipe, [stages[i] for i in pending])
+    others = load_others(member.recipe) if teacher is not None else {}
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
@@ -174,6 +178,8 @@ def train(member: Member, recipe: Recipe) -> None:
             processor=processor,
             teacher=teacher,
             teacher_processor=teacher_processor,
+            teachers=member.recipe.teachers,
+            others=others,
             shared_vocabulary=shared,
             data=member.recipe.stage_data(stages[index]),
             folder=member.stage_folder(index),
@@ -227,14 +233,7 @@ def _common_stages(member: Member, other: Member) -> int:
 
 
 def _link(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_link_file)
-
-
-def _link_file(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=link_file)
 
 
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
@@ -304,6 +303,12 @@ def load_teacher(
     device = distributed.choose_device(needing[0].engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     return teacher, load_processor(recipe.teacher)
+
+
+def load_others(recipe: Recipe) -> dict[str, LiveTeacher]:
+    """All teachers but the first, by name."""
+    device = distributed.choose_device(recipe.stages[0].engine.device)
+    return {t.name: place_teacher(load_model(t), t.placement, device) for t in recipe.more_teachers}
 
 
 def evaluate(recipe: Recipe, trained: list[Member]) -> None:

@@ -1,6 +1,5 @@
 """`mmkd plan`: what a run would cost, from configs and a sample of the data, without weights."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -9,13 +8,15 @@ from transformers import PreTrainedModel
 from mmkd import distributed
 from mmkd.costs import Sample, flops_per_record, idle_parameters, memory, parameter_bytes
 from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
+from mmkd.data.sources import is_there
 from mmkd.errors import MmkdError
 from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.pipeline import members
 from mmkd.progress import console
-from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
+from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement, TrainConfig
 from mmkd.students import convert, set_trainable
 from mmkd.teachers import choose_placement
 from mmkd_models.layout import mamba_layers
@@ -53,8 +54,8 @@ def plan_stage(
     teacher: PreTrainedModel | None,
     sampled: tuple[Sample, int] | None = None,
 ) -> dict[str, Any]:
-    """One stage's plan; `sampled` are a mean record and the number of records, read from the data
-    if left out."""
+    """One stage's plan; `sampled` are a mean record and the records of an epoch, read from the
+    data if left out."""
     student = skeleton(recipe.student)
     until = recipe.stages.index(stage) + 1
     for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
@@ -65,6 +66,7 @@ def plan_stage(
     if recipe.teacher is not None and recipe.teacher.source == "self":
         teacher = student
     teacher = teacher if any("teacher" in o.needs for o in objectives) else None
+    others = [skeleton(t) for t in recipe.more_teachers] if teacher is not None else []
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
@@ -93,12 +95,22 @@ def plan_stage(
         "vision_tokens_per_step": round(sample.vision * per_step),
         "flops_per_step": {
             k: round(v * per_step)
-            for k, v in flops_per_record(student, trainable, teacher, sample).items()
+            for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
         },
-        "memory_bytes": memory(student, trained, teacher, stage, sample, placement),
+        "memory_bytes": _with_others(
+            memory(student, trained, teacher, stage, sample, placement), others
+        ),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, objectives, placement),
     }
+
+
+def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[str, int]:
+    """Memory with the weights of further teachers, whole."""
+    if not others:
+        return memory
+    weights = sum(map(parameter_bytes, others))
+    return {**memory, "other_teachers_weights": weights, "total": memory["total"] + weights}
 
 
 def _placement(
@@ -113,16 +125,17 @@ def _placement(
 def sample_data(
     data: DataConfig, processor: Any, objectives: list[Objective]
 ) -> tuple[Sample, int]:
-    """Token counts of some records; where there is no data yet, full-length sequences."""
-    if not Path(data.train).is_file():
+    """Token counts of some of an epoch's records, and how many it has; where there is no data yet,
+    full-length sequences."""
+    if not all(map(is_there, data.parts)):
         length = float(data.max_length)
         rows = {o.name: length for o in objectives}
         return Sample(length, length, length, 0.0, 0.0, rows), 0
     records = Records(data)
     encoder = Encoder.of(objectives, data, processor, records=records)
-    count = min(SAMPLED_RECORDS, len(records))
-    spread = [i * len(records) // count for i in range(count)]
-    batch = encoder.encode(spread)
+    members = Mixture(records, seed=0).members(epoch=0).tolist()
+    count = min(SAMPLED_RECORDS, len(members))
+    batch = encoder.encode([members[i * len(members) // count] for i in range(count)])
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     return (
@@ -138,7 +151,7 @@ def sample_data(
                 if "distribution" in o.needs
             },
         ),
-        len(records),
+        len(members),
     )
 
 
@@ -167,7 +180,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 _ROWS: dict[str, Any] = {
     "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
-    "trains": lambda s: _trains(s["settings"]["train"]),
+    "trains": lambda s: TrainConfig(**s["settings"]["train"]).words,
     "parameters": lambda s: human(s["parameters"]),
     "  a token meets": lambda s: human(s["active_parameters"]),
     "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
@@ -190,16 +203,6 @@ _ROWS: dict[str, Any] = {
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
     "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
-
-
-def _trains(settings: dict[str, Any]) -> str:
-    lora = settings["lora"]
-    if lora is None:
-        return ", ".join(settings["groups"])
-    kind = "DoRA" if lora["dora"] else "LoRA"
-    return ", ".join(
-        [*settings["groups"], f"{kind} {lora['rank']} of {' + '.join(lora['groups'])}"]
-    )
 
 
 def _fits(needed: int, there: int) -> str:

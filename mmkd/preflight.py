@@ -10,6 +10,7 @@ from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.errors import RecipeError
 from mmkd.layer_signals import PROJECTIONS, LayerPlan
@@ -19,7 +20,7 @@ from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
-from mmkd.teachers import check_storable
+from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
 from mmkd_models.layout import mamba_layers, moe_layers
 from mmkd_models.parts import find_parts
@@ -49,6 +50,7 @@ def check(recipe: Recipe) -> None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
+    _check_others(recipe, processor)
     for stage in recipe.stages:
         convert(student, stage.convert)
         mamba = mamba_layers(student.config)
@@ -67,6 +69,21 @@ def check(recipe: Recipe) -> None:
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
         _check_data(recipe, stage, objectives, processor, teacher_processor, store)
+
+
+def _check_others(recipe: Recipe, processor: Any) -> None:
+    """Further teachers see the student's tokens and pictures, and the data have their sources."""
+    for teacher in recipe.more_teachers:
+        where = f"teacher {teacher.name}"
+        check_supported(skeleton(teacher), where)
+        if not same_processor(processor, load_processor(teacher)):
+            raise RecipeError(
+                "of several teachers, all but the first need the student's processor",
+                where=where,
+                mend="put it first, or leave it out",
+            )
+    for stage in recipe.stages:
+        ask_each([], recipe.teachers, recipe.stage_data(stage))
 
 
 def _check_engine(stage: StageConfig) -> None:
@@ -119,15 +136,16 @@ def _check_stored(
 ) -> None:
     """The cache holds what the stage's objectives read."""
     reading = [o for o in objectives if "teacher" in o.needs]
-    check_storable(stage, reading)
-    regions, length = (store.manifest[k] for k in ("regions", "max_length"))
-    data = recipe.stage_data(stage)
+    check_storable(stage, reading, hidden=store.hidden is not None)
+    length, data = store.manifest["max_length"], recipe.stage_data(stage)
     for objective in reading:
-        region = getattr(objective.config, "region", None)
-        if region not in regions or data.max_length != length:
+        regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]
+        if objective.reads_hidden and store.hidden is not None:
+            regions, wanted = store.hidden["regions"], [*objective.reads_hidden]
+        if not {*wanted} <= {*regions} or data.max_length != length:
             raise RecipeError(
                 f"the teacher's cache has regions {', '.join(regions)} at max_length {length}, not "
-                f"{region} at {data.max_length}",
+                f"{', '.join(map(str, wanted))} at {data.max_length}",
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="build it again with `mmkd cache`, or name another folder",
             )
@@ -296,13 +314,15 @@ def _check_data(
     teacher_processor: Any,
     store: Store | None,
 ) -> None:
-    """The first record can be encoded, for both models where they see it differently, and is in
-    the teacher's cache."""
+    """The first record of each source can be encoded, for both models where they see it
+    differently, and is in the teacher's cache."""
     data = recipe.stage_data(stage)
     stored = store if any("teacher" in o.needs for o in objectives) else None
     encoder = Encoder.of(
         objectives, data, processor, teacher_processor=teacher_processor, store=stored
     )
-    batch = encoder.encode([0])
-    for objective in objectives:
-        objective.rows(batch.targets)
+    Mixture(encoder.records, recipe.seed)
+    for first in encoder.records.starts:
+        batch = encoder.encode([first])
+        for objective in objectives:
+            objective.rows(batch.targets)

@@ -19,6 +19,11 @@ console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def say(text: str) -> None:
+    """Print text as it is: no markup, no colours, and lines as long as they are."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def live() -> bool:
     """Whether a bar can be drawn again in place. FORCE_COLOR, which services that run tests set,
     makes rich take a file for a terminal; a log of cursor movements is none."""
@@ -26,7 +31,7 @@ def live() -> bool:
 
 
 class Bar:
-    """One bar: `advance` with a short note on what is going on."""
+    """One bar: `advance` by `count` with a short note on what is going on."""
 
     def __init__(self, name: str, total: int, *, done: int = 0, quiet: bool = False):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
@@ -53,10 +58,10 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def advance(self, note: str = "") -> None:
-        self.done += 1
+    def advance(self, note: str = "", count: int = 1) -> None:
+        self.done += count
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], advance=1, note=note)
+            self._progress.update(self._progress.task_ids[0], advance=count, note=note)
             return
         now = time.monotonic()
         finished = self.done == self.total

@@ -6,13 +6,17 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmkd.data.sources import find_files
+from mmkd.errors import DataError
 from mmkd.files import sha256
-from mmkd.recipe import Recipe
+from mmkd.plugins import plugin_files
+from mmkd.recipe import HUB, Recipe, SourceConfig
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
             "deepspeed", "numpy", "pillow")  # fmt: skip
@@ -20,7 +24,8 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 
 def collect(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides the run's losses, as JSON."""
-    data = {recipe.data.train, *(s.data.train for s in recipe.stages if s.data)}
+    data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
+    models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seeds": recipe.seeds or [recipe.seed],
@@ -34,8 +39,38 @@ def collect(recipe: Recipe) -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
         },
-        "data": {name: sha256(Path(name)) for name in sorted(data) if Path(name).is_file()},
+        "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
+        "plugins": plugin_files(),
+        "data": {part.train: source_facts(part) for d in data for part in d.parts},
     }
+
+
+def source_facts(config: SourceConfig) -> str:
+    """What tells a source's content from another's, in words."""
+    if config.train.startswith(HUB):
+        told = {k: getattr(config, k) for k in ("subset", "split", "revision", "stream")}
+        return ", ".join(f"{k} {v}" for k, v in told.items() if v is not None)
+    try:
+        files = find_files(config.train)
+    except DataError:
+        return "not there"
+    if len(files) == 1 and files[0].suffix != ".tar":
+        return f"sha256 {_sha256(files[0], files[0].stat().st_mtime_ns)}"
+    # Shards hold the pictures too: hashing them would take longer than many a stage.
+    shards = files[0].suffix == ".tar"
+    seen = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        content = facts.st_size if shards else _sha256(file, facts.st_mtime_ns)
+        seen.update(f"{file.name} {content}\n".encode())
+    what = "names and sizes" if shards else "names and sha256"
+    return f"{len(files):,} files, sha256 of their {what} {seen.hexdigest()}"
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    # Each stage of a run asks again.
+    return sha256(path)
 
 
 def weights_hash(folder: Path) -> str | None:

@@ -31,6 +31,7 @@ from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import (
     Objective,
     Signals,
+    Teachers,
     TeacherSignals,
     answer_logps,
     expert_counts,
@@ -43,6 +44,7 @@ from mmkd.shared_vision import SharedVision
 from mmkd.steplog import StepLog
 from mmkd.teachers import (
     LiveReference,
+    LiveTeacher,
     Reference,
     Teacher,
 )
@@ -59,6 +61,7 @@ class Stage:
     config: StageConfig
     engine: Engine
     teacher: Teacher | None
+    others: dict[str, LiveTeacher]
     vision: SharedVision | None
     reference: Reference | None
     on_policy: OnPolicy | None
@@ -67,6 +70,7 @@ class Stage:
     stream: BatchStream
     steps: int
     folder: Path
+    lead: str = ""
     tracked: Tracked | None = None
 
     def train(self) -> Metrics:
@@ -122,7 +126,7 @@ class Stage:
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
         described = self._describe(step, metrics, result, batches)
-        return {**described, **sampled, **self._shares(load)}
+        return {**described, **sampled, **self._sources(batches), **self._shares(load)}
 
     def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
         """The batches with the student's own answers where the recipe wants them."""
@@ -134,7 +138,10 @@ class Stage:
 
     def _rows(self, batches: list[Batch]) -> dict[str, float]:
         counts = torch.tensor(
-            [sum(int(o.rows(b.targets).sum()) for b in batches) for o in self.objectives],
+            [
+                sum(int(o.rows(b.targets.of(o.sources)).sum()) for b in batches)
+                for o in self.objectives
+            ],
             dtype=torch.float64,
             device=self.engine.device,
         )
@@ -150,12 +157,17 @@ class Stage:
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
+            others = self._others(batch)
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
 
         def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
             student = student.first(len(targets.input_ids))
-            theirs = None if teacher is None else teacher.first(len(targets.input_ids))
+            first = None if teacher is None else teacher.first(len(targets.input_ids))
+            theirs: TeacherSignals | Teachers | None = first
+            if self.others and first is not None:
+                asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
+                theirs = {self.lead: first, **asked}
             engine = self.config.engine
             head = (engine.head_memory * 2**20, engine.head_backend)
             total, said = score(self.objectives, student, theirs, targets, counts, *head)
@@ -163,6 +175,16 @@ class Stage:
 
         with self.vision.replaying() if self.vision else nullcontext():
             return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
+
+    def _others(self, batch: Batch) -> dict[str, Signals]:
+        """Signals of the further teachers that are asked about a batch, or have to run anyway."""
+        found = {}
+        for name, teacher in self.others.items():
+            asking = [o for o in self.objectives if o.teacher == name]
+            rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
+            if teacher.spread or any(bool(r.any()) for r in rows):
+                found[name] = teacher.signals(batch)
+        return found
 
     def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
         reference = self.reference
@@ -175,6 +197,17 @@ class Stage:
         ):
             return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
         return reference.logps(batch)
+
+    def _sources(self, batches: list[Batch]) -> Metrics:
+        """How many of the global batch's records each source of a mixture gave."""
+        records = self.stream.encoder.records
+        if len(records.sources) == 1:
+            return {}
+        counts = torch.zeros(len(records.sources), dtype=torch.float64, device=self.engine.device)
+        for index in (i for batch in batches for i in batch.indices):
+            counts[records.source_of(index)] += 1
+        names = [s.config.label for s in records.sources]
+        return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
 
     def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
         """The share of the global batch's tokens that each expert of each sparse layer got."""

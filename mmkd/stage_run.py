@@ -1,5 +1,6 @@
 """From a stage's recipe and models to a stage that runs, and its run."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Preference, build_objective
 from mmkd.on_policy import OnPolicy
 from mmkd.packed import check_packing
-from mmkd.recipe import DataConfig, StageConfig
+from mmkd.recipe import DataConfig, StageConfig, TeacherConfig
 from mmkd.shared_vision import share_vision
 from mmkd.stage import Metrics, Stage
 from mmkd.students import set_trainable, write_student
@@ -25,6 +26,7 @@ from mmkd.teachers import (
     Reference,
     StoredTeacher,
     Teacher,
+    ask_each,
     choose_reference,
     own_teacher,
     store,
@@ -46,6 +48,8 @@ def build_stage(
     data: DataConfig,
     folder: Path,
     seed: int,
+    teachers: Sequence[TeacherConfig] = (),
+    others: Mapping[str, LiveTeacher] | None = None,
     tracked: Tracked | None = None,
 ) -> Stage:
     """The stage, ready for its first step.
@@ -61,16 +65,20 @@ def build_stage(
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
+        teachers: the recipe's; of several, each objective on outputs asks each.
+        others: all of them but the first, by name.
         tracked: the stage as its run's trackers see it, if they do.
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
-    objectives = [
+    alone = [
         build_objective(
             o, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers(student.config)
         )
         for o in config.objectives
     ]
+    objectives = ask_each(alone, teachers, data)
+    others = {n: t for n, t in (others or {}).items() if any(o.teacher == n for o in objectives)}
     needs = frozenset().union(*(o.needs for o in objectives))
 
     def own() -> LiveTeacher:
@@ -85,7 +93,8 @@ def build_stage(
         data,
         processor,
         teacher_processor=teacher_processor,
-        filler=config.engine.kind == "deepspeed" or (live is not None and live.spread),
+        filler=config.engine.kind == "deepspeed"
+        or any(t.spread for t in [live, *others.values()] if t is not None),
         store=None if stored is None else stored.store,
         pack=config.batch.pack,
     )
@@ -113,6 +122,7 @@ def build_stage(
         config=config,
         engine=engine,
         teacher=(live if compared else None) or stored,
+        others=others,
         vision=vision,
         reference=reference,
         on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
@@ -121,6 +131,7 @@ def build_stage(
         stream=stream,
         steps=steps,
         folder=folder,
+        lead=teachers[0].name if teachers else "",
         tracked=tracked,
     )
 

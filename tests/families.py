@@ -271,8 +271,9 @@ def row_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return alone
 
 
-def run_alone(script: str, home: Path, *arguments: Path) -> str:
-    """What a script prints in a process that sees neither mmkd's environment nor its folder."""
+def run_alone(script: str, home: Path, *arguments: Path, **environment: str) -> str:
+    """What a script prints in a process that sees neither mmkd's environment nor its folder;
+    `environment` is added to the little that it sees."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={
@@ -281,6 +282,7 @@ def run_alone(script: str, home: Path, *arguments: Path) -> str:
             "DS_ACCELERATOR": "cpu",  # it prints what it finds
             "PATH": "/usr/bin:/bin",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other sums would be other bits
+            **environment,
         },
         cwd=home,
         capture_output=True,

@@ -59,7 +59,9 @@ def test_rows_come_back_from_their_bits(vocabulary, k, sharp):
     )
 
 
-SETTINGS = {"vocabulary": 40, "k": 4, "regions": ["response"], "max_length": 64}
+SETTINGS = {
+    "vocabulary": 40, "k": 4, "regions": ["response"], "hidden": None, "max_length": 64,
+}  # fmt: skip
 
 
 def fill(folder, keys, rank=0, **changes):
@@ -180,6 +182,41 @@ def test_training_from_all_tokens_is_training_beside_the_teacher(raw, tmp_path):
     torch.testing.assert_close(torch.tensor(again), torch.tensor(stored), rtol=1e-4, atol=1e-5)
 
 
+def test_hidden_states_serve_what_relates_tokens(raw, tmp_path):
+    """Of 16 bits: the teacher's weights are not needed for LLaVA-KD's objectives either."""
+    kinds = [
+        {"kind": "ce"},
+        {"kind": "kl"},
+        {"kind": "relation", "name": "seen", "region": "vision"},
+        {"kind": "relation", "name": "logits", "region": "vision", "features": "logits"},
+        {"kind": "affinity"},
+    ]
+
+    def recipe(name, source="cache"):
+        made = raw(name, source, stage={"objectives": kinds, "batch": {"size": 4}})
+        made["teacher"]["cache"]["hidden"] = True
+        return load_recipe(made)
+
+    cache = build_cache.build_cache(recipe("any"))
+    assert cache.hidden == {"regions": ["response", "vision"], "width": 32}
+    assert stats(cache)["hidden"] == cache.hidden
+    (tmp_path / "teacher" / "model.safetensors").rename(tmp_path / "away")
+
+    def found(config):
+        folder = pipeline.run(config)
+        lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+        names = ("kl", "seen", "logits", "affinity")
+        return torch.tensor([[json.loads(line)[n] for n in names] for line in lines])
+
+    stored = found(recipe("stored"))
+    (tmp_path / "away").rename(tmp_path / "teacher" / "model.safetensors")
+    torch.testing.assert_close(stored, found(recipe("live", "live")), rtol=2e-3, atol=1e-4)
+    assert (stored[:, 1:] > 1e-3).all()
+    (tmp_path / "cache" / "head.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing or cut|head.safetensors"):
+        pipeline.run(recipe("headless"))
+
+
 def test_two_processes_store_what_one_stores(raw, tmp_path):
     one = build_cache.build_cache(load_recipe(raw("one", k=5)))
     recipe = raw("two", k=5)
@@ -238,9 +275,10 @@ def test_a_cache_is_for_its_data_teacher_and_processor(raw, tmp_path, scenes_dir
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"objectives": [{"kind": "relation"}]}, "holds output distributions, it needs more"),
+        ({"objectives": [{"kind": "relation"}]}, "it needs hidden states .*hidden: true"),
+        ({"objectives": [{"kind": "layer_l2"}]}, "what its head sees and says, it needs more"),
         ({"objectives": [{"kind": "kl", "temperature": 2.0}]}, "of temperature 1, it asks for 2"),
-        ({"objectives": [{"kind": "preference"}]}, "holds output distributions"),
+        ({"objectives": [{"kind": "preference"}]}, "it needs more"),
         (
             {"objectives": [{"kind": "kl"}], "on_policy": {"lmbda": 0.5}},
             "the student's own answers are in no cache",

@@ -14,7 +14,8 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.labels import grid_words
 from mmkd.data.micro_batches import by_tokens
 from mmkd.data.processing import Processing
-from mmkd.data.records import GroundedObject, Records
+from mmkd.data.records import Records
+from mmkd.data.schema import GroundedObject
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError
 from mmkd.recipe import BatchConfig, DataConfig

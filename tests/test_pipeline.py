@@ -158,7 +158,14 @@ def test_finished_stages_are_kept_and_another_recipe_is_refused(
     student = folder / "01-mimic" / "student" / "model.safetensors"
     written = student.stat().st_mtime_ns
     pipeline.run(load_recipe(raw))
+    pipeline.run(load_recipe(raw, ["release={repo: me/student}"]))  # says nothing of training
     assert student.stat().st_mtime_ns == written
+    path = folder / "training.yaml"
+    older = yaml.safe_load(path.read_text())
+    older["stages"][0]["train"] = ["all"]
+    del older["data"]["picture_cache"], older["stages"][0]["batch"]
+    path.write_text(yaml.safe_dump(older))  # as written before these keys were there
+    pipeline.run(load_recipe(raw))
     before = sorted(p.name for p in folder.rglob("*"))
     with pytest.raises(RecipeError, match=r"it differs in stages\.0\.optimizer\.lr"):
         pipeline.run(load_recipe(raw, ["stages.0.optimizer.lr=0.5"]))
@@ -303,6 +310,7 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
     record = read_json(folder / "provenance.json")
     assert record["versions"]["torch"]
     assert record["data"][str(scenes_dir / "train.parquet")]
+    assert record["models"] == {str(tiny_model_dir): "folder"}
     written = (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns
     assert finish(start(tmp_path / "recipe.yaml"))[0] == 0
     assert (folder / "evaluation" / "kd" / "results.json").stat().st_mtime_ns == written

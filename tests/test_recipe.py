@@ -99,7 +99,7 @@ def stage(**changes):
         (stage(epochs=1), ["stages.0", "either 'steps' or 'epochs'"]),
         (stage(objectives=[{"kind": "ce"}, {"kind": "ce"}]), ["same name"]),
         (changed(student={}), ["student", "either 'model'"]),
-        (changed(data={}), ["data.train", "missing"]),
+        (changed(data={}), ["data: ", "either 'train' (one source) or 'sources' (a mixture)"]),
     ],
 )
 def test_errors_are_one_line_with_key_and_mend(tmp_path, raw, parts):

@@ -2,8 +2,10 @@
 
 manifest.json                 what was stored, how, and every shard's checksum; written last
 settings.json                 the same without shards, while the cache is built
-rows-RANK-NUMBER.safetensors  rows [n, words], the records' keys [m, 16] and ends [m]
+rows-RANK-NUMBER.safetensors  rows [n, words], the records' keys [m, 16] and ends [m]; where hidden
+                              states are kept, hidden [h, H] float16 and hidden_ends [m]
 rows-RANK-NUMBER.json         its size, checksum and counts
+head.safetensors              with hidden states: a head of the same inner products as the teacher's
 """
 
 import json
@@ -13,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mmkd.cache.codec import RowCodec
 from mmkd.errors import CheckpointError, DataError
 from mmkd.files import read_json, sha256, sync_file, write_json
 
 SHARD_ROWS = 2**18
+SHARD_BYTES = 2**30
+HEAD = "head.safetensors"
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 FORMAT = 2
 REBUILD = "build it with `mmkd cache RECIPE`"
@@ -52,14 +57,18 @@ class StoreWriter:
         self.codec = RowCodec(settings["vocabulary"], settings["k"])
         self.stored = {key for shard in _shards(folder) for key in _keys(folder / shard["file"])}
         self._rows: list[np.ndarray] = []
+        self._hidden: list[Tensor] = []
         self._keys: list[bytes] = []
         self._number = len(list(folder.glob(f"rows-{rank}-*.json")))
 
-    def add(self, key: bytes, rows: np.ndarray) -> None:
-        """A record's rows, [n, words] uint64."""
+    def add(self, key: bytes, rows: np.ndarray, hidden: Tensor | None = None) -> None:
+        """A record's rows, [n, words] uint64, and hidden states, [h, H] float16."""
         self._keys.append(key)
         self._rows.append(rows)
-        if sum(map(len, self._rows)) >= SHARD_ROWS:
+        if hidden is not None:
+            self._hidden.append(hidden)
+        size = sum(h.numel() * h.element_size() for h in self._hidden)
+        if sum(map(len, self._rows)) >= SHARD_ROWS or size >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -70,23 +79,31 @@ class StoreWriter:
         partial = path.with_suffix(".partial")
         rows = np.concatenate(self._rows)
         ends = np.cumsum([len(r) for r in self._rows])
-        save_file(
-            {
-                "rows": torch.from_numpy(rows.view(np.int64)),
-                "ends": torch.from_numpy(ends),
-                "keys": torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(
-                    len(self._keys), -1
-                ),
-            },
-            partial,
-        )
+        tensors = {
+            "rows": torch.from_numpy(rows.view(np.int64)),
+            "ends": torch.from_numpy(ends),
+            "keys": torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(
+                len(self._keys), -1
+            ),
+        }
+        if self._hidden:
+            tensors["hidden"] = torch.cat(self._hidden)
+            tensors["hidden_ends"] = torch.tensor([len(h) for h in self._hidden]).cumsum(0)
+        save_file(tensors, partial)
         sync_file(partial)
         partial.replace(path)
         facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         counts = {"records": len(ends), "rows": len(rows)}
         write_json(path.with_suffix(".json"), {"file": path.name, **facts, **counts})
-        self._rows, self._keys = [], []
+        self._rows, self._keys, self._hidden = [], [], []
         self._number += 1
+
+    def keep_head(self, weight: Tensor, bias: Tensor | None) -> None:
+        """A head of the same inner products as the teacher's, [D, H] and [D]."""
+        parts = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        path = self.folder / HEAD
+        save_file({k: v.contiguous() for k, v in parts.items()}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
 
     def finish(self) -> None:
         """Say that the cache is complete, when all processes have flushed."""
@@ -119,20 +136,39 @@ class Store:
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
                 raise CheckpointError("it is missing or cut", where=str(file), mend=REBUILD)
+        if self.hidden is not None and not (folder / HEAD).is_file():
+            raise CheckpointError("it is missing", where=str(folder / HEAD), mend=REBUILD)
         self.codec = RowCodec(self.manifest["vocabulary"], self.manifest["k"])
-        self._open: dict[int, np.ndarray] = {}
+        self._open: dict[tuple[int, str], np.ndarray] = {}
 
     @cached_property
-    def _places(self) -> dict[bytes, tuple[int, int, int]]:
-        """Shard and rows of each record."""
-        found: dict[bytes, tuple[int, int, int]] = {}
+    def _places(self) -> dict[bytes, tuple[int, slice, slice]]:
+        """Shard, rows and hidden states of each record."""
+        found: dict[bytes, tuple[int, slice, slice]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
             with safe_open(self.folder / shard["file"], "pt") as file:
                 ends = file.get_tensor("ends").tolist()
-            starts = [0, *ends[:-1]]
+                hidden = ends if self.hidden is None else file.get_tensor("hidden_ends").tolist()
             keys = _keys(self.folder / shard["file"])
-            found |= {k: (number, a, b) for k, a, b in zip(keys, starts, ends, strict=True)}
+            for key, rows, states in zip(keys, _slices(ends), _slices(hidden), strict=True):
+                found[key] = number, rows, states
         return found
+
+    @property
+    def hidden(self) -> dict[str, Any] | None:
+        """Regions and width of the hidden states that are kept, if any are."""
+        return self.manifest["hidden"]
+
+    @cached_property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """A head of the same inner products as the teacher's, [D, H] and [D] or None."""
+        try:
+            found = load_file(self.folder / HEAD)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                "it is missing or cut", where=str(self.folder / HEAD), mend=REBUILD
+            ) from error
+        return found["weight"], found.get("bias")
 
     def __len__(self) -> int:
         return sum(shard["records"] for shard in self.manifest["shards"])
@@ -156,6 +192,16 @@ class Store:
         Raises:
             DataError: the record is not there; `where` is its place in the data.
         """
+        number, rows, _ = self._place(key, where)
+        return self._shard(number, "rows", np.uint64)[rows]
+
+    def get_hidden(self, key: bytes, where: str) -> Tensor:
+        """A record's hidden states, [h, H] float16; raises as `get`."""
+        number, _, states = self._place(key, where)
+        found = self._shard(number, "hidden", np.float16)[states]
+        return torch.from_numpy(np.array(found))
+
+    def _place(self, key: bytes, where: str) -> tuple[int, slice, slice]:
         place = self._places.get(key)
         if place is None:
             raise DataError(
@@ -163,27 +209,34 @@ class Store:
                 where=where,
                 mend="the data has changed since: build the cache again",
             )
-        number, start, end = place
-        return self._shard(number)[start:end]
+        return place
 
-    def _shard(self, number: int) -> np.ndarray:
-        """All rows of a shard, mapped; its checksum is looked at once."""
-        if number not in self._open:
+    def _shard(self, number: int, name: str, dtype: Any) -> np.ndarray:
+        """A tensor of a shard, mapped; the checksum is looked at once."""
+        if (number, name) not in self._open:
             shard = self.manifest["shards"][number]
             path = self.folder / shard["file"]
-            if sha256(path) != shard["sha256"]:
+            known = any(opened == number for opened, _ in self._open)
+            if not known and sha256(path) != shard["sha256"]:
                 raise CheckpointError("damaged (checksum)", where=str(path), mend=REBUILD)
-            self._open[number] = _mapped(path)
-        return self._open[number]
+            self._open[number, name] = _mapped(path, name, dtype)
+        return self._open[number, name]
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """The rows of a shard without reading them; safetensors says where they lie."""
+def _slices(ends: list[int]) -> list[slice]:
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _mapped(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor of a shard without reading it; safetensors says where it lies."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))["rows"]
+        header = json.loads(file.read(size))[name]
+    shape = tuple(header["shape"])
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype)
     start = 8 + size + header["data_offsets"][0]
-    return np.memmap(path, dtype=np.uint64, mode="r", offset=start, shape=tuple(header["shape"]))
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
 
 
 def _keys(path: Path) -> list[bytes]:

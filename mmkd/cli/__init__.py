@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from mmkd.cli import cache, data, models, runs, setup  # noqa: F401
+from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
 from mmkd.cli.app import app
 from mmkd.errors import MmkdError, StoppedError
 

@@ -38,6 +38,30 @@ Overrides = Annotated[
     typer.Argument(help="key.path=value, such as stages.0.optimizer.lr=1e-4"),
 ]
 
+
+def _load_plugins(names: list[str] | None) -> list[str]:
+    from mmkd.plugins import load_plugin
+
+    for name in names or []:
+        load_plugin(name)
+    return names or []
+
+
+Plugins = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--plugin",
+        callback=_load_plugins,
+        help="Python file or module to run first, such as one with objectives",
+    ),
+]
+
+
+def named(plugins: list[str] | None) -> list[str]:
+    """Plugins as words of a command."""
+    return [word for name in plugins or [] for word in ("--plugin", name)]
+
+
 Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 

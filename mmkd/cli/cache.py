@@ -7,20 +7,22 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Nproc, Overrides, RecipeFile, cache_app
+from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, cache_app, named
 
 
 @cache_app.command(name="build")
 def build_cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     nproc: Nproc = 1,
 ) -> None:
     """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
     if nproc > 1:
         from mmkd.launch import launch
 
-        sys.exit(launch(["cache", "build", str(recipe), *(overrides or [])], nproc))
+        words = ["cache", "build", str(recipe), *(overrides or []), *named(plugin)]
+        sys.exit(launch(words, nproc))
     from mmkd import distributed
     from mmkd.build_cache import build_cache as build
     from mmkd.cache_stats import print_stats, stats

@@ -1,11 +1,14 @@
 """Data sets: build and look at them."""
 
+import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import data_app
+from mmkd.cli.app import AsJson, Plugins, data_app
 from mmkd.errors import MmkdError
 
 
@@ -66,6 +69,30 @@ def pairs(
         "answers are of equal worth",
         highlight=False,
     )
+
+
+@data_app.command()
+def check(
+    target: Annotated[str, typer.Argument(help="recipe, or what data.train may be")],
+    plugin: Plugins = None,
+    images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
+    decode: Annotated[bool, typer.Option(help="decode pictures, not only headers")] = False,
+    unique_ids: Annotated[bool, typer.Option(help="count ids that come twice")] = False,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="processes; one a core")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:
+    """Look through all records and pictures; exit status 1 if any is bad, 2 if it cannot."""
+    from mmkd.data.check import Look, cores
+    from mmkd.data_check import check_data, print_check
+
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # the progress
+        found = check_data(target, images, Look(decode, unique_ids), workers or cores())
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_check(found)
+    if not found["good"]:
+        raise typer.Exit(1)
 
 
 @data_app.command()

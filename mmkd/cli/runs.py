@@ -7,20 +7,21 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Nproc, Overrides, RecipeFile, app, recipe_app
+from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, app, named, recipe_app
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     nproc: Nproc = 1,
 ) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
     if nproc > 1:
         from mmkd.launch import launch
 
-        sys.exit(launch(["run", str(recipe), *(overrides or [])], nproc))
+        sys.exit(launch(["run", str(recipe), *(overrides or []), *named(plugin)], nproc))
     from mmkd import distributed, interrupt, pipeline
     from mmkd.recipe import load_recipe
     from mmkd.report import write_report
@@ -36,6 +37,7 @@ def run(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     nproc: Annotated[Optional[int], typer.Option(min=1, help="plan for so many processes")] = None,  # noqa: UP045
     memory: Annotated[
         Optional[float],  # noqa: UP045
@@ -61,6 +63,7 @@ def plan(
 def bench(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     stage: Annotated[Optional[str], typer.Option(help="the first if left out")] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
     out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045

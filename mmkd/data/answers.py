@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.encoder import Encoder
-from mmkd.data.records import Record
+from mmkd.data.schema import Record
 from mmkd.recipe import SamplingConfig
 
 Generate = Callable[..., Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.data.alignment import Alignment, Grid
+from mmkd.data.alignment import Alignment, Grid, align
 from mmkd.objectives import Region, Targets
 from mmkd.ops import SparseRows
 
@@ -28,6 +28,7 @@ class Batch:
             student's.
         alignment: which of the teacher's tokens are which of the student's.
         stored: the teacher's distributions, where they come from its cache.
+        stored_hidden: [B, T, H] float16, its final hidden states from there; zeros where none are.
     """
 
     inputs: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Batch:
     teacher: "Batch | None" = None
     alignment: Alignment | None = None
     stored: SparseRows | None = None
+    stored_hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
@@ -51,6 +53,7 @@ class Batch:
             teacher=None if self.teacher is None else self.teacher.to(device),
             alignment=None if self.alignment is None else self.alignment.to(device),
             stored=None if self.stored is None else self.stored.to(device),
+            stored_hidden=move(self.stored_hidden),
         )
 
 
@@ -60,3 +63,12 @@ def covered_rows(targets: Targets, regions: Sequence[Region]) -> Tensor:
     for region in regions:
         covered |= targets.predicts(region)
     return covered
+
+
+def beside(batch: Batch, theirs: Batch) -> Batch:
+    """The batch with what the teacher's processor makes of its records."""
+    rows = zip(batch.grids, theirs.grids, strict=True)
+    grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
+    ids = batch.ids * (len(grids) // len(batch.ids))
+    alignment = align(batch.targets, theirs.targets, grids, ids)
+    return replace(batch, teacher=theirs, alignment=alignment)

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.data.records import Message
+from mmkd.data.schema import Message
 from mmkd.errors import DataError
 
 Span = tuple[int, int]

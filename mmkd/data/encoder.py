@@ -13,13 +13,21 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.cache import Store, record_key
-from mmkd.data.alignment import Grid, align, same_processor
-from mmkd.data.batch import Batch, covered_rows
+from mmkd.data.alignment import Grid, same_processor
+from mmkd.data.batch import Batch, beside, covered_rows
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.labels import IGNORED, vision_labels
-from mmkd.data.packing import Packing, bins_of, pack_inputs, pack_stored, pack_targets
+from mmkd.data.packing import (
+    Packing,
+    bins_of,
+    pack_inputs,
+    pack_stored,
+    pack_targets,
+    renumbered,
+)
 from mmkd.data.processing import MOVED, Processing
-from mmkd.data.records import Message, Record, Records, located
+from mmkd.data.records import Records, located
+from mmkd.data.schema import Message, Record
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Targets
 from mmkd.ops import SparseRows
@@ -64,6 +72,7 @@ class Encoder:
         filler: have the models see a blank picture behind a batch that has none.
         store: the teacher's cache, to be read beside each batch.
         pack: most tokens of a row in which records lie one behind another; None for one a row.
+        sources: say which data source each token's record is from.
     """
 
     def __init__(
@@ -78,7 +87,9 @@ class Encoder:
         filler: bool = False,
         store: Store | None = None,
         pack: int | None = None,
+        sources: bool = False,
     ):
+        self.sources = sources
         self.records = records
         self.processor = processor
         cache = None if config.picture_cache is None else Path(config.picture_cache)
@@ -119,6 +130,7 @@ class Encoder:
             filler=filler,
             store=store,
             pack=pack,
+            sources=any(o.sources is not None for o in objectives),
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -174,7 +186,7 @@ class Encoder:
         batch = replace(self._encode(samples), skipped=skipped or [])
         if self.teacher is None:
             return batch
-        return _beside(batch, self.teacher.encode_records(indices, records))
+        return beside(batch, self.teacher.encode_records(indices, records))
 
     def prompts(self, records: list[Record]) -> dict[str, Tensor]:
         """Inputs that ask for the next answer of each conversation, padded on the left."""
@@ -195,16 +207,16 @@ class Encoder:
         for index in indices:
             for attempt in range(len(self.records)):
                 try:
-                    samples.append(self.load((index + attempt) % len(self.records)))
+                    samples.append(self.load(self.records.instead(index, attempt)))
                     break
                 except DataError as error:
                     if self.config.on_bad_sample == "stop":
                         raise
                     skipped.append(str(error))
             else:
-                raise DataError("every record is bad", where=str(self.records.path))
+                raise DataError("every record is bad", where=self.records.name)
         batch = replace(self._encode(samples), skipped=skipped)
-        return batch if self.teacher is None else _beside(batch, self.teacher.encode(batch.indices))
+        return batch if self.teacher is None else beside(batch, self.teacher.encode(batch.indices))
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
@@ -240,6 +252,7 @@ class Encoder:
             background,
             self.processor.tokenizer.eos_token_id,
             torch.arange(len(samples)) >= len(chosen) if self.pairs else None,
+            sources=self._sources(samples, ids) if self.sources else None,
         )
         batch = Batch(
             dict(encoded),
@@ -250,25 +263,28 @@ class Encoder:
         )
         batch = self._truncate(batch, samples)
         if self.store is not None:
-            batch = replace(batch, stored=self._stored(self.store, batch.targets, samples))
+            batch = replace(
+                batch,
+                stored=self._stored(self.store, batch.targets, samples),
+                stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
+            )
         return batch if self.pack is None else self._packed(batch, samples, bins)
+
+    def _sources(self, samples: list[Sample], ids: Tensor) -> Tensor:
+        """[B, T] int64."""
+        numbers = [self.records.source_of(s.index) for s in samples]
+        return torch.tensor(numbers)[:, None].expand_as(ids).clone()
 
     def _in_packed_order(
         self, samples: list[Sample], filler: list[Sample], capacity: int
     ) -> tuple[list[Sample], list[list[int]]]:
-        """The samples as they lie one behind another in packed rows, and their numbers by row.
-
-        Models take pictures in the order of their tokens, and not all processors tell which of
-        their values belong to which picture.
-        """
-        lengths = [
-            self.processing.length(s.rendered.text, [p.size for p in s.pictures])
-            for s in samples + filler
-        ]
-        bins = bins_of([min(n, self.config.max_length) for n in lengths], capacity)
-        order = [i for row in bins for i in row if i < len(samples)]
-        place = {i: at for at, i in enumerate(order)}  # a filler stays behind them
-        return [samples[i] for i in order], [[place.get(i, i) for i in row] for row in bins]
+        """The samples as they lie one behind another in packed rows, and their numbers by row:
+        models take pictures in the order of their tokens."""
+        length, most = self.processing.length, self.config.max_length
+        rows = [(s.rendered.text, [p.size for p in s.pictures]) for s in samples + filler]
+        bins = bins_of([min(length(*row), most) for row in rows], capacity)
+        order, bins = renumbered(bins, len(samples))
+        return [samples[i] for i in order], bins
 
     def _packed(self, batch: Batch, samples: list[Sample], bins: list[list[int]]) -> Batch:
         """The batch in rows of several records; a filler is one of them that has no targets."""
@@ -310,6 +326,18 @@ class Encoder:
         at = torch.full((covered.numel(),), -1)
         at[covered.flatten()] = torch.arange(sum(map(len, found)))
         return SparseRows(*store.codec.decode(np.concatenate(found)), at)
+
+    def _stored_hidden(
+        self, store: Store, targets: Targets, samples: list[Sample]
+    ) -> Tensor | None:
+        """The teacher's final hidden states of a batch, if its cache has them."""
+        if store.hidden is None or self.pack is not None:  # what reads them is never packed
+            return None
+        covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
+        found = [store.get_hidden(s.key, self.records.where(s.index)) for s in samples]
+        made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
+        made[covered] = torch.cat(found)
+        return made
 
     def _grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
@@ -368,12 +396,3 @@ def _blank(processor: Any) -> Sample:
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     picture = Image.new("RGB", BLANK_SIZE)
     return Sample(-1, Record("filler", messages), Rendered(text, ()), [picture])
-
-
-def _beside(batch: Batch, theirs: Batch) -> Batch:
-    """The batch with what the teacher's processor makes of its records."""
-    rows = zip(batch.grids, theirs.grids, strict=True)
-    grids = [list(zip(mine, other, strict=True)) for mine, other in rows]
-    ids = batch.ids * (len(grids) // len(batch.ids))
-    alignment = align(batch.targets, theirs.targets, grids, ids)
-    return replace(batch, teacher=theirs, alignment=alignment)

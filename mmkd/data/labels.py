@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.data.records import GroundedObject
+from mmkd.data.schema import GroundedObject
 from mmkd.errors import DataError
 
 IGNORED = -100

@@ -58,6 +58,21 @@ def bins_of(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return even_bins(lengths, max(capacity, *lengths))
 
 
+def renumbered(bins: list[list[int]], count: int) -> tuple[list[int], list[list[int]]]:
+    """Put items in the order of their bins.
+
+    Args:
+        bins: numbers of items.
+        count: how many are put in order; later ones keep their numbers.
+
+    Returns:
+        The items' numbers in the new order, and the bins by new numbers.
+    """
+    order = [i for row in bins for i in row if i < count]
+    place = {i: at for at, i in enumerate(order)}
+    return order, [[place.get(i, i) for i in row] for row in bins]
+
+
 class Packing:
     """Where the tokens of padded rows go.
 
@@ -127,6 +142,7 @@ def pack_targets(targets: Targets, packing: Packing, ignored: int) -> Targets:
         vision_labels=moved(targets.vision_labels, ignored),
         background=moved(targets.background, False),
         starts=packing.starts,
+        sources=moved(targets.sources, -1),
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from transformers import BatchFeature
 
 from mmkd.cache import HASH, picture_hash
-from mmkd.data.records import image_size, load_image
+from mmkd.data.images import Member, image_size, load_image
 from mmkd.errors import RecipeError
 
 NAME = "mmkd_picture"
@@ -50,7 +50,7 @@ class PictureCache:
             raise AttributeError(name)
         return getattr(self._own, name)
 
-    def picture(self, ref: Any, root: Path) -> Image.Image:
+    def picture(self, ref: Any, root: Path | None) -> Image.Image:
         """A record's picture in RGB, or an empty one of its size if what is made of it is there."""
         name = _name(ref, root)
         known = _hash(self._path(name))
@@ -98,18 +98,26 @@ class PictureCache:
             )
 
 
-def _name(ref: Any, root: Path) -> str:
+def _name(ref: Any, root: Path | None) -> str:
     """What a reference is known by: its bytes, or its path, time and size."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(ref, dict) and ref.get("bytes") is not None:
         found.update(ref["bytes"])
     elif isinstance(ref, Image.Image):
         found.update(picture_hash(ref))
+    elif isinstance(ref, Member):
+        found.update(repr((ref.offset, ref.size, *_facts(Path(ref.archive)))).encode())
     else:
-        path = (root / (ref["path"] if isinstance(ref, dict) else ref)).resolve()
-        facts = path.stat() if path.is_file() else None  # loading says what is wrong
-        found.update(repr((str(path), facts and (facts.st_mtime_ns, facts.st_size))).encode())
+        path = (root or Path()) / str(ref["path"] if isinstance(ref, dict) else ref)
+        found.update(repr(_facts(path)).encode())
     return found.hexdigest()
+
+
+def _facts(path: Path) -> tuple[str, tuple[int, int] | None]:
+    if not path.is_file():  # loading says what is wrong
+        return str(path), None
+    facts = path.stat()
+    return str(path.resolve()), (facts.st_mtime_ns, facts.st_size)
 
 
 def _joined(parts: list[dict[str, Any]]) -> BatchFeature:

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
-from mmkd.data.records import load_image
 from mmkd.errors import DataError
 
 MOVED = "text_replacement_offsets"

@@ -11,6 +11,7 @@ import torch
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.micro_batches import by_size, by_tokens
+from mmkd.data.mixture import Mixture
 from mmkd.recipe import BatchConfig
 
 
@@ -18,7 +19,8 @@ class BatchStream:
     """The micro-batches of a stage, addressed by step.
 
     Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
-    epochs, each shuffled by seed and epoch number, as `mmkd.data.micro_batches` cuts them.
+    epochs, each a `Mixture` of the sources in an order by seed and epoch number, as
+    `mmkd.data.micro_batches` cuts them.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class BatchStream:
     ):
         self.encoder = encoder
         self.batch = batch
-        self.seed = seed
+        self.mixture = Mixture(encoder.records, seed)
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
@@ -42,14 +44,13 @@ class BatchStream:
         self._lengths: dict[int, int] = {}
 
     def steps_in(self, epochs: float) -> int:
-        return max(1, round(epochs * len(self.encoder.records) / self.records_per_step))
+        return max(1, round(epochs * len(self.mixture) / self.records_per_step))
 
     def _record(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.encoder.records))
+        epoch, offset = divmod(position, len(self.mixture))
         if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(self.encoder.records), generator=generator)
-            self._epochs = {epoch: order.tolist(), **dict(list(self._epochs.items())[:1])}
+            order = self.mixture.order(epoch)
+            self._epochs = {epoch: order, **dict(list(self._epochs.items())[:1])}
         return self._epochs[epoch][offset]
 
     def plan(self, step: int) -> list[list[int]]:
@@ -74,8 +75,13 @@ class BatchStream:
 
     def seen(self, steps: int) -> list[int]:
         """The records that the first `steps` steps see, ascending."""
-        count = min(steps * self.records_per_step, len(self.encoder.records))
-        return sorted({self._record(position) for position in range(count)})
+        count, found = steps * self.records_per_step, set[int]()
+        for epoch in range(-(-count // len(self.mixture))):
+            if len(found) == len(self.encoder.records):
+                break
+            order = self.mixture.order(epoch)
+            found.update(order[: count - epoch * len(self.mixture)])
+        return sorted(found)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""

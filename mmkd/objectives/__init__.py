@@ -1,10 +1,17 @@
 """Objectives by kind. Each module holds one family: its equation, its settings, its code."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
+from mmkd.objectives.added import add_objective, find_added, kinds_of
 from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ, expert_counts
 from mmkd.objectives.base import (
@@ -26,7 +33,7 @@ from mmkd.objectives.layerwise import HiddenMse, LayerL2, Layerwise, Matrix, Mix
 from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
-from mmkd.objectives.together import HeadObjective, score
+from mmkd.objectives.together import HeadObjective, Teachers, score
 from mmkd.objectives.token_labels import TokenLabels
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -48,18 +55,32 @@ CLASSES: tuple[type[Objective], ...] = (
 )
 
 
-def kinds_of(cls: type[Objective]) -> tuple[str, ...]:
-    return get_args(cls.config_class.model_fields["kind"].annotation)
-
-
 REGISTRY: dict[str, type[Objective]] = {kind: cls for cls in CLASSES for kind in kinds_of(cls)}
+
+
+def _with_added(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    """Settings of an objective from outside, else what `known` makes of them."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind in REGISTRY:
+        return known(value)
+    cls = find_added(kind)
+    if cls is None:
+        return known(value)
+    try:
+        return cls.config_class.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{kind}.{place}: {first['msg']}") from error
+
 
 if TYPE_CHECKING:
     AnyObjectiveConfig = Any
 else:
     AnyObjectiveConfig = Annotated[
-        Union[tuple(cls.config_class for cls in CLASSES)],  # noqa: UP007
+        SerializeAsAny[Union[tuple(cls.config_class for cls in CLASSES)]],  # noqa: UP007
         Field(discriminator="kind"),
+        WrapValidator(_with_added),
     ]
 
 
@@ -71,7 +92,9 @@ def build_objective(
 ) -> Objective:
     """The objective that a recipe's entry asks for."""
     kind: str = config.kind  # type: ignore[attr-defined]
-    return REGISTRY[kind](config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+    cls = REGISTRY.get(kind) or find_added(kind)
+    assert cls is not None  # its settings were read
+    return cls(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
 
 
 __all__ = [
@@ -93,6 +116,8 @@ __all__ = [
     "StoredSignals",
     "Targets",
     "TeacherSignals",
+    "Teachers",
+    "add_objective",
     "answer_logps",
     "build_objective",
     "expert_counts",

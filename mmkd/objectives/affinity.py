@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.objectives.base import (
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Region,
+    Signals,
+    Targets,
+)
 
 
 class AffinityConfig(ObjectiveConfig):
@@ -40,6 +48,10 @@ class Affinity(Objective):
         """One row a sample with picture and answer: that of its first response token."""
         rows = targets.predicts("response") & targets.vision.any(1, keepdim=True)
         return rows & (rows.cumsum(1) == 1)
+
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        return ("vision", "response")
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

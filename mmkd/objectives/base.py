@@ -5,6 +5,7 @@ An objective never sees a model. It gets the student's and the teacher's `Signal
 per covered token over all ranks and accumulation steps, whatever the batch layout.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -111,13 +112,16 @@ class Signals:
 
 @dataclass(frozen=True)
 class StoredSignals:
-    """A teacher's output distributions that were read from its cache.
+    """What was read from a teacher's cache.
 
     Attributes:
-        rows: of the batch's [B * T].
+        rows: its output distributions, of the batch's [B * T].
+        signals: its final hidden states where they are stored, zeros elsewhere, and a head of the
+            same inner products as the teacher's; None if the cache holds none.
     """
 
     rows: SparseRows
+    signals: Signals | None = None
 
     def first(self, rows: int) -> "StoredSignals":
         """The same: what a filler adds was never stored."""
@@ -143,6 +147,8 @@ class Targets:
         rejected: [B] bool or None, rows of rejected answers: the second half of a batch of pairs.
         reference_logps: [B] or None, log-probabilities of the answers by a preference's reference.
         starts: [B, T] bool or None, first tokens of the records of packed rows.
+        sources: [B, T] int64 or None, the number of the data source that a token's record is from.
+        heard: [B, T] bool or None, tokens of the records that count; None for all.
     """
 
     input_ids: Tensor
@@ -155,6 +161,17 @@ class Targets:
     rejected: Tensor | None = None
     reference_logps: Tensor | None = None
     starts: Tensor | None = None
+    sources: Tensor | None = None
+    heard: Tensor | None = None
+
+    def of(self, sources: frozenset[int] | None) -> "Targets":
+        """The same with only the records of some data sources in any region; None for all."""
+        if sources is None:
+            return self
+        if self.sources is None:
+            raise ValueError("the batch does not say which sources its records are from")
+        wanted = torch.tensor(sorted(sources), device=self.sources.device)
+        return replace(self, heard=torch.isin(self.sources, wanted))
 
     def predicts(self, region: Region) -> Tensor:
         """[B, T] bool: the rows whose output distribution a region covers.
@@ -162,7 +179,7 @@ class Targets:
         Text is predicted one position before it stands: the row of the last prompt token predicts
         the first response token. Image tokens predict nothing, their own rows are covered
         (LLaVA-KD, arXiv 2410.16236, section 3.2); so are all real tokens' rows in `all`. Rejected
-        answers are in no region.
+        answers are in no region, nor are records that do not count.
         """
         if region == "vision":
             rows = self.vision
@@ -172,6 +189,7 @@ class Targets:
             rows = self._before(self.attention & ~self.response & ~self.vision)
         else:
             rows = self._before(self.response)
+        rows = rows if self.heard is None else rows & self.heard
         return rows if self.rejected is None else rows & ~self.rejected[:, None]
 
     def predicts_answers(self) -> Tensor:
@@ -224,6 +242,8 @@ class Objective:
         config_class: of its settings.
         relates_tokens: it compares a row's tokens with each other, so that a row has to be one
             record.
+        teacher: the name of the teacher that it compares with, where there are several.
+        sources: numbers of the data sources whose records it covers; None for all.
     """
 
     config_class: ClassVar[type[ObjectiveConfig]]
@@ -246,6 +266,22 @@ class Objective:
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
+        self.teacher: str | None = None
+        self.sources: frozenset[int] | None = None
+
+    def beside(self, teacher: str, weight: float, sources: frozenset[int] | None) -> "Objective":
+        """The same objective with one of several teachers.
+
+        Args:
+            teacher: its name, which goes into the objective's.
+            weight: factor of this objective's own.
+            sources: of the data, by number, whose records the teacher is asked about; None for all.
+        """
+        made = copy.copy(self)
+        changes = {"name": f"{self.name}.{teacher}", "weight": weight * self.config.weight}
+        made.config = self.config.model_copy(update=changes)
+        made.teacher, made.sources = teacher, sources
+        return made
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -259,6 +295,12 @@ class Objective:
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows that this objective averages over."""
         raise NotImplementedError
+
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        """Regions of the teacher's final hidden states that this objective reads, if it reads
+        nothing else of it."""
+        return ()
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

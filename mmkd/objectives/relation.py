@@ -117,6 +117,10 @@ class Relation(Objective):
         covered = targets.predicts(self.config.region)
         return covered & (covered.sum(1, keepdim=True) > 1)
 
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        return (self.config.region,)
+
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
     ) -> Outcome:

@@ -44,7 +44,8 @@ def _one_pass(
     for objective, factor in zip(objectives, factors, strict=True):
         if "teacher" in objective.needs and teacher is None:
             raise ValueError(f"objective {objective.name!r} needs a teacher")
-        losses.append(objective.head_loss(targets).scaled(factor))
+        loss = objective.head_loss(targets.of(objective.sources))
+        losses.append(loss.scaled(factor))
     theirs: Head | SparseRows | None
     if isinstance(teacher, StoredSignals):
         theirs = teacher.rows
@@ -57,10 +58,14 @@ def _head(signals: Signals) -> Head:
     return Head(signals.hidden.flatten(0, 1), signals.head_weight, signals.head_bias)
 
 
+Teachers = Mapping[str, TeacherSignals]
+"""Signals by teacher, of those that are asked about a batch; the first one's come first."""
+
+
 def score(
     objectives: Sequence[Objective],
     student: Signals,
-    teacher: TeacherSignals | None,
+    teacher: TeacherSignals | Teachers | None,
     targets: Targets,
     counts: Mapping[str, float],
     memory: int = CHUNK_BYTES,
@@ -70,7 +75,7 @@ def score(
 
     Args:
         objectives: of a stage.
-        student, teacher: on the batch.
+        student, teacher: on the batch; several teachers by the names that objectives give.
         targets: of the batch.
         counts: rows in the global batch, by objective's name.
         memory: bytes for the logits of a chunk of rows.
@@ -79,23 +84,40 @@ def score(
     Returns:
         The loss, and by name each objective's value and its metrics.
     """
-    heads = [o for o in objectives if isinstance(o, HeadObjective)]
+
+    def asked(name: str | None) -> TeacherSignals | None:
+        if not isinstance(teacher, Mapping):
+            return teacher
+        return next(iter(teacher.values())) if name is None else teacher.get(name)
+
+    silent = [o for o in objectives if o.teacher is not None and asked(o.teacher) is None]
+    speaking = [o for o in objectives if o not in silent]
     terms: list[Tensor] = []
-    said: dict[str, Tensor] = {}
+    said: dict[str, Tensor] = {o.name: student.hidden.new_zeros(()) for o in silent}
     metrics: dict[str, Tensor] = {}
-    if heads:
+    for name, heads in _passes(speaking).items():
         factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums = _one_pass(heads, factors, student, teacher, targets, memory, backend)
+        total, sums = _one_pass(heads, factors, student, asked(name), targets, memory, backend)
         terms.append(total)
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
-    for objective in objectives:
+    for objective in speaking:
         if isinstance(objective, HeadObjective):
             continue
-        if isinstance(teacher, StoredSignals) and "teacher" in objective.needs:
-            raise ValueError(f"objective {objective.name!r} needs a teacher that runs")
-        live = None if isinstance(teacher, StoredSignals) else teacher
-        outcome = objective(student, live, targets, counts[objective.name])
+        theirs = asked(objective.teacher)
+        live = theirs.signals if isinstance(theirs, StoredSignals) else theirs
+        outcome = objective(student, live, targets.of(objective.sources), counts[objective.name])
         terms.append(objective.config.weight * outcome.loss)
         said[objective.name] = outcome.loss.detach()
         metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
-    return torch.stack(terms).sum(), {o.name: said[o.name] for o in objectives} | metrics
+    total = torch.stack(terms).sum() if terms else 0 * student.hidden.sum()
+    return total, {o.name: said[o.name] for o in objectives} | metrics
+
+
+def _passes(objectives: Sequence[Objective]) -> dict[str | None, list[HeadObjective]]:
+    """Objectives on the head's output by teacher; those without one join the first pass."""
+    heads = [o for o in objectives if isinstance(o, HeadObjective)]
+    first = next((o.teacher for o in heads if o.teacher is not None), None)
+    passes: dict[str | None, list[HeadObjective]] = {}
+    for objective in heads:
+        passes.setdefault(objective.teacher or first, []).append(objective)
+    return passes

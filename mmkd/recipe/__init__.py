@@ -18,7 +18,7 @@ from mmkd.recipe.conversions import (
     Placement,
     Tail,
 )
-from mmkd.recipe.load import load_recipe, load_student, to_yaml
+from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
     BatchConfig,
     DataConfig,
@@ -30,16 +30,20 @@ from mmkd.recipe.models import (
     OptimizerConfig,
     Precision,
     Recipe,
+    ReleaseConfig,
     SamplingConfig,
     ScheduleConfig,
     StageConfig,
     StudentConfig,
+    TeacherConfig,
     TeacherPlacement,
     TrackerName,
     TrainConfig,
 )
+from mmkd.recipe.sources import HUB, SourceConfig
 
 __all__ = [
+    "HUB",
     "BatchConfig",
     "Conversion",
     "DataConfig",
@@ -60,15 +64,19 @@ __all__ = [
     "Placement",
     "Precision",
     "Recipe",
+    "ReleaseConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "StageConfig",
     "StudentConfig",
     "Tail",
+    "TeacherConfig",
     "TeacherPlacement",
     "TrackerName",
     "TrainConfig",
     "load_recipe",
+    "load_release",
     "load_student",
     "to_yaml",
 ]

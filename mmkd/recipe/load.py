@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import RecipeError, nearest
 from mmkd.recipe.conversions import PLACEMENT_TAGS
-from mmkd.recipe.models import Recipe, StudentConfig
+from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -41,6 +41,17 @@ def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> Stu
     for override in overrides or []:
         raw = _override(raw, override)
     return _validate(StudentConfig, raw, "student")
+
+
+def load_release(raw: dict[str, Any], overrides: list[str] | None = None) -> ReleaseConfig:
+    """A release alone, as `mmkd release` makes one: overridden and checked like a recipe's.
+
+    Raises:
+        RecipeError: in one line, the key and the mend.
+    """
+    for override in overrides or []:
+        raw = _override(raw, override)
+    return _validate(ReleaseConfig, raw, "release")
 
 
 def to_yaml(recipe: Recipe) -> str:

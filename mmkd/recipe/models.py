@@ -8,6 +8,7 @@ from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import Strict
 from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.sources import DataConfig
 
 Precision = Literal["float32", "bfloat16", "auto"]
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
@@ -49,10 +50,21 @@ class CacheConfig(Strict):
 
     folder: str
     k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
+    hidden: bool = Field(
+        False, description="keep final hidden states too, for relation and affinity, in 16 bits"
+    )
 
 
 class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
+
+    name: str = Field(
+        "teacher", pattern=r"^[A-Za-z0-9_-]+$", description="of one of several, in metrics"
+    )
+    weight: float = Field(1.0, gt=0, description="of one of several: factor of its objectives")
+    sources: list[str] = Field(
+        [], description="names of the data sources that it is asked about; all if left out"
+    )
 
     source: Literal["live", "cache", "self"] = Field(
         "live",
@@ -81,19 +93,6 @@ class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
     convert: list[Conversion] = Field([], description="changes of its structure, in order")
-
-
-class DataConfig(Strict):
-    """Records to train on: LLaVA conversations or chat messages, json, jsonl or parquet."""
-
-    train: str = Field(description="file of records")
-    images: str | None = Field(None, description="folder that image paths are relative to")
-    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
-    on_bad_sample: Literal["stop", "skip"] = "stop"
-    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
-    picture_cache: str | None = Field(
-        None, description="folder that keeps what the processors make of pictures"
-    )
 
 
 class OptimizerConfig(Strict):
@@ -272,6 +271,15 @@ class TrainConfig(Strict):
             raise ValueError("nothing trains: name groups, or add 'lora'")
         return self
 
+    @property
+    def words(self) -> str:
+        """What trains, for tables."""
+        if self.lora is None:
+            return ", ".join(self.groups)
+        kind = "DoRA" if self.lora.dora else "LoRA"
+        adapters = f"{kind} of rank {self.lora.rank} in {' + '.join(self.lora.groups)}"
+        return ", ".join([*self.groups, adapters])
+
 
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
@@ -345,8 +353,21 @@ ReportTo = Annotated[
 ]
 
 
+class ReleaseConfig(Strict):
+    """How `mmkd release` publishes a finished student on the Hub."""
+
+    repo: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hub, such as me/student"
+    )
+    private: bool = Field(False, description="private; false leaves it to the Hub's own default")
+    license: str | None = Field(None, description="the Hub's name for it, such as apache-2.0")
+    datasets: list[str] = Field([], description="Hub ids of the data that it was trained on")
+    language: list[str] = Field([], description="ISO 639 codes, such as en")
+    tags: list[str] = Field([], description="tags beside mmkd and distillation")
+
+
 class Recipe(Strict):
-    """A whole run: teacher, student, data, stages, evaluation."""
+    """A whole run: teacher, student, data, stages, evaluation, release."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
@@ -355,18 +376,37 @@ class Recipe(Strict):
     report_to: ReportTo = Field(
         [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
     )
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | None = Field(None, description="or a list of several")
+    more_teachers: list[TeacherConfig] = Field([], description="the others of a list")
     student: StudentConfig
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     evaluate: EvaluateConfig | None = None
+    release: ReleaseConfig | None = None
     variants: dict[str, list[str]] = Field(
         {}, description="label -> overrides; each is trained beside the recipe, from the same start"
     )
     seeds: list[int] = Field([], description="train everything once per seed; [seed] if left out")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _several_teachers(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("teacher"), list):
+            return raw
+        first, *others = raw["teacher"] or [None]
+        return {**raw, "teacher": first, "more_teachers": others}
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """All of them, the first one first."""
+        return [] if self.teacher is None else [self.teacher, *self.more_teachers]
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if len({t.name for t in self.teachers}) != len(self.teachers):
+            raise ValueError("two teachers have the same name: give each a 'name'")
+        if self.more_teachers and any(t.source != "live" for t in self.teachers):
+            raise ValueError("of several teachers each has to run ('source: live')")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name")

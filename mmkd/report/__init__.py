@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from mmkd.errors import CheckpointError
 from mmkd.files import write_text
-from mmkd.progress import console
+from mmkd.progress import say
 from mmkd.report.decoding import decoding_table
 from mmkd.report.page import render
 from mmkd.report.rundata import read_run
@@ -19,12 +18,6 @@ def write_report(folder: Path) -> Path:
     Raises:
         CheckpointError: the folder holds no run.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise CheckpointError(
-            "not a run: it has no recipe.yaml",
-            where=str(folder),
-            mend="give the folder that 'mmkd run' printed, such as runs/NAME",
-        )
     run = read_run(folder)
     tables = build_tables(run)
     path = folder / "report.html"
@@ -32,7 +25,7 @@ def write_report(folder: Path) -> Path:
     print_tables(tables)
     if decoding := decoding_table(run):
         print_table(decoding)
-    console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+    say(f"report: {path}")
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mmkd.errors import CheckpointError
 from mmkd.files import read_json
 
 TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
@@ -107,7 +108,17 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder."""
+    """Read a run's folder.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(
+            "not a run: it has no recipe.yaml",
+            where=str(folder),
+            mend="give the folder that 'mmkd run' printed, such as runs/NAME",
+        )
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(text) or {}
     return Run(

@@ -176,7 +176,7 @@ def provenance_rows(run: Run) -> list[tuple[str, str]]:
     rows += [(f"structure of {group}", "; ".join(lines)) for group, lines in _changes(run).items()]
     rows.append(("machine", _machine(machine)))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())))
-    rows += [(f"sha256 of {name}", str(digest)) for name, digest in found.get("data", {}).items()]
+    rows += [(f"data {name}", str(facts)) for name, facts in found.get("data", {}).items()]
     rows += [(f"evaluation of {label}", _evaluation(r)) for label, r in run.results.items()]
     return [(name, value) for name, value in rows if value]
 

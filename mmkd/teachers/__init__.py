@@ -2,6 +2,7 @@
 
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.own import own_teacher
+from mmkd.teachers.panel import ask_each
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher
@@ -16,6 +17,7 @@ __all__ = [
     "ShardedTeacher",
     "StoredTeacher",
     "Teacher",
+    "ask_each",
     "check_storable",
     "choose_placement",
     "choose_reference",

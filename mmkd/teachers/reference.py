@@ -20,7 +20,7 @@ from torch import Tensor
 from mmkd import distributed
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
-from mmkd.data.records import Record, load_image
+from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError
 from mmkd.objectives import Objective, Preference
@@ -175,5 +175,5 @@ def _add_weights(seen: Any, teacher: LiveTeacher) -> None:
 
 def _add_record(seen: Any, encoder: Encoder, record: Record, index: int) -> None:
     seen.update(json.dumps([index, record.messages, record.rejected]).encode())
-    for picture in record.images:
-        seen.update(load_image(picture, encoder.records.image_root).tobytes())
+    for picture in encoder.records.pictures(record):
+        seen.update(picture.tobytes())

@@ -1,4 +1,4 @@
-"""A teacher whose output distributions were stored before; its weights are not needed."""
+"""A teacher whose outputs were stored before; its weights are not needed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from mmkd.cache import Store
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
-from mmkd.objectives import HeadObjective, Objective, StoredSignals
+from mmkd.objectives import HeadObjective, Objective, Signals, StoredSignals
 from mmkd.recipe import StageConfig
 
 LIVE = "set teacher.source to live"
@@ -26,25 +26,43 @@ class StoredTeacher:
         """The distributions of a batch's rows; nothing of layers."""
         if batch.stored is None:
             raise ValueError("the batch was encoded without the teacher's cache")
-        return StoredSignals(batch.stored)
+        if batch.stored_hidden is None:
+            return StoredSignals(batch.stored)
+        hidden = batch.stored_hidden.float()
+        weight, bias = (None if x is None else x.to(hidden.device) for x in self.store.head)
+        assert weight is not None
+        return StoredSignals(batch.stored, Signals(hidden, weight, bias))
 
 
-def check_storable(stage: StageConfig, objectives: Sequence[Objective]) -> None:
-    """A stage's objectives that read a teacher can do with its stored distributions.
+def check_storable(
+    stage: StageConfig, objectives: Sequence[Objective], *, hidden: bool = False
+) -> None:
+    """A stage's objectives that read a teacher can do with what is stored of it.
+
+    Args:
+        stage: theirs.
+        objectives: that read a teacher.
+        hidden: final hidden states are stored too.
 
     Raises:
         RecipeError: one of them cannot.
     """
     for objective in objectives:
         where = f"stage {stage.name}: objective {objective.name}"
-        if not isinstance(objective, HeadObjective):
+        if objective.reads_hidden and not hidden:
             raise RecipeError(
-                "a teacher's cache holds output distributions, it needs more",
+                "the teacher's cache holds output distributions, it needs hidden states",
+                where=where,
+                mend="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
+            )
+        if not isinstance(objective, HeadObjective) and not objective.reads_hidden:
+            raise RecipeError(
+                "a teacher's cache holds what its head sees and says, it needs more",
                 where=where,
                 mend=LIVE,
             )
         temperature = getattr(objective.config, "temperature", 1.0)
-        if temperature != 1:
+        if isinstance(objective, HeadObjective) and temperature != 1:
             raise RecipeError(
                 f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
                 where=where,

@@ -77,7 +77,9 @@ class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
 
 def student_class_of(config: Any) -> Any:
     """The model class that a student's config asks for."""
-    family = next(c for c in type(config).__mro__ if c in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    # transformers registers the class of a config that it has loaded from the Hub, beside families.
+    families: Any = (c for c in type(config).__mro__ if not issubclass(c, StudentConfigMixin))
+    family = next(c for c in families if c in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     return student_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[family])
 
 

@@ -1,0 +1,184 @@
+"""Looking through a whole data set for records that training would stumble over."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from mmkd.data.images import image_size, load_image
+from mmkd.data.records import Source
+from mmkd.data.schema import Record, text_of
+from mmkd.errors import DataError
+from mmkd.progress import Bar
+from mmkd.recipe import SourceConfig
+
+CHUNK = 256  # records that a process takes at a time
+PLACES = 3
+
+
+@dataclass
+class Problem:
+    """One kind of problem: how many records have it, and the first of them.
+
+    Attributes:
+        places: file, record and what is wrong there.
+    """
+
+    kind: str
+    mend: str | None
+    records: int = 0
+    places: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Findings:
+    """What a look through a source found; `bad` counts records, whatever their problems."""
+
+    source: SourceConfig
+    records: int
+    pictures: int = 0
+    bad: int = 0
+    problems: dict[str, Problem] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is looked for beside what training reads.
+
+    Attributes:
+        decode: decode pictures, not only their headers.
+        unique_ids: no two records of a source have one id.
+    """
+
+    decode: bool = False
+    unique_ids: bool = False
+
+
+@dataclass
+class _Part:
+    """What a process says of some records: their pictures, ids if asked for, and problems as the
+    record's number, the error and its place."""
+
+    pictures: int = 0
+    ids: list[tuple[int, str]] = field(default_factory=list)
+    errors: list[tuple[int, DataError]] = field(default_factory=list)
+
+
+def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
+    """Look through a source's records in several processes.
+
+    Args:
+        config: the source.
+        look: what for.
+        workers: processes.
+
+    Raises:
+        DataError: the source cannot be read at all, or a process died of a record.
+    """
+    source = Source(config)
+    found = Findings(config, len(source))
+    chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    seen: dict[str, int] = {}
+    with (
+        _parts(source, look, chunks, workers) as parts,
+        Bar(config.label, len(source)) as bar,
+    ):
+        for chunk, part in zip(chunks, parts, strict=True):
+            part.errors += _repeated(source, part, seen)
+            _count(found, part)
+            bar.advance(f"{found.bad:,} bad" if found.bad else "", len(chunk))
+    return found
+
+
+def _count(found: Findings, part: _Part) -> None:
+    found.pictures += part.pictures
+    found.bad += len({index for index, _ in part.errors})
+    firsts: dict[tuple[int, str], DataError] = {}
+    for index, error in part.errors:
+        firsts.setdefault((index, error.kind), error)
+    for (_, kind), error in firsts.items():
+        problem = found.problems.setdefault(kind, Problem(kind, error.mend))
+        problem.records += 1
+        if len(problem.places) < PLACES:
+            problem.places.append(f"{error.where}: {error.what}")
+
+
+def _repeated(source: Source, part: _Part, seen: dict[str, int]) -> list[tuple[int, DataError]]:
+    found = []
+    for index, name in part.ids:
+        if seen.setdefault(name, index) != index:
+            what = f"record {seen[name]} has this id too"
+            found.append((index, DataError(what, where=source.where(index), kind="id twice")))
+    return found
+
+
+@contextmanager
+def _parts(
+    source: Source, look: Look, chunks: list[range], workers: int
+) -> Iterator[Iterator[_Part]]:
+    if workers == 1:
+        yield (_look(source, look, chunk) for chunk in chunks)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_open, initargs=(source.config, look))
+    try:
+        yield pool.map(_in_process, chunks)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that looked through it died",
+            where=source.config.train,
+            mend="use fewer --workers if memory is short",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_OPENED: tuple[Source, Look]
+
+
+def _open(config: SourceConfig, look: Look) -> None:
+    global _OPENED
+    _OPENED = Source(config), look
+
+
+def _in_process(chunk: range) -> _Part:
+    return _look(*_OPENED, chunk)
+
+
+def _look(source: Source, look: Look, chunk: range) -> _Part:
+    part = _Part()
+    for index in chunk:
+        try:
+            record = source[index]
+        except DataError as error:
+            part.errors.append((index, error))
+            continue
+        part.pictures += len(record.images)
+        if look.unique_ids and record.id != str(index):  # which stands for none
+            part.ids.append((index, record.id))
+        errors = list(_problems(record, look))
+        if errors:
+            where = source.where(index)
+            part.errors += [(index, error.at(where)) for error in errors]
+    return part
+
+
+def _problems(record: Record, look: Look) -> Iterator[DataError]:
+    for conversation in (record.messages, record.rejected or []):
+        for message in conversation:
+            if message["role"] == "assistant" and not text_of(message).strip():
+                yield DataError("an answer is empty", mend="drop the turn or the record")
+    for picture in record.images:
+        try:
+            if look.decode:
+                load_image(picture, record.root)
+            else:
+                image_size(picture, record.root)
+        except DataError as error:
+            yield error
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,152 @@
+"""Pictures of records: found below their folder, never outside, and decoded with limits."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmkd.data.schema import printable
+from mmkd.errors import DataError
+
+# Pillow opens more; some of those (EPS) start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MEMBER_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside of a tar, read from its place there and never unpacked.
+
+    Attributes:
+        archive: path of the tar.
+        name: of the file, for messages; nothing on disk is looked up by it.
+        offset, size: of its content, in bytes.
+    """
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            DataError: it is larger than `MEMBER_BYTES`, or the archive has been cut.
+        """
+        name = printable(self.name)
+        if self.size > MEMBER_BYTES:
+            raise DataError(
+                f"{name} has {self.size:,} bytes, the limit is {MEMBER_BYTES:,}",
+                mend="shrink or drop it",
+                kind="too large a file",
+            )
+        try:
+            with open(self.archive, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {name} ({error.strerror})", kind="archive not readable"
+            ) from error
+        if len(content) < self.size:
+            raise DataError(f"the archive ends within {name}", kind="archive is cut")
+        return content
+
+
+def load_image(ref: Any, root: Path | None) -> Image.Image:
+    """Decode one image reference to RGB.
+
+    Raises:
+        DataError: it is missing, outside of `root`, broken, or too large to be meant.
+    """
+    with _opened(ref, root) as picture:
+        return picture.convert("RGB")
+
+
+def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
+    """Width and height by the header alone, in pixels.
+
+    Raises:
+        DataError: as `load_image`, for what the header tells.
+    """
+    with _opened(ref, root) as picture:
+        return picture.size
+
+
+@contextmanager
+def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
+    name = "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata, thousands of times
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(ref, Image.Image):
+                yield ref
+                return
+            name, content = _found(ref, root)
+            with Image.open(content, formats=FORMATS) as picture:
+                yield picture
+    except DataError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name} is too large to decode", mend="shrink or drop it", kind="image too large"
+        ) from error
+    except Exception as error:  # what decoders raise of hostile bytes is no closed list
+        raise DataError(
+            f"{name} is not a readable image",
+            mend="replace or drop it",
+            kind="image not readable",
+        ) from error
+
+
+def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
+    """A name for messages, and the file or its content."""
+    if isinstance(ref, Member):
+        return printable(ref.name), io.BytesIO(ref.read())
+    path = ref.get("path") if isinstance(ref, dict) else ref
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes):
+        return printable(path or "image"), io.BytesIO(ref["bytes"])
+    if not isinstance(path, str) or not path:
+        raise DataError("the image is missing", mend="give its path or bytes")
+    if root is None:
+        raise DataError(
+            f"{printable(path)} is a path, and there is no image folder",
+            mend="set 'images' of the source",
+            kind="no image folder",
+        )
+    return printable(path), _inside(root, path)
+
+
+def _inside(root: Path, path: str) -> str:
+    """The file that a path names, links followed, if it lies below `root`."""
+    name = printable(path)
+    home = _resolved(os.path.abspath(root))
+    target = os.path.realpath(os.path.join(home, path))
+    if not target.startswith(os.path.join(home, "")):
+        raise DataError(
+            f"{name} lies outside of {root}",
+            mend="keep images below data.images, links' targets too",
+            kind="image outside of its folder",
+        )
+    if not os.path.isfile(target):
+        missing = not os.path.exists(target)
+        raise DataError(
+            f"no such image: {name}" if missing else f"{name} is not a file",
+            mend="check data.images",
+            kind="no such image" if missing else "image not readable",
+        )
+    return target
+
+
+@lru_cache(maxsize=256)
+def _resolved(root: str) -> str:
+    return os.path.realpath(root)

@@ -1,0 +1,60 @@
+"""Where records come from: files, shards and data sets, each as rows by number."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmkd.data.sources.files import find_files, kind_of
+from mmkd.data.sources.shards import ShardRows
+from mmkd.data.sources.tables import hub_rows, is_saved, parquet_rows, saved_rows
+from mmkd.data.sources.texts import JsonRows
+from mmkd.errors import DataError
+from mmkd.recipe import HUB, SourceConfig
+
+__all__ = ["Rows", "find_files", "is_there", "open_rows"]
+
+
+class Rows(Protocol):
+    """Rows by number, in an order that does not change."""
+
+    @property
+    def folder(self) -> Path | None:
+        """What image paths are relative to if the recipe does not say."""
+
+    def __len__(self) -> int: ...
+
+    def place(self, index: int) -> str:
+        """The file of a row, and its number there."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A row as it stands in its file.
+
+        Raises:
+            DataError: it cannot be read; without where.
+        """
+
+
+def is_there(config: SourceConfig) -> bool:
+    """Whether a source's files have been built or downloaded; the Hub's may be at any time."""
+    if config.train.startswith(HUB) or is_saved(Path(config.train)):
+        return True
+    try:
+        return bool(find_files(config.train))
+    except DataError:
+        return False
+
+
+def open_rows(config: SourceConfig) -> Rows:
+    """The rows of a source.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    if config.train.startswith(HUB):
+        return hub_rows(config)
+    if is_saved(Path(config.train)):
+        return saved_rows(Path(config.train))
+    files = find_files(config.train)
+    kind = kind_of(files, config.train)
+    if kind == "tar":
+        return ShardRows(files, config.train, config.prompt)
+    return JsonRows(files, config.train) if kind == "json" else parquet_rows(files, config.train)

@@ -1,0 +1,64 @@
+"""Tables that `datasets` keeps on disk, mapped into memory by every process."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.schema import printable
+from mmkd.errors import DataError
+
+Stamp = tuple[str, int, int]
+"""Path, bytes and time of change of a file."""
+
+# Part of what a kept table is known by: raise it when what one holds changes.
+VERSION = 1
+
+
+def keep(
+    make: Callable[..., Iterable[dict[str, Any]]], features: Any, where: str, **arguments: Any
+) -> Any:
+    """The rows that `make(**arguments)` yields, made once and then read from the disk.
+
+    Args:
+        make: a function of a module, called only where the same arguments are not kept yet.
+        features: the table's `datasets.Features`.
+        where: what messages call it.
+        arguments: what the rows depend on; files as their `stamps`.
+
+    Raises:
+        DataError: of `make`.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    arguments = {"make": make, "version": VERSION, "arguments": arguments}
+    try:
+        return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    except Exception as error:
+        raise unreadable(error, where) from error
+
+
+def _rows(make: Callable[..., Iterable[dict[str, Any]]], version: int, arguments: dict) -> Any:
+    yield from make(**arguments)
+
+
+def unreadable(error: Exception, where: str) -> DataError:
+    """What `datasets` raised, in one line; a problem of the data that caused it as it is."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, DataError):
+        cause = cause.__cause__
+    if isinstance(cause, DataError):
+        return cause
+    reason = printable(" ".join(str(cause).split()), 200)
+    if "corresponds to no data" in reason:
+        return DataError("the data set is empty", where=where, mend="add records")
+    return DataError(f"cannot read: {reason}", where=where, mend="mend the file")
+
+
+def stamps(files: list[Path]) -> list[Stamp]:
+    """What a kept table knows its files by."""
+    found = []
+    for file in files:
+        facts = file.stat()
+        found.append((str(file.absolute()), facts.st_size, facts.st_mtime_ns))
+    return found

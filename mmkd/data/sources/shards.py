@@ -1,0 +1,124 @@
+"""Records of webdataset shards: tars in which neighbours of one name up to the first dot make a
+sample. The tars are never unpacked: their headers are read once, and files from their places.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.images import Member
+from mmkd.data.schema import ANSWERS, printable
+from mmkd.data.sources.kept import Stamp, keep, stamps
+from mmkd.data.sources.texts import parse_object
+from mmkd.errors import DataError
+from mmkd.progress import track
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+class ShardRows:
+    """Samples with KEY.jpg, .jpeg, .png or .webp (one, several such as KEY.0.jpg, or none), and a
+    record in KEY.json or a caption in KEY.txt."""
+
+    def __init__(self, files: list[Path], train: str, prompt: str):
+        from datasets import Features, Value
+
+        number, words = Value("int64"), Value("string")
+        members = [{"extension": words, "offset": number, "size": number}]
+        features = Features({"file": number, "record": number, "key": words, "members": members})
+        self.files = files
+        self.folder: Path | None = files[0].parent
+        self.prompt = prompt
+        self._table = keep(_samples, features, train, files=stamps(files))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def place(self, index: int) -> str:
+        found = self._table[index]
+        return f"{self.files[found['file']]}: record {found['record']}"
+
+    def row(self, index: int) -> dict[str, Any]:
+        found = self._table[index]
+        archive, key = str(self.files[found["file"]]), found["key"]
+        members: dict[str, Member] = {}
+        for m in found["members"]:
+            name = f"{key}.{m['extension']}"
+            if m["extension"] in members:
+                raise DataError(
+                    f"the sample has two files {printable(name)}", kind="two files of one name"
+                )
+            members[m["extension"]] = Member(archive, name, m["offset"], m["size"])
+        pictures = [m for ext, m in members.items() if ext.rsplit(".", 1)[-1] in PICTURES]
+        row = self._said(members, len(pictures))
+        if pictures:
+            row = {**row, "images": pictures}
+        return row if row.get("id") is not None else {**row, "id": key}
+
+    def _said(self, members: dict[str, Member], pictures: int) -> dict[str, Any]:
+        """The sample's record; a json that holds none is what a downloader noted on a caption."""
+        row = parse_object(members["json"].read()) if "json" in members else {}
+        if any(row.get(name) for name in ANSWERS) or "txt" not in members:
+            return row
+        try:
+            caption = members["txt"].read().decode()
+        except UnicodeDecodeError as error:
+            raise DataError("the caption is no UTF-8", mend="mend or drop it") from error
+        question = "<image>\n" * pictures + self.prompt
+        return {
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": caption},
+            ]
+        }
+
+
+def _samples(files: list[Stamp]) -> Iterator[dict[str, Any]]:
+    shards = track(files, "shards", len(files)) if len(files) > 1 else files
+    for number, (name, _, _) in enumerate(shards):
+        record, key = 0, ""
+        members: list[dict[str, Any]] = []
+        for path, offset, size in _members(name):
+            folder, slash, base = path.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if not stem or not dot:
+                continue  # a hidden file, or one without an extension
+            if folder + slash + stem != key and members:
+                yield {"file": number, "record": record, "key": key, "members": members}
+                record, members = record + 1, []
+            key = folder + slash + stem
+            members.append({"extension": extension.lower(), "offset": offset, "size": size})
+        if members:
+            yield {"file": number, "record": record, "key": key, "members": members}
+
+
+def _members(archive: str) -> Iterator[tuple[str, int, int]]:
+    """Name, place and size of each file; a name is a name only, no path is made of it.
+
+    Raises:
+        DataError: it is no plain tar, damaged, or holds what is no plain file.
+    """
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            last = "its begin"
+            for member in tar:
+                last = printable(member.name)
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(
+                        f"{last} is no plain file", where=archive, mend="pack plain files only"
+                    )
+                yield member.name, member.offset_data, member.size
+            # tarfile takes a broken header for the end.
+            with open(archive, "rb") as file:
+                file.seek(tar.offset)
+                if any(file.read(tarfile.BLOCKSIZE)):
+                    raise DataError(
+                        f"damaged behind {last}", where=archive, mend="copy or pack it again"
+                    )
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read: {printable(error)}", where=archive, mend="name tars without compression"
+        ) from error

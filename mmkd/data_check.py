@@ -1,0 +1,163 @@
+"""`mmkd data check`: what is wrong with the data of a recipe or a file, before anything trains."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from mmkd.data.check import Findings, Look, check_source
+from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
+from mmkd.data.records import Records
+from mmkd.errors import RecipeError
+from mmkd.loading import load_processor
+from mmkd.progress import console
+from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
+
+RECIPES = (".yaml", ".yml")
+SAMPLED = 256
+UNCUT = 2**30
+
+
+def check_data(target: str, images: str | None, look: Look, workers: int) -> dict[str, Any]:
+    """Look through all data of a recipe, or through one source.
+
+    Args:
+        target: a recipe, or what `data.train` may be.
+        images: the folder of a source's images.
+        look: what for.
+        workers: processes.
+
+    Returns:
+        What was found, as JSON.
+
+    Raises:
+        MmkdError: something cannot be read at all.
+    """
+    recipe = None
+    if Path(target).suffix in RECIPES:
+        if images is not None:
+            raise RecipeError("--images is for a file; a recipe names its own", where=target)
+        recipe = load_recipe(target)
+    sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
+    started = time.perf_counter()
+    found = [check_source(source, look, workers) for source in sources]
+    seconds = time.perf_counter() - started
+    bad = sum(f.bad for f in found)
+    return {
+        "target": target,
+        "good": bad == 0,
+        "records": sum(f.records for f in found),
+        "pictures": sum(f.pictures for f in found),
+        "bad": bad,
+        "seconds": round(seconds, 3),
+        "sources": [_as_json(f) for f in found],
+        "tokens": list(_tokens(recipe)) if recipe else [],
+    }
+
+
+def _data(recipe: Recipe) -> list[DataConfig]:
+    """The recipe's data sets that a stage reads, each once."""
+    found = [recipe.stage_data(stage) for stage in recipe.stages]
+    return list({data.model_dump_json(): data for data in found}.values())
+
+
+def _sources(recipe: Recipe) -> list[SourceConfig]:
+    """The sources of all data sets, each once whatever its share."""
+    found: dict[str, SourceConfig] = {}
+    for part in (part for data in _data(recipe) for part in data.parts):
+        said = part.model_dump_json(exclude={"name", "weight", "cap"})
+        found.setdefault(said, part)
+    return list(found.values())
+
+
+def _as_json(found: Findings) -> dict[str, Any]:
+    problems = sorted(found.problems.values(), key=lambda p: -p.records)
+    return {
+        "name": found.source.label,
+        "train": found.source.train,
+        "records": found.records,
+        "pictures": found.pictures,
+        "bad": found.bad,
+        "problems": [
+            {
+                "kind": p.kind,
+                "records": p.records,
+                "share": p.records / found.records,
+                "places": p.places,
+                "mend": p.mend,
+            }
+            for p in problems
+        ],
+    }
+
+
+def _tokens(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """How long some records of each data set are, before they are cut at `max_length`."""
+    processor = load_processor(recipe.student)
+    for data in _data(recipe):
+        records = Records(data)
+        encoder = Encoder(records, processor, data.model_copy(update={"max_length": UNCUT}))
+        members = Mixture(records, recipe.seed).members(epoch=0).tolist()
+        count = min(SAMPLED, len(members))
+        found = (encoder.length(members[i * len(members) // count]) for i in range(count))
+        lengths = [length for length in found if length]  # 0: a bad record, counted already
+        if lengths:
+            marks = torch.tensor(lengths).double().quantile(torch.tensor([0.5, 0.95]).double())
+            yield {
+                "data": ", ".join(part.label for part in data.parts),
+                "sampled": len(lengths),
+                "median": round(float(marks[0])),
+                "95 %": round(float(marks[1])),
+                "longest": max(lengths),
+                "max_length": data.max_length,
+                "cut": sum(n > data.max_length for n in lengths) / len(lengths),
+            }
+
+
+def print_check(found: dict[str, Any]) -> None:
+    """A table of problems for each source that has any, the first places, and the whole."""
+    for source in found["sources"]:
+        if source["problems"]:
+            console.print(_table(source))
+            for place in (place for p in source["problems"] for place in p["places"]):
+                console.print(escape(place), highlight=False, soft_wrap=True)
+    for tokens in found["tokens"]:
+        console.print(
+            f"{escape(tokens['data'])}: of {tokens['sampled']} records the median has "
+            f"{tokens['median']:,} tokens, 95 % have at most {tokens['95 %']:,}, the longest "
+            f"{tokens['longest']:,}; {100 * tokens['cut']:.1f} % are cut at max_length "
+            f"{tokens['max_length']:,}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    rate = found["records"] / max(found["seconds"], 1e-9)
+    bad, records = found["bad"], found["records"]
+    said = f"{bad:,} bad ({_percent(bad / records)})" if bad else "all good"
+    console.print(
+        f"{records:,} records, {found['pictures']:,} pictures, {found['seconds']:.1f} s "
+        f"({rate:,.0f} records a second): {said}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(source: dict[str, Any]) -> Table:
+    table = Table(title=escape(source["train"]))
+    table.add_column("problem")
+    table.add_column("records", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("what mends it")
+    for problem in source["problems"]:
+        share = _percent(problem["share"])
+        mend = escape(problem["mend"] or "")
+        table.add_row(escape(problem["kind"]), f"{problem['records']:,}", share, mend)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if share >= 5e-5 or share == 0 else "< 0.01 %"

@@ -1,0 +1,90 @@
+"""Where records come from: one source, or a mixture of several."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmkd.recipe.base import Strict
+
+HUB = "hub:"
+PATTERN = set("*?[{")
+
+
+class SourceConfig(Strict):
+    """Where records come from, and how many of them an epoch holds."""
+
+    train: str = Field(description="file, glob, folder or tar shards of records, or hub:OWNER/NAME")
+    images: str | None = Field(None, description="folder that image paths are relative to")
+    name: str | None = Field(
+        None, min_length=1, description="in metrics and messages; made of 'train' if left out"
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of an epoch, relative to the other sources; as many as there are "
+        "records if left out",
+    )
+    cap: int | None = Field(None, ge=1, description="most records of it in an epoch")
+    subset: str | None = Field(None, description="configuration of a Hub data set")
+    split: str = Field("train", description="of a Hub data set")
+    revision: str | None = Field(None, description="of a Hub data set: commit, tag or branch")
+    stream: int | None = Field(
+        None, ge=1, description="read the first so many records of a Hub data set, not the whole"
+    )
+    prompt: str = Field(
+        "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
+    )
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> "SourceConfig":
+        fields = type(self).model_fields
+        keys = ("subset", "split", "revision", "stream")
+        told = [k for k in keys if getattr(self, k) != fields[k].default]
+        if told and not self.train.startswith(HUB):
+            raise ValueError(f"'{told[0]}' is of Hub data sets: write train as hub:OWNER/NAME")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What metrics and messages call it."""
+        if self.name is not None:
+            return self.name
+        if self.train.startswith(HUB):
+            return self.train.removeprefix(HUB)
+        return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
+
+
+class DataConfig(Strict):
+    """Records to train on, from one source or a mixture."""
+
+    train: str | None = Field(
+        None, description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
+    )
+    images: str | None = Field(None, description="folder that image paths are relative to")
+    sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
+    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+    picture_cache: str | None = Field(
+        None, description="folder that keeps what the processors make of pictures"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "DataConfig":
+        if (self.train is None) == (not self.sources):
+            raise ValueError("give either 'train' (one source) or 'sources' (a mixture)")
+        names = [s.label for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name: give each a 'name'")
+        if len({s.weight is None for s in self.sources}) > 1:
+            raise ValueError("give every source a 'weight', or none")
+        return self
+
+    @property
+    def parts(self) -> list[SourceConfig]:
+        """The sources, one or more, with the folders of their images."""
+        if self.train is not None:
+            return [SourceConfig(train=self.train, images=self.images)]
+        return [s.model_copy(update={"images": s.images or self.images}) for s in self.sources]

@@ -1,0 +1,77 @@
+"""The papers behind a recipe's methods, as the methods' own files name them."""
+
+from typing import Any, NamedTuple
+
+from mmkd.recipe import Conversion, MambaConversion, MoeConversion, Recipe
+
+
+class Paper(NamedTuple):
+    name: str
+    arxiv: str
+
+
+GKD = Paper("GKD", "2306.13649")
+DISTILLM = Paper("DistiLLM", "2402.03898")
+LLAVA_KD = Paper("LLaVA-KD", "2410.16236")
+LLAVA_MOD = Paper("LLaVA-MoD", "2408.15881")
+MOHAWK = Paper("MOHAWK", "2408.10189")
+MATVLM = Paper("MaTVLM", "2503.13440")
+MMMAMBA = Paper("mmMamba", "2502.13145")
+MAMBA_2 = Paper("Mamba-2", "2405.21060")
+MAMBA_IN_LLAMA = Paper("MambaInLlama", "2408.15237")
+LORA = Paper("LoRA", "2106.09685")
+DORA = Paper("DoRA", "2402.09353")
+UPCYCLING = Paper("Komatsuzaki et al.", "2212.05055")
+
+_OBJECTIVES = {
+    "reverse_kl": [Paper("MiniLLM", "2306.08543")],
+    "jsd": [GKD],
+    "skew_kl": [DISTILLM],
+    "skew_reverse_kl": [DISTILLM],
+    "tvd": [Paper("total variation", "2307.15190")],
+    "relation": [LLAVA_KD],
+    "minilm": [Paper("MiniLMv2", "2012.15828")],
+    "affinity": [Paper("TinyCLIP", "2309.12314")],
+    "token_labels": [Paper("token labelling", "2104.10858")],
+    "balance": [Paper("Fedus et al.", "2101.03961")],
+    "router_z": [Paper("router z-loss", "2202.08906")],
+    "mixer_mse": [MMMAMBA],
+    "hidden_mse": [Paper("TinyBERT", "1909.10351")],
+    "matrix": [MOHAWK],
+}
+_PREFERENCES = {
+    "kto_pair": [LLAVA_MOD, Paper("KTO", "2402.01306")],
+    "sigmoid": [Paper("DPO", "2305.18290")],
+    "ipo": [Paper("IPO", "2310.12036")],
+    "hinge": [Paper("SLiC", "2305.10425")],
+}
+_SEEDING = {"default": [], "inherit": [MAMBA_IN_LLAMA, MATVLM], "mimic": [MMMAMBA], "exact": []}
+
+
+def papers(recipe: Recipe) -> list[Paper]:
+    """Each paper once, in the order in which the recipe meets them."""
+    found: list[Paper] = []
+    for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages)):
+        found += [p for conversion in conversions for p in _of_conversion(conversion)]
+    for stage in recipe.stages:
+        found += [p for objective in stage.objectives for p in _of_objective(objective)]
+        found += [GKD] if stage.on_policy else []
+        if stage.train.lora is not None:
+            found += [LORA, DORA] if stage.train.lora.dora else [LORA]
+    return list(dict.fromkeys(found))
+
+
+def _of_conversion(conversion: Conversion) -> list[Paper]:
+    if isinstance(conversion, MambaConversion):
+        return [MAMBA_2, *_SEEDING[conversion.init]]
+    return [UPCYCLING] if isinstance(conversion, MoeConversion) else []
+
+
+def _of_objective(objective: Any) -> list[Paper]:
+    if objective.kind == "preference":
+        return _PREFERENCES[objective.loss]
+    if objective.kind == "layer_l2":
+        return [MOHAWK if objective.at == "mixer" else MATVLM]
+    if objective.kind == "kl" and objective.region == "vision":
+        return [LLAVA_KD]
+    return _OBJECTIVES.get(objective.kind, [])

@@ -1,0 +1,108 @@
+"""What is released: one finished student of a run, and what the run says of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import CheckpointError, RecipeError
+from mmkd.files import read_json
+from mmkd.objectives import build_objective
+from mmkd.recipe import Recipe, load_recipe
+from mmkd.report.rundata import Member, Run, read_run
+
+GO_ON = "run its recipe again: it goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished student.
+
+    Attributes:
+        student: its folder.
+    """
+
+    run: Run
+    member: Member
+    student: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.run.recipe["name"])
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What was trained, with the run's evaluation."""
+        return load_recipe({**self.member.recipe, "evaluate": self.run.recipe.get("evaluate")})
+
+    @cached_property
+    def taught(self) -> bool:
+        """Some stage learned from the teacher."""
+        objectives = [o for stage in self.recipe.stages for o in stage.objectives]
+        return any("teacher" in build_objective(o).needs for o in objectives)
+
+    @cached_property
+    def needs_code(self) -> bool:
+        """The student's classes are not in transformers: they travel with it."""
+        return "auto_map" in read_json(self.student / "config.json")
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What its results.json holds."""
+        return self.run.results.get(self.member.label)
+
+    def on_hub(self, model: str) -> bool:
+        """The model came from the Hub, not from a folder."""
+        return self.run.provenance.get("models", {}).get(model) == "Hub"
+
+
+def choose(folder: Path, label: str | None = None, seed: int | None = None) -> Source:
+    """The student of a run's folder to release.
+
+    Args:
+        label: the recipe's label or a variant's; the recipe's if None.
+        seed: the recipe's first if None.
+
+    Raises:
+        CheckpointError: the folder holds no run, or the student is not finished.
+        RecipeError: the run has no such student.
+    """
+    run = read_run(folder)
+    label = label or str(run.recipe.get("label", "student"))
+    seeds = [member.seed for member in run.members if member.group == label]
+    if not seeds:
+        raise RecipeError(
+            f"the run has trained no student {label!r}",
+            where=str(folder),
+            mend=f"it has {', '.join(run.groups)}" if run.groups else GO_ON,
+        )
+    if seed is None:
+        seed = int((run.recipe.get("seeds") or [run.recipe["seed"]])[0])
+    if seed not in seeds:
+        raise RecipeError(
+            f"the run has trained no {label} with seed {seed}",
+            where=str(folder),
+            mend=f"its seeds: {', '.join(map(str, seeds))}",
+        )
+    member = next(m for m in run.members if (m.group, m.seed) == (label, seed))
+    return Source(run, member, _finished(member, folder))
+
+
+def _finished(member: Member, folder: Path) -> Path:
+    """The folder that the member's last stage has written."""
+    open_stages = [stage.name for stage in member.stages if not stage.done]
+    if open_stages:
+        raise CheckpointError(
+            f"{member.label} is not finished: stage {open_stages[0]}",
+            where=str(folder),
+            mend=GO_ON,
+        )
+    last = f"{len(member.stages):02d}-{member.stages[-1].name}"
+    student = member.student
+    if student is None or student.parent.name != last or not any(student.glob("*.safetensors")):
+        raise CheckpointError(
+            f"the student of stage {last} is gone",
+            where=str(folder),
+            mend="bring its folder back, or train it again under another name",
+        )
+    return student

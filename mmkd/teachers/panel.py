@@ -1,0 +1,54 @@
+"""Several teachers: each objective on outputs is one objective per teacher.
+
+    L = sum_j w_j 1/|M_j| sum_{t in M_j} D(p_j, q)
+
+with M_j the tokens of the records that teacher j is asked about: a mean for each teacher, whatever
+the sources' sizes.
+"""
+
+from collections.abc import Sequence
+
+from mmkd.errors import RecipeError, nearest
+from mmkd.objectives import HeadObjective, Objective
+from mmkd.recipe import DataConfig, TeacherConfig
+
+
+def ask_each(
+    objectives: Sequence[Objective], teachers: Sequence[TeacherConfig], data: DataConfig
+) -> list[Objective]:
+    """Objectives on a teacher's outputs once for each teacher, with its weight and sources; all
+    others as they are, with the first teacher.
+
+    Raises:
+        RecipeError: a teacher names a source that the data do not have.
+    """
+    if len(teachers) < 2 and not any(t.sources for t in teachers):
+        return list(objectives)
+    numbers = [_numbers(t, data) for t in teachers]
+    made: list[Objective] = []
+    for objective in objectives:
+        if not asks_each(objective):
+            made.append(objective)
+            continue
+        for teacher, sources in zip(teachers, numbers, strict=True):
+            made.append(objective.beside(teacher.name, teacher.weight, sources))
+    return made
+
+
+def asks_each(objective: Objective) -> bool:
+    """Whether an objective compares what a teacher's head sees or says."""
+    wanted = isinstance(objective, HeadObjective) or bool(objective.reads_hidden)
+    return wanted and "teacher" in objective.needs
+
+
+def _numbers(teacher: TeacherConfig, data: DataConfig) -> frozenset[int] | None:
+    """The data's sources that a teacher is asked about; None for all."""
+    labels = [part.label for part in data.parts]
+    for name in teacher.sources:
+        if name not in labels:
+            raise RecipeError(
+                f"no data source {name!r}",
+                where=f"teacher {teacher.name}: sources",
+                mend=nearest(name, labels),
+            )
+    return frozenset(map(labels.index, teacher.sources)) or None

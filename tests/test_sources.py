@@ -1,0 +1,287 @@
+"""Where records come from: published layouts, files, and the Hub."""
+
+import json
+
+import datasets
+import pytest
+from layouts import (
+    LAYOUTS,
+    drawn,
+    encoded,
+    llava_665k_rows,
+    read,
+    rlaif_rows,
+    sample,
+    turns,
+    words,
+    write_numbers,
+    write_tar,
+)
+from processors import FAMILIES
+
+from mmkd.data import images
+from mmkd.data.encoder import Encoder
+from mmkd.data.records import Records
+from mmkd.data.sources import tables
+from mmkd.errors import DataError
+from mmkd.recipe import DataConfig, SourceConfig
+
+EXPECTED = {
+    "llava_pretrain": [(f"00453{i:04d}", 1, 2) for i in range(4)],
+    "llava_665k": [
+        ("000000033471", 1, 4),
+        ("2354786", 1, 2),
+        ("wgByO4Y_0", 0, 2),
+        ("wgByO4Y_17", 0, 2),
+        ("140031996X", 1, 2),
+    ],
+    "sharegpt4v": [
+        ("sa_545504", 1, 2),
+        ("sa_545505", 0, 2),
+        ("000000033471", 1, 4),
+        ("2354786", 1, 2),
+        ("wgByO4Y_0", 0, 2),
+    ],
+    "allava": [
+        ("allava_laion_cap_100277305", 1, 2),
+        ("allava_vflan_inst_7", 1, 4),
+        ("5", 0, 2),
+    ],
+    "rlaif_v": [(f"{20 + i}", 1, 2) for i in range(5)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_load(tmp_path, layout):
+    config = LAYOUTS[layout](tmp_path)
+    records = Records(config)
+    found = [records[i] for i in range(len(records))]
+    assert [(r.id, len(r.images), len(r.messages)) for r in found] == EXPECTED[layout]
+    assert all(r.messages[0]["role"] == "user" for r in found)
+    pairs = layout == "rlaif_v"
+    batch = Encoder(records, FAMILIES["llava"](), config, pairs=pairs).encode([*range(len(found))])
+    assert batch.targets.response.any(1).all()
+    if layout == "sharegpt4v":
+        assert len(batch.skipped) == 1
+        assert (
+            "record 0 (id sa_545504): no such image: sam/images/sa_545504.jpg" in batch.skipped[0]
+        )
+    else:
+        assert batch.ids == [r.id for r in found]
+
+
+def test_columns_that_agree_in_nothing_are_read_from_both_kinds_of_json(tmp_path):
+    rows = llava_665k_rows(tmp_path)
+    odd = [
+        {"id": None, "image": {"path": rows[0]["image"], "bytes": None}, **said}
+        for said in (
+            {"conversations": turns("<image>\nA?", "B"), "score": [1, "two", {"three": 3}]},
+            {"messages": [{"role": "user", "content": "<image>A?"},
+                          {"role": "assistant", "content": "B", "weight": 0.5}]},
+        )
+    ]  # fmt: skip
+    several = {"id": 9.5, "image": [rows[0]["image"]] * 2,
+               "conversations": turns("<image><image>?", "two")}  # fmt: skip
+    nothing = {"id": "", "image": "", "conversations": turns("Hm?", "No.")}
+    everything = [*rows, *odd, several, nothing]
+    (tmp_path / "list.json").write_text(json.dumps(everything))
+    (tmp_path / "lines.jsonl").write_text("\n\n".join(map(json.dumps, everything)) + "\n")
+    a, b = read(tmp_path / "list.json"), read(tmp_path / "lines.jsonl")
+    assert [a[i] for i in range(len(a))] == [b[i] for i in range(len(b))]
+    assert [len(a.pictures(a[i])) for i in range(len(a))] == [1, 1, 0, 0, 1, 1, 1, 2, 0]
+    assert [a[i].id for i in range(5, 9)] == ["5", "6", "9.5", "8"]
+
+
+def test_an_answer_that_nobody_asked_for_is_left_out(tmp_path):
+    said = turns("... and so on.", "Now?", "Now a dog.", first="gpt")
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": said}]))
+    assert words(read(tmp_path / "a.json")[0]) == ["Now?", "Now a dog."]
+    (tmp_path / "b.json").write_text(json.dumps([{"conversations": said[:1]}]))
+    with pytest.raises(DataError, match="record 0: no response"):
+        read(tmp_path / "b.json")[0]
+    said = [{"role": r, "content": "..."} for r in ("assistant", "user", "assistant")]
+    (tmp_path / "c.json").write_text(json.dumps([{"messages": said}]))
+    with pytest.raises(DataError, match="record 0: the conversation begins with an answer"):
+        read(tmp_path / "c.json")[0]
+
+
+def test_a_broken_line_is_one_bad_record_and_a_broken_list_is_named(tmp_path):
+    good = json.dumps({"id": "g", "conversations": turns("?", "yes")})
+    (tmp_path / "a.jsonl").write_text(f'{good}\n{{"id": 1, "conv\n[1, 2]\n{good}\n')
+    records = read(tmp_path / "a.jsonl")
+    assert (len(records), records[3].id) == (4, "g")
+    for index in (1, 2):
+        with pytest.raises(DataError, match=rf"a\.jsonl: record {index}: a record is no JSON obj"):
+            records[index]
+    (tmp_path / "b.json").write_text(f"[{good},\n {good} {good}]")
+    with pytest.raises(DataError, match=r"b\.json: cannot read: ',' or '\]' expected: line 2 col"):
+        read(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(f"[{good}] {good}")
+    with pytest.raises(DataError, match="more text behind the list"):
+        read(tmp_path / "c.json")
+    (tmp_path / "d.json").write_bytes(f"[{good}".encode()[:-5] + b"\xff\xfe")
+    with pytest.raises(DataError, match="no UTF-8 at byte"):
+        read(tmp_path / "d.json")
+    (tmp_path / "e.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot read"):
+        read(tmp_path / "e.json")
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = tmp_path / "a.json"
+    for answer in ("one", "two"):
+        path.write_text(json.dumps([{"conversations": turns("?", answer)}]))
+        assert words(read(path)[0]) == ["?", answer]
+
+
+# files
+
+
+def test_globs_ranges_and_folders_name_several_files(tmp_path):
+    for i in range(12):
+        write_numbers(tmp_path / f"p-{i:02d}.json", [2 * i, 2 * i + 1])
+    names = [f"r{i}" for i in range(24)]
+    for train, wanted in {
+        "p-*.json": names,
+        "p-0?.json": names[:20],
+        "p-{08..10}.json": names[16:22],
+        "p-{0..1}{1..1}.json": ["r2", "r3", "r22", "r23"],
+        ".": names,
+    }.items():
+        records = read(tmp_path / train)
+        assert [records[i].id for i in range(len(records))] == wanted, train
+    assert read(tmp_path / "p-*.json").where(5) == f"{tmp_path}/p-02.json: record 1 (id r5)"
+    for train, message in {
+        "p-{10..13}.json": r"p-12\.json: no such data file",
+        "q-*.json": "no such data file",
+        "p-{3..1}.json": "names 0 files",
+        "p-{0..999999999}.json": "at most 100,000",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / train)
+    write_tar(tmp_path / "p-00.tar", sample(0))
+    with pytest.raises(DataError, match="several kinds"):
+        read(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no data files"):
+        read(tmp_path / "empty")
+
+
+def test_saved_data_sets_are_read(tmp_path):
+    table = datasets.Dataset.from_list(rlaif_rows())
+    table = table.cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    records = read(tmp_path / "saved")
+    assert records[3].id == "23"
+    assert records.pictures(records[3])[0].size == drawn(3).size
+    assert records.where(3) == f"{tmp_path}/saved: record 3 (id 23)"
+    datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="holds the splits a, b"):
+        read(tmp_path / "splits")
+
+
+def test_lists_of_pictures_in_tables_are_decoded_with_limits_too(tmp_path, monkeypatch):
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "two"}]
+    rows = [{"images": [{"bytes": encoded(i), "path": None} for i in (1, 2)], "messages": said}]
+    features = datasets.Dataset.from_list(rows).features
+    features["images"] = datasets.List(datasets.Image())
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    records = read(tmp_path / "a.parquet")
+    pictures = records.pictures(records[0])
+    assert [p.tobytes() for p in pictures] == [drawn(i).tobytes() for i in (1, 2)]
+    monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
+    with pytest.raises(DataError, match="too large to decode"):
+        records.pictures(records[0])
+
+
+ANSWERED = {"conversations": turns("?", "a")}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": "a string"},
+        {"conversations": [["human", "?"], ["gpt", "a"]]},
+        {"conversations": [{"from": ["human"], "value": "?"}]},
+        {"conversations": [{"from": "gpt", "value": 5}]},
+        {"conversations": turns("?", "\ud83d")},
+        {"messages": {"role": "user", "content": "?"}},
+        {"messages": [{"role": "assistant", "content": [None, "text", {"type": "text"}]}]},
+        {"chosen": "a", "rejected": {"not": "text"}},
+        {"chosen": 3, "rejected": 4, "prompt": 5},
+        {**ANSWERED, "objects": ["ball"]},
+        {**ANSWERED, "objects": [{"name": 7, "box": [0, 0, 1, 1]}]},
+        {**ANSWERED, "objects": [{"name": "b", "box": [0, 0, 1, 10**400]}]},
+        {**ANSWERED, "image": 5},
+        {"id": "two\nlines\x1b[31m" + "x" * 500, "image": {"a": 1}, "messages": 0},
+        ["no", "object"],
+    ],
+)
+def test_rows_of_wrong_shapes_are_one_line(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"a\.jsonl: record 0") as caught:
+        read(tmp_path / "a.jsonl")[0]
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+# the Hub
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder as `datasets` finds one on the Hub: parquet with pictures, two splits."""
+    table = datasets.Dataset.from_list(rlaif_rows()).cast_column("image", datasets.Image())
+    folder = tmp_path / "openbmb" / "RLAIF-V"
+    table.to_parquet(folder / "data" / "train-00000.parquet")
+    table.select([4]).to_parquet(folder / "data" / "test-00000.parquet")
+    return folder
+
+
+def test_hub_data_sets_are_loaded_by_name(repository, monkeypatch):
+    calls, load = [], datasets.load_dataset
+
+    def local(name, *arguments, **options):
+        calls.append((name, arguments, options.pop("revision"), options["split"]))
+        return load(str(repository.parent.parent / name), *arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    records = read("hub:openbmb/RLAIF-V")
+    assert [records[i].id for i in range(5)] == ["20", "21", "22", "23", "24"]
+    assert records.pictures(records[1])[0].size == (48, 32)
+    assert records.where(1) == "hub:openbmb/RLAIF-V: record 1 (id 21)"
+    one = SourceConfig(train="hub:openbmb/RLAIF-V", split="test", subset="default", revision="v1")
+    assert Records(DataConfig(sources=[one]))[0].id == "24"
+    assert calls == [
+        ("openbmb/RLAIF-V", (None,), None, "train"),
+        ("openbmb/RLAIF-V", ("default",), "v1", "test"),
+    ]
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(tmp_path):
+    for settings in ({}, {"stream": 2}):
+        source = SourceConfig(train=f"hub:{tmp_path}/nobody", **settings)
+        with pytest.raises(DataError, match=r"nobody: cannot load the data set: ") as caught:
+            Records(DataConfig(sources=[source]))
+        assert str(caught.value).isprintable()
+
+
+def test_streamed_rows_are_the_first_ones_and_read_once(repository, monkeypatch):
+    source = SourceConfig(train=f"hub:{repository}", stream=3)
+    streamed = Records(DataConfig(sources=[source]))
+    whole = read(f"hub:{repository}")
+    assert len(streamed) == 3
+    for index in (2, 0, 1):
+        a, b = streamed[index], whole[index]
+        assert (a.id, a.messages, a.rejected) == (b.id, b.messages, b.rejected)
+        pictures = [r.pictures(x)[0].tobytes() for r, x in ((streamed, a), (whole, b))]
+        assert pictures[0] == pictures[1]
+
+    def refuse(*_, **__):
+        raise AssertionError("read a second time")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    again = Records(DataConfig(sources=[source]))
+    assert [again[i].id for i in range(3)] == ["20", "21", "22"]
+    with pytest.raises(DataError, match="read a second time"):
+        tables.StreamedRows(SourceConfig(train=f"hub:{repository}", stream=4))
