@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.measure import median_seconds, save
-from mmkd.data.packing import Packing, best_fit_decreasing, pack_inputs, pack_targets
+from mmkd.data.packing import Packing, best_fit_decreasing, bins_of, pack_inputs, pack_targets
 from mmkd.objectives import Targets
 from mmkd.progress import console
 
@@ -52,8 +52,9 @@ def batch(lengths: list[int]) -> tuple[dict[str, torch.Tensor], Targets]:
 def pack(made: tuple[dict[str, torch.Tensor], Targets], capacity: int) -> float:
     """Pack a micro-batch; returns how full its rows are."""
     inputs, targets = made
-    packing = Packing(targets.attention, capacity)
-    pack_inputs(inputs, packing, [0] * len(targets.attention), 0)
+    lengths = targets.attention.sum(1).tolist()
+    packing = Packing(targets.attention, bins_of(lengths, capacity))
+    pack_inputs(inputs, packing, 0)
     return float(pack_targets(targets, packing, -100).attention.float().mean())
 
 

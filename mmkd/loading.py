@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from mmkd.errors import CheckpointError
@@ -128,7 +129,11 @@ def load_pretrained_processor(name: str, **settings: Any) -> Any:
     if not hasattr(processor, "image_processor"):
         raise CheckpointError("the processor reads no images", where=name, mend=mend)
     if not getattr(processor, "chat_template", None):
-        raise CheckpointError("the processor has no chat template", where=name, mend=mend)
+        raise CheckpointError(
+            "the processor has no chat template",
+            where=name,
+            mend="add chat_template.jinja to its folder",
+        )
     return processor
 
 
@@ -145,8 +150,18 @@ def _explained(name: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # a missing file and a broken one raise different types
         raise CheckpointError(
-            f"cannot load the {what} ({_reason(error)})", where=name, mend=FOLDER
+            f"cannot load the {what} ({_reason(error)})", where=name, mend=_mend(error)
         ) from error
+
+
+def _mend(error: BaseException) -> str:
+    """What to do about what transformers says."""
+    if "num2words" in str(error):
+        return "pip install num2words"
+    wants = ("video processor", "torchvision")
+    if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
+        return "install the torchvision that fits your torch: transformers reads pictures by it"
+    return FOLDER
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
-from mmkd.data.packing import Packing
+from mmkd.data.packing import Packing, bins_of
 from mmkd.errors import RecipeError
 from mmkd.signals import capture
 from mmkd.teachers import LiveTeacher
@@ -51,7 +51,8 @@ def check_packing(
 
 
 def _compare(model: PreTrainedModel, alone: Tensor, packed: Tensor, batch: Batch) -> None:
-    packing = Packing(batch.inputs["attention_mask"].bool().cpu(), WHOLE)
+    attention = batch.inputs["attention_mask"].bool().cpu()  # [B, T], a filler's row with it
+    packing = Packing(attention, bins_of(attention.sum(1).tolist(), WHOLE))
     source = packing.source.to(alone.device)
     expected = alone.flatten(0, 1)[source[source >= 0]].float()
     found = packed[source >= 0].float()

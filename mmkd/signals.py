@@ -22,7 +22,19 @@ AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def check_supported(model: PreTrainedModel, role: str) -> None:
-    """Refuse models whose logits are not head(hidden)."""
+    """Refuse models whose logits are not head(hidden), or whose parts are not found.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} has no body apart from its head")
+        find_parts(model)
+    except ValueError as error:
+        raise CheckpointError(
+            str(error), where=role, mend="choose a family of docs/families.md"
+        ) from error
     text = model.config.get_text_config()
     for name in AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):

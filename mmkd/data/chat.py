@@ -56,21 +56,24 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         if message["role"] != "assistant":
             continue
         prefix = template(messages[:i], True)
-        if not text.startswith(prefix):
-            raise DataError(
-                f"the chat template rewrites the conversation before turn {i}",
-                mend="use a template that only appends",
-            )
+        start = _common_length(text, prefix)
         end = _common_length(text, template(messages[: i + 1], False))
         said = "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
-        at = text.find(said, len(prefix), end)
+        at = text.find(said, start, end)
+        if start < len(prefix):  # LLaVA-OneVision's generation prompt has other whitespace
+            if (prefix[start:] + text[start : max(at, start)]).strip():
+                raise DataError(
+                    f"the chat template rewrites the conversation before turn {i}",
+                    mend="use a template that only appends",
+                )
+            start = max(at, start)
         if at < 0:
             raise DataError(
                 f"the chat template changes the response of turn {i}",
                 mend="use a template that keeps responses as they are",
             )
         stop, closed = _end_of_turn(text, at + len(said), end, specials)
-        spans.append((len(prefix), stop))
+        spans.append((start, stop))
         words.append((at, at + len(said)))
     if not closed and spans and tokenizer.eos_token and messages[-1]["role"] == "assistant":
         start, stop = spans[-1]

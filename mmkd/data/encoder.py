@@ -17,7 +17,14 @@ from mmkd.data.batch import Batch, covered_rows, paired
 from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
 from mmkd.data.chunks import Answer, cut_answers
 from mmkd.data.labels import IGNORED, vision_labels
-from mmkd.data.packing import Packing, pack_inputs, pack_stored, pack_targets
+from mmkd.data.packing import (
+    Packing,
+    bins_of,
+    pack_inputs,
+    pack_stored,
+    pack_targets,
+    renumbered,
+)
 from mmkd.data.processing import MOVED, Processing
 from mmkd.data.records import Records, located
 from mmkd.data.samples import Sample, blank_sample
@@ -215,8 +222,11 @@ class Encoder:
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
-        pictures = any(s.pictures for s in samples)
-        encoded = self._process(samples if pictures else samples + self.filler)
+        filler = [] if any(s.pictures for s in samples) else self.filler
+        bins: list[list[int]] = []
+        if self.pack is not None:
+            samples, bins = self._in_packed_order(samples, filler, self.pack)
+        encoded = self._process(samples + filler)
         offsets = encoded.pop("offset_mapping")
         moved = encoded.pop(MOVED, None) or [[] for _ in samples]
         ids = encoded["input_ids"][: len(samples)]  # [B, T]
@@ -262,7 +272,7 @@ class Encoder:
                 stored=self._stored(self.store, batch.targets, samples),
                 stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
             )
-        return batch if self.pack is None else self._packed(batch, samples, self.pack)
+        return batch if self.pack is None else self._packed(batch, samples, bins)
 
     def _answers(
         self, samples: list[Sample], moved: list[Any], offsets: Tensor, ids: Tensor
@@ -276,10 +286,21 @@ class Encoder:
         numbers = [self.records.source_of(s.index) for s in samples]
         return torch.tensor(numbers)[:, None].expand_as(ids).clone()
 
-    def _packed(self, batch: Batch, samples: list[Sample], capacity: int) -> Batch:
+    def _in_packed_order(
+        self, samples: list[Sample], filler: list[Sample], capacity: int
+    ) -> tuple[list[Sample], list[list[int]]]:
+        """The samples as they lie one behind another in packed rows, and their numbers by row:
+        models take pictures in the order of their tokens."""
+        length, most = self.processing.length, self.config.max_length
+        rows = [(s.rendered.text, [p.size for p in s.pictures]) for s in samples + filler]
+        bins = bins_of([min(length(*row), most) for row in rows], capacity)
+        order, bins = renumbered(bins, len(samples))
+        return [samples[i] for i in order], bins
+
+    def _packed(self, batch: Batch, samples: list[Sample], bins: list[list[int]]) -> Batch:
         """The batch in rows of several records; a filler is one of them that has no targets."""
         seen = batch.inputs["attention_mask"].bool()  # [B, T], or [B + 1, T]
-        packing = Packing(seen, capacity)
+        packing = Packing(seen, bins)
         extra = (0, 0, 0, len(seen) - len(samples))
 
         def padded(value: Any) -> Any:
@@ -287,7 +308,6 @@ class Encoder:
             return torch.nn.functional.pad(value, extra) if rows else value
 
         targets = Targets(**{k: padded(v) for k, v in vars(batch.targets).items()})
-        pictures = [len(s.pictures) for s in samples] + [1] * extra[3]
         token = self.processor.tokenizer.pad_token_id or 0
         stored = batch.stored
         if stored is not None:
@@ -295,7 +315,7 @@ class Encoder:
             stored = pack_stored(replace(stored, at=at.flatten()), packing)
         return replace(
             batch,
-            inputs=pack_inputs(batch.inputs, packing, pictures, token),
+            inputs=pack_inputs(batch.inputs, packing, token),
             targets=pack_targets(targets, packing, IGNORED),
             stored=stored,
         )

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.errors import DataError
 from mmkd.objectives import Targets
 from mmkd.ops import SparseRows
-
-SEQUENCE = ("input_ids", "attention_mask")
-"""Inputs that run along the tokens; all others belong to pictures."""
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -57,18 +53,36 @@ def even_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return best_fit_decreasing(lengths, high)
 
 
+def bins_of(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Records by packed row; a record that is longer than `capacity` makes all rows as long."""
+    return even_bins(lengths, max(capacity, *lengths))
+
+
+def renumbered(bins: list[list[int]], count: int) -> tuple[list[int], list[list[int]]]:
+    """Put items in the order of their bins.
+
+    Args:
+        bins: numbers of items.
+        count: how many are put in order; later ones keep their numbers.
+
+    Returns:
+        The items' numbers in the new order, and the bins by new numbers.
+    """
+    order = [i for row in bins for i in row if i < count]
+    place = {i: at for at, i in enumerate(order)}
+    return order, [[place.get(i, i) for i in row] for row in bins]
+
+
 class Packing:
     """Where the tokens of padded rows go.
 
     Args:
         attention: [B, T] bool, False on padding; padding on the right.
-        capacity: most tokens of a packed row, if no record is longer.
+        bins: numbers of the rows that lie in each packed row, every one once.
     """
 
-    def __init__(self, attention: Tensor, capacity: int):
+    def __init__(self, attention: Tensor, bins: Sequence[Sequence[int]]):
         lengths = attention.sum(1).tolist()
-        bins = even_bins(lengths, max(capacity, *lengths))
-        self.order = [record for row in bins for record in row]
         width = max(sum(lengths[i] for i in row) for row in bins)
         self.shape = attention.shape
         self.source = torch.full((len(bins), width), -1)  # [R, L], of the [B * T]
@@ -94,36 +108,22 @@ class Packing:
         return self.positions == 0
 
 
-def pack_inputs(
-    inputs: dict[str, Tensor], packing: Packing, pictures: Sequence[int], padding: int
-) -> dict[str, Tensor]:
+def pack_inputs(inputs: dict[str, Tensor], packing: Packing, padding: int) -> dict[str, Tensor]:
     """A model's inputs in packed rows.
 
     Args:
-        inputs: of padded rows.
+        inputs: of padded rows; those with pictures in the order of the packed rows.
         packing: of the same rows.
-        pictures: how many each row has.
         padding: the token that fills rows up.
-
-    Raises:
-        DataError: an input belongs neither to tokens nor to pictures.
     """
-    starts = [sum(pictures[:row]) for row in range(len(pictures))]
-    order = [starts[row] + i for row in packing.order for i in range(pictures[row])]
     made = {
         "input_ids": packing(inputs["input_ids"], padding),
         "position_ids": packing.positions,
     }
     for name, value in inputs.items():
-        if name in SEQUENCE:
-            continue
-        if len(value) != len(order):
-            raise DataError(
-                f"{name} {list(value.shape)} cannot be packed: it is not one item for each of "
-                f"{len(order)} pictures",
-                mend="set batch.pack to null for this family",
-            )
-        made[name] = value[torch.tensor(order, dtype=torch.long)]
+        if name not in ("input_ids", "attention_mask"):
+            along_tokens = value.shape == inputs["input_ids"].shape
+            made[name] = packing(value, 0) if along_tokens else value
     return made
 
 

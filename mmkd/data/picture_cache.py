@@ -62,8 +62,8 @@ class PictureCache:
         picture.info[NAME] = name
         return picture
 
-    def __call__(self, images: Sequence[Image.Image], **settings: Any) -> BatchFeature:
-        return _joined([self._single(image, settings) for image in images])
+    def __call__(self, images: Sequence[Sequence[Image.Image]], **settings: Any) -> BatchFeature:
+        return _joined([self._single(image, settings) for row in images for image in row])
 
     def _single(self, image: Image.Image, settings: dict[str, Any]) -> dict[str, Any]:
         name = image.info.get(NAME)
@@ -84,7 +84,7 @@ class PictureCache:
         settings = {"return_tensors": "pt"}
         try:
             alone = _joined([dict(self._own([p], **settings)) for p in pictures])
-            together = self._own(pictures, **settings)
+            together = self._own([pictures[:2], pictures[2:]], **settings)
             same = alone.keys() == together.keys() and all(
                 torch.equal(torch.as_tensor(alone[k]), torch.as_tensor(together[k])) for k in alone
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
@@ -32,8 +33,6 @@ class Processing:
             processor.image_processor = pictures
             self.picture = pictures.picture
         self.processor = processor
-        # Idefics-like processors want the pictures of each row apart, the others one flat list.
-        self._nested = hasattr(processor, "fake_image_token")
         self._picture_tokens = lru_cache(maxsize=None)(self._count_picture_tokens)
 
     def __call__(
@@ -49,8 +48,8 @@ class Processing:
         Raises:
             DataError: the processor refuses them.
         """
-        flat = [p for row in pictures for p in row]
-        images: Any = (list(pictures) if self._nested else flat) if flat else None
+        # By row: some families treat a picture otherwise where it is one of several.
+        images = list(pictures) if any(pictures) else None
         try:
             encoded = self.processor(
                 text=list(texts),
@@ -60,11 +59,13 @@ class Processing:
                 add_special_tokens=not self._template_writes_bos(texts[0]),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
-                # Idefics3 would try to turn the replacement offsets into a tensor too.
-                return_tensors=None if self._nested else "pt",
+                # Not of the text yet: some would make a tensor of the replacement offsets too.
+                text_kwargs={"return_tensors": None},
+                images_kwargs={"return_tensors": "pt"},
             )
             moved = encoded.pop(MOVED, None)
             encoded.convert_to_tensors("pt")
+            self._check_text(texts, moved, encoded["offset_mapping"])
             return {**encoded, MOVED: moved}
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
@@ -82,17 +83,33 @@ class Processing:
         """
         special = not self._template_writes_bos(text)
         words = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return len(words) + sum(self._picture_tokens(size) for size in sizes)
+        count = min(len(sizes), 2)
+        return len(words) + sum(self._picture_tokens(size, count) for size in sizes)
 
-    def _count_picture_tokens(self, size: Size) -> int:
-        """Tokens that a picture adds to its placeholder; its size alone decides."""
-        text = self.processor.image_token
-        blank = [[Image.new("RGB", size)]]
+    def _count_picture_tokens(self, size: Size, count: int) -> int:
+        """Tokens that a picture adds to its placeholder; its size decides, and whether it is its
+        record's only one (`count` 1) or one of several (2)."""
+        text = self.processor.image_token * count
+        blank = [Image.new("RGB", size)] * count
         alone = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole = self.processor(
-            text=[text], images=blank if self._nested else blank[0], add_special_tokens=False
-        )["input_ids"][0]
-        return len(whole) - len(alone)
+        whole = self.processor(text=[text], images=[blank], add_special_tokens=False)
+        return (len(whole["input_ids"][0]) - len(alone)) // count
+
+    @staticmethod
+    def _check_text(texts: Sequence[str], moved: Any, offsets: Tensor) -> None:
+        """Tokens lie in the text as it was rendered, its placeholders written out.
+
+        Raises:
+            DataError: a token lies behind that, so all might lie elsewhere than they should.
+        """
+        ends = offsets[..., 1].amax(1).tolist()
+        for text, replaced, end in zip(texts, moved or [[]] * len(texts), ends, strict=True):
+            added = sum(len(r["replacement"]) - len(r["text"]) for r in replaced)
+            if end > len(text) + added:
+                raise DataError(
+                    "the processor adds text of its own to the chat template's",
+                    mend="choose a family whose chat template writes the whole conversation",
+                )
 
     def _template_writes_bos(self, text: str) -> bool:
         bos = self.processor.tokenizer.bos_token
@@ -101,7 +118,9 @@ class Processing:
     @property
     def image_token_id(self) -> int:
         """The id of the token that image features replace."""
-        known = getattr(self.processor, "image_token_id", None)
-        if known is not None:
-            return known
+        # The tokenizer's first: Gemma 3's processor names the token that it puts before them.
+        for part in (self.processor.tokenizer, self.processor):
+            known = getattr(part, "image_token_id", None)
+            if known is not None:
+                return known
         return self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)

@@ -84,6 +84,10 @@ def refuse_unfaithful(attention: nn.Module) -> None:
         raise ValueError(
             f"{type(attention).__name__} has parts that a Mamba mixer would drop: {min(unknown)}"
         )
+    shape: Any = attention
+    heads, kv_heads = (n.out_features // shape.head_dim for n in (shape.q_proj, shape.k_proj))
+    if heads * (shape.v_proj.out_features // kv_heads) != shape.o_proj.in_features:
+        raise ValueError(f"{type(attention).__name__} has more in its q_proj than queries: a gate")
     if getattr(attention, "sliding_window", None) is not None:
         raise ValueError("it is a sliding-window attention, cheap already: a state forgets no edge")
     if getattr(attention, "attn_logit_softcapping", None) is not None:

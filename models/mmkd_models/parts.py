@@ -47,15 +47,17 @@ def find_parts(model: PreTrainedModel) -> Parts:
 
 
 def _layers(module: nn.Module | None) -> nn.ModuleList | None:
-    """The outermost list of two or more alike blocks, or of one block with attention."""
+    """The outermost list of blocks of which one at least has attention."""
     if module is None:
         return None
     for _, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) > 0:
-            first = child[0]
-            if any(hasattr(first, name) for name in ("self_attn", "attn", "attention")):
-                return child
+        if isinstance(child, nn.ModuleList) and any(map(_attends, child)):
+            return child
     return None
+
+
+def _attends(block: nn.Module) -> bool:
+    return any(hasattr(block, name) for name in ("self_attn", "attn", "attention"))
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -1,0 +1,36 @@
+"""docs/families.md says what happens."""
+
+from pathlib import Path
+
+import pytest
+from transformers.utils import is_torchvision_available
+from zoo import ZOO
+
+from mmkd.errors import CheckpointError
+from mmkd.loading import load_pretrained_processor
+from scripts.families.checks import verdicts
+from scripts.families.table import read
+
+PAGE = read((Path(__file__).parents[1] / "docs" / "families.md").read_text())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_does_what_the_page_says(name, tmp_path):
+    try:
+        found = verdicts(ZOO[name], tmp_path)
+    except ImportError as error:
+        pytest.skip(" ".join(str(error).split())[:80])
+    assert found == PAGE[ZOO[name].title]
+
+
+def test_the_page_has_every_family_and_nothing_fails():
+    assert list(PAGE) == [member.title for member in ZOO.values()]
+    assert {found.word for row in PAGE.values() for found in row.values()} == {"works", "refused"}
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_a_processor_that_wants_torchvision_says_so(tmp_path):
+    ZOO["qwen2_5_vl"].processor().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="install the torchvision that fits") as caught:
+        load_pretrained_processor(str(tmp_path))
+    assert "\n" not in str(caught.value)
