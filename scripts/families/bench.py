@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.loading import load_pretrained, load_pretrained_processor, shared_vocabulary
+from mmkd.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.signals import capture
 from mmkd.stage import Stage
@@ -97,14 +97,12 @@ class Workbench:
         settings["batch"] = {"size": len(kinds), **settings.get("batch", {})}
         config = {"name": "step", "objectives": objectives, "steps": 1, **settings}
         config |= {"optimizer": {"lr": 1e-3}, "engine": {"device": "cpu"}}
-        tokenizer = self.processor.tokenizer
         return build_stage(
             StageConfig.model_validate(config),
             student=student,
             processor=self.processor,
             teacher=None if teacher is None else LiveTeacher(teacher, torch.device("cpu")),
             teacher_processor=None if teacher is None else self.processor,
-            shared_vocabulary=shared_vocabulary(tokenizer, tokenizer),
             data=self.data(*kinds),
             folder=self.folder / "stage",
             seed=0,
