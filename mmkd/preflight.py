@@ -313,6 +313,9 @@ def _check_layers(
                     where=where,
                     mend="set 'layers' and 'teacher_layers'",
                 )
+            _check_attention(
+                where, {f"student layer {s}": mine[s], f"teacher layer {t}": theirs[t]}
+            )
             if isinstance(objective, MiniLm):
                 _check_heads(objective, where, {"student": mine[s], "teacher": theirs[t]})
             widths = [_widths(layer) for layer in (mine[s], theirs[t])]
@@ -328,6 +331,17 @@ def _check_layers(
                 "it needs the teacher's attention probabilities",
                 where=where,
                 mend="set teacher.attn_implementation to eager",
+            )
+
+
+def _check_attention(where: str, layers: dict[str, Any]) -> None:
+    """What is compared is read off an attention, or what took its place."""
+    for name, layer in layers.items():
+        if not hasattr(getattr(layer, "self_attn", None), "o_proj"):
+            raise RecipeError(
+                f"{name} has no self_attn with an o_proj to compare",
+                where=where,
+                mend="name layers that have attention",
             )
 
 

@@ -1,13 +1,11 @@
 """Records, images, chat masks and batches."""
 
-import copy
 import json
 
 import pytest
 import torch
 from PIL import Image
-from processors import END, FAMILIES, llava_onevision, paligemma
-from templates import LLAVA
+from processors import END, FAMILIES
 
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
@@ -212,28 +210,6 @@ def test_bad_records_name_file_record_and_mend(folder, name):
     assert message in text
     assert "data.json: record 0 (id x7)" in text
     assert "\n" not in text
-
-
-def test_a_generation_prompt_of_other_whitespace_is_no_other_conversation():
-    """LLaVA-OneVision's conversations have a space that its generation prompt has not."""
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "two ?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "two cats"}]},
-    ]
-    rendered = render_chat(llava_onevision(), messages)
-    assert "<|im_start|>assistant \ntwo cats" in rendered.text
-    ((start, stop),) = rendered.spans
-    assert rendered.text[start:stop] == "two cats<|im_end|>"
-
-
-def test_a_processor_that_adds_text_of_its_own_is_refused(folder):
-    """PaliGemma's puts tokens into the text: every mark behind them would lie elsewhere."""
-    processor = copy.copy(paligemma())
-    processor.chat_template = LLAVA
-    row = {"image": "red.png", "conversations": conversations(TURNS)}
-    encoder = Encoder(records(folder, [row]), processor, DataConfig(train="-"))
-    with pytest.raises(DataError, match="adds text of its own"):
-        encoder.encode([0])
 
 
 def test_bad_records_can_be_skipped_and_are_listed(folder):
