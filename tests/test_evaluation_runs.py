@@ -16,6 +16,7 @@ import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
+from PIL import ImageFile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from verdicts import POPE_NAMES, judged
 
@@ -186,9 +187,11 @@ def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
     log = io.StringIO()
     handler = logger.add(log, format="{message}")
     filters, bars = list(warnings.filters), datasets.are_progress_bars_disabled()
+    filled = ImageFile.LOAD_TRUNCATED_IMAGES
 
     def fail_inside() -> None:
         with isolated(progress=False):
+            assert ImageFile.LOAD_TRUNCATED_IMAGES
             warnings.filterwarnings("ignore")
             logger.remove()
             logger.info("inside")
@@ -198,6 +201,7 @@ def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
     with pytest.raises(ZeroDivisionError):
         fail_inside()
     assert list(warnings.filters) == filters
+    assert filled == ImageFile.LOAD_TRUNCATED_IMAGES
     assert datasets.are_progress_bars_disabled() == bars
     logger.info("outside")
     logger.remove(handler)

@@ -1,6 +1,7 @@
 """Keeping lmms-eval's side effects inside the evaluation.
 
-It reseeds `random`, numpy and torch, throws away loguru's handlers and ignores all warnings.
+It reseeds `random`, numpy and torch, throws away loguru's handlers, ignores all warnings, and lets
+Pillow fill up pictures that are cut.
 """
 
 import random
@@ -13,18 +14,26 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from tqdm import tqdm
 
 
 @contextmanager
 def isolated(progress: bool | None = None) -> Iterator[None]:
-    """Random streams, loguru handlers, warning filters and progress bars as before, afterwards.
+    """Random streams, loguru handlers, warning filters, progress bars and Pillow as before,
+    afterwards.
 
     Args:
         progress: show the progress bars of lmms-eval and datasets; None shows them on a terminal.
     """
     shown = sys.stderr.isatty() if progress is None else progress
-    with random_state(), warnings.catch_warnings(), warnings_only(), progress_bars(shown):
+    with (
+        random_state(),
+        warnings.catch_warnings(),
+        mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True),  # as its import leaves it
+        warnings_only(),
+        progress_bars(shown),
+    ):
         yield
 
 
