@@ -20,13 +20,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import PreTrainedModel
 
 from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
-from mmkd.errors import RecipeError
-from mmkd.files import link_file, read_json, write_folder, write_json, write_text
+from mmkd.checkpoint import check_batch
+from mmkd.errors import CheckpointError, RecipeError
+from mmkd.files import link_file, read_json, read_yaml, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import console
@@ -93,6 +93,9 @@ def run(recipe: Recipe) -> Path:
         refuse_other_recipe(member)
         if not _is_trained(member):
             preflight.check(member.recipe)
+            for index, stage in enumerate(member.recipe.stages):
+                records = stage.batch.records_per_step(distributed.world_size())
+                check_batch(member.stage_folder(index) / "checkpoints", records)
     if recipe.evaluate is not None and not all(_is_trained(member) for member in todo):
         preflight.check_evaluation(recipe.evaluate)
     distributed.barrier()
@@ -113,7 +116,7 @@ def refuse_other_recipe(member: Member) -> None:
     started = any(member.folder.glob("*/done.json")) or any(member.folder.glob("*/checkpoints/*"))
     if not path.exists() or not started:
         return
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = read_yaml(path)
     with suppress(RecipeError):  # keys that are new since have their defaults
         found = load_recipe(found).model_dump(mode="json")
     found, wanted = (_without_layout(r) for r in (found, member.recipe.model_dump(mode="json")))
@@ -239,7 +242,7 @@ def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrai
     config = member.recipe.student
     conversions = member.recipe.stages[index].convert
     if index > 0:
-        config = _from_folder(config, member.stage_folder(index - 1) / "student")
+        config = _from_folder(config, _written(member, index - 1))
     elif config.config is not None or config.convert:
         folder = member.folder / "00-start"
         config = _from_folder(config, _converted(member, recipe, config, folder, 0))
@@ -248,6 +251,18 @@ def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrai
         folder = member.stage_folder(index) / "start"
         config = _from_folder(config, _converted(member, recipe, config, folder, index))
     return load_model(config), load_processor(config)
+
+
+def _written(member: Member, index: int) -> Path:
+    """The student that a finished stage has written; CheckpointError if it was deleted since."""
+    stage = member.stage_folder(index)
+    if not (stage / "student").is_dir():
+        raise CheckpointError(
+            "its student is gone",
+            where=str(stage),
+            mend="bring it back, or delete the stage's folder to train it again",
+        )
+    return stage / "student"
 
 
 def _from_folder(config: StudentConfig, folder: Path) -> StudentConfig:

@@ -30,7 +30,7 @@ def isolated(progress: bool | None = None) -> Iterator[None]:
     with (
         random_state(),
         warnings.catch_warnings(),
-        mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True),  # as its import leaves it
+        filled_pictures(),
         warnings_only(),
         progress_bars(shown),
     ):
@@ -56,7 +56,15 @@ def random_state() -> Iterator[None]:
 def silent_imports() -> Iterator[None]:
     """For looking at tasks only: their modules' warnings and logs stay unseen, and lmms-eval's
     evaluator, which changes torch.distributed's timeouts, is not imported."""
-    with random_state(), warnings.catch_warnings(), no_handlers():
+    with random_state(), warnings.catch_warnings(), filled_pictures(), no_handlers():
+        yield
+
+
+@contextmanager
+def filled_pictures() -> Iterator[None]:
+    """Pillow fills up pictures that are cut, as lmms-eval's import wants it, and not afterwards:
+    of training data they are errors."""
+    with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
         yield
 
 
