@@ -13,7 +13,6 @@ runs/<name>/
 """
 
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -25,12 +24,13 @@ from transformers import PreTrainedModel
 from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.checkpoint import check_batch
-from mmkd.errors import CheckpointError, RecipeError
-from mmkd.files import link_file, read_json, read_yaml, write_folder, write_json, write_text
+from mmkd.errors import CheckpointError
+from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
+from mmkd.resume import refuse_other_recipe
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
@@ -90,7 +90,7 @@ def run(recipe: Recipe) -> Path:
     distributed.connect(device, patience=patience)
     todo = members(recipe)
     for member in todo:
-        refuse_other_recipe(member)
+        refuse_other_recipe(member.recipe, member.folder)
         if not _is_trained(member):
             preflight.check(member.recipe)
             for index, stage in enumerate(member.recipe.stages):
@@ -110,34 +110,6 @@ def run(recipe: Recipe) -> Path:
     return run_folder(recipe)
 
 
-def refuse_other_recipe(member: Member) -> None:
-    """A folder in which something was trained may only go on with the same recipe."""
-    path = member.folder / "training.yaml"
-    started = any(member.folder.glob("*/done.json")) or any(member.folder.glob("*/checkpoints/*"))
-    if not path.exists() or not started:
-        return
-    found = read_yaml(path)
-    with suppress(RecipeError):  # keys that are new since have their defaults
-        found = load_recipe(found).model_dump(mode="json")
-    found, wanted = (_without_layout(r) for r in (found, member.recipe.model_dump(mode="json")))
-    if found != wanted:
-        raise RecipeError(
-            f"the folder holds a run of another recipe, it differs in "
-            f"{', '.join(_differences(found, wanted))}",
-            where=str(member.folder),
-            mend="give the run another name, or delete the folder",
-        )
-
-
-def _without_layout(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what may change between a stage's beginning and its end: where and in which
-    pieces it runs, and where its charts go. How many records a step sees is for the checkpoint to
-    tell."""
-    layout = ("engine", "batch", "checkpoint", "activation_checkpointing")
-    stages = [{k: v for k, v in s.items() if k not in layout} for s in recipe["stages"]]
-    return {**recipe, "stages": stages, "report_to": []}
-
-
 def describe(member: Member, recipe: Recipe) -> None:
     """Write down what is trained, on what and where."""
     if distributed.rank() == 0:
@@ -145,18 +117,6 @@ def describe(member: Member, recipe: Recipe) -> None:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
         write_json(folder / "provenance.json", provenance.collect(recipe))
         write_text(member.folder / "training.yaml", to_yaml(member.recipe))
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """The dotted keys in which two recipes differ, three at most."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(k, a.get(k), b.get(k)) for k in {**a, **b}]
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
-    else:
-        return [path] if a != b else []
-    inner = [d for k, x, y in pairs for d in _differences(x, y, f"{path}.{k}" if path else k)]
-    return inner[:3]
 
 
 def train(member: Member, recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from mmkd.data.scenes.build import POPE_CATEGORIES
 from mmkd.data.scenes.questions import ASKERS
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation import scenes
-from mmkd.evaluation.isolation import isolated
+from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.manager import find_tasks
 from mmkd.evaluation.run import (
     _simple_evaluate,
@@ -188,6 +188,9 @@ def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
     handler = logger.add(log, format="{message}")
     filters, bars = list(warnings.filters), datasets.are_progress_bars_disabled()
     filled = ImageFile.LOAD_TRUNCATED_IMAGES
+    with silent_imports():
+        assert ImageFile.LOAD_TRUNCATED_IMAGES
+    assert filled == ImageFile.LOAD_TRUNCATED_IMAGES
 
     def fail_inside() -> None:
         with isolated(progress=False):

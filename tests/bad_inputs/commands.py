@@ -3,11 +3,11 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from hub_server import TOKEN
 
+from bad_inputs.recipes import task_folder
 from bad_inputs.table import World, case, overridden
 
 HUB = "hub"
@@ -222,17 +222,7 @@ def convert_cut_weights(world: World) -> list[str]:
 
 @case(COMMAND, "`mmkd eval` of an unknown task", "unknown task 'scenes_pop'", "did you mean")
 def unknown_task(world: World) -> list[str]:
-    from lmms_eval import tasks
-
-    class OwnTasks(tasks.TaskManager):
-        """Without lmms-eval's own two thousand, which take long to read."""
-
-        def __init__(self, verbosity: str, include_path: Any, include_defaults: bool):
-            super().__init__(verbosity, include_path, include_defaults=False)
-
-    world.patch.setattr(tasks, "TaskManager", OwnTasks)
-    Path("tasks").mkdir()
-    Path("tasks/scenes_pope.yaml").write_text("task: scenes_pope\n")
+    task_folder()
     return ["eval", "model", "--tasks", "scenes_pop", "--include", "tasks", "--out", "scores"]
 
 

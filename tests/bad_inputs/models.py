@@ -168,7 +168,7 @@ def no_processor(world: World) -> None:
     KIND,
     "gave a processor without a chat template",
     "model: the processor has no chat template",
-    "processor.save_pretrained",
+    "add chat_template.jinja",
 )
 def no_chat_template(world: World) -> None:
     os.remove("model/chat_template.jinja")
@@ -183,7 +183,7 @@ def no_chat_template(world: World) -> None:
     "the vocabularies differ",
     "<|user|>",
     "<|human|>",
-    "distil between models of one tokenizer family",
+    "models of one tokenizer family",
 )
 def another_vocabulary(world: World) -> None:
     world.teach()

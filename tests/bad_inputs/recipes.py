@@ -292,3 +292,28 @@ def packed_relations(world: World) -> None:
 )
 def cross_entropy_on_policy(world: World) -> None:
     world.stage(on_policy={})
+
+
+@case(
+    KIND, "asked for an unknown evaluation", "unknown task 'scenes_pop'", "did you mean scenes_pope"
+)
+def unknown_evaluation(world: World) -> None:
+    task_folder()
+    world.raw["evaluate"] = {"tasks": ["scenes_pop"], "include": "tasks"}
+
+
+@case(
+    KIND,
+    "asked for an evaluation without its data",
+    "tasks/scenes_pope.yaml: the data of task",
+    "questions.parquet",
+    "mmkd data build scenes",
+)
+def evaluation_without_data(world: World) -> None:
+    task_folder(dataset_path="parquet", dataset_kwargs={"data_files": "questions.parquet"})
+    world.raw["evaluate"] = {"tasks": ["scenes_pope"], "include": "tasks"}
+
+
+def task_folder(**settings: Any) -> None:
+    Path("tasks").mkdir()
+    write(yaml.safe_dump({"task": "scenes_pope", **settings}), "tasks/scenes_pope.yaml")
