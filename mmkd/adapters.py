@@ -56,7 +56,11 @@ def targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
             )
         layers.append(head)
     if not layers:
-        raise RecipeError(f"no linear layers in {', '.join(lora.groups)}", where=where)
+        raise RecipeError(
+            f"no linear layers in {', '.join(lora.groups)}",
+            where=where,
+            mend="name groups that have some, such as language_model",
+        )
     return layers
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd import distributed
-from mmkd.cache import Store, StoreWriter, processor_hash
+from mmkd.cache import Store, StoreWriter, drop_damaged, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.encoder import Encoder
@@ -35,7 +35,7 @@ from mmkd.vocabulary import shared_vocabulary
 def build_cache(recipe: Recipe) -> Store:
     """Store what the recipe's stages need of its teacher; every rank calls it.
 
-    A second call goes on where the first stopped.
+    A second call goes on where the first stopped, and makes damaged shards again.
 
     Raises:
         MmkdError: the recipe names no folder or no model, a stage needs more than distributions,
@@ -53,7 +53,11 @@ def build_cache(recipe: Recipe) -> Store:
     hidden = teacher_config.cache.hidden
     stages = [s for s in recipe.stages if needed(s, hidden=hidden)]
     if not stages:
-        raise RecipeError("no stage has an objective that reads a teacher", where="stages")
+        raise RecipeError(
+            "no stage has an objective that reads a teacher",
+            where="stages",
+            mend="add one, such as {kind: kl}",
+        )
     device = distributed.choose_device(stages[0].engine.device)
     distributed.connect(device, patience=max(s.engine.patience for s in stages))
     processor, student_processor = load_processor(teacher_config), load_processor(recipe.student)
@@ -81,6 +85,10 @@ def build_cache(recipe: Recipe) -> Store:
     model = load_model(teacher_config)
     if settings["hidden"] is not None:
         settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
+    if distributed.rank() == 0:
+        for name in drop_damaged(folder):
+            console.print(f"{folder / name}: damaged, made again", highlight=False, soft_wrap=True)
+    distributed.barrier()
     writer = StoreWriter(folder, settings, distributed.rank())
     if settings["hidden"] is not None and distributed.rank() == 0:
         writer.keep_head(*relative_head(model, vocabulary))

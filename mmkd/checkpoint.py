@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,19 +138,35 @@ def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> i
             if engine.rank == 0:
                 console.print(f"{path}: {damages[0]}; passed over", highlight=False, soft_wrap=True)
             continue
-        step, saw = _step_of(path), read_json(path / STATE)["records_per_step"]
-        if saw != records_per_step:
-            raise CheckpointError(
-                f"a step saw {saw} records, now it would see {records_per_step}",
-                where=str(path),
-                mend=f"set batch.total={saw}, it holds for any number of processes",
-            )
+        _refuse_other_batch(path, records_per_step)
+        step = _step_of(path)
         engine.restore(SavedTensors(path), step)
         states = path / f"random-{engine.rank}.pt"
         if states.exists():
             _restore(torch.load(states, weights_only=True))
         return step
     return 0
+
+
+def check_batch(folder: Path, records_per_step: int) -> None:
+    """What can be told without reading the checkpoints below `folder` whole.
+
+    Raises:
+        CheckpointError: their steps saw another number of records.
+    """
+    for path in find_checkpoints(folder):
+        with suppress(OSError, ValueError, KeyError):  # damaged: to be passed over
+            _refuse_other_batch(path, records_per_step)
+
+
+def _refuse_other_batch(path: Path, records_per_step: int) -> None:
+    saw = read_json(path / STATE)["records_per_step"]
+    if saw != records_per_step:
+        raise CheckpointError(
+            f"a step saw {saw} records, now it would see {records_per_step}",
+            where=str(path),
+            mend=f"set batch.total={saw}, it holds for any number of processes",
+        )
 
 
 def _damage(path: Path, engine: Engine) -> str | None:

@@ -41,7 +41,11 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
     recipe = None
     if Path(target).suffix in RECIPES:
         if images is not None:
-            raise RecipeError("--images is for a file; a recipe names its own", where=target)
+            raise RecipeError(
+                "--images is for a file, a recipe names its own",
+                where=target,
+                mend="leave --images out",
+            )
         recipe = load_recipe(target)
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
     started = time.perf_counter()

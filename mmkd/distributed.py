@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmkd.errors import PeerError
+from mmkd.errors import MmkdError, PeerError
 
 PATIENCE = 1800.0
 """Seconds that a process waits for the others, if the recipe says nothing else."""
@@ -57,10 +57,25 @@ def world_size() -> int:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The recipe's device; `auto` takes this process's GPU where there is one."""
+    """The recipe's device; `auto` takes this process's GPU where there is one.
+
+    Raises:
+        MmkdError: there is no such device.
+    """
+    imagined_gpu = _imagined is not None and _imagined.memory is not None
     if wanted != "auto":
-        return torch.device(wanted)
-    if _imagined is not None and _imagined.memory is not None:
+        where, mend = "device", "use auto, cpu, cuda or cuda:N"
+        try:
+            found = torch.device(wanted)
+        except RuntimeError as error:
+            raise MmkdError(f"unknown device {wanted!r}", where=where, mend=mend) from error
+        if found.type == "cuda" and not imagined_gpu:
+            if not torch.cuda.is_available():
+                raise MmkdError("torch sees no GPU", where=where, mend="set it to auto or cpu")
+            if (found.index or 0) >= (count := torch.cuda.device_count()):
+                raise MmkdError(f"torch sees {count} GPU(s), not {wanted}", where=where, mend=mend)
+        return found
+    if imagined_gpu:
         return torch.device("cuda")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

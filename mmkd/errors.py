@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Sequence
 
 AGAIN = "run the same command again to go on"
+MEND = " -- "
+"""What parts the mend from the problem, in a message and in what a recipe's validators raise."""
 
 
 class MmkdError(Exception):
@@ -20,7 +22,7 @@ class MmkdError(Exception):
         parts = [f"{where}: {what}" if where else what]
         if mend:
             parts.append(mend)
-        super().__init__(" -- ".join(parts))
+        super().__init__(MEND.join(parts))
 
 
 class RecipeError(MmkdError):

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from mmkd.errors import CheckpointError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,15 +29,17 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def full_disk(error: Exception) -> CheckpointError | None:
-    """What an exception says of a disk that takes no more, if it is about one."""
-    if not isinstance(error, OSError) or error.errno not in FULL:
+def disk_error(error: Exception) -> CheckpointError | None:
+    """What an exception says of a disk that takes no more, or of a path that cannot be used."""
+    if not isinstance(error, OSError):
         return None
-    return CheckpointError(
-        f"cannot write ({error.strerror})",
-        where=error.filename,
-        mend="free space and run the same command again",
-    )
+    if error.errno in FULL:
+        what, mend = "cannot write", "free space and run the same command again"
+    elif error.errno in FORBIDDEN and error.filename is not None:
+        what, mend = "cannot be read or written", "check the path and its permissions"
+    else:
+        return None
+    return CheckpointError(f"{what} ({error.strerror})", where=error.filename, mend=mend)
 
 
 def sha256(path: Path) -> str:
@@ -49,6 +53,30 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file of a run says.
+
+    Raises:
+        CheckpointError: it is no YAML, cut for example.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"not YAML: {yaml_reason(error)}",
+            where=str(path),
+            mend="bring the file back, or delete the run's folder",
+        ) from error
+
+
+def yaml_reason(error: Exception) -> str:
+    """What a YAML reader stumbled over, and where, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,12 +1,16 @@
 """Models and processors from a folder, from the Hub, or from a config with random weights."""
 
+import json
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
@@ -24,6 +28,8 @@ if not torch.cuda.is_available():
 transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
 FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
+CHECK = "check model_type and its settings"
+SAVE = "save the processor into the model's folder (processor.save_pretrained)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,7 +49,7 @@ def load_config(source: ModelConfig) -> Any:
         raise CheckpointError(
             f"no such architecture ({_reason(error)})",
             where=f"config of {kind}",
-            mend="check model_type and its settings",
+            mend=CHECK,
         ) from error
 
 
@@ -55,9 +61,11 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
     """
     dtype = DTYPES[source.dtype]
     if source.config is not None:
-        model = AutoModelForImageTextToText.from_config(
-            load_config(source), dtype=dtype, attn_implementation=source.attn_implementation
-        )
+        config = load_config(source)
+        with _in_words("config", "model", CHECK):
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, attn_implementation=source.attn_implementation
+            )
         return model.eval()
     return load_pretrained(
         source.model or "",
@@ -70,8 +78,9 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
 
 def skeleton(source: ModelConfig) -> PreTrainedModel:
     """The model without storage for its weights: parameters are on torch's `meta` device."""
-    with torch.device("meta"):
-        config = load_config(source)
+    config = load_config(source)
+    told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
+    with torch.device("meta"), _in_words(*told):
         return model_class(config).from_config(
             config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
         )
@@ -99,6 +108,7 @@ def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
         CheckpointError: the folder is none, or its weights do not fit its config.
     """
     where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
+    _refuse_pickled(Path(name))
     with _explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **where)
         loaded: Any = model_class(config).from_pretrained(
@@ -111,7 +121,7 @@ def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
         )
     model, info = loaded
     lost: list[str] = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    lost += [key for key, *_ in info["mismatched_keys"]]
+    lost += sorted(key for key, *_ in info["mismatched_keys"])
     if lost:
         raise CheckpointError(
             f"{len(lost)} weights are missing, left over or of another shape, first {lost[0]}",
@@ -125,9 +135,8 @@ def load_pretrained_processor(name: str, **settings: Any) -> Any:
     """The processor in a model's folder, with image processor and chat template."""
     with _explained(name, "processor"):
         processor: Any = AutoProcessor.from_pretrained(name, **settings)
-    mend = "save the processor into the model's folder (processor.save_pretrained)"
     if not hasattr(processor, "image_processor"):
-        raise CheckpointError("the processor reads no images", where=name, mend=mend)
+        raise CheckpointError("the processor reads no images", where=name, mend=SAVE)
     if not getattr(processor, "chat_template", None):
         raise CheckpointError(
             "the processor has no chat template",
@@ -146,26 +155,82 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
     if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
         raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+    with _in_words(name, what):
+        yield
+
+
+@contextmanager
+def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
+    """Turn what the libraries raise into one line, and leave out what they log about it."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         yield
     except Exception as error:  # a missing file and a broken one raise different types
         raise CheckpointError(
-            f"cannot load the {what} ({_reason(error)})", where=name, mend=_mend(error)
+            f"cannot load the {what} ({_reason(error)})",
+            where=name,
+            mend=mend or _mend(error, name, what),
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
-def _mend(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first sentence of what a library says: often it goes on with advice of its own."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    sentence = lines[0].partition(". ")[0].removesuffix(".")
+    return textwrap.shorten(sentence, 200, placeholder=" ...")
+
+
+def _mend(error: BaseException, name: str, what: str) -> str:
     """What to do about what transformers says."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if "trust_remote_code" in str(error):
+        return "set trust_remote_code to true, if you trust the Python code that it brings"
+    if AutoModelForImageTextToText.__name__ in str(error):
+        return "choose a model that reads images and writes text"
     if "num2words" in str(error):
         return "pip install num2words"
     wants = ("video processor", "torchvision")
     if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
         return "install the torchvision that fits your torch: transformers reads pictures by it"
-    return FOLDER
+    if isinstance(error, ImportError):
+        return "install what is missing, or set attn_implementation to sdpa"
+    if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):
+        return f"{_broken(Path(name))} is cut or changed: copy or download it again"
+    if not Path(name).exists():
+        if is_offline_mode():
+            return "give a folder, or unset HF_HUB_OFFLINE for what is not downloaded yet"
+        return "check the id on the Hub; 'hf auth login' for what is private or gated"
+    return SAVE if what == "processor" else FOLDER
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _broken(folder: Path) -> str:
+    """The file of a folder that is no JSON, if one is."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return path.name
+    return "a file"
+
+
+def _refuse_pickled(folder: Path) -> None:
+    """Reading pickled weights can run any code: nothing opens them.
+
+    Raises:
+        CheckpointError: a folder has no others.
+    """
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"its weights are pickled ({pickled[0].name}), which can run code: they are not read",
+            where=str(folder),
+            mend="where you trust them, load them in transformers and save_pretrained safetensors",
+        )
 
 
 def parameter_count(module: torch.nn.Module | None) -> int:

@@ -13,24 +13,24 @@ runs/<name>/
 """
 
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import PreTrainedModel
 
 from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
-from mmkd.errors import RecipeError
+from mmkd.checkpoint import check_batch
+from mmkd.errors import CheckpointError
 from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
+from mmkd.resume import refuse_other_recipe
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
@@ -90,9 +90,12 @@ def run(recipe: Recipe) -> Path:
     distributed.connect(device, patience=patience)
     todo = members(recipe)
     for member in todo:
-        refuse_other_recipe(member)
+        refuse_other_recipe(member.recipe, member.folder)
         if not _is_trained(member):
             preflight.check(member.recipe)
+            for index, stage in enumerate(member.recipe.stages):
+                records = stage.batch.records_per_step(distributed.world_size())
+                check_batch(member.stage_folder(index) / "checkpoints", records)
     if recipe.evaluate is not None and not all(_is_trained(member) for member in todo):
         preflight.check_evaluation(recipe.evaluate)
     distributed.barrier()
@@ -107,34 +110,6 @@ def run(recipe: Recipe) -> Path:
     return run_folder(recipe)
 
 
-def refuse_other_recipe(member: Member) -> None:
-    """A folder in which something was trained may only go on with the same recipe."""
-    path = member.folder / "training.yaml"
-    started = any(member.folder.glob("*/done.json")) or any(member.folder.glob("*/checkpoints/*"))
-    if not path.exists() or not started:
-        return
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    with suppress(RecipeError):  # keys that are new since have their defaults
-        found = load_recipe(found).model_dump(mode="json")
-    found, wanted = (_without_layout(r) for r in (found, member.recipe.model_dump(mode="json")))
-    if found != wanted:
-        raise RecipeError(
-            f"the folder holds a run of another recipe, it differs in "
-            f"{', '.join(_differences(found, wanted))}",
-            where=str(member.folder),
-            mend="give the run another name, or delete the folder",
-        )
-
-
-def _without_layout(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what may change between a stage's beginning and its end: where and in which
-    pieces it runs, and where its charts go. How many records a step sees is for the checkpoint to
-    tell."""
-    layout = ("engine", "batch", "checkpoint", "activation_checkpointing")
-    stages = [{k: v for k, v in s.items() if k not in layout} for s in recipe["stages"]]
-    return {**recipe, "stages": stages, "report_to": []}
-
-
 def describe(member: Member, recipe: Recipe) -> None:
     """Write down what is trained, on what and where."""
     if distributed.rank() == 0:
@@ -142,18 +117,6 @@ def describe(member: Member, recipe: Recipe) -> None:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
         write_json(folder / "provenance.json", provenance.collect(recipe))
         write_text(member.folder / "training.yaml", to_yaml(member.recipe))
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """The dotted keys in which two recipes differ, three at most."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(k, a.get(k), b.get(k)) for k in {**a, **b}]
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
-    else:
-        return [path] if a != b else []
-    inner = [d for k, x, y in pairs for d in _differences(x, y, f"{path}.{k}" if path else k)]
-    return inner[:3]
 
 
 def train(member: Member, recipe: Recipe) -> None:
@@ -239,7 +202,7 @@ def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrai
     config = member.recipe.student
     conversions = member.recipe.stages[index].convert
     if index > 0:
-        config = _from_folder(config, member.stage_folder(index - 1) / "student")
+        config = _from_folder(config, _written(member, index - 1))
     elif config.config is not None or config.convert:
         folder = member.folder / "00-start"
         config = _from_folder(config, _converted(member, recipe, config, folder, 0))
@@ -248,6 +211,18 @@ def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrai
         folder = member.stage_folder(index) / "start"
         config = _from_folder(config, _converted(member, recipe, config, folder, index))
     return load_model(config), load_processor(config)
+
+
+def _written(member: Member, index: int) -> Path:
+    """The student that a finished stage has written; CheckpointError if it was deleted since."""
+    stage = member.stage_folder(index)
+    if not (stage / "student").is_dir():
+        raise CheckpointError(
+            "its student is gone",
+            where=str(stage),
+            mend="bring it back, or delete the stage's folder to train it again",
+        )
+    return stage / "student"
 
 
 def _from_folder(config: StudentConfig, folder: Path) -> StudentConfig:

@@ -30,7 +30,7 @@ def load_plugin(name: str) -> None:
             importlib.import_module(name)
             return
         if not path.is_file():
-            raise MmkdError("no such file", where=where)
+            raise MmkdError("no such file", where=where, mend="check the path")
         spec = importlib.util.spec_from_file_location(f"mmkd_plugin_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
@@ -41,7 +41,9 @@ def load_plugin(name: str) -> None:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise MmkdError(f"it cannot be loaded ({reason})", where=where) from error
+        raise MmkdError(
+            f"it cannot be loaded ({reason})", where=where, mend="mend it, or leave it out"
+        ) from error
     _files[name] = sha256(path)
 
 

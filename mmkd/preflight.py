@@ -97,6 +97,7 @@ def check_evaluation(settings: EvaluateConfig) -> None:
 
 
 def _check_engine(stage: StageConfig) -> None:
+    distributed.choose_device(stage.engine.device)
     stage.batch.records_per_step(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import pytest
 import yaml
 
 POINTER = b"pointer: %s\n"
@@ -149,7 +151,8 @@ class Handler(BaseHTTPRequestHandler):
             if found := re.fullmatch(pattern, request):
                 names = found.groups()
                 if names and "/" in names[0] and names[0] not in self.hub.repos:
-                    return self.answer({"error": "Repository not found"}, 404)
+                    lost = {"error": "Repository not found"}
+                    return self.answer(lost, 404, X_Error_Code="RepoNotFound")
                 return serve(body, *names)
         return self.answer({"error": f"no such place: {request}"}, 404)
 
@@ -265,3 +268,19 @@ def running() -> Iterator[Hub]:
         hub.closing.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def in_place(patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process takes for the Hub, with a user logged in."""
+    with running() as hub:
+        constants = huggingface_hub.constants
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        own = template.replace("https://huggingface.co", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", own)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+    huggingface_hub.close_session()

@@ -130,6 +130,27 @@ def test_damage_is_named(tmp_path, damage):
     assert "mmkd cache RECIPE" in str(error.value)
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_what_is_damaged_is_made_again(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_ROWS", 1)
+    keys = [key(1), key(2), key(3)]
+    writer, made = fill(tmp_path, keys)
+    writer.finish()
+    shard = tmp_path / "rows-0-1.safetensors"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-8] if damage == "cut" else content[:-1] + b"x")
+    assert store.drop_damaged(tmp_path) == [shard.name]
+    writer, _ = fill(tmp_path, keys)
+    writer.finish()
+    cache = Store(tmp_path)
+    assert len(cache) == 3
+    for name, packed in made.items():
+        assert np.array_equal(cache.get(name, ""), packed)
+
+
 OBJECTIVES = [{"kind": "ce"}, {"kind": "kl"}, {"kind": "jsd", "name": "seen", "region": "vision"}]
 
 

@@ -11,12 +11,12 @@ from lmms_eval.api.instance import GenerationResult
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError, MmkdError
 from mmkd.evaluation.adapter import (
     MmkdModel,
     answer_length,
     cut_at,
-    resolve_device,
     resolve_dtype,
     split_images,
 )
@@ -239,13 +239,13 @@ def test_other_families_answer_batched_as_singly(build: Any) -> None:
 
 
 def test_devices() -> None:
-    assert resolve_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(MmkdError, match="unknown device 'gpu'"):
-        resolve_device("gpu")
+        choose_device("gpu")
     if not torch.cuda.is_available():
-        assert resolve_device(None) == torch.device("cpu")
+        assert choose_device("auto") == torch.device("cpu")
         with pytest.raises(MmkdError, match="no GPU"):
-            resolve_device("cuda")
+            choose_device("cuda")
 
 
 def test_numbers_on_a_cpu_are_float32_unless_asked() -> None:

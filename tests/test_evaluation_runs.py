@@ -16,6 +16,7 @@ import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
+from PIL import ImageFile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from verdicts import POPE_NAMES, judged
 
@@ -23,7 +24,7 @@ from mmkd.data.scenes.build import POPE_CATEGORIES
 from mmkd.data.scenes.questions import ASKERS
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation import scenes
-from mmkd.evaluation.isolation import isolated
+from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.manager import find_tasks
 from mmkd.evaluation.run import (
     _simple_evaluate,
@@ -186,9 +187,14 @@ def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
     log = io.StringIO()
     handler = logger.add(log, format="{message}")
     filters, bars = list(warnings.filters), datasets.are_progress_bars_disabled()
+    filled = ImageFile.LOAD_TRUNCATED_IMAGES
+    with silent_imports():
+        assert ImageFile.LOAD_TRUNCATED_IMAGES
+    assert filled == ImageFile.LOAD_TRUNCATED_IMAGES
 
     def fail_inside() -> None:
         with isolated(progress=False):
+            assert ImageFile.LOAD_TRUNCATED_IMAGES
             warnings.filterwarnings("ignore")
             logger.remove()
             logger.info("inside")
@@ -198,6 +204,7 @@ def test_isolation_undoes_what_lmms_eval_does_at_import() -> None:
     with pytest.raises(ZeroDivisionError):
         fail_inside()
     assert list(warnings.filters) == filters
+    assert filled == ImageFile.LOAD_TRUNCATED_IMAGES
     assert datasets.are_progress_bars_disabled() == bars
     logger.info("outside")
     logger.remove(handler)

@@ -150,7 +150,10 @@ BASE = {"name": "x", "student": {"model": "m"},
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"train": "a.json", "sources": [{"train": "b.json"}]}, "data: give either 'train' (one"),
+        (
+            {"train": "a.json", "sources": [{"train": "b.json"}]},
+            "data: both of them or neither -- ",
+        ),
         ({"sources": [{"train": "a/x.json"}, {"train": "b/x.json"}]}, "two sources have the same"),
         ({"sources": [{"train": "a", "weight": 1}, {"train": "b"}]}, "every source a 'weight', or"),
         ({"sources": [{"train": "a", "weight": float("inf")}]}, "data.sources.0.weight"),

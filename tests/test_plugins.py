@@ -92,8 +92,8 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
         (["--plugin", "my.py"], "1 / 0", {}, "cannot be loaded (ZeroDivisionError"),
         (["--plugin", "my.py"], CODE.group(1), {"regoin": "all"}, "Extra inputs"),
         (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
-         "unknown 'kind' 'hidden_cosine'"),
-        ([], None, {}, "unknown 'kind' 'hidden_cosine'"),
+         "unknown kind 'hidden_cosine'"),
+        ([], None, {}, "unknown kind 'hidden_cosine'"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(

@@ -93,7 +93,7 @@ def stage(**changes):
         ),
         (
             stage(objectives=[{"kind": "revers_kl"}]),
-            ["stages.0.objectives.0", "unknown 'kind' 'revers_kl'", "did you mean 'reverse_kl'?"],
+            ["stages.0.objectives.0", "unknown kind 'revers_kl'", "did you mean 'reverse_kl'?"],
         ),
         (stage(steps="ten"), ["stages.0.steps", "integer", "'ten'"]),
         (stage(epochs=1), ["stages.0", "either 'steps' or 'epochs'"]),

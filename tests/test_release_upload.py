@@ -62,15 +62,8 @@ def trained(scenes_dir, tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server that this process takes for the Hub, with a user logged in."""
-    with hub_server.running() as hub:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_server.in_place(monkeypatch) as hub:
         yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

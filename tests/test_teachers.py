@@ -126,7 +126,7 @@ def test_one_teacher_can_be_routed_too(world):
             "teacher ocr: sources: no data source 'leters' -- did you mean",
         ),
         ({"name": "chat"}, "two teachers have the same name"),
-        ({"source": "self", "model": None}, "of several teachers each has to run"),
+        ({"source": "self", "model": None}, "one of several teachers does not run"),
         ({"weight": 0}, "greater than 0"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_name_or_a_list_or_none(written, meant, recipe):
 
 @pytest.mark.parametrize("written", ["wanb", ["tensorboard", "wanb"]])
 def test_an_unknown_one_names_the_nearest(written, recipe):
-    with pytest.raises(RecipeError, match="report_to: no tracker 'wanb', did you mean 'wandb'"):
+    with pytest.raises(RecipeError, match="report_to: no tracker 'wanb' -- did you mean 'wandb'"):
         recipe(written)
 
 

@@ -59,7 +59,8 @@ class StoreWriter:
         self._rows: list[np.ndarray] = []
         self._hidden: list[Tensor] = []
         self._keys: list[bytes] = []
-        self._number = len(list(folder.glob(f"rows-{rank}-*.json")))
+        taken = [int(p.stem.split("-")[2]) for p in folder.glob(f"rows-{rank}-*.json")]
+        self._number = max(taken, default=-1) + 1
 
     def add(self, key: bytes, rows: np.ndarray, hidden: Tensor | None = None) -> None:
         """A record's rows, [n, words] uint64, and hidden states, [h, H] float16."""
@@ -110,6 +111,19 @@ class StoreWriter:
         write_json(self.folder / MANIFEST, {**self.settings, "shards": _shards(self.folder)})
 
 
+def drop_damaged(folder: Path) -> list[str]:
+    """Delete shards that are missing, cut or changed, for a writer to make them again; returns
+    their names. One process calls it, before there are writers."""
+    dropped = []
+    for shard in _shards(folder):
+        path = folder / shard["file"]
+        if not path.is_file() or sha256(path) != shard["sha256"]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink()
+            dropped.append(path.name)
+    return dropped
+
+
 class Store:
     """Reads a complete cache.
 
@@ -140,6 +154,7 @@ class Store:
             raise CheckpointError("it is missing", where=str(folder / HEAD), mend=REBUILD)
         self.codec = RowCodec(self.manifest["vocabulary"], self.manifest["k"])
         self._open: dict[tuple[int, str], np.ndarray] = {}
+        self._sound: set[int] = set()
 
     @cached_property
     def _places(self) -> dict[bytes, tuple[int, slice, slice]]:
@@ -204,6 +219,8 @@ class Store:
     def _place(self, key: bytes, where: str) -> tuple[int, slice, slice]:
         place = self._places.get(key)
         if place is None:
+            for number in range(len(self.manifest["shards"])):  # its key may be what is damaged
+                self._check(number)
             raise DataError(
                 f"its words and pictures are not in the teacher's cache {self.folder}",
                 where=where,
@@ -212,15 +229,20 @@ class Store:
         return place
 
     def _shard(self, number: int, name: str, dtype: Any) -> np.ndarray:
-        """A tensor of a shard, mapped; the checksum is looked at once."""
+        """A tensor of a shard, mapped."""
         if (number, name) not in self._open:
-            shard = self.manifest["shards"][number]
-            path = self.folder / shard["file"]
-            known = any(opened == number for opened, _ in self._open)
-            if not known and sha256(path) != shard["sha256"]:
-                raise CheckpointError("damaged (checksum)", where=str(path), mend=REBUILD)
+            path = self._check(number)
             self._open[number, name] = _mapped(path, name, dtype)
         return self._open[number, name]
+
+    def _check(self, number: int) -> Path:
+        """A shard's file, whose checksum is looked at once."""
+        shard = self.manifest["shards"][number]
+        path = self.folder / shard["file"]
+        if number not in self._sound and sha256(path) != shard["sha256"]:
+            raise CheckpointError("damaged (checksum)", where=str(path), mend=REBUILD)
+        self._sound.add(number)
+        return path
 
 
 def _slices(ends: list[int]) -> list[slice]:

@@ -20,9 +20,9 @@ def main() -> None:
         _fail(error)
     except (OSError, RuntimeError) as error:
         from mmkd.distributed import explained
-        from mmkd.files import full_disk
+        from mmkd.files import disk_error
 
-        known = full_disk(error) or explained(error)
+        known = disk_error(error) or explained(error)
         if known is None:
             raise
         _fail(known)

@@ -217,7 +217,11 @@ class Encoder:
                         raise
                     skipped.append(str(error))
             else:
-                raise DataError("every record is bad", where=self.records.name)
+                raise DataError(
+                    "every record is bad",
+                    where=self.records.name,
+                    mend="see why with `mmkd data check`",
+                )
         return replace(self._encode(samples), skipped=skipped)
 
     def _encode(self, chosen: list[Sample]) -> Batch:

@@ -103,7 +103,7 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
     except Exception as error:  # what decoders raise of hostile bytes is no closed list
         raise DataError(
             f"{name} is not a readable image",
-            mend="replace or drop it",
+            mend=f"replace or drop it; read are {', '.join(FORMATS)}",
             kind="image not readable",
         ) from error
 

@@ -5,7 +5,6 @@
 Inside mmkd, `mmkd.evaluation.run.evaluate` hands over a model in memory instead.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mmkd.errors import CheckpointError, DataError, MmkdError
+from mmkd.distributed import choose_device
+from mmkd.errors import CheckpointError, DataError
 from mmkd.loading import load_pretrained, load_pretrained_processor
 
 DEFAULT_NEW_TOKENS = 256
@@ -56,21 +56,6 @@ class Prompt:
     index: int
     text: str
     images: list[Any]
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """`None` means this process's GPU if there is one, else the CPU."""
-    if device is not None:
-        try:
-            found = torch.device(device)
-        except RuntimeError as error:
-            raise MmkdError(f"unknown device {device!r}", mend="use cpu, cuda or cuda:N") from error
-        if found.type == "cuda" and not torch.cuda.is_available():
-            raise MmkdError("torch sees no GPU", where=str(device), mend="use device=cpu")
-        return found
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
@@ -178,7 +163,7 @@ class MmkdModel(lmms):
         if model is None:
             if pretrained is None:
                 raise CheckpointError("no model given", mend="say pretrained=FOLDER")
-            path, place = str(pretrained), resolve_device(device)
+            path, place = str(pretrained), choose_device(str(device or "auto"))
             # the processor first: its absence shows before gigabytes of weights are read
             processor = processor or load_pretrained_processor(
                 path, trust_remote_code=trust_remote_code

@@ -161,7 +161,7 @@ def _unknown(name: str, own: Index, known: Index, include: Path | None) -> MmkdE
             break
     hint = f"did you mean {near[0]}? " if near else ""
     listed = ", ".join(n for n, t in own.items() if not t.is_tag) if own else "those of lmms-eval"
-    more = f" and {len(known) - len(own)} of lmms-eval" if own else ""
+    more = " and those of lmms-eval" if own else ""
     return MmkdError(
         f"unknown task {name!r}",
         where=str(include) if include else None,

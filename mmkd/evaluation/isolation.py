@@ -1,6 +1,7 @@
 """Keeping lmms-eval's side effects inside the evaluation.
 
-It reseeds `random`, numpy and torch, throws away loguru's handlers and ignores all warnings.
+It reseeds `random`, numpy and torch, throws away loguru's handlers, ignores all warnings, and lets
+Pillow fill up pictures that are cut.
 """
 
 import random
@@ -13,18 +14,26 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from tqdm import tqdm
 
 
 @contextmanager
 def isolated(progress: bool | None = None) -> Iterator[None]:
-    """Random streams, loguru handlers, warning filters and progress bars as before, afterwards.
+    """Random streams, loguru handlers, warning filters, progress bars and Pillow as before,
+    afterwards.
 
     Args:
         progress: show the progress bars of lmms-eval and datasets; None shows them on a terminal.
     """
     shown = sys.stderr.isatty() if progress is None else progress
-    with random_state(), warnings.catch_warnings(), warnings_only(), progress_bars(shown):
+    with (
+        random_state(),
+        warnings.catch_warnings(),
+        filled_pictures(),
+        warnings_only(),
+        progress_bars(shown),
+    ):
         yield
 
 
@@ -47,7 +56,15 @@ def random_state() -> Iterator[None]:
 def silent_imports() -> Iterator[None]:
     """For looking at tasks only: their modules' warnings and logs stay unseen, and lmms-eval's
     evaluator, which changes torch.distributed's timeouts, is not imported."""
-    with random_state(), warnings.catch_warnings(), no_handlers():
+    with random_state(), warnings.catch_warnings(), filled_pictures(), no_handlers():
+        yield
+
+
+@contextmanager
+def filled_pictures() -> Iterator[None]:
+    """Pillow fills up pictures that are cut, as lmms-eval's import wants it, and not afterwards:
+    of training data they are errors."""
+    with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
         yield
 
 

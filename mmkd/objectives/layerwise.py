@@ -47,7 +47,7 @@ class LayerwiseConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _pairs(self) -> "LayerwiseConfig":
         if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
-            raise ValueError("'teacher_layers' needs 'layers', one for each")
+            raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
         return self
 
 

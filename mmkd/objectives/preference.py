@@ -53,7 +53,7 @@ class PreferenceConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _smooths(self) -> "PreferenceConfig":
         if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid'")
+            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid' -- leave it out")
         return self
 
 

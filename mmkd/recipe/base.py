@@ -7,3 +7,7 @@ class Strict(BaseModel):
     """Base of all parts of a recipe: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+BOTH = "both of them or neither -- "
+"""Begins what a validator says of two keys that stand for each other."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mmkd.recipe.base import Strict
+from mmkd.recipe.base import BOTH, Strict
 
 
 class LayersConversion(Strict):
@@ -92,7 +92,7 @@ class MambaConversion(Strict):
     @model_validator(mode="after")
     def _one_placement(self) -> "MambaConversion":
         if (self.keep_attention is None) == (self.layers is None):
-            raise ValueError("give either 'keep_attention' or 'layers'")
+            raise ValueError(f"{BOTH}give either 'keep_attention' or 'layers'")
         return self
 
 
@@ -114,7 +114,9 @@ class MoeConversion(Strict):
     @model_validator(mode="after")
     def _chooses(self) -> "MoeConversion":
         if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {self.experts} experts -- lower it"
+            )
         return self
 
 

@@ -8,11 +8,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from mmkd.errors import RecipeError, nearest
+from mmkd.errors import MEND, RecipeError, nearest
+from mmkd.files import yaml_reason
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 
 M = TypeVar("M", bound=BaseModel)
+SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
@@ -68,16 +70,24 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"not YAML: {reason}", where=where, mend="mend the syntax") from error
+        what = f"not YAML: {yaml_reason(error)}"
+        raise RecipeError(what, where=where, mend="mend the syntax") from error
     if not isinstance(raw, dict):
         raise RecipeError("a recipe is a mapping of keys", where=where, mend="see configs/")
     base = raw.pop("extends", None)
     if base is None:
         return raw
     below = _load_file(path.parent / str(base), (*parents, path.resolve()))
-    merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(raw))
-    return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(raw))
+        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise RecipeError(
+            str(error).partition("\n")[0],
+            where=f"{where}: {key}" if key else where,
+            mend=f"write what {base} and this file give together",
+        ) from error
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
@@ -88,8 +98,11 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         config = OmegaConf.create(raw)
         OmegaConf.update(config, key, yaml.safe_load(text), merge=False, force_add=True)
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except yaml.YAMLError as error:
+        what = f"the value is no YAML: {yaml_reason(error)}"
+        raise RecipeError(what, where=override, mend="quote the value") from error
+    except (OmegaConfBaseException, IndexError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
         raise RecipeError(reason, where=override, mend="check the key and the value") from error
 
 
@@ -99,8 +112,7 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in _without_tags(raw, first["loc"])) or "recipe"
-        mend = None
-        message = first["msg"].removeprefix("Value error, ")
+        message, _, mend = first["msg"].removeprefix("Value error, ").partition(MEND)
         if first["type"] == "extra_forbidden":
             message = "unknown key"
             mend = nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
@@ -108,12 +120,15 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
             message, mend = "this key is missing", "add it"
         elif first["type"] == "union_tag_invalid":
             context = first["ctx"]
-            message = f"unknown {context['discriminator']} '{context['tag']}'"
+            kind = context["discriminator"].strip("'")
+            message = f"unknown {kind} '{context['tag']}'"
             known = [k.strip().strip("'") for k in context["expected_tags"].split(",")]
             mend = nearest(str(context["tag"]), known)
-        elif "input" in first and not isinstance(first["input"], (dict, list)):
-            message = f"{message}, got {first['input']!r}"
-        raise RecipeError(message, where=f"{where}: {key}", mend=mend) from error
+        elif not mend:
+            given = first["input"]
+            mend = message[:1].lower() + message[1:]
+            message = f"got {SHOWN.get(type(given)) or repr(given)}"
+        raise RecipeError(message, where=f"{where}: {key}", mend=mend or None) from error
 
 
 def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:

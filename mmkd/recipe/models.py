@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmkd.errors import nearest
-from mmkd.recipe.base import Strict
+from mmkd.recipe.base import BOTH, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
@@ -35,11 +35,12 @@ class ModelConfig(Strict):
 
     def _check_source(self) -> None:
         if (self.model is None) == (self.config is None):
-            raise ValueError("give either 'model' (folder or Hub id) or 'config' (random weights)")
+            either = "give either 'model' (folder or Hub id) or 'config' (random weights)"
+            raise ValueError(BOTH + either)
         if self.config is not None and self.processor is None:
-            raise ValueError("a model from 'config' needs 'processor', a folder or Hub id")
+            raise ValueError("a model from 'config' has no processor -- add 'processor'")
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("'config' needs 'model_type', such as llava or qwen2_5_vl")
+            raise ValueError("'config' names no architecture -- add 'model_type', such as llava")
 
     @property
     def processor_source(self) -> str:
@@ -82,12 +83,12 @@ class TeacherConfig(ModelConfig):
     def _check_source(self) -> None:
         if self.source == "self":
             if self.model is not None or self.config is not None:
-                raise ValueError("'source: self' is the student itself: leave 'model' out")
+                raise ValueError("'source: self' is the student itself -- leave 'model' out")
             return
         if self.source == "live" or self.model is not None or self.config is not None:
             super()._check_source()
         if self.source == "cache" and self.cache is None:
-            raise ValueError("'source: cache' needs 'cache', with the folder of what was stored")
+            raise ValueError("'source: cache' needs 'cache' -- add it, with its folder")
 
 
 class StudentConfig(ModelConfig):
@@ -121,7 +122,7 @@ def _trackers(value: Any) -> Any:
     names = value if isinstance(value, list) else [] if value in (None, "none") else [value]
     for name in names:
         if name not in get_args(TrackerName):
-            raise ValueError(f"no tracker {name!r}, {nearest(str(name), get_args(TrackerName))}")
+            raise ValueError(f"no tracker {name!r} -- {nearest(str(name), get_args(TrackerName))}")
     return list(dict.fromkeys(names))
 
 
@@ -184,14 +185,14 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if len({t.name for t in self.teachers}) != len(self.teachers):
-            raise ValueError("two teachers have the same name: give each a 'name'")
+            raise ValueError("two teachers have the same name -- give each a 'name'")
         if self.more_teachers and any(t.source != "live" for t in self.teachers):
-            raise ValueError("of several teachers each has to run ('source: live')")
+            raise ValueError("one of several teachers does not run -- give each 'source: live'")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError("two stages have the same name")
+            raise ValueError("two stages have the same name -- rename one")
         if self.label in self.variants:
-            raise ValueError(f"a variant has the recipe's own label {self.label!r}")
+            raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self
 
     def stage_data(self, stage: StageConfig) -> DataConfig:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.recipe.base import Strict
+from mmkd.recipe.base import BOTH, Strict
 
 HUB = "hub:"
 PATTERN = set("*?[{")
@@ -43,7 +43,7 @@ class SourceConfig(Strict):
         keys = ("subset", "split", "revision", "stream")
         told = [k for k in keys if getattr(self, k) != fields[k].default]
         if told and not self.train.startswith(HUB):
-            raise ValueError(f"'{told[0]}' is of Hub data sets: write train as hub:OWNER/NAME")
+            raise ValueError(f"'{told[0]}' is of Hub data sets -- write train as hub:OWNER/NAME")
         return self
 
     @property
@@ -74,12 +74,14 @@ class DataConfig(Strict):
     @model_validator(mode="after")
     def _one_kind(self) -> "DataConfig":
         if (self.train is None) == (not self.sources):
-            raise ValueError("give either 'train' (one source) or 'sources' (a mixture)")
+            raise ValueError(f"{BOTH}give either 'train' (one source) or 'sources' (a mixture)")
         names = [s.label for s in self.sources]
         if len(set(names)) != len(names):
-            raise ValueError("two sources have the same name: give each a 'name'")
+            raise ValueError("two sources have the same name -- give each a 'name'")
         if len({s.weight is None for s in self.sources}) > 1:
-            raise ValueError("give every source a 'weight', or none")
+            raise ValueError(
+                "some sources have a 'weight' -- give every source a 'weight', or none"
+            )
         return self
 
     @property

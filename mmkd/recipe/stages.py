@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
-from mmkd.recipe.base import Strict
+from mmkd.recipe.base import BOTH, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 
@@ -63,11 +63,11 @@ class BatchConfig(Strict):
     @model_validator(mode="after")
     def _one_count(self) -> "BatchConfig":
         if self.total is not None and self.accumulate != 1:
-            raise ValueError("give either 'accumulate' or 'total'")
+            raise ValueError("both of them -- give either 'accumulate' or 'total'")
         if self.tokens is not None and self.size != SIZE:
-            raise ValueError("give either 'size' or 'tokens'")
+            raise ValueError("both of them -- give either 'size' or 'tokens'")
         if self.tokens is not None and self.total is None:
-            raise ValueError("'tokens' needs 'total', the records of an optimizer step")
+            raise ValueError("'tokens' needs 'total' -- add it, the records of an optimizer step")
         return self
 
     def records_per_step(self, processes: int) -> int:
@@ -136,7 +136,10 @@ class EngineConfig(Strict):
         given = [n for n in ("zero", "config") if getattr(self, n) is not None]
         given += ["offload"] * (self.offload != "none")
         if self.kind == "torch" and given:
-            raise ValueError(f"{given[0]!r} is of kind deepspeed, and the engine's kind is torch")
+            raise ValueError(
+                f"{given[0]!r} is of kind deepspeed, and the engine's kind is torch -- set 'kind: "
+                "deepspeed', or leave it out"
+            )
         return self
 
 
@@ -173,7 +176,10 @@ class LoraConfig(Strict):
     @model_validator(mode="after")
     def _head_without_dropout(self) -> "LoraConfig":
         if self.dropout and "head" in self.groups:
-            raise ValueError("the head's adapter takes no dropout: its losses see weights only")
+            raise ValueError(
+                "the head's adapter takes no dropout, its losses see weights only -- set it to 0, "
+                "or leave 'head' out"
+            )
         return self
 
 
@@ -186,7 +192,7 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _something(self) -> "TrainConfig":
         if not self.groups and self.lora is None:
-            raise ValueError("nothing trains: name groups, or add 'lora'")
+            raise ValueError("nothing trains -- name groups, or add 'lora'")
         return self
 
     @property
@@ -230,8 +236,8 @@ class StageConfig(Strict):
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either 'steps' or 'epochs'")
+            raise ValueError(f"{BOTH}give either 'steps' or 'epochs'")
         names = [o.name or o.kind for o in self.objectives]
         if len(set(names)) != len(names):
-            raise ValueError("two objectives have the same name: give each a 'name'")
+            raise ValueError("two objectives have the same name -- give each a 'name'")
         return self

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmkd.errors import CheckpointError
-from mmkd.files import read_json
+from mmkd.files import read_json, read_yaml
 
 TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
 Scores = Mapping[str, Mapping[str, float]]
@@ -111,7 +109,7 @@ def read_run(folder: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder holds no run, or its recipe is broken.
     """
     if not (folder / "recipe.yaml").is_file():
         raise CheckpointError(
@@ -119,8 +117,8 @@ def read_run(folder: Path) -> Run:
             where=str(folder),
             mend="give the folder that 'mmkd run' printed, such as runs/NAME",
         )
+    recipe = read_yaml(folder / "recipe.yaml") or {}
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text) or {}
     return Run(
         folder=folder,
         recipe=recipe,
@@ -149,7 +147,7 @@ def _members(folder: Path, recipe: dict[str, Any]) -> list[Member]:
 
 
 def _member(path: Path, alone: bool) -> Member:
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     folder, group = path.parent, recipe.get("label", "student")
     configs = recipe.get("stages", [])
     folders = [folder / f"{i:02d}-{c['name']}" for i, c in enumerate(configs, 1)]

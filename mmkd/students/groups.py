@@ -1,12 +1,11 @@
 """Which parameters of a student train, by group name."""
 
-import difflib
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from mmkd.adapters import adapter_parameters, add_adapters
-from mmkd.errors import RecipeError
+from mmkd.errors import RecipeError, nearest
 from mmkd.recipe import LoraConfig
 from mmkd_models.parts import parameter_groups
 
@@ -42,8 +41,11 @@ def check_groups(
     known = parameter_groups(model)
     for group in [*groups, *(lora.groups if lora else [])]:
         if group not in known:
-            close = difflib.get_close_matches(group, known, n=1)
-            mend = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            mend = nearest(group, list(known))
             raise RecipeError(f"unknown group {group!r}", where="stages.train", mend=mend)
         if not known[group]:
-            raise RecipeError(f"the student has no parameters in {group!r}", where="stages.train")
+            raise RecipeError(
+                f"the student has no parameters in {group!r}",
+                where="stages.train",
+                mend=f"leave it out; it has {', '.join(g for g in known if known[g])}",
+            )

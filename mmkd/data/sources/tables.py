@@ -52,11 +52,12 @@ def parquet_rows(files: list[Path], train: str) -> TableRows:
     datasets.disable_progress_bars()
     try:
         names = [str(f) for f in files]
-        ends = accumulate(pyarrow.parquet.read_metadata(name).num_rows for name in names)
+        # Before `datasets`, which logs what it cannot read.
+        rows = [pyarrow.parquet.read_metadata(name).num_rows for name in names]
         table = datasets.load_dataset("parquet", data_files=names, split="train")
     except Exception as error:
         raise unreadable(error, train) from error
-    return TableRows(table, files[0].parent, dict(zip(names, ends, strict=True)))
+    return TableRows(table, files[0].parent, dict(zip(names, accumulate(rows), strict=True)))
 
 
 def is_saved(folder: Path) -> bool:
@@ -168,12 +169,13 @@ def _streamed(
 
 
 def _not_loaded(error: Exception, where: str) -> DataError:
+    from huggingface_hub import is_offline_mode
+
     reason = unreadable(error, where).what.removeprefix("cannot read: ")
-    return DataError(
-        f"cannot load the data set: {reason}",
-        where=where,
-        mend="check name, subset and split, and that the Hub can be reached",
-    )
+    mend = "check name, subset and split, and that the Hub can be reached"
+    if is_offline_mode():
+        mend = "unset HF_HUB_OFFLINE for what is not downloaded yet, or name files"
+    return DataError(f"cannot load the data set: {reason}", where=where, mend=mend)
 
 
 def _undecoded(table: Any) -> Any:

@@ -1,0 +1,41 @@
+"""Write docs/errors.md: run every bad input of tests/bad_inputs and note what mmkd says.
+
+python -m scripts.errors
+"""
+
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "errors.md"
+
+
+def messages(folder: Path) -> dict[str, str]:
+    """What mmkd says, by the name of the case."""
+    from bad_inputs import CASES, Given, outcome, world_in
+    from tiny import write_tiny_model
+
+    from mmkd.data.scenes.build import build_scenes
+    from mmkd.progress import track
+
+    build_scenes(folder / "scenes", seed=0, train=2, validation=2, evaluation=2)
+    write_tiny_model(folder / "scenes" / "processor", folder / "model")
+    given = Given(folder / "given", folder / "model")
+    said = {}
+    for case in track(CASES, "bad inputs", len(CASES)):
+        with world_in(folder / case.name, given) as world:
+            said[case.name] = outcome(case, world).message
+    return said
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as in the tests
+    sys.path.insert(0, str(ROOT / "tests"))
+    from bad_inputs import page
+
+    from mmkd.files import write_text
+
+    with TemporaryDirectory() as name:
+        write_text(PAGE, page(messages(Path(name))))

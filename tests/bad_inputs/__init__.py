@@ -1,0 +1,20 @@
+"""What users get wrong: one table of cases, and the page that is made of it."""
+
+from bad_inputs import commands, data, models, recipes, runs  # noqa: F401
+from bad_inputs.page import in_order, page, row
+from bad_inputs.table import Case, Given, Outcome, World, outcome, run, world_in
+
+CASES = in_order()
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Given",
+    "Outcome",
+    "World",
+    "outcome",
+    "page",
+    "row",
+    "run",
+    "world_in",
+]
