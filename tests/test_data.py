@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from processors import END, FAMILIES
 
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
+from mmkd.data.images import load_image
 from mmkd.data.labels import grid_words
 from mmkd.data.processing import Processing
 from mmkd.data.records import Records
@@ -316,3 +317,14 @@ def test_vision_labels_name_what_each_image_token_shows(folder):
     assert not targets.background[1].any()
     assert (targets.vision_labels[~targets.vision] == -100).all()
     assert targets.end_id == processor.tokenizer.eos_token_id
+
+
+def test_cut_pictures_are_refused_whatever_lmms_eval_has_set(folder, monkeypatch):
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(folder / "cut.png")
+    content = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DataError, match=r"cut\.png is not a readable image"):
+        load_image("cut.png", folder)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

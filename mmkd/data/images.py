@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mmkd.data.schema import printable
 from mmkd.errors import DataError
@@ -85,7 +86,9 @@ def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
 def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
     name = "image"
     try:
-        with warnings.catch_warnings():
+        # Importing lmms-eval has Pillow fill cut pictures up, everywhere and in silence.
+        whole = mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        with whole, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata, thousands of times
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(ref, Image.Image):
