@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image, ImageFile
 from processors import END, FAMILIES
 
