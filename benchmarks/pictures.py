@@ -60,7 +60,7 @@ def measure(make: Callable[[], Any], count: int) -> dict[str, float]:
         settings = {"return_tensors": "pt"}
 
         def cached(name: str) -> Any:
-            return cache([cache.picture(name, root)], **settings)
+            return cache([[cache.picture(name, root)]], **settings)
 
         return {
             "processed": per_second(lambda n: own([load_image(n, root)], **settings), names),

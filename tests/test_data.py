@@ -1,11 +1,10 @@
 """Records, images, chat masks and batches."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image, ImageFile
 from processors import END, FAMILIES
+from written_records import TURNS, conversations, records
 
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
@@ -17,17 +16,6 @@ from mmkd.data.schema import GroundedObject
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig
 
-TURNS = [
-    ("human", "<image>\nHow many cats?"),
-    ("gpt", "two cats and a dog"),
-    ("human", "And the dog's hat?"),
-    ("gpt", "No hat: none at all."),
-]
-
-
-def conversations(turns):
-    return [{"from": who, "value": what} for who, what in turns]
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -35,15 +23,6 @@ def folder(tmp_path):
     Image.new("L", (24, 40), 9).save(tmp_path / "grey.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     return tmp_path
-
-
-def records(folder, rows, suffix=".json"):
-    path = folder / f"data{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("\n".join(json.dumps(r) for r in rows))
-    return Records(DataConfig(train=str(path)))
 
 
 def supervised(batch, processor, row):

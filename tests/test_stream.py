@@ -1,40 +1,21 @@
 """The order of records, and how steps are cut into micro-batches."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
 from processors import FAMILIES
+from written_records import TURNS, conversations, records
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.micro_batches import by_tokens
-from mmkd.data.records import Records
 from mmkd.data.stream import BatchStream
 from mmkd.recipe import BatchConfig, DataConfig
-
-TURNS = [
-    ("human", "<image>\nHow many cats?"),
-    ("gpt", "two cats and a dog"),
-    ("human", "And the dog's hat?"),
-    ("gpt", "No hat: none at all."),
-]
-
-
-def conversations(turns):
-    return [{"from": who, "value": what} for who, what in turns]
 
 
 @pytest.fixture
 def folder(tmp_path):
     Image.new("RGB", (40, 24), "red").save(tmp_path / "red.png")
     return tmp_path
-
-
-def records(folder, rows):
-    path = folder / "data.json"
-    path.write_text(json.dumps(rows))
-    return Records(DataConfig(train=str(path)))
 
 
 def stream(folder, size, accumulate, rank=0, world=1):
