@@ -1,11 +1,14 @@
 """Records, images, chat masks and batches."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image, ImageFile
 from processors import END, FAMILIES
 from written_records import TURNS, conversations, records
 
+from mmkd.data import records as records_module
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import load_image
@@ -141,6 +144,87 @@ def test_a_template_that_rewrites_history_is_refused():
             render_chat(processor, messages)
     finally:
         processor.chat_template = template
+
+
+def test_turns_that_a_template_refuses_are_a_bad_record(folder):
+    """As Gemma's does two questions in a row."""
+    processor = copy.copy(FAMILIES["llava"]())
+    processor.chat_template = (
+        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
+        "{{ raise_exception('Roles must alternate!\\n') }}{% endif %}{% endfor %}"
+    ) + processor.chat_template
+    two = [("human", "what?"), ("human", "two ?"), ("gpt", "two cats")]
+    rows = [{"id": "twice", "conversations": conversations(two)},
+            {"id": "good", "conversations": conversations(two[1:])}]  # fmt: skip
+    data = records(folder, rows)
+    for encode in (lambda e: e.encode([0]), lambda e: e.encode([1, 0])):
+        with pytest.raises(DataError, match=r"0 \(id twice\): the chat template refuses it: Roles"):
+            encode(Encoder(data, processor, DataConfig(train="-")))
+    skipping = Encoder(data, processor, DataConfig(train="-", on_bad_sample="skip"))
+    assert skipping.encode([0, 1]).ids == ["good", "good"]
+    assert skipping.length(0) == skipping.length(1) > 0
+
+
+def test_what_a_processor_refuses_is_named_and_can_be_skipped(folder):
+    """Qwen's refuses pictures 200 times as wide as high; no look at the record alone tells."""
+    Image.new("RGB", (900, 3)).save(folder / "wide.png")
+    rows = [
+        {"id": name, "image": image, "conversations": conversations(TURNS)}
+        for name, image in (("a", "red.png"), ("wide", "wide.png"), ("b", "red.png"))
+    ]
+    data, processor = records(folder, rows), FAMILIES["qwen"]()
+    stopping = Encoder(data, processor, DataConfig(train="-"))
+    with pytest.raises(
+        DataError, match=r"record 1 \(id wide\): the processor refuses it: absolute"
+    ):
+        stopping.encode([0, 1, 2])
+    assert stopping.length(1) == 0
+    for pack in (None, 200):
+        config = DataConfig(train="-", on_bad_sample="skip")
+        skipping = Encoder(data, processor, config, pack=pack)
+        batch = skipping.encode([0, 1, 2])
+        assert [len(batch.ids), "wide" in batch.ids] == [3, False]
+        assert len(batch.skipped) == 1
+        assert "record 1 (id wide): the processor refuses it" in batch.skipped[0]
+        assert skipping.length(1) == stopping.length(0)
+
+
+def test_pictures_longer_than_a_sequence_can_be_skipped(folder):
+    rows = [{"id": str(n), "images": ["red.png"] * n,
+             "conversations": conversations([("human", "<image>" * n + "?"), ("gpt", "two cats")])}
+            for n in (1, 4, 1)]  # fmt: skip
+    config = DataConfig(train="-", max_length=50, on_bad_sample="skip")
+    batch = Encoder(records(folder, rows), FAMILIES["llava"](), config).encode([0, 1, 2])
+    assert batch.ids == ["1", "1", "1"]
+    assert ["its images alone pass max_length 50" in s for s in batch.skipped] == [True]
+
+
+def test_a_record_that_the_teachers_processor_refuses_is_read_by_neither(folder):
+    """Else the two models would see different records side by side."""
+    Image.new("RGB", (900, 3)).save(folder / "wide.png")
+    rows = [
+        {"id": name, "image": image, "conversations": conversations(TURNS)}
+        for name, image in (("a", "red.png"), ("wide", "wide.png"), ("b", "red.png"))
+    ]
+    config = DataConfig(train="-", on_bad_sample="skip")
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config,
+                      teacher_processor=FAMILIES["qwen"](), chunks=True, aligned=False)  # fmt: skip
+    batch = encoder.encode([0, 1, 2])
+    assert batch.indices == batch.teacher.indices
+    assert 1 not in batch.indices
+    assert ["id wide" in s for s in batch.skipped] == [True]
+
+
+def test_looking_for_another_record_ends(folder, monkeypatch):
+    rows = [{"id": str(i), "image": "broken.png", "conversations": conversations(TURNS)}
+            for i in range(20)]  # fmt: skip
+    config = DataConfig(train="-", on_bad_sample="skip")
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config)
+    with pytest.raises(DataError, match=r"every record is bad, the last one: broken\.png is not"):
+        encoder.encode([0])
+    monkeypatch.setattr(records_module, "MOST_TRIED", 5)
+    with pytest.raises(DataError, match="5 records in a row are bad, the last one: broken"):
+        encoder.encode([0])
 
 
 BAD = {

@@ -80,6 +80,7 @@ def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
     source = Source(config)
     found = Findings(config, len(source))
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    workers = min(workers, len(chunks))
     seen: dict[str, int] = {}
     with (
         _parts(source, look, chunks, workers) as parts,
@@ -155,8 +156,8 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
             part.errors.append((index, error))
             continue
         part.pictures += len(record.images)
-        if look.unique_ids and record.id != str(index):  # which stands for none
-            part.ids.append((index, record.id))
+        if look.unique_ids and (name := source.id(index)):
+            part.ids.append((index, name))
         errors = list(_problems(record, look))
         if errors:
             where = source.where(index)
