@@ -200,8 +200,7 @@ def test_a_recipe_has_each_of_its_sources_looked_at_once(
 def test_what_cannot_be_read_at_all_has_status_2(tmp_path, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, tmp_path / "none.json")
     assert status == 2
-    assert err.startswith(f"mmkd: {tmp_path}/none.json: no such data file -- check data.train; ")
-    assert err.count("\n") == 1
+    assert err.strip() == f"mmkd: {tmp_path}/none.json: no such data file -- check data.train"
 
 
 def test_a_process_that_dies_is_told(folder, monkeypatch):

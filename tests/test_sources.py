@@ -235,7 +235,7 @@ def test_globs_ranges_and_folders_name_several_files(tmp_path):
             read(tmp_path / train)
     for train, mend in {
         "https://host/p-{00..09}.tar": r"p-00\.tar: no such data file -- download it, or name a",
-        "someone/dataset": "someone/dataset: no such data file -- .* of the Hub is hub:OWNER/NAME",
+        "someone/dataset": "someone/dataset: no such data file -- .* Hub is hub:someone/dataset",
     }.items():
         with pytest.raises(DataError, match=mend):
             read(train)

@@ -8,6 +8,7 @@ from mmkd.errors import DataError
 
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_FILES = 100_000
 
 
@@ -31,9 +32,11 @@ def _matching(name: str) -> list[Path]:
         return [Path(name)]
     found = [Path(n) for n in sorted(glob.glob(name, recursive=True)) if Path(n).is_file()]
     if not found:
-        mend = "check data.train; a data set of the Hub is hub:OWNER/NAME"
+        mend = "check data.train"
         if "://" in name:
             mend = "download it, or name a data set of the Hub: hub:OWNER/NAME"
+        elif HUB_NAME.fullmatch(name) and Path(name).suffix not in KINDS:
+            mend += f"; a data set of the Hub is hub:{name}"
         raise DataError("no such data file", where=name, mend=mend)
     return found
 

@@ -103,9 +103,9 @@ def _members(archive: str) -> Iterator[tuple[str, int, int]]:
     Raises:
         DataError: it is no plain tar, damaged, or holds what is no plain file.
     """
+    last = ""
     try:
         with tarfile.open(archive, "r:") as tar:
-            last = "its begin"
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay there
                 last = printable(member.name)
@@ -120,8 +120,11 @@ def _members(archive: str) -> Iterator[tuple[str, int, int]]:
             with open(archive, "rb") as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
-                    raise DataError(f"damaged behind {last}", mend="copy or pack it again")
+                    where = last or "its begin"
+                    raise DataError(f"damaged behind {where}", mend="copy or pack it again")
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot read: {printable(error)}", mend="name tars without compression"
-        ) from error
+        mend = (
+            "copy or pack it again" if last else "name tars without compression, or copy it again"
+        )
+        behind = f" behind {last}" if last else ""
+        raise DataError(f"cannot read{behind}: {printable(error)}", mend=mend) from error
