@@ -259,7 +259,7 @@ class Encoder:
                 [s.record.objects for s in samples],
                 [s.pictures for s in samples],
                 vision,
-                self.processor.tokenizer,
+                self.processor,
                 lambda row: self.records.where(samples[row].index),
             )
         targets = Targets(
