@@ -1,6 +1,7 @@
 """Looking through a whole data set for records that training would stumble over."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -140,6 +141,8 @@ _OPENED: tuple[Source, Look]
 
 def _open(config: SourceConfig, look: Look) -> None:
     global _OPENED
+    # Ctrl-C reaches all processes: one that dies with the queue's lock would hold up the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _OPENED = Source(config), look
 
 
