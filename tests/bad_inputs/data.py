@@ -103,7 +103,13 @@ def link_in_a_tar(world: World) -> None:
     world.raw["data"] = {"train": "part.tar"}
 
 
-@case(KIND, "gave several tars that are cut", "a.tar: cannot read", "b.tar, c.tar", "copy or")
+@case(
+    KIND,
+    "gave several tars that are cut",
+    "a.tar: cannot read",
+    "parts/b.tar, parts/c.tar",
+    "copy or",
+)
 def several_cut_tars(world: World) -> None:
     Path("parts").mkdir()
     for name in "abc":
