@@ -10,9 +10,12 @@ from zoo import ZOO
 
 from mmkd.borders import tell_borders
 from mmkd.data.packing import bins_of
+from mmkd.errors import RecipeError
+from mmkd.packed import check_packing
 from mmkd.recipe import MambaConversion
 from mmkd.signals import capture
 from mmkd.students import convert
+from mmkd.teachers import LiveTeacher
 from scripts.families.bench import Workbench
 
 KINDS = ("one", "none", "several", "other", "frames")
@@ -104,7 +107,7 @@ def test_layers_that_run_again_in_the_backward_pass(name, batches):
     tell_borders(model)
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) <= 3
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     assert max(compare(model, *batches(name))) < 1e-6
 
 
@@ -117,8 +120,8 @@ def test_hybrid_students(name, batches):
 
 
 def naive_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Flash attention as transformers calls it: by borders, else causal over whole rows."""
-    assert attention_mask is None
+    """Flash attention as transformers calls it: by borders, else causal over whole rows, whose
+    padding is on the right."""
     rows, heads, length, _ = query.shape
     edges = kwargs.get("cu_seq_lens_q")
     edges = torch.arange(0, rows * length + 1, length) if edges is None else edges
@@ -129,25 +132,63 @@ def naive_flash(module, query, key, value, attention_mask, scaling=None, **kwarg
         assert end - start <= kwargs.get("max_length_q", length)
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
         k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
-        scores = (q @ k.transpose(1, 2) * scaling).masked_fill(
-            torch.ones(end - start, end - start).triu(1).bool(), float("-inf")
-        )
+        later = torch.ones(end - start, end - start).triu(1).bool()
+        scores = (q @ k.transpose(1, 2) * scaling).masked_fill(later, float("-inf"))
         made.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(made).unflatten(0, (rows, length)), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Run a model's decoder on it."""
+    known = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+    for functions, function in zip(known, (naive_flash, flash_attention_mask), strict=True):
+        monkeypatch.setitem(functions._global_mapping, "naive_flash", function)
+
+    def switch(model):
+        model.get_decoder().config._attn_implementation_internal = "naive_flash"
+        return model
+
+    return switch
 
 
 FLASH = [name for name in PACKED if name != "gemma3"]  # which transformers does not run on flash
 
 
 @pytest.mark.parametrize("name", FLASH)
-def test_flash_attention_is_told_the_borders(name, batches, monkeypatch):
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "naive_flash", naive_flash)
-    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-    monkeypatch.setitem(masks, "naive_flash", flash_attention_mask)
+def test_flash_attention_is_told_the_borders(name, batches, flash):
     found = batches(name)
-    model = ZOO[name].make(1)
-    for part in (model.get_decoder(), *model.get_decoder().modules()):
-        if hasattr(part, "config"):
-            part.config._attn_implementation_internal = "naive_flash"
+    model = flash(ZOO[name].make(1))
     tell_borders(model)
     assert max(compare(model, *found)) < 1e-6
+
+
+def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model):
+    """A stage whose model is not told where records begin."""
+    monkeypatch.setattr("mmkd.stage_run.tell_borders", lambda model: None)
+    bench = Workbench(ZOO[name].make, ZOO[name].processor(), tmp_path)
+    return bench.stage(change(bench.make(1)), *kinds, batch={"pack": 4096})
+
+
+def test_a_picture_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
+    """Gemma 3's records mix by their pictures only."""
+    texts = ["none"] * 5
+    packed_stage(tmp_path, monkeypatch, "gemma3", texts)
+    with pytest.raises(RecipeError, match=r"Gemma3.* does not keep packed records apart"):
+        packed_stage(tmp_path, monkeypatch, "gemma3", [*texts, "one", "other"])
+
+
+def test_several_rows_are_looked_at_before_the_first_step(tmp_path, monkeypatch, flash):
+    """Flash attention finds the borders of a single row by itself."""
+    with pytest.raises(RecipeError, match="does not keep packed records apart"):
+        packed_stage(tmp_path, monkeypatch, "llava", ["one", "none", "other"], flash)
+
+
+def test_every_teacher_is_looked_at(tmp_path):
+    bench = Workbench(ZOO["gemma3"].make, ZOO["gemma3"].processor(), tmp_path)
+    told, untold = bench.make(1), bench.make(2)
+    tell_borders(told)
+    encoder, device = bench.encoder("none", "one"), torch.device("cpu")
+    check_packing(encoder, told, [LiveTeacher(told, device)], device)
+    with pytest.raises(RecipeError, match="does not keep packed records apart"):
+        check_packing(encoder, told, [LiveTeacher(m, device) for m in (told, untold)], device)

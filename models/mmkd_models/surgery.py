@@ -191,7 +191,9 @@ class _Watch:
     @staticmethod
     def _documents(positions: Any, mask: Any, cache: Any) -> Tensor | None:
         """Packed rows restart their positions and come without a mask, as transformers' own
-        padding-free batches do."""
-        if positions is None or mask is not None or cache is not None or positions.ndim != 2:
+        padding-free batches do; M-RoPE's have plain positions before those of three axes."""
+        if positions is None or mask is not None or cache is not None:
             return None
-        return (positions == 0).cumsum(-1)  # [B, T]
+        if positions.ndim == 3 and len(positions) == 4:
+            positions = positions[0]
+        return (positions == 0).cumsum(-1) if positions.ndim == 2 else None  # [B, T]
