@@ -65,7 +65,7 @@ def cut_answers(
         ends = (
             number
             for number, (a, b) in enumerate(offsets)
-            if stop <= a < b <= closed and ids[number] in specials
+            if stop <= a < min(b, closed) and ids[number] in specials
         )
         found.append(Answer(words, _cuts(words, tokens), next(ends, None)))
     return found

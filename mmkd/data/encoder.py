@@ -14,7 +14,13 @@ from torch import Tensor
 from mmkd.cache import Store
 from mmkd.data.alignment import ALIGNED, Grid, same_processor
 from mmkd.data.batch import Batch, covered_rows, paired
-from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
+from mmkd.data.chat import (
+    Rendered,
+    expanded_spans,
+    mark_tokens,
+    render_chat,
+    special_tokens,
+)
 from mmkd.data.chunks import Answer, cut_answers
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import (
@@ -281,7 +287,7 @@ class Encoder:
     def _answers(
         self, samples: list[Sample], moved: list[Any], offsets: Tensor, ids: Tensor
     ) -> list[list[Answer]]:
-        specials = set(self.processor.tokenizer.all_special_ids)
+        specials = frozenset(special_tokens(self.processor.tokenizer).values())
         rows = zip(samples, moved, offsets.tolist(), ids.tolist(), strict=False)
         return [cut_answers(s.rendered, m, o, i, specials) for s, m, o, i in rows]
 
