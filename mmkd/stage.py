@@ -168,9 +168,7 @@ class Stage:
             if self.others and first is not None:
                 asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
                 theirs = {self.lead: first, **asked}
-            engine = self.config.engine
-            head = (engine.head_memory * 2**20, engine.head_backend)
-            total, said = score(self.objectives, student, theirs, targets, counts, *head)
+            total, said = score(self.objectives, student, theirs, targets, counts)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
@@ -196,7 +194,8 @@ class Stage:
             and isinstance(teacher, Signals)
             and batch.alignment is None
         ):
-            return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
+            # It ran already.
+            return answer_logps(teacher, batch.targets, reference.vocabulary, reference.memory)
         return reference.logps(batch)
 
     def _sources(self, batches: list[Batch]) -> Metrics:

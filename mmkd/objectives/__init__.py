@@ -37,6 +37,7 @@ from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
 from mmkd.objectives.together import HeadObjective, Teachers, score
 from mmkd.objectives.token_labels import TokenLabels
+from mmkd.ops import CHUNK_BYTES
 
 CLASSES: tuple[type[Objective], ...] = (
     CrossEntropy,
@@ -93,12 +94,20 @@ def build_objective(
     *,
     shared_vocabulary: int | None = None,
     mamba_layers: Sequence[int] = (),
+    head_memory: int = CHUNK_BYTES,
+    head_backend: str = "auto",
 ) -> Objective:
-    """The objective that a recipe's entry asks for."""
+    """The objective that a recipe's entry asks for; arguments as in `Objective`."""
     kind: str = config.kind  # type: ignore[attr-defined]
     cls = REGISTRY.get(kind) or find_added(kind)
     assert cls is not None  # its settings were read
-    return cls(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+    return cls(
+        config,
+        shared_vocabulary=shared_vocabulary,
+        mamba_layers=mamba_layers,
+        head_memory=head_memory,
+        head_backend=head_backend,
+    )
 
 
 __all__ = [

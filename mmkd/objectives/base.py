@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mmkd.objectives.chunks import Chunks
-from mmkd.ops import SparseRows
+from mmkd.ops import CHUNK_BYTES, SparseRows
 
 Region = Literal["response", "prompt", "vision", "all"]
 # distribution: the head's output, layers: what happens inside of decoder layers, matrices and
@@ -253,6 +253,8 @@ class Objective:
             record.
         any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
             where it reads chunks.
+        head_memory: bytes for the logits of a chunk of rows, and what is made of them.
+        head_backend: of losses on the head's output that have a kernel, "auto" or "torch".
         teacher: the name of the teacher that it compares with, where there are several.
         sources: numbers of the data sources whose records it covers; None for all.
     """
@@ -267,6 +269,8 @@ class Objective:
         *,
         shared_vocabulary: int | None = None,
         mamba_layers: Sequence[int] = (),
+        head_memory: int = CHUNK_BYTES,
+        head_backend: str = "auto",
     ):
         """
         Args:
@@ -274,10 +278,12 @@ class Objective:
             shared_vocabulary: tokens that teacher and student share (None: heads are equal).
             mamba_layers: the student's Mamba layers, which layer-wise objectives cover if not told
                 otherwise.
+            head_memory, head_backend: how the head's output is computed.
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
+        self.head_memory, self.head_backend = head_memory, head_backend
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
 

@@ -122,7 +122,9 @@ class EngineConfig(Strict):
         112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
     )
     head_backend: Literal["auto", "torch"] = Field(
-        "auto", description="of losses on the head's output; auto: a Triton kernel on CUDA"
+        "auto",
+        description="of cross-entropies and divergences on the head's output; auto: a Triton "
+        "kernel on CUDA",
     )
     patience: float = Field(
         1800.0,
