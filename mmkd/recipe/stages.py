@@ -165,7 +165,9 @@ class LoraConfig(Strict):
     are."""
 
     groups: list[str] = Field(
-        ["language_model"], min_length=1, description="the head gets one only by its own name"
+        ["language_model"],
+        min_length=1,
+        description="whose layers get one, but those that train whole; the head only by its name",
     )
     rank: int = Field(16, ge=1, description="of an adapter's product")
     alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
