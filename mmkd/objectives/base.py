@@ -241,7 +241,9 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
-    name: str | None = Field(None, description="name in metrics; the kind if left out")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="name in metrics; the kind if left out"
+    )
 
 
 class Objective:

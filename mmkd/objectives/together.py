@@ -85,7 +85,7 @@ def score(
     def asked(name: str | None) -> TeacherSignals | None:
         if not isinstance(teacher, Mapping):
             return teacher
-        return next(iter(teacher.values())) if name is None else teacher.get(name)
+        return next(iter(teacher.values()), None) if name is None else teacher.get(name)
 
     silent = [o for o in objectives if o.teacher is not None and asked(o.teacher) is None]
     speaking = [o for o in objectives if o not in silent]

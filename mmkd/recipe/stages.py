@@ -145,6 +145,25 @@ class EngineConfig(Strict):
         return self
 
 
+STEP_METRICS = frozenset(
+    {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "skipped",
+        "padding",
+        "sampled",
+        "sources",
+        "expert_load",
+        "seconds",
+    }
+)
+"""What a step's metrics say beside its objectives."""
+
+
 class SamplingConfig(Strict):
     """How answers are sampled from a model."""
 
@@ -244,4 +263,8 @@ class StageConfig(Strict):
         names = [o.name or o.kind for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError("two objectives have the same name -- give each a 'name'")
+        if taken := STEP_METRICS & {*names}:
+            raise ValueError(
+                f"an objective has the name {min(taken)!r}, which a metric has -- give it another"
+            )
         return self
