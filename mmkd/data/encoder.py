@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkd.cache import Store
-from mmkd.data.alignment import ALIGNED, Grid, same_processor
-from mmkd.data.batch import Batch, covered_rows, paired
+from mmkd.data.alignment import ALIGNED, same_processor
+from mmkd.data.batch import Batch, paired
 from mmkd.data.chat import (
     Rendered,
     expanded_spans,
@@ -35,9 +33,9 @@ from mmkd.data.processing import MOVED, Processing
 from mmkd.data.records import Records, located
 from mmkd.data.samples import Sample, blank_sample
 from mmkd.data.schema import Message, Record
+from mmkd.data.stored import stored_hidden, stored_rows
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Region, Targets
-from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
 from mmkd.vocabulary import same_vocabulary
 
@@ -205,30 +203,40 @@ class Encoder:
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
-        """One padded batch; bad records are replaced by later ones if the recipe says so."""
-        batch = self._read(indices)
-        theirs = None if self.teacher is None else self.teacher._read(batch.indices)
+        """One padded batch; records that are bad for one of the models are replaced by later ones
+        if the recipe says so."""
+        skipped: list[str] = []
+        read = [self._read(index, skipped) for index in indices]
+        batch = replace(self._encode([mine for mine, _ in read]), skipped=skipped)
+        theirs = None
+        if self.teacher is not None:
+            theirs = self.teacher._encode([other for _, other in read if other is not None])
         return paired(batch, theirs, self.matched, chunks=self.chunks)
 
-    def _read(self, indices: list[int]) -> Batch:
-        samples: list[Sample] = []
-        skipped: list[str] = []
-        for index in indices:
-            for attempt in range(len(self.records)):
-                try:
-                    samples.append(self.load(self.records.instead(index, attempt)))
-                    break
-                except DataError as error:
-                    if self.config.on_bad_sample == "stop":
-                        raise
-                    skipped.append(str(error))
-            else:
-                raise DataError(
-                    "every record is bad",
-                    where=self.records.name,
-                    mend="see why with `mmkd data check`",
-                )
-        return replace(self._encode(samples), skipped=skipped)
+    def _read(self, index: int, skipped: list[str]) -> tuple[Sample, Sample | None]:
+        """A record, or one in its place, as the student sees it, and as the teacher does if that is
+        otherwise; adds to `skipped` what is wrong with those that were passed over."""
+        for attempt in range(len(self.records)):
+            at = self.records.instead(index, attempt)
+            try:
+                return self.load(at), self._load_for_teacher(at)
+            except DataError as error:
+                if self.config.on_bad_sample == "stop":
+                    raise
+                skipped.append(str(error))
+        raise DataError(
+            "every record is bad",
+            where=self.records.name,
+            mend="see why with `mmkd data check`",
+        )
+
+    def _load_for_teacher(self, index: int) -> Sample | None:
+        if self.teacher is None:
+            return None
+        try:
+            return self.teacher.load(index)
+        except DataError as error:
+            raise error.at(f"{error.where}, for the teacher") from error
 
     def _encode(self, chosen: list[Sample]) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
@@ -271,17 +279,16 @@ class Encoder:
             targets,
             [s.record.id for s in chosen],
             indices=[s.index for s in chosen],
-            grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
+            grids=self.processing.grids(encoded, vision, [len(s.pictures) for s in samples]),
         )
         if self.chunks:
             batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
         batch = self._truncate(batch, samples)
         if self.store is not None:
-            batch = replace(
-                batch,
-                stored=self._stored(self.store, batch.targets, samples),
-                stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
-            )
+            said = (self.store, batch.targets, samples, self.records.where)
+            batch = replace(batch, stored=stored_rows(*said))
+            if self.pack is None:  # what reads hidden states is never packed
+                batch = replace(batch, stored_hidden=stored_hidden(*said))
         return batch if self.pack is None else self._packed(batch, samples, bins)
 
     def _answers(
@@ -329,52 +336,6 @@ class Encoder:
             targets=pack_targets(targets, packing, IGNORED),
             stored=stored,
         )
-
-    def _stored(self, store: Store, targets: Targets, samples: list[Sample]) -> SparseRows:
-        """The teacher's rows of a batch, as its cache has them."""
-        covered = covered_rows(targets, store.manifest["regions"])  # [B, T]
-        found = []
-        for sample, count in zip(samples, covered.sum(1).tolist(), strict=True):
-            where = self.records.where(sample.index)
-            rows = store.get(sample.key, where)
-            if len(rows) != count:
-                raise DataError(
-                    f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
-                    where=where,
-                    mend="build the cache again",
-                )
-            found.append(rows)
-        at = torch.full((covered.numel(),), -1)
-        at[covered.flatten()] = torch.arange(sum(map(len, found)))
-        return SparseRows(*store.codec.decode(np.concatenate(found)), at)
-
-    def _stored_hidden(
-        self, store: Store, targets: Targets, samples: list[Sample]
-    ) -> Tensor | None:
-        """The teacher's final hidden states of a batch, if its cache has them."""
-        if store.hidden is None or self.pack is not None:  # what reads them is never packed
-            return None
-        covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
-        found = [store.get_hidden(s.key, self.records.where(s.index)) for s in samples]
-        made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
-        made[covered] = torch.cat(found)
-        return made
-
-    def _grids(
-        self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
-    ) -> list[list[Grid]]:
-        """Of each row's pictures: what the processor says, else a square."""
-        if "image_grid_thw" in encoded:
-            merge = self.processor.image_processor.merge_size
-            sizes = encoded["image_grid_thw"].tolist()
-            grids = [(t * height // merge, width // merge) for t, height, width in sizes]
-            ends = list(accumulate(pictures))
-            return [grids[end - n : end] for end, n in zip(ends, pictures, strict=True)]
-        sides = [
-            round((tokens / max(n, 1)) ** 0.5)
-            for tokens, n in zip(vision.sum(1).tolist(), pictures, strict=True)
-        ]
-        return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     def _process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
         with located(lambda: self.records.where(samples[0].index)):

@@ -90,7 +90,12 @@ def build_objective(
     head_memory: int = CHUNK_BYTES,
     head_backend: str = "auto",
 ) -> Objective:
-    """The objective that a recipe's entry asks for; arguments as in `Objective`.
+    """The objective that a recipe's entry asks for.
+
+    Args:
+        config: the entry.
+        shared_vocabulary, mamba_layers: as in `Objective`.
+        head_memory, head_backend: attributes of the objective.
 
     Raises:
         RecipeError: it needs what there is not.
@@ -98,13 +103,8 @@ def build_objective(
     kind: str = config.kind  # type: ignore[attr-defined]
     cls = REGISTRY.get(kind) or find_added(kind)
     assert cls is not None  # its settings were read
-    made = cls(
-        config,
-        shared_vocabulary=shared_vocabulary,
-        mamba_layers=mamba_layers,
-        head_memory=head_memory,
-        head_backend=head_backend,
-    )
+    made = cls(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+    made.head_memory, made.head_backend = head_memory, head_backend
     for need in made.needs:
         if need not in get_args(Need):
             raise RecipeError(

@@ -264,6 +264,8 @@ class Objective:
     config_class: ClassVar[type[ObjectiveConfig]]
     relates_tokens: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
+    head_memory: int = CHUNK_BYTES
+    head_backend: str = "auto"
 
     def __init__(
         self,
@@ -271,8 +273,6 @@ class Objective:
         *,
         shared_vocabulary: int | None = None,
         mamba_layers: Sequence[int] = (),
-        head_memory: int = CHUNK_BYTES,
-        head_backend: str = "auto",
     ):
         """
         Args:
@@ -280,12 +280,10 @@ class Objective:
             shared_vocabulary: tokens that teacher and student share (None: heads are equal).
             mamba_layers: the student's Mamba layers, which layer-wise objectives cover if not told
                 otherwise.
-            head_memory, head_backend: how the head's output is computed.
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
-        self.head_memory, self.head_backend = head_memory, head_backend
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
 
