@@ -109,7 +109,7 @@ def _check_trained(stage: StageConfig, student: PreTrainedModel) -> None:
     lora = stage.train.lora
     check_groups(student, stage.train.groups, lora)
     if lora is not None:
-        adapter_targets(student, lora)
+        adapter_targets(student, lora, stage.train.groups)
 
 
 def _check_budget(stage: StageConfig, data: DataConfig) -> None:

@@ -76,7 +76,13 @@ def build_stage(
         words = processor.tokenizer, teacher_processor.tokenizer
         shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
     alone = [
-        build_objective(o, shared_vocabulary=shared, mamba_layers=mamba_layers(student.config))
+        build_objective(
+            o,
+            shared_vocabulary=shared,
+            mamba_layers=mamba_layers(student.config),
+            head_memory=config.engine.head_memory * 2**20,
+            head_backend=config.engine.head_backend,
+        )
         for o in config.objectives
     ]
     objectives = ask_each(alone, teachers, data)
