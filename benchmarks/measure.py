@@ -40,13 +40,15 @@ def _now() -> float:
 def peak_bytes(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple) -> int:
     """Growth of the peak resident size during `make(*size)()`, in a fresh process.
 
-    Where its inputs are on a GPU, growth of the peak of what tensors take there.
+    Where a GPU is in use, growth of the peak of what tensors take there, in this process.
 
     Args:
         make: importable; builds the inputs and returns what is measured.
         size: its arguments.
         small: arguments for a call before it, so that no library is loaded while measuring.
     """
+    if torch.cuda.is_initialized():
+        return _peak(make, size, small, torch.get_num_threads())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (make, size, small, torch.get_num_threads()))
 
