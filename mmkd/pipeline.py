@@ -28,7 +28,7 @@ from mmkd.errors import CheckpointError
 from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
-from mmkd.progress import console
+from mmkd.progress import console, say
 from mmkd.recipe import (
     EvaluateConfig,
     ModelConfig,
@@ -133,7 +133,7 @@ def train(member: Member, recipe: Recipe) -> None:
     """Run the member's unfinished stages; `recipe` is the whole run's."""
     _tidy(member)
     if _is_trained(member):
-        console.print(f"{member.label}: already trained", highlight=False)
+        say(f"{member.label}: already trained")
         return
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
@@ -186,7 +186,7 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
                 write_folder(member.folder / name, partial(_link, source.folder / name))
         describe(member, recipe)
         names = ", ".join(member.recipe.stages[i].name for i in shared)
-        console.print(f"{member.label}: {names} as in {source.label}", highlight=False)
+        say(f"{member.label}: {names} as in {source.label}")
     distributed.barrier()
 
 
@@ -249,7 +249,7 @@ def _converted(
     if not _is_done(folder) and distributed.rank() == 0:
         report = write_converted(config, folder / "student", seed=member.recipe.seed + index)
         for line in report.lines:
-            console.print(line, highlight=False)
+            say(line)
         describe(member, recipe)
         write_json(
             folder / "done.json",
@@ -341,7 +341,7 @@ def _score(
         results = read_json(twin / "results.json")
         write_json(out / "results.json", {**results, "model": model["model"]})
         write_json(out / "request.json", request)
-        console.print(f"{label}: scores of the same weights as {twin.name}", highlight=False)
+        say(f"{label}: scores of the same weights as {twin.name}")
         return
     console.rule(f"{label}: evaluation")
     score(

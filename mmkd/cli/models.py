@@ -34,7 +34,7 @@ def convert(
     trust_remote_code: bool = False,
 ) -> None:
     """Put Mamba-2 mixers in attention's place, experts in the networks', and write the student."""
-    from mmkd.progress import console
+    from mmkd.progress import say
     from mmkd.recipe import load_student
     from mmkd.students import placement, write_converted
 
@@ -58,10 +58,8 @@ def convert(
     )
     report = write_converted(student, out, seed=seed)
     for line in report.lines:
-        console.print(line, highlight=False)
-    console.print(
-        f"wrote {out}: {report.after:,} parameters, {report.before:,} before", highlight=False
-    )
+        say(line)
+    say(f"wrote {out}: {report.after:,} parameters, {report.before:,} before")
 
 
 @app.command(name="eval")
