@@ -1,8 +1,9 @@
 """One more token after a long context: attention, hybrid and linear students of one model.
 
     python -m benchmarks.decode --json runs/bench/decode.json
+    python -m benchmarks.decode --device cuda --dtype bfloat16 --json ...
 
-A random LLaVA model in float32, batch 1. `dynamic` is the model with transformers' DynamicCache,
+A random LLaVA model, batch 1. `dynamic` is the model with transformers' DynamicCache,
 which copies all keys and values at every token; `teacher` is the same model with mmkd's growing
 buffers, so that the comparison with the students is of layers, not of caches. `hybrid` keeps every
 fourth attention, `linear` none; with fewer key-value heads than heads both also run with one state
@@ -54,7 +55,8 @@ def make_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
         image_token_index=args.vocabulary - 1,
     )
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(config).to(args.device, getattr(torch, args.dtype))
+    return model.eval()
 
 
 def make_decoders(args: argparse.Namespace) -> dict[str, Decoder]:
@@ -67,6 +69,7 @@ def make_decoders(args: argparse.Namespace) -> dict[str, Decoder]:
                 student,
                 MambaConversion(kind="mamba", keep_attention=kept, init="inherit", state=state),
             )
+            student.to(args.device)
             found[name if state == "query" else f"{name}, kv"] = Decoder(student)
     return found
 
@@ -116,6 +119,8 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst", type=int, default=2, help="timed tokens a round")
     parser.add_argument("--threads", type=int, default=1)

@@ -23,11 +23,18 @@ def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> di
     times: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
         for name, call in methods.items():
-            start = time.perf_counter()
+            start = _now()
             call()
             if repeat:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(_now() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _now() -> float:
+    """Seconds, when a GPU in use has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_bytes(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple) -> int:

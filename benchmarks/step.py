@@ -1,8 +1,9 @@
 """Whole training steps: beside a teacher, from its cache, without one, and their floor.
 
     python -m benchmarks.step --json runs/bench/step.json
+    python -m benchmarks.step --device cuda --precision bfloat16 --json ...
 
-The quickstart's mimic stage in float32 on encoded batches (CE + KL + KL over the image tokens).
+The quickstart's mimic stage on encoded batches (CE + KL + KL over the image tokens).
 `floor`: what the models alone take (`mmkd bench` says of what). All in turn in this process,
 medians. The quickstart's student is small; `--student teacher` takes the teacher's own size.
 """
@@ -27,7 +28,7 @@ RECIPE = "configs/quickstart.yaml"
 STUDENTS = {"quickstart": [], "teacher": ["student.convert=[]"]}
 
 
-def recipes(folder: Path, batch: int, student: str, records: int) -> dict[str, Recipe]:
+def recipes(folder: Path, args: argparse.Namespace, records: int) -> dict[str, Recipe]:
     """The stage beside the teacher, from its cache, and with cross-entropy alone, on the first
     records."""
     data = folder / "records.parquet"
@@ -35,10 +36,10 @@ def recipes(folder: Path, batch: int, student: str, records: int) -> dict[str, R
     common = [
         "variants={}",
         f"data.train={data}",
-        f"stages.0.batch={{size: {batch}}}",
-        "stages.0.precision=float32",
-        "stages.0.engine={device: cpu}",
-        *STUDENTS[student],
+        f"stages.0.batch={{size: {args.batch}}}",
+        f"stages.0.precision={args.precision}",
+        f"stages.0.engine={{device: {args.device}}}",
+        *STUDENTS[args.student],
     ]
     cache = ["teacher.source=cache", f"teacher.cache={{folder: {folder / 'cache'}}}"]
     return {
@@ -52,13 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--student", choices=list(STUDENTS), default="quickstart")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = recipes(folder, args.batch, args.student, 8 * args.batch)
+        made = recipes(folder, args, 8 * args.batch)
         build_cache(made["from its cache"])
         calls: dict[str, Callable[[], Any]] = {}
         for label, recipe in made.items():

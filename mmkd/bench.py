@@ -131,11 +131,21 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
         )
     index = 0 if stage_name is None else names.index(stage_name)
     with TemporaryDirectory() as folder:
-        return _bench(*prepare(members(recipe)[0].recipe, index, Path(folder)), recipe.name, steps)
+        made = prepare(members(recipe)[0].recipe, index, Path(folder))
+        return time_stage(*made, recipe.name, steps)
 
 
-def prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrainedModel]:
-    """A stage with its student as it is before any training; `folder` is for what it stores."""
+def prepare(
+    recipe: Recipe, index: int, folder: Path, teacher: tuple[Any, Any] | None = None
+) -> tuple[Stage, PreTrainedModel]:
+    """A stage with its student as it is before any training.
+
+    Args:
+        recipe: whose models and data are taken.
+        index: of the stage.
+        folder: for what the stage stores.
+        teacher: one that is loaded already and its processor; the recipe's if None.
+    """
     config = recipe.stages[index]
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, patience=config.engine.patience)
@@ -145,12 +155,12 @@ def prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrained
     changes = [recipe.student.convert, *(s.convert for s in recipe.stages[: index + 1])]
     for conversions in changes:
         convert(student, conversions)
-    teacher, teacher_processor = load_teacher(recipe, [config])
+    placed, teacher_processor = load_teacher(recipe, [config]) if teacher is None else teacher
     stage = build_stage(
         config,
         student=student,
         processor=processor,
-        teacher=teacher,
+        teacher=placed,
         teacher_processor=teacher_processor,
         data=recipe.stage_data(config),
         folder=folder,
@@ -159,7 +169,8 @@ def prepare(recipe: Recipe, index: int, folder: Path) -> tuple[Stage, PreTrained
     return stage, student
 
 
-def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:
+def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:
+    """Time some steps of what `prepare` made, and its floor after each of them."""
     clock = Clock(stage.engine.device)
     floors: list[dict[str, float]] = []
     teacher = stage.teacher
@@ -168,14 +179,16 @@ def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dic
         stage.teacher = cast(Any, _TimedTeacher(teacher, clock))
     count = steps + WARM_UP
     stream = stage.stream
-    tokens = []
+    tokens, peaks = [], []
     with Bar("bench", count, quiet=distributed.rank() > 0) as bar:
         for number in range(count):
             with clock.part("whole"):
                 with clock.part("data"):
                     batches = stream.batches(number)
+                _reset_peak(stage.engine.device)
                 metrics = stage.step(number + 1, batches)
             clock.close_step()
+            peaks.append(_peak(stage.engine.device))
             tokens.append(metrics["supervised_tokens"])
             if stage.config.engine.kind == "torch":  # else the weights are the engine's
                 floors.append(floor_of(stage, student, teacher, batches))
@@ -198,7 +211,7 @@ def _bench(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dic
         "floor_seconds": bare,
         "without_data_over_floor": (whole - found["data"]) / bare if bare else None,
         "supervised_tokens_per_second": statistics.median(tokens[WARM_UP:]) / whole,
-        "peak_bytes": _peak(stage.engine.device),
+        "peak_bytes": max(peaks),
     }
 
 
@@ -245,8 +258,13 @@ def _bare_teacher(
         hidden @ signals.head_weight.to(hidden.dtype).t()
 
 
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak(device: torch.device) -> int:
-    """Most memory that was in use: the GPU's, or this process's resident size."""
+    """Most memory that a step had in use on a GPU, or this process's resident size so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

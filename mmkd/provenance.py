@@ -25,9 +25,10 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 def collect(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides the run's losses, as JSON."""
     data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
+    program = Path(sys.argv[0]).name
     models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["mmkd" if program == "__main__.py" else program, *sys.argv[1:]],
         "seeds": recipe.seeds or [recipe.seed],
         "versions": {"python": platform.python_version(), **_versions()},
         "git": _git(),

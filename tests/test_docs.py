@@ -14,6 +14,7 @@ from pages import FENCE, ROOT, blocks, pages
 from mmkd.recipe import Recipe, StageConfig, load_recipe
 from scripts import reference
 
+SITE = ("mkdocs", "material", "latex2mathml", "ziamath", "fontTools")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
 STAGE = {"name": "only", "objectives": [{"kind": "ce"}]}
 RECIPE = {
@@ -83,8 +84,8 @@ def test_the_reference_is_what_the_models_say():
 
 
 @pytest.mark.skipif(
-    not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("material")),
-    reason="mkdocs-material is not installed",
+    not all(map(importlib.util.find_spec, SITE)),
+    reason="what builds the site is not installed: make docs",
 )
 def test_the_site_builds_and_fetches_nothing(tmp_path):
     built = subprocess.run(
@@ -95,9 +96,19 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "methods" / "kd.html").read_text()
-    assert "KL(p || q)" in page
+    assert len(re.findall(r"<math [^>]*display=\"block\"", page)) == 1
+    assert len(re.findall(r"<math [^>]*display=\"inline\"", page)) == 6  # in its table
+    assert (tmp_path / "assets" / "math.woff").read_bytes()[:4] == b"wOFF"
     for html in tmp_path.rglob("*.html"):
-        fetched = re.findall(
-            r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)', html.read_text()
-        )
+        text = html.read_text()
+        fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)', text)
         assert not fetched, html
+        assert "$<" not in text, f"{html}: an equation within a line was not seen"
+
+
+def test_an_equation_that_browsers_would_show_wrong():
+    site_hooks = pytest.importorskip("scripts.site_hooks")
+    with pytest.raises(ValueError, match=r"\\nosuch in an equation"):
+        site_hooks.mathml(r"\nosuch{a}", "inline")
+    bars = site_hooks.mathml(r"|x|", "inline")
+    assert bars.count('<mo stretchy="false" lspace="0" rspace="0">') == 2

@@ -60,6 +60,7 @@ def test_metadata(hub_run, tmp_path):
     card_of(hub_run, seed=1).save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == [START, TEACHER]
+    assert data.base_model_relation == "finetune"  # of two, not their merge
     assert data.license == "mit"
     assert data.datasets == ["me/pictures"]
     assert data.language == ["en"]
@@ -85,11 +86,12 @@ def test_metadata(hub_run, tmp_path):
 def test_teacher_and_student_stand_side_by_side_with_the_spread_over_seeds(hub_run):
     card = card_of(hub_run, seed=1)
     head, *_ = lines_with(card, "this student")
-    assert head == "| | teacher | this student | 3 seeds | majority answer |"
+    assert head == "| task | score | teacher | this student | 3 seeds | majority answer |"
     (vqa,) = lines_with(card, "VQA all kinds")
-    assert vqa == "| VQA all kinds % | 90.0 | 74.0 | 72.0 ± 2.0 | 40.0 |"
+    assert vqa == "| `scenes_vqa` | VQA all kinds % | 90.0 | 74.0 | 72.0 ± 2.0 | 40.0 |"
     (chair,) = lines_with(card, "CHAIR-i")
-    assert chair == "| Caption CHAIR-i % (lower is better) | 10.0 | 26.0 | 28.0 ± 2.0 | – |"
+    shown = "Caption CHAIR-i % (lower is better)"
+    assert chair == f"| `scenes_caption` | {shown} | 10.0 | 26.0 | 28.0 ± 2.0 | – |"
     assert "trained 3 times" in card.text
     assert "One seed" not in card.text
 
@@ -122,6 +124,54 @@ def test_adapters_token_batches_and_a_student_that_teaches_itself(hub_run, tmp_p
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def test_several_teachers(hub_run):
+    other, third = "Qwen/Qwen2.5-VL-72B-Instruct", "artifacts/ocr"
+
+    def edit(recipe):
+        recipe["teacher"]["name"] = "chat"
+        recipe["more_teachers"] = [{"model": other, "name": "large"}, {"model": third, "name": "b"}]
+
+    change(hub_run / "kd-seed0" / "training.yaml", edit)
+    change(hub_run / "provenance.json", lambda found: found["models"].update({other: "Hub"}))
+    card = card_of(hub_run)
+    assert card.data.base_model == [START, TEACHER, other]
+    (row,) = lines_with(card, "| teachers |")
+    chat, large = (f"[{name}](https://huggingface.co/{name})" for name in (TEACHER, other))
+    assert row == f"| teachers | chat: {chat}; large: {large}; b: a local model |"
+    assert "distilled from 3 teachers" in card.text
+    change(
+        hub_run / "kd-seed0" / "training.yaml",
+        lambda recipe: recipe["student"].update(model=other),
+    )
+    assert lines_with(card_of(hub_run), "| starts from | the teacher large itself |")
+
+
+def test_data_sets_of_the_hub_are_told(hub_run):
+    def edit(recipe):
+        sources = [{"train": "hub:me/chat", "subset": "a"}, {"train": "hub:you/ocr", "name": "ocr"}]
+        recipe["data"] = {"sources": sources}
+        recipe["stages"][0]["data"] = {"sources": [*sources, {"train": "/data/own.json"}]}
+
+    change(hub_run / "kd-seed0" / "training.yaml", edit)
+    card = card_of(hub_run)
+    assert card.data.datasets == ["me/chat", "you/ocr", "me/pictures"]
+    assert "| me/chat, ocr, own.json |" in lines_with(card, "| mimic |")[0]
+    assert (
+        len(lines_with(card, "| data | [me/chat](https://huggingface.co/datasets/me/chat), ")) == 1
+    )
+
+
+def test_a_license_without_a_name_on_the_hub(hub_run, tmp_path):
+    link = "https://example.org/LICENSE"
+    words = ["license=other", "license_name=qwen-research", f"license_link={link}"]
+    release(hub_run, repo="me/student", overrides=words, out=tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "qwen-research")
+    assert card.data.license_link == link
+    assert lines_with(card, f"| license | [qwen-research]({link}) |")
+    assert f"Weights: qwen-research ({link})." in (tmp_path / "out" / "LICENSE").read_text()
+
+
 def test_a_student_without_a_teacher_has_none(hub_run):
     card = card_of(hub_run, "ce")
     assert card.data.base_model == [START]
@@ -147,13 +197,14 @@ def test_what_was_not_recorded_is_no_hub_model(run_dir):
 def test_a_run_without_scores(hub_run):
     shutil.rmtree(hub_run / "evaluation")
     card = card_of(hub_run)
-    assert "model-index" not in card.data.to_dict()
+    assert not card.data.to_dict().keys() & {"model-index", "model_name"}
     assert "no scores of this student" in card.text
 
 
 def test_limits_are_told(hub_run):
     path = hub_run / "evaluation" / "kd-seed0" / "results.json"
-    put(path, json.dumps(results(0.7, 1_000_000, limit=50)))
+    local = {"data": {"scenes_vqa": ["/home/alice/vqa.parquet"]}}
+    put(path, json.dumps(results(0.7, 1_000_000, limit=50) | local))
     for other in ("kd-seed1", "kd-seed2"):
         shutil.rmtree(hub_run / "evaluation" / other)
     teacher = hub_run / "evaluation" / "teacher" / "results.json"
@@ -161,6 +212,8 @@ def test_limits_are_told(hub_run):
     card = card_of(hub_run)  # the teacher alone was scored on another task
     assert "the first 50 questions of each task only" in card.text
     assert "One seed" in card.text
+    assert lines_with(card, "- Scored on local files in place of the Hub's data: `scenes_vqa`.")
+    assert "alice" not in str(card)
     assert all(r.dataset_args == {"limit": 50} for r in card.data.eval_results)
 
 
@@ -176,6 +229,7 @@ def test_a_name_cannot_break_the_tables(hub_run):
 def test_without_a_repository_the_card_bears_the_run_s_name(hub_run):
     card = card_of(hub_run, settings=ReleaseConfig())
     assert card.data.model_name == "study"
+    assert card.text.startswith("\n# study\n")
     assert "license" not in card.data.to_dict()
     assert "not stated" in card.text
 
@@ -185,12 +239,14 @@ def test_papers_of_the_methods(hub_run):
         yaml.safe_load((hub_run / "kd-seed0" / "training.yaml").read_text()),
         [
             "student.convert=[{kind: mamba, layers: [0]}, {kind: moe}]",
-            "stages.0.objectives=[{kind: jsd}, {kind: preference, loss: kto_pair}, {kind: ce}]",
+            "stages.0.objectives=[{kind: jsd}, {kind: preference, loss: kto_pair}, {kind: ce}, "
+            "{kind: alm}, {kind: uld}, {kind: kl}, {kind: kl, name: v, region: vision}]",
             "stages.0.on_policy={lmbda: 0.5}",
         ],
     )
     names = [paper.name for paper in papers(recipe)]
-    assert names == ["Mamba-2", "mmMamba", "Komatsuzaki et al.", "GKD", "LLaVA-MoD", "KTO"]
+    assert names == ["Mamba-2", "mmMamba", "Komatsuzaki et al.", "GKD", "LLaVA-MoD", "KTO",
+                     "ALM", "ULD", "knowledge distillation", "LLaVA-KD"]  # fmt: skip
 
 
 SCRUBBED = [
@@ -205,8 +261,17 @@ SCRUBBED = [
     ("data/llava_665k.json", "data/llava_665k.json"),
     ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
     ("https://example.org/a/b", "https://example.org/a/b"),
+    ("x=https://alice:secret@example.org/a", "x=https://example.org/a"),
+    ("file:///home/alice/my data/x.json", "x.json"),
+    ("data={train: 'file:/home/alice/x.json'}", "data={train: 'x.json'}"),
+    (
+        "data={train: '/home/alice/my data/x.json', images: \"~/my data\"}",
+        "data={train: 'x.json', images: \"my data\"}",
+    ),
+    (r"\\server\alice\x.json", "x.json"),
     ("answers and/or 1 / 2 ...", "answers and/or 1 / 2 ..."),
     (f"token={TOKEN}", "token=hf_..."),
+    (f"token={TOKEN.replace('hf', 'api_org')}", "token=api_org_..."),
 ]
 
 
@@ -273,7 +338,11 @@ WRONG = [
      "kd-seed0 is not finished: stage mimic -- run its recipe again"),
     ({}, spoil_student, CheckpointError, "the student of stage 01-mimic is gone"),
     ({}, lambda run: (run / "recipe.yaml").unlink(), CheckpointError, "not a run"),
-    ({"repo": "student"}, None, RecipeError, "release: repo: .*'student'"),
+    ({"repo": "student"}, None, RecipeError, "release: repo: got 'student' -- .* its owner"),
+    ({"repo": "me/.."}, None, RecipeError, r"release: repo: got 'me/\.\.' -- .*start or end with"),
+    ({"repo": "me/a--b"}, None, RecipeError, r"release: repo: got 'me/a--b' -- Cannot have --"),
+    ({"overrides": ["license_name=mine"]}, None, RecipeError,
+     "'license_name' is of 'license: other' -- set that"),
     ({"overrides": ["licence=mit"]}, None, RecipeError, "unknown key -- did you mean 'license'"),
     ({"out": Path("/")}, None, CheckpointError, "it is there already -- name a new folder"),
 ]  # fmt: skip

@@ -52,7 +52,10 @@ def trained(scenes_dir, tiny_model_dir, tmp_path_factory):
             stage={"steps": 2},
             student={"model": str(tiny_model_dir), "convert": STUDENTS[name]},
             release={"repo": REPO, "license": "mit"},
-        )
+            evaluate={
+                "tasks": ["scenes_pope"], "include": str(scenes_dir / "tasks"), "batch_size": 1
+            },
+        )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(write, "SHARD_SIZE", "100KB")
             return pipeline.run(load_recipe(raw))
@@ -122,6 +125,28 @@ print([m for m in sys.modules if m.split(".")[0] in ("mmkd", "mmkd_models") and 
 """
 
 
+ALL_QUESTIONS = """
+import io
+import pyarrow.parquet
+from PIL import Image
+
+output = []
+for asked in pyarrow.parquet.read_table(sys.argv[2]).to_pylist():
+    content[0] = {"type": "image", "image": Image.open(io.BytesIO(asked["image"]["bytes"]))}
+    content[1]["text"] = asked["question"]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    said = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    output.append(processor.decode(said, skip_special_tokens=True))
+print(json.dumps(output))
+"""
+
+
 def answer_of(student, picture):
     """The tokens that the student says to the card's question, with mmkd."""
     processor, model = load_pretrained_processor(str(student)), load_pretrained(str(student))
@@ -148,6 +173,9 @@ def test_what_arrives_says_the_same_without_mmkd(student, trained, hub, tmp_path
     got = hub.download(REPO, tmp_path / "downloaded")
     assert contents(got) == contents(run / "release" / "student")
     assert len(list(got.glob("model-*.safetensors"))) > 1
+    settings = json.loads((got / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [1, 2]  # the tokenizer's, which the model knew nothing of
+    assert settings["pad_token_id"] == 0
     needs_code = student != "dense"
     assert bool(list(got.glob("*.py"))) == needs_code
     lines = re.search(r"```python\n(.*?)```", (got / "README.md").read_text(), re.S)[1]
@@ -164,6 +192,25 @@ def test_what_arrives_says_the_same_without_mmkd(student, trained, hub, tmp_path
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
     *_, said, modules = families.run_alone(ALONE, tmp_path, script, **online).splitlines()
     assert (json.loads(said), modules) == (want, "[]")
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_it_answers_every_question_as_it_was_scored(
+    student, trained, scenes_dir, tmp_path, picture
+):
+    """Where mmkd cannot be imported; alike answers are alike scores."""
+    run, out = trained(student), tmp_path / "released"
+    release(run, out=out)
+    script = tmp_path / "use.py"
+    lines = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1]
+    script.write_text(lines.replace(f'"{REPO}"', repr(str(out))))
+    questions = scenes_dir / "eval" / "pope.parquet"
+    said = families.run_alone(ALONE + ALL_QUESTIONS, tmp_path, script, questions)
+    samples = run / "evaluation" / "student" / "samples" / "scenes_pope.jsonl"
+    scored = [json.loads(line)["prediction"] for line in samples.read_text().splitlines()]
+    assert len(scored) > 30
+    assert len(set(scored)) > 10
+    assert json.loads(said.splitlines()[-1]) == scored
 
 
 def test_an_unwell_hub_is_asked_again(folder, hub, waits, capsys):

@@ -264,6 +264,12 @@ def test_the_summary_needs_no_scores(run_dir: Path) -> None:
     run.results.clear()
     text = " ".join(summary(run, build_tables(run)))
     assert "2 students of 250 parameters. The teacher is artifacts/teacher." in text
+    run.recipe["more_teachers"] = [{"model": "artifacts/ocr"}]
+    (text, *_) = summary(run, build_tables(run))
+    assert text.endswith("The teacher is artifacts/teacher. Further teachers: artifacts/ocr.")
+    run.recipe.update(teacher={"source": "self"}, more_teachers=[])
+    (text, *_) = summary(run, build_tables(run))
+    assert text.endswith("The teacher is the student before each stage.")
     assert render(run, build_tables(run)).startswith("<!doctype html>")
 
 

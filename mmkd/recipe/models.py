@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import nearest
 from mmkd.recipe.base import BOTH, Strict
@@ -137,14 +139,38 @@ ReportTo = Annotated[
 class ReleaseConfig(Strict):
     """How `mmkd release` publishes a finished student on the Hub."""
 
-    repo: str | None = Field(
-        None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hub, such as me/student"
-    )
+    repo: str | None = Field(None, description="repository on the Hub, such as me/student")
     private: bool = Field(False, description="private; false leaves it to the Hub's own default")
-    license: str | None = Field(None, description="the Hub's name for it, such as apache-2.0")
+    license: str | None = Field(
+        None, description="the Hub's name for it, such as apache-2.0, or other"
+    )
+    license_name: str | None = Field(
+        None, description="of a license that the Hub calls other, such as qwen-research"
+    )
+    license_link: str | None = Field(None, description="where that license can be read")
     datasets: list[str] = Field([], description="Hub ids of the data that it was trained on")
     language: list[str] = Field([], description="ISO 639 codes, such as en")
     tags: list[str] = Field([], description="tags beside mmkd and distillation")
+
+    @model_validator(mode="after")
+    def _other_license(self) -> "ReleaseConfig":
+        told = [k for k in ("license_name", "license_link") if getattr(self, k) is not None]
+        if told and self.license != "other":
+            raise ValueError(f"{told[0]!r} is of 'license: other' -- set that, or leave it out")
+        return self
+
+    @field_validator("repo")
+    @classmethod
+    def _names_a_repository(cls, repo: str | None) -> str | None:
+        if repo is None:
+            return None
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise ValueError(f"got {repo!r} -- {error}") from error
+        if "/" not in repo:
+            raise ValueError(f"got {repo!r} -- write it with its owner, such as me/student")
+        return repo
 
 
 class Recipe(Strict):

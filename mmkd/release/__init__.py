@@ -51,6 +51,8 @@ def release(
         raise CheckpointError("it is there already", where=str(out), mend="name a new folder")
     if out is None and not dry_run:
         require_access(str(settings.repo))
+    if settings.license is None:
+        say("no license is given: add license=apache-2.0, or what models and data ask for")
     card = make_card(source, settings)
     files = release_files(source, settings, card)
     if dry_run:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mmkd.recipe import ModelConfig, ReleaseConfig, StageConfig, TeacherConfig
+from mmkd.recipe import HUB, ModelConfig, ReleaseConfig, SourceConfig, StageConfig, TeacherConfig
 from mmkd.release.papers import papers
 from mmkd.release.scrub import file_name
 from mmkd.release.source import Source
@@ -43,15 +43,17 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=cell, compact=compact, heading=heading)
+    environment.filters.update(cell=cell, compact=compact, heading=heading, task=task)
     text = environment.get_template("card.md").render(
         title=title(source, settings),
         address=settings.repo or "path/to/this/folder",
         settings=settings,
+        license=license_text(settings),
+        datasets=datasets(source, settings),
         source=source,
         parameters=parameters,
         size=size,
-        teacher=model_text(source, source.recipe.teacher),
+        teacher=teacher_text(source),
         start=start_text(source),
         stages=stage_rows(source),
         changes=[line.strip() for line in source.member.changes],
@@ -62,6 +64,7 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         versions=source.run.provenance.get("versions", {}),
         seeds=len(scored_seeds(source)),
         drawn=any(c.key[0].startswith("scenes_") for c in table.columns),
+        local=sorted((source.results or {}).get("data", {})),
     )  # fmt: skip
     return ModelCard(f"---\n{metadata(source, settings).to_yaml()}\n---\n\n{text}")
 
@@ -73,24 +76,46 @@ def title(source: Source, settings: ReleaseConfig) -> str:
 
 def metadata(source: Source, settings: ReleaseConfig) -> ModelCardData:
     """What the Hub reads of the card."""
+    bases, results = base_models(source), evaluation_results(source)
+    # Left out, the Hub would take several for the parts of a merge.
+    relation: Any = {"base_model_relation": "finetune"} if bases else {}
     return ModelCardData(
-        base_model=base_models(source) or None,
-        datasets=settings.datasets or None,
+        **relation,
+        base_model=bases or None,
+        datasets=datasets(source, settings) or None,
         language=settings.language or None,
         license=settings.license,
+        license_name=settings.license_name,
+        license_link=settings.license_link,
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["mmkd", *(["distillation"] if source.taught else []), *settings.tags],
-        model_name=title(source, settings),
-        eval_results=evaluation_results(source) or None,
+        model_name=title(source, settings) if results else None,  # of the model-index
+        eval_results=results or None,
     )
 
 
 def base_models(source: Source) -> list[str]:
-    """Hub ids of the models that the student comes from: its start, and its teacher."""
-    teacher = source.recipe.teacher if source.taught else None
-    names = [config.model for config in (source.recipe.student, teacher) if config]
+    """Hub ids of the models that the student comes from: its start, and its teachers."""
+    teachers = source.recipe.teachers if source.taught else []
+    names = [config.model for config in (source.recipe.student, *teachers)]
     return list(dict.fromkeys(name for name in names if name and source.on_hub(name)))
+
+
+def datasets(source: Source, settings: ReleaseConfig) -> list[str]:
+    """Hub ids of the data: those that the recipe reads, and those that `settings` name."""
+    recipe = source.recipe
+    parts = [part for stage in recipe.stages for part in recipe.stage_data(stage).parts]
+    read = [part.train.removeprefix(HUB) for part in parts if part.train.startswith(HUB)]
+    return list(dict.fromkeys([*read, *settings.datasets]))
+
+
+def license_text(settings: ReleaseConfig) -> str:
+    """The license's name, as a link where `settings` have one."""
+    name = settings.license_name or settings.license
+    if name is None:
+        return "not stated; those of the models above and of the data still hold"
+    return f"[{name}]({settings.license_link})" if settings.license_link else name
 
 
 def evaluation_results(source: Source) -> list[EvalResult]:
@@ -143,15 +168,19 @@ def stage_rows(source: Source) -> list[StageRow]:
                 name=stage.name,
                 objectives=_objectives(stage),
                 train=stage.train.words,
-                data=", ".join(
-                    file_name(p.name or p.train) for p in source.recipe.stage_data(stage).parts
-                ),
+                data=", ".join(map(_data_name, source.recipe.stage_data(stage).parts)),
                 steps=log.steps or 0,
                 records=stage.batch.records_per_step(processes),
                 lr=stage.optimizer.lr,
             )
         )
     return rows
+
+
+def _data_name(part: SourceConfig) -> str:
+    """A source's name: its own, the Hub's, or its file's without the path."""
+    on_hub = part.name is None and part.train.startswith(HUB)
+    return part.train.removeprefix(HUB) if on_hub else file_name(part.name or part.train)
 
 
 def _objectives(stage: StageConfig) -> str:
@@ -176,18 +205,32 @@ def model_text(source: Source, config: ModelConfig | None) -> str:
     return f"[{config.model}](https://huggingface.co/{config.model})"
 
 
+def teacher_text(source: Source) -> str:
+    """What taught the student, several teachers by their names too."""
+    teachers = source.recipe.teachers if source.taught else []
+    if len(teachers) < 2:
+        return model_text(source, teachers[0] if teachers else None)
+    return "; ".join(f"{t.name}: {model_text(source, t)}" for t in teachers)
+
+
 def start_text(source: Source) -> str:
     """What the student was before it was converted and trained."""
-    student, teacher = source.recipe.student, source.recipe.teacher
-    if source.taught and teacher is not None and student.model and student.model == teacher.model:
-        return "the teacher itself"
-    return model_text(source, student)
+    student, teachers = source.recipe.student, source.recipe.teachers if source.taught else []
+    same = [t.name for t in teachers if student.model and student.model == t.model]
+    if not same:
+        return model_text(source, student)
+    return "the teacher itself" if len(teachers) == 1 else f"the teacher {same[0]} itself"
 
 
 def cell(value: Any) -> str:
     """Text that stays within its cell of a Markdown table, and is no HTML."""
     text = " ".join(str(value).split())
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def task(column: Column) -> str:
+    """lmms-eval's name of what was asked; empty for costs."""
+    return f"`{column.key[0]}`" if column.key[0] != COST else ""
 
 
 def heading(column: Column) -> str:

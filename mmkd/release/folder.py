@@ -39,10 +39,11 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
 
 def license_note(settings: ReleaseConfig, code: bool) -> str:
     """Which license is whose; with the code's own where code is among the files."""
-    weights = settings.license or "not stated by who released them"
+    weights = settings.license_name or settings.license or "not stated by who released them"
+    link = f" ({settings.license_link})" if settings.license_link else ""
     note = (
-        f"Weights: {weights}. The licenses of the models and of the data that they were made\n"
-        "from still hold.\n"
+        f"Weights: {weights}{link}.\n"
+        "The licenses of the models and of the data that they were made from still hold.\n"
     )
     if code:
         note += "\nPython files: mmkd, under the license below.\n\n"

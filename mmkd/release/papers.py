@@ -24,11 +24,14 @@ DORA = Paper("DoRA", "2402.09353")
 UPCYCLING = Paper("Komatsuzaki et al.", "2212.05055")
 
 _OBJECTIVES = {
+    "kl": [Paper("knowledge distillation", "1503.02531")],
     "reverse_kl": [Paper("MiniLLM", "2306.08543")],
     "jsd": [GKD],
     "skew_kl": [DISTILLM],
     "skew_reverse_kl": [DISTILLM],
     "tvd": [Paper("total variation", "2307.15190")],
+    "alm": [Paper("ALM", "2503.20083")],
+    "uld": [Paper("ULD", "2402.12030")],
     "relation": [LLAVA_KD],
     "minilm": [Paper("MiniLMv2", "2012.15828")],
     "affinity": [Paper("TinyCLIP", "2309.12314")],

@@ -4,10 +4,12 @@ import re
 from pathlib import PureWindowsPath
 from typing import Any
 
-_START = r"(?:~[\w.-]*[\\/]|\.\.[\\/]|/(?![/\s]|$)|[A-Za-z]:[\\/])"
+_START = r"(?:file:/+|~[\w.-]*[\\/]|\.\.[\\/]|/(?![/\s]|$)|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(_START)
+_QUOTED = re.compile(rf"(?<=')({_START}[^']*)(?=')|(?<=\")({_START}[^\"]*)(?=\")")
 _WITHIN = re.compile(rf"(?<![\w:/.~\\-]){_START}[^\s'\",;=\[\]{{}}()]*")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}")
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")  # name:password@ of an address
 
 
 def scrub(value: Any) -> Any:
@@ -29,10 +31,11 @@ def file_name(path: str) -> str:
 
 
 def _text(text: str) -> str:
-    text = _TOKEN.sub("hf_...", text)
+    text = _LOGIN.sub("", _TOKEN.sub(r"\1...", text))
     key, equals, value = text.rpartition("=")
     if _WHOLE.match(value):  # whole, as a path may have spaces
         return key + equals + file_name(value)
+    text = _QUOTED.sub(lambda found: file_name(found[0]), text)  # may have spaces, too
     return _WITHIN.sub(lambda found: file_name(found[0]), text)
 
 

@@ -77,7 +77,11 @@ def _parameters(row: Row | None) -> float | None:
 def _models(run: Run, tables: Tables) -> str:
     teacher, student = _row(tables, "teacher"), _row(tables, "student")
     large, small = _parameters(teacher), _parameters(student)
-    source = (run.recipe.get("teacher") or {}).get("model")
+    teachers = [run.recipe.get("teacher") or {}, *run.recipe.get("more_teachers", [])]
+    own = "the student before each stage"
+    sources = [own if t.get("source") == "self" else t.get("model") for t in teachers]
+    source, *further = [s for s in sources if s] or [None]
+    others = f" Further teachers: {', '.join(further)}." if further else ""
     count = "one student" if len(run.groups) == 1 else f"{len(run.groups)} students"
     size = f" of {compact(small)} parameters" if small else ""
     sizes = {_parameters(r) for r in tables.main.rows if r.role == "student"}
@@ -85,8 +89,10 @@ def _models(run: Run, tables: Tables) -> str:
         size = f", the first{size}"
     if large and small:
         times = f", {_compared(large / small)}" if len(sizes) == 1 else ""
-        return f"A teacher of {compact(large)} parameters ({source}) and {count}{size}{times}."
-    taught = f" The teacher is {source}." if source else " No teacher."
+        return (
+            f"A teacher of {compact(large)} parameters ({source}) and {count}{size}{times}.{others}"
+        )
+    taught = f" The teacher is {source}.{others}" if source else " No teacher."
     return f"{count.capitalize()}{size}.{taught}"
 
 

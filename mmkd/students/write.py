@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from mmkd.adapters import merged, save_adapters
 from mmkd.files import write_folder
@@ -25,6 +25,8 @@ def write_student(
 ) -> None:
     """Config, safetensors and processor, and a converted student's code; whole or not there.
 
+    Answers end where the tokenizer's do: a model made from a config may know another end token.
+
     Args:
         student: adapters become part of the layers that have them.
         processor: the student's.
@@ -33,6 +35,7 @@ def write_student(
         lora: what its adapters are; its `adapter` folder keeps them if that says so.
     """
     whole = weights if lora is None else merged(student, weights)
+    _end_answers(student.generation_config, processor.tokenizer)
 
     def write(partial: Path) -> None:
         student.save_pretrained(partial, state_dict=whole, max_shard_size=SHARD_SIZE)
@@ -41,6 +44,17 @@ def write_student(
             save_adapters(student, lora, weights, partial / ADAPTER)
 
     write_folder(folder, write)
+
+
+def _end_answers(settings: GenerationConfig | None, tokenizer: Any) -> None:
+    if settings is None:
+        return
+    known = settings.eos_token_id
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    if ends:
+        settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
 
 
 def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> ConversionReport:
