@@ -13,7 +13,7 @@ from mmkd.data.check import Findings, Look, check_source
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
-from mmkd.errors import RecipeError
+from mmkd.errors import DataError, RecipeError
 from mmkd.loading import load_processor
 from mmkd.progress import console
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
@@ -36,9 +36,9 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
         What was found, as JSON.
 
     Raises:
-        MmkdError: something cannot be read at all.
+        MmkdError: the recipe, its student's processor or a single source cannot be read at all.
     """
-    recipe = None
+    recipe = processor = None
     if Path(target).suffix in RECIPES:
         if images is not None:
             raise RecipeError(
@@ -47,20 +47,30 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
                 mend="leave --images out",
             )
         recipe = load_recipe(target)
+        processor = load_processor(recipe.student)
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
     started = time.perf_counter()
-    found = [check_source(source, look, workers) for source in sources]
+    found: list[Findings] = []
+    unreadable: list[DataError] = []
+    for source in sources:
+        try:
+            found.append(check_source(source, look, workers))
+        except DataError as error:
+            if len(sources) == 1:
+                raise
+            unreadable.append(error)
     seconds = time.perf_counter() - started
     bad = sum(f.bad for f in found)
     return {
         "target": target,
-        "good": bad == 0,
+        "good": bad == 0 and not unreadable,
+        "unreadable": [str(error) for error in unreadable],
         "records": sum(f.records for f in found),
         "pictures": sum(f.pictures for f in found),
         "bad": bad,
         "seconds": round(seconds, 3),
         "sources": [_as_json(f) for f in found],
-        "tokens": list(_tokens(recipe)) if recipe else [],
+        "tokens": list(_tokens(recipe, processor)) if recipe and not unreadable else [],
     }
 
 
@@ -100,12 +110,12 @@ def _as_json(found: Findings) -> dict[str, Any]:
     }
 
 
-def _tokens(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _tokens(recipe: Recipe, processor: Any) -> Iterator[dict[str, Any]]:
     """How long some records of each data set are, before they are cut at `max_length`."""
-    processor = load_processor(recipe.student)
     for data in _data(recipe):
         records = Records(data)
-        encoder = Encoder(records, processor, data.model_copy(update={"max_length": UNCUT}))
+        whole = data.model_copy(update={"max_length": UNCUT, "on_bad_sample": "stop"})
+        encoder = Encoder(records, processor, whole)
         members = Mixture(records, recipe.seed).members(epoch=0).tolist()
         count = min(SAMPLED, len(members))
         found = (encoder.length(members[i * len(members) // count]) for i in range(count))
@@ -139,9 +149,13 @@ def print_check(found: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for message in found["unreadable"]:
+        console.print(escape(message), highlight=False, soft_wrap=True)
     rate = found["records"] / max(found["seconds"], 1e-9)
     bad, records = found["bad"], found["records"]
     said = f"{bad:,} bad ({_percent(bad / records)})" if bad else "all good"
+    if found["unreadable"]:
+        said += f"; {len(found['unreadable'])} of the sources cannot be read"
     console.print(
         f"{records:,} records, {found['pictures']:,} pictures, {found['seconds']:.1f} s "
         f"({rate:,.0f} records a second): {said}",

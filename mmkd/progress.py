@@ -75,9 +75,9 @@ class Bar:
         say(f"{self.name} {self.done}/{self.total}, eta {eta}  {note}".rstrip())
 
 
-def track(rows: Iterable[Any], name: str, total: int) -> Iterator[Any]:
+def track(rows: Iterable[Any], name: str, total: int, *, quiet: bool = False) -> Iterator[Any]:
     """Iterate with a bar."""
-    with Bar(name, total) as bar:
+    with Bar(name, total, quiet=quiet) as bar:
         for row in rows:
             yield row
             bar.advance()

@@ -1,15 +1,19 @@
 """Records, images, chat masks and batches."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image, ImageFile
 from processors import END, FAMILIES
+from transformers import CLIPImageProcessorPil
 from written_records import TURNS, conversations, records
 
+from mmkd.data import records as records_module
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import load_image
-from mmkd.data.labels import grid_words
+from mmkd.data.labels import grid_words, view
 from mmkd.data.processing import Processing
 from mmkd.data.records import Records
 from mmkd.data.schema import GroundedObject
@@ -143,6 +147,87 @@ def test_a_template_that_rewrites_history_is_refused():
         processor.chat_template = template
 
 
+def test_turns_that_a_template_refuses_are_a_bad_record(folder):
+    """As Gemma's does two questions in a row."""
+    processor = copy.copy(FAMILIES["llava"]())
+    processor.chat_template = (
+        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
+        "{{ raise_exception('Roles must alternate!\\n') }}{% endif %}{% endfor %}"
+    ) + processor.chat_template
+    two = [("human", "what?"), ("human", "two ?"), ("gpt", "two cats")]
+    rows = [{"id": "twice", "conversations": conversations(two)},
+            {"id": "good", "conversations": conversations(two[1:])}]  # fmt: skip
+    data = records(folder, rows)
+    for encode in (lambda e: e.encode([0]), lambda e: e.encode([1, 0])):
+        with pytest.raises(DataError, match=r"0 \(id twice\): the chat template refuses it: Roles"):
+            encode(Encoder(data, processor, DataConfig(train="-")))
+    skipping = Encoder(data, processor, DataConfig(train="-", on_bad_sample="skip"))
+    assert skipping.encode([0, 1]).ids == ["good", "good"]
+    assert skipping.length(0) == skipping.length(1) > 0
+
+
+def test_what_a_processor_refuses_is_named_and_can_be_skipped(folder):
+    """Qwen's refuses pictures 200 times as wide as high; no look at the record alone tells."""
+    Image.new("RGB", (900, 3)).save(folder / "wide.png")
+    rows = [
+        {"id": name, "image": image, "conversations": conversations(TURNS)}
+        for name, image in (("a", "red.png"), ("wide", "wide.png"), ("b", "red.png"))
+    ]
+    data, processor = records(folder, rows), FAMILIES["qwen"]()
+    stopping = Encoder(data, processor, DataConfig(train="-"))
+    with pytest.raises(
+        DataError, match=r"record 1 \(id wide\): the processor refuses it: absolute"
+    ):
+        stopping.encode([0, 1, 2])
+    assert stopping.length(1) == 0
+    for pack in (None, 200):
+        config = DataConfig(train="-", on_bad_sample="skip")
+        skipping = Encoder(data, processor, config, pack=pack)
+        batch = skipping.encode([0, 1, 2])
+        assert [len(batch.ids), "wide" in batch.ids] == [3, False]
+        assert len(batch.skipped) == 1
+        assert "record 1 (id wide): the processor refuses it" in batch.skipped[0]
+        assert skipping.length(1) == stopping.length(0)
+
+
+def test_pictures_longer_than_a_sequence_can_be_skipped(folder):
+    rows = [{"id": str(n), "images": ["red.png"] * n,
+             "conversations": conversations([("human", "<image>" * n + "?"), ("gpt", "two cats")])}
+            for n in (1, 4, 1)]  # fmt: skip
+    config = DataConfig(train="-", max_length=50, on_bad_sample="skip")
+    batch = Encoder(records(folder, rows), FAMILIES["llava"](), config).encode([0, 1, 2])
+    assert batch.ids == ["1", "1", "1"]
+    assert ["its images alone pass max_length 50" in s for s in batch.skipped] == [True]
+
+
+def test_a_record_that_the_teachers_processor_refuses_is_read_by_neither(folder):
+    """Else the two models would see different records side by side."""
+    Image.new("RGB", (900, 3)).save(folder / "wide.png")
+    rows = [
+        {"id": name, "image": image, "conversations": conversations(TURNS)}
+        for name, image in (("a", "red.png"), ("wide", "wide.png"), ("b", "red.png"))
+    ]
+    config = DataConfig(train="-", on_bad_sample="skip")
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config,
+                      teacher_processor=FAMILIES["qwen"](), chunks=True, aligned=False)  # fmt: skip
+    batch = encoder.encode([0, 1, 2])
+    assert batch.indices == batch.teacher.indices
+    assert 1 not in batch.indices
+    assert ["id wide" in s for s in batch.skipped] == [True]
+
+
+def test_looking_for_another_record_ends(folder, monkeypatch):
+    rows = [{"id": str(i), "image": "broken.png", "conversations": conversations(TURNS)}
+            for i in range(20)]  # fmt: skip
+    config = DataConfig(train="-", on_bad_sample="skip")
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config)
+    with pytest.raises(DataError, match=r"every record is bad, the last one: broken\.png is not"):
+        encoder.encode([0])
+    monkeypatch.setattr(records_module, "MOST_TRIED", 5)
+    with pytest.raises(DataError, match="5 records in a row are bad, the last one: broken"):
+        encoder.encode([0])
+
+
 BAD = {
     "no response": (
         {"image": "red.png", "conversations": conversations(TURNS[:1])},
@@ -270,11 +355,45 @@ def test_a_filler_is_for_batches_without_pictures(folder):
 
 def test_grid_words_take_the_smallest_box_at_each_centre():
     objects = (GroundedObject("big", (0, 0, 8, 8)), GroundedObject("small", (4, 0, 8, 4)))
-    assert grid_words(objects, (16, 16), 4) == [
+    assert grid_words(objects, (0, 0, 16, 16), 4) == [
         *["big", "small", None, None],
         *["big", "big", None, None],
         *[None] * 8,
     ]
+
+
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (64, 64), (33, 47)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"height": 48, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+        {"do_resize": False, "crop_size": {"height": 64, "width": 32}},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+    ],
+)
+def test_grid_words_are_of_what_a_crop_leaves(size, settings):
+    """A picture of stripes, each an object: the word of a cell is the colour that stands there."""
+    processor = CLIPImageProcessorPil(resample=0, do_normalize=False, do_rescale=False, **settings)
+    picture, objects = Image.new("RGB", size), []
+    for i in range(16):
+        left, right = round(i * size[0] / 16), round((i + 1) * size[0] / 16)
+        for j in range(16):
+            top, bottom = round(j * size[1] / 16), round((j + 1) * size[1] / 16)
+            picture.paste((10 + 15 * i, 10 + 15 * j, 0), (left, top, right, bottom))
+            objects.append(GroundedObject(f"{i} {j}", (left, top, right, bottom)))
+    pixels = processor([picture], return_tensors="pt")["pixel_values"][0]  # [3, H, W]
+    height, width = pixels.shape[1:]
+    words = grid_words(tuple(objects), view(processor, size), 4)
+    for cell, word in enumerate(words):
+        row, column = (cell // 4 + 0.5) * height / 4, (cell % 4 + 0.5) * width / 4
+        red, green, _ = pixels[:, int(row), int(column)].tolist()
+        if word is None:  # padded
+            assert red == green == 0
+        else:
+            i, j = map(int, word.split())
+            assert abs(i - (red - 10) / 15) <= 1
+            assert abs(j - (green - 10) / 15) <= 1
 
 
 def test_vision_labels_name_what_each_image_token_shows(folder):

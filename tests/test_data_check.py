@@ -144,6 +144,32 @@ def test_ids_that_come_twice_are_told_where_asked_for(tmp_path, monkeypatch, cap
     assert (status, said["bad"]) == (1, 2)
     first = said["sources"][0]["problems"][0]["places"][0]
     assert first == f"{tmp_path}/a.json: record 2 (id 1): record 0 has this id too"
+    rows = [{"id": name, "conversations": turns("?", "a")} for name in (0, 1, 0, "x" * 300, 4)]
+    rows += [{"id": "x" * 299 + "y", "conversations": turns("?", "a")}, rows[0] | {"id": None}]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    status, said = found(monkeypatch, capsys, tmp_path / "b.json", "--unique-ids")
+    [problem] = said["sources"][0]["problems"]
+    assert problem["places"] == [f"{tmp_path}/b.json: record 2 (id 0): record 0 has this id too"]
+
+
+def test_a_source_that_cannot_be_read_hides_no_other(
+    scenes_dir, tiny_model_dir, folder, monkeypatch, capsys
+):
+    sources = [
+        {"train": str(folder / "a.jsonl"), "images": str(folder / "images")},
+        {"train": str(folder / "none-*.tar")},
+        {"train": str(scenes_dir / "train.parquet")},
+    ]
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, folder, data={"sources": sources})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    status, said = found(monkeypatch, capsys, folder / "recipe.yaml", "--workers", 1)
+    assert (status, said["good"], [s["bad"] for s in said["sources"]]) == (2, False, [13, 0])
+    assert len(said["unreadable"]) == 1
+    assert said["unreadable"][0].startswith(f"{folder}/none-*.tar: no such data file")
+    status, out, _ = run(monkeypatch, capsys, folder / "recipe.yaml", "--workers", 1)
+    assert status == 2
+    assert "no such data file" in out
+    assert "13 bad (16.25 %); 1 of the sources cannot be read" in out
 
 
 def test_a_recipe_has_each_of_its_sources_looked_at_once(
@@ -178,6 +204,7 @@ def test_what_cannot_be_read_at_all_has_status_2(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_that_dies_is_told(folder, monkeypatch):
+    monkeypatch.setattr(check, "CHUNK", 5)
     monkeypatch.setattr(check, "image_size", lambda *_: os._exit(1))
     source = SourceConfig(train=str(folder / "a.jsonl"), images=str(folder / "images"))
     with pytest.raises(DataError, match="a process that looked through it died"):

@@ -135,7 +135,7 @@ def test_bad_records_are_replaced_by_far_ones(tmp_path):
     assert len(batch.skipped) < 120  # the good ones are 281 to 300 records away
     assert len(set(batch.ids)) > 10
     records = Records(config)
-    assert sorted(records.instead(7, k) for k in range(400)) == list(range(400))
+    assert sorted(records.tried(7)) == list(range(400))
 
 
 def test_a_weight_too_small_for_one_record_is_refused(tmp_path):

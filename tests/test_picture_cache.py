@@ -12,7 +12,7 @@ from processors import FAMILIES
 from mmkd.data import picture_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.errors import RecipeError
+from mmkd.errors import DataError, RecipeError
 from mmkd.recipe import DataConfig
 
 SIZES = ((120, 80), (64, 64), (50, 150))
@@ -99,3 +99,38 @@ def test_other_settings_have_their_own_pictures(data):
     encoder(data, "llava").encode([0])
     encoder(data, "qwen").encode([0])
     assert len(list((data / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "ref", [{"bytes": "text", "path": "0.png"}, {"path": "0.png"}, {"a": 1}, 5, "a\0b", "x" * 5000]
+)
+def test_odd_references_are_what_they_are_without_it(data, ref):
+    said = json.loads((data / "data.json").read_text())[0]["messages"]
+    (data / "data.json").write_text(json.dumps([{"image": ref, "messages": said}]))
+    found = []
+    for cached in (False, True):
+        try:
+            found.append(encoder(data, "llava", cached).encode([0]).ids)
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_a_disk_that_takes_no_more_leaves_no_parts(data, monkeypatch):
+    def full(arrays, path, *_):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(picture_cache, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        encoder(data, "llava").encode([0])
+    assert not [f for f in (data / "kept").rglob("*") if f.is_file()]
+
+
+def test_turned_pictures_come_back_turned(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(data / "0.png").convert("RGB").save(data / "0.png", exif=exif)
+    want = encoder(data, "qwen", cached=False).encode([0])
+    for _ in range(2):
+        assert same(encoder(data, "qwen").encode([0]), want)

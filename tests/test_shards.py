@@ -1,16 +1,21 @@
 """Webdataset shards and pictures: read where they lie, never from elsewhere."""
 
+import io
 import json
 import tarfile
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from layouts import drawn, encoded, put, read, sample, turns, words, write_tar
+from PIL import ExifTags, Image, ImageOps
 from processors import FAMILIES
 
 from mmkd.data import images
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
+from mmkd.data.sources import shards as shards_module
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig
 
@@ -60,6 +65,17 @@ def test_shards_are_read_in_any_order_without_unpacking(shards):
     assert words(asked[0]) == ["<image>Hm?", "a ball"]
 
 
+def test_pictures_of_a_sample_are_in_the_order_of_their_numbers(tmp_path):
+    kinds = {"10.gif": "GIF", "9.bmp": "BMP", "0.tiff": "TIFF", "2.tif": "TIFF", "1.jpeg": "JPEG"}
+    members = {f"a.{name}": encoded(3, kind) for name, kind in kinds.items()}
+    said = turns("<image>" * 5 + "?", "five")
+    members["a.json"] = json.dumps({"conversations": said}).encode()
+    records = read(write_tar(tmp_path / "a.tar", members))
+    names = [member.name for member in records[0].images]
+    assert names == ["a.0.tiff", "a.1.jpeg", "a.2.tif", "a.9.bmp", "a.10.gif"]
+    assert {picture.size for picture in records.pictures(records[0])} == {(48, 32)}
+
+
 def test_pictures_of_shards_are_kept_as_others_are(shards, tmp_path):
     records = read(shards / "s-0.tar")
     plain = DataConfig(train="-")
@@ -91,6 +107,26 @@ def test_links_and_devices_in_shards_are_refused(tmp_path, kind):
         read(tmp_path / "a.tar")
 
 
+def test_a_size_below_nothing_ends_the_reading(tmp_path):
+    """It would lead back to its own header, for ever."""
+    with tarfile.open(write_tar(tmp_path / "a.tar", sample(0)), "a") as tar:
+        info = tarfile.TarInfo("b.json")
+        info.pax_headers = {"size": "-1536"}
+        tar.addfile(info)
+    with pytest.raises(DataError, match=r"a\.tar: damaged at b\.json -- copy or pack it again"):
+        read(tmp_path / "a.tar")
+
+
+def test_headers_of_large_shards_are_not_held(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.txt": b"?" for i in range(3000)})
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in shards_module._members(str(path))) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_names_in_shards_that_lead_elsewhere_name_nothing_on_disk(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
@@ -110,7 +146,10 @@ def test_damaged_shards_are_named(tmp_path):
     content = whole.read_bytes()
     second = content.index(b"part/0001.json")
     cases = {
-        "cut.tar": (content[: second + 600], "unexpected end of data"),
+        "cut.tar": (
+            content[: second + 600],
+            r"behind part/0001\.json: unexpected end of data -- copy or pack it again",
+        ),
         "header.tar": (
             content[: second + 148] + b"garbage!" + content[second + 156 :],
             r"damaged behind part/0001\.png",
@@ -175,6 +214,64 @@ def test_pictures_that_are_none_are_refused(tmp_path, monkeypatch):
     for read_image in (images.load_image, images.image_size):
         with pytest.raises(DataError, match="is too large to decode"):
             read_image({"bytes": encoded(1)}, None)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pictures_are_upright(kind):
+    """As transformers and `datasets` turn them; their size is known without decoding."""
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        out = io.BytesIO()
+        options = {"lossless": True} if kind == "WEBP" else {}
+        drawn(5).save(out, kind, exif=exif, **options)
+        with Image.open(out) as plain:
+            wanted = ImageOps.exif_transpose(plain).convert("RGB")
+        ref = {"bytes": out.getvalue()}
+        found = images.load_image(ref, None)
+        assert found.tobytes() == wanted.tobytes(), orientation
+        assert images.image_size(ref, None) == found.size == wanted.size
+
+
+def test_damaged_metadata_damage_no_picture():
+    out = io.BytesIO()
+    drawn(5).save(out, "JPEG", exif=b"Exif\0\0no exif at all")
+    assert images.load_image({"bytes": out.getvalue()}, None).size == (48, 32)
+    assert images.image_size({"bytes": out.getvalue()}, None) == (48, 32)
+
+
+def saved(picture, kind):
+    out = io.BytesIO()
+    picture.save(out, kind)
+    return {"bytes": out.getvalue(), "path": "x"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_levels_of_sixteen_bits_become_levels_of_eight(kind):
+    levels = np.linspace(0, 65535, 48 * 32).astype(np.uint16).reshape(32, 48)
+    found = np.asarray(images.load_image(saved(Image.fromarray(levels), kind), None))
+    assert (found == (levels // 256)[..., None]).all()
+
+
+def test_modes_of_pictures():
+    red = drawn(0).convert("RGB")
+    for mode in ("RGB", "RGBA", "P", "CMYK", "L", "LA", "1"):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        found = images.load_image(saved(red.convert(mode), kind), None)
+        assert (found.mode, found.size) == ("RGB", red.size), mode
+        assert found.tobytes() == red.convert(mode).convert("RGB").tobytes(), mode
+    for mode in ("I", "F"):
+        for read_image in (images.load_image, images.image_size):
+            for ref in (saved(red.convert(mode), "TIFF"), red.convert(mode)):
+                with pytest.raises(DataError, match="numbers of 32 bits for pixels -- store it"):
+                    read_image(ref, None)
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        out = io.BytesIO()
+        red.save(out, kind, save_all=True, append_images=[drawn(3)])
+        with Image.open(out) as moving:
+            assert moving.n_frames == 2
+            first = moving.convert("RGB").tobytes()
+        assert images.load_image({"bytes": out.getvalue()}, None).tobytes() == first
 
 
 @pytest.mark.parametrize(

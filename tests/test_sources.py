@@ -18,11 +18,12 @@ from layouts import (
     write_tar,
 )
 from processors import FAMILIES
+from pydantic import ValidationError
 
 from mmkd.data import images
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.data.sources import tables
+from mmkd.data.sources import tables, texts
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
@@ -127,6 +128,77 @@ def test_a_broken_line_is_one_bad_record_and_a_broken_list_is_named(tmp_path):
         read(tmp_path / "e.json")
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64, 10_000])
+def test_lists_are_read_in_pieces(tmp_path, monkeypatch, piece):
+    """Wherever a piece ends: in a character, an escape, a number, between records."""
+    monkeypatch.setattr(texts, "PIECE", piece)
+    rows = [{"n": i, "t": 'é\u2028\U0001f600]},\\"' * (i % 4), "in": [[i], {}]} for i in range(30)]
+    for written in (
+        json.dumps(rows),
+        json.dumps(rows, ensure_ascii=False, indent=3),
+        "\ufeff\n \n" + json.dumps(rows, ensure_ascii=False).replace("}, {", "}\n,\r\n{") + " \n",
+        "[]",
+        " [ ] ",
+    ):
+        (tmp_path / "a.json").write_text(written)
+        found = [texts.parse_object(row["text"]) for row in texts._texts(str(tmp_path / "a.json"))]
+        assert found == json.loads(written.removeprefix("\ufeff"))
+    held = []
+    with (tmp_path / "a.json").open("wb+") as file:
+        file.write(json.dumps(rows * 100).encode())
+        file.seek(0)
+        whole = texts._Text(file)
+        for _ in texts._elements(whole):
+            held.append(len(whole.text))
+    assert max(held) < 3 * piece + 400
+
+
+def test_what_is_wrong_far_inside_of_a_file_is_placed(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE", 50)
+    good = json.dumps({"id": "é", "conversations": turns("?", "yes")}, ensure_ascii=False)
+    (tmp_path / "a.json").write_text("[" + f"{good},\n" * 40 + f"{good}\n  x")
+    with pytest.raises(
+        DataError, match=r"',' or '\]' expected: line 42 column 3$|line 42 column 3 "
+    ):
+        read(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("[" + f"{good},\n" * 40 + '{"id": nothing}]')
+    with pytest.raises(DataError, match="Expecting value: line 41 column 8 "):
+        read(tmp_path / "b.json")
+    for name in ("c.json", "c.jsonl"):
+        start, end = ("[", "]") if name == "c.json" else ("", "")
+        between = ",\n" if name == "c.json" else "\n"
+        content = (start + between.join([good] * 400) + end).encode()
+        at = len(content) - 40
+        (tmp_path / name).write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+        with pytest.raises(DataError, match=rf"no UTF-8 at byte {at} "):
+            read(tmp_path / name)
+    (tmp_path / "d.jsonl").write_text("\n\n{'id': 1}\n")
+    with pytest.raises(DataError, match=r"double quotes: line 3 column 2 -- mend the file: a list"):
+        read(tmp_path / "d.jsonl")
+
+
+def test_all_broken_files_of_a_source_are_named_at_once(tmp_path):
+    for number in range(30):
+        write_numbers(tmp_path / f"{number:02d}.json", [number])
+    for number in (3, *range(5, 28)):
+        (tmp_path / f"{number:02d}.json").write_text("[1")
+    with pytest.raises(DataError, match=r"03\.json: cannot read: .*; 23 more cannot be") as caught:
+        read(tmp_path)
+    assert "05.json, " in str(caught.value)
+    assert "24.json, ... -- mend the file" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_disk_that_takes_no_more_is_no_broken_file(tmp_path, monkeypatch):
+    write_numbers(tmp_path / "a.json", [1])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
+    with pytest.raises(
+        DataError, match=r"file/below: cannot be read or written \(Not a dir.*check"
+    ):
+        read(tmp_path / "a.json")
+
+
 def test_a_changed_file_is_read_anew(tmp_path):
     path = tmp_path / "a.json"
     for answer in ("one", "two"):
@@ -146,6 +218,7 @@ def test_globs_ranges_and_folders_name_several_files(tmp_path):
         "p-0?.json": names[:20],
         "p-{08..10}.json": names[16:22],
         "p-{0..1}{1..1}.json": ["r2", "r3", "r22", "r23"],
+        "p-{0..1}1.j*n": ["r2", "r3", "r22", "r23"],
         ".": names,
     }.items():
         records = read(tmp_path / train)
@@ -154,11 +227,18 @@ def test_globs_ranges_and_folders_name_several_files(tmp_path):
     for train, message in {
         "p-{10..13}.json": r"p-12\.json: no such data file",
         "q-*.json": "no such data file",
+        "p-{0..3}?.json": r"p-2\?\.json: no such data file",
         "p-{3..1}.json": "names 0 files",
         "p-{0..999999999}.json": "at most 100,000",
     }.items():
         with pytest.raises(DataError, match=message):
             read(tmp_path / train)
+    for train, mend in {
+        "https://host/p-{00..09}.tar": r"p-00\.tar: no such data file -- download it, or name a",
+        "someone/dataset": "someone/dataset: no such data file -- .* Hub is hub:someone/dataset",
+    }.items():
+        with pytest.raises(DataError, match=mend):
+            read(train)
     write_tar(tmp_path / "p-00.tar", sample(0))
     with pytest.raises(DataError, match="several kinds"):
         read(tmp_path)
@@ -192,6 +272,32 @@ def test_lists_of_pictures_in_tables_are_decoded_with_limits_too(tmp_path, monke
     monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
     with pytest.raises(DataError, match="too large to decode"):
         records.pictures(records[0])
+
+
+def test_media_in_tables_are_not_opened_wherever_they_stand(tmp_path):
+    """Pictures in lists of structures, and sound that needs a library of its own."""
+    row = {"conversations": turns("?", "a"), "extra": [{"thumb": {"bytes": b"?", "path": None}}],
+           "sound": {"bytes": b"no sound", "path": None}, "number": 5}  # fmt: skip
+    table = datasets.Dataset.from_list([row]).cast_column("sound", datasets.Audio())
+    table = table.cast_column("extra", datasets.List({"thumb": datasets.Image()}))
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for train in ("a.parquet", "saved", "a.parquet"):
+        source = read(tmp_path / train)
+        assert words(source[0]) == ["?", "a"]
+        assert source.sources[0]._rows.row(0)["extra"] == row["extra"]
+
+
+@pytest.mark.parametrize("stream", [None, 2])
+def test_json_of_the_hub_that_mixes_types_says_the_same(tmp_path, stream):
+    said = ["no.", [{"type": "text", "text": '"no."'}]]
+    rows = [{"id": i, "messages": [{"role": "user", "content": '"?"'},
+                                   {"role": "assistant", "content": said[i]}]}
+            for i in range(2)]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = SourceConfig(train=f"hub:{tmp_path}", stream=stream)
+    records = Records(DataConfig(sources=[source]))
+    assert [words(records[i])[1] for i in range(2)] == ["no.", '"no."']
 
 
 ANSWERED = {"conversations": turns("?", "a")}
@@ -264,6 +370,16 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(tmp_path):
         with pytest.raises(DataError, match=r"nobody: cannot load the data set: ") as caught:
             Records(DataConfig(sources=[source]))
         assert str(caught.value).isprintable()
+
+
+def test_keys_of_a_hub_data_set_are_told_where_they_belong():
+    for key, value in {"split": "test", "stream": 5, "prompt": "?"}.items():
+        with pytest.raises(
+            ValidationError, match=rf"write sources: \[{{train: ..., {key}: ...}}\]"
+        ):
+            DataConfig.model_validate({"train": "hub:a/b", key: value})
+    with pytest.raises(ValidationError, match="say how many are read"):
+        SourceConfig.model_validate({"train": "hub:a/b", "stream": True})
 
 
 def test_streamed_rows_are_the_first_ones_and_read_once(repository, monkeypatch):

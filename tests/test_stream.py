@@ -122,6 +122,25 @@ def test_a_token_budget_gives_each_process_as_many_micro_batches(folder, workers
         assert all(b.inputs["input_ids"].numel() <= 40 for b in mine + theirs)
 
 
+def test_a_token_budget_holds_with_what_is_read_in_place_of_bad_records(folder):
+    """They stand in a step's order where their replacements' lengths belong."""
+    rows = [
+        {"id": str(i), "conversations": conversations([("human", "?"), ("gpt", "two cats " * 5)])}
+        for i in range(16)
+    ]
+    for row in rows[::2]:
+        row["image"] = "gone.png"
+        row["conversations"][0]["value"] = "<image>?"
+    config = DataConfig(train="-", on_bad_sample="skip")
+    encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config)
+    batch = BatchConfig(tokens=2 * encoder.length(1), total=8)
+    steps = list(BatchStream(encoder, batch, seed=3).steps(0, 2))
+    assert sum(len(b.skipped) for step in steps for b in step) >= 8
+    for made in (b for step in steps for b in step):
+        assert len(made.ids) == 2
+        assert made.inputs["input_ids"].numel() <= batch.tokens
+
+
 def test_a_stream_can_start_anywhere(folder):
     late = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(3, 6)]
     whole = [[b.ids for b in step] for step in stream(folder, 2, 2).steps(0, 6)]

@@ -91,7 +91,7 @@ def check(
     else:
         print_check(found)
     if not found["good"]:
-        raise typer.Exit(1)
+        raise typer.Exit(2 if found["unreadable"] else 1)
 
 
 @data_app.command()

@@ -8,7 +8,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.data.schema import Message
+from jinja2 import TemplateError
+
+from mmkd.data.schema import Message, printable
 from mmkd.errors import DataError
 
 Span = tuple[int, int]
@@ -44,7 +46,13 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         )
 
     def template(part: list[Message], prompt: bool) -> str:
-        return processor.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
+        try:
+            return processor.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template refuses it: {printable(error)}",
+                mend="mend the order of its turns or drop the record",
+            ) from error
 
     text = template(messages, False)
     tokenizer = processor.tokenizer
@@ -83,6 +91,8 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
 
 
 def _common_length(a: str, b: str) -> int:
+    if a.startswith(b):  # as good as always, and faster than looking at each character
+        return len(b)
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )

@@ -1,6 +1,7 @@
 """Looking through a whole data set for records that training would stumble over."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -80,6 +81,7 @@ def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
     source = Source(config)
     found = Findings(config, len(source))
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    workers = min(workers, len(chunks))
     seen: dict[str, int] = {}
     with (
         _parts(source, look, chunks, workers) as parts,
@@ -139,6 +141,8 @@ _OPENED: tuple[Source, Look]
 
 def _open(config: SourceConfig, look: Look) -> None:
     global _OPENED
+    # Ctrl-C reaches all processes: one that dies with the queue's lock would hold up the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _OPENED = Source(config), look
 
 
@@ -155,8 +159,8 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
             part.errors.append((index, error))
             continue
         part.pictures += len(record.images)
-        if look.unique_ids and record.id != str(index):  # which stands for none
-            part.ids.append((index, record.id))
+        if look.unique_ids and (name := source.id(index)):
+            part.ids.append((index, name))
         errors = list(_problems(record, look))
         if errors:
             where = source.where(index)

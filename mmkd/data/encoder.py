@@ -154,15 +154,19 @@ class Encoder:
             return Sample(index, record, rendered, pictures, rejected)
 
     def length(self, index: int) -> int:
-        """Tokens of a record, of a pair's longer answer; 0 of a record that cannot be read."""
-        try:
-            record = self.records[index]
-            sizes = self.records.sizes(record)
-            answers = [r for r in self._rendered(index) if r is not None]
-        except DataError:
-            return 0
-        longest = max(self.processing.length(r.text, sizes) for r in answers)
-        return min(longest, self.config.max_length)
+        """Tokens of a record, of a pair's longer answer; of a bad one what is read in its place
+        has, or 0 if that would stop the run."""
+        skip = self.config.on_bad_sample == "skip"
+        for number in self.records.tried(index) if skip else [index]:
+            try:
+                record = self.records[number]
+                sizes = self.records.sizes(record)
+                answers = [r for r in self._rendered(number) if r is not None]
+                longest = max(self.processing.length(r.text, sizes) for r in answers)
+                return min(longest, self.config.max_length)
+            except DataError:
+                continue
+        return 0
 
     def batch(self, samples: list[Sample]) -> Batch:
         """One padded batch of samples that `load` gave, without the teacher's own view."""
@@ -199,32 +203,41 @@ class Encoder:
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
-        """One padded batch; bad records are replaced by later ones if the recipe says so."""
-        batch = self._read(indices)
-        theirs = None if self.teacher is None else self.teacher._read(batch.indices)
+        """One padded batch; bad records are replaced by others if the recipe says so."""
+        if self.config.on_bad_sample == "stop":
+            return self._whole(list(map(self.load, indices)))
+        skipped: list[str] = []
+        samples = [self.records.usable(index, self.load, skipped) for index in indices]
+        try:
+            batch = self._whole(samples)
+        except DataError:  # a processor refuses one of them
+            samples = [self.records.usable(s.index, self._alone, skipped) for s in samples]
+            batch = self._whole(samples)
+        return replace(batch, skipped=skipped)
+
+    def _whole(self, samples: list[Sample]) -> Batch:
+        """One padded batch with the teacher's own view."""
+        batch = self._encode(samples)
+        theirs = None if self.teacher is None else self.teacher._exactly(batch.indices)
         return paired(batch, theirs, self.matched, chunks=self.chunks)
 
-    def _read(self, indices: list[int]) -> Batch:
-        samples: list[Sample] = []
-        skipped: list[str] = []
-        for index in indices:
-            for attempt in range(len(self.records)):
-                try:
-                    samples.append(self.load(self.records.instead(index, attempt)))
-                    break
-                except DataError as error:
-                    if self.config.on_bad_sample == "stop":
-                        raise
-                    skipped.append(str(error))
-            else:
-                raise DataError(
-                    "every record is bad",
-                    where=self.records.name,
-                    mend="see why with `mmkd data check`",
-                )
-        return replace(self._encode(samples), skipped=skipped)
+    def _exactly(self, indices: list[int]) -> Batch:
+        return self._encode([self.load(index) for index in indices])
 
-    def _encode(self, chosen: list[Sample]) -> Batch:
+    def _alone(self, index: int) -> Sample:
+        """A record that both models' processors take.
+
+        Raises:
+            DataError: it is bad; what a teacher's cache lacks is not the record's fault.
+        """
+        sample = self.load(index)
+        batch = self._encode([sample], stored=False)
+        theirs = None if self.teacher is None else self.teacher._exactly([index])
+        with located(lambda: self.records.where(index)):
+            paired(batch, theirs, self.matched, chunks=self.chunks)
+        return sample
+
+    def _encode(self, chosen: list[Sample], *, stored: bool = True) -> Batch:
         samples = chosen + [s.other() for s in chosen] if self.pairs else chosen
         filler = [] if any(s.pictures for s in samples) else self.filler
         bins: list[list[int]] = []
@@ -246,7 +259,7 @@ class Encoder:
                 [s.record.objects for s in samples],
                 [s.pictures for s in samples],
                 vision,
-                self.processor.tokenizer,
+                self.processor,
                 lambda row: self.records.where(samples[row].index),
             )
         targets = Targets(
@@ -270,7 +283,7 @@ class Encoder:
         if self.chunks:
             batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
         batch = self._truncate(batch, samples)
-        if self.store is not None:
+        if self.store is not None and stored:
             batch = replace(
                 batch,
                 stored=self._stored(self.store, batch.targets, samples),
@@ -295,11 +308,14 @@ class Encoder:
     ) -> tuple[list[Sample], list[list[int]]]:
         """The samples as they lie one behind another in packed rows, and their numbers by row:
         models take pictures in the order of their tokens."""
-        length, most = self.processing.length, self.config.max_length
-        rows = [(s.rendered.text, [p.size for p in s.pictures]) for s in samples + filler]
-        bins = bins_of([min(length(*row), most) for row in rows], capacity)
+        bins = bins_of(list(map(self._tokens, samples + filler)), capacity)
         order, bins = renumbered(bins, len(samples))
         return [samples[i] for i in order], bins
+
+    def _tokens(self, sample: Sample) -> int:
+        with located(lambda: self.records.where(sample.index)):
+            length = self.processing.length(sample.rendered.text, [p.size for p in sample.pictures])
+        return min(length, self.config.max_length)
 
     def _packed(self, batch: Batch, samples: list[Sample], bins: list[list[int]]) -> Batch:
         """The batch in rows of several records; a filler is one of them that has no targets."""
@@ -371,10 +387,15 @@ class Encoder:
         return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     def _process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
-        with located(lambda: self.records.where(samples[0].index)):
+        try:
             return self.processing(
                 [s.rendered.text for s in samples], [s.pictures for s in samples], side
             )
+        except DataError as error:
+            if len(samples) > 1:  # which of them it is
+                for sample in (s for s in samples if s.index >= 0):
+                    self._process([sample], side)
+            raise error.at(self.records.where(samples[0].index)) from error
 
     def _truncate(self, batch: Batch, samples: list[Sample]) -> Batch:
         limit = self.config.max_length

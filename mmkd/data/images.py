@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from mmkd.data.schema import printable
 from mmkd.errors import DataError
@@ -19,6 +19,17 @@ from mmkd.errors import DataError
 # Pillow opens more; some of those (EPS) start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEMBER_BYTES = 2**28
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts a picture upright, by its EXIF orientation; 5 to 8 swap width and height."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +74,40 @@ class Member:
 
 
 def load_image(ref: Any, root: Path | None) -> Image.Image:
-    """Decode one image reference to RGB.
+    """Decode one image reference to RGB: upright, the first frame, without transparency.
 
     Raises:
         DataError: it is missing, outside of `root`, broken, or too large to be meant.
     """
     with _opened(ref, root) as picture:
-        return picture.convert("RGB")
+        orientation = _orientation(picture)
+        if picture.mode in SIXTEEN_BITS:  # Pillow would clip them, to white nearly everywhere
+            picture = picture.convert("I").point(lambda level: level / 256)
+        whole = picture.convert("RGB")
+        return whole.transpose(TURNS[orientation]) if orientation in TURNS else whole
 
 
 def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
-    """Width and height by the header alone, in pixels.
+    """Width and height by the header alone, in pixels, of the upright picture.
 
     Raises:
         DataError: as `load_image`, for what the header tells.
     """
     with _opened(ref, root) as picture:
-        return picture.size
+        width, height = picture.size
+        return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """By the header alone, so that a picture's size is the same before and after decoding."""
+    if picture.format == "TIFF":  # Pillow turns these itself
+        return 1
+    try:
+        # Not the format's own: PNG's decodes the picture to look behind it.
+        found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata turn nothing
+        return 1
+    return found if found in TURNS else 1
 
 
 @contextmanager
@@ -92,11 +120,11 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # damaged metadata, thousands of times
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(ref, Image.Image):
-                yield ref
+                yield _with_levels(ref, name)
                 return
             name, content = _found(ref, root)
             with Image.open(content, formats=FORMATS) as picture:
-                yield picture
+                yield _with_levels(picture, name)
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -109,6 +137,17 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
             mend=f"replace or drop it; read are {', '.join(FORMATS)}",
             kind="image not readable",
         ) from error
+
+
+def _with_levels(picture: Image.Image, name: str) -> Image.Image:
+    """The picture, if it says what black and white are."""
+    if picture.mode in ("I", "F"):
+        raise DataError(
+            f"{name} has numbers of 32 bits for pixels",
+            mend="store it with 8 or 16 bits a channel",
+            kind="pixels of 32 bits",
+        )
+    return picture
 
 
 def _found(ref: Any, root: Path | None) -> tuple[str, Any]:

@@ -12,13 +12,14 @@ from mmkd.data.schema import GroundedObject
 from mmkd.errors import DataError
 
 IGNORED = -100
+Box = tuple[float, float, float, float]
 
 
 def vision_labels(
     objects: list[tuple[GroundedObject, ...]],
     pictures: list[list[Image.Image]],
     vision: Tensor,
-    tokenizer: Any,
+    processor: Any,
     where: Callable[[int], str],
 ) -> tuple[Tensor, Tensor]:
     """The word that names what each image token shows, and tokens that show no object.
@@ -26,7 +27,7 @@ def vision_labels(
     Args:
         objects, pictures: of each row; rows without objects or with several pictures get none.
         vision: [B, T] bool, image tokens.
-        tokenizer: of the words.
+        processor: of the words and pictures.
         where: says of a row which record it is.
 
     Returns:
@@ -45,8 +46,10 @@ def vision_labels(
                 where=where(row),
                 mend="use a processor without tiling or rows",
             )
-        named = grid_words(found, seen[0].size, grid)
-        ids = [IGNORED if word is None else _last_token(tokenizer, word) for word in named]
+        named = grid_words(found, view(processor.image_processor, seen[0].size), grid)
+        ids = [
+            IGNORED if word is None else _last_token(processor.tokenizer, word) for word in named
+        ]
         labels[row, vision[row]] = torch.tensor(ids)
         labelled[row] = True
     return labels, vision & labelled & (labels == IGNORED)
@@ -57,26 +60,52 @@ def _last_token(tokenizer: Any, word: str) -> int:
     return tokenizer.encode(word, add_special_tokens=False)[-1]
 
 
-def grid_words(
-    objects: tuple[GroundedObject, ...], size: tuple[int, int], grid: int
-) -> list[str | None]:
+def view(image_processor: Any, size: tuple[int, int]) -> Box:
+    """What of a picture is left to see: all, but for what a crop of its centre cuts off.
+
+    Args:
+        image_processor: a processor's, such as CLIP's.
+        size: (width, height) of the picture in pixels.
+
+    Returns:
+        (left, top, right, bottom) in pixels, beyond the picture where it is padded.
+    """
+    if not getattr(image_processor, "do_center_crop", False):
+        return (0, 0, *size)
+    edge = image_processor.size
+    if not image_processor.do_resize:
+        resized: tuple[float, float] = size
+    elif edge.get("shortest_edge"):
+        scale = edge["shortest_edge"] / min(size)
+        resized = (size[0] * scale, size[1] * scale)
+    else:
+        resized = (edge["width"], edge["height"])
+    crop = image_processor.crop_size
+    width = size[0] * crop["width"] / resized[0]
+    height = size[1] * crop["height"] / resized[1]
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return left, top, left + width, top + height
+
+
+def grid_words(objects: tuple[GroundedObject, ...], seen: Box, grid: int) -> list[str | None]:
     """The word for each cell of a grid x grid picture, row by row: the smallest box that covers
     the cell's centre, None where there is none.
 
     Args:
         objects: names and boxes in pixels.
-        size: (width, height) of the picture in pixels.
+        seen: what the grid covers, in pixels.
         grid: cells per side.
     """
     by_area = sorted(
         objects, key=lambda o: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), reverse=True
     )
     words: list[str | None] = [None] * grid**2
+    left, top, right, bottom = seen
     for cell in range(grid**2):
-        x = (cell % grid + 0.5) * size[0] / grid
-        y = (cell // grid + 0.5) * size[1] / grid
+        x = left + (cell % grid + 0.5) * (right - left) / grid
+        y = top + (cell // grid + 0.5) * (bottom - top) / grid
         for obj in by_area:
-            left, top, right, bottom = obj.box
-            if left <= x < right and top <= y < bottom:
+            x0, y0, x1, y1 = obj.box
+            if x0 <= x < x1 and y0 <= y < y1:
                 words[cell] = obj.name
     return words

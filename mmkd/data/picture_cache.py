@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mmkd.errors import RecipeError
 
 NAME = "mmkd_picture"
 """In a picture's `info`: what it is known by."""
+VERSION = 2  # of what pictures are decoded to
 LISTS = "lists"
 LEVELS = " levels"
 
@@ -41,7 +42,8 @@ class PictureCache:
 
     def __init__(self, folder: Path, image_processor: Any):
         self._own = image_processor
-        settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+        said = {"version": VERSION, **image_processor.to_dict()}
+        settings = json.dumps(said, sort_keys=True, default=str)
         self._folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:16]
         self._check()
 
@@ -101,23 +103,25 @@ class PictureCache:
 def _name(ref: Any, root: Path | None) -> str:
     """What a reference is known by: its bytes, or its path, time and size."""
     found = hashlib.blake2b(digest_size=16)
-    if isinstance(ref, dict) and ref.get("bytes") is not None:
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes):
         found.update(ref["bytes"])
     elif isinstance(ref, Image.Image):
         found.update(picture_hash(ref))
     elif isinstance(ref, Member):
         found.update(repr((ref.offset, ref.size, *_facts(Path(ref.archive)))).encode())
     else:
-        path = (root or Path()) / str(ref["path"] if isinstance(ref, dict) else ref)
+        path = (root or Path()) / str(ref.get("path") if isinstance(ref, dict) else ref)
         found.update(repr(_facts(path)).encode())
     return found.hexdigest()
 
 
 def _facts(path: Path) -> tuple[str, tuple[int, int] | None]:
-    if not path.is_file():  # loading says what is wrong
+    try:
+        path = path.resolve(strict=True)
+        facts = path.stat()
+    except (OSError, ValueError, RuntimeError):  # loading says what is wrong
         return str(path), None
-    facts = path.stat()
-    return str(path.resolve()), (facts.st_mtime_ns, facts.st_size)
+    return str(path), (facts.st_mtime_ns, facts.st_size)
 
 
 def _joined(parts: list[dict[str, Any]]) -> BatchFeature:
@@ -146,9 +150,12 @@ def _write(path: Path, made: dict[str, Any], content: str) -> None:
                 arrays[name + LEVELS], array = levels, numbers.astype(kind)
         arrays[name] = array
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(arrays, partial, {HASH: content, LISTS: json.dumps(lists)})
-    partial.replace(path)
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        save_file(arrays, partial, {HASH: content, LISTS: json.dumps(lists)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

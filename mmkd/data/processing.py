@@ -68,11 +68,7 @@ class Processing:
             self._check_text(texts, moved, encoded["offset_mapping"])
             return {**encoded, MOVED: moved}
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"the processor refuses it: {reason}",
-                mend="check the record's images and placeholders",
-            ) from error
+            raise _refused(error) from error
 
     def length(self, text: str, sizes: Sequence[Size]) -> int:
         """Tokens of one conversation, without processing its pictures.
@@ -80,6 +76,9 @@ class Processing:
         Args:
             text: rendered.
             sizes: width and height of its pictures.
+
+        Raises:
+            DataError: the processor refuses pictures of such a size.
         """
         special = not self._template_writes_bos(text)
         words = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -92,7 +91,10 @@ class Processing:
         text = self.processor.image_token * count
         blank = [Image.new("RGB", size)] * count
         alone = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole = self.processor(text=[text], images=[blank], add_special_tokens=False)
+        try:
+            whole = self.processor(text=[text], images=[blank], add_special_tokens=False)
+        except ValueError as error:
+            raise _refused(error) from error
         return (len(whole["input_ids"][0]) - len(alone)) // count
 
     @staticmethod
@@ -124,3 +126,12 @@ class Processing:
             if known is not None:
                 return known
         return self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+
+
+def _refused(error: ValueError) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(
+        f"the processor refuses it: {reason}",
+        mend="check the record's images and placeholders",
+        kind="the processor refuses it",
+    )

@@ -6,18 +6,22 @@ from contextlib import contextmanager
 from itertools import accumulate, count
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from mmkd.data.images import image_size, load_image
-from mmkd.data.schema import Record, parse_record, record_id
+from mmkd.data.schema import Record, parse_record, printable, record_id
 from mmkd.data.sources import open_rows
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
 # Of a sequence's length: steps of the golden ratio land far from all earlier ones.
 STRIDE = 0.618
+# Replacements lie all over the data: where so many are bad, nearly all are.
+MOST_TRIED = 1_000
+
+T = TypeVar("T")
 
 
 class Source:
@@ -33,12 +37,16 @@ class Source:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def id(self, index: int) -> str:
+        """What a record calls itself; "" where it does not, or cannot be read."""
+        try:
+            return record_id(self._rows.row(index))
+        except DataError:
+            return ""
+
     def where(self, index: int) -> str:
         """Words for an error message: the file, the record's number and its id."""
-        try:
-            name = record_id(self._rows.row(index))
-        except DataError:
-            name = ""
+        name = printable(self.id(index))
         return self._rows.place(index) + (f" (id {name})" if name else "")
 
     def __getitem__(self, index: int) -> Record:
@@ -89,10 +97,37 @@ class Records:
         source, own = self._at(index)
         return source[own]
 
-    def instead(self, index: int, attempt: int) -> int:
-        """What is read in place of a bad record, after so many others that are bad too: far away,
+    def tried(self, index: int) -> Iterator[int]:
+        """A record and what is read in its place, one after another while they are bad: far away,
         since neighbours are often bad for the same reason."""
-        return (index + attempt * self._stride) % len(self)
+        for attempt in range(min(len(self), MOST_TRIED)):
+            yield (index + attempt * self._stride) % len(self)
+
+    def usable(self, index: int, read: Callable[[int], T], skipped: list[str]) -> T:
+        """What `read` makes of a record, or of the first in its place that is not bad.
+
+        Args:
+            index: the record.
+            read: raises DataError of a bad one.
+            skipped: gets the errors.
+
+        Raises:
+            DataError: all that are tried are bad.
+        """
+        reason = ""
+        for number in self.tried(index):
+            try:
+                return read(number)
+            except DataError as error:
+                skipped.append(str(error))
+                reason = error.what
+        every = len(self) <= MOST_TRIED
+        raise DataError(
+            f"{'every record is' if every else f'{MOST_TRIED:,} records in a row are'} bad, "
+            f"the last one: {reason}",
+            where=self.name,
+            mend="see why with `mmkd data check`",
+        )
 
     def sizes(self, record: Record) -> list[tuple[int, int]]:
         """Width and height of a record's pictures."""

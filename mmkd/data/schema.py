@@ -91,7 +91,7 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
         if conversation is not None:
             _place_images(conversation, len(images), free)
     return Record(
-        record_id(row) or str(index),
+        printable(record_id(row)) or str(index),
         messages,
         images,
         _objects(row.get("objects") or []),
@@ -102,9 +102,8 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
 
 
 def record_id(row: dict[str, Any]) -> str:
-    """What a row calls itself, printable and short; "" where it does not."""
-    found = next((row[k] for k in ("id", "idx") if row.get(k) is not None), "")
-    return printable(found)
+    """What a row calls itself; "" where it does not."""
+    return str(next((row[k] for k in ("id", "idx") if row.get(k) is not None), ""))
 
 
 def printable(value: Any, longest: int = 120) -> str:
@@ -122,7 +121,12 @@ def _turns(said: Any) -> Turns:
     """(role, content) of a list of turns in either schema."""
     if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
         raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
-    return [(t.get("role") or t.get("from"), t.get("content") or t.get("value")) for t in said]
+    return [(_first(t, "role", "from"), _first(t, "content", "value")) for t in said]
+
+
+def _first(turn: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one; tables write None for what a row lacks."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def _from_first_question(turns: Turns) -> Turns:

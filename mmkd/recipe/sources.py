@@ -1,9 +1,9 @@
 """Where records come from: one source, or a mixture of several."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmkd.recipe.base import BOTH, Strict
 
@@ -36,6 +36,13 @@ class SourceConfig(Strict):
     prompt: str = Field(
         "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
     )
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("no number of records -- say how many are read, such as 100000")
+        return value
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> "SourceConfig":
@@ -70,6 +77,18 @@ class DataConfig(Strict):
     picture_cache: str | None = Field(
         None, description="folder that keeps what the processors make of pictures"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_a_source(cls, said: Any) -> Any:
+        own = set(SourceConfig.model_fields) - set(cls.model_fields)
+        found = [key for key in said if key in own] if isinstance(said, dict) else []
+        if found:
+            raise ValueError(
+                f"'{found[0]}' is a key of a source -- write sources: [{{train: ..., "
+                f"{found[0]}: ...}}]"
+            )
+        return said
 
     @model_validator(mode="after")
     def _one_kind(self) -> "DataConfig":

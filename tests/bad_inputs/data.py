@@ -31,6 +31,20 @@ overridden(
     "part-00.tar: no such data file",
     "check data.train",
 )
+overridden(
+    KIND,
+    "data_on_the_web",
+    "data.train=https://example.org/part-{00..09}.tar",
+    "part-00.tar: no such data file",
+    "download it",
+)
+overridden(
+    KIND,
+    "hub_name_alone",
+    "data.train=liuhaotian/LLaVA-Pretrain",
+    "LLaVA-Pretrain: no such data file",
+    "hub:liuhaotian/LLaVA-Pretrain",
+)
 overridden(KIND, "unknown_suffix", "data.train=picture.png", "picture.png: unknown kind", ".jsonl")
 overridden(
     KIND, "images_longer_than_a_sequence", "data.max_length=20", "max_length 20", "data.max_length"
@@ -87,6 +101,43 @@ def link_in_a_tar(world: World) -> None:
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member)
     world.raw["data"] = {"train": "part.tar"}
+
+
+@case(
+    KIND,
+    "gave several tars that are cut",
+    "a.tar: cannot read",
+    "parts/b.tar, parts/c.tar",
+    "copy or",
+)
+def several_cut_tars(world: World) -> None:
+    Path("parts").mkdir()
+    for name in "abc":
+        with tarfile.open(f"parts/{name}.tar", "w") as tar:
+            tar.add("picture.png")
+        content = Path(f"parts/{name}.tar").read_bytes()
+        Path(f"parts/{name}.tar").write_bytes(content[:1700])
+    world.raw["data"] = {"train": "parts/*.tar"}
+
+
+@case(
+    KIND,
+    "wrote `stream: true`",
+    "data.sources.0.stream: no number of records",
+    "say how many are read",
+)
+def stream_without_a_number(world: World) -> None:
+    world.raw["data"] = {"sources": [{"train": "hub:someone/dataset", "stream": True}]}
+
+
+@case(
+    KIND,
+    "gave a key of a source beside `train`",
+    "data: 'split' is a key of a source",
+    "write sources: [{train: ..., split: ...}]",
+)
+def key_of_a_source(world: World) -> None:
+    world.raw["data"] = {"train": "hub:someone/dataset", "split": "test"}
 
 
 @case(KIND, "gave no records", "records.json: the data set is empty", "add records")
@@ -259,6 +310,17 @@ def decompression_bomb(world: World) -> None:
     body = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     Path("bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
     world.records(picture("bomb.png"))
+
+
+@case(
+    "image",
+    "gave a picture of 32 bits a pixel",
+    FIRST + "depth.tif has numbers of 32 bits",
+    "8 or 16 bits",
+)
+def image_of_32_bits(world: World) -> None:
+    Image.new("F", (64, 64), 0.5).save("depth.tif")
+    world.records(picture("depth.tif"))
 
 
 @case(

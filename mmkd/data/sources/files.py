@@ -8,12 +8,13 @@ from mmkd.errors import DataError
 
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_FILES = 100_000
 
 
 def find_files(train: str) -> list[Path]:
     """The files that `train` names: one file, a glob, a range of shards such as
-    `part-{0000..0009}.tar`, or a folder of files of one kind.
+    `part-{0000..0009}.tar` (also of globs), or a folder of files of one kind.
 
     Raises:
         DataError: there is none.
@@ -23,15 +24,20 @@ def find_files(train: str) -> list[Path]:
         return [path]
     if path.is_dir():
         return _in_folder(path)
-    names = _expand(train)
-    if names != [train]:
-        missing = next((n for n in names if not Path(n).is_file()), None)
-        if missing is not None:
-            raise DataError("no such data file", where=missing, mend="check data.train")
-        return [Path(n) for n in names]
-    found = [Path(n) for n in sorted(glob.glob(train, recursive=True)) if Path(n).is_file()]
+    return [file for name in _expand(train) for file in _matching(name)]
+
+
+def _matching(name: str) -> list[Path]:
+    if Path(name).is_file():
+        return [Path(name)]
+    found = [Path(n) for n in sorted(glob.glob(name, recursive=True)) if Path(n).is_file()]
     if not found:
-        raise DataError("no such data file", where=train, mend="check data.train")
+        mend = "check data.train"
+        if "://" in name:
+            mend = "download it, or name a data set of the Hub: hub:OWNER/NAME"
+        elif HUB_NAME.fullmatch(name) and Path(name).suffix not in KINDS:
+            mend += f"; a data set of the Hub is hub:{name}"
+        raise DataError("no such data file", where=name, mend=mend)
     return found
 
 

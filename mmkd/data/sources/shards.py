@@ -9,17 +9,16 @@ from typing import Any
 
 from mmkd.data.images import Member
 from mmkd.data.schema import ANSWERS, printable
-from mmkd.data.sources.kept import Stamp, keep, stamps
+from mmkd.data.sources.kept import keep, of_each_file, stamps
 from mmkd.data.sources.texts import parse_object
 from mmkd.errors import DataError
-from mmkd.progress import track
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class ShardRows:
-    """Samples with KEY.jpg, .jpeg, .png or .webp (one, several such as KEY.0.jpg, or none), and a
-    record in KEY.json or a caption in KEY.txt."""
+    """Samples with a picture such as KEY.jpg (or several such as KEY.0.jpg in the order of their
+    numbers, or none), and a record in KEY.json or a caption in KEY.txt."""
 
     def __init__(self, files: list[Path], train: str, prompt: str):
         from datasets import Features, Value
@@ -30,7 +29,7 @@ class ShardRows:
         self.files = files
         self.folder: Path | None = files[0].parent
         self.prompt = prompt
-        self._table = keep(_samples, features, train, files=stamps(files))
+        self._table = keep(of_each_file, features, train, files=stamps(files), read=_samples)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -50,7 +49,8 @@ class ShardRows:
                     f"the sample has two files {printable(name)}", kind="two files of one name"
                 )
             members[m["extension"]] = Member(archive, name, m["offset"], m["size"])
-        pictures = [m for ext, m in members.items() if ext.rsplit(".", 1)[-1] in PICTURES]
+        shown = sorted((e for e in members if e.rsplit(".", 1)[-1] in PICTURES), key=_place_of)
+        pictures = [members[extension] for extension in shown]
         row = self._said(members, len(pictures))
         if pictures:
             row = {**row, "images": pictures}
@@ -74,23 +74,27 @@ class ShardRows:
         }
 
 
-def _samples(files: list[Stamp]) -> Iterator[dict[str, Any]]:
-    shards = track(files, "shards", len(files)) if len(files) > 1 else files
-    for number, (name, _, _) in enumerate(shards):
-        record, key = 0, ""
-        members: list[dict[str, Any]] = []
-        for path, offset, size in _members(name):
-            folder, slash, base = path.rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot:
-                continue  # a hidden file, or one without an extension
-            if folder + slash + stem != key and members:
-                yield {"file": number, "record": record, "key": key, "members": members}
-                record, members = record + 1, []
-            key = folder + slash + stem
-            members.append({"extension": extension.lower(), "offset": offset, "size": size})
-        if members:
-            yield {"file": number, "record": record, "key": key, "members": members}
+def _samples(name: str) -> Iterator[dict[str, Any]]:
+    record, key = 0, ""
+    members: list[dict[str, Any]] = []
+    for path, offset, size in _members(name):
+        folder, slash, base = path.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot:
+            continue  # a hidden file, or one without an extension
+        if folder + slash + stem != key and members:
+            yield {"record": record, "key": key, "members": members}
+            record, members = record + 1, []
+        key = folder + slash + stem
+        members.append({"extension": extension.lower(), "offset": offset, "size": size})
+    if members:
+        yield {"record": record, "key": key, "members": members}
+
+
+def _place_of(extension: str) -> str:
+    """Orders pictures of a sample: KEY.10.jpg comes behind KEY.9.jpg wherever they lie."""
+    number = extension.partition(".")[0]
+    return number.zfill(20) if number.isdecimal() else ""
 
 
 def _members(archive: str) -> Iterator[tuple[str, int, int]]:
@@ -99,26 +103,28 @@ def _members(archive: str) -> Iterator[tuple[str, int, int]]:
     Raises:
         DataError: it is no plain tar, damaged, or holds what is no plain file.
     """
+    last = ""
     try:
         with tarfile.open(archive, "r:") as tar:
-            last = "its begin"
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay there
                 last = printable(member.name)
+                if member.size < 0:  # the next header would be this one again
+                    raise DataError(f"damaged at {last}", mend="copy or pack it again")
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"{last} is no plain file", where=archive, mend="pack plain files only"
-                    )
+                    raise DataError(f"{last} is no plain file", mend="pack plain files only")
                 yield member.name, member.offset_data, member.size
             # tarfile takes a broken header for the end.
             with open(archive, "rb") as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
-                    raise DataError(
-                        f"damaged behind {last}", where=archive, mend="copy or pack it again"
-                    )
+                    where = last or "its begin"
+                    raise DataError(f"damaged behind {where}", mend="copy or pack it again")
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot read: {printable(error)}", where=archive, mend="name tars without compression"
-        ) from error
+        mend = (
+            "copy or pack it again" if last else "name tars without compression, or copy it again"
+        )
+        behind = f" behind {last}" if last else ""
+        raise DataError(f"cannot read{behind}: {printable(error)}", mend=mend) from error

@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ BYTES = "__bytes__"
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset`, pictures as their bytes.
+    """Rows of a `datasets.Dataset`, pictures as their bytes: what they hold is looked at later,
+    with limits, and of other media nothing is.
 
     Args:
         table: the data set.
@@ -26,7 +28,8 @@ class TableRows:
 
     def __init__(self, table: Any, folder: Path | None, files: dict[str, int]):
         self.folder = folder
-        self._table = _undecoded(table)
+        self._features = undecoded(table.features)
+        self._table = table.with_format("arrow")
         self._names, self._ends = list(files), list(files.values())
 
     def __len__(self) -> int:
@@ -37,7 +40,7 @@ class TableRows:
         return f"{self._names[number]}: record {index - [0, *self._ends][number]}"
 
     def row(self, index: int) -> dict[str, Any]:
-        return self._table[index]
+        return self._features.decode_example(self._table[index].to_pylist()[0])
 
 
 def parquet_rows(files: list[Path], train: str) -> TableRows:
@@ -121,6 +124,7 @@ class StreamedRows:
             _streamed,
             features,
             config.train,
+            at_once=50,  # pictures
             name=config.train.removeprefix(HUB),
             subset=config.subset,
             split=config.split,
@@ -154,7 +158,11 @@ def _streamed(
 
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
-        for row in track(rows.decode(False).take(count), f"reading {name}", count):
+        plain = None if rows.features is None else undecoded(rows.features)
+        tables = rows.with_format("arrow").take(count)
+        for table in track(tables, f"reading {name}", count):
+            (row,) = table.to_pylist()
+            row = row if plain is None else plain.decode_example(row)
             pictures: list[bytes] = []
 
             def put(value: Any, pictures: list[bytes] = pictures) -> Any:
@@ -178,14 +186,20 @@ def _not_loaded(error: Exception, where: str) -> DataError:
     return DataError(f"cannot load the data set: {reason}", where=where, mend=mend)
 
 
-def _undecoded(table: Any) -> Any:
-    """The table with pictures as {bytes, path}: what they hold is looked at later, with limits."""
+def undecoded(features: Any) -> Any:
+    """Features of which none opens pictures, sound or the like; JSON becomes what it says.
+
+    Reading by them copies no table, which casting columns of nested ones does.
+    """
     import datasets
 
-    plain = datasets.Image(decode=False)
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, plain)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(name, datasets.List(plain))
-    return table
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, dict):
+            return {name: plain(inner) for name, inner in feature.items()}
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            return type(feature)(plain(feature.feature))
+        if isinstance(feature, datasets.Json) or not hasattr(feature, "decode"):
+            return feature
+        return replace(feature, decode=False)
+
+    return datasets.Features({name: plain(feature) for name, feature in features.items()})
