@@ -7,7 +7,7 @@ with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient 
 0 at first, so that a student with new adapters is the student without them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,21 @@ A, B, MAGNITUDE = (
 BASE = "base_layer."
 
 
-def targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ()) -> list[str]:
     """Names of the linear layers that get adapters: those of the groups, the head only by its name.
+
+    Args:
+        model: without adapters.
+        lora: what is wanted.
+        whole: groups that train whole; their layers get none.
 
     Raises:
         RecipeError: there are none, or the head is wanted and shares its weight.
     """
     where = "stages.train.lora"
     known = parameter_groups(model)
-    chosen = {name for group in lora.groups for name in known.get(group, [])}
+    trained = {name for group in whole for name in known.get(group, [])}
+    chosen = {name for group in lora.groups for name in known.get(group, [])} - trained
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     layers = [
         name
@@ -47,7 +53,7 @@ def targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
         # Of subclasses torch reads the weight without calling them.
         if type(module) is nn.Linear and f"{name}.weight" in chosen and name != head
     ]
-    if "head" in lora.groups:
+    if "head" in lora.groups and f"{head}.weight" not in trained:
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             raise RecipeError(
                 "the head shares its weight with the embeddings, an adapter would part them",
@@ -59,14 +65,14 @@ def targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
         raise RecipeError(
             f"no linear layers in {', '.join(lora.groups)}",
             where=where,
-            mend="name groups that have some, such as language_model",
+            mend="name groups that have some, such as language_model, and do not train whole",
         )
     return layers
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ()) -> None:
     """Put new adapters beside the layers that `targets` names, in place."""
-    inject_adapter_in_model(_peft_config(lora, targets(model, lora)), model, NAME)
+    inject_adapter_in_model(_peft_config(lora, targets(model, lora, whole)), model, NAME)
 
 
 def _peft_config(lora: LoraConfig, layers: list[str]) -> PeftConfig:
@@ -154,10 +160,12 @@ def save_adapters(
 ) -> None:
     """The adapters as peft loads them beside the student that the stage began with."""
     found = dict(weights if weights is not None else model.state_dict())
+    # Else peft writes the whole head beside its adapter.
+    adapters = get_peft_model_state_dict(model, found, NAME, save_embedding_layers=False)
     folder.mkdir(parents=True)
     tensors = {  # as if peft's wrapper held the model
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model, found, NAME).items()
+        for name, tensor in adapters.items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     _peft_config(lora, list(adapted_layers(model))).save_pretrained(str(folder))

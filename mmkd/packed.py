@@ -1,58 +1,76 @@
 """Whether a model keeps packed records apart: seen, not assumed."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.packing import Packing, bins_of
-from mmkd.errors import RecipeError
+from mmkd.data.records import Records
+from mmkd.errors import DataError, RecipeError
 from mmkd.signals import capture
 from mmkd.teachers import LiveTeacher
 
 RECORDS = 3
-WHOLE = 10**9  # tokens of a row: all records lie in one
+LOOKED_AT = 64  # records among which those with pictures are found
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 5e-2  # in 16 bit
 
 
 @torch.no_grad()
 def check_packing(
-    encoder: Encoder, student: PreTrainedModel, teacher: LiveTeacher | None, device: torch.device
+    encoder: Encoder,
+    student: PreTrainedModel,
+    teachers: Sequence[LiveTeacher],
+    device: torch.device,
 ) -> None:
-    """Run some records packed and alone; every rank calls it.
+    """Run some records packed, in two rows, and alone; every rank calls it.
 
     Args:
         encoder: of the stage.
         student: whole on this process.
-        teacher: placed in any way, or None.
+        teachers: all that run live, placed in any way.
         device: of this rank.
 
     Raises:
         RecipeError: a model's final hidden states differ.
     """
     apart, together = copy.copy(encoder), copy.copy(encoder)
-    apart.pack, together.pack = None, WHOLE
     apart.store = together.store = None
-    records = list(range(min(RECORDS, len(encoder.records))))
-    alone, packed = (e.encode(records).to(device) for e in (apart, together))
+    records = _with_pictures(encoder.records)
+    apart.pack = None
+    alone = apart.encode(records)
+    lengths = alone.inputs["attention_mask"].sum(1).tolist()  # of a filler too
+    together.pack = sum(sorted(lengths)[-2:])
+    packing = Packing(alone.inputs["attention_mask"].bool(), bins_of(lengths, together.pack))
+    batches = alone.to(device), together.encode(records).to(device)
+
     torch.nn.Module.to(student, device)
     training = student.training
     student.eval()
-    one, other = (capture(student, b.inputs).hidden for b in (alone, packed))
-    _compare(student, one, other, alone)
+    _compare(student, packing, *(capture(student, b.inputs).hidden for b in batches))
     student.train(training)
-    if teacher is not None:
-        one, other = (teacher.own_signals(b).hidden for b in (alone, packed))
-        _compare(teacher.model, one, other, alone)
+    for teacher in teachers:
+        _compare(teacher.model, packing, *(teacher.own_signals(b).hidden for b in batches))
 
 
-def _compare(model: PreTrainedModel, alone: Tensor, packed: Tensor, batch: Batch) -> None:
-    attention = batch.inputs["attention_mask"].bool().cpu()  # [B, T], a filler's row with it
-    packing = Packing(attention, bins_of(attention.sum(1).tolist(), WHOLE))
+def _with_pictures(records: Records) -> list[int]:
+    """Some records, those with pictures before others; of a small data set one several times."""
+
+    def without(index: int) -> bool:
+        try:
+            return not records[index].images
+        except DataError:
+            return True
+
+    first = sorted(range(min(LOOKED_AT, len(records))), key=without)
+    return (first * RECORDS)[:RECORDS]
+
+
+def _compare(model: PreTrainedModel, packing: Packing, alone: Tensor, packed: Tensor) -> None:
     source = packing.source.to(alone.device)
     expected = alone.flatten(0, 1)[source[source >= 0]].float()
     found = packed[source >= 0].float()

@@ -41,7 +41,7 @@ from mmkd.recipe import (
 from mmkd.resume import refuse_other_recipe
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
-from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
+from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
@@ -138,7 +138,7 @@ def train(member: Member, recipe: Recipe) -> None:
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
     teacher, teacher_processor = load_teacher(member.recipe, [stages[i] for i in pending])
-    others = load_others(member.recipe) if teacher is not None else {}
+    others = load_others(member.recipe, [stages[i] for i in pending])
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
@@ -288,8 +288,11 @@ def load_teacher(
     return teacher, load_processor(recipe.teacher)
 
 
-def load_others(recipe: Recipe) -> dict[str, LiveTeacher]:
-    """All teachers but the first, by name."""
+def load_others(recipe: Recipe, stages: list[StageConfig]) -> dict[str, LiveTeacher]:
+    """All teachers but the first, by name, where one of the stages has an objective that asks each
+    of them."""
+    if not any(asks_each(build_objective(o)) for s in stages for o in s.objectives):
+        return {}
     device = distributed.choose_device(recipe.stages[0].engine.device)
     return {t.name: place_teacher(load_model(t), t.placement, device) for t in recipe.more_teachers}
 

@@ -39,7 +39,7 @@ def load_plugin(name: str) -> None:
         spec.loader.exec_module(module)
     except MmkdError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MmkdError(
             f"it cannot be loaded ({reason})", where=where, mend="mend it, or leave it out"

@@ -55,7 +55,8 @@ def check(recipe: Recipe) -> None:
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
         if store is None:
-            _check_teacher(stage, objectives, processor, teacher_processor)
+            models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+            _check_teacher(stage, objectives, processor, teacher_processor, models)
         else:
             _check_stored(recipe, stage, objectives, store)
         _check_experts(stage, objectives, student)
@@ -108,7 +109,7 @@ def _check_trained(stage: StageConfig, student: PreTrainedModel) -> None:
     lora = stage.train.lora
     check_groups(student, stage.train.groups, lora)
     if lora is not None:
-        adapter_targets(student, lora)
+        adapter_targets(student, lora, stage.train.groups)
 
 
 def _check_budget(stage: StageConfig, data: DataConfig) -> None:
@@ -163,7 +164,11 @@ def _check_stored(
 
 
 def _check_teacher(
-    stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
+    stage: StageConfig,
+    objectives: list[Objective],
+    processor: Any,
+    teacher_processor: Any,
+    models: dict[str, PreTrainedModel],
 ) -> None:
     """There is one where it is needed; where it has or sees other tokens than the student, nothing
     is compared but what both have."""
@@ -178,9 +183,12 @@ def _check_teacher(
             mend="add 'teacher' to the recipe",
         )
     try:
-        shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+        shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
     except CheckpointError as error:
         _check_vocabularies(stage, needing, error.what)
+    else:
+        for role, model in models.items():
+            _check_head(model, shared, role)
     if same_processor(processor, teacher_processor):
         return
     for objective in needing:
@@ -192,6 +200,17 @@ def _check_teacher(
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="use region response or vision, or models with one processor",
             )
+
+
+def _check_head(model: PreTrainedModel, tokens: int, role: str) -> None:
+    """There is a logit for every token that is compared."""
+    head: Any = model.get_output_embeddings()
+    if head.weight.shape[0] < tokens:
+        raise CheckpointError(
+            f"the tokenizer has {tokens} tokens, the model's head {head.weight.shape[0]}",
+            where=role,
+            mend="use the processor that belongs to it, or resize_token_embeddings and save it",
+        )
 
 
 def _check_vocabularies(stage: StageConfig, objectives: list[Objective], differ: str) -> None:

@@ -15,7 +15,7 @@ from mmkd.errors import CheckpointError
 from mmkd.layer_signals import LayerPlan, force_layers, record_layers
 from mmkd.objectives import LayerSignals, RouterSignals, Signals
 from mmkd_models.moe import SparseFfn
-from mmkd_models.parts import find_parts
+from mmkd_models.parts import feed_forward, find_parts
 
 # Settings that change logits behind the head: projecting hidden states alone would miss them.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -109,7 +109,7 @@ def _record_routers(model: PreTrainedModel) -> Iterator[dict[int, RouterSignals]
     found: dict[int, RouterSignals] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(find_parts(model).decoder_layers):
-            sparse = getattr(layer, "mlp", None)
+            sparse = feed_forward(layer)[1]
             if not isinstance(sparse, SparseFfn):
                 continue
 

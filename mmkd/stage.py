@@ -156,7 +156,9 @@ class Stage:
         targets = batch.targets
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
-            teacher = self.teacher.signals(batch, **self._teacher_layers) if self.teacher else None
+            teacher = None
+            if self.teacher is not None and self._is_asked(self.lead, self.teacher, batch):
+                teacher = self.teacher.signals(batch, **self._teacher_layers)
             others = self._others(batch)
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
@@ -165,27 +167,34 @@ class Stage:
             student = student.first(len(targets.input_ids))
             first = None if teacher is None else teacher.first(len(targets.input_ids))
             theirs: TeacherSignals | Teachers | None = first
-            if self.others and first is not None:
+            if self.others:
                 asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
-                theirs = {self.lead: first, **asked}
-            engine = self.config.engine
-            head = (engine.head_memory * 2**20, engine.head_backend)
-            total, said = score(self.objectives, student, theirs, targets, counts, *head)
+                theirs = asked if first is None else {self.lead: first, **asked}
+            total, said = score(self.objectives, student, theirs, targets, counts)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
             return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
 
+    def _is_asked(self, name: str, teacher: Teacher, batch: Batch) -> bool:
+        """Whether an objective compares a batch's records with a teacher, or all processes have to
+        run it together."""
+        needing = [o for o in self.objectives if "teacher" in o.needs]
+        if name == self.lead and any(o.teacher is None for o in needing):
+            return True
+        asking = [o for o in needing if o.teacher == name]
+        rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
+        return teacher.spread or any(bool(r.any()) for r in rows)
+
     def _others(self, batch: Batch) -> dict[str, Signals]:
-        """Signals of the further teachers that are asked about a batch, or have to run anyway; they
-        see the student's tokens, whatever the first one sees."""
-        found = {}
-        for name, teacher in self.others.items():
-            asking = [o for o in self.objectives if o.teacher == name]
-            rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
-            if teacher.spread or any(bool(r.any()) for r in rows):
-                found[name] = teacher.signals(replace(batch, teacher=None, alignment=None))
-        return found
+        """Signals of the further teachers that are asked about a batch; they see the student's
+        tokens, whatever the first one sees."""
+        own = replace(batch, teacher=None, alignment=None)
+        return {
+            name: teacher.signals(own)
+            for name, teacher in self.others.items()
+            if self._is_asked(name, teacher, batch)
+        }
 
     def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
         reference = self.reference
@@ -196,7 +205,8 @@ class Stage:
             and isinstance(teacher, Signals)
             and batch.alignment is None
         ):
-            return answer_logps(teacher, batch.targets, reference.vocabulary)  # it ran already
+            # It ran already.
+            return answer_logps(teacher, batch.targets, reference.vocabulary, reference.memory)
         return reference.logps(batch)
 
     def _sources(self, batches: list[Batch]) -> Metrics:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, set_seed
 
 from mmkd import distributed
+from mmkd.borders import tell_borders
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
@@ -75,7 +76,13 @@ def build_stage(
         words = processor.tokenizer, teacher_processor.tokenizer
         shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
     alone = [
-        build_objective(o, shared_vocabulary=shared, mamba_layers=mamba_layers(student.config))
+        build_objective(
+            o,
+            shared_vocabulary=shared,
+            mamba_layers=mamba_layers(student.config),
+            head_memory=config.engine.head_memory * 2**20,
+            head_backend=config.engine.head_backend,
+        )
         for o in config.objectives
     ]
     objectives = ask_each(alone, teachers, data)
@@ -89,13 +96,13 @@ def build_stage(
         teacher = own()
     live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
     stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
+    asked = [t for t in [live, *others.values()] if t is not None]
     encoder = Encoder.of(
         objectives,
         data,
         processor,
         teacher_processor=teacher_processor,
-        filler=config.engine.kind == "deepspeed"
-        or any(t.spread for t in [live, *others.values()] if t is not None),
+        filler=config.engine.kind == "deepspeed" or any(t.spread for t in asked),
         store=None if stored is None else stored.store,
         pack=config.batch.pack,
     )
@@ -110,7 +117,9 @@ def build_stage(
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
     reference: Reference | None = choose_reference(objectives, live, own)
     if config.batch.pack is not None:
-        check_packing(encoder, student, live, device)
+        for model in [student, *(t.model for t in asked)]:
+            tell_borders(model)
+        check_packing(encoder, student, asked, device)
     set_trainable(student, config.train.groups, config.train.lora)
     compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
     vision = None

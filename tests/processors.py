@@ -322,5 +322,10 @@ def lfm2() -> Any:
     )
 
 
-FAMILIES = {"llava": llava, "qwen": qwen, "smolvlm": smolvlm}
-END = {"llava": "</s>", "qwen": "<|im_end|>", "smolvlm": "<end_of_utterance>"}
+FAMILIES = {"llava": llava, "qwen": qwen, "smolvlm": smolvlm, "gemma3": gemma3}
+END = {
+    "llava": "</s>",
+    "qwen": "<|im_end|>",
+    "smolvlm": "<end_of_utterance>",
+    "gemma3": "<end_of_turn>",  # a token that its tokenizer has no name for
+}

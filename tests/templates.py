@@ -28,6 +28,17 @@ QWEN = (  # ChatML, a newline behind each turn
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = (  # Qwen3.5: thoughts before the last answer alone, begun by the generation prompt
+    "{% set ns = namespace(last=0) %}{% for m in messages if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index %}{% endfor %}{% set asked = namespace(n=0) %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'user' %}{% set asked.n = asked.n + 1 %}{% elif asked.n == ns.last %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 SMOLVLM = (  # a generation prompt without space
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
     "{% if m['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"

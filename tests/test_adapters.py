@@ -201,16 +201,29 @@ def test_adapters_go_on_where_they_stopped(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lora", "said"),
+    ("groups", "lora", "said"),
     [
-        ({"groups": ["head"], "dropout": 0.1}, "takes no dropout"),
-        ({"groups": ["embeddings"]}, "no linear layers in embeddings"),
-        ({"groups": ["langauge_model"]}, "did you mean 'language_model'"),
+        ([], {"groups": ["head"], "dropout": 0.1}, "takes no dropout"),
+        ([], {"groups": ["embeddings"]}, "no linear layers in embeddings"),
+        ([], {"groups": ["langauge_model"]}, "did you mean 'language_model'"),
+        (["all"], {}, "no linear layers in language_model -- .*do not train whole"),
     ],
 )
-def test_what_cannot_have_adapters_is_refused(recipe, lora, said):
+def test_what_cannot_have_adapters_is_refused(recipe, groups, lora, said, tmp_path):
     with pytest.raises(RecipeError, match=said):
-        pipeline.run(recipe(train={"lora": lora}))
+        pipeline.run(recipe(train={"groups": groups, "lora": lora}))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_what_trains_whole_has_no_adapter():
+    model = untied("llava")
+    lora = LoraConfig(groups=["connector", "language_model", "head"], rank=2)
+    names = set_trainable(model, ["connector", "head"], lora)
+    adapted = adapted_layers(model)
+    assert adapted
+    assert all("language_model" in name for name in adapted)
+    assert "lm_head.weight" in names
+    assert any("projector" in name for name in names)
 
 
 def test_a_head_that_is_the_embeddings_too_has_no_adapter():
@@ -223,9 +236,10 @@ def test_a_head_that_is_the_embeddings_too_has_no_adapter():
     assert effective_weight(head) is head.weight
 
 
-def test_a_written_student_needs_no_peft(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_written_student_needs_no_peft(tmp_path, keep, recwarn):
     model = untied("llava")
-    lora = LoraConfig(groups=["language_model", "head"], rank=2)
+    lora = LoraConfig(groups=["language_model", "head"], rank=2, keep=keep)
     set_trainable(model, [], lora)
     moved(model)
 
@@ -234,7 +248,13 @@ def test_a_written_student_needs_no_peft(tmp_path):
             pass
 
     write_student(model, Processor(), tmp_path / "student", None, lora)
-    assert not (tmp_path / "student" / "adapter").exists()
+    kept = tmp_path / "student" / "adapter" / "adapter_model.safetensors"
+    assert kept.exists() == keep
+    if keep:  # the head's too, and no weight that is not an adapter's
+        names = load_file(kept).keys()
+        assert any("lm_head" in name for name in names)
+        assert all("lora_" in name for name in names)
+        assert not [w for w in recwarn if "embedding" in str(w.message)]
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
     batch = inputs("llava", [7, 4])
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from processors import END, FAMILIES
+from templates import THINKING
 from transformers import CLIPImageProcessorPil
 from written_records import TURNS, conversations, records
 
@@ -130,6 +131,22 @@ def test_chat_messages_and_jsonl_read_like_llava_records(folder):
     b = records(folder, [chat], ".jsonl")[0]
     assert a.messages == b.messages
     assert a.images == b.images
+
+
+def test_thoughts_before_the_last_answer_alone():
+    """Earlier answers stand without them, and where the generation prompt has left off there."""
+    processor = copy.copy(FAMILIES["qwen"]())
+    processor.chat_template = THINKING
+    said = ["two cats", "no", "a dog"]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for answer in said
+        for role, text in (("user", "How many?"), ("assistant", answer))
+    ]
+    found = render_chat(processor, messages)
+    spans = [found.text[a:b] for a, b in found.spans]
+    assert spans == ["two cats<|im_end|>", "no<|im_end|>", "\n</think>\n\na dog<|im_end|>"]
+    assert [found.text[a:b] for a, b in found.said] == said
 
 
 def test_a_template_that_rewrites_history_is_refused():

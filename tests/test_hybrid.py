@@ -265,12 +265,15 @@ def test_a_cache_of_another_layout_is_refused():
         one.generate(**batch, max_new_tokens=2, cache_implementation="static")
 
 
-def test_packed_rows_stay_apart():
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_packed_rows_stay_apart(name):
     """Positions that restart, without a mask, are transformers' sign of packed documents."""
-    model = student("llava", [0, 1, 2, 3])
+    model = student(name, [0, 1, 2, 3])
     one, two = torch.randint(11, 99, (1, 7)), torch.randint(11, 99, (1, 5))
     packed = torch.cat([one, two], dim=1)
     positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    if name == "qwen3_vl":  # plain ones, time, height and width
+        positions = positions.expand(4, 1, -1)
     with torch.no_grad():
         got = model(input_ids=packed, position_ids=positions, use_cache=False).logits
         want = torch.cat([model(input_ids=d, use_cache=False).logits for d in (one, two)], dim=1)

@@ -243,6 +243,36 @@ def test_router_objectives_equal_their_twins_with_gradients():
         assert grads[0][1, 3:].abs().sum() == 0
 
 
+class Gated(torch.nn.Module):
+    """A gated network in LFM's words, with any activation."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.w1, self.w3 = (torch.nn.Linear(32, 48, bias=False) for _ in range(2))
+        self.w2 = torch.nn.Linear(48, 32, bias=False)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+
+
+def test_a_network_with_another_activation_is_refused():
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    batch = families.inputs("llava", [5, 9])
+    for activation in (silu, gelu):
+        model = families.make("llava")
+        for layer in find_parts(model).decoder_layers:
+            del layer.mlp
+            layer.mlp = Gated(activation)
+        want = logits_of(model, batch)
+        if activation is silu:
+            convert(model, [MOE])
+            torch.testing.assert_close(logits_of(model, batch), want, rtol=1e-5, atol=1e-5)
+            continue
+        with pytest.raises(RecipeError, match="Gated computes something else than its experts"):
+            convert(model, [MOE])
+
+
 def test_captured_routers_are_the_layers_own():
     model = spread(converted("llava", MOE))
     batch = families.inputs("llava", [5, 9], side="right")

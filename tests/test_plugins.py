@@ -72,14 +72,20 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     assert "hidden_cosine" not in REGISTRY
 
 
-def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
-    (tmp_path / "outside_objectives.py").write_text(CODE.group(1))
+def install(tmp_path, monkeypatch, code):
+    """A package with an entry point, on the path of modules."""
+    monkeypatch.delitem(sys.modules, "outside_objectives", raising=False)
+    (tmp_path / "outside_objectives.py").write_text(code)
     info = tmp_path / "outside_objectives-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-objectives\nVersion: 1\n")
     entry = "[mmkd.objectives]\nhidden_cosine = outside_objectives:Cosine\n"
     (info / "entry_points.txt").write_text(entry)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, CODE.group(1))
     assert mmkd(monkeypatch, "run", recipe()) in (0, None)
     assert len(cosines(tmp_path)) == 4
 
@@ -90,7 +96,17 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
         (["--plugin", "none.py"], None, {}, "--plugin none.py: no such file"),
         (["--plugin", "no.such.module"], None, {}, "cannot be loaded (ModuleNotFoundError"),
         (["--plugin", "my.py"], "1 / 0", {}, "cannot be loaded (ZeroDivisionError"),
-        (["--plugin", "my.py"], CODE.group(1), {"regoin": "all"}, "Extra inputs"),
+        (["--plugin", "my.py"], "raise SystemExit(0)", {}, "cannot be loaded (SystemExit"),
+        (["--plugin", "my.py"], CODE.group(1), {"regoin": "all"},
+         "stages.0.objectives.1.regoin: unknown key -- did you mean 'region'?"),
+        (["--plugin", "my.py"], CODE.group(1), {"region": "al"},
+         "stages.0.objectives.1.region: got 'al' -- input should be 'response', 'vision' or 'all'"),
+        (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "kl"), {},
+         "two objectives have the kind 'kl'"),
+        (["--plugin", "my.py"], CODE.group(1).replace('Literal["hidden_cosine"]', "str"), {},
+         "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
+        (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
+         "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
         (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
          "unknown kind 'hidden_cosine'"),
         ([], None, {}, "unknown kind 'hidden_cosine'"),
@@ -107,6 +123,24 @@ def test_what_goes_wrong_is_one_line(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("class Cosine: pass", "TypeError: it is no objective"),
+        (CODE.group(1).replace("hidden_cosine", "other"), "it is not of the kind 'hidden_cosine'"),
+    ],
+)
+def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
+    install(tmp_path, monkeypatch, code)
+    assert mmkd(monkeypatch, "run", recipe()) == 2
+    error = capsys.readouterr().err
+    assert "the entry point outside_objectives:Cosine cannot be used (" in error
+    assert said in error
+    assert error.endswith(" -- mend its package, or uninstall it\n")
+    assert error.count("\n") == 1
 
 
 def test_two_objectives_of_one_kind_are_refused(recipe, tmp_path, monkeypatch, capsys):

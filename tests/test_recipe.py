@@ -98,6 +98,11 @@ def stage(**changes):
         (stage(steps="ten"), ["stages.0.steps", "integer", "'ten'"]),
         (stage(epochs=1), ["stages.0", "either 'steps' or 'epochs'"]),
         (stage(objectives=[{"kind": "ce"}, {"kind": "ce"}]), ["same name"]),
+        (
+            stage(objectives=[{"kind": "ce", "name": "loss"}]),
+            ["stages.0", "the name 'loss', which a metric has", "give it another"],
+        ),
+        (stage(objectives=[{"kind": "ce", "name": "kl.a"}]), ["stages.0.objectives.0.name"]),
         (changed(student={}), ["student", "either 'model'"]),
         (changed(data={}), ["data: ", "either 'train' (one source) or 'sources' (a mixture)"]),
     ],

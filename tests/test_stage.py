@@ -13,7 +13,7 @@ from mmkd.attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
 from mmkd.loading import load_model, load_processor
 from mmkd.ops import head_losses
-from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.recipe import STEP_METRICS, ModelConfig, load_recipe
 from mmkd.vocabulary import shared_vocabulary
 
 
@@ -141,13 +141,26 @@ def test_optimizers_and_schedules(recipe, kind, schedule):
 
 
 @pytest.mark.parametrize("wanted", ["auto", "torch"])
-def test_the_recipe_names_the_backend_of_the_head(recipe, wanted, monkeypatch):
+def test_the_recipe_names_the_backend_of_the_head_and_its_memory(recipe, wanted, monkeypatch):
     asked = []
-    monkeypatch.setitem(
-        head_losses.__globals__, "kernel_for", lambda backend, *rest: asked.append(backend)
-    )
-    train(recipe(stage={"steps": 1, "engine": {"head_backend": wanted}}))
+    names = head_losses.__globals__
+    monkeypatch.setitem(names, "kernel_for", lambda backend, *rest: asked.append(backend))
+    rooms, rows_per_chunk = [], names["rows_per_chunk"]
+
+    def watched(*settings):
+        rooms.append(settings[-1])
+        return rows_per_chunk(*settings)
+
+    monkeypatch.setitem(names, "rows_per_chunk", watched)
+    engine = {"head_backend": wanted, "head_memory": 3}
+    train(recipe(stage={"steps": 1, "engine": engine}))
     assert set(asked) == {wanted}
+    assert set(rooms) == {3 * 2**20}
+
+
+def test_no_objective_can_be_called_what_a_metric_is(recipe):
+    (line,), _ = train(recipe(stage={"steps": 1}))
+    assert line.keys() - STEP_METRICS == {"ce"}
 
 
 def test_clipping_can_be_switched_off(recipe):

@@ -96,7 +96,8 @@ def test_layout_and_packing_change_nothing(world):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (number, key)
 
 
-def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch):
+@pytest.mark.parametrize("first", [[], ["talk"]])
+def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch, first):
     ran = []
     signals = LiveTeacher.signals
 
@@ -105,17 +106,52 @@ def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch):
         return signals(self, batch, **layers)
 
     monkeypatch.setattr(LiveTeacher, "signals", watched)
-    both = [one(world, "chat"), one(world, "ocr", sources=["letters"])]
+    both = [one(world, "chat", sources=first), one(world, "ocr", sources=["letters"])]
     lines, _ = trained(world("some", both, batch={"size": 1}, steps=8))
     letters = sum(line["sources"]["letters"] for line in lines)
     assert 0 < letters < 8
-    assert len(ran) == 8 + letters
+    assert len(ran) == (8 if first else 8 + letters)
+    assert all(
+        (line["kl.chat"] > 0) == bool(not first or line["sources"]["talk"]) for line in lines
+    )
     assert all((line["kl.ocr"] > 0) == (line["sources"]["letters"] > 0) for line in lines)
 
 
-def test_one_teacher_can_be_routed_too(world):
-    lines, _ = trained(world("one", one(world, "ocr", sources=["letters"])))
-    assert all(line["kl.ocr"] > 0 for line in lines if line["sources"]["letters"])
+def test_one_teacher_can_be_routed_too(world, monkeypatch):
+    ran = []
+    signals = LiveTeacher.signals
+
+    def watched(self, batch, **layers):
+        ran.append(batch)
+        return signals(self, batch, **layers)
+
+    monkeypatch.setattr(LiveTeacher, "signals", watched)
+    lines, _ = trained(world("one", one(world, "ocr", sources=["letters"]), batch={"size": 1}))
+    asked = [line["sources"]["letters"] > 0 for line in lines]
+    assert any(asked)
+    assert not all(asked)
+    assert len(ran) == sum(asked)
+    for line, about_it in zip(lines, asked, strict=True):
+        assert (line["kl.ocr"] > 0) == about_it
+        assert line["loss"] == pytest.approx(line["ce"] + line["kl.ocr"])
+
+
+def test_objectives_without_anyone_asked_have_no_loss(world):
+    """Not one of the step's records is of a source that a teacher is asked about."""
+    teachers = [one(world, "chat", sources=["talk"]), one(world, "ocr", sources=["talk"])]
+    kinds = [{"kind": "kl"}, {"kind": "relation"}]
+    lines, _ = trained(world("none", teachers, objectives=kinds, batch={"size": 1}))
+    silent = [line for line in lines if not line["sources"]["talk"]]
+    assert silent
+    assert all(line["loss"] == line["grad_norm"] == 0 for line in silent)
+    assert all(line["loss"] > 0 for line in lines if line["sources"]["talk"])
+
+
+def test_one_teacher_has_a_weight_too(world):
+    whole, _ = trained(world("whole", one(world, "chat"), steps=1))
+    light, _ = trained(world("light", one(world, "chat", weight=0.25), steps=1))
+    assert light[0]["kl.chat"] == pytest.approx(whole[0]["kl"])
+    assert light[0]["loss"] == pytest.approx(whole[0]["ce"] + 0.25 * whole[0]["kl"])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ The template is rendered up to each assistant turn with its generation prompt, a
 end: what lies between is what the model has to say. No template is parsed or special-cased.
 """
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -56,7 +58,6 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
 
     text = template(messages, False)
     tokenizer = processor.tokenizer
-    specials = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
     spans: list[Span] = []
     words: list[Span] = []
     closed = False
@@ -68,8 +69,13 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         end = _common_length(text, template(messages[: i + 1], False))
         said = "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
         at = text.find(said, start, end)
+        if at < 0 and i + 1 < len(messages):  # Qwen3 writes the last answer otherwise
+            end = _common_length(text, template(_wordless(messages, i + 1), False))
+            at = text.find(said, start, end)
         if start < len(prefix):  # LLaVA-OneVision's generation prompt has other whitespace
-            if (prefix[start:] + text[start : max(at, start)]).strip():
+            other = (prefix[start:] + text[start : max(at, start)]).strip()
+            # Qwen3.5's begins thoughts, which it leaves out of earlier answers.
+            if other and not text.startswith(template(messages[:i], False)):
                 raise DataError(
                     f"the chat template rewrites the conversation before turn {i}",
                     mend="use a template that only appends",
@@ -80,7 +86,7 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
                 f"the chat template changes the response of turn {i}",
                 mend="use a template that keeps responses as they are",
             )
-        stop, closed = _end_of_turn(text, at + len(said), end, specials)
+        stop, closed = _end_of_turn(text, at + len(said), end, tokenizer)
         spans.append((start, stop))
         words.append((at, at + len(said)))
     if not closed and spans and tokenizer.eos_token and messages[-1]["role"] == "assistant":
@@ -98,10 +104,32 @@ def _common_length(a: str, b: str) -> int:
     )
 
 
-def _end_of_turn(text: str, said_end: int, end: int, specials: list[str]) -> tuple[int, bool]:
-    """Where a turn ends: behind its last special token, or with its last word."""
-    ends = [at + len(token) for token in specials if (at := text.rfind(token, said_end, end)) >= 0]
-    return (max(ends), True) if ends else (said_end, False)
+def _wordless(messages: list[Message], number: int) -> list[Message]:
+    """The conversation with one message left empty: rendered, it parts from the whole one where
+    that message's words begin."""
+    empty = {**messages[number], "content": [{"type": "text", "text": ""}]}
+    return [*messages[:number], empty, *messages[number + 1 :]]
+
+
+def _end_of_turn(text: str, said_end: int, end: int, tokenizer: Any) -> tuple[int, bool]:
+    """Where a turn ends: behind its first special token, or with its last word."""
+    found = _specials_of(tokenizer).search(text, said_end, end)
+    return (found.end(), True) if found else (said_end, False)
+
+
+@lru_cache(maxsize=32)
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The ids of tokens that are no text: those that the tokenizer has a name for, and others that
+    are marked so, as Gemma's end of turn."""
+    marked = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    named = tokenizer.all_special_tokens
+    return {**marked, **dict(zip(named, tokenizer.convert_tokens_to_ids(named), strict=True))}
+
+
+@lru_cache(maxsize=32)
+def _specials_of(tokenizer: Any) -> re.Pattern[str]:
+    longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def expanded_spans(spans: tuple[Span, ...], replacements: list[dict[str, Any]]) -> list[Span]:

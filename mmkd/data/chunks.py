@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mmkd.data.chat import Rendered, Span, expanded_spans
-from mmkd.errors import DataError
 from mmkd.objectives import Chunks, ChunkTokens
 
 Piece = tuple[range, range]
@@ -65,7 +64,7 @@ def cut_answers(
         ends = (
             number
             for number, (a, b) in enumerate(offsets)
-            if stop <= a < b <= closed and ids[number] in specials
+            if stop <= a < min(b, closed) and ids[number] in specials
         )
         found.append(Answer(words, _cuts(words, tokens), next(ends, None)))
     return found
@@ -108,15 +107,12 @@ def pair_chunks(
         names: of the rows, for messages.
 
     Raises:
-        DataError: a row has other words for the teacher than for the student.
+        ValueError: a row has other words for the teacher than for the student.
     """
     pieces: list[tuple[int, Piece]] = []
     for row, (name, ours, others) in enumerate(zip(names, mine, theirs, strict=True)):
         if [a.words for a in ours] != [a.words for a in others]:
-            raise DataError(
-                f"the response of {name} has other words for the teacher than for the student",
-                mend="set data.on_bad_sample to stop, to see which of them is bad for the teacher",
-            )
+            raise ValueError(f"the answers of {name} are not those of the teacher's row")
         for pair in zip(ours, others, strict=True):
             pieces += [(row, piece) for piece in _pieces(*pair)]
     widths = student.shape[1], teacher.shape[1]

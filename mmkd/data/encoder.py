@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkd.cache import Store
-from mmkd.data.alignment import ALIGNED, Grid, same_processor
-from mmkd.data.batch import Batch, covered_rows, paired
-from mmkd.data.chat import Rendered, expanded_spans, mark_tokens, render_chat
+from mmkd.data.alignment import ALIGNED, same_processor
+from mmkd.data.batch import Batch, paired
+from mmkd.data.chat import (
+    Rendered,
+    expanded_spans,
+    mark_tokens,
+    render_chat,
+    special_tokens,
+)
 from mmkd.data.chunks import Answer, cut_answers
 from mmkd.data.labels import IGNORED, vision_labels
 from mmkd.data.packing import (
@@ -29,9 +33,9 @@ from mmkd.data.processing import MOVED, Processing
 from mmkd.data.records import Records, located
 from mmkd.data.samples import Sample, blank_sample
 from mmkd.data.schema import Message, Record
+from mmkd.data.stored import stored_hidden, stored_rows
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Region, Targets
-from mmkd.ops import SparseRows
 from mmkd.recipe import DataConfig
 from mmkd.vocabulary import same_vocabulary
 
@@ -203,7 +207,8 @@ class Encoder:
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
-        """One padded batch; bad records are replaced by others if the recipe says so."""
+        """One padded batch; records that are bad for one of the models are replaced by others if
+        the recipe says so."""
         if self.config.on_bad_sample == "stop":
             return self._whole(list(map(self.load, indices)))
         skipped: list[str] = []
@@ -218,11 +223,16 @@ class Encoder:
     def _whole(self, samples: list[Sample]) -> Batch:
         """One padded batch with the teacher's own view."""
         batch = self._encode(samples)
-        theirs = None if self.teacher is None else self.teacher._exactly(batch.indices)
-        return paired(batch, theirs, self.matched, chunks=self.chunks)
+        return paired(batch, self._theirs(batch.indices), self.matched, chunks=self.chunks)
 
-    def _exactly(self, indices: list[int]) -> Batch:
-        return self._encode([self.load(index) for index in indices])
+    def _theirs(self, indices: list[int]) -> Batch | None:
+        """The teacher's own view of these records, and of no others."""
+        if self.teacher is None:
+            return None
+        try:
+            return self.teacher._encode([self.teacher.load(index) for index in indices])
+        except DataError as error:
+            raise error.at(f"{error.where}, for the teacher") from error
 
     def _alone(self, index: int) -> Sample:
         """A record that both models' processors take.
@@ -231,8 +241,7 @@ class Encoder:
             DataError: it is bad; what a teacher's cache lacks is not the record's fault.
         """
         sample = self.load(index)
-        batch = self._encode([sample], stored=False)
-        theirs = None if self.teacher is None else self.teacher._exactly([index])
+        batch, theirs = self._encode([sample], stored=False), self._theirs([index])
         with located(lambda: self.records.where(index)):
             paired(batch, theirs, self.matched, chunks=self.chunks)
         return sample
@@ -278,23 +287,22 @@ class Encoder:
             targets,
             [s.record.id for s in chosen],
             indices=[s.index for s in chosen],
-            grids=self._grids(encoded, vision, [len(s.pictures) for s in samples]),
+            grids=self.processing.grids(encoded, vision, [len(s.pictures) for s in samples]),
         )
         if self.chunks:
             batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
         batch = self._truncate(batch, samples)
         if self.store is not None and stored:
-            batch = replace(
-                batch,
-                stored=self._stored(self.store, batch.targets, samples),
-                stored_hidden=self._stored_hidden(self.store, batch.targets, samples),
-            )
+            said = (self.store, batch.targets, samples, self.records.where)
+            batch = replace(batch, stored=stored_rows(*said))
+            if self.pack is None:  # what reads hidden states is never packed
+                batch = replace(batch, stored_hidden=stored_hidden(*said))
         return batch if self.pack is None else self._packed(batch, samples, bins)
 
     def _answers(
         self, samples: list[Sample], moved: list[Any], offsets: Tensor, ids: Tensor
     ) -> list[list[Answer]]:
-        specials = set(self.processor.tokenizer.all_special_ids)
+        specials = frozenset(special_tokens(self.processor.tokenizer).values())
         rows = zip(samples, moved, offsets.tolist(), ids.tolist(), strict=False)
         return [cut_answers(s.rendered, m, o, i, specials) for s, m, o, i in rows]
 
@@ -339,52 +347,6 @@ class Encoder:
             targets=pack_targets(targets, packing, IGNORED),
             stored=stored,
         )
-
-    def _stored(self, store: Store, targets: Targets, samples: list[Sample]) -> SparseRows:
-        """The teacher's rows of a batch, as its cache has them."""
-        covered = covered_rows(targets, store.manifest["regions"])  # [B, T]
-        found = []
-        for sample, count in zip(samples, covered.sum(1).tolist(), strict=True):
-            where = self.records.where(sample.index)
-            rows = store.get(sample.key, where)
-            if len(rows) != count:
-                raise DataError(
-                    f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
-                    where=where,
-                    mend="build the cache again",
-                )
-            found.append(rows)
-        at = torch.full((covered.numel(),), -1)
-        at[covered.flatten()] = torch.arange(sum(map(len, found)))
-        return SparseRows(*store.codec.decode(np.concatenate(found)), at)
-
-    def _stored_hidden(
-        self, store: Store, targets: Targets, samples: list[Sample]
-    ) -> Tensor | None:
-        """The teacher's final hidden states of a batch, if its cache has them."""
-        if store.hidden is None or self.pack is not None:  # what reads them is never packed
-            return None
-        covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
-        found = [store.get_hidden(s.key, self.records.where(s.index)) for s in samples]
-        made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
-        made[covered] = torch.cat(found)
-        return made
-
-    def _grids(
-        self, encoded: dict[str, Tensor], vision: Tensor, pictures: list[int]
-    ) -> list[list[Grid]]:
-        """Of each row's pictures: what the processor says, else a square."""
-        if "image_grid_thw" in encoded:
-            merge = self.processor.image_processor.merge_size
-            sizes = encoded["image_grid_thw"].tolist()
-            grids = [(t * height // merge, width // merge) for t, height, width in sizes]
-            ends = list(accumulate(pictures))
-            return [grids[end - n : end] for end, n in zip(ends, pictures, strict=True)]
-        sides = [
-            round((tokens / max(n, 1)) ** 0.5)
-            for tokens, n in zip(vision.sum(1).tolist(), pictures, strict=True)
-        ]
-        return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     def _process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
         try:

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from mmkd.data.alignment import Grid
 from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
 from mmkd.errors import DataError
@@ -96,6 +98,29 @@ class Processing:
         except ValueError as error:
             raise _refused(error) from error
         return (len(whole["input_ids"][0]) - len(alone)) // count
+
+    def grids(
+        self, encoded: dict[str, Tensor], vision: Tensor, pictures: Sequence[int]
+    ) -> list[list[Grid]]:
+        """Rows and columns of image tokens of each row's pictures: what the processor says, else a
+        square.
+
+        Args:
+            encoded: what a call gave.
+            vision: [B, T] bool, image tokens.
+            pictures: how many each row has.
+        """
+        if "image_grid_thw" in encoded:
+            merge = self.processor.image_processor.merge_size
+            sizes = encoded["image_grid_thw"].tolist()
+            grids = [(t * height // merge, width // merge) for t, height, width in sizes]
+            ends = list(accumulate(pictures))
+            return [grids[end - n : end] for end, n in zip(ends, pictures, strict=True)]
+        sides = [
+            round((tokens / max(n, 1)) ** 0.5)
+            for tokens, n in zip(vision.sum(1).tolist(), pictures, strict=True)
+        ]
+        return [[(side, side)] * n for side, n in zip(sides, pictures, strict=True)]
 
     @staticmethod
     def _check_text(texts: Sequence[str], moved: Any, offsets: Tensor) -> None:

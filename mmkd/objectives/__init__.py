@@ -1,17 +1,17 @@
 """Objectives by kind. Each module holds one family: its equation, its settings, its code."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import (
     Field,
     SerializeAsAny,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 
-from mmkd.objectives.added import add_objective, find_added, kinds_of
+from mmkd.errors import RecipeError, nearest
+from mmkd.objectives.added import REGISTRY, add_objective, find_added, kinds_of
 from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ, expert_counts
 from mmkd.objectives.base import (
@@ -37,6 +37,7 @@ from mmkd.objectives.preference import Preference, answer_logps, preference_loss
 from mmkd.objectives.relation import Relation, visual_relation
 from mmkd.objectives.together import HeadObjective, Teachers, score
 from mmkd.objectives.token_labels import TokenLabels
+from mmkd.ops import CHUNK_BYTES
 
 CLASSES: tuple[type[Objective], ...] = (
     CrossEntropy,
@@ -59,7 +60,7 @@ CLASSES: tuple[type[Objective], ...] = (
 )
 
 
-REGISTRY: dict[str, type[Objective]] = {kind: cls for cls in CLASSES for kind in kinds_of(cls)}
+REGISTRY.update({kind: cls for cls in CLASSES for kind in kinds_of(cls)})
 
 
 def _with_added(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
@@ -68,14 +69,7 @@ def _with_added(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
     if not isinstance(kind, str) or kind in REGISTRY:
         return known(value)
     cls = find_added(kind)
-    if cls is None:
-        return known(value)
-    try:
-        return cls.config_class.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{kind}.{place}: {first['msg']}") from error
+    return known(value) if cls is None else cls.config_class.model_validate(value)
 
 
 if TYPE_CHECKING:
@@ -93,12 +87,32 @@ def build_objective(
     *,
     shared_vocabulary: int | None = None,
     mamba_layers: Sequence[int] = (),
+    head_memory: int = CHUNK_BYTES,
+    head_backend: str = "auto",
 ) -> Objective:
-    """The objective that a recipe's entry asks for."""
+    """The objective that a recipe's entry asks for.
+
+    Args:
+        config: the entry.
+        shared_vocabulary, mamba_layers: as in `Objective`.
+        head_memory, head_backend: attributes of the objective.
+
+    Raises:
+        RecipeError: it needs what there is not.
+    """
     kind: str = config.kind  # type: ignore[attr-defined]
     cls = REGISTRY.get(kind) or find_added(kind)
     assert cls is not None  # its settings were read
-    return cls(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+    made = cls(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
+    made.head_memory, made.head_backend = head_memory, head_backend
+    for need in made.needs:
+        if need not in get_args(Need):
+            raise RecipeError(
+                f"it needs {need!r}, which there is not",
+                where=f"objective {made.name}",
+                mend=nearest(str(need), get_args(Need)),
+            )
+    return made
 
 
 __all__ = [
@@ -127,6 +141,7 @@ __all__ = [
     "answer_logps",
     "build_objective",
     "expert_counts",
+    "find_added",
     "preference_loss",
     "score",
     "visual_relation",

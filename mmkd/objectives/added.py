@@ -1,4 +1,4 @@
-"""Objectives from outside of mmkd.
+"""Objectives by kind: mmkd's own, and those from outside of it.
 
 A package names its own as entry points of the group `mmkd.objectives`, by kind; one is loaded when
 a recipe asks for it. A module that is imported anyway calls `add_objective`.
@@ -7,16 +7,28 @@ a recipe asks for it. A module that is imported anyway calls `add_objective`.
 from importlib.metadata import entry_points
 from typing import TypeVar, get_args
 
+from mmkd.errors import MEND
 from mmkd.objectives.base import Objective
 
 GROUP = "mmkd.objectives"
 T = TypeVar("T", bound=type[Objective])
+REGISTRY: dict[str, type[Objective]] = {}
+"""mmkd's own."""
 _added: dict[str, type[Objective]] = {}
 
 
 def kinds_of(cls: type[Objective]) -> tuple[str, ...]:
-    """The kinds that a recipe writes for a class of objectives."""
-    return get_args(cls.config_class.model_fields["kind"].annotation)
+    """The kinds that a recipe writes for a class of objectives.
+
+    Raises:
+        ValueError: it has none.
+    """
+    settings = getattr(cls, "config_class", None)
+    field = None if settings is None else settings.model_fields.get("kind")
+    kinds = () if field is None else get_args(field.annotation)
+    if not kinds or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"{cls.__name__} has no kind: give its config_class 'kind: Literal[...]'")
+    return kinds
 
 
 def add_objective(cls: T) -> T:
@@ -26,7 +38,7 @@ def add_objective(cls: T) -> T:
         ValueError: another one has the kind.
     """
     for kind in kinds_of(cls):
-        known = _added.setdefault(kind, cls)
+        known = REGISTRY.get(kind) or _added.setdefault(kind, cls)
         if known is not cls:
             raise ValueError(f"two objectives have the kind {kind!r}: {known} and {cls}")
     return cls
@@ -40,10 +52,17 @@ def find_added(kind: str) -> type[Objective] | None:
     """
     for point in entry_points(group=GROUP, name=kind):
         if kind not in _added:
-            found = point.load()
-            if not (isinstance(found, type) and issubclass(found, Objective)):
-                raise ValueError(f"the entry point {point.value} is no objective")
-            if kind not in kinds_of(found):
-                raise ValueError(f"the entry point {point.value} is not of the kind {kind!r}")
-            add_objective(found)
+            try:
+                found = point.load()
+                if not (isinstance(found, type) and issubclass(found, Objective)):
+                    raise TypeError("it is no objective")
+                if kind not in kinds_of(found):
+                    raise ValueError(f"it is not of the kind {kind!r}")
+                add_objective(found)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise ValueError(
+                    f"the entry point {point.value} cannot be used ({reason}){MEND}mend its "
+                    "package, or uninstall it"
+                ) from error
     return _added.get(kind)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mmkd.objectives.chunks import Chunks
-from mmkd.ops import SparseRows
+from mmkd.ops import CHUNK_BYTES, SparseRows
 
 Region = Literal["response", "prompt", "vision", "all"]
 # distribution: the head's output, layers: what happens inside of decoder layers, matrices and
@@ -241,7 +241,9 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
-    name: str | None = Field(None, description="name in metrics; the kind if left out")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="name in metrics; the kind if left out"
+    )
 
 
 class Objective:
@@ -253,6 +255,8 @@ class Objective:
             record.
         any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
             where it reads chunks.
+        head_memory: bytes for the logits of a chunk of rows, and what is made of them.
+        head_backend: of losses on the head's output that have a kernel, "auto" or "torch".
         teacher: the name of the teacher that it compares with, where there are several.
         sources: numbers of the data sources whose records it covers; None for all.
     """
@@ -260,6 +264,8 @@ class Objective:
     config_class: ClassVar[type[ObjectiveConfig]]
     relates_tokens: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
+    head_memory: int = CHUNK_BYTES
+    head_backend: str = "auto"
 
     def __init__(
         self,

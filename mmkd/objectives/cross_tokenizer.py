@@ -93,7 +93,12 @@ class Alm(ChunkObjective):
         """[chunks]: log-likelihoods."""
         head = _head(signals, tokens.rows)
         found = token_logps(
-            head.hidden, head.weight, tokens.ids, bias=head.bias, vocab_size=self.shared_vocabulary
+            head.hidden,
+            head.weight,
+            tokens.ids,
+            bias=head.bias,
+            vocab_size=self.shared_vocabulary,
+            memory=self.head_memory,
         )
         return found.new_zeros(tokens.count).index_add(0, tokens.chunk, found)
 
@@ -105,7 +110,7 @@ class Uld(ChunkObjective):
     def _total(self, student: Signals, teacher: Signals, chunks: Chunks) -> Tensor:
         mine = _head(student, chunks.student.first_rows)
         theirs = _head(teacher, chunks.teacher.first_rows)
-        return linear_uld(mine, theirs, vocab_size=self.shared_vocabulary)
+        return linear_uld(mine, theirs, vocab_size=self.shared_vocabulary, memory=self.head_memory)
 
 
 def _head(signals: Signals, rows: Tensor) -> Head:

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
-from mmkd.ops import token_logps
+from mmkd.ops import CHUNK_BYTES, token_logps
 
 Kind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
 
@@ -125,13 +125,16 @@ def _baseline(ratios: Tensor) -> Tensor:
     return (total[0] / total[1].clamp_min(1)).clamp_min(0)
 
 
-def answer_logps(signals: Signals, targets: Targets, vocabulary: int | None) -> Tensor:
+def answer_logps(
+    signals: Signals, targets: Targets, vocabulary: int | None, memory: int = CHUNK_BYTES
+) -> Tensor:
     """Log-probability of each row's responses, [B], in at least float32.
 
     Args:
         signals: the student's or the reference's.
         targets: with the rejected answers' rows too.
         vocabulary: tokens that both models share; None for the whole head.
+        memory: bytes for the logits of a chunk of rows.
     """
     rows = targets.predicts_answers()  # [B, T]
     signals = signals.first(len(rows))
@@ -141,6 +144,7 @@ def answer_logps(signals: Signals, targets: Targets, vocabulary: int | None) -> 
         targets.next_ids()[rows],
         bias=signals.head_bias,
         vocab_size=vocabulary,
+        memory=memory,
     )
     sums = found.new_zeros(rows.shape[0])
     return sums.index_add(0, rows.nonzero()[:, 0], found)
@@ -171,7 +175,7 @@ class Preference(Objective):
         rejected = targets.rejected
         if rejected is None:
             raise ValueError(f"objective {self.name!r} needs pairs of answers")
-        policy = answer_logps(student, targets, self.shared_vocabulary)
+        policy = answer_logps(student, targets, self.shared_vocabulary, self.head_memory)
         reference = torch.zeros_like(policy)
         if self.config.reference != "none":
             if targets.reference_logps is None:

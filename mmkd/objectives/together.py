@@ -13,7 +13,7 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
-from mmkd.ops import CHUNK_BYTES, Head, HeadLoss, SparseRows, head_losses
+from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
 
 class HeadObjective(Objective):
@@ -36,8 +36,6 @@ def _one_pass(
     student: Signals,
     teacher: TeacherSignals | None,
     targets: Targets,
-    memory: int = CHUNK_BYTES,
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The sum of factor times loss with gradients, and each loss's sum over its rows."""
     losses = []
@@ -51,7 +49,10 @@ def _one_pass(
         theirs = teacher.rows
     else:
         theirs = None if teacher is None else _head(teacher)
-    return head_losses(_head(student), losses, theirs, memory=memory, backend=backend)
+    how = objectives[0]  # those of a stage have it in common
+    return head_losses(
+        _head(student), losses, theirs, memory=how.head_memory, backend=how.head_backend
+    )
 
 
 def _head(signals: Signals) -> Head:
@@ -68,8 +69,6 @@ def score(
     teacher: TeacherSignals | Teachers | None,
     targets: Targets,
     counts: Mapping[str, float],
-    memory: int = CHUNK_BYTES,
-    backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all objectives, with gradients, and what each says, without.
 
@@ -78,8 +77,6 @@ def score(
         student, teacher: on the batch; several teachers by the names that objectives give.
         targets: of the batch.
         counts: rows in the global batch, by objective's name.
-        memory: bytes for the logits of a chunk of rows.
-        backend: of losses on the head's output, "auto" or "torch".
 
     Returns:
         The loss, and by name each objective's value and its metrics.
@@ -88,7 +85,7 @@ def score(
     def asked(name: str | None) -> TeacherSignals | None:
         if not isinstance(teacher, Mapping):
             return teacher
-        return next(iter(teacher.values())) if name is None else teacher.get(name)
+        return next(iter(teacher.values()), None) if name is None else teacher.get(name)
 
     silent = [o for o in objectives if o.teacher is not None and asked(o.teacher) is None]
     speaking = [o for o in objectives if o not in silent]
@@ -97,7 +94,7 @@ def score(
     metrics: dict[str, Tensor] = {}
     for name, heads in _passes(speaking).items():
         factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums = _one_pass(heads, factors, student, asked(name), targets, memory, backend)
+        total, sums = _one_pass(heads, factors, student, asked(name), targets)
         terms.append(total)
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
     for objective in speaking:

@@ -75,7 +75,8 @@ class TokenLabels(Objective):
             labels.flatten(),
             mask=rows.flatten(),
             bias=student.head_bias,
-            backend="torch",  # `engine.head_backend` is not known here
+            memory=self.head_memory,
+            backend=self.head_backend,
         )
         return Outcome(share_of(mean, rows, count))
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmkd.ops.head_losses import head_losses
+from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
 from mmkd.ops.terms import Head, HeadLoss
 
 
@@ -15,6 +15,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    memory: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> Tensor:
     """Mean of -log softmax(W h + b)[target] over the kept rows.
@@ -26,14 +27,17 @@ def linear_cross_entropy(
         mask: [N] bool, True for rows that count; None keeps all.
         bias: [V] or None.
         vocab_size: rows of the head past it get no mass.
-        chunk_size: rows projected at once; chosen by memory if None.
-        backend: as in `head_losses`.
+        chunk_size, memory, backend: as in `head_losses`.
 
     Returns:
         Scalar in at least float32. Zero kept rows give 0 with zero gradients.
     """
     loss = HeadLoss("ce", mask, targets=targets, vocab_size=vocab_size)
     total, _ = head_losses(
-        Head(hidden, weight, bias), [loss], chunk_size=chunk_size, backend=backend
+        Head(hidden, weight, bias),
+        [loss],
+        chunk_size=chunk_size,
+        memory=memory,
+        backend=backend,
     )
     return total / max(len(hidden) if mask is None else int(mask.sum()), 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmkd.ops.head_losses import project, rows_per_chunk
+from mmkd.ops.head_losses import CHUNK_BYTES, project, rows_per_chunk
 
 
 def token_logps(
@@ -23,6 +23,7 @@ def token_logps(
     bias: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    memory: int = CHUNK_BYTES,
 ) -> Tensor:
     """The log-probability of each row's token.
 
@@ -32,7 +33,8 @@ def token_logps(
         targets: [N] int64, below `vocab_size`.
         bias: [V] or None.
         vocab_size: rows of the head past it get no mass.
-        chunk_size: rows projected at once; chosen by memory if None.
+        chunk_size: rows projected at once; what fits in `memory` if None.
+        memory: bytes for a chunk's logits and what is made of them, all together.
 
     Returns:
         [N] in at least float32, differentiable once in hidden, weight and bias.
@@ -47,7 +49,7 @@ def token_logps(
         )
     weight = weight[:vocab_size]
     bias = None if bias is None else bias[:vocab_size]
-    chunk = rows_per_chunk(hidden.shape[0], weight.shape[0], chunk_size)
+    chunk = rows_per_chunk(hidden.shape[0], weight.shape[0], chunk_size, memory=memory)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogps.apply(hidden, weight, bias, targets, chunk)
 

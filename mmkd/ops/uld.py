@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.ops.head_losses import project, rows_per_chunk, scaled_gradients
+from mmkd.ops.head_losses import CHUNK_BYTES, project, rows_per_chunk, scaled_gradients
 from mmkd.ops.terms import Head
 
 BUFFERS = 9
@@ -31,6 +31,7 @@ def linear_uld(
     *,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    memory: int = CHUNK_BYTES,
 ) -> Tensor:
     """The sum of the distances of N rows' distributions, without logits for all rows.
 
@@ -38,7 +39,8 @@ def linear_uld(
         student: hidden [N, H], weight [V, H]; gets gradients where it asks for them.
         teacher: hidden [N, H'], weight [V', H']; gets none.
         vocab_size: rows of both heads past it get no mass.
-        chunk_size: rows projected at once; chosen by memory if None.
+        chunk_size: rows projected at once; what fits in `memory` if None.
+        memory: bytes for a chunk's logits and what is made of them, all together.
 
     Returns:
         A scalar in at least float32, between 0 and 2 N, differentiable once. No rows give 0 with
@@ -55,7 +57,7 @@ def linear_uld(
         for h in (student, teacher)
     )
     widest = max(len(mine.weight), len(theirs.weight))
-    chunk = rows_per_chunk(rows, widest, chunk_size, 4 * BUFFERS)
+    chunk = rows_per_chunk(rows, widest, chunk_size, 4 * BUFFERS, memory)
     with torch.autocast(mine.hidden.device.type, enabled=False):
         return _Uld.apply(mine.hidden, mine.weight, mine.bias, theirs, chunk)
 

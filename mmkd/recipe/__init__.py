@@ -31,6 +31,7 @@ from mmkd.recipe.models import (
 )
 from mmkd.recipe.sources import HUB, DataConfig, SourceConfig
 from mmkd.recipe.stages import (
+    STEP_METRICS,
     BatchConfig,
     EngineConfig,
     LoraConfig,
@@ -45,6 +46,7 @@ from mmkd.recipe.stages import (
 
 __all__ = [
     "HUB",
+    "STEP_METRICS",
     "BatchConfig",
     "Conversion",
     "DataConfig",

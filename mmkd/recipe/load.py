@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
 from mmkd.files import yaml_reason
+from mmkd.objectives import find_added
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 
@@ -115,7 +116,8 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
         message, _, mend = first["msg"].removeprefix("Value error, ").partition(MEND)
         if first["type"] == "extra_forbidden":
             message = "unknown key"
-            mend = nearest(str(first["loc"][-1]), _known_keys(form, first["loc"]))
+            known = _added_keys(raw, first["loc"]) or _known_keys(form, first["loc"])
+            mend = nearest(str(first["loc"][-1]), known)
         elif first["type"] == "missing":
             message, mend = "this key is missing", "add it"
         elif first["type"] == "union_tag_invalid":
@@ -146,6 +148,19 @@ def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
         except (KeyError, IndexError, TypeError):
             node = None
     return path
+
+
+def _added_keys(raw: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Settings of the objective from outside that has the unknown key; none if it is not one's."""
+    node = raw
+    for part in location[:-1]:
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            return []
+    kind = node.get("kind") if isinstance(node, dict) else None
+    added = find_added(kind) if isinstance(kind, str) else None
+    return [] if added is None else list(added.config_class.model_fields)
 
 
 def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -65,11 +65,10 @@ class TeacherConfig(ModelConfig):
     name: str = Field(
         "teacher", pattern=r"^[A-Za-z0-9_-]+$", description="of one of several, in metrics"
     )
-    weight: float = Field(1.0, gt=0, description="of one of several: factor of its objectives")
+    weight: float = Field(1.0, gt=0, description="factor of the objectives on its outputs")
     sources: list[str] = Field(
         [], description="names of the data sources that it is asked about; all if left out"
     )
-
     source: Literal["live", "cache", "self"] = Field(
         "live",
         description="live: resident beside the student; cache: read from what `mmkd cache` stored; "

@@ -122,7 +122,9 @@ class EngineConfig(Strict):
         112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
     )
     head_backend: Literal["auto", "torch"] = Field(
-        "auto", description="of losses on the head's output; auto: a Triton kernel on CUDA"
+        "auto",
+        description="of cross-entropies and divergences on the head's output; auto: a Triton "
+        "kernel on CUDA",
     )
     patience: float = Field(
         1800.0,
@@ -141,6 +143,25 @@ class EngineConfig(Strict):
                 "deepspeed', or leave it out"
             )
         return self
+
+
+STEP_METRICS = frozenset(
+    {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "skipped",
+        "padding",
+        "sampled",
+        "sources",
+        "expert_load",
+        "seconds",
+    }
+)
+"""What a step's metrics say beside its objectives."""
 
 
 class SamplingConfig(Strict):
@@ -163,7 +184,9 @@ class LoraConfig(Strict):
     are."""
 
     groups: list[str] = Field(
-        ["language_model"], min_length=1, description="the head gets one only by its own name"
+        ["language_model"],
+        min_length=1,
+        description="whose layers get one, but those that train whole; the head only by its name",
     )
     rank: int = Field(16, ge=1, description="of an adapter's product")
     alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
@@ -240,4 +263,8 @@ class StageConfig(Strict):
         names = [o.name or o.kind for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError("two objectives have the same name -- give each a 'name'")
+        if taken := STEP_METRICS & {*names}:
+            raise ValueError(
+                f"an objective has the name {min(taken)!r}, which a metric has -- give it another"
+            )
         return self

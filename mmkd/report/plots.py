@@ -10,23 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmkd.recipe import STEP_METRICS
 from mmkd.report.experts import busiest
 from mmkd.report.rundata import Member, Run, StageLog
 
-NOT_OBJECTIVES = frozenset(
-    {
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "supervised_tokens",
-        "skipped",
-        "padding",
-        "sampled",
-        "seconds",
-    }
-)
 BUSIEST = "busiest_expert"
 TITLES = {
     "loss": "total loss",
@@ -81,7 +68,7 @@ def stage_panels(run: Run) -> list[StagePanels]:
 
 def _metrics(stages: Sequence[StageLog]) -> list[str]:
     keys = dict.fromkeys(key for stage in stages for line in stage.lines for key in line)
-    objectives = [key for key in keys if key not in NOT_OBJECTIVES]
+    objectives = [key for key in keys if key not in STEP_METRICS]
     # With one objective of weight 1 the total says the same again.
     total = ["loss"] if any(_has_total(stage) for stage in stages) else []
     sparse = [BUSIEST] if any(stage.loads for stage in stages) else []

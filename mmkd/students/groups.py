@@ -23,7 +23,7 @@ def set_trainable(
     chosen = {name for group in groups for name in known[group]}
     whole = {id(p) for n, p in model.named_parameters() if n in chosen}
     if lora is not None:
-        add_adapters(model, lora)
+        add_adapters(model, lora, groups)
     adapters = set(adapter_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in whole or name in adapters)

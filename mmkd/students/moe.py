@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,7 +12,7 @@ from mmkd.recipe import MoeConversion
 from mmkd.students.placement import choose
 from mmkd_models.layout import MoeLayout, moe_layers
 from mmkd_models.modeling_mmkd import become_student
-from mmkd_models.parts import find_parts
+from mmkd_models.parts import feed_forward, find_parts
 from mmkd_models.surgery import replace_ffn
 
 WHERE = "student.convert: moe"
@@ -39,12 +40,31 @@ def upcycle(model: PreTrainedModel, conversion: MoeConversion) -> list[str]:
     except ValueError as error:
         raise RecipeError(str(error), where=WHERE) from error
     for index, mlp in replaced.items():
-        sparse: Any = layers[index].mlp
+        sparse: Any = feed_forward(layers[index])[1]
         sparse.experts.copy_of(mlp)
         nn.init.normal_(sparse.router.weight, std=conversion.router.std)
+        if not _alike(mlp, sparse):
+            raise RecipeError(
+                f"{type(mlp).__name__} computes something else than its experts would",
+                where=WHERE,
+                mend="choose a family of docs/families.md",
+            )
     become_student(model, {"moe": layout.to_dict()})
     size = sum(p.numel() for p in sparse.experts.parameters()) // layout.experts
     return [
         f"decoder: {layout.experts} experts, top {layout.top_k}, in layers {chosen}, "
         f"copies of the dense network ({size:,} weights an expert)"
     ]
+
+
+@torch.no_grad()
+def _alike(mlp: nn.Module, sparse: Any) -> bool:
+    """Whether experts compute what the copied network does: names do not tell its activation."""
+    like = next(mlp.parameters())
+    if like.is_meta:
+        return True
+    x = like.new_ones(1, 2, sparse.router.weight.shape[1])
+    x[..., 1::2] *= -1
+    want, got = mlp(x).float(), sparse(x).float()
+    tolerance = 5e-2 if like.dtype.itemsize < 4 else 1e-4
+    return float((got - want).norm()) <= tolerance * float(want.norm())

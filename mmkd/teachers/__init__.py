@@ -2,7 +2,7 @@
 
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.own import own_teacher
-from mmkd.teachers.panel import ask_each
+from mmkd.teachers.panel import ask_each, asks_each
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher
@@ -18,6 +18,7 @@ __all__ = [
     "StoredTeacher",
     "Teacher",
     "ask_each",
+    "asks_each",
     "check_storable",
     "choose_placement",
     "choose_reference",

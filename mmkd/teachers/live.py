@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.objectives import Signals, answer_logps
+from mmkd.ops import CHUNK_BYTES
 from mmkd.signals import capture, check_supported
 
 
@@ -48,9 +49,13 @@ class LiveTeacher:
         return capture(self.model, (batch.teacher or batch).inputs, **layers)
 
     @torch.no_grad()
-    def answer_logps(self, batch: Batch, vocabulary: int | None) -> Tensor:
-        """Log-probability of each row's responses, [B]."""
-        return answer_logps(self.own_signals(batch), (batch.teacher or batch).targets, vocabulary)
+    def answer_logps(
+        self, batch: Batch, vocabulary: int | None, memory: int = CHUNK_BYTES
+    ) -> Tensor:
+        """Log-probability of each row's responses, [B]; arguments as in
+        `mmkd.objectives.answer_logps`."""
+        targets = (batch.teacher or batch).targets
+        return answer_logps(self.own_signals(batch), targets, vocabulary, memory)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Its weights by name, sorted, whole, those whose names begin with `prefix`; every rank

@@ -22,7 +22,7 @@ def ask_each(
     Raises:
         RecipeError: a teacher names a source that the data do not have.
     """
-    if len(teachers) < 2 and not any(t.sources for t in teachers):
+    if len(teachers) < 2 and not any(t.sources or t.weight != 1 for t in teachers):
         return list(objectives)
     numbers = [_numbers(t, data) for t in teachers]
     made: list[Objective] = []

@@ -24,6 +24,7 @@ from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError
 from mmkd.objectives import Objective, Preference
+from mmkd.ops import CHUNK_BYTES
 from mmkd.progress import Bar
 from mmkd.teachers.live import LiveTeacher
 
@@ -38,14 +39,22 @@ class LiveReference:
         model: the frozen reference.
         vocabulary: tokens that it shares with the student, None for all.
         once: its log-probabilities are to be stored before the first step.
+        memory: bytes for the logits of a chunk of rows.
     """
 
-    def __init__(self, model: LiveTeacher, vocabulary: int | None, *, once: bool = False):
-        self.model, self.vocabulary, self.once = model, vocabulary, once
+    def __init__(
+        self,
+        model: LiveTeacher,
+        vocabulary: int | None,
+        *,
+        once: bool = False,
+        memory: int = CHUNK_BYTES,
+    ):
+        self.model, self.vocabulary, self.once, self.memory = model, vocabulary, once, memory
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probability of each row's answers, [B]."""
-        return self.model.answer_logps(batch, self.vocabulary)
+        return self.model.answer_logps(batch, self.vocabulary, self.memory)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,12 @@ def choose_reference(
             where=f"objective {wanted[0].name}",
             mend="add 'teacher' to the recipe, or set reference to self or none",
         )
-    once = settings.reference_logps == "once"
-    return LiveReference(teacher, wanted[0].shared_vocabulary, once=once)
+    return LiveReference(
+        teacher,
+        wanted[0].shared_vocabulary,
+        once=settings.reference_logps == "once",
+        memory=wanted[0].head_memory,
+    )
 
 
 def store(

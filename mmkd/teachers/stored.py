@@ -19,6 +19,8 @@ class StoredTeacher:
         store: the cache.
     """
 
+    spread = False
+
     def __init__(self, store: Store):
         self.store = store
 

@@ -17,6 +17,8 @@ from .experts import expert_ffn, route
 from .layout import MoeLayout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FORMS = (PROJECTIONS, ("w1", "w3", "w2"))
+"""What families call gate, up and down projection; with the latter names the gate is SiLU."""
 
 
 class Router(nn.Module):
@@ -65,8 +67,8 @@ class Experts(nn.Module):
 def _tensors(mlp: nn.Module) -> dict[str, Tensor | None]:
     """Weights and biases of a gated network, under the experts' names."""
     found: dict[str, Tensor | None] = {}
-    for name in PROJECTIONS:
-        linear: nn.Linear = getattr(mlp, name)
+    for name, own in zip(PROJECTIONS, _form(mlp), strict=True):
+        linear: nn.Linear = getattr(mlp, own)
         found[name], found[f"{name}_bias"] = linear.weight, linear.bias
     return found
 
@@ -85,10 +87,9 @@ class SparseFfn(nn.Module):
     def __init__(self, mlp: nn.Module, layout: MoeLayout):
         super().__init__()
         refuse_other_ffn(mlp)
-        source: Any = mlp
-        weight: Tensor = source.up_proj.weight
+        weight: Any = _tensors(mlp)["up_proj"]
         self.layout = layout
-        self.act_fn = source.act_fn
+        self.act_fn: Any = getattr(mlp, "act_fn", F.silu)
         self.router = Router(weight.shape[1], layout, weight.device)
         self.experts = Experts(mlp, layout)
         self.reset_parameters()
@@ -125,9 +126,14 @@ def refuse_other_ffn(mlp: nn.Module) -> None:
     """Raise ValueError with the reason if `mlp` is not a gated network of three linear maps."""
     if isinstance(mlp, SparseFfn):
         raise ValueError("it has experts already")
-    lacking = [n for n in PROJECTIONS if not isinstance(getattr(mlp, n, None), nn.Linear)]
-    if lacking or not callable(getattr(mlp, "act_fn", None)):
+    form = _form(mlp)
+    lacking = [n for n in form if not isinstance(getattr(mlp, n, None), nn.Linear)]
+    if lacking or (form == PROJECTIONS and not callable(getattr(mlp, "act_fn", None))):
         raise ValueError(f"{type(mlp).__name__} has no {', '.join(lacking) or 'act_fn'} to copy")
-    known = {f"{part}.{kind}" for part in PROJECTIONS for kind in ("weight", "bias")}
+    known = {f"{part}.{kind}" for part in form for kind in ("weight", "bias")}
     if unknown := {n for n, _ in mlp.named_parameters()} - known:
         raise ValueError(f"{type(mlp).__name__} has parts that experts would drop: {min(unknown)}")
+
+
+def _form(mlp: nn.Module) -> tuple[str, ...]:
+    return next((form for form in FORMS if all(hasattr(mlp, n) for n in form)), PROJECTIONS)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from .mixer import INHERITED, QKV, Mamba2Mixer
 from .moe import SparseFfn
 
+FEED_FORWARD = ("mlp", "feed_forward")  # what decoder layers call their feed-forward network
 CONNECTOR_IN_TOWER = ("merger",)  # Qwen-VL keeps its connector inside of the vision tower
 
 
@@ -58,6 +59,15 @@ def _layers(module: nn.Module | None) -> nn.ModuleList | None:
 
 def _attends(block: nn.Module) -> bool:
     return any(hasattr(block, name) for name in ("self_attn", "attn", "attention"))
+
+
+def feed_forward(layer: nn.Module) -> tuple[str, nn.Module | None]:
+    """A decoder layer's feed-forward network and its name there; None if it has none."""
+    for name in FEED_FORWARD:
+        network = getattr(layer, name, None)
+        if isinstance(network, nn.Module):
+            return name, network
+    return FEED_FORWARD[0], None
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -113,7 +123,7 @@ def _mamba_groups(decoder: nn.Module) -> dict[str, set[int]]:
 
 
 def _ffn_groups(layers: nn.ModuleList) -> dict[str, set[int]]:
-    networks = [n for layer in layers if isinstance(n := getattr(layer, "mlp", None), nn.Module)]
+    networks = [n for layer in layers if (n := feed_forward(layer)[1]) is not None]
     sparse = [n for n in networks if isinstance(n, SparseFfn)]
 
     def ids(modules: list[nn.Module]) -> set[int]:

@@ -1,5 +1,5 @@
 """Put Mamba-2 mixers in the place of attention, and experts in that of feed-forward networks, in
-any model whose decoder layers own a `self_attn` and an `mlp`."""
+any model whose decoder layers own a `self_attn` and an `mlp` or `feed_forward`."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .cache import HybridCache
 from .layout import MambaLayout, MoeLayout
 from .mixer import Mamba2Mixer, SequenceContext
 from .moe import SparseFfn
-from .parts import find_parts
+from .parts import FEED_FORWARD, feed_forward, find_parts
 
 # Families whose prompt tokens attend both ways: a causal mixer is another function there.
 PREFIX_ATTENTION = ("paligemma",)
@@ -43,22 +43,22 @@ def replace_ffn(model: PreTrainedModel, layout: MoeLayout) -> dict[int, nn.Modul
         ValueError: the layout does not fit the model, or a layer has no network to copy.
     """
     layers = _layers_for(model, layout.layers)
-    made: dict[int, SparseFfn] = {}
+    made: dict[int, tuple[str, nn.Module]] = {}
     for index in layout.layers:
-        mlp = getattr(layers[index], "mlp", None)
+        name, network = feed_forward(layers[index])
         try:
-            if not isinstance(mlp, nn.Module):
-                raise ValueError("it has no mlp")
-            made[index] = SparseFfn(mlp, layout)
+            if network is None:
+                raise ValueError(f"it has no {' or '.join(FEED_FORWARD)}")
+            made[index] = name, SparseFfn(network, layout)
         except ValueError as error:
             raise ValueError(f"decoder layer {index} cannot become sparse: {error}") from error
-    return _swap(layers, made, "mlp")
+    return _swap(layers, made)
 
 
-def _swap(layers: nn.ModuleList, made: Mapping[int, nn.Module], name: str) -> dict[int, nn.Module]:
-    """Put the new modules in their layers; returns what was there."""
+def _swap(layers: nn.ModuleList, made: Mapping[int, tuple[str, nn.Module]]) -> dict[int, nn.Module]:
+    """Put the new modules in their layers, under their names; returns what was there."""
     replaced: dict[int, nn.Module] = {}
-    for index, module in made.items():
+    for index, (name, module) in made.items():
         replaced[index] = getattr(layers[index], name)
         setattr(layers[index], name, module.train(replaced[index].training))
     return replaced
@@ -92,7 +92,7 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
     layers = _layers_for(model, layout.layers)
     present = _present_mixers(layers, layout)
     context = next(iter(present.values())).context if present else SequenceContext()
-    mixers: dict[int, Mamba2Mixer] = {}
+    mixers: dict[int, tuple[str, nn.Module]] = {}
     for index in layout.layers:
         if index in present:
             continue
@@ -100,10 +100,10 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
         if not isinstance(attention, nn.Module):
             raise ValueError(f"decoder layer {index} cannot be converted: it has no self_attn")
         try:
-            mixers[index] = Mamba2Mixer(attention, layout, index, context)
+            mixers[index] = "self_attn", Mamba2Mixer(attention, layout, index, context)
         except ValueError as error:
             raise ValueError(f"decoder layer {index} cannot be converted: {error}") from error
-    replaced = _swap(layers, mixers, "self_attn")
+    replaced = _swap(layers, mixers)
     context.mamba_layers = layout.layers
     if not present:
         watch = _Watch(model, context)
@@ -191,7 +191,9 @@ class _Watch:
     @staticmethod
     def _documents(positions: Any, mask: Any, cache: Any) -> Tensor | None:
         """Packed rows restart their positions and come without a mask, as transformers' own
-        padding-free batches do."""
-        if positions is None or mask is not None or cache is not None or positions.ndim != 2:
+        padding-free batches do; M-RoPE's have plain positions before those of three axes."""
+        if positions is None or mask is not None or cache is not None:
             return None
-        return (positions == 0).cumsum(-1)  # [B, T]
+        if positions.ndim == 3 and len(positions) == 4:
+            positions = positions[0]
+        return (positions == 0).cumsum(-1) if positions.ndim == 2 else None  # [B, T]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from bad_inputs.recipes import change_json
 from bad_inputs.table import RUN, World, case, overridden
@@ -190,6 +191,21 @@ def another_vocabulary(world: World) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = Path("teacher") / name
         path.write_text(path.read_text().replace("<|user|>", "<|human|>"))
+
+
+@case(
+    "vocabulary",
+    "added tokens to the tokenizers, not to the models",
+    "student: the tokenizer has ",
+    " tokens, the model's head ",
+    "resize_token_embeddings",
+)
+def more_tokens_than_rows(world: World) -> None:
+    world.teach()
+    for folder in ("model", "teacher"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["<more>"])
+        tokenizer.save_pretrained(folder)
 
 
 @case(

@@ -1,0 +1,59 @@
+"""What a teacher's cache says of a batch's records."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkd.cache import Store
+from mmkd.data.batch import covered_rows
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError
+from mmkd.objectives import Targets
+from mmkd.ops import SparseRows
+
+
+def stored_rows(
+    store: Store, targets: Targets, samples: Sequence[Sample], where: Callable[[int], str]
+) -> SparseRows:
+    """The teacher's distributions of the rows that the cache covers.
+
+    Args:
+        store: the cache.
+        targets: [B, T], of the samples.
+        samples: one a row.
+        where: words for the place of a record by its number.
+
+    Raises:
+        DataError: a record is not in the cache, or with other tokens.
+    """
+    covered = covered_rows(targets, store.manifest["regions"])  # [B, T]
+    found = []
+    for sample, count in zip(samples, covered.sum(1).tolist(), strict=True):
+        place = where(sample.index)
+        rows = store.get(sample.key, place)
+        if len(rows) != count:
+            raise DataError(
+                f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
+                where=place,
+                mend="build the cache again",
+            )
+        found.append(rows)
+    at = torch.full((covered.numel(),), -1)
+    at[covered.flatten()] = torch.arange(sum(map(len, found)))
+    return SparseRows(*store.codec.decode(np.concatenate(found)), at)
+
+
+def stored_hidden(
+    store: Store, targets: Targets, samples: Sequence[Sample], where: Callable[[int], str]
+) -> Tensor | None:
+    """The teacher's final hidden states, [B, T, H] float16, zeros where the cache has none; None if
+    it has none at all. Arguments as in `stored_rows`."""
+    if store.hidden is None:
+        return None
+    covered = covered_rows(targets, store.hidden["regions"])  # [B, T]
+    found = [store.get_hidden(s.key, where(s.index)) for s in samples]
+    made = torch.zeros(*covered.shape, store.hidden["width"], dtype=torch.float16)
+    made[covered] = torch.cat(found)
+    return made
