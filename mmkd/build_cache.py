@@ -25,7 +25,7 @@ from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Objective, Region, Signals, build_objective
 from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
-from mmkd.progress import Bar, console
+from mmkd.progress import Bar, say
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.teachers import LiveTeacher, check_storable, place_teacher
@@ -87,7 +87,7 @@ def build_cache(recipe: Recipe) -> Store:
         settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
     if distributed.rank() == 0:
         for name in drop_damaged(folder):
-            console.print(f"{folder / name}: damaged, made again", highlight=False, soft_wrap=True)
+            say(f"{folder / name}: damaged, made again")
     distributed.barrier()
     writer = StoreWriter(folder, settings, distributed.rank())
     if settings["hidden"] is not None and distributed.rank() == 0:
@@ -165,7 +165,7 @@ def _store_data(
             )
             bar.advance(f"{len(writer.stored):,} records on this process")
     if skipped:
-        console.print(f"{name}: {skipped} bad records left out", highlight=False)
+        say(f"{name}: {skipped} bad records left out")
 
 
 def _store_records(

@@ -29,7 +29,7 @@ from mmkd import distributed
 from mmkd.engines import Engine
 from mmkd.errors import CheckpointError
 from mmkd.files import read_json, sha256, sync_file, sync_folder, write_json
-from mmkd.progress import console
+from mmkd.progress import say
 
 STATE = "state.json"
 PART_BYTES = 2**30
@@ -136,7 +136,7 @@ def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> i
         damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
         if damages:
             if engine.rank == 0:
-                console.print(f"{path}: {damages[0]}; passed over", highlight=False, soft_wrap=True)
+                say(f"{path}: {damages[0]}; passed over")
             continue
         _refuse_other_batch(path, records_per_step)
         step = _step_of(path)

@@ -196,7 +196,7 @@ def _mend(error: BaseException, name: str, what: str) -> str:
         return "pip install num2words"
     wants = ("video processor", "torchvision")
     if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
-        return "install the torchvision that fits your torch: transformers reads pictures by it"
+        return "install the torchvision that fits your torch: `mmkd doctor` has the command"
     if isinstance(error, ImportError):
         return "install what is missing, or set attn_implementation to sdpa"
     if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):

@@ -28,8 +28,16 @@ from mmkd.errors import CheckpointError
 from mmkd.files import link_file, read_json, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
-from mmkd.progress import console
-from mmkd.recipe import EvaluateConfig, Recipe, StageConfig, StudentConfig, load_recipe, to_yaml
+from mmkd.progress import console, say
+from mmkd.recipe import (
+    EvaluateConfig,
+    ModelConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    load_recipe,
+    to_yaml,
+)
 from mmkd.resume import refuse_other_recipe
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
@@ -37,6 +45,8 @@ from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
+UNSAID = {"revision": None, "processor": None}
+"""Of a model that was evaluated before these were written down."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def train(member: Member, recipe: Recipe) -> None:
     """Run the member's unfinished stages; `recipe` is the whole run's."""
     _tidy(member)
     if _is_trained(member):
-        console.print(f"{member.label}: already trained", highlight=False)
+        say(f"{member.label}: already trained")
         return
     stages = member.recipe.stages
     pending = [i for i in range(len(stages)) if not _is_done(member.stage_folder(i))]
@@ -176,7 +186,7 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
                 write_folder(member.folder / name, partial(_link, source.folder / name))
         describe(member, recipe)
         names = ", ".join(member.recipe.stages[i].name for i in shared)
-        console.print(f"{member.label}: {names} as in {source.label}", highlight=False)
+        say(f"{member.label}: {names} as in {source.label}")
     distributed.barrier()
 
 
@@ -239,7 +249,7 @@ def _converted(
     if not _is_done(folder) and distributed.rank() == 0:
         report = write_converted(config, folder / "student", seed=member.recipe.seed + index)
         for line in report.lines:
-            console.print(line, highlight=False)
+            say(line)
         describe(member, recipe)
         write_json(
             folder / "done.json",
@@ -292,21 +302,29 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
     settings = recipe.evaluate
     if settings is None:
         return
-    sources: dict[str, str] = {}
+    sources: dict[str, ModelConfig] = {}
+    if recipe.teacher is not None and recipe.teacher.model and settings.teacher:
+        sources[TEACHER] = recipe.teacher
     for member in trained:
+        student = member.recipe.student
         if settings.every_stage:
             for index, stage in enumerate(member.recipe.stages[:-1]):
                 folder = member.stage_folder(index) / "student"
-                sources[f"{member.label}@{stage.name}"] = str(folder)
-        sources[member.label] = str(member.student)
-    if recipe.teacher is not None and recipe.teacher.model and settings.teacher:
-        sources = {TEACHER: recipe.teacher.model, **sources}
+                sources[f"{member.label}@{stage.name}"] = _from_folder(student, folder)
+        sources[member.label] = _from_folder(student, member.student)
+    device = str(distributed.choose_device(recipe.stages[0].engine.device))
     for label, source in sources.items():
         out = run_folder(recipe) / "evaluation" / label
-        model = {"model": source, "weights": provenance.weights_hash(Path(source))}
+        model = {
+            "model": source.model,
+            "revision": source.revision,
+            "processor": source.processor,
+            "weights": provenance.weights_hash(Path(source.model or "")),
+        }
         running = {
-            "device": str(distributed.choose_device(recipe.stages[0].engine.device)),
-            "trust_remote_code": recipe.student.trust_remote_code,
+            "device": device,
+            "revision": source.revision,
+            "trust_remote_code": source.trust_remote_code,
         }
         _score(label, model, settings, out, running)
         if settings.decode and "@" not in label:
@@ -326,11 +344,12 @@ def _score(
         results = read_json(twin / "results.json")
         write_json(out / "results.json", {**results, "model": model["model"]})
         write_json(out / "request.json", request)
-        console.print(f"{label}: scores of the same weights as {twin.name}", highlight=False)
+        say(f"{label}: scores of the same weights as {twin.name}")
         return
     console.rule(f"{label}: evaluation")
     score(
         model["model"],
+        processor=model["processor"],
         tasks=settings.tasks,
         include_path=Path(settings.include) if settings.include else None,
         local=Path(settings.local) if settings.local else None,
@@ -352,7 +371,7 @@ def _asked(path: Path) -> dict[str, Any]:
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
     del unset["decode"]
-    return unset | dict(read_json(path))
+    return UNSAID | unset | dict(read_json(path))
 
 
 def _twin(out: Path, request: dict[str, Any]) -> Path | None:
@@ -372,7 +391,7 @@ def _time_decoding(
 
     path = out / "decode.json"
     request = {**model, "contexts": contexts, "device": running["device"]}
-    if path.exists() and read_json(path)["request"] == request:
+    if path.exists() and UNSAID | read_json(path)["request"] == request:
         return
     console.rule(f"{label}: decoding")
     time_folder(model["model"], contexts, path, request=request, **running)

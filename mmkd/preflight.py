@@ -94,7 +94,7 @@ def check_evaluation(settings: EvaluateConfig) -> None:
         MmkdError: what lmms-eval would stumble over after the training.
     """
     include, local = (Path(f) if f else None for f in (settings.include, settings.local))
-    check_tasks(settings.tasks, include, local)
+    check_tasks(settings.tasks, include, local, settings.limit)
 
 
 def _check_engine(stage: StageConfig) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -35,19 +36,20 @@ class Bar:
 
     def __init__(self, name: str, total: int, *, done: int = 0, quiet: bool = False):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
-        self._start, self._first, self._last_line = time.monotonic(), done, -math.inf
+        self._start, self._first, self._last_line = math.nan, done, -math.inf
         self._progress: Progress | None = None
 
     def __enter__(self) -> "Bar":
+        self._start = time.monotonic()  # not before: trackers may take a minute to start
         if live() and not self.quiet:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
             self._progress.start()
@@ -69,12 +71,8 @@ class Bar:
             return
         self._last_line = now
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        eta = (self.total - self.done) / max(rate, 1e-9)
-        console.print(
-            f"{self.name} {self.done}/{self.total}, eta {eta:.0f} s  {note}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
+        say(f"{self.name} {self.done}/{self.total}, eta {eta}  {note}".rstrip())
 
 
 def track(rows: Iterable[Any], name: str, total: int, *, quiet: bool = False) -> Iterator[Any]:

@@ -5,16 +5,18 @@ there on: training does not depend on charts.
 """
 
 import importlib
+import io
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mmkd.errors import RecipeError, StoppedError
 from mmkd.files import read_json, write_json
-from mmkd.progress import console
+from mmkd.progress import live, say
 from mmkd.recipe import Recipe, TrackerName, to_yaml
 
 MODULES: dict[TrackerName, str] = {
@@ -136,14 +138,16 @@ class Trackio:
     def __init__(self, tracked: Tracked, place: Place):
         import trackio
 
-        self._run = trackio.init(
-            project=PROJECT,
-            name=tracked.name,
-            group=tracked.recipe.name,
-            config=tracked.recipe.model_dump(mode="json"),
-            resume="never" if place.new else "allow",
-            embed=False,
-        )
+        # It says in colours where its dashboard is, whether or not there is a terminal.
+        with nullcontext() if live() else redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                project=PROJECT,
+                name=tracked.name,
+                group=tracked.recipe.name,
+                config=tracked.recipe.model_dump(mode="json"),
+                resume="never" if place.new else "allow",
+                embed=False,
+            )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
@@ -207,12 +211,7 @@ class Trackers:
     def _leave_out(self, name: TrackerName, error: Exception) -> None:
         self._running.pop(name, None)
         reason = " ".join(str(error).split()) or type(error).__name__
-        console.print(
-            f"{name} failed ({reason}): training goes on without it, metrics.jsonl has all steps",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"{name} failed ({reason}): training goes on without it, metrics.jsonl has all steps")
 
 
 def check_trackers(names: list[TrackerName]) -> None:

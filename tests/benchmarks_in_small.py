@@ -1,5 +1,5 @@
 """Rows of the standard benchmarks in the schema of their data sets on the Hub, with drawn pictures,
-and a model that says what it is told to."""
+a model that says what it is told to, and its scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,9 @@ from datasets import Dataset, Features, Image, List, Value
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image as Pictures
+
+from mmkd.evaluation.manager import find_tasks
+from mmkd.evaluation.run import _simple_evaluate, collect_scores
 
 Row = dict[str, Any]
 
@@ -217,3 +220,22 @@ class Scripted(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
         raise NotImplementedError
+
+
+def scored(
+    task: str, local: Path, answers: Sequence[str], limit: int | None = None
+) -> tuple[dict[str, float], Scripted]:
+    """Scores of a model that gives these answers, and the model."""
+    manager = find_tasks([task], None, local)
+    model = Scripted(answers)
+    raw = _simple_evaluate(model, manager.chosen.names, manager, limit)
+    (scores,) = collect_scores(raw, manager.chosen.names).values()
+    return scores, model
+
+
+def texts(messages: list[dict[str, Any]]) -> str:
+    return "".join(p["text"] for p in messages[0]["content"] if p["type"] == "text")
+
+
+def pictures(messages: list[dict[str, Any]]) -> list[Any]:
+    return [p["url"] for p in messages[0]["content"] if p["type"] == "image"]

@@ -20,6 +20,22 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture
+def datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """`datasets` keeps an Arrow copy of what it reads; these go with the test."""
+    from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
+
+    from mmkd.evaluation.hub import _find
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    remembered = (_resolve_hf_datasets_cache_dir, _find)
+    for found in remembered:
+        found.cache_clear()
+    yield
+    for found in remembered:
+        found.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scene data set: 64 training pictures, 16 for validation, 6 behind each evaluation file."""

@@ -180,6 +180,50 @@ def test_a_package(version, code, wanted, state, detail, tmp_path, monkeypatch):
     )
 
 
+WHEELS = "--index-url https://download.pytorch.org/whl"
+
+
+@pytest.mark.parametrize(
+    ("torch", "command"),
+    [
+        ("2.13.0+cpu", f"pip install --no-deps torchvision==0.28.0 {WHEELS}/cpu"),
+        ("2.14.1+cu130", f"pip install --no-deps torchvision==0.29.1 {WHEELS}/cu130"),
+        ("2.9.1", "pip install --no-deps torchvision==0.24.1"),  # PyPI's of both fit
+        ("2.15.0.dev20261101+cpu", "install the torchvision that is built for torch 2.15.0.dev"),
+        ("2.9.0a0+50eac811a6.nv25.09", "install the torchvision that is built for torch 2.9.0a0"),
+        (None, "pip install torchvision, after torch"),
+    ],
+)
+def test_families_without_torchvision_and_the_one_that_fits(torch, command, tmp_path, monkeypatch):
+    def version(name):
+        if torch is None:
+            raise packages.importlib.metadata.PackageNotFoundError(name)
+        return torch
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.metadata, "version", version)
+    (found,) = packages.torchvision()
+    assert (found.state, found.needed) == ("missing", False)
+    assert found.mend.startswith(command)
+
+
+def test_a_torchvision_of_another_torch_hinders(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    check = next(c for c in all_checks(Path("runs")) if c.name == "torchvision")
+    error = "RuntimeError('operator torchvision::nms does not exist')"
+    write_package(tmp_path, "torchvision", f"raise {error}")
+    (row,) = rows = list(run_isolated([check]))
+    assert (row.state, row.needed, hindering(rows)) == ("broken", True, rows)
+    assert row.detail.startswith("RuntimeError: operator torchvision::nms does not exist; built")
+    assert row.mend.startswith("pip install --force-reinstall --no-deps torchvision==0.")
+    write_package(tmp_path, "torchvision", "import os; os.abort()")
+    (row,) = run_isolated([check])
+    assert (row.state, row.mend) == ("broken", "pip uninstall -y torchvision")
+    write_package(tmp_path, "torchvision", "__version__ = '0.28.0'")
+    (row,) = run_isolated([check])
+    assert (row.state, row.detail, row.mend) == ("ok", "0.28.0", "")
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,25 +1,25 @@
 """lmms-eval's own tasks on local files of the Hub's schema, against scores counted by hand."""
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import benchmarks_in_small as small
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from benchmarks_in_small import Scripted, annotators, put
+import torch
+from benchmarks_in_small import annotators, pictures, put, scored, texts
 from recipes import tiny_recipe
+from typer.testing import CliRunner
 
 from mmkd import pipeline
+from mmkd.cli.app import app
 from mmkd.errors import DataError, MmkdError
-from mmkd.evaluation.catalog import choose
-from mmkd.evaluation.local import features
-from mmkd.evaluation.manager import find_tasks
-from mmkd.evaluation.run import _simple_evaluate, collect_scores, evaluate
-from mmkd.evaluation.standard import ALIASES, COLUMNS
+from mmkd.evaluation.run import check, evaluate
 from mmkd.files import read_json, write_json
 from mmkd.recipe import load_recipe
 from mmkd.report.metrics import HEADLINE
@@ -27,30 +27,7 @@ from mmkd.report.rundata import read_run
 from mmkd.report.samples import choose_samples
 from mmkd.report.tables import build_tables, print_scores, print_tables
 
-
-@pytest.fixture(autouse=True)
-def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`datasets` keeps an Arrow copy of what it reads; these go with the test."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def scored(
-    task: str, local: Path, answers: Sequence[str], limit: int | None = None
-) -> tuple[dict[str, float], Scripted]:
-    """Scores of a model that gives these answers, and the model."""
-    manager = find_tasks([task], None, local)
-    model = Scripted(answers)
-    raw = _simple_evaluate(model, manager.chosen.names, manager, limit)
-    (scores,) = collect_scores(raw, manager.chosen.names).values()
-    return scores, model
-
-
-def texts(messages: list[dict[str, Any]]) -> str:
-    return "".join(p["text"] for p in messages[0]["content"] if p["type"] == "text")
-
-
-def pictures(messages: list[dict[str, Any]]) -> list[Any]:
-    return [p["url"] for p in messages[0]["content"] if p["type"] == "image"]
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_pope(tmp_path: Path) -> None:
@@ -99,8 +76,12 @@ def test_mme(tmp_path: Path) -> None:
             "mme_cognition_score": (50 + 0) + (100 + 100),
         }
     )
+    parted = [rows[0], rows[2], *rows[4:]]
+    put(parted, tmp_path / "MME" / "test.parquet")
     with pytest.raises(MmkdError, match=r"mme: lmms-eval refuses.*pairwise.* -- .*a limit must"):
-        scored("mme", tmp_path, said, limit=3)
+        scored("mme", tmp_path, said)
+    with pytest.raises(MmkdError, match="task mme scores its questions in pairs, and limit 3 part"):
+        check(["mme", "pope"], None, None, 3)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +122,19 @@ def test_mmbench_without_a_judge(
     assert "D." not in texts(model.asked[0])
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "submissions").exists()
+
+
+def test_mmbench_counts_a_question_that_is_right_in_all_its_rotations(tmp_path: Path) -> None:
+    # Rotations of a question's options have its index and a multiple of a million more.
+    indices, truths = [1, 2, 1_000_001, 1_000_002, 2_000_001], "ABCAB"
+    rows = [small.mmbench(i, answer) for i, answer in zip(indices, truths, strict=True)]
+    put(rows, tmp_path / "MMBench" / "en" / "dev.parquet")
+    scores, _ = scored("mmbench", tmp_path, list(truths))
+    assert scores == {"gpt_eval_score": 100.0}
+    scores, _ = scored("mmbench", tmp_path, [*"ABCA", "C"])  # the first one's second rotation
+    assert scores == {"gpt_eval_score": 50.0}
+    scores, _ = scored("mmbench", tmp_path, [*"AB"], limit=2)  # rotations come last in the data
+    assert scores == {"gpt_eval_score": 100.0}
 
 
 def test_gqa(tmp_path: Path) -> None:
@@ -241,6 +235,11 @@ def test_mmmu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = [part["type"] for part in model.asked[0][0]["content"]]
     assert kinds == ["text", "image", "text", "image", "text"]  # where the question names them
     assert capsys.readouterr().out == ""
+    # no letter to be read: one is drawn, the same whenever the same answers are scored
+    put([small.mmmu(i, "multiple-choice", "['a', 'b']", "B") for i in range(20)],
+        tmp_path / "MMMU" / "validation.parquet")  # fmt: skip
+    drawn = [scored("mmmu", tmp_path, ["I see."] * 20)[0]["mmmu_acc"] for _ in range(2)]
+    assert 0 < drawn[0] == drawn[1] < 1
 
 
 def test_a_model_answers_local_tasks(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -263,6 +262,21 @@ def test_a_model_answers_local_tasks(tiny_model_dir: Path, tmp_path: Path) -> No
         assert len(lines) == len(result.samples[task]) == {"pope": 3}.get(task, 2)
     right = [s["prediction"].lower().strip() == "no" for s in result.samples["pope"]]
     assert result.scores["pope"]["pope_accuracy"] == sum(right) / 3
+
+
+def test_the_command(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put([small.pope(i, "no") for i in range(3)], tmp_path / "local" / "POPE" / "test.parquet")
+    put([small.chartqa("human_test", "3")], tmp_path / "local" / "ChartQA" / "test.parquet")
+    monkeypatch.chdir(tiny_model_dir)
+    out = tmp_path / "out"
+    words = ["eval", ".", "--local", str(tmp_path / "local"), "--out", str(out), "--limit", "2"]
+    done = CliRunner().invoke(app, [*words, "--tasks", "pope, chartqa,"])
+    assert done.exit_code == 0, done.output
+    written = read_json(out / "results.json")
+    assert list(written["scores"]) == ["pope", "chartqa"]
+    assert written["limit"] == 2
+    assert written["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert tiny_model_dir.name in done.output  # the row of a folder that was named by a point
 
 
 def test_teacher_and_student_side_by_side(
@@ -310,6 +324,52 @@ def test_teacher_and_student_side_by_side(
     assert (path / "results.json").stat().st_mtime_ns == before
 
 
+def in_hub_cache(name: str, revision: str, files: dict[str, Path], cache: Path) -> None:
+    """A model's files as huggingface_hub keeps what it has downloaded."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    for file, source in files.items():
+        shutil.copy(source, folder / "snapshots" / commit / file)
+
+
+def test_a_teacher_is_scored_in_its_revision_with_its_processor(
+    scenes_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    cache, local = tmp_path / "hub", tmp_path / "local"
+    config, weights = (tiny_model_dir / n for n in ("config.json", "model.safetensors"))
+    in_hub_cache("org/teacher", "main", {"config.json": config}, cache)
+    files = {"config.json": config, "model.safetensors": weights}
+    in_hub_cache("org/teacher", "v2", files, cache)
+    put([small.pope(i, "no") for i in range(2)], local / "POPE" / "test.parquet")
+    teacher = {"model": "org/teacher", "revision": "v2", "processor": str(tiny_model_dir)}
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path / "runs",
+        teacher=teacher,
+        stage={"steps": 1, "batch": {"size": 2}, "objectives": [{"kind": "kl"}]},
+        evaluate={"tasks": ["pope"], "local": str(local), "decode": [20]},
+    )
+    write_json(tmp_path / "recipe.yaml", raw)
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkd.cli", "run", str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "tiny" / "evaluation" / "teacher"
+    found = read_json(folder / "results.json")
+    assert found["model"] == "org/teacher"
+    assert found["weights_bytes"] == weights.stat().st_size
+    asked = read_json(folder / "request.json")
+    assert {key: asked[key] for key in teacher} == teacher
+    assert read_json(folder / "decode.json")["rows"]
+
+
 def test_units_of_the_standard_benchmarks(terminal: Any) -> None:
     def one(accuracy: float, perception: float, mmbench: float) -> dict[str, Any]:
         return {
@@ -322,92 +382,3 @@ def test_units_of_the_standard_benchmarks(terminal: Any) -> None:
     rows = [line.split() for line in terminal.export_text().splitlines()]
     assert ["teacher", "1,503", "67.2", "62.5"] in rows
     assert ["kd", "1,432", "60.0", "50.0"] in rows
-
-
-def test_every_table_of_tasks_knows_the_same() -> None:
-    chosen = choose(list(COLUMNS), None)
-    assert [task.name for task in chosen.tasks] == list(COLUMNS)
-    assert {task for task in HEADLINE if not task.startswith("scenes")} == set(COLUMNS)
-    assert set(ALIASES.values()) <= set(COLUMNS)
-    for task in chosen.tasks:
-        scored = {m["metric"] for m in task.metrics} - {"submission"}
-        named = {c.key[1].partition("_flexible")[0] for c in HEADLINE[task.name]}
-        assert named <= scored, task.name
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("mmbench_en_dev", r"asks a language model.*\(gpt_eval_score\) -- use mmbench_en_dev_stat"),
-        ("mmbench_en", r"task mmbench_en_dev asks a language model"),
-        ("llava_in_the_wild", r"asks a language model.* -- use another task, or set OPENAI"),
-        ("vqav2_test", r"only writes a file for the benchmark's server.* -- use vqav2_val$"),
-        ("textvqa_test", r"only writes a file for the benchmark's server.* -- use textvqa_val$"),
-        ("scienceqa_im", r"unknown task 'scienceqa_im' -- did you mean scienceqa_img\?"),
-        ("vizwi", r"unknown task 'vizwi' -- did you mean vizwiz\?"),
-    ],
-)
-def test_tasks_that_have_no_score_here(
-    task: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("OPENAI_API_KEY", "AZURE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(MmkdError, match=message) as caught:
-        choose([task], None)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_key_allows_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
-    assert choose(["mmbench_en_dev"], None).names == ["mmbench_en_dev"]
-
-
-def test_tasks_of_a_folder_come_before_short_names(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text("task: seed\ndataset_path: org/mine\ntest_split: test\n")
-    assert choose(["seed"], tmp_path).names == ["seed"]
-    assert choose(["seed", "pope"], None).names == ["seedbench", "pope"]
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(MmkdError, match=r"task mmbench.* needs the package pandas -- pip install"):
-        find_tasks(["mmbench"], None, None)
-
-
-def test_local_files_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such folder of data -- correct `local`"):
-        find_tasks(["pope"], None, tmp_path / "absent")
-    put([small.pope(0, "yes")], tmp_path / "POPE" / "train.parquet")
-    wanted = r"no local data of task pope -- put .*/POPE/test\.parquet there.*lmms-lab-encoder/POPE"
-    with pytest.raises(DataError, match=wanted):
-        find_tasks(["pope"], None, tmp_path)
-    path = tmp_path / "POPE" / "test.parquet"
-    path.write_text("no table")
-    with pytest.raises(DataError, match=r"test\.parquet: not a parquet file"):
-        find_tasks(["pope"], None, tmp_path)
-    row = small.pope(0, "yes")
-    del row["question_id"]
-    put([row], path)
-    with pytest.raises(DataError, match="task pope reads the column question_id, which is not"):
-        find_tasks(["pope"], None, tmp_path)
-    pq.write_table(pq.read_table(put([small.pope(0, "no")], path)).slice(0, 0), path)
-    with pytest.raises(DataError, match=r"test\.parquet: no rows"):
-        find_tasks(["pope"], None, tmp_path)
-
-
-def test_shards_are_read_in_order_and_pictures_need_no_declaration(tmp_path: Path) -> None:
-    folder = tmp_path / "someone" / "POPE" / "data"
-    for shard, answers in enumerate([["yes", "no"], ["no"]]):
-        path = folder / f"test-0000{shard}-of-00002.parquet"
-        put([small.pope(10 * shard + i, a) for i, a in enumerate(answers)], path)
-        pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
-    assert str(features(path)["image"]) == "Image(mode=None, decode=True)"
-    scores, model = scored("pope", tmp_path, ["yes", "yes", "no"])
-    assert scores["pope_accuracy"] == 2 / 3
-    assert "image 10?" in texts(model.asked[2])
-
-
-def test_a_list_of_pictures_needs_no_declaration(tmp_path: Path) -> None:
-    image = {"bytes": b"", "path": "a.png"}
-    pq.write_table(pa.Table.from_pylist([{"image": [image]}]), tmp_path / "a.parquet")
-    assert "List(Image(" in str(features(tmp_path / "a.parquet")["image"])

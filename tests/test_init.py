@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_a_starter_is_the_published_recipe_with_other_models_and_data(method):
     assert (recipe.teacher.model, recipe.student.model) == ("org/large", "org/small")
     assert (recipe.data.train, recipe.data.images) == ("train.json", "pictures")
     assert loaded(method, images=None).data.images is None
+
+
+def test_the_comment_beside_the_data_says_what_they_are():
+    for method in METHODS:
+        (line,) = (
+            line
+            for line in starter(method, choices(method), Path("r.yaml")).splitlines()
+            if line.startswith("  train: train.json")
+        )
+        assert ("pairs of a chosen" in line) is (method == "preference")
+        assert ("LLaVA conversations" in line) is (method != "preference")
 
 
 def test_preferences_train_on_the_pairs():
@@ -158,6 +170,11 @@ def mmkd(*words, where):
     return subprocess.run(
         [sys.executable, "-m", "mmkd.cli", *words], capture_output=True, text=True, cwd=where
     )
+
+
+def test_the_version(tmp_path):
+    done = mmkd("--version", where=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"mmkd {version('mmkd')}\n")
 
 
 def test_the_command(tmp_path):

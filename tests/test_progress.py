@@ -34,9 +34,31 @@ def test_a_log_gets_a_plain_line_now_and_then(settings, monkeypatch):
     assert [line.split(",")[0] for line in lines] == [
         "mimic 51/150", "mimic 82/150", "mimic 113/150", "mimic 144/150", "mimic 150/150",
     ]  # fmt: skip
-    assert lines[1].startswith("mimic 82/150, eta 68 s  loss 0.5000")
+    assert lines[1].startswith("mimic 82/150, eta 0:01:08  loss 0.5000")
     assert text.isascii()
     assert all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_names_are_shown_as_they_are(monkeypatch):
+    """A data file may be called so; in rich's markup a word in brackets is a style."""
+    for settings in ({}, {"force_terminal": True, "width": 120}):
+        monkeypatch.setenv("TERM", "xterm")
+        file = Terminal() if settings else io.StringIO()
+        monkeypatch.setattr(progress, "console", Console(file=file, **settings))
+        with progress.Bar("train[bold].json", 1) as bar:
+            bar.advance("[red]")
+        assert "train[bold].json" in file.getvalue()
+        assert "[red]" in file.getvalue()
+
+
+def test_the_time_left_counts_from_where_the_bar_begins(monkeypatch):
+    now = iter([1000.0, 1010.0])  # entered, first step
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "console", Console(file=file))
+    with progress.Bar("mimic", 20_000) as bar:
+        bar.advance()
+    assert file.getvalue() == "mimic 1/20000, eta 2 days, 7:33:10\n"
 
 
 def test_force_color_makes_no_terminal_of_a_log(monkeypatch):

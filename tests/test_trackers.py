@@ -167,6 +167,21 @@ def test_a_tracker_that_fails_is_left_out(breaks, recipe, fakes, capsys, monkeyp
     ]
 
 
+def test_trackio_is_silent_in_a_log(recipe, fakes, tmp_path, capsys, monkeypatch):
+    init = sys.modules["trackio"].init
+
+    def chatty(**settings):
+        print("\x1b[1mtrackio show\x1b[0m")
+        return init(**settings)
+
+    monkeypatch.setattr(sys.modules["trackio"], "init", chatty)
+    tracked = Tracked(recipe("trackio"), tmp_path, tmp_path / "01-mimic")
+    with Trackers(tracked, step=0, written=0) as charts:
+        charts.log(LINE)
+    assert [step for step, _ in fakes["trackio"][0].logged] == [3]
+    assert "trackio show" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("error", "failed"), [(StoppedError("asked"), 0), (OSError("disk"), 1)])
 def test_a_stage_that_was_asked_to_stop_has_not_failed(error, failed, recipe, fakes, tmp_path):
     tracked = Tracked(recipe("wandb"), tmp_path, tmp_path / "01-mimic")

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Optional
 import typer
 import typer.core
 
+from mmkd import __version__
+
 
 class RecipeGroup(typer.core.TyperGroup):
     """Commands, one of which may be left out: `mmkd cache RECIPE` builds."""
@@ -66,9 +68,18 @@ Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"mmkd {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="and leave")
+    ] = False,
 ) -> None:
     """Distil large vision-language models into small ones."""
     # The deepspeed launcher says the rank here as well as in the environment.

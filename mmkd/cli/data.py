@@ -23,7 +23,7 @@ def build(
 ) -> None:
     """Build a data set from installed packages: real pictures, questions and ground truth."""
     from mmkd.data.scenes.build import build_scenes
-    from mmkd.progress import console, track
+    from mmkd.progress import say, track
 
     if name != "scenes":
         raise MmkdError(f"unknown data set {name!r}", mend="known: scenes")
@@ -31,7 +31,7 @@ def build(
         out, seed=seed, train=train, validation=validation, evaluation=evaluation, progress=track
     )
     for file, rows in made["rows"].items():
-        console.print(f"{rows:8,} rows  {out / file}", highlight=False)
+        say(f"{rows:8,} rows  {out / file}")
 
 
 @data_app.command()
@@ -50,7 +50,7 @@ def pairs(
 ) -> None:
     """Preference pairs from a model's own answers, scored by the objects that they name."""
     from mmkd.pairs import make_pairs
-    from mmkd.progress import console
+    from mmkd.progress import say
     from mmkd.recipe import DataConfig, SamplingConfig
 
     made = make_pairs(
@@ -64,10 +64,9 @@ def pairs(
         seed=seed,
         device=device,
     )
-    console.print(
+    say(
         f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; in {made.equal:,} all "
-        "answers are of equal worth",
-        highlight=False,
+        "answers are of equal worth"
     )
 
 
@@ -103,8 +102,8 @@ def show(
 ) -> None:
     """A contact sheet: pictures with their questions and answers."""
     from mmkd.data.scenes.show import contact_sheet
-    from mmkd.progress import console
+    from mmkd.progress import say
 
     path = out or folder / "contact_sheet.png"
     contact_sheet(folder, count).save(path)
-    console.print(f"wrote {path}", highlight=False)
+    say(f"wrote {path}")

@@ -34,7 +34,7 @@ def convert(
     trust_remote_code: bool = False,
 ) -> None:
     """Put Mamba-2 mixers in attention's place, experts in the networks', and write the student."""
-    from mmkd.progress import console
+    from mmkd.progress import say
     from mmkd.recipe import load_student
     from mmkd.students import placement, write_converted
 
@@ -58,10 +58,8 @@ def convert(
     )
     report = write_converted(student, out, seed=seed)
     for line in report.lines:
-        console.print(line, highlight=False)
-    console.print(
-        f"wrote {out}: {report.after:,} parameters, {report.before:,} before", highlight=False
-    )
+        say(line)
+    say(f"wrote {out}: {report.after:,} parameters, {report.before:,} before")
 
 
 @app.command(name="eval")
@@ -73,7 +71,9 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="folder for results and samples")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
+    trust_remote_code: bool = False,
 ) -> None:
     """Score a model with lmms-eval."""
     from mmkd.evaluation.run import evaluate as score
@@ -81,12 +81,14 @@ def evaluate(
 
     result = score(
         student,
-        tasks=tasks.split(","),
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
         include_path=include,
         local=local,
         out=out,
         batch_size=batch_size,
         limit=limit,
         device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
-    print_scores({Path(student).name: result.scores})
+    print_scores({Path(student).absolute().name: result.scores})

@@ -42,18 +42,13 @@ def init(
     listed: Annotated[bool, typer.Option("--list", help="the methods")] = False,
 ) -> None:
     """Write a commented recipe of a method for a teacher and a student."""
-    from mmkd.progress import console
+    from mmkd.progress import say
     from mmkd.starters import METHODS, Choices, write_starter
 
     if method is None or listed:
         for name, known in METHODS.items():
-            console.print(f"{name:11} {known.summary}", highlight=False, soft_wrap=True)
+            say(f"{name:11} {known.summary}")
         return
     write_starter(method, Choices(teacher, student, data, images, pairs), out)
     file = shlex.quote(str(out))
-    console.print(
-        f"wrote {out}; next: mmkd plan {file}, then mmkd run {file}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"wrote {out}; next: mmkd plan {file}, then mmkd run {file}")

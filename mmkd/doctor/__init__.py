@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mmkd.doctor.checks import all_checks
 from mmkd.doctor.isolated import Row, run_isolated
-from mmkd.progress import console, live
+from mmkd.progress import console, live, say
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
@@ -48,10 +48,6 @@ def print_rows(rows: list[Row]) -> None:
                 table.add_row(f"  {row.name}", Text(row.state, STYLES[row.state]), Text(row.detail))
     console.print(table)
     for mend in dict.fromkeys(row.mend for row in rows if row.mend):
-        _say(f"{', '.join(row.name for row in rows if row.mend == mend)}: {mend}")
+        say(f"{', '.join(row.name for row in rows if row.mend == mend)}: {mend}")
     names = [row.name for row in hindering(rows)]
-    _say(f"mmkd needs: {', '.join(names)}" if names else "what mmkd needs is there and works")
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(f"mmkd needs: {', '.join(names)}" if names else "what mmkd needs is there and works")

@@ -62,6 +62,7 @@ def _places(output_dir: Path) -> list[Check]:
 def _peers() -> list[Check]:
     again = "pip install --force-reinstall --no-deps mmkd"
     return [
+        Check(PEERS, "num2words", peers.num2words, "pip install num2words"),
         *(_package(PEERS, wanted) for wanted in packages.requirements("scenes")),
         *(Check(PEERS, name, partial(peers.tracker, name), CHARTS) for name in peers.TRACKERS),
         Check(PEERS, "lmms-eval", peers.lmms_eval, INSTALL),

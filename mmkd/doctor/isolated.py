@@ -22,12 +22,14 @@ class Finding:
         detail: a version, a size, or what is wrong.
         mend: the command that mends it; the check's own if left out.
         name: of what was found, where a check finds several things.
+        needed: whether mmkd does nothing without it; as the check says if left out.
     """
 
     state: State
     detail: str
     mend: str = ""
     name: str = ""
+    needed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def run_isolated(checks: Sequence[Check], seconds: float = SECONDS) -> Iterator[
                 name, mend = found.name or check.name, found.mend
                 if found.state != "ok":
                     mend = mend or check.mend
-                yield Row(check.section, name, found.state, found.detail, mend, check.needed)
+                needed = check.needed if found.needed is None else found.needed
+                yield Row(check.section, name, found.state, found.detail, mend, needed)
             done += 1
 
 

@@ -13,6 +13,9 @@ MODULES = {"pillow": "PIL"}
 # Imported lazily by its package: what else it needs shows only there.
 DEEPER = {"transformers": "AutoModelForImageTextToText"}
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*([^;]*)")
+RELEASE = re.compile(r"2\.(\d+)\.(\d+)(?:\+(cpu|cu\d+|rocm[\d.]+|xpu))?")
+WHEELS = "https://download.pytorch.org/whl"
+FIRST = 15  # torchvision 0.15 was built for torch 2.0, and both have counted on together
 EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
@@ -89,8 +92,29 @@ def _problem(wanted: Wanted) -> Finding | None:
 
 
 def torchvision() -> list[Finding]:
-    """transformers uses it where it is installed: a broken one is worse than none."""
+    """Many processors of transformers are made of it, and all break beside one that is built for
+    another torch."""
     if find_spec("torchvision") is None:
-        return []
-    module = importlib.import_module("torchvision")
+        without = "the processors of most families need it (docs/families.md)"
+        return [Finding("missing", without, fitting_torchvision(), needed=False)]
+    try:
+        module = importlib.import_module("torchvision")
+    except Exception as error:
+        again = fitting_torchvision("--force-reinstall ")
+        return [Finding("broken", f"{one_line(error)}; built for another torch?", again)]
     return [Finding("ok", module.__version__)]
+
+
+def fitting_torchvision(how: str = "") -> str:
+    """The command that installs the torchvision of the installed torch, and leaves torch alone:
+    PyPI's is built for one kind of GPU and breaks beside a torch for CPUs."""
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "pip install torchvision, after torch"
+    found = RELEASE.fullmatch(torch)
+    if found is None:
+        return f"install the torchvision that is built for torch {torch}"
+    minor, patch, build = found.groups()
+    index = f" --index-url {WHEELS}/{build}" if build else ""
+    return f"pip install {how}--no-deps torchvision==0.{int(minor) + FIRST}.{patch}{index}"

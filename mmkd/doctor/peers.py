@@ -1,4 +1,5 @@
-"""What mmkd works with where it is installed: trackers, lmms-eval, DeepSpeed."""
+"""What mmkd works with where it is installed: processors' packages, trackers, lmms-eval,
+DeepSpeed."""
 
 import importlib
 import importlib.metadata
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from mmkd.recipe import TrackerName
 
 TRACKERS: "tuple[TrackerName, ...]" = ("tensorboard", "wandb", "trackio")
+
+
+def num2words() -> list[Finding]:
+    if find_spec("num2words") is None:
+        return [Finding("missing", "for SmolVLM2's processor")]
+    return [Finding("ok", importlib.metadata.version("num2words"))]
 
 
 def tracker(name: "TrackerName") -> list[Finding]:

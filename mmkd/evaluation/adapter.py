@@ -141,7 +141,9 @@ class MmkdModel(lmms):
         device: `None` is the GPU if there is one. A model in memory stays where it is.
         dtype: name or type; `None` is float32 on a CPU and the checkpoint's own elsewhere.
         trust_remote_code: run the model code that comes with the checkpoint.
-        model, processor: a model in memory; `pretrained` is then only a name.
+        revision: commit, tag or branch on the Hub.
+        processor: folder or Hub name of one that is not the model's own.
+        model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
     """
 
@@ -154,9 +156,10 @@ class MmkdModel(lmms):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        revision: str | None = None,
         *,
         model: PreTrainedModel | None = None,
-        processor: ProcessorMixin | None = None,
+        processor: ProcessorMixin | str | None = None,
         progress: bool | None = None,
     ):
         super().__init__()
@@ -165,13 +168,19 @@ class MmkdModel(lmms):
                 raise CheckpointError("no model given", mend="say pretrained=FOLDER")
             path, place = str(pretrained), choose_device(str(device or "auto"))
             # the processor first: its absence shows before gigabytes of weights are read
-            processor = processor or load_pretrained_processor(
-                path, trust_remote_code=trust_remote_code
-            )
+            if processor is None or isinstance(processor, str):
+                processor = load_pretrained_processor(
+                    processor or path,
+                    revision=None if processor else revision,
+                    trust_remote_code=trust_remote_code,
+                )
             model = load_pretrained(
-                path, dtype=resolve_dtype(dtype, place), trust_remote_code=trust_remote_code
+                path,
+                dtype=resolve_dtype(dtype, place),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
             ).to(place)  # type: ignore[arg-type]
-        if processor is None:
+        if processor is None or isinstance(processor, str):
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor
         self.tokenizer: Any = processor.tokenizer

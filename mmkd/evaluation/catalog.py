@@ -20,6 +20,8 @@ from mmkd.task_files import data_files, read_task
 # Names of metrics that a language model's verdicts make: gpt_eval_score, llm_as_judge_eval.
 _JUDGED = re.compile(r"(^|_)(gpt4?|llm|judge)(_|$)")
 _KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
+GENERATION = "generate_until"
+SCENES = Path(__file__).parent / "tasks"
 Index = dict[str, "Task"]
 
 
@@ -50,6 +52,11 @@ class Task:
     @property
     def metrics(self) -> list[Mapping[str, Any]]:
         return [metric for metric in self.config.get("metric_list") or [] if metric]
+
+    @property
+    def answered(self) -> str:
+        """How a model answers: `generate_until`, or by likelihoods or in several rounds."""
+        return str(self.config.get("output_type", GENERATION))
 
     @property
     def only_submits(self) -> bool:
@@ -123,7 +130,8 @@ def choose(asked: Sequence[str], include: Path | None) -> Chosen:
     score.
 
     Raises:
-        MmkdError: none is asked for, a name is unknown, or a task needs a judge or a server.
+        MmkdError: none is asked for, a name is unknown, or a task needs likelihoods, a judge or a
+            server.
         DataError: `include` or a data file that a task names does not exist.
     """
     if not asked:
@@ -156,6 +164,11 @@ def _reachable(name: str, known: Index) -> Iterable[Task]:
 
 
 def _unknown(name: str, own: Index, known: Index, include: Path | None) -> MmkdError:
+    if include is None and name in index(SCENES):
+        return MmkdError(
+            f"task {name} is mmkd's own and comes with its data",
+            mend="set `include` to the folder of its file, such as data/scenes/tasks",
+        )
     for names in (own, [*known, *ALIASES]):
         if near := difflib.get_close_matches(name, names, n=1):
             break
@@ -170,6 +183,11 @@ def _unknown(name: str, own: Index, known: Index, include: Path | None) -> MmkdE
 
 
 def _refuse_unscored(task: Task, known: Index) -> None:
+    if task.answered != GENERATION:
+        raise MmkdError(
+            f"task {task.name} is not answered by generation (output_type {task.answered})",
+            mend=_instead(task, known),
+        )
     if task.only_submits:
         raise MmkdError(
             f"task {task.name} only writes a file for the benchmark's server, it has no score",
@@ -189,7 +207,8 @@ def _instead(task: Task, known: Index) -> str:
         other.name
         for other in known.values()
         if other.path and other.path.parent == task.path.parent
-        if other.metrics and not other.only_submits and not other.judged
+        if other.metrics and other.answered == GENERATION
+        if not other.only_submits and not other.judged
     ]
     known_well = [name for name in scored if name in COLUMNS]
     near = difflib.get_close_matches(task.name, known_well or scored, n=1, cutoff=0.0)

@@ -5,6 +5,7 @@ configuration, `DIR/ScienceQA/ScienceQA-IMG/test.parquet`. The Hub's own layout 
 owner's folder, `data/`, and shards `test-00000-of-00002.parquet`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from mmkd.errors import DataError
 from mmkd.evaluation.catalog import Task
 from mmkd.evaluation.standard import COLUMNS, PICTURES
 
-_BUILDERS = ("parquet", "json", "csv", "imagefolder", "arrow", "text", "pandas")
+SHARDS = re.compile(r"-of-(\d+)\.parquet$")
+BUILDERS = ("parquet", "json", "csv", "imagefolder", "arrow", "text", "pandas")
 _ENCODED = {"bytes", "path"}
 
 
@@ -45,17 +47,19 @@ class LocalData:
             "dataset_kwargs": {"data_files": files, "features": features(self.files[0])},
         }
         if self.pictures:
-            changed["process_docs"] = self._with_pictures
+            changed["process_docs"] = lambda documents: with_pictures(
+                documents, read_parquet(self.pictures)
+            )
         return config | changed
 
-    def _with_pictures(self, documents: Dataset) -> Dataset:
-        """The documents with the column image, looked up by imageId."""
-        rows = read_parquet(self.pictures).cast_column("image", Image(decode=False))
-        pictures = {row["id"]: row["image"] for row in rows}
-        return documents.map(
-            lambda document: {"image": pictures[document["imageId"]]},
-            features=Features({**documents.features, "image": Image()}),
-        )
+
+def with_pictures(documents: Dataset, rows: Dataset) -> Dataset:
+    """The documents with the column image, found by imageId in rows of id and image."""
+    pictures = {row["id"]: row["image"] for row in rows.cast_column("image", Image(decode=False))}
+    return documents.map(
+        lambda document: {"image": pictures[document["imageId"]]},
+        features=Features({**documents.features, "image": Image()}),
+    )
 
 
 def find_local(tasks: Iterable[Task], folder: Path) -> dict[str, LocalData]:
@@ -71,7 +75,7 @@ def find_local(tasks: Iterable[Task], folder: Path) -> dict[str, LocalData]:
     return {
         task.name: _find(task, folder)
         for task in tasks
-        if task.config.get("dataset_path") not in (None, *_BUILDERS)
+        if task.config.get("dataset_path") not in (None, *BUILDERS)
     }
 
 
@@ -94,14 +98,28 @@ def _files(task: Task, folder: Path, config: str | None, split: str) -> list[Pat
     for place in [folder / name, folder / short, *sorted(folder.glob(f"*/{short}"))]:
         base = place / config if config else place
         for inner in (base, base / "data"):
-            if found := [*inner.glob(f"{split}.parquet"), *inner.glob(f"{split}-*.parquet")]:
-                return sorted(found)
+            if (whole := inner / f"{split}.parquet").is_file():
+                return [whole]
+            if shards := sorted(inner.glob(f"{split}-[0-9]*.parquet")):
+                return _complete(shards, task.name)
     wanted = folder / short / (config or "") / f"{split}.parquet"
     raise DataError(
         f"no local data of task {task.name}",
         where=str(folder),
         mend=f"put {wanted} there, with the columns of the Hub's {name}, or leave `local` out",
     )
+
+
+def _complete(shards: list[Path], task: str) -> list[Path]:
+    """Refuse a part of the shards: its scores would look like those of the benchmark."""
+    counted = SHARDS.search(shards[0].name)
+    if counted and len(shards) != int(counted.group(1)):
+        raise DataError(
+            f"{len(shards)} of {int(counted.group(1))} shards of task {task} are here",
+            where=str(shards[0].parent),
+            mend="copy the others, or set evaluate.limit for a part",
+        )
+    return shards
 
 
 def check_columns(files: Sequence[Path], columns: Sequence[str], task: str) -> None:
@@ -156,10 +174,10 @@ def features(path: Path) -> Features:
     """The types of a parquet file's columns; a column of bytes and path holds pictures, whether
     or not `datasets` wrote the file and said so."""
     found = Features.from_arrow_schema(pq.read_schema(path))
-    return Features({name: _with_pictures(kind) for name, kind in found.items()})
+    return Features({name: _as_picture(kind) for name, kind in found.items()})
 
 
-def _with_pictures(kind: Any) -> Any:
+def _as_picture(kind: Any) -> Any:
     if isinstance(kind, dict) and set(kind) == _ENCODED:
         return Image()
-    return List(_with_pictures(kind.feature)) if isinstance(kind, List) else kind
+    return List(_as_picture(kind.feature)) if isinstance(kind, List) else kind

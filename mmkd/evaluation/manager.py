@@ -7,15 +7,18 @@ from typing import Any
 from lmms_eval.tasks import TaskManager
 
 from mmkd.errors import MmkdError
+from mmkd.evaluation import hub
 from mmkd.evaluation.catalog import Chosen, choose, is_submission
 from mmkd.evaluation.local import LocalData, find_local
+from mmkd.evaluation.standard import PAIRED
 
 
 class ChosenTasks(TaskManager):
     """The chosen tasks as lmms-eval defines them, prompts and scoring included.
 
-    Two things differ: documents come from `local` where it has the task, and metrics that are
-    files for a benchmark's server are left out.
+    Three things differ: documents come from `local` where it has the task, those on the Hub need
+    no login unless they are gated, and metrics that are files for a benchmark's server are left
+    out.
     """
 
     def __init__(self, chosen: Chosen, local: Mapping[str, LocalData]):
@@ -31,20 +34,35 @@ class ChosenTasks(TaskManager):
         if config.get("metric_list"):
             scored = [m for m in config["metric_list"] if m and not is_submission(m)]
             config = config | {"metric_list": scored}
-        return self.local[name].override(config) if name in self.local else config
+        if name in self.local:
+            return self.local[name].override(config)
+        return hub.override(name, config)
 
 
-def find_tasks(asked: Sequence[str], include: Path | None, local: Path | None) -> ChosenTasks:
-    """The tasks of these names, all that they import and all local data looked at.
+def find_tasks(
+    asked: Sequence[str], include: Path | None, local: Path | None, limit: int | None = None
+) -> ChosenTasks:
+    """The tasks of these names, all that they import and all their data looked at.
 
     Raises:
-        MmkdError: a task is unknown, has no score here, or needs a package that is missing.
-        DataError: a task's local data is missing or of another schema.
+        MmkdError: a task is unknown, has no score here or with this limit, or needs a package
+            that is missing.
+        DataError: a task's local data is missing or of another schema, or the Hub's cannot be
+            reached.
     """
     chosen = choose(asked, include)
+    for task in chosen.tasks:
+        if task.name in PAIRED and limit is not None and limit % 2:
+            raise MmkdError(
+                f"task {task.name} scores its questions in pairs, and limit {limit} parts one",
+                mend="give an even limit",
+            )
     found = ChosenTasks(chosen, find_local(chosen.tasks, local) if local else {})
     for task in chosen.tasks:
         found._get_config(task.name)  # imports what its functions need
+    for task in chosen.tasks:
+        if task.name not in found.local:
+            hub.require_data(task)
     return found
 
 

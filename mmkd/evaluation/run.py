@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
     from transformers import PreTrainedModel, ProcessorMixin
 
-WEIGHT_FILES = ("*.safetensors", "*.bin")
 Sample = dict[str, Any]
 
 
@@ -78,14 +77,15 @@ class EvaluationResult:
 def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
-    processor: "ProcessorMixin | None" = None,
+    processor: "ProcessorMixin | str | None" = None,
     tasks: list[str],
     include_path: Path | None,
     out: Path | None,
     local: Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool | None = None,
 ) -> EvaluationResult:
@@ -93,7 +93,7 @@ def evaluate(
 
     Args:
         model: a folder, a Hub name, or a model in memory, whose train/eval state and device stay.
-        processor: needed with a model in memory.
+        processor: needed with a model in memory; else the name of one that is not the model's own.
         tasks: names of tasks, groups and tags, from `include_path` or bundled with lmms-eval, or
             short names of `mmkd.evaluation.standard`.
         include_path: folder with task YAML files.
@@ -102,7 +102,8 @@ def evaluate(
             `mmkd.evaluation.local`; None loads them from the Hub.
         batch_size: questions per generate call.
         limit: only the first so many documents of every task.
-        device: where a model from a folder runs.
+        device: where a model from a folder runs; `auto` is the GPU if there is one.
+        revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
         progress: show progress bars; None shows them on a terminal.
 
@@ -117,13 +118,14 @@ def evaluate(
         from mmkd.evaluation.adapter import MmkdModel
         from mmkd.evaluation.manager import find_tasks
 
-        manager = find_tasks(tasks, include_path, local)
+        manager = find_tasks(tasks, include_path, local, limit)
         path = None if isinstance(model, nn.Module) else str(model)
         adapter = MmkdModel(
             path,
             batch_size,
             device,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             model=model if isinstance(model, nn.Module) else None,
             processor=processor,
             progress=progress,
@@ -136,7 +138,7 @@ def evaluate(
         model=path or adapter.model.config.name_or_path or type(adapter.model).__name__,
         scores=scores,
         parameters=sum(p.numel() for p in adapter.model.parameters()),
-        weights_bytes=_weights_bytes(path, adapter.model),
+        weights_bytes=_weights_bytes(path, revision, adapter.model),
         tokens_per_second=adapter.tokens_per_second,
         seconds=seconds,
         lmms_eval=importlib.metadata.version("lmms-eval"),
@@ -164,19 +166,22 @@ def require_lmms_eval() -> None:
         raise MmkdError("lmms-eval is not installed", mend=INSTALL)
 
 
-def check(tasks: Sequence[str], include_path: Path | None, local: Path | None) -> None:
+def check(
+    tasks: Sequence[str], include_path: Path | None, local: Path | None, limit: int | None = None
+) -> None:
     """Everything about tasks that can be known to be wrong before there is a model to score.
 
     Raises:
-        MmkdError: lmms-eval or a package that a task imports is missing, a task is unknown, or
-            needs a judge or a server.
-        DataError: a task's local data is missing or of another schema.
+        MmkdError: lmms-eval or a package that a task imports is missing, a task is unknown, needs
+            a judge or a server, or has no score with this limit.
+        DataError: a task's local data is missing or of another schema, or the Hub's cannot be
+            reached.
     """
     require_lmms_eval()
     with silent_imports():
         from mmkd.evaluation.manager import find_tasks
 
-        find_tasks(tasks, include_path, local)
+        find_tasks(tasks, include_path, local, limit)
 
 
 def _simple_evaluate(
@@ -278,13 +283,21 @@ def _sample(logged: Mapping[str, Any]) -> Sample:
     return {**common, **kinds, **verdict}
 
 
-def _weights_bytes(path: str | None, model: nn.Module) -> int:
-    folder = Path(path) if path else None
-    if folder is not None and folder.is_dir():
-        for pattern in WEIGHT_FILES:
-            if sizes := [f.stat().st_size for f in folder.glob(pattern)]:
-                return sum(sizes)
+def _weights_bytes(path: str | None, revision: str | None, model: nn.Module) -> int:
+    folder = _folder(path, revision) if path else None
+    if folder is not None and (files := list(folder.glob("*.safetensors"))):
+        return sum(file.stat().st_size for file in files)
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _folder(path: str, revision: str | None) -> Path | None:
+    """A model's folder, or where the Hub's files of it were put."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def write_result(result: EvaluationResult, out: Path) -> None:

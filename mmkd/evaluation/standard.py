@@ -42,3 +42,6 @@ COLUMNS = {
 # {task: configuration of the same data set with columns id and image}: its own rows name the
 # pictures by imageId.
 PICTURES = {"gqa": "testdev_balanced_images"}
+
+# Tasks that score two questions of a picture together.
+PAIRED = ("mme",)

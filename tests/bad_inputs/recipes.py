@@ -314,6 +314,31 @@ def evaluation_without_data(world: World) -> None:
     world.raw["evaluate"] = {"tasks": ["scenes_pope"], "include": "tasks"}
 
 
+@case(
+    KIND,
+    "asked offline for a benchmark on the Hub",
+    "lmms-lab-encoder/POPE: the data of task pope cannot be reached",
+    "give its files as `local`",
+)
+def evaluation_out_of_reach(world: World) -> None:
+    world.raw["evaluate"] = {"tasks": ["pope"]}
+
+
+@case(KIND, "cut a pair of MME's questions", "limit 3 parts one", "give an even limit")
+def pairs_of_questions(world: World) -> None:
+    world.raw["evaluate"] = {"tasks": ["mme"], "limit": 3}
+
+
+@case(
+    KIND,
+    "asked for a benchmark that is scored by likelihoods",
+    "task seedbench_ppl is not answered by generation",
+    "use seedbench",
+)
+def evaluation_by_likelihoods(world: World) -> None:
+    world.raw["evaluate"] = {"tasks": ["seedbench_ppl"]}
+
+
 def task_folder(**settings: Any) -> None:
     Path("tasks").mkdir()
     write(yaml.safe_dump({"task": "scenes_pope", **settings}), "tasks/scenes_pope.yaml")

@@ -1,0 +1,59 @@
+"""Data of lmms-eval's tasks on the Hub: no login where none is needed, and looked for before
+anything is scored."""
+
+from functools import cache
+from typing import Any
+
+from datasets import load_dataset, load_dataset_builder
+from huggingface_hub import is_offline_mode
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
+
+from mmkd.errors import DataError
+from mmkd.evaluation.catalog import Task
+from mmkd.evaluation.local import BUILDERS, with_pictures
+from mmkd.evaluation.standard import PICTURES
+
+OWN = ("video", "From_YouTube", "load_from_disk", "builder_script", "data_files", "data_dir")
+"""Settings with which lmms-eval loads a task's data in a way of its own."""
+
+
+def override(task: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A task's keys without lmms-eval's demand for a login: a stored token is used all the same."""
+    settings = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
+    changed: dict[str, Any] = {"dataset_kwargs": settings}
+    if task in PICTURES:
+        path, split = config["dataset_path"], config["test_split"]
+        changed["process_docs"] = lambda documents: with_pictures(
+            documents, load_dataset(path, PICTURES[task], split=split)
+        )
+    return config | changed
+
+
+def require_data(task: Task) -> None:
+    """Ask the Hub, or offline its cache, for a task's data set.
+
+    Raises:
+        DataError: it cannot be reached.
+    """
+    path, settings = task.config.get("dataset_path"), task.config.get("dataset_kwargs") or {}
+    if path in (None, *BUILDERS) or any(settings.get(key) for key in OWN):
+        return
+    names = {task.config.get("dataset_name"), PICTURES.get(task.name, "")} - {""}
+    try:
+        for name in names:
+            _find(str(path), name, settings.get("revision"))
+    except Exception as error:  # of the network, the Hub, or the data set's own files
+        lines = str(error).splitlines() or [type(error).__name__]
+        login = "check its name and the network, `hf auth login` for what is gated"
+        raise DataError(
+            f"the data of task {task.name} cannot be reached ({lines[0]})",
+            where=str(path),
+            mend=f"{'unset HF_HUB_OFFLINE' if is_offline_mode() else login}, "
+            "or give its files as `local`",
+        ) from error
+
+
+@cache
+def _find(path: str, name: str | None, revision: str | None) -> None:
+    # Every model of a run asks again.
+    load_dataset_builder(path, name, revision=revision, cache_dir=_resolve_hf_datasets_cache_dir())
