@@ -130,18 +130,17 @@ def main() -> None:
         first = make_recipe(args, folder, "dense")
         with torch.device(args.device):  # where weights are drawn in a moment
             teacher = load_teacher(first, first.stages)
+        parameters = parameter_count(teacher[0].model)
         for setting in args.settings:
+            recipe = make_recipe(args, folder, setting)
             try:
-                results.append(
-                    measure(make_recipe(args, folder, setting), setting, teacher, args.steps)
-                )
+                results.append(measure(recipe, setting, teacher, args.steps))
             except (MmkdError, torch.OutOfMemoryError) as error:
                 console.print(f"{setting}: {error}", highlight=False)
+            save(args, teacher_parameters=parameters, results=results)  # one may take long
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        parameters = parameter_count(teacher[0].model)
     report(results)
-    save(args, teacher_parameters=parameters, results=results)
 
 
 def measure(recipe: Recipe, setting: str, teacher: tuple[Any, Any], steps: int) -> dict[str, Any]:
