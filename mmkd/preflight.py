@@ -14,9 +14,9 @@ from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
-from mmkd.layer_signals import PROJECTIONS, LayerPlan
+from mmkd.layer_checks import check_layers
 from mmkd.loading import load_processor, skeleton
-from mmkd.objectives import CrossEntropy, Layerwise, MiniLm, Objective, Preference, build_objective
+from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, EvaluateConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
@@ -25,7 +25,6 @@ from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
 from mmkd.vocabulary import shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
-from mmkd_models.parts import find_parts
 
 
 def check(recipe: Recipe) -> None:
@@ -61,7 +60,7 @@ def check(recipe: Recipe) -> None:
             _check_stored(recipe, stage, objectives, store)
         _check_experts(stage, objectives, student)
         if teacher is not None:
-            _check_layers(recipe, stage, objectives, student, teacher)
+            check_layers(recipe, stage, objectives, student, teacher)
         _check_trained(stage, student)
         _check_engine(stage)
         _check_budget(stage, recipe.stage_data(stage))
@@ -298,91 +297,6 @@ def _check_experts(
             where=f"stage {stage.name}",
             mend="add {kind: moe} to student.convert",
         )
-
-
-def _check_layers(
-    recipe: Recipe,
-    stage: StageConfig,
-    objectives: list[Objective],
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-) -> None:
-    """Layer-wise objectives compare layers that are there and have the same width."""
-    plan = LayerPlan.of(objectives)
-    if stage.activation_checkpointing and (plan.forced or plan.matrices):
-        # The backward pass runs layers again, then without the teacher's inputs.
-        raise RecipeError(
-            "teacher forcing and activation checkpointing do not go together",
-            where=f"stage {stage.name}",
-            mend="set activation_checkpointing to false, or teacher_forced",
-        )
-    mine, theirs = (find_parts(m).decoder_layers for m in (student, teacher))
-    for objective in objectives:
-        if not isinstance(objective, Layerwise):
-            continue
-        where = f"stage {stage.name}: objective {objective.name}"
-        if not objective.pairs:
-            raise RecipeError(
-                "the student has no Mamba layers to compare", where=where, mend="name 'layers'"
-            )
-        for s, t in objective.pairs:
-            if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
-                raise RecipeError(
-                    f"there is no pair of student layer {s} (of {len(mine)}) and teacher layer {t} "
-                    f"(of {len(theirs)})",
-                    where=where,
-                    mend="set 'layers' and 'teacher_layers'",
-                )
-            _check_attention(
-                where, {f"student layer {s}": mine[s], f"teacher layer {t}": theirs[t]}
-            )
-            if isinstance(objective, MiniLm):
-                _check_heads(objective, where, {"student": mine[s], "teacher": theirs[t]})
-            widths = [_widths(layer) for layer in (mine[s], theirs[t])]
-            if objective.compares_widths and widths[0] != widths[1]:
-                raise RecipeError(
-                    f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
-                    where=where,
-                    mend="compare layers of one width (stream, heads)",
-                )
-        assert recipe.teacher is not None
-        if "matrices" in objective.needs and recipe.teacher.attn_implementation != "eager":
-            raise RecipeError(
-                "it needs the teacher's attention probabilities",
-                where=where,
-                mend="set teacher.attn_implementation to eager",
-            )
-
-
-def _check_attention(where: str, layers: dict[str, Any]) -> None:
-    """What is compared is read off an attention, or what took its place."""
-    for name, layer in layers.items():
-        if not hasattr(getattr(layer, "self_attn", None), "o_proj"):
-            raise RecipeError(
-                f"{name} has no self_attn with an o_proj to compare",
-                where=where,
-                mend="name layers that have attention",
-            )
-
-
-def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
-    """Relation heads divide the widths of what they are made of."""
-    for role, layer in layers.items():
-        for relation in objective.config.relations:
-            name = PROJECTIONS[relation]
-            width = getattr(getattr(layer.self_attn, name, None), "out_features", None)
-            if width is None or width % objective.config.heads:
-                raise RecipeError(
-                    f"{objective.config.heads} relation heads do not divide the {role}'s {name} "
-                    f"of width {width}",
-                    where=where,
-                    mend="choose 'heads' that divides all widths, or other 'relations'",
-                )
-
-
-def _widths(layer: Any) -> tuple[int, int]:
-    """Of the residual stream, and of the heads together."""
-    return layer.self_attn.o_proj.out_features, layer.self_attn.o_proj.in_features
 
 
 def _check_data(

@@ -13,7 +13,7 @@ from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError
-from mmkd.preflight import _check_attention
+from mmkd.layer_checks import check_attention
 from mmkd.recipe import DataConfig
 from mmkd.signals import check_supported
 from mmkd_models.parts import find_parts
@@ -52,6 +52,6 @@ def test_a_model_whose_parts_are_not_found_is_refused():
 
 def test_layers_without_attention_are_not_compared():
     first, second = find_parts(ZOO["qwen3_5"].make()).decoder_layers
-    _check_attention("stage", {"student layer 1": second})
+    check_attention("stage", {"student layer 1": second})
     with pytest.raises(RecipeError, match="student layer 0 has no self_attn"):
-        _check_attention("stage", {"student layer 1": second, "student layer 0": first})
+        check_attention("stage", {"student layer 1": second, "student layer 0": first})
