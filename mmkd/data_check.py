@@ -116,9 +116,7 @@ def _tokens(recipe: Recipe, processor: Any) -> Iterator[dict[str, Any]]:
         records = Records(data)
         whole = data.model_copy(update={"max_length": UNCUT, "on_bad_sample": "stop"})
         encoder = Encoder(records, processor, whole)
-        members = Mixture(records, recipe.seed).members(epoch=0).tolist()
-        count = min(SAMPLED, len(members))
-        found = (encoder.length(members[i * len(members) // count]) for i in range(count))
+        found = map(encoder.length, Mixture(records, recipe.seed).sample(SAMPLED))
         lengths = [length for length in found if length]  # 0: a bad record, counted already
         if lengths:
             marks = torch.tensor(lengths).double().quantile(torch.tensor([0.5, 0.95]).double())

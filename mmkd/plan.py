@@ -133,9 +133,9 @@ def sample_data(
         return Sample(length, length, length, 0.0, 0.0, rows), 0
     records = Records(data)
     encoder = Encoder.of(objectives, data, processor, records=records)
-    members = Mixture(records, seed=0).members(epoch=0).tolist()
-    count = min(SAMPLED_RECORDS, len(members))
-    batch = encoder.encode([members[i * len(members) // count] for i in range(count)])
+    mixture = Mixture(records, seed=0)
+    chosen = mixture.sample(SAMPLED_RECORDS)
+    count, batch = len(chosen), encoder.encode(chosen)
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     return (
@@ -151,7 +151,7 @@ def sample_data(
                 if "distribution" in o.needs
             },
         ),
-        len(members),
+        len(mixture),
     )
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from mmkd.data import images
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.data.sources import tables, texts
+from mmkd.data.sources import texts
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
@@ -380,24 +380,3 @@ def test_keys_of_a_hub_data_set_are_told_where_they_belong():
             DataConfig.model_validate({"train": "hub:a/b", key: value})
     with pytest.raises(ValidationError, match="say how many are read"):
         SourceConfig.model_validate({"train": "hub:a/b", "stream": True})
-
-
-def test_streamed_rows_are_the_first_ones_and_read_once(repository, monkeypatch):
-    source = SourceConfig(train=f"hub:{repository}", stream=3)
-    streamed = Records(DataConfig(sources=[source]))
-    whole = read(f"hub:{repository}")
-    assert len(streamed) == 3
-    for index in (2, 0, 1):
-        a, b = streamed[index], whole[index]
-        assert (a.id, a.messages, a.rejected) == (b.id, b.messages, b.rejected)
-        pictures = [r.pictures(x)[0].tobytes() for r, x in ((streamed, a), (whole, b))]
-        assert pictures[0] == pictures[1]
-
-    def refuse(*_, **__):
-        raise AssertionError("read a second time")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    again = Records(DataConfig(sources=[source]))
-    assert [again[i].id for i in range(3)] == ["20", "21", "22"]
-    with pytest.raises(DataError, match="read a second time"):
-        tables.StreamedRows(SourceConfig(train=f"hub:{repository}", stream=4))

@@ -7,6 +7,10 @@ they sum to T, where T is the sum of min(n_j, c_j), or less where a cap would be
 A source walks through passes over its records, each shuffled by seed, source and pass, and an
 epoch goes on where the one before ended. So all records of a source are seen equally often, give
 or take one. The records of an epoch are shuffled by seed and epoch.
+
+A source that is streamed comes in windows of some thousand records: a pass goes through them in
+their order and shuffles each. Its records keep that order in the epoch, spread among those of the
+other sources.
 """
 
 import hashlib
@@ -32,6 +36,7 @@ class Mixture:
         self.seed = seed
         configs = [s.config for s in records.sources]
         self.sizes = list(map(len, records.sources))
+        self.windows = [source.window for source in records.sources]
         self.draws = draws(self.sizes, [c.weight for c in configs], [c.cap for c in configs])
         for config, count in zip(configs, self.draws, strict=True):
             if count == 0:
@@ -52,15 +57,32 @@ class Mixture:
         for number, (start, size, count) in enumerate(
             zip(starts, self.sizes, self.draws, strict=True)
         ):
-            whole = torch.arange(size) if count == size else self._walk(number, epoch * count)
-            parts.append(start + whole)
+            whole = count == size and self.windows[number] is None
+            own = torch.arange(size) if whole else self._walk(number, epoch * count)
+            parts.append(start + own)
         return torch.cat(parts)
 
     def order(self, epoch: int) -> list[int]:
-        """The epoch's records, shuffled."""
+        """The epoch's records, shuffled; those of a stream in their members' order."""
         members = self.members(epoch)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return members[torch.randperm(len(members), generator=generator)].tolist()
+        chosen = torch.randperm(len(members), generator=generator)  # a member for each place
+        begin = 0
+        for window, count in zip(self.windows, self.draws, strict=True):
+            if window is not None:
+                own = (chosen >= begin) & (chosen < begin + count)
+                chosen[own] = torch.arange(begin, begin + count)
+            begin += count
+        return members[chosen].tolist()
+
+    def sample(self, most: int) -> list[int]:
+        """Some of the first epoch's records, evenly spread; of a stream from its first window."""
+        members = self.members(epoch=0)
+        for start, size, window in zip(self.records.starts, self.sizes, self.windows, strict=True):
+            if window is not None:
+                members = members[(members < start + window) | (members >= start + size)]
+        count = min(most, len(members))
+        return [int(members[i * len(members) // count]) for i in range(count)]
 
     def _walk(self, number: int, first: int) -> Tensor:
         """An epoch's records of a source, from one place of its walk on."""
@@ -72,7 +94,13 @@ class Mixture:
     def _pass(self, number: int, which: int) -> Tensor:
         words = f"{self.seed} {number} {which}".encode()
         seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % 2**63
-        return torch.randperm(self.sizes[number], generator=torch.Generator().manual_seed(seed))
+        generator, size = torch.Generator().manual_seed(seed), self.sizes[number]
+        window = self.windows[number] or size
+        parts = [
+            first + torch.randperm(min(window, size - first), generator=generator)
+            for first in range(0, size, window)
+        ]
+        return torch.cat(parts)
 
 
 def draws(sizes: list[int], weights: list[float | None], caps: list[int | None]) -> list[int]:

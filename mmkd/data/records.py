@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, count
 from math import gcd
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from mmkd.data.images import image_size, load_image
 from mmkd.data.schema import Record, parse_record, printable, record_id
-from mmkd.data.sources import open_rows
+from mmkd.data.sources import StreamedRows, open_rows
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
@@ -37,6 +38,11 @@ class Source:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def window(self) -> int | None:
+        """Of a stream, how many records from multiples of it on are read together."""
+        return self._rows.window if isinstance(self._rows, StreamedRows) else None
+
     def id(self, index: int) -> str:
         """What a record calls itself; "" where it does not, or cannot be read."""
         try:
@@ -60,9 +66,6 @@ class Records:
     def __init__(self, config: DataConfig):
         self.sources = [Source(part) for part in config.parts]
         self._ends = list(accumulate(map(len, self.sources)))
-        # Without a common divisor, so that steps of it come to every record.
-        near = count(int(STRIDE * len(self)))
-        self._stride = next(n for n in near if gcd(n, len(self)) == 1)
 
     @property
     def name(self) -> str:
@@ -99,9 +102,19 @@ class Records:
 
     def tried(self, index: int) -> Iterator[int]:
         """A record and what is read in its place, one after another while they are bad: far away,
-        since neighbours are often bad for the same reason."""
-        for attempt in range(min(len(self), MOST_TRIED)):
-            yield (index + attempt * self._stride) % len(self)
+        since neighbours are often bad for the same reason, but in the same window of a stream."""
+        first, size = self._span(index)
+        stride = coprime(size)
+        for attempt in range(min(size, MOST_TRIED)):
+            yield first + (index - first + attempt * stride) % size
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """The first of the records that a record may be replaced by, and how many they are."""
+        source, own = self._at(index)
+        if source.window is None:
+            return 0, len(self)
+        begin = own - own % source.window
+        return index - own + begin, min(source.window, len(source) - begin)
 
     def usable(self, index: int, read: Callable[[int], T], skipped: list[str]) -> T:
         """What `read` makes of a record, or of the first in its place that is not bad.
@@ -138,6 +151,13 @@ class Records:
     ) -> list[Image.Image]:
         """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
         return [load(ref, record.root) for ref in record.images]
+
+
+@cache
+def coprime(size: int) -> int:
+    """A stride without a common divisor with `size`, so that steps of it come to every record."""
+    near = count(int(STRIDE * size))
+    return next(n for n in near if gcd(n, size) == 1)
 
 
 @contextmanager

@@ -31,7 +31,14 @@ class SourceConfig(Strict):
     split: str = Field("train", description="of a Hub data set")
     revision: str | None = Field(None, description="of a Hub data set: commit, tag or branch")
     stream: int | None = Field(
-        None, ge=1, description="read the first so many records of a Hub data set, not the whole"
+        None,
+        ge=1,
+        description="train on the first so many records of a Hub data set while they arrive",
+    )
+    window: int = Field(
+        10_000,
+        ge=1,
+        description="records of a stream that are read together, and shuffled among each other",
     )
     prompt: str = Field(
         "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
@@ -47,10 +54,12 @@ class SourceConfig(Strict):
     @model_validator(mode="after")
     def _of_the_hub(self) -> "SourceConfig":
         fields = type(self).model_fields
-        keys = ("subset", "split", "revision", "stream")
+        keys = ("subset", "split", "revision", "stream", "window")
         told = [k for k in keys if getattr(self, k) != fields[k].default]
         if told and not self.train.startswith(HUB):
             raise ValueError(f"'{told[0]}' is of Hub data sets -- write train as hub:OWNER/NAME")
+        if "window" in told and self.stream is None:
+            raise ValueError("'window' is of streams -- set 'stream' to a number of records")
         return self
 
     @property

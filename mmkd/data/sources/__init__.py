@@ -5,12 +5,13 @@ from typing import Any, Protocol
 
 from mmkd.data.sources.files import find_files, kind_of
 from mmkd.data.sources.shards import ShardRows
+from mmkd.data.sources.streamed import StreamedRows
 from mmkd.data.sources.tables import hub_rows, is_saved, parquet_rows, saved_rows
 from mmkd.data.sources.texts import JsonRows
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
 
-__all__ = ["Rows", "find_files", "is_there", "open_rows"]
+__all__ = ["Rows", "StreamedRows", "find_files", "is_there", "open_rows"]
 
 
 class Rows(Protocol):
@@ -50,7 +51,7 @@ def open_rows(config: SourceConfig) -> Rows:
         DataError: there are none, or they cannot be read.
     """
     if config.train.startswith(HUB):
-        return hub_rows(config)
+        return hub_rows(config) if config.stream is None else StreamedRows(config)
     if is_saved(Path(config.train)):
         return saved_rows(Path(config.train))
     files = find_files(config.train)

@@ -1,19 +1,14 @@
 """Records in tables: parquet files, data sets saved by `datasets`, and those of the Hub."""
 
-import json
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.sources.kept import keep, unreadable
+from mmkd.data.sources.kept import unreadable
 from mmkd.errors import DataError
-from mmkd.progress import track
 from mmkd.recipe import HUB, SourceConfig
-
-BYTES = "__bytes__"
 
 
 class TableRows:
@@ -88,16 +83,14 @@ def saved_rows(folder: Path) -> TableRows:
     return TableRows(table, folder, {str(folder): len(table)})
 
 
-def hub_rows(config: SourceConfig) -> "TableRows | StreamedRows":
-    """Rows of a Hub data set, or of the first of them.
+def hub_rows(config: SourceConfig) -> TableRows:
+    """Rows of a whole Hub data set.
 
     Raises:
         DataError: it cannot be loaded.
     """
     import datasets
 
-    if config.stream is not None:
-        return StreamedRows(config)
     name = config.train.removeprefix(HUB)
     datasets.disable_progress_bars()
     try:
@@ -105,78 +98,13 @@ def hub_rows(config: SourceConfig) -> "TableRows | StreamedRows":
             name, config.subset, split=config.split, revision=config.revision
         )
     except Exception as error:
-        raise _not_loaded(error, config.train) from error
+        raise not_loaded(error, config.train) from error
     folder = Path(name) if Path(name).is_dir() else None
     return TableRows(table, folder, {config.train: len(table)})
 
 
-class StreamedRows:
-    """The first rows of a Hub data set, read once in its order and kept: from then on they can be
-    asked for by number like any other."""
-
-    def __init__(self, config: SourceConfig):
-        from datasets import Features, Value
-
-        self.name = config.train
-        self.folder: Path | None = None
-        features = Features({"text": Value("large_string"), "pictures": [Value("large_binary")]})
-        self._table = keep(
-            _streamed,
-            features,
-            config.train,
-            at_once=50,  # pictures
-            name=config.train.removeprefix(HUB),
-            subset=config.subset,
-            split=config.split,
-            revision=config.revision,
-            count=config.stream,
-        )
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def place(self, index: int) -> str:
-        return f"{self.name}: record {index}"
-
-    def row(self, index: int) -> dict[str, Any]:
-        kept = self._table[index]
-
-        def restore(value: dict[str, Any]) -> Any:
-            return kept["pictures"][value[BYTES]] if value.keys() == {BYTES} else value
-
-        try:
-            return json.loads(kept["text"], object_hook=restore)
-        except (IndexError, TypeError) as error:  # a record of the data set's says BYTES itself
-            raise DataError(f"a record has the key {BYTES}", mend="drop it") from error
-
-
-def _streamed(
-    name: str, subset: str | None, split: str, revision: str | None, count: int
-) -> Iterator[dict[str, Any]]:
-    """Rows as JSON with what is bytes beside it: a table of any columns is one of these two."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
-        plain = None if rows.features is None else undecoded(rows.features)
-        tables = rows.with_format("arrow").take(count)
-        for table in track(tables, f"reading {name}", count):
-            (row,) = table.to_pylist()
-            row = row if plain is None else plain.decode_example(row)
-            pictures: list[bytes] = []
-
-            def put(value: Any, pictures: list[bytes] = pictures) -> Any:
-                if not isinstance(value, bytes):
-                    return str(value)
-                pictures.append(value)
-                return {BYTES: len(pictures) - 1}
-
-            yield {"text": json.dumps(row, default=put), "pictures": pictures}
-    except Exception as error:
-        raise _not_loaded(error, HUB + name) from error
-
-
-def _not_loaded(error: Exception, where: str) -> DataError:
+def not_loaded(error: Exception, where: str) -> DataError:
+    """Why a Hub data set cannot be loaded."""
     from huggingface_hub import is_offline_mode
 
     reason = unreadable(error, where).what.removeprefix("cannot read: ")

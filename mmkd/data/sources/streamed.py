@@ -1,0 +1,214 @@
+"""Records of a Hub data set that is never whole on the disk: windows of it, read as a run comes to
+them.
+
+A window is a number of rows that follow one another in the data set's order. It is read once, kept
+as a table, and gone when the run is two windows further; while one is used, a process of its own
+reads the next. `mmkd.data.mixture` goes through the windows in their order.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from mmkd.data.sources.kept import keep
+from mmkd.data.sources.tables import not_loaded, undecoded
+from mmkd.errors import DataError
+from mmkd.files import read_json, write_json
+from mmkd.progress import track
+from mmkd.recipe import HUB, SourceConfig
+
+BYTES = "__bytes__"
+ON_DISK = 3
+"""Windows: the one before, since a step may have records of two, this one, and the next."""
+
+
+class StreamedRows:
+    """The first rows of a Hub data set, in its order.
+
+    Attributes:
+        window: rows that are read together, the first of them at multiples of it.
+
+    Raises:
+        DataError: the first window cannot be read, or is empty.
+    """
+
+    def __init__(self, config: SourceConfig):
+        assert config.stream is not None
+        self.name = config.train
+        self.folder: Path | None = None
+        self.window = min(config.window, config.stream)
+        self._source = {
+            "name": config.train.removeprefix(HUB),
+            "subset": config.subset,
+            "split": config.split,
+            "revision": config.revision,
+        }
+        self._tables: dict[int, Any] = {}
+        self._length = config.stream
+        first = len(self._rows_of(0))
+        known = read_state(self._source, self.window).get("examples")
+        ends = first if first < self.window else known
+        self._length = min(config.stream, ends or config.stream)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def place(self, index: int) -> str:
+        return f"{self.name}: record {index}"
+
+    def row(self, index: int) -> dict[str, Any]:
+        number, place = divmod(index, self.window)
+        rows = self._rows_of(number)
+        if place >= len(rows):
+            whole = number * self.window + len(rows)
+            raise DataError(
+                f"the data set ends after {whole:,} records", mend=f"set stream to {whole}"
+            )
+        kept = rows[place]
+
+        def restore(value: dict[str, Any]) -> Any:
+            return kept["pictures"][value[BYTES]] if value.keys() == {BYTES} else value
+
+        try:
+            return json.loads(kept["text"], object_hook=restore)
+        except (IndexError, TypeError) as error:  # a record of the data set's says BYTES itself
+            raise DataError(f"a record has the key {BYTES}", mend="drop it") from error
+
+    def _rows_of(self, number: int) -> Any:
+        if number not in self._tables:
+            self._tables[number] = self._kept(number)
+            for old in [n for n in self._tables if abs(n - number) >= ON_DISK - 1]:
+                _forget(self._tables.pop(old))
+            if (number + 1) * self.window < self._length:
+                self._read_ahead(number + 1)
+        return self._tables[number]
+
+    def _asked(self, number: int) -> tuple[dict[str, Any], int, int]:
+        first = number * self.window
+        return self._source, first, min(self.window, self._length - first)
+
+    def _kept(self, number: int) -> Any:
+        asked = self._asked(number)
+        if get_worker_info() is not None:  # where `datasets` leaves shards to other workers
+            done = subprocess.run(_command(*asked), capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
+                raise DataError(f"cannot read on: {reason}", mend="run the same command again")
+        return kept_window(*asked)
+
+    def _read_ahead(self, number: int) -> None:
+        """Begin to read a window, unless another process of this machine has begun."""
+        asked = self._asked(number)
+        begun = state_file(*asked[:2]).with_suffix(".begun")
+        try:
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            begun.touch(exist_ok=False)
+        except OSError:
+            return
+        nothing = subprocess.DEVNULL
+        subprocess.Popen(
+            _command(*asked), stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+        )
+
+
+def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
+    """The table of a window, read if it is not there; several processes that ask read it once.
+
+    Args:
+        source: name, subset, split and revision of the data set.
+        first: the window's first row.
+        count: its rows; fewer where the data set ends.
+    """
+    from datasets import Features, Value
+
+    features = Features({"text": Value("large_string"), "pictures": [Value("large_binary")]})
+    found = keep(
+        _read,
+        features,
+        HUB + source["name"],
+        at_once=50,  # pictures
+        **source,
+        first=first,
+        count=count,
+    )
+    state_file(source, first).with_suffix(".begun").unlink(missing_ok=True)
+    return found
+
+
+def _forget(table: Any) -> None:
+    """Remove a window's table from the disk; who has it open keeps it until the end."""
+    for folder in {Path(file["filename"]).parent for file in table.cache_files}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_state(source: dict[str, Any], first: int) -> dict[str, Any]:
+    """What is known of the place of a row in the data set's files; empty if nothing is."""
+    path = state_file(source, first)
+    return read_json(path) if path.is_file() else {}
+
+
+def state_file(source: dict[str, Any], first: int) -> Path:
+    """Where that is kept: who reads from a row on reads none before it."""
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "mmkd-streams" / Hasher.hash(source)
+    return folder / f"{first}.json"
+
+
+def _read(
+    name: str, subset: str | None, split: str, revision: str | None, first: int, count: int
+) -> Iterator[dict[str, Any]]:
+    """Rows as JSON with what is bytes beside it: a table of any columns is one of these two."""
+    import datasets
+
+    source = {"name": name, "subset": subset, "split": split, "revision": revision}
+    try:
+        rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
+        plain = None if rows.features is None else undecoded(rows.features)
+        state = read_state(source, first)
+        skipped = state.get("skipped", first)
+        tables = rows.with_format("arrow").skip(skipped)
+        if state:
+            tables.load_state_dict(state["place"])
+        title = f"reading {name}" + (f" from {first:,} on" if first else "")
+        for _, table in zip(track(range(count), title, count), tables, strict=False):
+            (row,) = table.to_pylist()
+            row = row if plain is None else plain.decode_example(row)
+            pictures: list[bytes] = []
+
+            def put(value: Any, pictures: list[bytes] = pictures) -> Any:
+                if not isinstance(value, bytes):
+                    return str(value)
+                pictures.append(value)
+                return {BYTES: len(pictures) - 1}
+
+            yield {"text": json.dumps(row, default=put), "pictures": pictures}
+        known = (rows.info.splits or {}).get(split)
+        state = {
+            "skipped": skipped,
+            "place": tables.state_dict(),
+            "examples": None if known is None else known.num_examples,
+        }
+        write_json(state_file(source, first + count), state)
+    except Exception as error:
+        raise not_loaded(error, HUB + name) from error
+
+
+def _command(*asked: Any) -> list[str]:
+    run = f"import sys, {__name__} as streamed; streamed.main(sys.argv[1])"
+    return [sys.executable, "-c", run, json.dumps(asked)]
+
+
+def main(said: str) -> None:
+    """Read a window in a process of its own; what is wrong is its last line."""
+    try:
+        kept_window(*json.loads(said))
+    except DataError as error:
+        sys.exit(str(error))
