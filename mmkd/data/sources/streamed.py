@@ -2,14 +2,16 @@
 them.
 
 A window is a number of rows that follow one another in the data set's order. It is read once, kept
-as a table, and gone when the run is two windows further; while one is used, a process of its own
-reads the next. `mmkd.data.mixture` goes through the windows in their order.
+as a table, and gone when the run is two windows further, but for the first one, at which all that
+comes before a run looks; while one is used, a process of its own reads the next.
+`mmkd.data.mixture` goes through the windows in their order.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from mmkd.progress import track
 from mmkd.recipe import HUB, SourceConfig
 
 BYTES = "__bytes__"
-ON_DISK = 3
-"""Windows: the one before, since a step may have records of two, this one, and the next."""
+LOOKS = 512
+"""Who asks a window for so many rows goes through it; what looks before a run asks for fewer."""
 
 
 class StreamedRows:
@@ -50,6 +52,7 @@ class StreamedRows:
             "revision": config.revision,
         }
         self._tables: dict[int, Any] = {}
+        self._asked_for: Counter[int] = Counter()  # rows, by window
         self._length = config.stream
         first = len(self._rows_of(0))
         known = read_state(self._source, self.window).get("examples")
@@ -65,6 +68,9 @@ class StreamedRows:
     def row(self, index: int) -> dict[str, Any]:
         number, place = divmod(index, self.window)
         rows = self._rows_of(number)
+        self._asked_for[number] += 1
+        if self._asked_for[number] == min(LOOKS, self.window // 2 + 1):
+            self._read_ahead(number + 1)
         if place >= len(rows):
             whole = number * self.window + len(rows)
             raise DataError(
@@ -83,10 +89,9 @@ class StreamedRows:
     def _rows_of(self, number: int) -> Any:
         if number not in self._tables:
             self._tables[number] = self._kept(number)
-            for old in [n for n in self._tables if abs(n - number) >= ON_DISK - 1]:
+            for old in [n for n in self._tables if n > 0 and abs(n - number) > 1]:
                 _forget(self._tables.pop(old))
-            if (number + 1) * self.window < self._length:
-                self._read_ahead(number + 1)
+                del self._asked_for[old]
         return self._tables[number]
 
     def _asked(self, number: int) -> tuple[dict[str, Any], int, int]:
@@ -103,7 +108,10 @@ class StreamedRows:
         return kept_window(*asked)
 
     def _read_ahead(self, number: int) -> None:
-        """Begin to read a window, unless another process of this machine has begun."""
+        """Begin to read a window, unless there is none or another process of this machine has
+        begun."""
+        if number * self.window >= self._length:
+            return
         asked = self._asked(number)
         begun = state_file(*asked[:2]).with_suffix(".begun")
         try:
