@@ -1,6 +1,7 @@
 """LoRA and DoRA students: every layer's adapter learns, nothing else does, and all of it merges."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +245,8 @@ def test_a_written_student_needs_no_peft(tmp_path, keep, recwarn):
     moved(model)
 
     class Processor:
+        tokenizer = SimpleNamespace(eos_token_id=7, pad_token_id=None)
+
         def save_pretrained(self, folder):
             pass
 

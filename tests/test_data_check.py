@@ -32,7 +32,8 @@ def run(monkeypatch, capsys, *words):
 
 def found(monkeypatch, capsys, *words):
     """Exit status and the findings."""
-    status, out, _ = run(monkeypatch, capsys, *words, "--json")
+    status, out, err = run(monkeypatch, capsys, *words, "--json")
+    assert out, err
     return status, json.loads(out)
 
 

@@ -123,7 +123,7 @@ def _parts(
     if workers == 1:
         yield (_look(source, look, chunk) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_open, initargs=(source.config, look))
+    pool = ProcessPoolExecutor(workers, initializer=_open, initargs=(source, look))
     try:
         yield pool.map(_in_process, chunks)
     except BrokenProcessPool as error:
@@ -139,11 +139,11 @@ def _parts(
 _OPENED: tuple[Source, Look]
 
 
-def _open(config: SourceConfig, look: Look) -> None:
+def _open(source: Source, look: Look) -> None:
     global _OPENED
     # Ctrl-C reaches all processes: one that dies with the queue's lock would hold up the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _OPENED = Source(config), look
+    _OPENED = source, look
 
 
 def _in_process(chunk: range) -> _Part:
