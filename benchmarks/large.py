@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.measure import save
-from benchmarks.scaling import QWEN2_7B, QWEN2_HALF_B, SIGLIP
+from benchmarks.scaling import QWEN2_7B, QWEN2_HALF_B, SIGLIP, STAGE
 from mmkd.bench import prepare, time_stage
 from mmkd.errors import MmkdError
 from mmkd.loading import parameter_count
@@ -95,17 +95,9 @@ def make_recipe(args: argparse.Namespace, folder: Path, name: str) -> Recipe:
             "data": {"train": "data/scenes/train.parquet"},
             "stages": [
                 {
-                    "name": "distil",
-                    "train": ["connector", "language_model"],
-                    "objectives": [
-                        {"kind": "ce"},
-                        {"kind": "kl"},
-                        {"kind": "kl", "name": "kl_vision", "region": "vision"},
-                    ],
+                    **STAGE,
                     "steps": 1000,
                     "batch": {"size": args.batch},
-                    "precision": "bfloat16",
-                    "activation_checkpointing": True,
                     **changes,
                     "engine": {"device": args.device, **changes.get("engine", {})},
                 }

@@ -95,6 +95,17 @@ PICTURES = {
     "Qwen2.5-VL 7B -> 3B": (1024, 4096, 2 * 3 * 14**2),
 }
 WORDS, ANSWER = 256, 128
+STAGE: dict[str, Any] = {
+    "name": "distil",
+    "train": ["connector", "language_model"],
+    "objectives": [
+        {"kind": "ce"},
+        {"kind": "kl"},
+        {"kind": "kl", "name": "kl_vision", "region": "vision"},
+    ],
+    "precision": "bfloat16",
+    "activation_checkpointing": True,
+}
 TORCH: dict[str, Any] = {"kind": "torch"}
 
 
@@ -149,17 +160,9 @@ def size(
             "data": {"train": "-"},
             "stages": [
                 {
-                    "name": "distil",
-                    "train": ["connector", "language_model"],
-                    "objectives": [
-                        {"kind": "ce"},
-                        {"kind": "kl"},
-                        {"kind": "kl", "name": "kl_vision", "region": "vision"},
-                    ],
+                    **STAGE,
                     "epochs": 1,
                     "batch": {"size": micro, "total": TOTAL},
-                    "precision": "bfloat16",
-                    "activation_checkpointing": True,
                     "engine": engine,
                 }
             ],
