@@ -47,7 +47,7 @@ $(VENV)/.tested: $(VENV)/.installed
 	touch $@
 
 test: lint $(VENV)/.tested ## lint, types, unit tests and one run from start to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 docs: $(VENV)/.documents ## build the documentation into site/
 	$(BIN)/python -m scripts.reference

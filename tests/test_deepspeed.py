@@ -18,7 +18,6 @@ from recipes import tiny_recipe
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("deepspeed")  # all tests read the runs of one fixture
 
 OBJECTIVES = [
     {"kind": "ce"},
