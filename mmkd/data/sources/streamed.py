@@ -30,6 +30,10 @@ LOOKS = 512
 """Who asks a window for so many rows goes through it; what looks before a run asks for fewer."""
 
 
+class WorkerError(DataError):
+    """A loader's worker was about to read: `datasets` would leave shards to the other workers."""
+
+
 class StreamedRows:
     """The first rows of a Hub data set, in its order.
 
@@ -100,11 +104,16 @@ class StreamedRows:
 
     def _kept(self, number: int) -> Any:
         asked = self._asked(number)
-        if get_worker_info() is not None:  # where `datasets` leaves shards to other workers
-            done = subprocess.run(_command(*asked), capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
-                raise DataError(f"cannot read on: {reason}", mend="run the same command again")
+        while get_worker_info() is not None:
+            if not is_kept(*asked[:2]):
+                done = subprocess.run(_command(*asked), capture_output=True, text=True)
+                if done.returncode:
+                    reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
+                    raise DataError(f"cannot read on: {reason}", mend="run the same command again")
+            try:
+                return kept_window(*asked)
+            except WorkerError:  # one that is two windows further has removed it meanwhile
+                continue
         return kept_window(*asked)
 
     def _read_ahead(self, number: int) -> None:
@@ -145,8 +154,18 @@ def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
         first=first,
         count=count,
     )
-    state_file(source, first).with_suffix(".begun").unlink(missing_ok=True)
+    state = state_file(source, first)
+    # Several processes write the same; who reads it half written takes the window for missing.
+    state.parent.mkdir(parents=True, exist_ok=True)
+    state.with_suffix(".table").write_text(found.cache_files[0]["filename"])
+    state.with_suffix(".begun").unlink(missing_ok=True)
     return found
+
+
+def is_kept(source: dict[str, Any], first: int) -> bool:
+    """Whether the table of a window is on the disk."""
+    known = state_file(source, first).with_suffix(".table")
+    return known.is_file() and Path(known.read_text()).is_file()
 
 
 def _forget(table: Any) -> None:
@@ -176,6 +195,8 @@ def _read(
     """Rows as JSON with what is bytes beside it: a table of any columns is one of these two."""
     import datasets
 
+    if get_worker_info() is not None:
+        raise WorkerError("a worker reads no stream")
     source = {"name": name, "subset": subset, "split": split, "revision": revision}
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
