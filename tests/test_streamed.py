@@ -194,6 +194,13 @@ def test_a_bad_record_is_replaced_from_its_window(repository, alone):
     assert sorted(records.tried(72)) == list(range(70, 75))
 
 
+def test_windows_of_other_sizes_are_told_apart(repository, alone):
+    """A worker that took one for the other would wait for ever."""
+    found = rows(repository)
+    assert streamed.is_kept(found._source, 0, WINDOW)
+    assert not streamed.is_kept(found._source, 0, WINDOW + 1)
+
+
 def test_a_window_without_a_stream_is_refused(repository):
     with pytest.raises(ValidationError, match="'window' is of streams"):
         SourceConfig(train="hub:a/b", window=5)

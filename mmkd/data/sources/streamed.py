@@ -105,7 +105,7 @@ class StreamedRows:
     def _kept(self, number: int) -> Any:
         asked = self._asked(number)
         while get_worker_info() is not None:
-            if not is_kept(*asked[:2]):
+            if not is_kept(*asked):
                 done = subprocess.run(_command(*asked), capture_output=True, text=True)
                 if done.returncode:
                     reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
@@ -157,14 +157,14 @@ def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
     state = state_file(source, first)
     # Several processes write the same; who reads it half written takes the window for missing.
     state.parent.mkdir(parents=True, exist_ok=True)
-    state.with_suffix(".table").write_text(found.cache_files[0]["filename"])
+    state.with_suffix(f".{count}.table").write_text(found.cache_files[0]["filename"])
     state.with_suffix(".begun").unlink(missing_ok=True)
     return found
 
 
-def is_kept(source: dict[str, Any], first: int) -> bool:
-    """Whether the table of a window is on the disk."""
-    known = state_file(source, first).with_suffix(".table")
+def is_kept(source: dict[str, Any], first: int, count: int) -> bool:
+    """Whether the table of a window of so many rows is on the disk."""
+    known = state_file(source, first).with_suffix(f".{count}.table")
     return known.is_file() and Path(known.read_text()).is_file()
 
 
