@@ -6,8 +6,6 @@ from typing import Annotated, Any, Optional
 import typer
 import typer.core
 
-from mmkd import __version__
-
 
 class RecipeGroup(typer.core.TyperGroup):
     """Commands, one of which may be left out: `mmkd cache RECIPE` builds."""
@@ -70,6 +68,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 def _say_version(asked: bool) -> None:
     if asked:
+        from mmkd import __version__
+
         print(f"mmkd {__version__}")
         raise typer.Exit
 

@@ -18,6 +18,9 @@ def build_cache(
     nproc: Nproc = 1,
 ) -> None:
     """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
+    from mmkd.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
         from mmkd.launch import launch
 
@@ -26,9 +29,8 @@ def build_cache(
     from mmkd import distributed
     from mmkd.build_cache import build_cache as build
     from mmkd.cache_stats import print_stats, stats
-    from mmkd.recipe import load_recipe
 
-    store = build(load_recipe(recipe, overrides))
+    store = build(read)
     if distributed.rank() == 0:
         print_stats(stats(store))
     distributed.disconnect()
@@ -49,14 +51,16 @@ def cache_stats(
     as_json: AsJson = False,
 ) -> None:
     """Bytes a token, read speed, and with a recipe the error against the teacher itself."""
+    from mmkd.recipe import load_recipe
+
+    read = None if recipe is None else load_recipe(recipe)
     from mmkd.cache import Store
     from mmkd.cache_stats import compare, print_stats, stats
-    from mmkd.recipe import load_recipe
 
     store = Store(folder)
     found = stats(store)
-    if recipe is not None:
-        found |= compare(store, load_recipe(recipe), student, records)
+    if read is not None:
+        found |= compare(store, read, student, records)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

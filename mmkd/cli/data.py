@@ -81,6 +81,10 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Look through all records and pictures; exit status 1 if any is bad, 2 if it cannot."""
+    if target.endswith((".yaml", ".yml")):
+        from mmkd.recipe import load_recipe
+
+        load_recipe(target)  # its mistakes are told before torch is imported, which takes seconds
     from mmkd.data.check import Look, cores
     from mmkd.data_check import check_data, print_check
 

@@ -18,16 +18,18 @@ def run(
     nproc: Nproc = 1,
 ) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
+    from mmkd.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
         from mmkd.launch import launch
 
         sys.exit(launch(["run", str(recipe), *(overrides or []), *named(plugin)], nproc))
     from mmkd import distributed, interrupt, pipeline
-    from mmkd.recipe import load_recipe
     from mmkd.report import write_report
 
     interrupt.listen()
-    folder = pipeline.run(load_recipe(recipe, overrides))
+    folder = pipeline.run(read)
     if distributed.rank() == 0:
         write_report(folder)
     distributed.disconnect()
@@ -46,13 +48,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage."""
+    from mmkd.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     from mmkd import distributed
     from mmkd.plan import make_plan, print_plan
-    from mmkd.recipe import load_recipe
 
     size = None if memory is None else int(memory * 2**30)
     with distributed.imagined(nproc or distributed.world_size(), size):
-        made = make_plan(load_recipe(recipe, overrides))
+        made = make_plan(read)
     if as_json:
         print(json.dumps(made, indent=1))
     else:
@@ -70,13 +74,15 @@ def bench(
     plot: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
 ) -> None:
     """Where the time and memory of a recipe's steps go, against what the models alone take."""
+    from mmkd.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     from mmkd import distributed
     from mmkd.bench import bench as time_steps
     from mmkd.bench import plot_bench, print_bench
     from mmkd.files import write_json
-    from mmkd.recipe import load_recipe
 
-    found = time_steps(load_recipe(recipe, overrides), stage, steps)
+    found = time_steps(read, stage, steps)
     if distributed.rank() == 0:
         print_bench(found)
         if out is not None:

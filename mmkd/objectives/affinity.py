@@ -12,30 +12,19 @@ otherwise: a decoder's hidden states share most of their direction. The batch is
 micro-batch.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import (
     Need,
     Objective,
-    ObjectiveConfig,
     Outcome,
     Region,
     Signals,
     Targets,
 )
-
-
-class AffinityConfig(ObjectiveConfig):
-    """Image-text affinities within a batch."""
-
-    kind: Literal["affinity"]
-    temperature: float = Field(0.1, gt=0, description="tau")
-    center: bool = Field(True, description="subtract the batch's mean from pictures and answers")
+from mmkd.objectives.settings import AffinityConfig
 
 
 class Affinity(Objective):

@@ -9,37 +9,20 @@
 several are averaged by their tokens.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import (
     Need,
     Objective,
-    ObjectiveConfig,
     Outcome,
     RouterSignals,
     Signals,
     Targets,
     share_of,
 )
+from mmkd.objectives.settings import BalanceConfig, RouterZConfig
 from mmkd.ops import balance_loss, route, z_loss
-
-
-class BalanceConfig(ObjectiveConfig):
-    """Experts should be chosen equally often; 1 a layer where they are."""
-
-    kind: Literal["balance"]
-    weight: float = Field(0.01, ge=0, description="factor of this objective in the stage's loss")
-
-
-class RouterZConfig(ObjectiveConfig):
-    """Routers' logits should stay small."""
-
-    kind: Literal["router_z"]
-    weight: float = Field(1e-3, ge=0, description="factor of this objective in the stage's loss")
 
 
 class RouterObjective(Objective):

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mmkd.objectives.chunks import Chunks
+from mmkd.objectives.settings import ObjectiveConfig, Region
 from mmkd.ops import CHUNK_BYTES, SparseRows
 
-Region = Literal["response", "prompt", "vision", "all"]
 # distribution: the head's output, layers: what happens inside of decoder layers, matrices and
 # projections: more of it, experts: routers, pairs: chosen and rejected answers, chunks: pieces of
 # answers that student and teacher tokenize alike at their ends
@@ -234,16 +233,6 @@ class Outcome:
 def share_of(mean: Tensor, rows: Tensor, count: float) -> Tensor:
     """A mean over this micro-batch's rows as its part of the mean over `count` rows."""
     return mean * (rows.sum().double() / count).to(mean.dtype)
-
-
-class ObjectiveConfig(BaseModel):
-    """Settings that every objective has."""
-
-    model_config = ConfigDict(extra="forbid")
-    weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_-]+$", description="name in metrics; the kind if left out"
-    )
 
 
 class Objective:

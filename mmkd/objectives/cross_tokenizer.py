@@ -15,34 +15,15 @@ teacher alike; the end of turn is one. With n chunks and c one of them:
           k-th token of both; here the places in the text are the same.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.objectives.base import Need, Objective, Outcome, Signals, Targets
 from mmkd.objectives.chunks import Chunks, ChunkTokens
-from mmkd.ops import BinaryKind, Head, binary_divergence, linear_uld, token_logps
-
-
-class AlmConfig(ObjectiveConfig):
-    """Likelihoods of pieces of responses, for any two tokenizers."""
-
-    kind: Literal["alm"]
-    divergence: BinaryKind = Field("kl", description="of the chances that a piece is said or not")
-    temperature: float = Field(
-        100.0,
-        gt=0,
-        description="tau, likelihoods are taken to the power of 1/tau; a large one makes the loss "
-        "small, as 1/tau",
-    )
-
-
-class UldConfig(ObjectiveConfig):
-    """Sorted next-token distributions where pieces of responses begin, for any two tokenizers."""
-
-    kind: Literal["uld"]
+from mmkd.objectives.settings import AlmConfig, UldConfig
+from mmkd.ops import Head, binary_divergence, linear_uld, token_logps
 
 
 class ChunkObjective(Objective):

@@ -5,21 +5,12 @@
 with M the rows that predict the region's tokens.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from mmkd.objectives.base import Need, ObjectiveConfig, Targets
+from mmkd.objectives.base import Need, Targets
+from mmkd.objectives.settings import CrossEntropyConfig
 from mmkd.objectives.together import HeadObjective
 from mmkd.ops import HeadLoss
-
-
-class CrossEntropyConfig(ObjectiveConfig):
-    """Cross-entropy on the text of the data set."""
-
-    kind: Literal["ce"] = "ce"
-    region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
 
 
 class CrossEntropy(HeadObjective):

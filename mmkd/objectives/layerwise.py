@@ -18,63 +18,25 @@ side by side and no error travels.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmkd.objectives.base import (
     LayerSignals,
     Need,
     Objective,
-    ObjectiveConfig,
     Outcome,
-    Region,
     Signals,
     Targets,
 )
-
-
-class LayerwiseConfig(ObjectiveConfig):
-    """Compare decoder layers of student and teacher."""
-
-    layers: list[int] | None = Field(None, description="student layers; its Mamba layers if none")
-    teacher_layers: list[int] | None = Field(None, description="one for each; the same if left out")
-    teacher_forced: bool = Field(True, description="student layers get the teacher's input")
-    region: Region = Field("all", description="tokens that it covers")
-
-    @model_validator(mode="after")
-    def _pairs(self) -> "LayerwiseConfig":
-        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
-            raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
-        return self
-
-
-class MixerMseConfig(LayerwiseConfig):
-    """Mean squared error of the heads before the output projection."""
-
-    kind: Literal["mixer_mse"]
-
-
-class LayerL2Config(LayerwiseConfig):
-    """Euclidean distance of the outputs."""
-
-    kind: Literal["layer_l2"]
-    at: Literal["block", "mixer"] = Field("block", description="whole layer, or its mixer alone")
-
-
-class HiddenMseConfig(LayerwiseConfig):
-    """Mean squared error of the residual streams after each layer."""
-
-    kind: Literal["hidden_mse"]
-    teacher_forced: bool = Field(False, description="student layers get the teacher's input")
-
-
-class MatrixConfig(LayerwiseConfig):
-    """Distance of attention's probabilities and the mixer's matrix; quadratic in tokens."""
-
-    kind: Literal["matrix"]
+from mmkd.objectives.settings import (
+    HiddenMseConfig,
+    LayerL2Config,
+    LayerwiseConfig,
+    MatrixConfig,
+    MixerMseConfig,
+)
 
 
 class Layerwise(Objective):

@@ -11,30 +11,15 @@ mixer they are C, B and x before its convolution. A row's tokens relate to all r
 region, as in the paper, whether the model attends to them or not.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmkd.objectives.base import LayerSignals, Need, Outcome, Signals, Targets
-from mmkd.objectives.layerwise import Layerwise, LayerwiseConfig
+from mmkd.objectives.layerwise import Layerwise
+from mmkd.objectives.settings import MiniLmConfig, Projection
 
 TILE_ELEMENTS = 2**22  # of relations held at once
-Kind = Literal["queries", "keys", "values"]
-
-
-class MiniLmConfig(LayerwiseConfig):
-    """Self-relations of queries, keys and values; widths and heads may differ."""
-
-    kind: Literal["minilm"]
-    layers: list[int] = Field(min_length=1, description="student layers")
-    heads: int = Field(8, ge=1, description="relation heads; divides all widths of both models")
-    relations: list[Kind] = Field(
-        ["queries", "keys", "values"], min_length=1, description="whose self-relations"
-    )
-    teacher_forced: Literal[False] = Field(False, description="not for this objective")
 
 
 class MiniLm(Layerwise):
@@ -75,7 +60,7 @@ class MiniLm(Layerwise):
         return x.unflatten(1, (self.config.heads, -1)).transpose(0, 1)
 
 
-def _projected(layer: LayerSignals, kind: Kind) -> Tensor:
+def _projected(layer: LayerSignals, kind: Projection) -> Tensor:
     found: Tensor | None = getattr(layer, kind)
     if found is None:
         raise ValueError(f"minilm needs the {kind} of the layer")

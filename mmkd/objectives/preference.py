@@ -16,45 +16,16 @@ over ranks. LLaVA-MoD's reference is the teacher; `self` is the student before t
 without one r is the log-probability itself.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, ObjectiveConfig, Outcome, Signals, Targets
+from mmkd.objectives.base import Need, Objective, Outcome, Signals, Targets
+from mmkd.objectives.settings import PreferenceConfig, PreferenceKind
 from mmkd.ops import CHUNK_BYTES, token_logps
-
-Kind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
-
-
-class PreferenceConfig(ObjectiveConfig):
-    """Chosen answers above rejected ones, measured from a reference."""
-
-    kind: Literal["preference"]
-    loss: Kind = Field("kto_pair", description="sigmoid is DPO")
-    beta: float = Field(0.1, gt=0, description="how fast a lead over the reference is enough")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"
-    )
-    reference: Literal["teacher", "self", "none"] = Field(
-        "teacher", description="self: the student before the stage"
-    )
-    reference_logps: Literal["live", "once"] = Field(
-        "live", description="once: computed before the first step and kept in the run"
-    )
-    average: bool = Field(False, description="log-probabilities per token, not of the whole answer")
-    lambda_sft: float = Field(
-        0.0, ge=0, description="weight of the chosen answers' cross-entropy, per token"
-    )
-
-    @model_validator(mode="after")
-    def _smooths(self) -> "PreferenceConfig":
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid' -- leave it out")
-        return self
 
 
 def preference_loss(
@@ -83,8 +54,10 @@ def preference_loss(
     Raises:
         ValueError: unknown kind, a setting out of range, or shapes that do not fit.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"unknown preference loss {kind!r}, known: {', '.join(get_args(Kind))}")
+    if kind not in get_args(PreferenceKind):
+        raise ValueError(
+            f"unknown preference loss {kind!r}, known: {', '.join(get_args(PreferenceKind))}"
+        )
     if beta <= 0:
         raise ValueError(f"beta is {beta}, it must be positive")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind != "sigmoid"):

@@ -10,37 +10,23 @@ features), so Y is centred over the tokens here unless told otherwise; 1 - L is 
 (arXiv 1905.00414).
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import (
     Need,
     Objective,
-    ObjectiveConfig,
     Outcome,
     Region,
     Signals,
     Targets,
 )
+from mmkd.objectives.settings import RelationConfig
 from mmkd.ops.gram import gram_inner
 
 JITTER = 1e-10  # of a head's mean square, for a factor of W^T W that exists
-
-
-class RelationConfig(ObjectiveConfig):
-    """Cosine between the token-to-token similarities of student and teacher."""
-
-    kind: Literal["relation"]
-    region: Region = Field("vision", description="tokens that it relates")
-    features: Literal["logits", "hidden"] = Field(
-        "logits", description="of a token: its logits (LLaVA-KD), or its final hidden state"
-    )
-    center: bool = Field(True, description="subtract the tokens' mean; the paper does not")
-    normalize: bool = Field(False, description="tokens to unit length")
-    diagonal: bool = Field(True, description="count a token's similarity to itself")
 
 
 def visual_relation(

@@ -12,32 +12,21 @@ Dense supervision of the vision tower, in the spirit of token labelling (Jiang e
 arXiv 2104.10858). It needs records with `objects` (name and box).
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmkd.objectives.base import (
     Need,
     Objective,
-    ObjectiveConfig,
     Outcome,
     Signals,
     Targets,
     share_of,
 )
+from mmkd.objectives.settings import TokenLabelsConfig
 from mmkd.ops import linear_cross_entropy
 
 EPSILON = 1e-6
-
-
-class TokenLabelsConfig(ObjectiveConfig):
-    """Cross-entropy of image tokens against the word of the object they show."""
-
-    kind: Literal["token_labels"] = "token_labels"
-    at: Literal["connector", "decoder"] = Field("connector", description="whose output is labelled")
-    background: bool = Field(False, description="tokens without object say the end-of-turn token")
 
 
 class TokenLabels(Objective):

@@ -2,8 +2,6 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import nearest
@@ -163,6 +161,9 @@ class ReleaseConfig(Strict):
     def _names_a_repository(cls, repo: str | None) -> str | None:
         if repo is None:
             return None
+        from huggingface_hub.errors import HFValidationError  # takes a fifth of a second
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(repo)
         except HFValidationError as error:

@@ -1,0 +1,224 @@
+"""Settings of the objectives, as a recipe writes them.
+
+This module does not import torch, so that a recipe is read, and its mistakes are reported, without
+the seconds that the import of torch takes. The code behind each class of settings stands in the
+other modules of this package, and `mmkd.objectives.build` joins the two.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Region = Literal["response", "prompt", "vision", "all"]
+
+
+class ObjectiveConfig(BaseModel):
+    """Settings that every objective has."""
+
+    model_config = ConfigDict(extra="forbid")
+    weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="name in metrics; the kind if left out"
+    )
+
+
+class CrossEntropyConfig(ObjectiveConfig):
+    """Cross-entropy on the text of the data set."""
+
+    kind: Literal["ce"] = "ce"
+    region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
+
+
+class DivergenceConfig(ObjectiveConfig):
+    """Divergence between the teacher's and the student's next-token distributions."""
+
+    kind: Literal["kl", "reverse_kl", "tvd"]
+    region: Region = Field("response", description="tokens that it covers")
+    temperature: float = Field(1.0, gt=0, description="divides both logits; no T^2 factor")
+
+
+class JsdConfig(DivergenceConfig):
+    """Generalised Jensen-Shannon divergence."""
+
+    kind: Literal["jsd"]  # type: ignore[assignment]
+    beta: float = Field(0.5, ge=0, le=1, description="weight of the teacher in the mixture")
+
+
+class SkewConfig(DivergenceConfig):
+    """KL against a mixture of teacher and student."""
+
+    kind: Literal["skew_kl", "skew_reverse_kl"]  # type: ignore[assignment]
+    alpha: float = Field(0.1, ge=0, lt=1, description="skew")
+
+
+BinaryKind = Literal["kl", "reverse_kl", "tvd"]
+
+
+class AlmConfig(ObjectiveConfig):
+    """Likelihoods of pieces of responses, for any two tokenizers."""
+
+    kind: Literal["alm"]
+    divergence: BinaryKind = Field("kl", description="of the chances that a piece is said or not")
+    temperature: float = Field(
+        100.0,
+        gt=0,
+        description="tau, likelihoods are taken to the power of 1/tau; a large one makes the loss "
+        "small, as 1/tau",
+    )
+
+
+class UldConfig(ObjectiveConfig):
+    """Sorted next-token distributions where pieces of responses begin, for any two tokenizers."""
+
+    kind: Literal["uld"]
+
+
+class RelationConfig(ObjectiveConfig):
+    """Cosine between the token-to-token similarities of student and teacher."""
+
+    kind: Literal["relation"]
+    region: Region = Field("vision", description="tokens that it relates")
+    features: Literal["logits", "hidden"] = Field(
+        "logits", description="of a token: its logits (LLaVA-KD), or its final hidden state"
+    )
+    center: bool = Field(True, description="subtract the tokens' mean; the paper does not")
+    normalize: bool = Field(False, description="tokens to unit length")
+    diagonal: bool = Field(True, description="count a token's similarity to itself")
+
+
+class LayerwiseConfig(ObjectiveConfig):
+    """Compare decoder layers of student and teacher."""
+
+    layers: list[int] | None = Field(None, description="student layers; its Mamba layers if none")
+    teacher_layers: list[int] | None = Field(None, description="one for each; the same if left out")
+    teacher_forced: bool = Field(True, description="student layers get the teacher's input")
+    region: Region = Field("all", description="tokens that it covers")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "LayerwiseConfig":
+        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
+            raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
+        return self
+
+
+class MixerMseConfig(LayerwiseConfig):
+    """Mean squared error of the heads before the output projection."""
+
+    kind: Literal["mixer_mse"]
+
+
+class LayerL2Config(LayerwiseConfig):
+    """Euclidean distance of the outputs."""
+
+    kind: Literal["layer_l2"]
+    at: Literal["block", "mixer"] = Field("block", description="whole layer, or its mixer alone")
+
+
+class HiddenMseConfig(LayerwiseConfig):
+    """Mean squared error of the residual streams after each layer."""
+
+    kind: Literal["hidden_mse"]
+    teacher_forced: bool = Field(False, description="student layers get the teacher's input")
+
+
+class MatrixConfig(LayerwiseConfig):
+    """Distance of attention's probabilities and the mixer's matrix; quadratic in tokens."""
+
+    kind: Literal["matrix"]
+
+
+Projection = Literal["queries", "keys", "values"]
+
+
+class MiniLmConfig(LayerwiseConfig):
+    """Self-relations of queries, keys and values; widths and heads may differ."""
+
+    kind: Literal["minilm"]
+    layers: list[int] = Field(min_length=1, description="student layers")
+    heads: int = Field(8, ge=1, description="relation heads; divides all widths of both models")
+    relations: list[Projection] = Field(
+        ["queries", "keys", "values"], min_length=1, description="whose self-relations"
+    )
+    teacher_forced: Literal[False] = Field(False, description="not for this objective")
+
+
+class AffinityConfig(ObjectiveConfig):
+    """Image-text affinities within a batch."""
+
+    kind: Literal["affinity"]
+    temperature: float = Field(0.1, gt=0, description="tau")
+    center: bool = Field(True, description="subtract the batch's mean from pictures and answers")
+
+
+class TokenLabelsConfig(ObjectiveConfig):
+    """Cross-entropy of image tokens against the word of the object they show."""
+
+    kind: Literal["token_labels"] = "token_labels"
+    at: Literal["connector", "decoder"] = Field("connector", description="whose output is labelled")
+    background: bool = Field(False, description="tokens without object say the end-of-turn token")
+
+
+class BalanceConfig(ObjectiveConfig):
+    """Experts should be chosen equally often; 1 a layer where they are."""
+
+    kind: Literal["balance"]
+    weight: float = Field(0.01, ge=0, description="factor of this objective in the stage's loss")
+
+
+class RouterZConfig(ObjectiveConfig):
+    """Routers' logits should stay small."""
+
+    kind: Literal["router_z"]
+    weight: float = Field(1e-3, ge=0, description="factor of this objective in the stage's loss")
+
+
+PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
+
+
+class PreferenceConfig(ObjectiveConfig):
+    """Chosen answers above rejected ones, measured from a reference."""
+
+    kind: Literal["preference"]
+    loss: PreferenceKind = Field("kto_pair", description="sigmoid is DPO")
+    beta: float = Field(0.1, gt=0, description="how fast a lead over the reference is enough")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"
+    )
+    reference: Literal["teacher", "self", "none"] = Field(
+        "teacher", description="self: the student before the stage"
+    )
+    reference_logps: Literal["live", "once"] = Field(
+        "live", description="once: computed before the first step and kept in the run"
+    )
+    average: bool = Field(False, description="log-probabilities per token, not of the whole answer")
+    lambda_sft: float = Field(
+        0.0, ge=0, description="weight of the chosen answers' cross-entropy, per token"
+    )
+
+    @model_validator(mode="after")
+    def _smooths(self) -> "PreferenceConfig":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid' -- leave it out")
+        return self
+
+
+SETTINGS: tuple[type[ObjectiveConfig], ...] = (
+    CrossEntropyConfig,
+    DivergenceConfig,
+    JsdConfig,
+    SkewConfig,
+    AlmConfig,
+    UldConfig,
+    RelationConfig,
+    MiniLmConfig,
+    AffinityConfig,
+    TokenLabelsConfig,
+    BalanceConfig,
+    RouterZConfig,
+    PreferenceConfig,
+    MixerMseConfig,
+    LayerL2Config,
+    HiddenMseConfig,
+    MatrixConfig,
+)
+"""Of the objectives that come with mmkd."""
