@@ -2,7 +2,8 @@
 
 A recipe is YAML. `extends: other.yaml` (relative to the file) merges over another recipe, dotted
 `key.path=value` overrides come last, unknown keys are errors that name the nearest known one.
-Paths in a recipe are relative to the working directory.
+Relative paths in a recipe are tried from the working directory first, then from the folder of the
+file that they are written in; `mmkd.recipe.paths` says more.
 """
 
 from mmkd.recipe.conversions import (

@@ -1,5 +1,8 @@
 """What every part of a recipe is."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -8,6 +11,14 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+
+@dataclass(frozen=True)
+class PathKey:
+    """Marks the type of a key that holds a path."""
+
+
+LocalPath = Annotated[str, PathKey()]
+"""Type of a key that holds a file, a folder or a pattern of files: `mmkd.recipe.paths`."""
 
 BOTH = "both of them or neither -- "
 """Begins what a validator says of two keys that stand for each other."""

@@ -13,6 +13,7 @@ from mmkd.files import yaml_reason
 from mmkd.objectives import find_added
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
+from mmkd.recipe.paths import resolved, resolved_override
 
 M = TypeVar("M", bound=BaseModel)
 SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}
@@ -29,9 +30,13 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None
         RecipeError: in one line, the file, the key and the mend.
     """
     where = str(source) if not isinstance(source, dict) else "recipe"
-    raw = dict(source) if isinstance(source, dict) else _load_file(Path(source), ())
+    if isinstance(source, dict):
+        raw, folder = dict(source), None
+    else:
+        raw, folder = _load_file(Path(source), ()), Path(source).parent
     for override in overrides or []:
-        raw = _override(raw, override)
+        told = override if folder is None else resolved_override(override, folder, Recipe)
+        raw = _override(raw, told)
     return _validate(Recipe, raw, where)
 
 
@@ -76,6 +81,7 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RecipeError("a recipe is a mapping of keys", where=where, mend="see configs/")
     base = raw.pop("extends", None)
+    raw = resolved(raw, path.parent, Recipe)
     if base is None:
         return raw
     below = _load_file(path.parent / str(base), (*parents, path.resolve()))

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import nearest
-from mmkd.recipe.base import BOTH, Strict
+from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
@@ -16,11 +16,13 @@ TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 class ModelConfig(Strict):
     """Where a model comes from: a folder or Hub id, or an architecture with random weights."""
 
-    model: str | None = Field(None, description="folder or Hub id")
+    model: LocalPath | None = Field(None, description="folder or Hub id")
     config: dict[str, Any] | None = Field(
         None, description="a Hugging Face config (with model_type) to start from random weights"
     )
-    processor: str | None = Field(None, description="folder or Hub id; the model's own if left out")
+    processor: LocalPath | None = Field(
+        None, description="folder or Hub id; the model's own if left out"
+    )
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -50,7 +52,7 @@ class ModelConfig(Strict):
 class CacheConfig(Strict):
     """A teacher's output distributions on disk."""
 
-    folder: str = Field(description="where `mmkd cache` writes")
+    folder: LocalPath = Field(description="where `mmkd cache` writes")
     k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
     hidden: bool = Field(
         False, description="keep final hidden states too, for relation and affinity, in 16 bits"
@@ -100,8 +102,8 @@ class EvaluateConfig(Strict):
     """lmms-eval on the finished students and the teacher."""
 
     tasks: list[str] = Field(min_length=1, description="names of lmms-eval tasks")
-    include: str | None = Field(None, description="folder of lmms-eval task files")
-    local: str | None = Field(
+    include: LocalPath | None = Field(None, description="folder of lmms-eval task files")
+    local: LocalPath | None = Field(
         None, description="folder with the tasks' data as parquet files, in place of the Hub"
     )
     batch_size: int = Field(32, ge=1, description="questions at once")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmkd.recipe.base import BOTH, Strict
+from mmkd.recipe.base import BOTH, LocalPath, Strict
 
 HUB = "hub:"
 PATTERN = set("*?[{")
@@ -14,8 +14,10 @@ PATTERN = set("*?[{")
 class SourceConfig(Strict):
     """Where records come from, and how many of them an epoch holds."""
 
-    train: str = Field(description="file, glob, folder or tar shards of records, or hub:OWNER/NAME")
-    images: str | None = Field(None, description="folder that image paths are relative to")
+    train: LocalPath = Field(
+        description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
+    )
+    images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     name: str | None = Field(
         None, min_length=1, description="in metrics and messages; made of 'train' if left out"
     )
@@ -75,15 +77,15 @@ class SourceConfig(Strict):
 class DataConfig(Strict):
     """Records to train on, from one source or a mixture."""
 
-    train: str | None = Field(
+    train: LocalPath | None = Field(
         None, description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
     )
-    images: str | None = Field(None, description="folder that image paths are relative to")
+    images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take another one")
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
-    picture_cache: str | None = Field(
+    picture_cache: LocalPath | None = Field(
         None, description="folder that keeps what the processors make of pictures"
     )
 

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
-from mmkd.recipe.base import BOTH, Strict
+from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 
@@ -117,7 +117,9 @@ class EngineConfig(Strict):
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
     )
-    config: str | None = Field(None, description="a DeepSpeed file; the recipe fills in the rest")
+    config: LocalPath | None = Field(
+        None, description="a DeepSpeed file; the recipe fills in the rest"
+    )
     head_memory: int = Field(
         112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
     )

@@ -1,0 +1,116 @@
+"""Relative paths in a recipe: from the working directory, or else from the recipe's own folder.
+
+A key whose type is `LocalPath` (`mmkd.recipe.base`) holds a path. A relative path that exists from
+the working directory stays as it is. One that does not, but exists from the folder of the file in
+which it is written, is replaced with the path that leads there: relative to the working directory
+if it lies below it, otherwise absolute. So a recipe that was read has one path for each key, and
+the recipe that a run writes down says which.
+"""
+
+import glob
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from mmkd.recipe.base import PathKey
+from mmkd.recipe.sources import HUB
+
+RANGE = re.compile(r"\{\d+\.\.\d+\}")
+Key = tuple[str, ...]
+
+
+@cache
+def path_keys(form: type[BaseModel]) -> frozenset[Key]:
+    """The keys of a model and its parts that hold paths; items of lists have their list's key."""
+    found = set()
+    for name, field in form.model_fields.items():
+        marked = any(isinstance(m, PathKey) for m in field.metadata)
+        found |= {(name, *rest) for rest in _keys_in(field.annotation, marked)}
+    return frozenset(found)
+
+
+def _keys_in(annotation: Any, marked: bool) -> set[Key]:
+    if isinstance(annotation, PathKey) or marked:
+        return {()}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return set(path_keys(annotation))
+    inner = [*get_args(annotation), *getattr(annotation, "__metadata__", ())]
+    return {key for argument in inner for key in _keys_in(argument, False)}
+
+
+def resolved(raw: dict[str, Any], folder: Path, form: type[BaseModel]) -> dict[str, Any]:
+    """A recipe's keys as one of its files writes them, with the paths that lead from its folder.
+
+    Args:
+        raw: the file's content.
+        folder: the file's.
+        form: the recipe's model.
+    """
+    for key in path_keys(form):
+        raw = _at(raw, key, folder)
+    variants = raw.get("variants")
+    if isinstance(variants, dict):
+        raw = {
+            **raw,
+            "variants": {label: _variant(v, folder, form) for label, v in variants.items()},
+        }
+    return raw
+
+
+def _variant(overrides: Any, folder: Path, form: type[BaseModel]) -> Any:
+    if not isinstance(overrides, list):
+        return overrides
+    return [resolved_override(o, folder, form) if isinstance(o, str) else o for o in overrides]
+
+
+def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str:
+    """The same for one `key.path=value`; what cannot be read is left for the caller to refuse."""
+    key, _, text = override.partition("=")
+    parts = tuple(p for p in re.split(r"[.\[\]]+", key) if p and not p.isdigit())
+    inner = [known[len(parts) :] for known in path_keys(form) if known[: len(parts)] == parts]
+    try:
+        value = yaml.safe_load(text) if inner else None
+    except yaml.YAMLError:
+        return override
+    changed = value
+    for rest in inner:
+        changed = _at(changed, rest, folder)
+    return override if changed == value else f"{key}={json.dumps(changed, ensure_ascii=False)}"
+
+
+def _at(node: Any, key: Key, folder: Path) -> Any:
+    """A part of a recipe with the path, or the paths of all items, under a key."""
+    if isinstance(node, list):
+        return [_at(item, key, folder) for item in node]
+    if not key:
+        return find(node, folder) if isinstance(node, str) else node
+    if not isinstance(node, dict) or key[0] not in node:
+        return node
+    return {**node, key[0]: _at(node[key[0]], key[1:], folder)}
+
+
+def find(path: str, folder: Path) -> str:
+    """A path that leads somewhere: from the working directory, else from a folder; the same if it
+    leads nowhere, is absolute or is no path of this machine."""
+    other = path.startswith(HUB) or "://" in path or not path
+    if other or os.path.isabs(path) or _is_there(path) or not _is_there(str(folder / path)):
+        return path
+    whole = Path(os.path.abspath(folder / path))
+    below = whole.is_relative_to(Path.cwd())
+    return str(whole.relative_to(Path.cwd()) if below else whole)
+
+
+def _is_there(path: str) -> bool:
+    """Whether a file, a folder, or one file of a pattern is there."""
+    if os.path.exists(path):
+        return True
+    pattern = RANGE.sub("*", path)
+    return any(c in pattern for c in "*?[") and any(
+        True for _ in glob.iglob(pattern, recursive=True)
+    )
