@@ -19,8 +19,10 @@ from mmkd.cache import Store, StoreWriter, drop_damaged, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.encoder import Encoder
+from mmkd.data.samples import Sample
 from mmkd.engines import choose_precision
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
+from mmkd.interrupt import asked, deferred
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Objective, Region, Signals, build_objective
 from mmkd.objectives.relation import logit_factor
@@ -152,41 +154,31 @@ def _store_data(
     )
     name = ", ".join(part.label for part in data.parts)
     count, size = len(encoder.records), stage.batch.size
-    ranks, rank = distributed.world_size(), distributed.rank()
-    # Each rank makes as many batches, for a teacher that is spread over them.
-    batches = -(-count // (size * ranks))
+    blocks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    shares = distributed.equal_shares(blocks, 1)
     precision = choose_precision(stage.precision, teacher.device)
     skipped = 0
-    with Bar(name, batches, quiet=rank > 0) as bar:
-        for number in range(batches):
-            first = (number * ranks + rank) * size
-            skipped += _store_records(
-                encoder, range(first, min(first + size, count)), teacher, writer, precision
-            )
+    with deferred(), Bar(name, len(shares), quiet=distributed.rank() > 0) as bar:
+        for number, share in enumerate(shares, 1):
+            indices = [index for block in share for index in block]
+            skipped += _store_records(encoder, indices, teacher, writer, precision)
             bar.advance(f"{len(writer.stored):,} records on this process")
+            if asked(teacher.device):
+                writer.flush()
+                raise StoppedError(f"{name} stopped at batch {number} of {len(shares)}", mend=AGAIN)
     if skipped:
         say(f"{name}: {skipped} bad records left out")
 
 
 def _store_records(
-    encoder: Encoder, indices: range, teacher: LiveTeacher, writer: StoreWriter, precision: str
+    encoder: Encoder, indices: list[int], teacher: LiveTeacher, writer: StoreWriter, precision: str
 ) -> int:
-    """Store records that are not there yet; returns how many are bad."""
-    samples, bad = [], 0
-    for index in indices:
-        try:
-            sample = encoder.load(index)
-        except DataError:
-            if encoder.config.on_bad_sample == "stop":
-                raise
-            bad += 1
-            continue
-        if sample.key not in writer.stored:
-            writer.stored.add(sample.key)
-            samples.append(sample)
+    """Store records that are not there yet; returns how many are bad. The teacher runs once, if
+    only on a stand-in, where the ranks have to run it together."""
+    samples, bad = _new_samples(encoder, indices, writer.stored)
     if not samples and not teacher.spread:
         return bad
-    batch = encoder.batch(samples or [encoder.load(0)]).to(teacher.device)
+    batch = encoder.batch(samples or [_stand_in(encoder)]).to(teacher.device)
     half = precision == "bfloat16"
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=half):
         signals = teacher.signals(batch).first(len(batch.targets.input_ids))
@@ -199,6 +191,57 @@ def _store_records(
     for number, (sample, start, end) in enumerate(zip(samples, [0, *ends], ends, strict=False)):
         writer.add(sample.key, rows[start:end], states[number] if states else None)
     return bad
+
+
+def _new_samples(
+    encoder: Encoder, indices: list[int], stored: set[bytes]
+) -> tuple[list[Sample], int]:
+    """Samples that are not stored yet, which are counted as stored from here on, and how many
+    records are bad.
+
+    Raises:
+        DataError: one is bad, and the recipe does not skip such records.
+    """
+    stops = encoder.config.on_bad_sample == "stop"
+    samples, bad = [], 0
+    for index in indices:
+        try:
+            sample = encoder.load(index)
+        except DataError:
+            if stops:
+                raise
+            bad += 1
+            continue
+        if sample.key not in stored:
+            stored.add(sample.key)
+            samples.append(sample)
+    if stops or not samples:
+        return samples, bad
+    try:
+        encoder.batch(samples)
+    except DataError:  # the processor refuses one of them
+        taken = [sample for sample in samples if _is_taken(encoder, sample)]
+        return taken, bad + len(samples) - len(taken)
+    return samples, bad
+
+
+def _is_taken(encoder: Encoder, sample: Sample) -> bool:
+    try:
+        encoder.batch([sample])
+    except DataError:
+        return False
+    return True
+
+
+def _stand_in(encoder: Encoder) -> Sample:
+    """The first record that is good: the teacher runs on it, and nothing is stored."""
+
+    def read(index: int) -> Sample:
+        sample = encoder.load(index)
+        encoder.batch([sample])
+        return sample
+
+    return encoder.records.usable(0, read, [])
 
 
 def _hidden_states(signals: Signals, batch: Batch, writer: StoreWriter) -> list[Tensor]:

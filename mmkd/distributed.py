@@ -1,11 +1,11 @@
 """Who this process is, and how processes find each other."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ _patience = timedelta(seconds=PATIENCE)
 # What torch's backends say when another process is gone; they raise plain RuntimeErrors.
 GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 LATE = ("timed out", "timeout")
+
+Item = TypeVar("Item")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -156,6 +158,32 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether all ranks say yes; every rank calls it.
+
+    Whether a file is there is such a question: the ranks do not look at the same moment, and one
+    that decides otherwise than the others waits for them for good.
+    """
+    return not gather([] if yes else ["no"])
+
+
+def equal_shares(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """This rank's share of some work, in as many batches as every other rank's.
+
+    A model that is spread over the ranks only runs when all of them run it, so that each has to run
+    it as often. A rank that has too few items gets empty batches at the end: it runs the model on
+    a stand-in then, or leaves it out where each rank has the whole model.
+
+    Args:
+        items: of all ranks; rank r of R gets items r, r + R, r + 2R, ...
+        size: items of a batch.
+    """
+    ranks = world_size()
+    mine = items[rank() :: ranks]
+    longest = -(-len(items) // ranks)
+    return [list(mine[start : start + size]) for start in range(0, longest, size)]
 
 
 def leave() -> None:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 
 AGAIN = "run the same command again to go on"
+FROM_THE_START = "run the same command again, it begins from the start"
 MEND = " -- "
 """What parts the mend from the problem, in a message and in what a recipe's validators raise."""
 
@@ -68,8 +69,20 @@ class PeerError(MmkdError):
     """Another process of the run is gone or does not answer."""
 
 
-class StoppedError(MmkdError):
-    """The run was asked to stop and did; nothing is wrong."""
+class StoppedError(BaseException):
+    """The command was asked to stop and did; nothing is wrong.
+
+    Not an `Exception`: it comes from a signal, at any place, and code that handles the failures of
+    others must let it pass.
+
+    Args:
+        what: what has stopped, and where.
+        mend: how to go on.
+    """
+
+    def __init__(self, what: str, *, mend: str | None = None):
+        self.what, self.mend = what, mend
+        super().__init__(MEND.join([what, mend] if mend else [what]))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

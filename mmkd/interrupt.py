@@ -1,42 +1,298 @@
-"""SIGTERM with grace: a stage ends its step, saves, and the command exits with status 0."""
+"""Signals that stop a command, and processes that end with the one that started them.
 
+Ctrl-C (SIGINT) and SIGTERM stop a command without losing work:
+
+    with interrupt.listening():                # mmkd's own commands are inside of it already
+        for part in parts:
+            with interrupt.deferred():         # a signal waits for the end of this block
+                write(compute(part))
+
+The first signal raises `StoppedError`, inside `deferred` at its end. A second Ctrl-C ends the
+process at once. This module imports nothing that is slow to import.
+"""
+
+import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from mmkd.errors import FROM_THE_START, StoppedError
 
-from mmkd import distributed
-from mmkd.errors import AGAIN, StoppedError
+if TYPE_CHECKING:
+    import torch
 
-_asked = False
-_inside = False
+REPEAT_SECONDS = 1.0
+"""Signals that follow the first one within so many seconds are the same one: a terminal sends
+Ctrl-C to all processes, and launchers pass it on to those that have it already."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+LAUNCHER = "MMKD_LAUNCHER"
+"""Environment variable: the process id of the `mmkd` that has started this process."""
+
+_WATCH_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
-def listen() -> None:
-    """Hear SIGTERM from here on: it raises `StoppedError`, or waits for the step's end."""
-    signal.signal(signal.SIGTERM, _heard)
+@dataclass
+class _State:
+    """What this process has heard.
+
+    Attributes:
+        owner: process id of the process that listens; forked children have others.
+        hint: what the user can do after a stop.
+        number: the first signal; None before it.
+        heard: when it came, in seconds of `time.monotonic`.
+        depth: how many `deferred` blocks are open.
+        children: processes that get each signal too.
+    """
+
+    owner: int | None = None
+    hint: str = FROM_THE_START
+    number: int | None = None
+    heard: float = 0.0
+    depth: int = 0
+    children: list[subprocess.Popen] = field(default_factory=list)
 
 
-def _heard(number: int, frame: Any) -> None:
-    global _asked
-    _asked = True
-    if not _inside:
-        raise StoppedError("stopped", mend=AGAIN)
+_state = _State()
+
+
+@contextmanager
+def listening(hint: str = FROM_THE_START) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `StoppedError`; the handlers from before come back after.
+
+    A signal that is ignored outside, as SIGINT is in a shell's background jobs, stays ignored.
+    Only the main thread can listen.
+
+    Args:
+        hint: what the user can do after a stop.
+    """
+    global _state
+    outer, _state = _state, _State(os.getpid(), hint)
+    before = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, _on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `held` by who started this process
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _state = outer
+
+
+def can_go_on(hint: str) -> None:
+    """Set what the user can do after a stop from here on."""
+    _state.hint = hint
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    state = _state
+    if os.getpid() != state.owner:
+        return  # a forked child, which ends with its parent
+    now = time.monotonic()
+    if state.number is not None:
+        if now - state.heard < REPEAT_SECONDS or launched():
+            return
+        if number == signal.SIGINT:
+            _end_now(number)
+    else:
+        state.number, state.heard = number, now
+    for child in state.children:
+        child.send_signal(number)
+    if state.depth == 0:
+        raise StoppedError("stopped", mend=state.hint)
+    if number == signal.SIGINT and not launched() and sys.stderr.isatty():
+        _tell("stopping at the end of this step; Ctrl-C again ends at once")
+
+
+def _end_now(number: int) -> NoReturn:
+    for child in _state.children:
+        child.kill()
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor
+    _tell(f"ended before it could save -- {_state.hint}")
+    os._exit(128 + number)
+
+
+def _tell(text: str) -> None:
+    # A signal handler may run in the middle of a print, which cannot be entered twice.
+    os.write(2, f"\nmmkd: {text}\n".encode())
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, whoever works asks `asked` when it suits."""
-    global _inside
-    _inside = True
+    """A signal that comes inside raises `StoppedError` at the end of the block.
+
+    Long work inside asks `requested` or `asked` when it could stop.
+    """
+    if _state.depth == 0:
+        stop_here()  # a library may have swallowed the exception
+    _state.depth += 1
     try:
         yield
     finally:
-        _inside = False
+        _state.depth -= 1
+    if _state.depth == 0:
+        stop_here()
 
 
-def asked(device: torch.device) -> bool:
-    """Whether any rank was asked to stop; every rank calls it."""
-    return bool(distributed.total(torch.tensor(float(_asked), device=device)))
+def stop_here() -> None:
+    """Raise `StoppedError` if a signal has come."""
+    if requested():
+        raise StoppedError("stopped", mend=_state.hint)
+
+
+def requested() -> bool:
+    """Whether this process was asked to stop."""
+    return _state.number is not None
+
+
+def asked(device: "torch.device") -> bool:
+    """Whether any rank was asked to stop. Every rank has to call it."""
+    import torch
+
+    from mmkd import distributed
+
+    return bool(distributed.total(torch.tensor(float(requested()), device=device)))
+
+
+def status() -> int:
+    """Exit status of a command that was stopped: 130 after SIGINT, so that a script with several
+    commands ends too, and 0 after SIGTERM, which asks a command to save and go."""
+    return 128 + signal.SIGINT if _state.number == signal.SIGINT else 0
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside, signals wait. What is started inside gets them when it listens, and not before."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def call(command: Sequence[str | Path]) -> int:
+    """Run an `mmkd` command in a process of its own and wait for its end; returns its exit status.
+
+    Signals that this process gets are passed on. The command ends with this process.
+    """
+    environment = {**os.environ, LAUNCHER: str(os.getpid())}
+    _state.depth += 1  # no StoppedError after it: its exit status says what has happened
+    try:
+        with held():
+            child = subprocess.Popen([str(word) for word in command], env=environment)
+            _state.children.append(child)
+        try:
+            return child.wait()
+        finally:
+            _state.children.remove(child)
+    finally:
+        _state.depth -= 1
+
+
+# The end of a parent
+
+
+def launched() -> bool:
+    """Whether this process ends with a launcher, which passes signals on and kills it."""
+    return bool(_launchers)
+
+
+_launchers: list[int] = []
+
+
+def end_with_launcher() -> None:
+    """End this process, whatever it is doing, as soon as the launcher that has started it is gone.
+
+    A process that no launcher has started, such as one behind `nohup`, stays.
+    """
+    global _launchers
+    said = os.environ.pop(LAUNCHER, None)  # what this process starts has another one
+    if said is not None:
+        _launchers = [int(said)]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        _launchers = _ancestors("torchrun", "torch.distributed.run", "torch.distributed.launch")
+    elif "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
+        _launchers = _ancestors("deepspeed", "deepspeed.launcher.launch")
+    if _launchers:
+        end_with(*_launchers)
+
+
+def end_with(parent: int, *others: int) -> None:
+    """End this process with SIGKILL as soon as its parent is gone.
+
+    Linux does it at once, whatever the process is doing. Elsewhere a thread looks every second.
+
+    Args:
+        parent: process id of the parent, taken before this process began.
+        others: the parent's parent, and so on, whose end counts too.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    chain = [parent, *others]
+    if not _all_alive(chain):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.platform != "linux" or others:
+        threading.Thread(target=_watch, args=(chain,), daemon=True).start()
+
+
+def _watch(chain: list[int]) -> None:
+    while _all_alive(chain):
+        time.sleep(_WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _all_alive(chain: list[int]) -> bool:
+    """Whether each process is still the child of the next one."""
+    parents = [os.getppid(), *(_parent_of(pid) for pid in chain[:-1])]
+    return parents == chain
+
+
+def _ancestors(*names: str) -> list[int]:
+    """Process ids from the parent to the outermost ancestor that runs one of these programs or
+    modules; the parent alone where none is found."""
+    pid: int | None = os.getppid()
+    found, chain = [os.getppid()], list[int]()
+    while pid is not None and pid > 1:
+        chain.append(pid)
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:4]
+        except OSError:  # not Linux, or gone
+            break
+        if any(Path(word).name in names for word in words):
+            found = chain.copy()
+        pid = _parent_of(pid)
+    return found
+
+
+def _parent_of(pid: int) -> int | None:
+    """Process id of a process's parent; None if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # behind the name: state, parent
+
+
+def begin_worker(parent: int, *_: Any) -> None:
+    """Prepare a worker process of a data loader or a pool: it ends with its parent, and leaves
+    Ctrl-C, which a terminal sends to it too, to the parent.
+
+    Args:
+        parent: process id of the process that has started it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)

@@ -13,6 +13,7 @@ from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.files import write_json
+from mmkd.interrupt import deferred
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Preference, build_objective
 from mmkd.on_policy import OnPolicy
@@ -161,11 +162,12 @@ def run_stage(
     """Train `student` in place through one stage and write `folder/student` and `done.json`;
     arguments as in `build_stage`."""
     stage = build_stage(config, student=student, processor=processor, folder=folder, **settings)
-    metrics = stage.train()
-    weights = stage.engine.weights()
-    stage.engine.close()
-    if stage.engine.rank == 0:
-        write_student(student, processor, folder / "student", weights, config.train.lora)
-        write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
-    stage.engine.barrier()
+    with deferred():  # a signal behind the last step must not lose it
+        metrics = stage.train()
+        weights = stage.engine.weights()
+        stage.engine.close()
+        if stage.engine.rank == 0:
+            write_student(student, processor, folder / "student", weights, config.train.lora)
+            write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
+        stage.engine.barrier()
     return metrics

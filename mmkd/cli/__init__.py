@@ -4,31 +4,47 @@ import os
 import sys
 from typing import NoReturn
 
-from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
-from mmkd.cli.app import app
-from mmkd.errors import MmkdError, StoppedError
+from mmkd import interrupt
+from mmkd.errors import AGAIN, MmkdError, PeerError, StoppedError
 
 
 def main() -> None:
     """Entry point of `mmkd`."""
-    try:
-        app()
-    except StoppedError as end:
-        print(f"mmkd: {end}")
-        _end(0)
-    except MmkdError as error:
-        _fail(error)
-    except (OSError, RuntimeError) as error:
-        from mmkd.distributed import explained
-        from mmkd.files import disk_error
+    interrupt.end_with_launcher()
+    with interrupt.listening():
+        try:
+            _run()
+        except StoppedError as end:
+            _stopped(end)
+        except MmkdError as error:
+            _fail(error)
+        except (OSError, RuntimeError) as error:
+            from mmkd.distributed import explained
+            from mmkd.files import disk_error
 
-        known = disk_error(error) or explained(error)
-        if known is None:
-            raise
-        _fail(known)
+            known = disk_error(error) or explained(error)
+            if known is None:
+                raise
+            _fail(known)
+
+
+def _run() -> None:
+    # Not before signals are heard: this takes a moment.
+    from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
+    from mmkd.cli.app import app
+
+    app()
+
+
+def _stopped(end: StoppedError) -> NoReturn:
+    if int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes have stopped
+        print(f"mmkd: {end}")
+    _end(interrupt.status())
 
 
 def _fail(error: MmkdError) -> NoReturn:
+    if interrupt.requested() and isinstance(error, PeerError):  # the other one was faster to stop
+        _stopped(StoppedError("stopped", mend=AGAIN))
     print(f"mmkd: {error}", file=sys.stderr)
     _end(2)
 

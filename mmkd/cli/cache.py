@@ -7,7 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from mmkd import interrupt
 from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, cache_app, named
+from mmkd.errors import AGAIN
 
 
 @cache_app.command(name="build")
@@ -20,6 +22,7 @@ def build_cache(
     """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
     from mmkd.recipe import load_recipe
 
+    interrupt.can_go_on(AGAIN)
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
         from mmkd.launch import launch

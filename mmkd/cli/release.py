@@ -5,7 +5,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from mmkd import interrupt
 from mmkd.cli.app import Plugins, app
+from mmkd.errors import AGAIN
 
 
 @app.command()
@@ -28,6 +30,8 @@ def release(
 ) -> None:
     """Publish a finished student on the Hub: weights, code, processor, card."""
     from mmkd.release import release as publish
+
+    interrupt.can_go_on(AGAIN)  # what the Hub has is not sent twice
 
     publish(
         run,

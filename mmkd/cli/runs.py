@@ -7,7 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from mmkd import interrupt
 from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, app, named, recipe_app
+from mmkd.errors import AGAIN
 
 
 @app.command()
@@ -20,15 +22,15 @@ def run(
     """Train, evaluate and report; a second call continues where the first stopped."""
     from mmkd.recipe import load_recipe
 
+    interrupt.can_go_on(AGAIN)
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
         from mmkd.launch import launch
 
         sys.exit(launch(["run", str(recipe), *(overrides or []), *named(plugin)], nproc))
-    from mmkd import distributed, interrupt, pipeline
+    from mmkd import distributed, pipeline
     from mmkd.report import write_report
 
-    interrupt.listen()
     folder = pipeline.run(read)
     if distributed.rank() == 0:
         write_report(folder)

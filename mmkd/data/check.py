@@ -1,7 +1,6 @@
 """Looking through a whole data set for records that training would stumble over."""
 
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +11,7 @@ from mmkd.data.images import image_size, load_image
 from mmkd.data.records import Source
 from mmkd.data.schema import Record, text_of
 from mmkd.errors import DataError
+from mmkd.interrupt import begin_worker
 from mmkd.progress import Bar
 from mmkd.recipe import SourceConfig
 
@@ -123,7 +123,7 @@ def _parts(
     if workers == 1:
         yield (_look(source, look, chunk) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_open, initargs=(source, look))
+    pool = ProcessPoolExecutor(workers, initializer=_open, initargs=(os.getpid(), source, look))
     try:
         yield pool.map(_in_process, chunks)
     except BrokenProcessPool as error:
@@ -139,10 +139,10 @@ def _parts(
 _OPENED: tuple[Source, Look]
 
 
-def _open(source: Source, look: Look) -> None:
+def _open(parent: int, source: Source, look: Look) -> None:
     global _OPENED
     # Ctrl-C reaches all processes: one that dies with the queue's lock would hold up the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin_worker(parent)
     _OPENED = source, look
 
 

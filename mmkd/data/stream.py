@@ -4,7 +4,9 @@ The order is a function of seed and step alone, so that a resumed run sees the s
 number of processes does not change what a step sees.
 """
 
+import os
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -12,6 +14,7 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.micro_batches import by_size, by_tokens
 from mmkd.data.mixture import Mixture
+from mmkd.interrupt import begin_worker
 from mmkd.recipe import BatchConfig
 
 
@@ -102,6 +105,7 @@ class BatchStream:
             batch_size=None,
             sampler=planned(),
             num_workers=self.workers,
+            worker_init_fn=partial(begin_worker, os.getpid()),
             prefetch_factor=4 if self.workers else None,
             # Its own: a loader draws a seed, and a resumed run must not draw one more.
             generator=torch.Generator(),

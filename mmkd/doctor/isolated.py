@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from mmkd.interrupt import begin_worker
+
 State = Literal["ok", "missing", "broken"]
 SECONDS = 180.0
 LONGEST = 200
@@ -89,7 +91,7 @@ def _one_process(checks: Sequence[Check], seconds: float) -> Iterator[list[Findi
     """Findings of the first checks, one check or more."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads and locks
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(checks, theirs), daemon=True)
+    process = context.Process(target=_answer, args=(os.getpid(), checks, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -115,7 +117,8 @@ def _end(process: Any) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
 
-def _answer(checks: Sequence[Check], answers: Connection) -> None:
+def _answer(parent: int, checks: Sequence[Check], answers: Connection) -> None:
+    begin_worker(parent)
     # Libraries print while they are imported, some of them from C.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

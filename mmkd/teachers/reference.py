@@ -22,14 +22,16 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
+from mmkd.interrupt import asked, deferred
 from mmkd.objectives import Objective, Preference
 from mmkd.ops import CHUNK_BYTES
 from mmkd.progress import Bar
 from mmkd.teachers.live import LiveTeacher
 
 FILE = "reference.safetensors"
-KEY = "key"
+UNFINISHED = "reference.unfinished.safetensors"
+KEY, DONE = "key", "batches"
 
 
 class LiveReference:
@@ -113,7 +115,8 @@ def store(
 ) -> StoredReference:
     """Run the reference once over the records that `steps` steps will see; every rank calls it.
 
-    A file of the same reference and records is read instead.
+    A file of the same reference and records is read instead. A run that is stopped keeps what it
+    has so far, and goes on from there.
 
     Args:
         reference: runs on this process's share of the records.
@@ -125,32 +128,51 @@ def store(
     indices = stream.seen(steps)
     key = _key(reference, stream.encoder, indices)
     path = folder / FILE
-    found = _read(path, key)
-    if found is not None:
-        return StoredReference(found)
-    mine = indices[stream.rank :: stream.world_size]
-    batches = [mine[i : i + stream.batch.size] for i in range(0, len(mine), stream.batch.size)]
-    lines = []
-    with Bar("reference", len(batches), quiet=stream.rank > 0) as bar:
-        for part in batches:
-            batch = stream.encoder.encode(part).to(reference.model.device)
-            with torch.no_grad(), autocast():
-                pairs = reference.logps(batch).float().unflatten(0, (2, -1)).T.tolist()
-            lines += [json.dumps([i, pair]) for i, pair in zip(batch.indices, pairs, strict=True)]
+    known = _read(path, key)
+    if distributed.all_agree(known is not None):
+        assert known is not None
+        return StoredReference(known)
+    batches = distributed.equal_shares(indices, stream.batch.size)
+    unfinished = path.with_name(UNFINISHED)
+    cut = f"{key} {stream.world_size} {stream.batch.size}"  # the same batches, to the last bit
+    found = _read(unfinished, cut) or {}
+    done = _read_done(unfinished) if distributed.all_agree(bool(found)) else 0
+    found = found if done else {}
+    new: dict[int, list[float]] = {}
+    device = reference.model.device
+    with deferred(), Bar("reference", len(batches), done=done, quiet=stream.rank > 0) as bar:
+        for number, part in enumerate(batches[done:], done + 1):
+            if part or reference.model.spread:
+                batch = stream.encoder.encode(part or indices[:1]).to(device)
+                with torch.no_grad(), autocast():
+                    pairs = reference.logps(batch).float().unflatten(0, (2, -1)).T.tolist()
+                new |= zip(batch.indices, pairs, strict=True) if part else {}
             bar.advance()
-    said = dict(json.loads(line) for line in distributed.gather(lines))
-    found = {i: torch.tensor(pair) for i, pair in sorted(said.items())}
-    if stream.rank == 0:
-        _write(path, key, found)
-    distributed.barrier()
+            if number < len(batches) and asked(device):
+                found |= _of_all_ranks(new)
+                if stream.rank == 0:
+                    _write(unfinished, {KEY: cut, DONE: str(number)}, found)
+                distributed.barrier()
+                what = f"the reference's pass stopped at batch {number} of {len(batches)}"
+                raise StoppedError(what, mend=AGAIN)
+        found = dict(sorted((found | _of_all_ranks(new)).items()))
+        if stream.rank == 0:
+            _write(path, {KEY: key}, found)
+            unfinished.unlink(missing_ok=True)
+        distributed.barrier()
     return StoredReference(found)
 
 
-def _write(path: Path, key: str, found: dict[int, Tensor]) -> None:
+def _of_all_ranks(pairs: dict[int, list[float]]) -> dict[int, Tensor]:
+    lines = distributed.gather([json.dumps(pair) for pair in pairs.items()])
+    return {index: torch.tensor(pair) for index, pair in map(json.loads, lines)}
+
+
+def _write(path: Path, facts: dict[str, str], found: dict[int, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors = {"index": torch.tensor(list(found)), "logps": torch.stack(list(found.values()))}
-    save_file(tensors, partial, metadata={KEY: key})
+    save_file(tensors, partial, metadata=facts)
     partial.replace(path)
 
 
@@ -163,6 +185,12 @@ def _read(path: Path, key: str) -> dict[int, Tensor] | None:
     except (OSError, SafetensorError):
         return None
     return dict(zip(indices.tolist(), logps, strict=True))
+
+
+def _read_done(path: Path) -> int:
+    """How many batches of each rank an unfinished pass has made."""
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()[DONE])
 
 
 def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ comes before a run looks; while one is used, a process of its own reads the next
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,9 @@ class StreamedRows:
         asked = self._asked(number)
         while get_worker_info() is not None:
             if not is_kept(*asked):
-                done = subprocess.run(_command(*asked), capture_output=True, text=True)
+                done = subprocess.run(
+                    _command(*asked), capture_output=True, text=True, start_new_session=True
+                )
                 if done.returncode:
                     reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
                     raise DataError(f"cannot read on: {reason}", mend="run the same command again")
@@ -123,15 +126,29 @@ class StreamedRows:
             return
         asked = self._asked(number)
         begun = state_file(*asked[:2]).with_suffix(".begun")
+        if _is_dead(begun):
+            begun.unlink(missing_ok=True)
         try:
             begun.parent.mkdir(parents=True, exist_ok=True)
             begun.touch(exist_ok=False)
         except OSError:
             return
         nothing = subprocess.DEVNULL
-        subprocess.Popen(
+        reader = subprocess.Popen(
             _command(*asked), stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
         )
+        begun.write_text(str(reader.pid))
+
+
+def _is_dead(begun: Path) -> bool:
+    """Whether the process that had begun to read ahead is gone: it ends with its run."""
+    try:
+        os.kill(int(begun.read_text()), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):  # no such file, another user's process, or not written yet
+        return False
+    return False
 
 
 def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
@@ -231,8 +248,11 @@ def _read(
 
 
 def _command(*asked: Any) -> list[str]:
-    run = f"import sys, {__name__} as streamed; streamed.main(sys.argv[1])"
-    return [sys.executable, "-c", run, json.dumps(asked)]
+    run = (
+        "import sys; from mmkd.interrupt import end_with; end_with(int(sys.argv[2]));"
+        f"import {__name__} as streamed; streamed.main(sys.argv[1])"
+    )
+    return [sys.executable, "-c", run, json.dumps(asked), str(os.getpid())]
 
 
 def main(said: str) -> None:
