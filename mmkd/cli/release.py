@@ -32,7 +32,6 @@ def release(
     from mmkd.release import release as publish
 
     interrupt.can_go_on(AGAIN)  # what the Hub has is not sent twice
-
     publish(
         run,
         label=student,
