@@ -88,6 +88,7 @@ def ask(model: ModelConfig, photos: Path, pairs: list[tuple[str, str]], longest:
     answering.to(device)
     encoder = Encoder(Given(photos), load_processor(model), DataConfig(train="-"))  # not read
     settings = SamplingConfig(max_new_tokens=longest, temperature=0)
+    ends = answering.generation_config.eos_token_id
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         return answering.generate(**inputs, **options)
@@ -100,7 +101,7 @@ def ask(model: ModelConfig, photos: Path, pairs: list[tuple[str, str]], longest:
     answers: list[str] = []
     for part in track(parts, f"{model.model} answers", len(parts)):
         asked = [record(*pair) for pair in part]
-        answers += sample(generate, encoder, asked, settings, seed=0, device=device)
+        answers += sample(generate, encoder, asked, settings, seed=0, device=device, ends=ends)
     answering.cpu()
     torch.cuda.empty_cache()  # what trains next needs the memory
     return answers

@@ -24,12 +24,14 @@ class OnPolicy:
         encoder: of the stage.
         engine: runs the student.
         seed: of the stage.
+        ends: `eos_token_id` of the student's generation settings.
     """
 
     config: OnPolicyConfig
     encoder: Encoder
     engine: Engine
     seed: int
+    ends: int | list[int] | None = None
 
     def batch(self, batch: Batch, step: int, micro: int) -> tuple[Batch, int]:
         """The batch with the student's answers, and how many there are.
@@ -53,6 +55,7 @@ class OnPolicy:
                 self.config,
                 seed=seed,
                 device=self.engine.device,
+                ends=self.ends,
             )
         for i, prompt, text in zip(chosen, prompts, texts, strict=True):
             records[i] = answered(prompt, text)

@@ -122,6 +122,7 @@ def make_pairs(
                 seed=seed * 2**20 + number,
                 device=place,
                 count=samples,
+                ends=answering.generation_config.eos_token_id,
             )
             for k, record in enumerate(asking):
                 yield _pair(record, prompts[k], answers[k * samples : (k + 1) * samples], records)

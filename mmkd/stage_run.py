@@ -129,6 +129,10 @@ def build_stage(
     engine = build_engine(config, student, steps, device)
     if isinstance(reference, LiveReference) and reference.once:
         reference = store(reference, stream, steps, folder, engine.autocast)
+    on_policy = None
+    if config.on_policy is not None:
+        ends = student.generation_config.eos_token_id
+        on_policy = OnPolicy(config.on_policy, encoder, engine, seed, ends)
     return Stage(
         config=config,
         engine=engine,
@@ -136,7 +140,7 @@ def build_stage(
         others=others,
         vision=vision,
         reference=reference,
-        on_policy=OnPolicy(config.on_policy, encoder, engine, seed) if config.on_policy else None,
+        on_policy=on_policy,
         objectives=objectives,
         layer_plan=LayerPlan.of(objectives),
         stream=stream,

@@ -1,18 +1,32 @@
 """Answers of a model's own: prompts to ask it with, and conversations with what it said."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkd.data.encoder import Encoder
+from mmkd.data.generation import end_tokens, neutral_settings, padding_token
 from mmkd.data.schema import Record
 from mmkd.recipe import SamplingConfig
 
 Generate = Callable[..., Tensor]
 """(inputs, **options of transformers' `generate`) -> [B, prompt + answer] token ids."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One answer of a model.
+
+    Attributes:
+        text: without the tokens that end it.
+        finished: the model ended it; False where `max_new_tokens` cut it off.
+    """
+
+    text: str
+    finished: bool
 
 
 def answers_of(record: Record) -> list[int]:
@@ -33,8 +47,19 @@ def answered(record: Record, text: str) -> Record:
     return replace(record, messages=[*record.messages, said], last_answer_only=True)
 
 
-@torch.no_grad()
 def sample(
+    generate: Generate,
+    encoder: Encoder,
+    prompts: list[Record],
+    settings: SamplingConfig,
+    **more: Any,
+) -> list[str]:
+    """The texts of `sample_answers`, with the same arguments."""
+    return [a.text for a in sample_answers(generate, encoder, prompts, settings, **more)]
+
+
+@torch.no_grad()
+def sample_answers(
     generate: Generate,
     encoder: Encoder,
     prompts: list[Record],
@@ -43,8 +68,12 @@ def sample(
     seed: int,
     device: torch.device,
     count: int = 1,
-) -> list[str]:
+    ends: int | Iterable[int] | None = None,
+) -> list[Sampled]:
     """What a model answers; the random streams outside are left as they were.
+
+    Nothing of the checkpoint's generation settings is used but its end tokens: at temperature 0
+    each token is the model's likeliest.
 
     Args:
         generate: runs the model.
@@ -54,9 +83,16 @@ def sample(
         seed: decides the answers.
         device: that the model runs on.
         count: answers to each prompt, neighbours in the result.
+        ends: `eos_token_id` of the model's generation settings; the chat template's end of turn and
+            the tokenizer's end token count without it.
     """
     inputs = {k: v.to(device) for k, v in encoder.prompts(prompts).items()}
-    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
+    stops = end_tokens(encoder.processor, ends)
+    options = neutral_settings() | {
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": stops or None,
+        "pad_token_id": padding_token(encoder.processor, stops),
+    }
     if settings.temperature > 0:
         options |= {
             "do_sample": True,
@@ -68,8 +104,13 @@ def sample(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         ids = generate(inputs, **options)
-    said = ids[:, inputs["input_ids"].shape[1] :]
-    tokenizer = encoder.processor.tokenizer
-    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    said = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_sampled(row, stops, encoder.processor) for row in said]
+
+
+def _sampled(row: list[int], ends: list[int], processor: Any) -> Sampled:
+    """One answer from its token ids: what follows the first end token is padding."""
+    stop = next((i for i, token in enumerate(row) if token in ends), None)
+    text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
     # A model can spell a placeholder, which the processor would take for a picture.
-    return [t.replace(encoder.processor.image_token, "").strip() for t in texts]
+    return Sampled(text.replace(processor.image_token, "").strip(), stop is not None)

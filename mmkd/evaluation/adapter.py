@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mmkd.data.generation import end_tokens, padding_token
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
+from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.loading import load_pretrained, load_pretrained_processor
-
-DEFAULT_NEW_TOKENS = 256
-SAMPLING = ("temperature", "top_p", "top_k")
 
 Message = dict[str, Any]
 
@@ -145,6 +144,9 @@ class MmkdModel(lmms):
         processor: folder or Hub name of one that is not the model's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
+
+    Attributes:
+        end_tokens: ids that end an answer, see `mmkd.data.generation.end_tokens`.
     """
 
     is_simple = False
@@ -184,6 +186,7 @@ class MmkdModel(lmms):
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor
         self.tokenizer: Any = processor.tokenizer
+        self.end_tokens = end_tokens(processor, model.generation_config.eos_token_id)
         self.batch_size = int(batch_size)
         self.progress = progress
         self.generated_tokens = 0
@@ -197,16 +200,6 @@ class MmkdModel(lmms):
     def tokens_per_second(self) -> float:
         """Generated tokens, end tokens included, per second of `generate`; 0 before the first."""
         return self.generated_tokens / self.generation_seconds if self.generation_seconds else 0.0
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """Ids that end an answer: the model's and the tokenizer's.
-
-        A model built from a config inherits an end token that its tokenizer knows nothing of.
-        """
-        configured = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
 
     def clean(self) -> None:
         """Keep the model: lmms-eval's default deletes it, and training still needs it."""
@@ -283,21 +276,25 @@ class MmkdModel(lmms):
         self, prompts: Sequence[Prompt], settings: dict[str, Any]
     ) -> list[GenerationResult]:
         inputs = self._encode(prompts)
+        options = generate_options(settings, "the task") | {
+            "eos_token_id": self.end_tokens or None,
+            "pad_token_id": padding_token(self.processor, self.end_tokens),
+        }
         started = self._clock()
         # not inference_mode: its tensors must not stay behind in a model that trains on
         with torch.no_grad():
             generate: Any = self.model.generate
-            output = generate(**inputs, **self._options(settings))
+            output = generate(**inputs, **options)
         self.generation_seconds += self._clock() - started
         new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         asked = inputs["attention_mask"].sum(dim=1).tolist()
-        stops = settings.get("until") or []
-        stops = [stops] if isinstance(stops, str) else stops
+        stops = stop_strings(settings)
         results = []
         for row, input_tokens in zip(new, asked, strict=True):
             length = answer_length(row, self.end_tokens)
             self.generated_tokens += length
-            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            said = [token for token in row[:length].tolist() if token not in self.end_tokens]
+            text = self.tokenizer.decode(said, skip_special_tokens=True)
             results.append(
                 GenerationResult(cut_at(text, stops), TokenCounts(int(input_tokens), length))
             )
@@ -307,22 +304,3 @@ class MmkdModel(lmms):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """lmms-eval's generation settings as arguments of `generate`.
-
-        A temperature of 0 means greedy, as everywhere in lmms-eval.
-        """
-        temperature = settings.get("temperature")
-        sample = bool(settings.get("do_sample", bool(temperature))) and temperature != 0
-        end, pad = self.end_tokens, self.tokenizer.pad_token_id
-        options: dict[str, Any] = {
-            "do_sample": sample,
-            "num_beams": settings.get("num_beams") or 1,
-            "max_new_tokens": settings.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
-            "eos_token_id": end,
-            "pad_token_id": end[0] if pad is None else pad,
-            "use_cache": True,
-        }
-        # None takes the checkpoint's own sampling settings away, which greedy search warns about
-        return options | {name: settings.get(name) if sample else None for name in SAMPLING}

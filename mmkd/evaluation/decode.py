@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from mmkd.data.generation import neutral_settings
 from mmkd.errors import MmkdError
 from mmkd.files import write_json
 from mmkd.loading import load_pretrained
@@ -207,10 +208,7 @@ def _recorded_call(model: PreTrainedModel) -> dict[str, Any]:
         model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=2,
-            min_new_tokens=2,
-            do_sample=False,
-            use_cache=True,
+            **neutral_settings() | {"max_new_tokens": 2, "min_new_tokens": 2},
         )
     finally:
         hook.remove()

@@ -10,6 +10,7 @@ from mmkd.errors import MmkdError
 from mmkd.evaluation import hub
 from mmkd.evaluation.catalog import Chosen, choose, is_submission
 from mmkd.evaluation.local import LocalData, find_local
+from mmkd.evaluation.options import generate_options
 from mmkd.evaluation.standard import PAIRED
 
 
@@ -45,8 +46,8 @@ def find_tasks(
     """The tasks of these names, all that they import and all their data looked at.
 
     Raises:
-        MmkdError: a task is unknown, has no score here or with this limit, or needs a package
-            that is missing.
+        MmkdError: a task is unknown, has no score here or with this limit, needs a package that is
+            missing, or asks for answers in a way that mmkd does not know.
         DataError: a task's local data is missing or of another schema, or the Hub's cannot be
             reached.
     """
@@ -59,7 +60,8 @@ def find_tasks(
             )
     found = ChosenTasks(chosen, find_local(chosen.tasks, local) if local else {})
     for task in chosen.tasks:
-        found._get_config(task.name)  # imports what its functions need
+        config = found._get_config(task.name)  # imports what its functions need
+        generate_options(config.get("generation_kwargs") or {}, f"task {task.name}")
     for task in chosen.tasks:
         if task.name not in found.local:
             hub.require_data(task)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from mmkd.adapters import merged, save_adapters
+from mmkd.data.generation import set_ends
 from mmkd.files import write_folder
 from mmkd.loading import load_model, load_processor
 from mmkd.recipe import LoraConfig, StudentConfig
@@ -22,10 +23,13 @@ def write_student(
     folder: Path,
     weights: dict[str, Tensor] | None = None,
     lora: LoraConfig | None = None,
+    *,
+    from_config: bool = False,
 ) -> None:
     """Config, safetensors and processor, and a converted student's code; whole or not there.
 
-    Answers end where the tokenizer's do: a model made from a config may know another end token.
+    Its `generation_config.json` names every token that ends an answer: the chat template's end of
+    turn too, which need not be the tokenizer's end token.
 
     Args:
         student: adapters become part of the layers that have them.
@@ -33,9 +37,11 @@ def write_student(
         folder: to write; replaced if it is there.
         weights: in place of the student's own, which an engine may have spread over processes.
         lora: what its adapters are; its `adapter` folder keeps them if that says so.
+        from_config: the student was made from a config, with random weights.
     """
     whole = weights if lora is None else merged(student, weights)
-    _end_answers(student.generation_config, processor.tokenizer)
+    if student.generation_config is not None:
+        set_ends(student.generation_config, processor, from_config=from_config)
 
     def write(partial: Path) -> None:
         student.save_pretrained(partial, state_dict=whole, max_shard_size=SHARD_SIZE)
@@ -44,17 +50,6 @@ def write_student(
             save_adapters(student, lora, weights, partial / ADAPTER)
 
     write_folder(folder, write)
-
-
-def _end_answers(settings: GenerationConfig | None, tokenizer: Any) -> None:
-    if settings is None:
-        return
-    known = settings.eos_token_id
-    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    if ends:
-        settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id
 
 
 def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> ConversionReport:
@@ -72,5 +67,5 @@ def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> Conver
     set_seed(seed)
     student, processor = load_model(config), load_processor(config)
     report = convert(student, config.convert)
-    write_student(student, processor, folder)
+    write_student(student, processor, folder, from_config=config.config is not None)
     return report

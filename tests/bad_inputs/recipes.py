@@ -339,6 +339,17 @@ def evaluation_by_likelihoods(world: World) -> None:
     world.raw["evaluate"] = {"tasks": ["seedbench_ppl"]}
 
 
+@case(
+    KIND,
+    "misspelt a task's generation setting",
+    "task scenes_pope: its generation_kwargs have 'max_new_token', which mmkd does not know",
+    "did you mean 'max_new_tokens'?",
+)
+def evaluation_with_an_unknown_setting(world: World) -> None:
+    task_folder(generation_kwargs={"max_new_token": 8})
+    world.raw["evaluate"] = {"tasks": ["scenes_pope"], "include": "tasks"}
+
+
 def task_folder(**settings: Any) -> None:
     Path("tasks").mkdir()
     write(yaml.safe_dump({"task": "scenes_pope", **settings}), "tasks/scenes_pope.yaml")

@@ -1,0 +1,113 @@
+"""How a model is asked for answers: the tokens that end one, and the settings of `generate`.
+
+transformers fills in each setting that a call leaves open from the checkpoint's
+`generation_config.json`. There, a repetition penalty or a list of suppressed tokens changes the
+answers without a word. Here the checkpoint says only which tokens are special (`TAKEN_OVER`).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import GenerationConfig
+
+from mmkd.data.chat import render_chat, special_tokens
+from mmkd.data.schema import Message
+from mmkd.errors import DataError
+
+TAKEN_OVER = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+"""What a checkpoint's generation settings still decide."""
+# Defaults of transformers that would change answers: top_k is 50 there, and max_length 20.
+_OFF = {"top_k": None, "max_length": None}
+SAMPLING = (  # what has no effect on greedy decoding
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty")
+
+
+def neutral_settings() -> dict[str, Any]:
+    """Every setting of `generate` but `TAKEN_OVER`, so that nothing of the checkpoint is left:
+    greedy, one beam, no penalty, no token suppressed or forced."""
+    defaults = GenerationConfig._get_default_generation_params() | _OFF
+    names = [n for n in vars(GenerationConfig()) if not n.startswith("_")]
+    kept = (*TAKEN_OVER, "transformers_version")
+    return {name: defaults.get(name) for name in names if name not in kept}
+
+
+def turn_ends(processor: Any) -> set[int]:
+    """Ids of the tokens that the chat template writes behind an answer.
+
+    Empty where it writes none, or refuses a conversation of plain text: such a template ends
+    answers with the tokenizer's end token, or cannot be trained on.
+    """
+    ask: Message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    say: Message = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    try:
+        found = render_chat(processor, [ask, say, ask, say])
+    except DataError:
+        return set()
+    specials = special_tokens(processor.tokenizer)
+    ends = set()
+    for (_, stop), (_, said_end) in zip(found.spans, found.said, strict=True):
+        behind = found.text[said_end:stop].strip()
+        tokens = [token for token in specials if token and behind.endswith(token)]
+        if tokens:
+            ends.add(specials[max(tokens, key=len)])
+    return ends
+
+
+def end_tokens(processor: Any, configured: int | Iterable[int] | None = None) -> list[int]:
+    """Ids of all tokens that end an answer, sorted: the chat template's end of turn, the
+    tokenizer's end token, and those that the model names.
+
+    Args:
+        processor: the model's.
+        configured: `eos_token_id` of the model's generation settings. A model that was made from a
+            config may inherit an end token that its tokenizer does not use as one.
+    """
+    own = [configured] if isinstance(configured, int) or configured is None else configured
+    ends = {*own, processor.tokenizer.eos_token_id, *turn_ends(processor)}
+    return sorted(i for i in ends if i is not None)
+
+
+def padding_token(processor: Any, ends: list[int]) -> int | None:
+    """Id of what fills up rows whose answer has ended; an end token where there is no other."""
+    own = processor.tokenizer.pad_token_id
+    return own if own is not None else next(iter(ends), None)
+
+
+def set_ends(settings: GenerationConfig, processor: Any, *, from_config: bool = False) -> None:
+    """Write the end tokens into a model's generation settings, in place, so that they can be saved.
+
+    Args:
+        settings: the model's.
+        processor: the model's.
+        from_config: the model was made from a config with random weights: an end token of the
+            architecture's default that spells a word for this tokenizer is left out.
+    """
+    known = settings.eos_token_id
+    if from_config and known is not None:
+        special = processor.tokenizer.added_tokens_decoder
+        known = [i for i in ([known] if isinstance(known, int) else known) if i in special]
+    ends = end_tokens(processor, known)
+    if ends:
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if settings.pad_token_id is None or settings.pad_token_id < 0:
+        settings.pad_token_id = processor.tokenizer.pad_token_id
+    _drop_unused(settings)
+
+
+def _drop_unused(settings: GenerationConfig) -> None:
+    """Take out settings that have no effect. transformers loads them with a warning, and refuses to
+    save them once anything else has changed."""
+    unused = [] if settings.do_sample else list(SAMPLING)
+    if settings.num_beams in (None, 1):
+        unused += _BEAMS if settings.do_sample else [*_BEAMS, "num_return_sequences"]
+    for name in unused:
+        if getattr(settings, name, None) is not None:
+            setattr(settings, name, None)
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # a trained student must not be lost for a setting that is wrong anyway
+        for name in neutral_settings():
+            setattr(settings, name, None)
