@@ -78,7 +78,7 @@ def test_columns_that_agree_in_nothing_are_read_from_both_kinds_of_json(tmp_path
         for said in (
             {"conversations": turns("<image>\nA?", "B"), "score": [1, "two", {"three": 3}]},
             {"messages": [{"role": "user", "content": "<image>A?"},
-                          {"role": "assistant", "content": "B", "weight": 0.5}]},
+                          {"role": "assistant", "content": "B", "score": 0.5}]},
         )
     ]  # fmt: skip
     several = {"id": 9.5, "image": [rows[0]["image"]] * 2,
@@ -283,7 +283,12 @@ def test_media_in_tables_are_not_opened_wherever_they_stand(tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved")
     for train in ("a.parquet", "saved", "a.parquet"):
-        source = read(tmp_path / train)
+        for ignored, left in ([], "(extra|sound)"), (["extra"], "sound"), (["sound"], "extra"):
+            parts = [{"train": str(tmp_path / train), "ignore": ignored}]
+            with pytest.raises(DataError, match=f"record 0: the record has .* under '{left}'"):
+                Records(DataConfig(sources=parts))[0]
+        parts = [{"train": str(tmp_path / train), "ignore": ["extra", "sound"]}]
+        source = Records(DataConfig(sources=parts))
         assert words(source[0]) == ["?", "a"]
         assert source.sources[0]._rows.row(0)["extra"] == row["extra"]
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 from PIL import ExifTags, Image, ImageFile
 
-from mmkd.data.schema import printable
+from mmkd.data.content import printable
 from mmkd.errors import DataError
 
 # Pillow opens more; some of those (EPS) start other programs.

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
-from mmkd.data.schema import Record, parse_record, printable, record_id
+from mmkd.data.schema import Record, parse_record, record_id
 from mmkd.data.sources import StreamedRows, open_rows
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
@@ -57,7 +58,10 @@ class Source:
 
     def __getitem__(self, index: int) -> Record:
         with located(lambda: self.where(index)):
-            return parse_record(self._rows.row(index), index, self.root)
+            row = self._rows.row(index)
+            if self.config.ignore:
+                row = {k: v for k, v in row.items() if k not in self.config.ignore}
+            return parse_record(row, index, self.root)
 
 
 class Records:

@@ -1,14 +1,16 @@
 """What a row of a data file says, in one shape whatever its schema.
 
-Two schemas are read and three of preference pairs:
+These schemas are read, three of them of preference pairs:
 
     LLaVA           {id, image | images, conversations: [{from: human|gpt|system, value}]}
     chat messages   {id?, images?, messages: [{role, content}]}
+    Cauldron        {images, texts: [{user, assistant}]}
     LLaVA pairs     {id, image | images, chosen: [turns], rejected: [turns]}, both with the prompt
     TRL pairs       {images?, prompt: [messages] | str, chosen: [messages] | str, rejected: ...}
     RLAIF-V         {image, question: str, chosen: str, rejected: str}
 
-`image` may be a list too. Keys that are not named here are passed over.
+`image` may be a list too. Metadata is passed over. A key with content that is not read is refused:
+see `mmkd.data.unread`.
 """
 
 import math
@@ -16,15 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.data.content import (
+    Conversation,
+    Message,
+    Turns,
+    first_of,
+    parse_conversation,
+    parse_turns,
+    printable,
+    resolved,
+    role_of,
+)
+from mmkd.data.unread import refuse_unread
 from mmkd.errors import DataError
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
-         "system": "system"}  # fmt: skip
-PLACEHOLDER = "<image>"
-ANSWERS = ("conversations", "messages", "chosen")
-
-Message = dict[str, Any]
-"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}"""
+PROMPTS = ("prompt", "question", "conversations", "messages")
+"""What a preference pair's answers answer, unless they repeat it themselves."""
+ANSWERS = ("conversations", "messages", "texts", "chosen")
 
 
 @dataclass(frozen=True)
@@ -66,34 +76,24 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
     Raises:
         DataError: what is wrong with the row; the caller adds where.
     """
-    images = _images(row)
+    refuse_unread(row)
+    images = row.get("images") or row.get("image") or []
     rejected = None
     if row.get("chosen") and row.get("rejected"):
-        messages, rejected = (_conversation(turns) for turns in _pair(row))
-        if messages[:-1] != rejected[:-1]:
-            raise DataError(
-                "chosen and rejected answer different prompts", mend="repeat the prompt in both"
-            )
-        if messages == rejected:
-            raise DataError("chosen and rejected are the same", mend="drop the record")
-    elif row.get("conversations"):
-        messages = _conversation(_from_first_question(_turns(row["conversations"])))
-    elif row.get("messages"):
-        messages = _conversation(_turns(row["messages"]))
+        messages, pictures, rejected = _preference(row, images)
     else:
-        raise DataError(
-            "neither 'conversations' nor 'messages', nor 'chosen' with 'rejected'",
-            mend="use one of the schemas",
-        )
+        found = parse_conversation(_turns_of(row))
+        messages, pictures = found.messages, resolved(found.shown, images)
+        _check_answered(messages)
     # LLaVA's conversations always say where their pictures go.
     free = not row.get("conversations")
     for conversation in (messages, rejected):
         if conversation is not None:
-            _place_images(conversation, len(images), free)
+            _place_images(conversation, len(pictures), free)
     return Record(
         printable(record_id(row)) or str(index),
         messages,
-        images,
+        pictures,
         _objects(row.get("objects") or []),
         rejected,
         rejected is not None,
@@ -106,58 +106,80 @@ def record_id(row: dict[str, Any]) -> str:
     return str(next((row[k] for k in ("id", "idx") if row.get(k) is not None), ""))
 
 
-def printable(value: Any, longest: int = 120) -> str:
-    """Foreign text on one line of a message: no control characters, not endless."""
-    text = str(value)[: longest + 1]
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= longest else text[:longest] + "..."
-
-
-Turns = list[tuple[Any, Any]]
-
-
-def _turns(said: Any) -> Turns:
-    """(role, content) of a list of turns in either schema."""
-    if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
-        raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
-    return [(_first(t, "role", "from"), _first(t, "content", "value")) for t in said]
-
-
-def _first(turn: dict[str, Any], *keys: str) -> Any:
-    """The value of the first key that has one; tables write None for what a row lacks."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+def _turns_of(row: dict[str, Any]) -> Turns:
+    """The turns of a row that is no preference pair."""
+    if row.get("conversations"):
+        return _from_first_question(parse_turns(row["conversations"]))
+    if row.get("messages"):
+        return parse_turns(row["messages"])
+    if row.get("texts"):
+        return [
+            {"role": role, "content": said.get(role)}
+            for said in parse_turns(row["texts"])
+            for role in ("user", "assistant")
+        ]
+    raise DataError(
+        "neither 'conversations' nor 'messages', nor 'chosen' with 'rejected'",
+        mend="use one of the schemas",
+    )
 
 
 def _from_first_question(turns: Turns) -> Turns:
     """Without the answers that nobody asked for: conversations cut out of longer ones begin with
     one, and LLaVA's own code leaves it out too."""
-    asked = next((i for i, (role, _) in enumerate(turns) if role not in ("gpt", "assistant")), None)
+    asked = next((i for i, t in enumerate(turns) if role_of(t) not in ("gpt", "assistant")), None)
     return [] if asked is None else turns[asked:]
+
+
+def _preference(row: dict[str, Any], images: Any) -> tuple[list[Message], list[Any], list[Message]]:
+    """The chosen conversation, its pictures, and the rejected conversation."""
+    chosen, rejected = (parse_conversation(turns) for turns in _pair(row))
+    for conversation in (chosen, rejected):
+        _check_answered(conversation.messages)
+    pictures, others = (_pictures(c, images) for c in (chosen, rejected))
+    if chosen.messages[:-1] != rejected.messages[:-1] or pictures != others:
+        raise DataError(
+            "chosen and rejected answer different prompts", mend="repeat the prompt in both"
+        )
+    if chosen.messages == rejected.messages:
+        raise DataError("chosen and rejected are the same", mend="drop the record")
+    return chosen.messages, pictures, rejected.messages
+
+
+def _pictures(conversation: Conversation, images: Any) -> list[Any]:
+    return resolved(conversation.shown, images)
 
 
 def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
     """The turns of the chosen and of the rejected conversation."""
-    asked = row.get("prompt") or row.get("question") or []
-    prompt: Turns = [("user", asked)] if isinstance(asked, str) else _turns(asked)
+    asked = first_of({k: row.get(k) or None for k in PROMPTS}, *PROMPTS)
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    elif isinstance(asked, dict):
+        asked = [{"role": "user", **asked}]
+    prompt = parse_turns(asked or [])
+    ends = bool(prompt) and role_of(prompt[-1]) in ("gpt", "assistant")
 
     def whole(answer: Any) -> Turns:
         if isinstance(answer, str):
-            return [*prompt, ("assistant", answer)]
-        turns = _turns(answer)
-        alone = bool(turns) and turns[0][0] in ("gpt", "assistant")
-        return [*prompt, *turns] if alone else turns
+            answer = {"role": "assistant", "content": answer}
+        turns = parse_turns([answer] if isinstance(answer, dict) else answer)
+        if turns and role_of(turns[0]) not in ("gpt", "assistant"):
+            return turns
+        if ends:
+            raise DataError(
+                "the prompt of a preference pair ends with an answer", mend="leave that answer out"
+            )
+        return [*prompt, *turns]
 
     return whole(row["chosen"]), whole(row["rejected"])
 
 
-def _conversation(turns: Turns) -> list[Message]:
-    messages = [_message(role, content) for role, content in turns]
+def _check_answered(messages: list[Message]) -> None:
     if not any(m["role"] == "assistant" and text_of(m).strip() for m in messages):
         raise DataError("no response of the assistant", mend="add one or drop the record")
     if messages[0]["role"] == "assistant":
         raise DataError("the conversation begins with an answer", mend="add what it answers")
-    return messages
 
 
 def _place_images(messages: list[Message], images: int, free: bool) -> None:
@@ -175,11 +197,6 @@ def _place_images(messages: list[Message], images: int, free: bool) -> None:
             mend="make the two numbers equal",
             kind="numbers of placeholders and images differ",
         )
-
-
-def _images(row: dict[str, Any]) -> list[Any]:
-    found = row.get("images") or row.get("image") or []
-    return list(found) if isinstance(found, list) else [found]
 
 
 def _objects(said: Any) -> tuple[GroundedObject, ...]:
@@ -207,51 +224,3 @@ def _object(said: Any) -> GroundedObject:
 def text_of(message: Message) -> str:
     """The words of a message."""
     return "".join(part.get("text", "") for part in message["content"])
-
-
-def _message(role: Any, content: Any) -> Message:
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(
-            f"unknown role {printable(role, 40)!r}",
-            mend=f"known: {', '.join(ROLES)}",
-            kind="unknown role",
-        )
-    if isinstance(content, str):
-        parts = _split_placeholders(content)
-    elif isinstance(content, list):
-        parts = [_part(part) for part in content]
-    else:
-        raise DataError(
-            f"a turn of {role!r} has no text", mend="give it a value", kind="a turn has no text"
-        )
-    message = {"role": ROLES[role], "content": parts}
-    try:
-        text_of(message).encode()
-    except UnicodeEncodeError as error:
-        raise DataError("text holds half of a character", mend="mend its encoding") from error
-    return message
-
-
-def _part(part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else part
-    if kind == "image":
-        return {"type": "image"}
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    raise DataError(
-        f"unknown content type {printable(kind, 40)!r}",
-        mend="text or image",
-        kind="unknown content type",
-    )
-
-
-def _split_placeholders(text: str) -> list[dict[str, Any]]:
-    """LLaVA writes pictures as '<image>' on a line of their own."""
-    parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(PLACEHOLDER)):
-        if i > 0:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.removesuffix("\n") if i == 0 else piece})
-    return parts or [{"type": "text", "text": text}]

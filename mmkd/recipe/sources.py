@@ -46,6 +46,10 @@ class SourceConfig(Strict):
         "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
     )
 
+    ignore: list[str] = Field(
+        [], description="keys of records that are left out, such as a video that is not needed"
+    )
+
     @field_validator("stream", mode="before")
     @classmethod
     def _a_number(cls, value: Any) -> Any:

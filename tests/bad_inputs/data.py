@@ -240,6 +240,115 @@ def equal_pair(world: World) -> None:
     world.records({"id": "r1", "question": "Is there a cat?", "chosen": "no", "rejected": "no"})
 
 
+@case(
+    KIND,
+    "gave a record with a video",
+    FIRST + "the record has media under 'video', which is not read",
+    "name the key in 'ignore' of its source",
+)
+def record_with_a_video(world: World) -> None:
+    world.records(record(video="clip.mp4"))
+
+
+@case(
+    KIND,
+    "gave the system message a key of its own",
+    FIRST + "the record has content under 'system', which is not read",
+    "drop the record",
+)
+def system_beside_the_conversation(world: World) -> None:
+    world.records(record(system="Be brief."))
+
+
+@case(
+    KIND,
+    "gave sound among the parts of a turn",
+    FIRST + "unknown content type 'audio'",
+    "text or image",
+)
+def audio_part(world: World) -> None:
+    said = [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]
+    world.records({"id": "r1", "messages": [*said, {"role": "assistant", "content": "yes"}]})
+
+
+@case(
+    KIND,
+    "gave a picture a size among the parts of a turn",
+    FIRST + "unknown content key 'max_pixels' beside image",
+    "image_size",
+)
+def size_of_a_picture_in_a_turn(world: World) -> None:
+    part = {"type": "image", "image": "picture.png", "max_pixels": 50176}
+    said = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "yes"}]
+    world.records({"id": "r1", "messages": said})
+
+
+@case(
+    KIND,
+    "marked an answer as one not to train on",
+    FIRST + "a turn of 'gpt' has weight: 0",
+    "cut the record before it",
+)
+def turn_without_weight(world: World) -> None:
+    world.records(record(conversations=[TURNS[0], {**TURNS[1], "weight": 0}]))
+
+
+@case(
+    KIND,
+    "named a picture within the text",
+    FIRST + "the text names a file: <img>picture.png</img>",
+    "write <image> in its place",
+)
+def picture_named_in_the_text(world: World) -> None:
+    asked = {"from": "human", "value": "Picture 1: <img>picture.png</img>\nIs there a cat?"}
+    world.records(record(image=None, conversations=[asked, TURNS[1]]))
+
+
+@case(
+    KIND,
+    "named the picture under another key",
+    FIRST + "its picture is named under 'image_path'",
+    "name it under 'image'",
+)
+def picture_under_another_key(world: World) -> None:
+    world.records(record(image=None, image_path="picture.png"))
+
+
+@case(
+    KIND,
+    "gave two pictures under two keys",
+    FIRST + "'image' and 'images' say different things",
+    "drop one of them",
+)
+def picture_under_two_keys(world: World) -> None:
+    world.records(record(images=["other.png"]))
+
+
+@case(
+    KIND,
+    "referred to a picture that is not in the list",
+    FIRST + "image placeholders have the indices [1], but the images are [0]",
+    "counted from 0",
+)
+def index_of_no_picture(world: World) -> None:
+    asked = [{"type": "image", "index": 1}, {"type": "text", "text": "Is there a cat?"}]
+    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]
+    world.records({"id": "r1", "images": ["picture.png"], "messages": said})
+
+
+@case(
+    KIND,
+    "packed videos into a shard",
+    "part.tar: record 0: the sample has the file 1.mp4, which is not read",
+    "read are json, txt and jpg",
+)
+def video_in_a_shard(world: World) -> None:
+    with tarfile.open("part.tar", "w") as tar:
+        for name in ("1.mp4", "1.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    world.raw["data"] = {"train": "part.tar"}
+
+
 @case(KIND, "let all records be skipped", "records.json: every record is bad", "data check")
 def every_record_is_bad(world: World) -> None:
     world.records(record(image=None))
@@ -258,6 +367,16 @@ def picture(name: str) -> dict[str, Any]:
 )
 def missing_image(world: World) -> None:
     world.records(picture("gone.png"))
+
+
+@case(
+    "image",
+    "named a picture on the web",
+    FIRST + "https://example.org/a.png lies on the web",
+    "download it",
+)
+def image_on_the_web(world: World) -> None:
+    world.records(picture("https://example.org/a.png"))
 
 
 @case("image", "named a folder", FIRST + "model is not a file", "check data.images")

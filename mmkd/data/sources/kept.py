@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.schema import printable
+from mmkd.data.content import printable
 from mmkd.errors import DataError
 from mmkd.files import disk_error
 from mmkd.progress import track

@@ -7,13 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmkd.data.content import printable
 from mmkd.data.images import Member
-from mmkd.data.schema import ANSWERS, printable
+from mmkd.data.schema import ANSWERS
 from mmkd.data.sources.kept import keep, of_each_file, stamps
 from mmkd.data.sources.texts import parse_object
 from mmkd.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+UNREAD = frozenset(
+    {"mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "mp3", "wav", "flac",
+     "ogg", "opus", "m4a", "aac", "avif", "heic", "heif", "jxl", "jp2", "svg", "eps", "pdf", "ppm",
+     "pgm", "ico", "tga", "psd", "dds", "exr", "dcm"}
+)  # fmt: skip
+"""Media that are not read. A sample that has one is refused, not trained on without it."""
 
 
 class ShardRows:
@@ -48,12 +56,18 @@ class ShardRows:
                 raise DataError(
                     f"the sample has two files {printable(name)}", kind="two files of one name"
                 )
+            if m["extension"].rsplit(".", 1)[-1] in UNREAD:
+                raise DataError(
+                    f"the sample has the file {printable(name)}, which is not read",
+                    mend=f"drop the sample; read are json, txt and {', '.join(PICTURES)}",
+                    kind=f"a file .{m['extension'].rsplit('.', 1)[-1]}",
+                )
             members[m["extension"]] = Member(archive, name, m["offset"], m["size"])
         shown = sorted((e for e in members if e.rsplit(".", 1)[-1] in PICTURES), key=_place_of)
         pictures = [members[extension] for extension in shown]
         row = self._said(members, len(pictures))
         if pictures:
-            row = {**row, "images": pictures}
+            row = {**row, "image": None, "images": pictures}
         return row if row.get("id") is not None else {**row, "id": key}
 
     def _said(self, members: dict[str, Member], pictures: int) -> dict[str, Any]:
@@ -65,6 +79,8 @@ class ShardRows:
             caption = members["txt"].read().decode()
         except UnicodeDecodeError as error:
             raise DataError("the caption is no UTF-8", mend="mend or drop it") from error
+        if not pictures:
+            raise DataError("a caption without a picture", mend="add the picture or drop it")
         question = "<image>\n" * pictures + self.prompt
         return {
             "conversations": [

@@ -1,0 +1,376 @@
+"""The turns of a conversation: text, and the pictures between it.
+
+Published data writes pictures in three ways, and each is read:
+
+    "<image>\\nWhat is this?"                        LLaVA: the record's next picture
+    {"type": "image"}, {"type": "image", "index": 1} the record's next picture, or that one of them
+    {"type": "image", "image": "a.png"}              the picture itself (also `image_url`, `url`,
+                                                     `path`, `base64`, `bytes`, `source`)
+
+What would change the conversation and cannot be read is refused, not passed over.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from mmkd.errors import DataError
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
+         "system": "system"}  # fmt: skip
+PLACEHOLDER = "<image>"
+MEDIA = frozenset(
+    f"{kind}{end}"
+    for kind in ("video", "audio", "speech", "sound", "music", "waveform", "point_cloud",
+                 "pointcloud")
+    for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls", "_bytes")
+)  # fmt: skip
+TURN_KEYS = frozenset(
+    {"tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
+     "refusal"}
+)  # fmt: skip
+"""Keys of a turn that belong to what is said. mmkd does not render them."""
+TRAINED = {"weight": 1, "loss_weight": 1, "loss": 1, "train": 1, "trainable": 1, "masked": 0}
+"""Keys of a turn that say whether it is trained on, and the value of an ordinary one."""
+TEXT_TYPES = ("text", "input_text", "output_text")
+IMAGE_TYPES = ("image", "image_url", "input_image")
+PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
+PART_KEYS = frozenset({"type", "text", "index", "detail", "cache_control", "annotations"})
+NAMED_IN_TEXT = re.compile(r"<(img|audio|video)>[^<>\n]*\.\w{2,5}\s*</\1>")
+FILE_URL = re.compile(r"^file:(//(localhost(?=/))?)?", re.IGNORECASE)
+
+Message = dict[str, Any]
+"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}"""
+Turns = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A placeholder that names one of the record's pictures by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A parsed conversation.
+
+    Attributes:
+        messages: with a part {"type": "image"} for each placeholder.
+        shown: of each placeholder, None (the record's next picture), an `Index`, or the picture.
+    """
+
+    messages: list[Message]
+    shown: list[Any]
+
+
+def printable(value: Any, longest: int = 120) -> str:
+    """Foreign text on one line of a message: no control characters, not endless."""
+    text = str(value)[: longest + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def given(value: Any) -> bool:
+    """Whether a value says anything: tables write None, "" or empty lists for what a row lacks."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, list | tuple):
+        return any(map(given, value))
+    if isinstance(value, dict):
+        return any(map(given, value.values()))
+    if isinstance(value, bool | int | float):
+        return bool(value) and value == value  # NaN is how pandas writes None
+    return value is not None
+
+
+def parse_turns(said: Any) -> list[dict[str, Any]]:
+    """A list of turns in either schema.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
+        raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
+    return said
+
+
+def role_of(turn: dict[str, Any]) -> Any:
+    return first_of(turn, "role", "from")
+
+
+def first_of(turn: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one; tables write None for what a row lacks."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
+def parse_conversation(turns: Turns) -> Conversation:
+    """Messages with placeholders for pictures, and what the placeholders stand for.
+
+    Raises:
+        DataError: a turn has no known role or no text, or it holds what cannot be read.
+    """
+    messages: list[Message] = []
+    shown: list[Any] = []
+    for turn in turns:
+        message, pictures = _message(turn)
+        messages.append(message)
+        shown += pictures
+    return Conversation(messages, shown)
+
+
+def _message(turn: dict[str, Any]) -> tuple[Message, list[Any]]:
+    role, content = role_of(turn), first_of(turn, "content", "value", "text")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(
+            f"unknown role {printable(role, 40)!r}",
+            mend=f"known: {', '.join(ROLES)}",
+            kind="unknown role",
+        )
+    _refuse_unread(turn, role)
+    parts: list[dict[str, Any]] = []
+    shown: list[Any] = []
+    if isinstance(content, str):
+        parts = _split_placeholders(content)
+        shown = [None for part in parts if part["type"] == "image"]
+    elif isinstance(content, list):
+        for said in content:
+            found = _part(said)
+            parts += [part for part, _ in found]
+            shown += [picture for part, picture in found if part["type"] == "image"]
+    elif content is not None:
+        raise _no_text(role)
+    parts, shown = _with_own(turn, parts, shown)
+    if not parts and content != []:
+        raise _no_text(role)
+    message = {"role": ROLES[role], "content": parts}
+    _check_text(message)
+    return message, shown
+
+
+def _no_text(role: str) -> DataError:
+    return DataError(
+        f"a turn of {role!r} has no text", mend="give it a value", kind="a turn has no text"
+    )
+
+
+def _refuse_unread(turn: dict[str, Any], role: str) -> None:
+    """Raise DataError for a key of a turn that belongs to what is said and is not rendered."""
+    for key in turn:
+        if key in MEDIA or key in TURN_KEYS:
+            if given(turn[key]):
+                raise unread(key, f"a turn of {role!r} has")
+        elif key in TRAINED and turn[key] is not None and turn[key] != TRAINED[key]:
+            raise DataError(
+                f"a turn of {role!r} has {printable(key)}: {printable(turn[key], 20)}",
+                mend="every answer is trained on alike; cut the record before it, or drop the key",
+                kind=f"a turn has {key}",
+            )
+
+
+def unread(key: str, begin: str = "the record has") -> DataError:
+    """An error for a key that has content which is not read."""
+    what = "media" if key.lower() in MEDIA else "content"
+    return DataError(
+        f"{begin} {what} under {printable(key)!r}, which is not read",
+        mend="drop the record, or name the key in 'ignore' of its source",
+        kind=f"{what} under {printable(key)!r}",
+    )
+
+
+def _with_own(
+    turn: dict[str, Any], parts: list[dict[str, Any]], shown: list[Any]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A turn's parts with the pictures under its own `images` or `image`."""
+    own = pictures_of(first_of(turn, "images", "image"))
+    if not own:
+        return parts, shown
+    if not shown:
+        return [*({"type": "image"} for _ in own), *parts], own
+    if any(s is not None for s in shown) or len(shown) != len(own):
+        raise DataError(
+            f"a turn has {len(shown)} image placeholder(s) but {len(own)} image(s) of its own",
+            mend="make the two numbers equal",
+            kind="numbers of placeholders and images differ",
+        )
+    return parts, own
+
+
+def _check_text(message: Message) -> None:
+    text = "".join(part.get("text", "") for part in message["content"])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("text holds half of a character", mend="mend its encoding") from error
+    named = NAMED_IN_TEXT.search(text) if message["role"] != "assistant" else None
+    if named is not None:
+        raise DataError(
+            f"the text names a file: {printable(named.group(), 60)}",
+            mend="write <image> in its place, and the path under 'images'",
+            kind="the text names a picture, sound or video",
+        )
+
+
+def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
+    """A part of a content list, as parts with what each shows; a part without text is none."""
+    kind = said.get("type") if isinstance(said, dict) else None
+    if isinstance(said, dict) and kind is None:  # {"image": "a.png"}, {"text": "What is this?"}
+        kind = next((k for k in ("text", *PICTURE_KEYS) if given(said.get(k))), None)
+        kind = kind if kind in (None, "text") else "image"
+    if kind not in TEXT_TYPES + IMAGE_TYPES:
+        raise DataError(
+            f"unknown content type {printable(kind, 40)!r}",
+            mend="text or image",
+            kind="unknown content type",
+        )
+    known = PART_KEYS if kind in TEXT_TYPES else PART_KEYS.union(PICTURE_KEYS)
+    for key in said:
+        if key not in known and given(said[key]):
+            raise DataError(
+                f"unknown content key {printable(key, 40)!r} beside {kind}",
+                mend="drop it; sizes of pictures are set by the recipe's image_size",
+                kind="unknown content key",
+            )
+    if kind in IMAGE_TYPES:
+        return [({"type": "image"}, _shown(said))]
+    text = said.get("text")
+    if text is None:
+        return []
+    if not isinstance(text, str):
+        raise DataError("a part of type 'text' has no text", mend="give it a text")
+    if PLACEHOLDER in text:
+        return [(part, None) for part in _split_placeholders(text)]
+    return [({"type": "text", "text": text}, None)]
+
+
+def _shown(part: dict[str, Any]) -> Any:
+    """What a part of type image says of its picture: itself, its number, or nothing."""
+    if isinstance(part.get("bytes"), bytes):
+        return {"bytes": part["bytes"], "path": part.get("path")}
+    found = [part[key] for key in PICTURE_KEYS if given(part.get(key))]
+    if len(found) > 1:
+        raise DataError(
+            "a part of type 'image' names several pictures", mend="give each a part of its own"
+        )
+    if found:
+        data = given(part.get("base64"))
+        return picture_of({"base64": found[0]} if data else found[0])
+    index = part.get("index")
+    if index is None:
+        return None
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise DataError(
+            f"the index of an image is {printable(index, 40)!r}", mend="count images from 0"
+        )
+    return Index(index)
+
+
+def pictures_of(said: Any) -> list[Any]:
+    """The pictures under a record's or a turn's `images` or `image`, one or a list, without those
+    that are null."""
+    found = said if isinstance(said, list) else [said]
+    return [picture_of(one) for one in found if given(one)]
+
+
+def picture_of(said: Any) -> Any:
+    """What `mmkd.data.images.load_image` takes for a picture as data writes it.
+
+    Args:
+        said: a path, a `file:` or `data:` URL, {bytes, path}, {url}, {base64}, {data} of a base64
+            source, a member of an archive, or a decoded picture.
+
+    Raises:
+        DataError: it lies on the web, or its base64 is damaged.
+    """
+    if isinstance(said, dict) and not isinstance(said.get("bytes"), bytes):
+        if isinstance(encoded := first_of(said, "base64", "data"), str):
+            return _decoded(encoded)
+        said = first_of(said, "url", "path")
+    if not isinstance(said, str):
+        return said
+    scheme = said[:8].partition(":")[0].lower()
+    if scheme == "data":
+        head, _, encoded = said.partition(",")
+        if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
+            raise DataError(
+                f"a data URL holds no picture in base64: {printable(head, 60)}",
+                mend="write data:image/png;base64,...",
+                kind="a data URL holds no picture",
+            )
+        return _decoded(encoded)
+    if scheme == "file":
+        return unquote(FILE_URL.sub("", said))
+    if scheme in ("http", "https", "s3", "gs", "hf") and "://" in said[:10]:
+        raise DataError(
+            f"{printable(said)} lies on the web",
+            mend="download it, and give its path",
+            kind="image on the web",
+        )
+    return said
+
+
+def _decoded(encoded: str) -> dict[str, Any]:
+    _, _, encoded = encoded.rpartition(";base64,")
+    try:
+        return {"bytes": base64.b64decode("".join(encoded.split()), validate=True), "path": None}
+    except (binascii.Error, ValueError) as error:
+        raise DataError(
+            "a picture's base64 is damaged", mend="encode the file again, or drop it"
+        ) from error
+
+
+def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
+    """A record's pictures in the order of their placeholders.
+
+    Args:
+        shown: of each placeholder, as in `Conversation`.
+        images: what the record has under `images` or `image`.
+
+    Raises:
+        DataError: placeholders name pictures that are not there, or not all of them.
+    """
+    own = pictures_of(images)
+    numbers = [s.number for s in shown if isinstance(s, Index)]
+    named = [s for s in shown if s is not None and not isinstance(s, Index)]
+    if not numbers and not named:
+        return own
+    if max(len(numbers), len(named)) < len(shown):
+        raise DataError(
+            "some image placeholders name their picture and others do not",
+            mend="name all of them, or none",
+        )
+    if named:
+        if own and own != named:
+            raise DataError(
+                f"pictures stand both in the turns ({len(named)}) and under 'images' ({len(own)})",
+                mend="keep one of the two",
+                kind="pictures in the turns and under 'images'",
+            )
+        return named
+    every = images if isinstance(images, list) else [images]
+    there = {i for i, one in enumerate(every) if given(one)}
+    if set(numbers) != there:
+        raise DataError(
+            f"image placeholders have the indices {sorted(set(numbers))}, but the images are "
+            f"{sorted(there)}",
+            mend="refer to every image, counted from 0",
+            kind="indices of placeholders and images differ",
+        )
+    return [picture_of(every[number]) for number in numbers]
+
+
+def _split_placeholders(text: str) -> list[dict[str, Any]]:
+    """LLaVA writes pictures as '<image>' on a line of their own."""
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split(PLACEHOLDER)):
+        if i > 0:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.removesuffix("\n") if i == 0 else piece})
+    return parts or [{"type": "text", "text": text}]
