@@ -61,6 +61,10 @@ class HubError(MmkdError):
     """The Hub cannot be reached, or it refuses."""
 
 
+class EvaluationError(MmkdError):
+    """Part of an evaluation failed; the rest of it is written."""
+
+
 class NonFiniteLossError(MmkdError):
     """Training produced a loss or gradient that is not a number."""
 
@@ -89,3 +93,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """How to mend a word that is not known: the nearest one that is, or all."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without its place and its hint, in one line."""
+    if isinstance(error, MmkdError):
+        return error.what
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

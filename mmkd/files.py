@@ -111,6 +111,11 @@ def link_file(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """The same files in a second folder, by `link_file`."""
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=link_file)
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb+") as file:

@@ -25,12 +25,12 @@ from mmkd import distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.checkpoint import check_batch
 from mmkd.errors import CheckpointError
-from mmkd.files import link_file, read_json, write_folder, write_json, write_text
+from mmkd.evaluation.models import evaluate_models
+from mmkd.files import link_folder, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import console, say
 from mmkd.recipe import (
-    EvaluateConfig,
     ModelConfig,
     Recipe,
     StageConfig,
@@ -45,8 +45,6 @@ from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
-UNSAID = {"revision": None, "processor": None}
-"""Of a model that was evaluated before these were written down."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         MmkdError: in one line, what is wrong with recipe, models or data.
+        EvaluationError: the students are trained, and some model could not be evaluated.
     """
     patience = max(stage.engine.patience for stage in recipe.stages)
     device = distributed.choose_device(recipe.stages[0].engine.device)
@@ -183,7 +182,7 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
         folders = ["00-start"] + [member.stage_folder(i).name for i in shared]
         for name in folders:
             if (source.folder / name).is_dir() and not _is_done(member.folder / name):
-                write_folder(member.folder / name, partial(_link, source.folder / name))
+                write_folder(member.folder / name, partial(link_folder, source.folder / name))
         describe(member, recipe)
         names = ", ".join(member.recipe.stages[i].name for i in shared)
         say(f"{member.label}: {names} as in {source.label}")
@@ -201,10 +200,6 @@ def _common_stages(member: Member, other: Member) -> int:
     pairs = zip(member.recipe.stages, other.recipe.stages, strict=False)
     finished = [a == b and _is_done(other.stage_folder(i)) for i, (a, b) in enumerate(pairs)]
     return len(list(takewhile(bool, finished)))
-
-
-def _link(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=link_file)
 
 
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
@@ -313,85 +308,4 @@ def evaluate(recipe: Recipe, trained: list[Member]) -> None:
                 sources[f"{member.label}@{stage.name}"] = _from_folder(student, folder)
         sources[member.label] = _from_folder(student, member.student)
     device = str(distributed.choose_device(recipe.stages[0].engine.device))
-    for label, source in sources.items():
-        out = run_folder(recipe) / "evaluation" / label
-        model = {
-            "model": source.model,
-            "revision": source.revision,
-            "processor": source.processor,
-            "weights": provenance.weights_hash(Path(source.model or "")),
-        }
-        running = {
-            "device": device,
-            "revision": source.revision,
-            "trust_remote_code": source.trust_remote_code,
-        }
-        _score(label, model, settings, out, running)
-        if settings.decode and "@" not in label:
-            _time_decoding(label, model, settings.decode, out, running)
-
-
-def _score(
-    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
-) -> None:
-    from mmkd.evaluation.run import evaluate as score
-
-    request = {**model, **settings.model_dump(mode="json", exclude={"decode"})}
-    if _answered(out, request):
-        return
-    if twin := _twin(out, request):
-        write_folder(out, partial(_link, twin))
-        results = read_json(twin / "results.json")
-        write_json(out / "results.json", {**results, "model": model["model"]})
-        write_json(out / "request.json", request)
-        say(f"{label}: scores of the same weights as {twin.name}")
-        return
-    console.rule(f"{label}: evaluation")
-    score(
-        model["model"],
-        processor=model["processor"],
-        tasks=settings.tasks,
-        include_path=Path(settings.include) if settings.include else None,
-        local=Path(settings.local) if settings.local else None,
-        out=out,
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        **running,
-    )
-    write_json(out / "request.json", request)
-
-
-def _answered(out: Path, request: dict[str, Any]) -> bool:
-    path = out / "request.json"
-    return path.exists() and _asked(path) == request
-
-
-def _asked(path: Path) -> dict[str, Any]:
-    """What an evaluation was asked for; keys that are new since have their defaults."""
-    fields = EvaluateConfig.model_fields
-    unset = {name: f.default for name, f in fields.items() if not f.is_required()}
-    del unset["decode"]
-    return UNSAID | unset | dict(read_json(path))
-
-
-def _twin(out: Path, request: dict[str, Any]) -> Path | None:
-    """A finished evaluation of the same weights on the same tasks, under another name."""
-    if request["weights"] is None:
-        return None
-    for path in sorted(out.parent.glob("*/request.json")):
-        if path.parent != out and _asked(path) | {"model": request["model"]} == request:
-            return path.parent
-    return None
-
-
-def _time_decoding(
-    label: str, model: dict[str, Any], contexts: list[int], out: Path, running: dict[str, Any]
-) -> None:
-    from mmkd.evaluation.decode import time_folder
-
-    path = out / "decode.json"
-    request = {**model, "contexts": contexts, "device": running["device"]}
-    if path.exists() and UNSAID | read_json(path)["request"] == request:
-        return
-    console.rule(f"{label}: decoding")
-    time_folder(model["model"], contexts, path, request=request, **running)
+    evaluate_models(sources, settings, run_folder(recipe) / "evaluation", device)

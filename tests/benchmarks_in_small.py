@@ -11,7 +11,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image as Pictures
 
 from mmkd.evaluation.manager import find_tasks
-from mmkd.evaluation.run import _simple_evaluate, collect_scores
+from mmkd.evaluation.scored import collect_scores, simple_evaluate
 
 Row = dict[str, Any]
 
@@ -228,7 +228,7 @@ def scored(
     """Scores of a model that gives these answers, and the model."""
     manager = find_tasks([task], None, local)
     model = Scripted(answers)
-    raw = _simple_evaluate(model, manager.chosen.names, manager, limit)
+    raw = simple_evaluate(model, manager.chosen.names, manager, limit)
     (scores,) = collect_scores(raw, manager.chosen.names).values()
     return scores, model
 

@@ -26,12 +26,8 @@ from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation import scenes
 from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.manager import find_tasks
-from mmkd.evaluation.run import (
-    _simple_evaluate,
-    collect_scores,
-    evaluate,
-    require_lmms_eval,
-)
+from mmkd.evaluation.run import evaluate, require_lmms_eval
+from mmkd.evaluation.scored import collect_scores, simple_evaluate
 
 TASKS = ["scenes_pope", "scenes_vqa", "scenes_vqa_attributes", "scenes_vqa_assets"]
 TASKS += ["scenes_caption"]
@@ -59,7 +55,7 @@ class Oracle(lmms):
 def test_true_answers_get_full_scores_through_lmms_eval(scenes_dir: Path) -> None:
     manager = find_tasks(["scenes"], scenes_dir / "tasks", None)
     assert sorted(manager.chosen.names) == sorted(TASKS)
-    raw = _simple_evaluate(Oracle(), TASKS, manager, None)
+    raw = simple_evaluate(Oracle(), TASKS, manager, None)
     scores = collect_scores(raw, TASKS)
     assert list(scores) == TASKS
     assert scores["scenes_caption"] == pytest.approx(

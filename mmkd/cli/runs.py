@@ -29,9 +29,14 @@ def run(
 
         sys.exit(launch(["run", str(recipe), *(overrides or []), *named(plugin)], nproc))
     from mmkd import distributed, pipeline
+    from mmkd.errors import EvaluationError
     from mmkd.report import write_report
 
-    folder = pipeline.run(read)
+    try:
+        folder = pipeline.run(read)
+    except EvaluationError:
+        write_report(pipeline.run_folder(read))  # of what there is
+        raise
     if distributed.rank() == 0:
         write_report(folder)
     distributed.disconnect()

@@ -25,6 +25,7 @@ from mmkd.data.generation import end_tokens, padding_token
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
+from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.loading import load_pretrained, load_pretrained_processor
 
 Message = dict[str, Any]
@@ -189,6 +190,7 @@ class MmkdModel(lmms):
         self.end_tokens = end_tokens(processor, model.generation_config.eos_token_id)
         self.batch_size = int(batch_size)
         self.progress = progress
+        self.refusals = Refusals()
         self.generated_tokens = 0
         self.generation_seconds = 0.0
 
@@ -247,15 +249,43 @@ class MmkdModel(lmms):
 
     def _answer(self, batch: Sequence[Request]) -> dict[int, GenerationResult]:
         """Answers by request index. Prompts with and without pictures go apart: no processor
-        takes both in one call."""
-        prompts = [self._prompt(request) for request in batch]
+        takes both in one call. A document that cannot be asked about is named in `refusals`."""
+        prompts: list[Prompt] = []
         answers: dict[int, GenerationResult] = {}
+        requests = {request.index: request for request in batch}
+        for request in batch:
+            try:
+                prompts.append(self._prompt(request))
+            except Exception as error:
+                answers[request.index] = self._refuse(request, error)
         for wanted in (True, False):
             part = [p for p in prompts if bool(p.images) is wanted]
             if part:
-                results = self._generate(part, batch[0].settings)
-                answers |= {p.index: r for p, r in zip(part, results, strict=True)}
+                answers |= self._answer_usable(part, requests)
         return answers
+
+    def _answer_usable(
+        self, prompts: Sequence[Prompt], requests: dict[int, Request]
+    ) -> dict[int, GenerationResult]:
+        """Answers by request index. What the processor or the model refuses is looked for in
+        halves, so that all others stay in batches."""
+        first = requests[prompts[0].index]
+        try:
+            results = self._generate(prompts, first.settings)
+        except Exception as error:
+            if len(prompts) == 1 or not is_of_document(error):
+                return {first.index: self._refuse(first, error)}
+            half = len(prompts) // 2
+            parts = (prompts[:half], prompts[half:])
+            return self._answer_usable(parts[0], requests) | self._answer_usable(parts[1], requests)
+        for prompt in prompts:
+            self.refusals.answered(requests[prompt.index].task)
+        return {p.index: r for p, r in zip(prompts, results, strict=True)}
+
+    def _refuse(self, request: Request, error: Exception) -> GenerationResult:
+        """The answer to a document that cannot be asked about; raises what is not its fault."""
+        self.refusals.add(request.task, request.doc_id, error)
+        return GenerationResult(Unanswered(), TokenCounts(0, 0))
 
     def _encode(self, prompts: Sequence[Prompt]) -> Any:
         """Model inputs; input_ids and attention_mask are [B, T], padded on the left."""

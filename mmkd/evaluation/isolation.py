@@ -17,6 +17,8 @@ import torch
 from PIL import ImageFile
 from tqdm import tqdm
 
+from mmkd.evaluation.pictures import broken_pictures_wait
+
 
 @contextmanager
 def isolated(progress: bool | None = None) -> Iterator[None]:
@@ -31,6 +33,7 @@ def isolated(progress: bool | None = None) -> Iterator[None]:
         random_state(),
         warnings.catch_warnings(),
         filled_pictures(),
+        broken_pictures_wait(),
         warnings_only(),
         progress_bars(shown),
     ):

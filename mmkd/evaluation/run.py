@@ -4,35 +4,37 @@
                       include_path=Path("data/scenes/tasks"), out=Path("runs/mine/evaluation"))
     result.scores["scenes_pope"]["pope_adversarial_accuracy"]
 
-Files: `out/results.json` (written last, so it is there only when all is) and
-`out/samples/<task>.jsonl`, one line per document.
+Files: `out/results.json`, written last, and `out/samples/<task>.jsonl`, one line per document.
+What a finished task gave is kept in `out/unfinished/` until all tasks are finished: the same call
+goes on with the others. A task that fails does not stop them; `results.json` names it.
 """
 
 import importlib.metadata
 import importlib.util
-import io
 import json
 import time
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmkd.errors import MmkdError
+from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
+from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.install import INSTALL
 from mmkd.evaluation.isolation import isolated, silent_imports
+from mmkd.evaluation.refusals import describe, is_of_document
+from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
 from mmkd.files import write_json, write_text
+from mmkd.progress import say
+from mmkd.task_files import data_files
 
 if TYPE_CHECKING:
-    from lmms_eval.tasks import TaskManager
     from transformers import PreTrainedModel, ProcessorMixin
 
-Sample = dict[str, Any]
+    from mmkd.evaluation.adapter import MmkdModel
+    from mmkd.evaluation.manager import ChosenTasks
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class EvaluationResult:
         device, dtype: where and in which type the model ran.
         batch_size, limit: as asked for; with a limit the scores are of the first documents only.
         data: {task: files of its documents}, for tasks that were read from `local`.
+        unanswered: {task: {documents: count, first: document, reason: text}}, for tasks with
+            documents that could not be asked about; these count as wrong.
+        failed: {task: reason}, for tasks without scores.
         samples: {task: [one record per document]}.
     """
 
@@ -66,6 +71,8 @@ class EvaluationResult:
     limit: int | None
     data: dict[str, list[str]]
     samples: dict[str, list[Sample]] = field(repr=False)
+    unanswered: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What `results.json` holds: everything but the samples."""
@@ -110,7 +117,9 @@ def evaluate(
     Raises:
         MmkdError: lmms-eval is missing, a task is unknown, needs a judge or returned no scores.
         CheckpointError: the model or its processor cannot be used.
-        DataError: a task's data file is missing or of another schema.
+        DataError: a task's data file is missing or of another schema, or none of its documents can
+            be asked about.
+        EvaluationError: some of the tasks failed; the others' scores are written.
     """
     require_lmms_eval()
     _require_positive(batch_size=batch_size, limit=limit)
@@ -130,28 +139,134 @@ def evaluate(
             processor=processor,
             progress=progress,
         )
-        started = time.perf_counter()
-        raw = _simple_evaluate(adapter, manager.chosen.names, manager, limit)
-        seconds = time.perf_counter() - started
-    scores = collect_scores(raw, manager.chosen.names)
+        request: dict[str, Any] = {
+            "model": path,
+            "files": _model_facts(path, revision),
+            "revision": revision,
+            "processor": processor if isinstance(processor, str) else None,
+            "device": str(adapter.device),
+            "dtype": str(adapter.model.dtype).removeprefix("torch."),
+            "batch_size": batch_size,
+            "limit": limit,
+            "lmms_eval": importlib.metadata.version("lmms-eval"),
+        }
+        # The weights of a model in memory are not told by a name: nothing of it is kept.
+        finished = FinishedTasks(None if path is None else out, request)
+        given, failed = _run_tasks(adapter, manager, limit, finished)
+    tokens = sum(g["tokens"] for g in given)
+    answering = sum(g["generation_seconds"] for g in given)
     result = EvaluationResult(
         model=path or adapter.model.config.name_or_path or type(adapter.model).__name__,
-        scores=scores,
+        scores=_joined(given, "scores"),
         parameters=sum(p.numel() for p in adapter.model.parameters()),
         weights_bytes=_weights_bytes(path, revision, adapter.model),
-        tokens_per_second=adapter.tokens_per_second,
-        seconds=seconds,
-        lmms_eval=importlib.metadata.version("lmms-eval"),
-        device=str(adapter.device),
-        dtype=str(adapter.model.dtype).removeprefix("torch."),
+        tokens_per_second=tokens / answering if answering else 0.0,
+        seconds=sum(g["seconds"] for g in given),
+        lmms_eval=request["lmms_eval"],
+        device=request["device"],
+        dtype=request["dtype"],
         batch_size=batch_size,
         limit=limit,
         data={name: [str(f) for f in found.files] for name, found in manager.local.items()},
-        samples={task: [_sample(s) for s in raw["samples"][task]] for task in scores},
+        samples=_joined(given, "samples"),
+        unanswered=_joined(given, "unanswered"),
+        failed={task: one_line(error) for task, error in failed.items()},
     )
     if out is not None:
         write_result(result, out)
+    if failed:
+        raise _failure(failed, len(manager.chosen.names))
+    finished.clear()
     return result
+
+
+def _run_tasks(
+    adapter: "MmkdModel", manager: "ChosenTasks", limit: int | None, finished: FinishedTasks
+) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
+    """What each task gave, and the error of each that failed.
+
+    Raises:
+        Exception: all tasks failed, or the machine or the set-up did.
+    """
+    given: list[dict[str, Any]] = []
+    failed: dict[str, Exception] = {}
+    for name in manager.chosen.names:
+        facts = _task_facts(name, manager)
+        known = finished.read(name, facts)
+        if known is not None:
+            say(f"{name}: already answered")
+        else:
+            try:
+                known = finished.write(name, facts, _run_task(adapter, name, manager, limit))
+            except Exception as error:
+                if not isinstance(error, MmkdError) and not is_of_document(error):
+                    raise
+                say(f"{name}: failed ({one_line(error)})")
+                failed[name] = error
+                continue
+            for task, found in known["unanswered"].items():
+                say(describe(task, found))
+        given.append(known)
+    if not given:
+        raise next(iter(failed.values()))
+    return given, failed
+
+
+def _run_task(
+    adapter: "MmkdModel", name: str, manager: "ChosenTasks", limit: int | None
+) -> dict[str, Any]:
+    """Scores, samples and costs of one task, or of one group of tasks."""
+    started = time.perf_counter()
+    tokens, answering = adapter.generated_tokens, adapter.generation_seconds
+    raw = simple_evaluate(adapter, [name], manager, limit)
+    scores = collect_scores(raw, [name])
+    samples, unanswered = {}, {}
+    for task in scores:
+        adapter.refusals.require_answers(task)
+        reasons = adapter.refusals.reasons.get(task, {})
+        samples[task] = [sample_of(s, reasons.get(s["doc_id"])) for s in raw["samples"][task]]
+        if found := adapter.refusals.of(task):
+            unanswered[task] = found
+    return {
+        "scores": scores,
+        "samples": samples,
+        "unanswered": unanswered,
+        "tokens": adapter.generated_tokens - tokens,
+        "generation_seconds": adapter.generation_seconds - answering,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _joined(given: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    return {task: value for g in given for task, value in g[key].items()}
+
+
+def _failure(failed: dict[str, Exception], asked: int) -> EvaluationError:
+    task, error = next(iter(failed.items()))
+    return EvaluationError(
+        f"{len(failed)} of {asked} tasks failed, the first: {one_line(error)}",
+        where=task,
+        mend=f"the other scores are kept; {AGAIN}",
+    )
+
+
+def _model_facts(path: str | None, revision: str | None) -> list[list[Any]]:
+    folder = _folder(path, revision) if path else None
+    return (
+        [] if folder is None else facts_of([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    )
+
+
+def _task_facts(name: str, manager: "ChosenTasks") -> list[list[Any]]:
+    """What tells whether the files of a task's documents have changed."""
+    files: list[Path] = []
+    every = manager.chosen.tasks
+    for task in [t for t in every if t.name == name] or every:  # a group's name is no task's
+        if task.path is not None:
+            files += [task.path, *data_files(dict(task.config), task.path.parent)]
+        if found := manager.local.get(task.name):
+            files += [*found.files, *found.pictures]
+    return facts_of(files)
 
 
 def _require_positive(**numbers: int | None) -> None:
@@ -182,105 +297,6 @@ def check(
         from mmkd.evaluation.manager import find_tasks
 
         find_tasks(tasks, include_path, local, limit)
-
-
-def _simple_evaluate(
-    adapter: Any, tasks: list[str], manager: "TaskManager", limit: int | None
-) -> dict[str, Any]:
-    from lmms_eval.evaluator import simple_evaluate
-    from tenacity import RetryError
-
-    where = ", ".join(tasks)
-    # some tasks print their categories' scores, or write them beside the working directory
-    with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
-        try:
-            found: dict[str, Any] | None = simple_evaluate(
-                model=adapter,
-                tasks=list(tasks),
-                task_manager=manager,
-                batch_size=adapter.batch_size,
-                limit=limit,
-                log_samples=True,
-                bootstrap_iters=0,
-                process_docs_parallel=1,
-                verbosity="ERROR",
-                cli_args=Namespace(output_path=scratch, process_with_media=True),
-            )
-        except RetryError as error:  # lmms-eval hides the cause behind five retries
-            cause = error.last_attempt.exception() or error
-            if isinstance(cause, MmkdError):
-                raise cause from None
-            first = (str(cause).splitlines() or [""])[0]
-            raise MmkdError(
-                f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
-                where=where,
-                mend="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
-            ) from cause
-        except AssertionError as error:
-            raise MmkdError(
-                f"lmms-eval refuses the documents ({error})",
-                where=where,
-                mend="check the data; a limit must not part documents that are scored together",
-            ) from error
-    return found or {}
-
-
-def collect_scores(raw: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """lmms-eval's {"metric,filter": value} as {task: {metric: value}}, without standard errors.
-
-    Raises:
-        MmkdError: an asked task has no scores, or fewer documents were answered than it has.
-    """
-    subtasks = raw.get("group_subtasks", {})
-    scores: dict[str, dict[str, float]] = {}
-    for task in [leaf for asked in tasks for leaf in _leaves(asked, subtasks)]:
-        numbers = {
-            _metric_name(key): float(value)
-            for key, value in raw.get("results", {}).get(task, {}).items()
-            if "_stderr" not in key and isinstance(value, int | float)
-        }
-        if not numbers:
-            raise MmkdError(
-                "lmms-eval returned no scores",
-                where=task,
-                mend="see its log: python -m lmms_eval --tasks ... --verbosity DEBUG",
-            )
-        expected = raw["n-samples"][task]["effective"]
-        answered = len(raw.get("samples", {}).get(task, ()))
-        if answered != expected:
-            raise MmkdError(f"lmms-eval scored {answered} of {expected} documents", where=task)
-        scores[task] = numbers
-    return scores
-
-
-def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
-    below = subtasks.get(task) or []
-    return [leaf for name in below for leaf in _leaves(name, subtasks)] if below else [task]
-
-
-def _metric_name(key: str) -> str:
-    metric, _, filter_name = key.partition(",")
-    return metric if filter_name in ("", "none") else f"{metric}_{filter_name}"
-
-
-def _sample(logged: Mapping[str, Any]) -> Sample:
-    """One line of `samples/<task>.jsonl`.
-
-    The scene tasks' verdicts say whether an answer is correct; for tasks of others only lmms-eval's
-    own fields are known and `correct` is None.
-    """
-    verdict = next((v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {})
-    doc = logged["doc"]
-    responses = logged["filtered_resps"]
-    common = {
-        "doc_id": logged["doc_id"],
-        "question": doc.get("question", (logged.get("arguments") or [""])[0]),
-        "answer": logged["target"],
-        "prediction": responses[0] if responses else "",
-        "correct": None,
-    }
-    kinds = {key: doc[key] for key in ("category", "kind") if key in doc}
-    return {**common, **kinds, **verdict}
 
 
 def _weights_bytes(path: str | None, revision: str | None, model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmkd.data.scenes.vocabulary import CLASSES
+from mmkd.evaluation.refusals import Unanswered
 
 Document = Mapping[str, Any]
 Verdict = dict[str, Any]
@@ -161,6 +162,8 @@ def process_caption(doc: Document, results: Sequence[str]) -> dict[str, Verdict]
     """
     present = set(doc["objects"])
     mentioned = mentioned_objects(results[0])
+    # An empty caption invents nothing, but a picture that could not be asked about is no success.
+    unanswered = {"unanswered": True} if isinstance(results[0], Unanswered) else {}
     verdict = _verdict(
         doc,
         results[0],
@@ -169,13 +172,17 @@ def process_caption(doc: Document, results: Sequence[str]) -> dict[str, Verdict]
         objects=sorted(present),
         mentioned=mentioned,
         hallucinated=[name for name in mentioned if name not in present],
+        **unanswered,
     )
     return {f"caption_{measure}": verdict for measure in CAPTION_MEASURES}
 
 
 def chair_s(verdicts: Sequence[Verdict]) -> float:
-    """Share of captions with at least one hallucinated object (lower is better)."""
-    return _mean(float(bool(v["hallucinated"])) for v in verdicts)
+    """Share of captions with at least one hallucinated object (lower is better).
+
+    A picture that could not be asked about counts as such a caption.
+    """
+    return _mean(float(bool(v["hallucinated"]) or v.get("unanswered", False)) for v in verdicts)
 
 
 def chair_i(verdicts: Sequence[Verdict]) -> float:

@@ -7,6 +7,7 @@ from mmkd.progress import say
 from mmkd.report.decoding import decoding_table
 from mmkd.report.page import render
 from mmkd.report.rundata import read_run
+from mmkd.report.summary import evaluation_warnings
 from mmkd.report.tables import build_tables, print_table, print_tables
 
 
@@ -25,6 +26,8 @@ def write_report(folder: Path) -> Path:
     print_tables(tables)
     if decoding := decoding_table(run):
         print_table(decoding)
+    for warning in evaluation_warnings(run):
+        say(warning)
     say(f"report: {path}")
     return path
 

@@ -45,6 +45,22 @@ def warnings(run: Run) -> list[str]:
             "all" if x is None else f"the first {x}" for x in sorted(limits, key=str)
         )
         found.append(f"Scores are of {text} questions per task only.")
+    return [*found, *evaluation_warnings(run)]
+
+
+def evaluation_warnings(run: Run) -> list[str]:
+    """Tasks without scores, and documents that could not be asked about, model by model."""
+    found = []
+    for label, results in run.results.items():
+        for task, reason in results.get("failed", {}).items():
+            found.append(f"{label}: task {task} has no scores ({reason}).")
+        for task, said in results.get("unanswered", {}).items():
+            count = said["documents"]
+            documents = "1 document that" if count == 1 else f"{count:,} documents that"
+            found.append(
+                f"{label}: the scores of {task} count as wrong {documents} could not be asked "
+                f"about; the first is document {said['first']} ({said['reason']})."
+            )
     return found
 
 

@@ -1,0 +1,156 @@
+"""The models of a run, evaluated one after another: what is finished is kept, what fails is named.
+
+evaluation/<label>/ results.json  request.json  samples/  decode.json
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmkd import provenance
+from mmkd.errors import AGAIN, EvaluationError, MmkdError, StoppedError, one_line
+from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
+from mmkd.progress import console, say
+from mmkd.recipe import EvaluateConfig, ModelConfig
+
+UNSAID = {"revision": None, "processor": None}
+"""Of a model that was evaluated before these were written down."""
+
+
+def evaluate_models(
+    sources: dict[str, ModelConfig], settings: EvaluateConfig, folder: Path, device: str
+) -> None:
+    """Evaluate every model; one that fails does not stop the others.
+
+    Args:
+        sources: the models by label.
+        settings: the recipe's `evaluate`.
+        folder: a folder for each label is written here.
+        device: where they run.
+
+    Raises:
+        EvaluationError: some of the models could not be evaluated; everything else is written.
+    """
+    failed: dict[str, Exception] = {}
+    for label, source in sources.items():
+        try:
+            _evaluate_one(label, source, settings, folder / label, device)
+        except StoppedError:
+            raise
+        except Exception as error:
+            if disk_error(error) is not None:
+                raise
+            failed[label] = error
+            say(f"{label}: its evaluation failed ({one_line(error)})")
+    _raise_failures(failed, len(sources))
+
+
+def _evaluate_one(
+    label: str, source: ModelConfig, settings: EvaluateConfig, out: Path, device: str
+) -> None:
+    """Scores of one model, and the times of its decoding, even where the scores fail."""
+    model = {
+        "model": source.model,
+        "revision": source.revision,
+        "processor": source.processor,
+        "weights": provenance.weights_hash(Path(source.model or "")),
+    }
+    running = {
+        "device": device,
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    failure = None
+    try:
+        _score(label, model, settings, out, running)
+    except StoppedError:
+        raise
+    except Exception as error:
+        failure = error
+    if settings.decode and "@" not in label:
+        _time_decoding(label, model, settings.decode, out, running)
+    if failure is not None:
+        raise failure
+
+
+def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
+    """Say at the end what failed; everything else is written by then.
+
+    Raises:
+        EvaluationError: some of the models could not be evaluated.
+    """
+    if not failed:
+        return
+    label, error = next(iter(failed.items()))
+    where = f"{label}: {error.where}" if isinstance(error, MmkdError) and error.where else label
+    raise EvaluationError(
+        f"the evaluation of {len(failed)} of {asked} models failed, the first: {one_line(error)}",
+        where=where,
+        mend=f"the students and the other scores are kept; {AGAIN}",
+    ) from error
+
+
+def _score(
+    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
+) -> None:
+    from mmkd.evaluation.run import evaluate as score
+
+    request = {**model, **settings.model_dump(mode="json", exclude={"decode"})}
+    if _answered(out, request):
+        return
+    if twin := _twin(out, request):
+        write_folder(out, partial(link_folder, twin))
+        results = read_json(twin / "results.json")
+        write_json(out / "results.json", {**results, "model": model["model"]})
+        write_json(out / "request.json", request)
+        say(f"{label}: scores of the same weights as {twin.name}")
+        return
+    console.rule(f"{label}: evaluation")
+    score(
+        model["model"],
+        processor=model["processor"],
+        tasks=settings.tasks,
+        include_path=Path(settings.include) if settings.include else None,
+        local=Path(settings.local) if settings.local else None,
+        out=out,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        **running,
+    )
+    write_json(out / "request.json", request)
+
+
+def _answered(out: Path, request: dict[str, Any]) -> bool:
+    path = out / "request.json"
+    return path.exists() and _asked(path) == request
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What an evaluation was asked for; keys that are new since have their defaults."""
+    fields = EvaluateConfig.model_fields
+    unset = {name: f.default for name, f in fields.items() if not f.is_required()}
+    del unset["decode"]
+    return UNSAID | unset | dict(read_json(path))
+
+
+def _twin(out: Path, request: dict[str, Any]) -> Path | None:
+    """A finished evaluation of the same weights on the same tasks, under another name."""
+    if request["weights"] is None:
+        return None
+    for path in sorted(out.parent.glob("*/request.json")):
+        if path.parent != out and _asked(path) | {"model": request["model"]} == request:
+            return path.parent
+    return None
+
+
+def _time_decoding(
+    label: str, model: dict[str, Any], contexts: list[int], out: Path, running: dict[str, Any]
+) -> None:
+    from mmkd.evaluation.decode import time_folder
+
+    path = out / "decode.json"
+    request = {**model, "contexts": contexts, "device": running["device"]}
+    if path.exists() and UNSAID | read_json(path)["request"] == request:
+        return
+    console.rule(f"{label}: decoding")
+    time_folder(model["model"], contexts, path, request=request, **running)

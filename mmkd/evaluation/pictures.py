@@ -1,0 +1,53 @@
+"""Pictures of lmms-eval's documents: a broken one spoils its own document and no other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from PIL import Image
+
+from mmkd.errors import DataError
+
+
+class UnreadablePicture(Image.Image):
+    """Stands for a picture that cannot be decoded: using its pixels raises DataError."""
+
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+    def load(self) -> Any:
+        raise DataError(self.reason, mend="replace the picture")
+
+
+@contextmanager
+def broken_pictures_wait() -> Iterator[None]:
+    """A document's picture that cannot be decoded raises where it is used, not where it is read.
+
+    `datasets` decodes a picture when it reads the document; lmms-eval reads all documents in one
+    loop, which the first broken picture would end.
+    """
+    import datasets
+
+    decode = datasets.Image.decode_example
+
+    def decoded(self: Any, value: Any, token_per_repo_id: Any = None) -> Any:
+        try:
+            return decode(self, value, token_per_repo_id)
+        except MemoryError:
+            raise
+        except Exception as error:  # what decoders raise of hostile bytes is no closed list
+            if _is_remote(value):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            return UnreadablePicture(f"the picture cannot be read ({reason})")
+
+    with mock.patch.object(datasets.Image, "decode_example", decoded):
+        yield
+
+
+def _is_remote(value: Any) -> bool:
+    path = value.get("path") if isinstance(value, dict) else value
+    held = isinstance(value, dict) and value.get("bytes") is not None
+    return not held and isinstance(path, str) and "://" in path

@@ -1,0 +1,100 @@
+"""Documents that cannot be asked about: they are named, count as wrong, and the rest goes on."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from mmkd.errors import DataError, MmkdError, one_line
+from mmkd.files import disk_error
+
+HOPELESS = 32
+"""So many unusable documents before the first answer mean that the set-up is broken."""
+
+MACHINE = ("CUDA", "out of memory", "can't allocate memory", "NCCL")
+_FATAL = (MemoryError, ImportError, NotImplementedError, torch.OutOfMemoryError)
+
+
+class Unanswered(str):
+    """The empty answer of a document that could not be asked about.
+
+    `strip`, which lmms-eval calls on every answer, keeps the type, so that a scoring function can
+    tell it from the empty answer of a model.
+    """
+
+    def strip(self, chars: str | None = None) -> "Unanswered":
+        return self
+
+
+def is_of_document(error: Exception) -> bool:
+    """Whether an exception tells of one document, and not of the machine or of the set-up.
+
+    Processors and models raise nearly anything for an input that they cannot use, so everything
+    counts but memory that runs out, a broken device, a full disk and missing packages.
+    """
+    if isinstance(error, MmkdError):
+        return isinstance(error, DataError)
+    if isinstance(error, _FATAL) or disk_error(error) is not None:
+        return False
+    return not (isinstance(error, RuntimeError) and any(word in str(error) for word in MACHINE))
+
+
+class Refusals:
+    """The documents of each task that could not be asked about, and why.
+
+    Attributes:
+        reasons: {task: {document: why}}.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, dict[int, str]] = {}
+        self._answered: Counter[str] = Counter()
+
+    def answered(self, task: str) -> None:
+        """Count one document that was answered."""
+        self._answered[task] += 1
+
+    def add(self, task: str, document: int, error: Exception) -> None:
+        """Remember one document that could not be asked about.
+
+        Raises:
+            Exception: `error` itself, where it does not tell of this document.
+            DataError: nothing was answered yet, and too many documents could not be asked about.
+        """
+        if not is_of_document(error):
+            raise error
+        found = self.reasons.setdefault(task, {})
+        found[document] = one_line(error)
+        if len(found) >= HOPELESS:
+            self.require_answers(task)
+
+    def require_answers(self, task: str) -> None:
+        """Raise DataError if documents of a task were tried and none could be asked about."""
+        found = self.reasons.get(task)
+        if found and not self._answered[task]:
+            document = min(found)
+            count = f"none of {len(found)} documents" if len(found) > 1 else "the document"
+            raise DataError(
+                f"{count} can be asked about: {found[document]}",
+                where=f"{task} document {document}",
+                mend="check that the task's data and the model's processor fit",
+            )
+
+    def of(self, task: str) -> dict[str, Any] | None:
+        """What `results.json` says of a task: how many, and the first of them; None without."""
+        found = self.reasons.get(task)
+        if not found:
+            return None
+        first = min(found)
+        return {"documents": len(found), "first": first, "reason": found[first]}
+
+
+def describe(task: str, found: dict[str, Any]) -> str:
+    """What `Refusals.of` gave, in a sentence."""
+    count = found["documents"]
+    said = "1 document" if count == 1 else f"{count:,} documents"
+    verb = "counts" if count == 1 else "count"
+    return (
+        f"{task}: {said} could not be asked about and {verb} as wrong; the first is document "
+        f"{found['first']} ({found['reason']})"
+    )

@@ -1,0 +1,115 @@
+"""lmms-eval's evaluator on a model in memory, and what it returns as scores and samples."""
+
+import io
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mmkd.errors import MmkdError
+
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+
+Sample = dict[str, Any]
+
+
+def simple_evaluate(
+    adapter: Any, tasks: list[str], manager: "TaskManager", limit: int | None
+) -> dict[str, Any]:
+    from lmms_eval import evaluator
+    from tenacity import RetryError
+
+    where = ", ".join(tasks)
+    # some tasks print their categories' scores, or write them beside the working directory
+    with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
+        try:
+            found: dict[str, Any] | None = evaluator.simple_evaluate(
+                model=adapter,
+                tasks=list(tasks),
+                task_manager=manager,
+                batch_size=adapter.batch_size,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                verbosity="ERROR",
+                cli_args=Namespace(output_path=scratch, process_with_media=True),
+            )
+        except RetryError as error:  # lmms-eval hides the cause behind five retries
+            cause = error.last_attempt.exception() or error
+            if isinstance(cause, MmkdError):
+                raise cause from None
+            first = (str(cause).splitlines() or [""])[0]
+            raise MmkdError(
+                f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
+                where=where,
+                mend="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
+            ) from cause
+        except AssertionError as error:
+            raise MmkdError(
+                f"lmms-eval refuses the documents ({error})",
+                where=where,
+                mend="check the data; a limit must not part documents that are scored together",
+            ) from error
+    return found or {}
+
+
+def collect_scores(raw: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """lmms-eval's {"metric,filter": value} as {task: {metric: value}}, without standard errors.
+
+    Raises:
+        MmkdError: an asked task has no scores, or fewer documents were answered than it has.
+    """
+    subtasks = raw.get("group_subtasks", {})
+    scores: dict[str, dict[str, float]] = {}
+    for task in [leaf for asked in tasks for leaf in _leaves(asked, subtasks)]:
+        numbers = {
+            _metric_name(key): float(value)
+            for key, value in raw.get("results", {}).get(task, {}).items()
+            if "_stderr" not in key and isinstance(value, int | float)
+        }
+        if not numbers:
+            raise MmkdError(
+                "lmms-eval returned no scores",
+                where=task,
+                mend="see its log: python -m lmms_eval --tasks ... --verbosity DEBUG",
+            )
+        expected = raw["n-samples"][task]["effective"]
+        answered = len(raw.get("samples", {}).get(task, ()))
+        if answered != expected:
+            raise MmkdError(f"lmms-eval scored {answered} of {expected} documents", where=task)
+        scores[task] = numbers
+    return scores
+
+
+def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    below = subtasks.get(task) or []
+    return [leaf for name in below for leaf in _leaves(name, subtasks)] if below else [task]
+
+
+def _metric_name(key: str) -> str:
+    metric, _, filter_name = key.partition(",")
+    return metric if filter_name in ("", "none") else f"{metric}_{filter_name}"
+
+
+def sample_of(logged: Mapping[str, Any], refused: str | None = None) -> Sample:
+    """One line of `samples/<task>.jsonl`; `refused` says why the document could not be asked about.
+
+    The scene tasks' verdicts say whether an answer is correct; for tasks of others only lmms-eval's
+    own fields are known and `correct` is None.
+    """
+    verdict = next((v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {})
+    doc = logged["doc"]
+    responses = logged["filtered_resps"]
+    common = {
+        "doc_id": logged["doc_id"],
+        "question": doc.get("question", (logged.get("arguments") or [""])[0]),
+        "answer": logged["target"],
+        "prediction": responses[0] if responses else "",
+        "correct": None,
+    }
+    kinds = {key: doc[key] for key in ("category", "kind") if key in doc}
+    sample = {**common, **kinds, **verdict}
+    return sample if refused is None else {**sample, "correct": False, "unanswered": refused}
