@@ -16,7 +16,7 @@ from recipes import tiny_recipe
 from test_evaluation_adapter import adapter_of, picture, requests, tiny_qwen, tiny_smolvlm
 from test_pipeline import finish, start
 
-from mmkd.errors import DataError, EvaluationError, MmkdError
+from mmkd.errors import DataError, EvaluationError, MmkdError, StoppedError
 from mmkd.evaluation import run
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.evaluation.pictures import UnreadablePicture
@@ -229,13 +229,13 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(
 
     def watched(adapter: Any, names: list[str], *more: Any) -> Any:
         if names == [kill_at]:
-            raise KeyboardInterrupt
+            raise StoppedError("stopped")
         asked.extend(names)
         return inner(adapter, names, *more)
 
     monkeypatch.setattr(run, "simple_evaluate", watched)
     out = tmp_path / "killed"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError):
         evaluate(tiny_model_dir, out=out, **settings)
     assert not (out / "results.json").exists()
     kill_at = ""
@@ -249,7 +249,7 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(
     # Another batch size, and documents that have changed, are asked again.
     for batch_size in (1, 2):
         kill_at = tasks[1]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError):
             evaluate(tiny_model_dir, out=out, batch_size=2, **settings)
         if batch_size == 2:
             spoil(own_scenes, "pope", {0: {"question": "Is there a dog?"}})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mmkd import interrupt
 from mmkd.data.generation import end_tokens, padding_token
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
@@ -220,6 +221,7 @@ class MmkdModel(lmms):
         tokens, seconds = self.generated_tokens, self.generation_seconds
         with evaluation_mode(self.model), left_padding(self.tokenizer), bar:
             for batch in self._batches(requests):
+                interrupt.stop_here()  # a library may have swallowed the exception
                 answers |= self._answer(batch)
                 bar.update(len(batch))
         self._log(self.generated_tokens - tokens, self.generation_seconds - seconds)

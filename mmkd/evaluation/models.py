@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd import provenance
-from mmkd.errors import AGAIN, EvaluationError, MmkdError, StoppedError, one_line
+from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
 from mmkd.progress import console, say
 from mmkd.recipe import EvaluateConfig, ModelConfig
@@ -35,8 +35,6 @@ def evaluate_models(
     for label, source in sources.items():
         try:
             _evaluate_one(label, source, settings, folder / label, device)
-        except StoppedError:
-            raise
         except Exception as error:
             if disk_error(error) is not None:
                 raise
@@ -63,8 +61,6 @@ def _evaluate_one(
     failure = None
     try:
         _score(label, model, settings, out, running)
-    except StoppedError:
-        raise
     except Exception as error:
         failure = error
     if settings.decode and "@" not in label:

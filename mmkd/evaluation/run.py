@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mmkd import interrupt
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.install import INSTALL
@@ -191,6 +192,7 @@ def _run_tasks(
     given: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
     for name in manager.chosen.names:
+        interrupt.stop_here()  # a library may have swallowed the exception
         facts = _task_facts(name, manager)
         known = finished.read(name, facts)
         if known is not None:
