@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mmkd import distributed
 from mmkd.engines import choose_precision
 from mmkd.engines.deepspeed_config import resolve
+from mmkd.engines.masters import needs_master
 from mmkd.loading import parameter_count
 from mmkd.ops.head_losses import BUFFERS
 from mmkd.recipe import Precision, StageConfig, TeacherPlacement
@@ -207,7 +208,8 @@ def memory(
     if stage.activation_checkpointing:
         kept += _layer(shape, tokens, patches)  # the one that runs again
     rows = sample.projected * batch
-    found = _student_states(parameter_count(student), trained, weight, stage, precision)
+    copied = sum(p.numel() for p in student.parameters() if needs_master(p))
+    found = _student_states(parameter_count(student), trained, copied, weight, stage, precision)
     room = stage.engine.head_memory * 2**20
     found |= {
         "activations": round(kept * scale),
@@ -240,15 +242,21 @@ def _layer(shape: Shape, tokens: float, patches: float) -> float:
 
 
 def _student_states(
-    parameters: int, trained: int, weight: int, stage: StageConfig, precision: Precision
+    parameters: int,
+    trained: int,
+    copied: int,
+    weight: int,
+    stage: StageConfig,
+    precision: Precision,
 ) -> dict[str, int]:
-    """Bytes of weights, gradients, and of optimizer states with master weights."""
+    """Bytes of weights, gradients, and of optimizer states with master weights; `copied` of the
+    trained weights have 16 bits, and the torch engine keeps float32 copies of them."""
     states = STATES[stage.optimizer.kind]
     if stage.engine.kind == "torch":
         return {
             "student_weights": parameters * weight,
-            "gradients": trained * weight,
-            "optimizer": trained * weight * states,
+            "gradients": trained * 4,
+            "optimizer": trained * 4 * states + copied * 4,
             "cpu": 0,
         }
     settings = resolve(stage)["zero_optimization"]

@@ -12,6 +12,7 @@ from mmkd.data.alignment import ALIGNED, same_processor
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.engines.deepspeed_config import resolve
+from mmkd.engines.precision import check_dtype
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.layer_checks import check_layers
@@ -62,7 +63,7 @@ def check(recipe: Recipe) -> None:
         if teacher is not None:
             check_layers(recipe, stage, objectives, student, teacher)
         _check_trained(stage, student)
-        _check_engine(stage)
+        _check_engine(stage, recipe.student.dtype)
         _check_budget(stage, recipe.stage_data(stage))
         _check_reference(stage, objectives)
         _check_chunks(recipe, stage, objectives)
@@ -96,8 +97,8 @@ def check_evaluation(settings: EvaluateConfig) -> None:
     check_tasks(settings.tasks, include, local, settings.limit)
 
 
-def _check_engine(stage: StageConfig) -> None:
-    distributed.choose_device(stage.engine.device)
+def _check_engine(stage: StageConfig, dtype: str) -> None:
+    check_dtype(dtype, stage, distributed.choose_device(stage.engine.device))
     stage.batch.records_per_step(distributed.world_size())
     if stage.engine.kind == "deepspeed":
         resolve(stage)

@@ -7,6 +7,7 @@ from mmkd.attention import prefer_float32_attention
 from mmkd.engines.base import Engine
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.deepspeed_engine import DeepSpeedEngine
+from mmkd.engines.masters import Masters
 from mmkd.engines.precision import choose_precision
 from mmkd.engines.torch_engine import TorchEngine
 from mmkd.optim import build_optimizer, build_schedule
@@ -28,7 +29,10 @@ def build_engine(
     if config.activation_checkpointing:
         student.activation_checkpointing_enable()
     fused = device.type == "cuda"
-    optimizer = build_optimizer(student.parameters(), config.optimizer, fused=fused)
+    # DeepSpeed makes float32 copies of its own.
+    masters = Masters(student) if config.engine.kind == "torch" else None
+    parameters = student.parameters() if masters is None else masters.parameters(student)
+    optimizer = build_optimizer(parameters, config.optimizer, fused=fused)
     schedule = build_schedule(optimizer, config.schedule, steps)
     if config.engine.kind == "deepspeed":
         return DeepSpeedEngine(
@@ -46,4 +50,5 @@ def build_engine(
         device=device,
         precision=precision,
         max_grad_norm=config.optimizer.max_grad_norm,
+        masters=masters,
     )

@@ -1,8 +1,9 @@
-"""What `precision: auto` is on a device."""
+"""What `precision: auto` is on a device, and which weights can train in it."""
 
 import torch
 
-from mmkd.recipe import Precision
+from mmkd.errors import RecipeError
+from mmkd.recipe import Precision, StageConfig
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> Precision:
@@ -14,6 +15,29 @@ def choose_precision(wanted: Precision, device: torch.device) -> Precision:
     if wanted != "auto":
         return wanted
     return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+
+
+def check_dtype(dtype: str, stage: StageConfig, device: torch.device) -> None:
+    """Refuse a student's `dtype` that a stage cannot train.
+
+    Raises:
+        RecipeError: it is float16, or DeepSpeed would be given 16-bit weights without master
+            weights.
+    """
+    where = f"student.dtype, in stage {stage.name}"
+    if dtype == "float16":
+        raise RecipeError(
+            "gradients in float16 vanish without a scaled loss, which mmkd does not have",
+            where=where,
+            mend="set it to bfloat16 or float32",
+        )
+    single = choose_precision(stage.precision, device) == "float32"
+    if dtype == "bfloat16" and single and stage.engine.kind == "deepspeed":
+        raise RecipeError(
+            "DeepSpeed keeps master weights of a bfloat16 student in precision bfloat16 only",
+            where=where,
+            mend="set the stage's precision to bfloat16, or student.dtype to float32",
+        )
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mmkd.engines.base import Scored, StepResult
 from mmkd.engines.common import EngineBase
+from mmkd.engines.masters import Masters
 from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
 from mmkd.objectives import Signals
 from mmkd.optim import forward_schedule
@@ -22,7 +23,17 @@ BUCKET_BYTES = 2**25
 
 
 class TorchEngine(EngineBase):
-    """Implements `Engine`; gradients are summed over ranks once per step."""
+    """Implements `Engine`; gradients are summed over ranks once per step.
+
+    Args:
+        model: the student.
+        optimizer: over its trainable parameters, or their float32 copies.
+        schedule: of the optimizer's learning rate.
+        device: of this rank.
+        precision: of forwards.
+        max_grad_norm: longest gradient; 0 switches clipping off.
+        masters: the copies, if the optimizer is over them.
+    """
 
     def __init__(
         self,
@@ -33,12 +44,14 @@ class TorchEngine(EngineBase):
         device: torch.device,
         precision: Precision = "float32",
         max_grad_norm: float = 1.0,
+        masters: Masters | None = None,
     ):
         super().__init__(device, precision)
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
+        self.masters = masters
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -76,6 +89,8 @@ class TorchEngine(EngineBase):
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        if self.masters is not None:
+            self.masters.write()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(float(norm), lr)
@@ -93,12 +108,12 @@ class TorchEngine(EngineBase):
             _all_reduce(bucket)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from changing_weights(self.model)
-        yield from optimizer_tensors(self.model, self.optimizer)
+        yield from changing_weights(self.model, self.masters)
+        yield from optimizer_tensors(self.model, self.optimizer, self.masters)
 
     def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
-        load_weights(self.model, saved)
-        load_optimizer(self.model, self.optimizer, saved)
+        load_weights(self.model, saved, self.masters)
+        load_optimizer(self.model, self.optimizer, saved, self.masters)
         forward_schedule(self.schedule, steps)
 
     def weights(self) -> dict[str, Tensor] | None:
