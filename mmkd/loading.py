@@ -17,11 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
-from mmkd_models.configuration_mmkd import MODEL_TYPE, MmkdConfig, StudentConfigMixin
+from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 
-# Students load by the installed code: what a folder brings is not run.
-AutoConfig.register(MODEL_TYPE, MmkdConfig, exist_ok=True)
 # transformers imports DeepSpeed where it is installed, and DeepSpeed prints that it found no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

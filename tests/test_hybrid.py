@@ -9,7 +9,7 @@ import sys
 import families
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.loading import load_model, load_pretrained, skeleton
@@ -17,6 +17,8 @@ from mmkd.recipe import LayersConversion, MambaConversion, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd.students.placement import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
+from mmkd_models.configuration_mmkd import MmkdConfig
+from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 from mmkd_models.parts import find_parts
 
 # Gemma3's third layer is a sliding-window attention, which stays.
@@ -221,6 +223,56 @@ def test_code_in_a_folder_is_not_run(saved, tmp_path):
         file.write_text("raise SystemExit('this code was run')")
     load_pretrained(str(folder), trust_remote_code=True)
     assert skeleton(ModelConfig(model=str(folder))).config.layout["mamba"]["layers"] == [0, 2]
+
+
+IMPORTED = """
+import sys
+import mmkd_models
+from transformers import AutoConfig, AutoModelForImageTextToText
+for trusted in ({}, {"trust_remote_code": True}):
+    assert AutoConfig.from_pretrained(sys.argv[1], **trusted).layout["mamba"]["layers"] == [0, 2]
+    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **trusted)
+    assert type(model).__module__ == "mmkd_models.modeling_mmkd"
+print([m for m in sys.modules if m.split(".")[0] in ("mmkd", "transformers_modules")])
+"""
+
+
+def test_code_in_a_folder_is_not_run_after_importing_the_package_alone(saved, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(saved, folder)
+    for file in folder.glob("*.py"):
+        file.write_text("raise SystemExit('this code was run')")
+    assert families.run_alone(IMPORTED, tmp_path, folder).strip() == "[]"
+
+
+def test_a_students_config_comes_from_where_its_weights_do(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "repository" / "best")
+    load = MmkdForImageTextToText.from_pretrained
+    model = load(tmp_path / "repository", subfolder="best")
+    assert model.config.layout["mamba"]["layers"] == [0, 2]
+    asked = {}
+
+    def get_config_dict(name, **settings):
+        asked.update(settings, name=name)
+        raise OSError("not there")
+
+    monkeypatch.setattr(MmkdConfig, "get_config_dict", get_config_dict)
+    where = {
+        "revision": "v2", "token": "secret", "cache_dir": "here",
+        "local_files_only": True, "force_download": False, "subfolder": "best",
+    }  # fmt: skip
+    with pytest.raises(OSError, match="not there"):
+        load("me/student", **where, dtype=torch.bfloat16)
+    assert asked["name"] == "me/student"
+    assert {k: asked[k] for k in where} == where
+
+
+def test_a_config_of_the_caller_is_used(saved):
+    given = json.loads((saved / "config.json").read_text())
+    given["text_config"]["rms_norm_eps"] = 0.5
+    config = PreTrainedConfig.from_dict(given)
+    model = MmkdForImageTextToText.from_pretrained(saved, config=config)
+    assert model.config.text_config.rms_norm_eps == 0.5
 
 
 def broken_config(saved, tmp_path, change):

@@ -1,5 +1,6 @@
 """The config of a student: its family's config, with the layout of what was changed."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -45,6 +46,9 @@ class MmkdConfig(PreTrainedConfig):
 
 
 _classes: dict[Any, Any] = {}
+# Set by the installed package alone. A copy of this file that came with a student must not register
+# itself: other students would then be loaded by its code.
+on_new_class: Callable[[Any, Any], None] | None = None
 
 
 def student_config_class(family: Any) -> Any:
@@ -54,4 +58,7 @@ def student_config_class(family: Any) -> Any:
     # Named like the class that auto_map points to: transformers compares the names.
     namespace = {"__module__": __name__, "__qualname__": MmkdConfig.__name__}
     made = type(MmkdConfig.__name__, (StudentConfigMixin, family), namespace)
-    return _classes.setdefault(family, made)
+    _classes[family] = made
+    if on_new_class is not None:
+        on_new_class(made, family)
+    return made

@@ -2,13 +2,14 @@
 
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
-needs torch and transformers alone: the folder brings these files. Where `mmkd_models` is installed,
-nothing in the folder is run (see `register` in its __init__).
+needs torch and transformers alone: the folder brings these files, and transformers runs them. After
+`import mmkd_models`, which `import mmkd.loading` does too, the installed package is used instead,
+and nothing in the folder is run.
 """
 
 from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .cache import HybridCache
@@ -18,6 +19,11 @@ from .surgery import apply_layout
 
 # Decay and step size, and what experts are chosen by, lose too much in 8 bits of mantissa.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D", "router")
+# Arguments of from_pretrained that say where files come from: the config's are the weights'.
+FROM_THE_HUB = (
+    *("revision", "token", "subfolder", "cache_dir"),
+    *("local_files_only", "force_download", "proxies"),
+)
 
 
 class StudentMixin:
@@ -62,8 +68,11 @@ class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, name: Any, *inputs: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        if not isinstance(config, StudentConfigMixin):
-            config = MmkdConfig.from_pretrained(name)
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, StudentConfigMixin):
+            config = MmkdConfig.from_dict(config.to_dict())
+        elif not isinstance(config, StudentConfigMixin):
+            where = {k: kwargs[k] for k in FROM_THE_HUB if k in kwargs}
+            config = MmkdConfig.from_pretrained(config or name, **where)
         return student_class_of(config).from_pretrained(name, *inputs, config=config, **kwargs)
 
     @classmethod
