@@ -7,13 +7,13 @@ runs/<name>/
     00-start/student/           from-scratch or converted students only
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
                 start/student/    what a stage that converts starts from
+    replaced/                   what a recipe that has changed since has replaced
   evaluation/<member>/ results.json  samples/  decode.json
   release/<member>/             what `mmkd release` sends to the Hub
   report.html
 """
 
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -35,10 +35,17 @@ from mmkd.recipe import (
     Recipe,
     StageConfig,
     StudentConfig,
-    load_recipe,
     to_yaml,
 )
-from mmkd.resume import refuse_other_recipe
+from mmkd.resume import (
+    Member,
+    Restart,
+    check_stage,
+    find_restart,
+    members,
+    run_folder,
+    start_again,
+)
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
@@ -47,48 +54,19 @@ from mmkd.trackers import Tracked
 TEACHER = "teacher"
 
 
-@dataclass(frozen=True)
-class Member:
-    """One student of a run: the recipe or one of its variants, with one seed."""
-
-    label: str
-    recipe: Recipe
-    folder: Path
-
-    def stage_folder(self, index: int) -> Path:
-        return self.folder / f"{index + 1:02d}-{self.recipe.stages[index].name}"
-
-    @property
-    def student(self) -> Path:
-        """The finished student."""
-        return self.stage_folder(len(self.recipe.stages) - 1) / "student"
-
-
-def run_folder(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir) / recipe.name
-
-
-def members(recipe: Recipe) -> list[Member]:
-    """The recipe and its variants, each once per seed, in a fixed order."""
-    alone = not recipe.variants and not recipe.seeds
-    found = []
-    for seed in recipe.seeds or [recipe.seed]:
-        for label, overrides in {recipe.label: [], **recipe.variants}.items():
-            raw = recipe.model_dump(mode="json")
-            raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
-            raw |= {"seed": seed, "label": label}
-            name = f"{label}-seed{seed}" if recipe.seeds else label
-            folder = run_folder(recipe) if alone else run_folder(recipe) / name
-            found.append(Member(name, load_recipe(raw, overrides), folder))
-    return found
-
-
-def run(recipe: Recipe) -> Path:
+def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
     """Train every member, evaluate, and return the run's folder.
 
     A second call on the same folder continues: finished stages are skipped, an unfinished one
-    resumes from its newest checkpoint, finished evaluations are kept. Nothing is written before
-    recipe, models and data have been looked through.
+    resumes from its newest checkpoint, finished evaluations are kept. Where the recipe has changed
+    since, the stages before the first changed one are kept. Nothing is written before recipe,
+    models and data have been looked through.
+
+    Args:
+        recipe: to run.
+        from_stage: a stage's name: work of this stage and those behind it may be replaced where the
+            recipe has changed. It is moved away, see `mmkd.resume`. Without it such a recipe is
+            refused.
 
     Raises:
         MmkdError: in one line, what is wrong with recipe, models or data.
@@ -98,16 +76,16 @@ def run(recipe: Recipe) -> Path:
     device = distributed.choose_device(recipe.stages[0].engine.device)
     distributed.connect(device, patience=patience)
     todo = members(recipe)
-    for member in todo:
-        refuse_other_recipe(member.recipe, member.folder)
-        if not _is_trained(member):
-            preflight.check(member.recipe)
-            for index, stage in enumerate(member.recipe.stages):
-                records = stage.batch.records_per_step(distributed.world_size())
-                check_batch(member.stage_folder(index) / "checkpoints", records)
-    if recipe.evaluate is not None and not all(_is_trained(member) for member in todo):
+    restarts = [find_restart(member, from_stage) for member in todo]
+    check_stage(from_stage, todo, restarts)
+    pending = [r is not None or not _is_trained(m) for r, m in zip(restarts, todo, strict=True)]
+    for member, restart, trains in zip(todo, restarts, pending, strict=True):
+        if trains:
+            _check(member, restart)
+    if recipe.evaluate is not None and any(pending):
         preflight.check_evaluation(recipe.evaluate)
     distributed.barrier()
+    _start_again(restarts, from_stage)
     for number, member in enumerate(todo):
         share_stages(member, todo[:number], recipe)
         train(member, recipe)
@@ -119,12 +97,33 @@ def run(recipe: Recipe) -> Path:
     return run_folder(recipe)
 
 
+def _check(member: Member, restart: Restart | None) -> None:
+    """Look through what a member trains, and the checkpoints that it goes on from."""
+    preflight.check(member.recipe)
+    kept = member.recipe.stages[: None if restart is None else restart.index]
+    for index, stage in enumerate(kept):
+        records = stage.batch.records_per_step(distributed.world_size())
+        check_batch(member.stage_folder(index) / "checkpoints", records)
+
+
+def _start_again(restarts: list[Restart | None], from_stage: str | None) -> None:
+    """Make room where the recipe has changed."""
+    if distributed.rank() == 0:
+        changed = [restart for restart in restarts if restart is not None]
+        for restart in changed:
+            target = start_again(restart)
+            say(f"{restart}; what was there before is in {target}")
+        if from_stage is not None and not changed:
+            say(f"--from-stage {from_stage}: the recipe has not changed, nothing is trained again")
+    distributed.barrier()
+
+
 def describe(member: Member, recipe: Recipe) -> None:
     """Write down what is trained, on what and where."""
     if distributed.rank() == 0:
         folder = run_folder(recipe)
         write_text(folder / "recipe.yaml", to_yaml(recipe))
-        write_json(folder / "provenance.json", provenance.collect(recipe))
+        provenance.write(folder / "provenance.json", recipe)
         write_text(member.folder / "training.yaml", to_yaml(member.recipe))
 
 
@@ -175,6 +174,7 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
     done = sum(_is_done(member.stage_folder(i)) for i in range(count))
     same = {other.label: _common_stages(member, other) for other in trained}
     source = max(trained, key=lambda other: same[other.label], default=None)
+    distributed.barrier()  # all ranks have looked before one of them changes what is there
     if source is None or same[source.label] <= done or member.folder == source.folder:
         return
     shared = range(done, same[source.label])

@@ -14,7 +14,7 @@ import torch
 
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
-from mmkd.files import sha256
+from mmkd.files import read_json, sha256, write_json
 from mmkd.plugins import plugin_files
 from mmkd.recipe import HUB, Recipe, SourceConfig
 
@@ -44,6 +44,14 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "plugins": plugin_files(),
         "data": {part.train: source_facts(part) for d in data for part in d.parts},
     }
+
+
+def write(path: Path, recipe: Recipe) -> None:
+    """Write down where the run's numbers come from, beside what the file says of stages that were
+    replaced."""
+    found = read_json(path) if path.exists() else {}
+    kept = {key: found[key] for key in ("replaced",) if key in found}
+    write_json(path, collect(recipe) | kept)
 
 
 def source_facts(config: SourceConfig) -> str:

@@ -18,6 +18,10 @@ def run(
     overrides: Overrides = None,
     plugin: Plugins = None,
     nproc: Nproc = 1,
+    from_stage: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="where the recipe has changed: train again from this stage on"),
+    ] = None,
 ) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
     from mmkd.recipe import load_recipe
@@ -27,13 +31,15 @@ def run(
     if nproc > 1:
         from mmkd.launch import launch
 
-        sys.exit(launch(["run", str(recipe), *(overrides or []), *named(plugin)], nproc))
+        again = [] if from_stage is None else ["--from-stage", from_stage]
+        words = ["run", str(recipe), *(overrides or []), *named(plugin), *again]
+        sys.exit(launch(words, nproc))
     from mmkd import distributed, pipeline
     from mmkd.errors import EvaluationError
     from mmkd.report import write_report
 
     try:
-        folder = pipeline.run(read)
+        folder = pipeline.run(read, from_stage=from_stage)
     except EvaluationError:
         write_report(pipeline.run_folder(read))  # of what there is
         raise
