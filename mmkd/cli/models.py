@@ -5,8 +5,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from mmkd import interrupt
 from mmkd.cli.app import app
-from mmkd.errors import MmkdError
+from mmkd.errors import AGAIN, MmkdError
 
 
 @app.command()
@@ -79,6 +80,8 @@ def evaluate(
     from mmkd.evaluation.run import evaluate as score
     from mmkd.report.tables import print_scores
 
+    if out is not None:
+        interrupt.can_go_on(AGAIN)  # finished tasks are kept there
     result = score(
         student,
         tasks=[name.strip() for name in tasks.split(",") if name.strip()],
