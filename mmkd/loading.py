@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from mmkd import hub
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
 from mmkd_models.configuration_mmkd import StudentConfigMixin
@@ -153,8 +159,12 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
     if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
         raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+    if not folder.exists():
+        hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
     with _in_words(name, what):
         yield
+    if not folder.exists():
+        hub.say_if_unreachable(name)
 
 
 @contextmanager
@@ -165,13 +175,40 @@ def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a missing file and a broken one raise different types
-        raise CheckpointError(
+        raise _nowhere(error, name) or CheckpointError(
             f"cannot load the {what} ({_reason(error)})",
             where=name,
             mend=mend or _mend(error, name, what),
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
+    """What to say of a name that is neither a folder nor found on the Hub; None of other errors."""
+    causes = _causes(error)
+    offline = LocalEntryNotFoundError | OfflineModeIsEnabled
+    if any(isinstance(e, offline) for e in causes) and (reason := hub.unreachable()):
+        return CheckpointError(
+            f"no such folder, and the Hub cannot be reached ({reason})",
+            where=name,
+            mend=hub.hint("check the path"),
+        )
+    if any(type(e) is RepositoryNotFoundError for e in causes):
+        return CheckpointError(
+            "no such folder, and no such model on the Hub",
+            where=name,
+            mend="check the path or the id; 'hf auth login' for what is private",
+        )
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An exception and what it was raised from."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
 
 
 def _reason(error: BaseException) -> str:
@@ -183,9 +220,7 @@ def _reason(error: BaseException) -> str:
 
 def _mend(error: BaseException, name: str, what: str) -> str:
     """What to do about what transformers says."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
+    causes = _causes(error)
     if "trust_remote_code" in str(error):
         return "set trust_remote_code to true, if you trust the Python code that it brings"
     if AutoModelForImageTextToText.__name__ in str(error):
@@ -200,8 +235,10 @@ def _mend(error: BaseException, name: str, what: str) -> str:
     if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):
         return f"{_broken(Path(name))} is cut or changed: copy or download it again"
     if not Path(name).exists():
-        if is_offline_mode():
-            return "give a folder, or unset HF_HUB_OFFLINE for what is not downloaded yet"
+        if any(isinstance(e, GatedRepoError) for e in causes):
+            return "ask for access on the model's page, then 'hf auth login'"
+        if (reason := hub.unreachable()) is not None:
+            return hub.hint(f"give a folder: the Hub cannot be reached ({reason})")
         return "check the id on the Hub; 'hf auth login' for what is private or gated"
     return SAVE if what == "processor" else FOLDER
 

@@ -2,12 +2,13 @@
 anything is scored."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset, load_dataset_builder
-from huggingface_hub import is_offline_mode
 from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 
+from mmkd import hub
 from mmkd.errors import DataError
 from mmkd.evaluation.catalog import Task
 from mmkd.evaluation.local import BUILDERS, with_pictures
@@ -38,18 +39,22 @@ def require_data(task: Task) -> None:
     path, settings = task.config.get("dataset_path"), task.config.get("dataset_kwargs") or {}
     if path in (None, *BUILDERS) or any(settings.get(key) for key in OWN):
         return
+    silence = None if Path(str(path)).exists() else hub.unreachable()
     names = {task.config.get("dataset_name"), PICTURES.get(task.name, "")} - {""}
     try:
         for name in names:
             _find(str(path), name, settings.get("revision"))
     except Exception as error:  # of the network, the Hub, or the data set's own files
         lines = str(error).splitlines() or [type(error).__name__]
-        login = "check its name and the network, `hf auth login` for what is gated"
+        mend = {
+            None: "check its name and the network, `hf auth login` for what is gated",
+            hub.OFFLINE: "unset HF_HUB_OFFLINE",
+        }.get(silence) or hub.hint("check its name")
+        reason = lines[0] if silence in (None, hub.OFFLINE) else f"the Hub cannot be: {silence}"
         raise DataError(
-            f"the data of task {task.name} cannot be reached ({lines[0]})",
+            f"the data of task {task.name} cannot be reached ({reason})",
             where=str(path),
-            mend=f"{'unset HF_HUB_OFFLINE' if is_offline_mode() else login}, "
-            "or give its files as `local`",
+            mend=f"{mend}, or give its files as `local`",
         ) from error
 
 

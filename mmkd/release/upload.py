@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging
 
+from mmkd import hub
 from mmkd.errors import HubError
 from mmkd.progress import live, say
 from mmkd.recipe import ReleaseConfig
@@ -59,7 +60,7 @@ def require_access(repo: str) -> None:
     Raises:
         HubError: the Hub is switched off, or nobody is logged in.
     """
-    if constants.is_offline_mode():
+    if constants.is_offline_mode() and hub.unreachable() == hub.OFFLINE:
         raise HubError(
             "cannot upload while HF_HUB_OFFLINE is set",
             where=repo,
@@ -67,6 +68,12 @@ def require_access(repo: str) -> None:
         )
     if get_token() is None:
         raise HubError("nobody is logged in", where=constants.ENDPOINT, mend=LOG_IN)
+    if (reason := hub.unreachable()) is not None:
+        raise HubError(
+            f"the Hub cannot be reached ({reason})",
+            where=constants.ENDPOINT,
+            mend="check the network and HF_ENDPOINT, or write the folder alone with --out DIR",
+        )
 
 
 def upload(folder: Path, settings: ReleaseConfig) -> str:

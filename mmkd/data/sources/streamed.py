@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from mmkd import hub
 from mmkd.data.sources.kept import keep
 from mmkd.data.sources.tables import not_loaded, undecoded
 from mmkd.errors import DataError
@@ -215,6 +216,8 @@ def _read(
     if get_worker_info() is not None:
         raise WorkerError("a worker reads no stream")
     source = {"name": name, "subset": subset, "split": split, "revision": revision}
+    if not Path(name).exists():
+        hub.unreachable()  # asked here, once: the libraries would retry for minutes
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         plain = None if rows.features is None else undecoded(rows.features)

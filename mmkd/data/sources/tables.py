@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from mmkd import hub
 from mmkd.data.sources.kept import unreadable
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
@@ -93,6 +94,8 @@ def hub_rows(config: SourceConfig) -> TableRows:
 
     name = config.train.removeprefix(HUB)
     datasets.disable_progress_bars()
+    if not Path(name).exists():
+        hub.unreachable()  # asked here, once: the libraries would retry for minutes
     try:
         table = datasets.load_dataset(
             name, config.subset, split=config.split, revision=config.revision
@@ -100,17 +103,25 @@ def hub_rows(config: SourceConfig) -> TableRows:
     except Exception as error:
         raise not_loaded(error, config.train) from error
     folder = Path(name) if Path(name).is_dir() else None
+    if folder is None:
+        hub.say_if_unreachable(name)
     return TableRows(table, folder, {config.train: len(table)})
 
 
 def not_loaded(error: Exception, where: str) -> DataError:
     """Why a Hub data set cannot be loaded."""
-    from huggingface_hub import is_offline_mode
-
+    silence = hub.unreachable()
+    if silence is not None and isinstance(error, ConnectionError):
+        return DataError(
+            "cannot load the data set: it is not downloaded, and the Hub cannot be reached "
+            f"({silence})",
+            where=where,
+            mend=hub.hint("name files"),
+        )
     reason = unreadable(error, where).what.removeprefix("cannot read: ")
     mend = "check name, subset and split, and that the Hub can be reached"
-    if is_offline_mode():
-        mend = "unset HF_HUB_OFFLINE for what is not downloaded yet, or name files"
+    if silence is not None:
+        mend = hub.hint("check name, subset and split")
     return DataError(f"cannot load the data set: {reason}", where=where, mend=mend)
 
 
