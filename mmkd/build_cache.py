@@ -31,7 +31,7 @@ from mmkd.progress import Bar, say
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.teachers import LiveTeacher, check_storable, place_teacher
-from mmkd.vocabulary import shared_vocabulary
+from mmkd.vocabulary import check_head, shared_vocabulary
 
 
 def build_cache(recipe: Recipe) -> Store:
@@ -85,6 +85,7 @@ def build_cache(recipe: Recipe) -> Store:
         "processor": processor_hash(processor),
     }
     model = load_model(teacher_config)
+    check_head(model, processor.tokenizer, "teacher")
     if settings["hidden"] is not None:
         settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
     if distributed.rank() == 0:

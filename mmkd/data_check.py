@@ -9,12 +9,14 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from mmkd.data.check import Findings, Look, check_source
+from mmkd.data.check import PLACES, Findings, Look, check_source
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
+from mmkd.data.truncation import no_answer_left
 from mmkd.errors import DataError, RecipeError
 from mmkd.loading import load_processor
+from mmkd.objectives import build_objective
 from mmkd.progress import console
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
 
@@ -61,16 +63,17 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             unreadable.append(error)
     seconds = time.perf_counter() - started
     bad = sum(f.bad for f in found)
+    tokens = list(_tokens(recipe, processor)) if recipe and not unreadable else []
     return {
         "target": target,
-        "good": bad == 0 and not unreadable,
+        "good": bad == 0 and not unreadable and not any(t["without answer"] for t in tokens),
         "unreadable": [str(error) for error in unreadable],
         "records": sum(f.records for f in found),
         "pictures": sum(f.pictures for f in found),
         "bad": bad,
         "seconds": round(seconds, 3),
         "sources": [_as_json(f) for f in found],
-        "tokens": list(_tokens(recipe, processor)) if recipe and not unreadable else [],
+        "tokens": tokens,
     }
 
 
@@ -111,13 +114,25 @@ def _as_json(found: Findings) -> dict[str, Any]:
 
 
 def _tokens(recipe: Recipe, processor: Any) -> Iterator[dict[str, Any]]:
-    """How long some records of each data set are, before they are cut at `max_length`."""
+    """How long some records of each data set are before they are cut at `max_length`, and which of
+    them lose their whole answer."""
     for data in _data(recipe):
         records = Records(data)
-        whole = data.model_copy(update={"max_length": UNCUT, "on_bad_sample": "stop"})
-        encoder = Encoder(records, processor, whole)
-        found = map(encoder.length, Mixture(records, recipe.seed).sample(SAMPLED))
-        lengths = [length for length in found if length]  # 0: a bad record, counted already
+        stages = [stage for stage in recipe.stages if recipe.stage_data(stage) == data]
+        objectives = [build_objective(o) for stage in stages for o in stage.objectives]
+        limits = UNCUT, data.max_length
+        whole, cut = (
+            Encoder.of(
+                objectives,
+                data.model_copy(update={"max_length": limit, "on_bad_sample": "stop"}),
+                processor,
+                records=records,
+            )
+            for limit in limits
+        )
+        found = {i: whole.length(i) for i in Mixture(records, recipe.seed).sample(SAMPLED)}
+        lengths = [n for n in found.values() if n]  # 0: a bad record, counted already
+        lost = [i for i, n in found.items() if n > data.max_length and not cut.length(i)]
         if lengths:
             marks = torch.tensor(lengths).double().quantile(torch.tensor([0.5, 0.95]).double())
             yield {
@@ -128,6 +143,8 @@ def _tokens(recipe: Recipe, processor: Any) -> Iterator[dict[str, Any]]:
                 "longest": max(lengths),
                 "max_length": data.max_length,
                 "cut": sum(n > data.max_length for n in lengths) / len(lengths),
+                "without answer": len(lost),
+                "places": [records.where(i) for i in lost[:PLACES]],
             }
 
 
@@ -147,11 +164,22 @@ def print_check(found: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        if tokens["without answer"]:
+            error = no_answer_left(tokens["max_length"])
+            for place in tokens["places"]:
+                console.print(escape(f"{place}: {error.what}"), highlight=False, soft_wrap=True)
     for message in found["unreadable"]:
         console.print(escape(message), highlight=False, soft_wrap=True)
     rate = found["records"] / max(found["seconds"], 1e-9)
     bad, records = found["bad"], found["records"]
+    lost = sum(tokens["without answer"] for tokens in found["tokens"])
     said = f"{bad:,} bad ({_percent(bad / records)})" if bad else "all good"
+    if lost:
+        sampled = sum(tokens["sampled"] for tokens in found["tokens"])
+        said = (f"{said}; " if bad else "") + (
+            f"{lost:,} of {sampled:,} sampled records lose their whole answer -- raise "
+            "data.max_length, use smaller images, or drop them"
+        )
     if found["unreadable"]:
         said += f"; {len(found['unreadable'])} of the sources cannot be read"
     console.print(

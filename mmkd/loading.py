@@ -147,7 +147,27 @@ def load_pretrained_processor(name: str, **settings: Any) -> Any:
             where=name,
             mend="add chat_template.jinja to its folder",
         )
+    _give_pad_token(processor.tokenizer, name)
     return processor
+
+
+def _give_pad_token(tokenizer: Any, name: str) -> None:
+    """Batches are padded, and what pads them is masked: any token will do.
+
+    Raises:
+        CheckpointError: the tokenizer has no special token at all.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    known = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    token = next((t for t in known if t is not None), None)
+    if token is None:
+        raise CheckpointError(
+            "the tokenizer has no pad token, nor one that could pad in its place",
+            where=name,
+            mend="set pad_token in its tokenizer_config.json",
+        )
+    tokenizer.pad_token = token
 
 
 @contextmanager

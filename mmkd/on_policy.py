@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mmkd.data.answers import answered, answers_of, asked, sample
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
+from mmkd.data.schema import Record
 from mmkd.engines import Engine
 from mmkd.recipe import OnPolicyConfig
 
@@ -36,14 +37,17 @@ class OnPolicy:
     def batch(self, batch: Batch, step: int, micro: int) -> tuple[Batch, int]:
         """The batch with the student's answers, and how many there are.
 
-        Of a conversation with several answers one is drawn, and the conversation ends with it. The
-        draw is a function of seed, step, micro-batch and rank alone.
+        Of a conversation with several answers one is drawn, and the conversation ends with it;
+        where `max_length` has no room for an answer, the data set's stay. The draw is a function of
+        seed, step, micro-batch and rank alone.
         """
         place = (step * 4096 + micro) * self.engine.world_size + self.engine.rank
         draw = random.Random(self.seed * 2**32 + place)
         records = [self.encoder.records[i] for i in batch.indices]
         chosen = [i for i in range(len(records)) if draw.random() < self.config.lmbda]
-        prompts = [asked(records[i], draw.choice(answers_of(records[i]))) for i in chosen]
+        asking = {i: draw.choice(found) for i in chosen if (found := self._answers(records[i]))}
+        chosen = [*asking]
+        prompts = [asked(records[i], answer) for i, answer in asking.items()]
         seed = draw.getrandbits(31)
         if not chosen:
             return batch, 0
@@ -61,3 +65,9 @@ class OnPolicy:
             records[i] = answered(prompt, text)
         made = self.encoder.encode_records(batch.indices, records, batch.skipped)
         return made.to(self.engine.device), len(chosen)
+
+    def _answers(self, record: Record) -> list[int]:
+        """The messages that the student may answer instead: `max_length` has room behind what
+        they answer."""
+        found = answers_of(record)
+        return [i for i in found if self.encoder.has_room(asked(record, i))]

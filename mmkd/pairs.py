@@ -26,6 +26,7 @@ from mmkd.evaluation.scenes import mentioned_objects
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import track
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
+from mmkd.vocabulary import check_head
 
 PAIRS = pa.schema(
     [("id", pa.string()), ("image", IMAGE), ("chosen", TURNS), ("rejected", TURNS),
@@ -103,8 +104,10 @@ def make_pairs(
         )
     place = distributed.choose_device(device)
     answering: Any = load_model(source)
+    processor = load_processor(source)
+    check_head(answering, processor.tokenizer, model)
     answering.to(place)
-    encoder = Encoder(records, load_processor(source), data)
+    encoder = Encoder(records, processor, data)
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

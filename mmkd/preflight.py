@@ -24,7 +24,7 @@ from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
-from mmkd.vocabulary import shared_vocabulary
+from mmkd.vocabulary import check_head, shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
 
 
@@ -39,6 +39,7 @@ def check(recipe: Recipe) -> None:
     processor = load_processor(recipe.student)
     student = skeleton(recipe.student)
     check_supported(student, "student")
+    check_head(student, processor.tokenizer, "student")
     convert(student, recipe.student.convert)
     teacher = teacher_processor = store = None
     if recipe.teacher is not None and recipe.teacher.source == "cache":
@@ -49,14 +50,14 @@ def check(recipe: Recipe) -> None:
         teacher = skeleton(recipe.teacher)
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
+        check_head(teacher, teacher_processor.tokenizer, "teacher")
     _check_others(recipe, processor)
     for stage in recipe.stages:
         convert(student, stage.convert)
         mamba = mamba_layers(student.config)
         objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
         if store is None:
-            models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-            _check_teacher(stage, objectives, processor, teacher_processor, models)
+            _check_teacher(stage, objectives, processor, teacher_processor)
         else:
             _check_stored(recipe, stage, objectives, store)
         _check_experts(stage, objectives, student)
@@ -76,8 +77,10 @@ def _check_others(recipe: Recipe, processor: Any) -> None:
     """Further teachers see the student's tokens and pictures, and the data have their sources."""
     for teacher in recipe.more_teachers:
         where = f"teacher {teacher.name}"
-        check_supported(skeleton(teacher), where)
-        if not same_processor(processor, load_processor(teacher)):
+        model, own_processor = skeleton(teacher), load_processor(teacher)
+        check_supported(model, where)
+        check_head(model, own_processor.tokenizer, where)
+        if not same_processor(processor, own_processor):
             raise RecipeError(
                 "of several teachers, all but the first need the student's processor",
                 where=where,
@@ -168,7 +171,6 @@ def _check_teacher(
     objectives: list[Objective],
     processor: Any,
     teacher_processor: Any,
-    models: dict[str, PreTrainedModel],
 ) -> None:
     """There is one where it is needed; where it has or sees other tokens than the student, nothing
     is compared but what both have."""
@@ -183,12 +185,9 @@ def _check_teacher(
             mend="add 'teacher' to the recipe",
         )
     try:
-        shared = shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
+        shared_vocabulary(processor.tokenizer, teacher_processor.tokenizer)
     except CheckpointError as error:
         _check_vocabularies(stage, needing, error.what)
-    else:
-        for role, model in models.items():
-            _check_head(model, shared, role)
     if same_processor(processor, teacher_processor):
         return
     for objective in needing:
@@ -200,17 +199,6 @@ def _check_teacher(
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="use region response or vision, or models with one processor",
             )
-
-
-def _check_head(model: PreTrainedModel, tokens: int, role: str) -> None:
-    """There is a logit for every token that is compared."""
-    head: Any = model.get_output_embeddings()
-    if head.weight.shape[0] < tokens:
-        raise CheckpointError(
-            f"the tokenizer has {tokens} tokens, the model's head {head.weight.shape[0]}",
-            where=role,
-            mend="use the processor that belongs to it, or resize_token_embeddings and save it",
-        )
 
 
 def _check_vocabularies(stage: StageConfig, objectives: list[Objective], differ: str) -> None:

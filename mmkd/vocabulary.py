@@ -1,4 +1,4 @@
-"""Whether two tokenizers have the same tokens."""
+"""Whether two tokenizers have the same tokens, and a model a row for each."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from mmkd.errors import CheckpointError
 
 
 def shared_vocabulary(student: Any, teacher: Any) -> int:
-    """How many token ids student and teacher share, from id 0 without a gap.
+    """How many token ids student and teacher share, from id 0 to the last one of a token.
 
     Heads are often padded to different sizes; rows past the shared tokens get no mass.
 
@@ -14,21 +14,45 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
         student, teacher: the two tokenizers.
 
     Raises:
-        CheckpointError: an id stands for different tokens in the two.
+        CheckpointError: an id stands for different tokens in the two, or for one in only one.
     """
     mine, theirs = ({i: t for t, i in v.get_vocab().items()} for v in (student, teacher))
-    differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
-    shared = next(i for i in range(len(mine) + 1) if i not in mine or i not in theirs)
-    lost = sum(i >= shared for i in mine) + sum(i >= shared for i in theirs)
-    if differing or lost:
-        at = differing[0] if differing else shared
+    # An id that neither has is no difference: some vocabularies have gaps.
+    differing = [i for i in mine.keys() | theirs.keys() if mine.get(i) != theirs.get(i)]
+    if differing:
+        at = min((i for i in differing if i in mine and i in theirs), default=min(differing))
         raise CheckpointError(
             f"the vocabularies differ: id {at} is {mine.get(at)!r} for the student and "
             f"{theirs.get(at)!r} for the teacher",
             where="teacher and student",
             mend="distil between models of one tokenizer family, or train with 'ce' alone",
         )
-    return shared
+    return max(mine, default=-1) + 1
+
+
+def check_head(model: Any, tokenizer: Any, where: str) -> None:
+    """The model has an embedding and a logit for every token of its tokenizer.
+
+    Args:
+        model: with or without storage for its weights.
+        tokenizer: that makes its inputs.
+        where: what messages call the model.
+
+    Raises:
+        CheckpointError: there are fewer rows than tokens.
+    """
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    tables = {
+        "head": model.get_output_embeddings(),
+        "embedding": model.get_input_embeddings(),
+    }
+    for name, table in tables.items():
+        if table is not None and table.weight.shape[0] < tokens:
+            raise CheckpointError(
+                f"the tokenizer has {tokens} tokens, the model's {name} {table.weight.shape[0]}",
+                where=where,
+                mend="use the processor that belongs to it, or resize_token_embeddings and save it",
+            )
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:

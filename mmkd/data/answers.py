@@ -10,6 +10,7 @@ from torch import Tensor
 from mmkd.data.encoder import Encoder
 from mmkd.data.generation import end_tokens, neutral_settings, padding_token
 from mmkd.data.schema import Record
+from mmkd.data.templates import without_media_tokens
 from mmkd.recipe import SamplingConfig
 
 Generate = Callable[..., Tensor]
@@ -112,5 +113,4 @@ def _sampled(row: list[int], ends: list[int], processor: Any) -> Sampled:
     """One answer from its token ids: what follows the first end token is padding."""
     stop = next((i for i, token in enumerate(row) if token in ends), None)
     text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
-    # A model can spell a placeholder, which the processor would take for a picture.
-    return Sampled(text.replace(processor.image_token, "").strip(), stop is not None)
+    return Sampled(without_media_tokens(processor, text).strip(), stop is not None)

@@ -6,13 +6,13 @@ end: what lies between is what the model has to say. No template is parsed or sp
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import TemplateError
-
-from mmkd.data.schema import Message, printable
+from mmkd.data.schema import Message
+from mmkd.data.templates import render
 from mmkd.errors import DataError
 
 Span = tuple[int, int]
@@ -42,19 +42,9 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
     Raises:
         DataError: the template rewrites earlier turns or the responses, so that no mask fits.
     """
-    if not getattr(processor, "chat_template", None):
-        raise DataError(
-            "the processor has no chat template", mend="add chat_template.jinja to its folder"
-        )
 
     def template(part: list[Message], prompt: bool) -> str:
-        try:
-            return processor.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template refuses it: {printable(error)}",
-                mend="mend the order of its turns or drop the record",
-            ) from error
+        return render(processor, part, prompt=prompt)
 
     text = template(messages, False)
     tokenizer = processor.tokenizer
@@ -67,8 +57,10 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         prefix = template(messages[:i], True)
         start = _common_length(text, prefix)
         end = _common_length(text, template(messages[: i + 1], False))
-        said = "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
-        at = text.find(said, start, end)
+        whole = "".join(p["text"] for p in message["content"] if p["type"] == "text")
+        said = whole.strip()
+        empty = partial(template, _wordless(messages, i), False)
+        at = _find_words(text, said, start, end, empty)
         if at < 0 and i + 1 < len(messages):  # Qwen3 writes the last answer otherwise
             end = _common_length(text, template(_wordless(messages, i + 1), False))
             at = text.find(said, start, end)
@@ -80,7 +72,7 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
                     f"the chat template rewrites the conversation before turn {i}",
                     mend="use a template that only appends",
                 )
-            start = max(at, start)
+            start = max(_first_blank(text, whole, at), start)
         if at < 0:
             raise DataError(
                 f"the chat template changes the response of turn {i}",
@@ -94,6 +86,38 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         text = text[:stop] + tokenizer.eos_token
         spans[-1] = (start, len(text))
     return Rendered(text, tuple(spans), tuple(words))
+
+
+def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[], str]) -> int:
+    """Where an answer's words begin in text[start:end], or -1.
+
+    Args:
+        text: the rendered conversation.
+        said: the words, without blanks around them.
+        start, end: what the template writes for the turn.
+        wordless: renders the conversation with this answer left empty.
+    """
+    first = text.find(said, start, end)
+    if first < 0 or not said or text.find(said, first + 1, end) < 0:
+        return first
+    # The template's own words may hold the answer, as "<think>" holds "hi" and "<|im_end|>" "end".
+    try:
+        empty = wordless()
+    except DataError:  # it refuses empty answers
+        return first
+    found = first
+    while first >= 0:
+        if empty.startswith(text[:first].rstrip()):
+            found = first
+        first = text.find(said, first + 1, end)
+    return found
+
+
+def _first_blank(text: str, whole: str, at: int) -> int:
+    """Where an answer begins whose words begin at `at`: with its own blanks, if the template keeps
+    them."""
+    blanks = len(whole) - len(whole.lstrip())
+    return at - blanks if at >= blanks and text[at - blanks : at] == whole[:blanks] else at
 
 
 def _common_length(a: str, b: str) -> int:
@@ -147,6 +171,24 @@ def expanded_spans(spans: tuple[Span, ...], replacements: list[dict[str, Any]]) 
     ]
 
 
-def mark_tokens(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Which tokens lie in a span; `offsets` are the tokens' (start, end) characters."""
-    return [stop > start and any(a <= start < b for a, b in spans) for start, stop in offsets]
+def mark_tokens(offsets: list[Span], spans: list[Span], words: list[Span]) -> list[bool]:
+    """Which tokens are part of a response.
+
+    A token that begins before a response is part of it if it holds some of its words: tokenizers
+    join the blank that ends a generation prompt (`ASSISTANT: `) with the word behind it.
+
+    Args:
+        offsets: (start, end) characters of each token. A token of blanks alone may be empty: some
+            tokenizers trim blanks (`trim_offsets`).
+        spans: characters of each response, end of turn included.
+        words: characters of the words of each response.
+    """
+
+    def is_response(start: int, stop: int) -> bool:
+        if stop == start:
+            return any(a < start < b for a, b in spans)
+        return any(a <= start < b for a, b in spans) or any(
+            start < b and stop > a for a, b in words if a < b
+        )
+
+    return [is_response(start, stop) for start, stop in offsets]

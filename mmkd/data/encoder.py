@@ -29,11 +29,13 @@ from mmkd.data.packing import (
     pack_targets,
     renumbered,
 )
-from mmkd.data.processing import MOVED, Processing
+from mmkd.data.processing import MOVED, Processing, Size
 from mmkd.data.records import Records, located
 from mmkd.data.samples import Sample, blank_sample
 from mmkd.data.schema import Message, Record
 from mmkd.data.stored import stored_hidden, stored_rows
+from mmkd.data.templates import check_processor, render
+from mmkd.data.truncation import check_answers, needs_answers, tokens_before_answer, truncate
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Region, Targets
 from mmkd.recipe import DataConfig
@@ -60,6 +62,7 @@ class Encoder:
         aligned: match the tokens of a teacher with a processor of its own one by one: image tokens,
             and responses if the vocabulary is the student's.
         sources: say which data source each token's record is from.
+        answers: refuse records whose whole answer lies behind `max_length`.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class Encoder:
         chunks: bool = False,
         aligned: bool = True,
         sources: bool = False,
+        answers: bool = True,
     ):
+        check_processor(processor)
         self.sources = sources
         self.records = records
         self.processor = processor
@@ -89,12 +94,19 @@ class Encoder:
         self.store = store
         self.pack = pack
         self.chunks = chunks
+        self.answers = answers
         self.filler = [blank_sample(processor)] if filler else []
         self.teacher = None
         self.matched: tuple[Region, ...] = ALIGNED if aligned else ()
         if teacher_processor is not None and not same_processor(processor, teacher_processor):
             self.teacher = Encoder(
-                records, teacher_processor, config, pairs=pairs, filler=filler, chunks=chunks
+                records,
+                teacher_processor,
+                config,
+                pairs=pairs,
+                filler=filler,
+                chunks=chunks,
+                answers=answers,
             )
             if aligned and not same_vocabulary(processor.tokenizer, teacher_processor.tokenizer):
                 self.matched = ("vision",)
@@ -129,6 +141,7 @@ class Encoder:
             chunks="chunks" in needs,
             aligned=bool(by_token),
             sources=any(o.sources is not None for o in objectives),
+            answers=any(map(needs_answers, objectives)),
         )
 
     def _render(self, index: int) -> tuple[Rendered, Rendered | None]:
@@ -167,10 +180,26 @@ class Encoder:
                 sizes = self.records.sizes(record)
                 answers = [r for r in self._rendered(number) if r is not None]
                 longest = max(self.processing.length(r.text, sizes) for r in answers)
+                if longest > self.config.max_length and self.cut_off(answers, sizes):
+                    continue
                 return min(longest, self.config.max_length)
             except DataError:
                 continue
         return 0
+
+    def cut_off(self, answers: Sequence[Rendered], sizes: list[Size]) -> bool:
+        """Whether `max_length` leaves no token of one of a record's conversations' answers, where
+        that counts."""
+        before = (tokens_before_answer(self.processing, r, sizes) for r in answers)
+        limit = self.config.max_length
+        return self.answers and any(n is not None and n >= limit for n in before)
+
+    def has_room(self, prompt: Record) -> bool:
+        """Whether `max_length` leaves room for an answer to a prompt."""
+        text = render(self.processor, prompt.messages, prompt=True)
+        length = self.processing.length(text, self.records.sizes(prompt))
+        room = length < self.config.max_length
+        return room and (self.teacher is None or self.teacher.has_room(prompt))
 
     def batch(self, samples: list[Sample]) -> Batch:
         """One padded batch of samples that `load` gave, without the teacher's own view."""
@@ -198,9 +227,7 @@ class Encoder:
         """Inputs that ask for the next answer of each conversation, padded on the left."""
         samples = []
         for record in records:
-            text = self.processor.apply_chat_template(
-                record.messages, add_generation_prompt=True, tokenize=False
-            )
+            text = render(self.processor, record.messages, prompt=True)
             pictures = self.records.pictures(record)
             samples.append(Sample(0, record, Rendered(text, (), ()), pictures))
         encoded = self._process(samples, side="left")
@@ -260,7 +287,8 @@ class Encoder:
         response = torch.zeros_like(attention)
         for row, sample in enumerate(samples):
             spans = expanded_spans(sample.rendered.spans, moved[row])
-            response[row] = torch.tensor(mark_tokens(offsets[row].tolist(), spans))
+            words = expanded_spans(sample.rendered.said, moved[row])
+            response[row] = torch.tensor(mark_tokens(offsets[row].tolist(), spans, words))
         vision = ids == self.processing.image_token_id  # [B, T]
         labels = background = None
         if self.vision_labels:
@@ -291,7 +319,10 @@ class Encoder:
         )
         if self.chunks:
             batch = replace(batch, answers=self._answers(chosen, moved, offsets, ids))
-        batch = self._truncate(batch, samples)
+        limit, where = self.config.max_length, self.records.where
+        batch = truncate(batch, samples, limit, self.processing.image_token_id, where)
+        if self.answers:
+            check_answers(batch.targets.response, samples, limit, where)
         if self.store is not None and stored:
             said = (self.store, batch.targets, samples, self.records.where)
             batch = replace(batch, stored=stored_rows(*said))
@@ -358,30 +389,3 @@ class Encoder:
                 for sample in (s for s in samples if s.index >= 0):
                     self._process([sample], side)
             raise error.at(self.records.where(samples[0].index)) from error
-
-    def _truncate(self, batch: Batch, samples: list[Sample]) -> Batch:
-        limit = self.config.max_length
-        length = batch.targets.input_ids.shape[1]
-        if length <= limit:
-            return batch
-        pictures = batch.inputs["input_ids"] == self.processing.image_token_id
-        cut = pictures[:, limit:].any(1).nonzero()[:, 0].tolist()
-        if cut:
-            raise DataError(
-                f"its images alone pass max_length {limit}"
-                if cut[0] < len(samples)
-                else f"a blank picture alone passes max_length {limit}",
-                where=self.records.where(samples[min(cut[0], len(samples) - 1)].index),
-                mend="raise data.max_length or use smaller images",
-            )
-
-        rows = (len(samples), len(batch.inputs["input_ids"]))
-
-        def head(value: Any) -> Any:
-            is_sequence = isinstance(value, Tensor) and value.dim() > 1
-            if is_sequence and value.shape[0] in rows and value.shape[1] == length:
-                return value[:, :limit]
-            return value
-
-        targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
-        return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)

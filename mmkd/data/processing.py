@@ -7,15 +7,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from mmkd.data.alignment import Grid
 from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
-from mmkd.errors import DataError
+from mmkd.errors import DataError, MmkdError
 
 MOVED = "text_replacement_offsets"
+NOT_OF_THE_RECORD = (MmkdError, OSError, MemoryError, ImportError)
+"""What a processor raises for other reasons than the record: a full disk, a missing package."""
 Size = tuple[int, int]
 
 
@@ -52,13 +55,14 @@ class Processing:
         """
         # By row: some families treat a picture otherwise where it is one of several.
         images = list(pictures) if any(pictures) else None
+        special = not self._template_writes_bos(texts[0])
         try:
             encoded = self.processor(
                 text=list(texts),
                 images=images,
                 padding=True,
                 padding_side=side,
-                add_special_tokens=not self._template_writes_bos(texts[0]),
+                add_special_tokens=special,
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
                 # Not of the text yet: some would make a tensor of the replacement offsets too.
@@ -67,10 +71,16 @@ class Processing:
             )
             moved = encoded.pop(MOVED, None)
             encoded.convert_to_tensors("pt")
-            self._check_text(texts, moved, encoded["offset_mapping"])
-            return {**encoded, MOVED: moved}
-        except ValueError as error:
+        except NOT_OF_THE_RECORD:
+            raise
+        except Exception as error:  # families raise whatever they come upon
             raise _refused(error) from error
+        if special:
+            drop_appended(encoded, self.processor.tokenizer, side)
+        self._check_text(texts, moved, encoded["offset_mapping"])
+        if moved is not None:
+            self._check_images(pictures, moved, encoded["input_ids"])
+        return {**encoded, MOVED: moved}
 
     def length(self, text: str, sizes: Sequence[Size]) -> int:
         """Tokens of one conversation, without processing its pictures.
@@ -82,10 +92,28 @@ class Processing:
         Raises:
             DataError: the processor refuses pictures of such a size.
         """
+        return len(self.offsets(text)) + self.image_tokens(sizes, of=len(sizes))
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) characters of the tokens of one conversation, image placeholders as they
+        are."""
         special = not self._template_writes_bos(text)
-        words = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-        count = min(len(sizes), 2)
-        return len(words) + sum(self._picture_tokens(size, count) for size in sizes)
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        found = encoded["offset_mapping"]
+        return found[: len(found) - appended_tokens(tokenizer)] if special else found
+
+    def image_tokens(self, sizes: Sequence[Size], *, of: int) -> int:
+        """Tokens that images add to their placeholders.
+
+        Args:
+            sizes: width and height of each.
+            of: images of the whole conversation.
+
+        Raises:
+            DataError: the processor refuses images of such a size.
+        """
+        return sum(self._picture_tokens(size, min(of, 2)) for size in sizes)
 
     def _count_picture_tokens(self, size: Size, count: int) -> int:
         """Tokens that a picture adds to its placeholder; its size decides, and whether it is its
@@ -95,7 +123,9 @@ class Processing:
         alone = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         try:
             whole = self.processor(text=[text], images=[blank], add_special_tokens=False)
-        except ValueError as error:
+        except NOT_OF_THE_RECORD:
+            raise
+        except Exception as error:
             raise _refused(error) from error
         return (len(whole["input_ids"][0]) - len(alone)) // count
 
@@ -138,6 +168,31 @@ class Processing:
                     mend="choose a family whose chat template writes the whole conversation",
                 )
 
+    def _check_images(
+        self, pictures: Sequence[Sequence[Any]], moved: Sequence[list[Any]], ids: Tensor
+    ) -> None:
+        """Each row has as many image tokens as features: models fail on others, or shift them.
+
+        Args:
+            pictures: of each row.
+            moved: what replaced the placeholders of each row.
+            ids: [B, T] int64.
+
+        Raises:
+            DataError: a row has others.
+        """
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        there = (ids == self.image_token_id).sum(1).tolist()
+        for images, replaced, count in zip(pictures, moved, there, strict=True):
+            features = sum(r["replacement"].count(token) for r in replaced)
+            if len(replaced) != len(images) or features != count:
+                raise DataError(
+                    f"its text has {len(replaced)} image placeholder(s) and {count} image tokens, "
+                    f"but there are {len(images)} image(s) with {features}",
+                    mend=f"do not write {token} in a text, and give each image its placeholder",
+                    kind="numbers of image tokens and features differ",
+                )
+
     def _template_writes_bos(self, text: str) -> bool:
         bos = self.processor.tokenizer.bos_token
         return bos is not None and text.startswith(bos)
@@ -153,8 +208,48 @@ class Processing:
         return self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
 
 
-def _refused(error: ValueError) -> DataError:
+def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:
+    """Take away, in place, what a tokenizer appends to a text, such as the EOS token of
+    `add_eos_token`: no answer follows an end, and a chat template writes its own.
+
+    Args:
+        encoded: tensors by name, those of tokens [B, T, ...], with special tokens.
+        tokenizer: that made them.
+        side: where their padding is, left or right.
+    """
+    count = appended_tokens(tokenizer)
+    if not count:
+        return
+    ids, attention = encoded["input_ids"], encoded["attention_mask"]
+    rows, length = ids.shape
+    if side == "right":
+        ends = attention.sum(1, keepdim=True)  # [B, 1]
+        at = torch.arange(length)[None, :]
+        appended = (at >= ends - count) & (at < ends)  # [B, T]
+        ids[appended] = tokenizer.pad_token_id
+        attention[appended] = 0
+        if "offset_mapping" in encoded:
+            encoded["offset_mapping"][appended] = 0
+    for name, value in encoded.items():
+        if isinstance(value, Tensor) and value.shape[:2] == (rows, length):
+            encoded[name] = value[:, : length - count]
+
+
+@lru_cache(maxsize=32)
+def appended_tokens(tokenizer: Any) -> int:
+    """How many special tokens a tokenizer puts behind a text."""
+    words = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for first in range(len(whole) - len(words), -1, -1):
+        if whole[first : first + len(words)] == words:
+            return len(whole) - len(words) - first
+    return 0
+
+
+def _refused(error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:200]
+    if not isinstance(error, ValueError) or not reason:
+        reason = f"{type(error).__name__} {reason}".strip()
     return DataError(
         f"the processor refuses it: {reason}",
         mend="check the record's images and placeholders",

@@ -8,6 +8,7 @@ from PIL import Image
 from mmkd.cache import record_key
 from mmkd.data.chat import Rendered
 from mmkd.data.schema import Message, Record
+from mmkd.data.templates import render
 
 BLANK_SIZE = (64, 64)
 
@@ -37,6 +38,6 @@ def blank_sample(processor: Any) -> Sample:
     """A question about a blank picture."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     messages: list[Message] = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = render(processor, messages, prompt=True)
     picture = Image.new("RGB", BLANK_SIZE)
     return Sample(-1, Record("filler", messages), Rendered(text, (), ()), [picture])

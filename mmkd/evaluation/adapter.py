@@ -23,11 +23,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mmkd import interrupt
 from mmkd.data.generation import end_tokens, padding_token
+from mmkd.data.processing import drop_appended
+from mmkd.data.templates import check_template, render
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.vocabulary import check_head
 
 Message = dict[str, Any]
 
@@ -184,9 +187,12 @@ class MmkdModel(lmms):
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             ).to(place)  # type: ignore[arg-type]
+            words: Any = processor
+            check_head(model, words.tokenizer, path)
         if processor is None or isinstance(processor, str):
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor
+        check_template(processor)
         self.tokenizer: Any = processor.tokenizer
         self.end_tokens = end_tokens(processor, model.generation_config.eos_token_id)
         self.batch_size = int(batch_size)
@@ -246,8 +252,8 @@ class MmkdModel(lmms):
         where = f"{request.task} document {request.doc_id}"
         doc = self.task_dict[request.task][request.split][request.doc_id]
         turns, images = split_images(request.to_messages(doc), where)
-        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return Prompt(request.index, str(text), images)
+        text = render(self.processor, turns, prompt=True)
+        return Prompt(request.index, text, images)
 
     def _answer(self, batch: Sequence[Request]) -> dict[int, GenerationResult]:
         """Answers by request index. Prompts with and without pictures go apart: no processor
@@ -302,6 +308,8 @@ class MmkdModel(lmms):
             return_tensors="pt",
             add_special_tokens=not templated_bos,
         )
+        if not templated_bos:
+            drop_appended(inputs, self.tokenizer, "left")
         return inputs.to(self.device, dtype=self.model.dtype)
 
     def _generate(

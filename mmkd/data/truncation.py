@@ -1,0 +1,111 @@
+"""Cutting batches at `max_length`, and which answers are left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mmkd.data.batch import Batch
+from mmkd.data.chat import Rendered, mark_tokens
+from mmkd.data.processing import Processing, Size
+from mmkd.data.samples import Sample
+from mmkd.errors import DataError
+from mmkd.objectives import Objective, Targets
+from mmkd.objectives.affinity import Affinity
+
+
+def truncate(
+    batch: Batch,
+    samples: Sequence[Sample],
+    limit: int,
+    image_token: int,
+    where: Callable[[int], str],
+) -> Batch:
+    """The batch with sequences cut at `limit` tokens.
+
+    Args:
+        batch: of the samples, perhaps with one filler row more.
+        samples: one a row.
+        limit: tokens.
+        image_token: id of the token that image features replace.
+        where: words for the place of a record by its number.
+
+    Raises:
+        DataError: the limit cuts off a part of an image.
+    """
+    length = batch.targets.input_ids.shape[1]
+    if length <= limit:
+        return batch
+    pictures = batch.inputs["input_ids"] == image_token  # [B, T], or [B + 1, T]
+    cut = pictures[:, limit:].any(1).nonzero()[:, 0].tolist()
+    if cut:
+        raise DataError(
+            f"its images alone pass max_length {limit}"
+            if cut[0] < len(samples)
+            else f"a blank picture alone passes max_length {limit}",
+            where=where(samples[min(cut[0], len(samples) - 1)].index),
+            mend="raise data.max_length or use smaller images",
+        )
+    rows = (len(samples), len(batch.inputs["input_ids"]))
+
+    def head(value: Any) -> Any:
+        is_sequence = isinstance(value, Tensor) and value.dim() > 1
+        if is_sequence and value.shape[0] in rows and value.shape[1] == length:
+            return value[:, :limit]
+        return value
+
+    targets = Targets(**{k: head(v) for k, v in vars(batch.targets).items()})
+    return replace(batch, inputs={k: head(v) for k, v in batch.inputs.items()}, targets=targets)
+
+
+def check_answers(
+    response: Tensor, samples: Sequence[Sample], limit: int, where: Callable[[int], str]
+) -> None:
+    """Every sample with an answer has a token of it left.
+
+    Args:
+        response: [B, T] bool, of the cut sequences.
+        samples: one a row; of a pair its chosen and its rejected answer.
+        limit: what they were cut at.
+        where: words for the place of a record by its number.
+
+    Raises:
+        DataError: a record has no token that is trained on.
+    """
+    for sample, left in zip(samples, response.any(1).tolist(), strict=True):
+        if sample.rendered.spans and not left:
+            raise no_answer_left(limit).at(where(sample.index))
+
+
+def no_answer_left(limit: int) -> DataError:
+    """The error of a record whose answers lie behind `max_length`."""
+    return DataError(
+        f"max_length {limit} cuts off its whole answer: there is nothing to learn",
+        mend="raise data.max_length, use smaller images, or drop the record",
+        kind="max_length cuts off the whole answer",
+    )
+
+
+def tokens_before_answer(
+    processing: Processing, rendered: Rendered, sizes: Sequence[Size]
+) -> int | None:
+    """Tokens before the first token of an answer, without processing the images; None where there
+    is no answer."""
+    offsets = processing.offsets(rendered.text)
+    marks = mark_tokens(offsets, list(rendered.spans), list(rendered.said))
+    if True not in marks:
+        return None
+    first = marks.index(True)
+    images = rendered.text.count(processing.processor.image_token, 0, offsets[first][1])
+    return first + processing.image_tokens(sizes[:images], of=len(sizes))
+
+
+def needs_answers(objective: Objective) -> bool:
+    """Whether an objective has nothing to learn from a record without its answer."""
+    region = getattr(objective.config, "region", None)
+    return (
+        region == "response"
+        or bool(objective.needs & {"pairs", "chunks"})
+        or isinstance(objective, Affinity)
+    )
