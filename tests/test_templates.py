@@ -1,6 +1,7 @@
 """Chat templates that take content as parts, as a string, or not at all."""
 
 import copy
+import re
 
 import pytest
 from PIL import Image
@@ -172,9 +173,14 @@ def test_a_literal_image_token_in_a_text_is_a_bad_record(folder, name):
             rows = [{"id": "bad", "images": ["red.png"], "messages": messages}]
             rows += [{"id": "good", "image": "red.png", "conversations": conversations(TURNS)}]
             data: Records = records(folder, rows)
-            with pytest.raises(DataError, match=r"record 0 \(id bad\): the text of turn") as caught:
+            # `<image>` is a placeholder of the records already.
+            said = (
+                "2 image placeholder"
+                if literal == "<image>"
+                else f"turn .* contains .*{re.escape(literal)}"
+            )
+            with pytest.raises(DataError, match=rf"record 0 \(id bad\): .*{said}"):
                 Encoder(data, processor, DataConfig(train="-")).encode([0, 1])
-            assert literal in str(caught.value)
             skipping = Encoder(data, processor, DataConfig(train="-", on_bad_sample="skip"))
             batch = skipping.encode([0, 1])
             assert batch.ids == ["good", "good"]
