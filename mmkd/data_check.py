@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from mmkd.data.bounds import scaled_edge
 from mmkd.data.check import PLACES, Findings, Look, check_source
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
@@ -50,6 +52,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             )
         recipe = load_recipe(target)
         processor = load_processor(recipe.student)
+        look = replace(look, edges=_edges(recipe, processor))
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
     started = time.perf_counter()
     found: list[Findings] = []
@@ -75,6 +78,13 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
         "sources": [_as_json(f) for f in found],
         "tokens": tokens,
     }
+
+
+def _edges(recipe: Recipe, processor: Any) -> tuple[int, ...]:
+    """The lengths that the models' processors scale shorter edges of pictures to."""
+    live = [t for t in recipe.teachers if t.source == "live"]
+    found = {scaled_edge(p) for p in (processor, *map(load_processor, live))}
+    return tuple(sorted(edge for edge in found if edge is not None))
 
 
 def _data(recipe: Recipe) -> list[DataConfig]:

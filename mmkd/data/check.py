@@ -7,6 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from mmkd.data.bounds import check_scaled
 from mmkd.data.images import image_size, load_image
 from mmkd.data.records import Source
 from mmkd.data.schema import Record, text_of
@@ -51,10 +52,12 @@ class Look:
     Attributes:
         decode: decode pictures, not only their headers.
         unique_ids: no two records of a source have one id.
+        edges: lengths in pixels that the models' processors scale shorter edges to.
     """
 
     decode: bool = False
     unique_ids: bool = False
+    edges: tuple[int, ...] = ()
 
 
 @dataclass
@@ -176,9 +179,11 @@ def _problems(record: Record, look: Look) -> Iterator[DataError]:
     for picture in record.images:
         try:
             if look.decode:
-                load_image(picture, record.root)
+                size = load_image(picture, record.root).size
             else:
-                image_size(picture, record.root)
+                size = image_size(picture, record.root)
+            for edge in look.edges:
+                check_scaled(size, edge)
         except DataError as error:
             yield error
 

@@ -80,11 +80,50 @@ def load_image(ref: Any, root: Path | None) -> Image.Image:
         DataError: it is missing, outside of `root`, broken, or too large to be meant.
     """
     with _opened(ref, root) as picture:
-        orientation = _orientation(picture)
-        if picture.mode in SIXTEEN_BITS:  # Pillow would clip them, to white nearly everywhere
-            picture = picture.convert("I").point(lambda level: level / 256)
-        whole = picture.convert("RGB")
-        return whole.transpose(TURNS[orientation]) if orientation in TURNS else whole
+        return _as_rgb(picture)
+
+
+def picture_as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture that is open already, as `load_image` decodes it.
+
+    Raises:
+        DataError: as `load_image`.
+    """
+    return load_image(picture, None)
+
+
+def with_eight_bits(value: Any) -> Any:
+    """A value of a benchmark's document with levels of 16 bits scaled to 8, as `load_image` does.
+
+    What reads documents often calls Pillow's `convert`, which clips such levels.
+
+    Args:
+        value: a picture, or lists and dicts that may have some; all else is returned as it is.
+
+    Raises:
+        DataError: a picture has levels of 32 bits.
+    """
+    if isinstance(value, dict):
+        return {key: with_eight_bits(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_eight_bits(inner) for inner in value]
+    if isinstance(value, Image.Image):
+        _with_levels(value, "image")
+        return _scaled(value).convert("L") if value.mode in SIXTEEN_BITS else value
+    return value
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    orientation = _orientation(picture)
+    whole = _scaled(picture).convert("RGB")
+    return whole.transpose(TURNS[orientation]) if orientation in TURNS else whole
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """Levels of 16 bits as levels of 8. Pillow would clip them, to white nearly everywhere."""
+    if picture.mode not in SIXTEEN_BITS:
+        return picture
+    return picture.convert("I").point(lambda level: level / 256)
 
 
 def image_size(ref: Any, root: Path | None) -> tuple[int, int]:

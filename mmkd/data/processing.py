@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.data.alignment import Grid
+from mmkd.data.bounds import check_scaled, scaled_edge
 from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
 from mmkd.errors import DataError, MmkdError
@@ -38,6 +39,7 @@ class Processing:
             processor.image_processor = pictures
             self.picture = pictures.picture
         self.processor = processor
+        self._edge = scaled_edge(processor)
         self._picture_tokens = lru_cache(maxsize=None)(self._count_picture_tokens)
 
     def __call__(
@@ -55,6 +57,8 @@ class Processing:
         """
         # By row: some families treat a picture otherwise where it is one of several.
         images = list(pictures) if any(pictures) else None
+        for picture in (picture for row in pictures for picture in row):
+            check_scaled(picture.size, self._edge)
         special = not self._template_writes_bos(texts[0])
         try:
             encoded = self.processor(
@@ -118,6 +122,7 @@ class Processing:
     def _count_picture_tokens(self, size: Size, count: int) -> int:
         """Tokens that a picture adds to its placeholder; its size decides, and whether it is its
         record's only one (`count` 1) or one of several (2)."""
+        check_scaled(size, self._edge)
         text = self.processor.image_token * count
         blank = [Image.new("RGB", size)] * count
         alone = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -17,13 +17,17 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmkd import interrupt
+from mmkd.data.bounds import check_scaled, scaled_edge
 from mmkd.data.generation import end_tokens, padding_token
+from mmkd.data.images import load_image, picture_as_rgb, with_eight_bits
 from mmkd.data.processing import drop_appended
+from mmkd.data.records import located
 from mmkd.data.templates import check_template, render
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
@@ -108,8 +112,7 @@ def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message]
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
-                image = part["url"]
-                images.append(image.convert("RGB") if hasattr(image, "convert") else image)
+                images.append(_picture(part["url"], where))
                 parts.append({"type": "image"})
             elif part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})
@@ -119,6 +122,20 @@ def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message]
                 )
         turns.append({"role": message["role"], "content": parts})
     return turns, images
+
+
+def _picture(found: Any, where: str) -> Any:
+    """A task's picture, decoded or a path, as training reads its own.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with located(lambda: where):
+        if isinstance(found, Image.Image):
+            return picture_as_rgb(found)
+        if isinstance(found, str | Path) and Path(found).is_file():
+            return load_image(str(found), Path(found).absolute().parent)
+        return found
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
@@ -251,7 +268,13 @@ class MmkdModel(lmms):
     def _prompt(self, request: Request) -> Prompt:
         where = f"{request.task} document {request.doc_id}"
         doc = self.task_dict[request.task][request.split][request.doc_id]
+        with located(lambda: where):
+            doc = with_eight_bits(doc)
         turns, images = split_images(request.to_messages(doc), where)
+        with located(lambda: where):
+            for image in images:
+                if isinstance(image, Image.Image):
+                    check_scaled(image.size, scaled_edge(self.processor))
         text = render(self.processor, turns, prompt=True)
         return Prompt(request.index, text, images)
 

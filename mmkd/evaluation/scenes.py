@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmkd.data.images import picture_as_rgb
 from mmkd.data.scenes.vocabulary import CLASSES
 from mmkd.evaluation.refusals import Unanswered
 
@@ -40,7 +41,7 @@ def with_pictures(dataset: Any) -> Any:
 
 def images(doc: Document) -> list[Any]:
     """The document's one picture, RGB."""
-    return [doc["image"].convert("RGB")]
+    return [picture_as_rgb(doc["image"])]
 
 
 def normalise(text: str) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image
 
+from mmkd.data.images import load_image
+from mmkd.errors import DataError
 from mmkd.report.rundata import TEACHER, Run, read_samples
 from mmkd.task_files import data_files, read_task
 
@@ -160,7 +161,12 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
         rows = _rows(paths, wanted)
         found = {doc: _first_picture(row.get("image")) for doc, row in rows.items()}
         return {doc: _data_uri(image) for doc, image in found.items() if image}
-    except (OSError, ValueError, KeyError):  # a picture less is no reason to lose the report
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        DataError,
+    ):  # a picture less is no reason to lose the report
         return {}
 
 
@@ -186,9 +192,9 @@ def _first_picture(image: Any) -> Any:
 
 
 def _data_uri(image: dict[str, Any]) -> str:
-    source = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-    with Image.open(source) as opened:
-        picture = opened.convert("RGB")
+    path = Path(str(image.get("path") or ""))
+    ref = image if image.get("bytes") else str(path.absolute())
+    picture = load_image(ref, path.absolute().parent)
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     out = io.BytesIO()
     small = max(picture.size) <= 128

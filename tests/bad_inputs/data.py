@@ -1,5 +1,6 @@
 """Records and pictures that cannot be used."""
 
+import json
 import struct
 import tarfile
 import zlib
@@ -377,6 +378,22 @@ def missing_image(world: World) -> None:
 )
 def image_on_the_web(world: World) -> None:
     world.records(picture("https://example.org/a.png"))
+
+
+@case(
+    "image",
+    "gave LLaVA-1.5 a picture of 10000 x 2 pixels",
+    FIRST + "the processor would make",
+    "pixels of a picture of 10000 x 2",
+    "crop or drop it",
+)
+def image_that_a_processor_blows_up(world: World) -> None:
+    Image.new("1", (10_000, 2)).save("wide.png")
+    path = Path("model/processor_config.json")
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["size"] = {"shortest_edge": 336}
+    path.write_text(json.dumps(settings))
+    world.records(picture("wide.png"))
 
 
 @case("image", "named a folder", FIRST + "model is not a file", "check data.images")

@@ -1,0 +1,54 @@
+"""How many pixels a processor makes of a picture on the way to its own size.
+
+Processors that scale a picture's shorter edge to a fixed length, and cut out the middle, blow up a
+long and narrow picture first: a file of 145 bytes with 10000 x 2 pixels becomes 1,680,000 x 336.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmkd.errors import DataError
+
+MOST_PIXELS = 2**25
+"""Of a picture after it was scaled. It takes about 0.35 GB then."""
+
+
+def scaled_edge(processor: Any) -> int | None:
+    """The length in pixels that a processor scales shorter edges to, whatever the longer ones get.
+
+    Args:
+        processor: a model's.
+
+    Returns:
+        None if the processor bounds both edges.
+    """
+    images = processor.image_processor
+    # These use `shortest_edge` for both edges of a tile.
+    if getattr(images, "image_grid_pinpoints", None) or not getattr(images, "do_resize", True):
+        return None
+    size = getattr(images, "size", None)
+    if size is None:
+        return None
+    get = size.get if isinstance(size, Mapping) else lambda name: getattr(size, name, None)
+    bounds = ("longest_edge", "height", "width", "max_height", "max_width", "max_pixels")
+    return None if any(get(name) for name in bounds) else get("shortest_edge")
+
+
+def check_scaled(size: tuple[int, int], edge: int | None) -> None:
+    """Check that a picture does not become too large on the way to its own size.
+
+    Args:
+        size: width and height in pixels.
+        edge: as `scaled_edge` gives it.
+
+    Raises:
+        DataError: the scaled picture would have more than `MOST_PIXELS`.
+    """
+    short, long = sorted(size)
+    if edge is not None and edge * edge * long > MOST_PIXELS * short:
+        raise DataError(
+            f"the processor would make {edge * edge * long // max(short, 1):,} pixels of a picture "
+            f"of {size[0]} x {size[1]}",
+            mend="crop or drop it; its shorter edge is scaled to a fixed length",
+            kind="a picture is too long and narrow for the processor",
+        )
