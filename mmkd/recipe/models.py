@@ -139,6 +139,9 @@ class ReleaseConfig(Strict):
     """How `mmkd release` publishes a finished student on the Hub."""
 
     repo: str | None = Field(None, description="repository on the Hub, such as me/student")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of the released weights; as they were trained if left out"
+    )
     private: bool = Field(False, description="private; false leaves it to the Hub's own default")
     license: str | None = Field(
         None, description="the Hub's name for it, such as apache-2.0, or other"

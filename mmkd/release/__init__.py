@@ -7,7 +7,7 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.progress import say
 from mmkd.recipe import ReleaseConfig, load_release
 from mmkd.release.card import make_card
-from mmkd.release.folder import release_files, size_of, write_release
+from mmkd.release.folder import release_files, write_release
 from mmkd.release.preview import print_preview
 from mmkd.release.source import Source, choose
 from mmkd.release.upload import require_access, upload
@@ -59,9 +59,10 @@ def release(
         print_preview(source, settings, files, card, out)
         return
     target = out or source.run.folder / "release" / source.member.label
-    write_release(files, target)
-    size = compact(sum(map(size_of, files.values())), "B")
-    say(f"wrote {target}: {len(files)} files, {size}")
+    write_release(files, target, trust_remote_code=source.recipe.student.trust_remote_code)
+    written = [path for path in target.rglob("*") if path.is_file()]
+    size = compact(sum(path.stat().st_size for path in written), "B")
+    say(f"wrote {target}: {len(written)} files, {size}")
     if out is None:
         say(f"released: {upload(target, settings)}")
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mmkd.recipe import HUB, ModelConfig, ReleaseConfig, SourceConfig, StageConfig, TeacherConfig
+from mmkd.release.dtype import Rounded, stored_dtype
 from mmkd.release.papers import papers
 from mmkd.release.scrub import file_name
 from mmkd.release.source import Source
@@ -37,6 +38,11 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
     """The card; everything in it comes from the run and from `settings`."""
     table = score_table(source)
     parameters, size = student_size(source.student) or (0, 0)
+    trained = stored_dtype(source.student)
+    dtype = settings.dtype or trained
+    if dtype != trained:
+        weights = source.student.glob("*.safetensors")
+        size = sum(Rounded(path, dtype).size for path in weights)
     environment = Environment(
         loader=FileSystemLoader(HERE),
         undefined=StrictUndefined,
@@ -53,6 +59,8 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         source=source,
         parameters=parameters,
         size=size,
+        dtype=dtype,
+        trained=trained,
         teacher=teacher_text(source),
         start=start_text(source),
         stages=stage_rows(source),

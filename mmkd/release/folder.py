@@ -8,13 +8,19 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from mmkd.files import link_file, write_folder
+from mmkd.data.generation import end_tokens
+from mmkd.files import link_file, read_json, write_folder
+from mmkd.loading import load_pretrained_processor
 from mmkd.recipe import ReleaseConfig
+from mmkd.release.dtype import Rounded, stored_dtype, write_rounded
 from mmkd.release.scrub import scrub
 from mmkd.release.source import Source
 from mmkd.students.write import ADAPTER
 
-Files = dict[str, Path | str]  # name in the release -> the file, or a new one's text
+Files = dict[str, Path | str | Rounded]
+"""Name in the release -> the file, a new one's text, or weights to be written in another dtype."""
+SETTINGS = "generation_config.json"
+INDEX = "model.safetensors.index.json"
 OUTPUT_DIR = "runs"
 
 
@@ -27,6 +33,12 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
         if path.is_file() and ADAPTER not in path.relative_to(source.student).parts
     }
     own = {"output_dir": OUTPUT_DIR, "report_to": []}  # what is of whoever trains it again
+    if SETTINGS in files:
+        files[SETTINGS] = settings_text(source)
+    if settings.dtype is not None and settings.dtype != stored_dtype(source.student):
+        files.pop(INDEX, None)
+        for name in [n for n in files if n.endswith(".safetensors")]:
+            files[name] = Rounded(source.student / name, settings.dtype)
     recipe = scrub(source.recipe.model_dump(mode="json") | own)
     provenance = scrub(source.run.provenance)
     return files | {
@@ -51,24 +63,49 @@ def license_note(settings: ReleaseConfig, code: bool) -> str:
     return note
 
 
-def size_of(content: Path | str) -> int:
+def settings_text(source: Source) -> str:
+    """The student's generation settings, with all tokens that end an answer: older versions of mmkd
+    left out the chat template's end of turn."""
+    held = read_json(source.student / SETTINGS)
+    trusted = source.recipe.student.trust_remote_code
+    processor = load_pretrained_processor(str(source.student), trust_remote_code=trusted)
+    ends = end_tokens(processor, held.get("eos_token_id"))
+    if ends:
+        held["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return json.dumps(held, indent=2, sort_keys=True) + "\n"
+
+
+def size_of(content: Path | str | Rounded) -> int:
     """Bytes of one of a release's files."""
+    if isinstance(content, Rounded):
+        return content.size
     return len(content.encode()) if isinstance(content, str) else content.stat().st_size
 
 
-def write_release(files: Files, out: Path) -> None:
+def write_release(files: Files, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the folder, replacing what is there; it takes its name only when it is complete.
 
     Weights are links to the run's own where the disk allows it.
 
+    Args:
+        files: what `release_files` found.
+        out: folder to write.
+        trust_remote_code: weights in another dtype are loaded, by code that their family may bring.
+
     Raises:
-        CheckpointError: it cannot be written; nothing is left of it.
+        CheckpointError: it cannot be written, or weights are not the student's; nothing is left.
     """
-    write_folder(out, partial(_write, files))
+    write_folder(out, partial(_write, files, trust_remote_code))
 
 
-def _write(files: Files, folder: Path) -> None:
+def _write(files: Files, trust_remote_code: bool, folder: Path) -> None:
+    rounded = next((c for c in files.values() if isinstance(c, Rounded)), None)
+    if rounded is not None:
+        student = rounded.source.parent
+        write_rounded(student, folder, rounded.dtype, trust_remote_code=trust_remote_code)
     for name, content in files.items():
+        if isinstance(content, Rounded) or (rounded is not None and name == "config.json"):
+            continue
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):

@@ -1,0 +1,106 @@
+"""A release's weights in another number format than the student was trained in."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mmkd.errors import CheckpointError
+from mmkd.files import read_json
+from mmkd.loading import DTYPES, load_pretrained
+from mmkd.students.write import SHARD_SIZE
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A file of weights that is written in another dtype.
+
+    Attributes:
+        source: safetensors of the student.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    source: Path
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors in that dtype, but for the few that stay float32."""
+        with self.source.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        item = DTYPES[self.dtype].itemsize
+        return sum(
+            prod(t["shape"]) * (item if t["dtype"] in _FLOATS else _BYTES.get(t["dtype"], 1))
+            for name, t in header.items()
+            if name != "__metadata__"
+        )
+
+
+def stored_dtype(student: Path) -> str:
+    """The dtype of a student's folder, as its config names it."""
+    config = read_json(student / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def write_rounded(student: Path, folder: Path, dtype: str, *, trust_remote_code: bool) -> None:
+    """Write config and weights in `dtype`, then load them and compare every tensor.
+
+    Parameters that a model class keeps in float32 stay so, such as the decay of Mamba layers.
+
+    Raises:
+        CheckpointError: a weight has no finite value in `dtype`, or what was written differs.
+    """
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    model = load_pretrained(str(student), dtype=DTYPES[dtype], **trusted)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    _compare(student, folder, DTYPES[dtype])
+    again = load_pretrained(str(folder), dtype="auto", **trusted).state_dict()
+    for name, tensor in model.state_dict().items():
+        _require(name, again[name].dtype == tensor.dtype, folder)
+        _require(name, torch.equal(again[name], tensor), folder)
+
+
+def _compare(student: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse written tensors that are not the student's, rounded once."""
+    written = dict(_tensors(folder))
+    for name, tensor in _tensors(student):
+        found = written.pop(name, None)
+        _require(name, found is not None, folder)
+        assert found is not None
+        if tensor.is_floating_point() and not found.isfinite().all() and tensor.isfinite().all():
+            raise CheckpointError(
+                f"{name} has values that {str(dtype).removeprefix('torch.')} does not hold",
+                where=str(student),
+                mend="release it in bfloat16 or float32",
+            )
+        kept = found.dtype in (dtype, torch.float32, tensor.dtype)
+        _require(name, kept and torch.equal(found, tensor.to(found.dtype)), folder)
+    for name in written:
+        _require(name, False, folder)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    with ExitStack() as stack:
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _require(name: str, equal: bool, folder: Path) -> None:
+    if not equal:
+        raise CheckpointError(
+            f"{name} is not the student's weight in this dtype",
+            where=str(folder),
+            mend="leave release.dtype out",
+        )
