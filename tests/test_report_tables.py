@@ -25,7 +25,7 @@ from written_runs import (
 )
 
 from mmkd.report import tables as tables_module
-from mmkd.report.metrics import direction, headline_columns, vqa_kinds
+from mmkd.report.metrics import COST, direction, headline_columns, vqa_kinds
 from mmkd.report.page import every_metric, render
 from mmkd.report.plots import smoothed
 from mmkd.report.rundata import read_run
@@ -289,3 +289,42 @@ def test_what_earlier_stages_made_stands_before_the_student(run_dir: Path) -> No
     assert tables.main.best(accuracy) == {"kd"}
     assert tables.differences is not None
     assert not any("align" in r.label for r in tables.differences.rows)
+
+
+def test_sizes_are_compared_at_one_dtype(run_dir: Path) -> None:
+    """A teacher scored in bfloat16 beside students in float32."""
+    key = (COST, "weights_bytes")
+
+    def shown() -> tuple[str, dict[str, float]]:
+        table = build_tables(read_run(run_dir)).main
+        (column,) = (c for c in table.columns if c.key == key)
+        sizes = {row.label: row.values[key].mean for row in table.rows if key in row.values}
+        return column.name, sizes
+
+    name, plain = shown()
+    assert name == "Model weights"
+    path = run_dir / "evaluation" / "teacher" / "results.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "weights_bytes": 2 * held["parameters"]}))
+    name, equal = shown()
+    assert name == "Model weights, 16 bit"
+    assert equal["teacher"] == 2 * held["parameters"] == plain["teacher"] / 2
+    assert {k: v / plain[k] for k, v in equal.items()} == dict.fromkeys(plain, 0.5)
+
+
+def test_weights_that_a_folder_holds_twice_count_once(tmp_path: Path) -> None:
+    """Mistral's folders have a consolidated.safetensors beside the shards."""
+    from mmkd.evaluation.run import weight_files
+
+    (tmp_path / "consolidated.safetensors").write_bytes(b"0" * 10)
+    assert [f.name for f in weight_files(tmp_path)] == ["consolidated.safetensors"]
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    for name in set(shards.values()):
+        (tmp_path / name).write_bytes(b"0" * 10)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert [f.name for f in weight_files(tmp_path)] == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 10)
+    assert [f.name for f in weight_files(tmp_path)] == ["model.safetensors"]

@@ -27,7 +27,7 @@ from mmkd.evaluation.install import INSTALL
 from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
-from mmkd.files import write_json, write_text
+from mmkd.files import read_json, write_json, write_text
 from mmkd.progress import say
 from mmkd.task_files import data_files
 
@@ -303,9 +303,20 @@ def check(
 
 def _weights_bytes(path: str | None, revision: str | None, model: nn.Module) -> int:
     folder = _folder(path, revision) if path else None
-    if folder is not None and (files := list(folder.glob("*.safetensors"))):
+    if folder is not None and (files := weight_files(folder)):
         return sum(file.stat().st_size for file in files)
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that a model loads; some folders hold the same weights a second time."""
+    index = folder / "model.safetensors.index.json"
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        return [folder / name for name in names if (folder / name).is_file()]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _folder(path: str, revision: str | None) -> Path | None:

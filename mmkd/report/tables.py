@@ -5,7 +5,7 @@ The standard deviation is that of a sample (n - 1); a single seed has none.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from mmkd.report.metrics import (
     vqa_kinds,
 )
 from mmkd.report.rundata import TEACHER, Run, Scores, student_size
+from mmkd.report.sizes import compared
 
 Role = Literal["teacher", "student", "stage", "baseline", "difference"]
 
@@ -175,6 +176,8 @@ def make_tables(models: Sequence[Scored]) -> Tables:
     columns = [c for task, names in metrics.items() for c in headline_columns(task, names)]
     known_costs = {m for model in models for s in model.seeds.values() for m in s.get(COST, {})}
     columns += [c for c in COSTS if c.key[1] in known_costs]
+    columns, sizes = compared(columns, [model.seeds for model in models])
+    models = [replace(model, seeds=s) for model, s in zip(models, sizes, strict=True)]
     rows = [model.row(columns) for model in models]
     majority = {
         (task, VQA_OVERALL): value
