@@ -8,7 +8,7 @@ runs/<name>/
     01-<stage>/ metrics.jsonl  skipped.jsonl  checkpoints/  student/  done.json
                 start/student/    what a stage that converts starts from
     replaced/                   what a recipe that has changed since has replaced
-  evaluation/<member>/ results.json  samples/  decode.json
+  evaluation/<member>/ results.json  samples/  answers.json  decode.json
   release/<member>/             what `mmkd release` sends to the Hub
   report.html
 """
@@ -83,7 +83,7 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
         if trains:
             _check(member, restart)
     if recipe.evaluate is not None and any(pending):
-        preflight.check_evaluation(recipe.evaluate)
+        preflight.check_evaluation(recipe.evaluate, recipe.student)
     distributed.barrier()
     _start_again(restarts, from_stage)
     for number, member in enumerate(todo):

@@ -15,11 +15,12 @@ from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.precision import check_dtype
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
+from mmkd.evaluation.samples import check_samples
 from mmkd.layer_checks import check_layers
 from mmkd.loading import load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
 from mmkd.provenance import weights_hash
-from mmkd.recipe import DataConfig, EvaluateConfig, Recipe, StageConfig
+from mmkd.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
@@ -90,14 +91,18 @@ def _check_others(recipe: Recipe, processor: Any) -> None:
         ask_each([], recipe.teachers, recipe.stage_data(stage))
 
 
-def check_evaluation(settings: EvaluateConfig) -> None:
-    """The tasks of the evaluation are there, with what they need.
+def check_evaluation(settings: EvaluateConfig, student: ModelConfig) -> None:
+    """The tasks of the evaluation are there, with what they need, and all sample questions can be
+    asked.
 
     Raises:
-        MmkdError: what lmms-eval would stumble over after the training.
+        MmkdError: what an evaluation would stumble over after the training.
     """
-    include, local = (Path(f) if f else None for f in (settings.include, settings.local))
-    check_tasks(settings.tasks, include, local, settings.limit)
+    if settings.tasks:
+        include, local = (Path(f) if f else None for f in (settings.include, settings.local))
+        check_tasks(settings.tasks, include, local, settings.limit)
+    if settings.samples is not None:
+        check_samples(settings.samples, load_processor(student))
 
 
 def _check_engine(stage: StageConfig, dtype: str) -> None:

@@ -1,5 +1,6 @@
 """Pictures of records: found below their folder, never outside, and decoded with limits."""
 
+import base64
 import io
 import os
 import warnings
@@ -124,6 +125,17 @@ def _scaled(picture: Image.Image) -> Image.Image:
     if picture.mode not in SIXTEEN_BITS:
         return picture
     return picture.convert("I").point(lambda level: level / 256)
+
+
+def thumbnail(picture: Image.Image, side: int = 360) -> str:
+    """A picture as a `data:` URI for a page, at most `side` pixels wide and high."""
+    small = picture.convert("RGB")
+    small.thumbnail((side, side))
+    out = io.BytesIO()
+    # Lossless where it is cheap: JPEG spoils small drawings.
+    kind = "png" if max(small.size) <= 128 else "jpeg"
+    small.save(out, kind.upper(), **({"optimize": True} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def image_size(ref: Any, root: Path | None) -> tuple[int, int]:

@@ -1,13 +1,13 @@
 """The models of a run, evaluated one after another: what is finished is kept, what fails is named.
 
-evaluation/<label>/ results.json  request.json  samples/  decode.json
+evaluation/<label>/ results.json  request.json  samples/  answers.json  decode.json
 """
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmkd import provenance
+from mmkd import distributed, provenance
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
 from mmkd.progress import console, say
@@ -46,7 +46,7 @@ def evaluate_models(
 def _evaluate_one(
     label: str, source: ModelConfig, settings: EvaluateConfig, out: Path, device: str
 ) -> None:
-    """Scores of one model, and the times of its decoding, even where the scores fail."""
+    """Scores, sample answers and decoding times of one model; each even where another fails."""
     model = {
         "model": source.model,
         "revision": source.revision,
@@ -58,15 +58,23 @@ def _evaluate_one(
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
     }
-    failure = None
-    try:
-        _score(label, model, settings, out, running)
-    except Exception as error:
-        failure = error
+    parts = []
+    if settings.tasks:
+        parts.append(partial(_score, label, model, settings, out, running))
+    if settings.samples is not None and "@" not in label:
+        parts.append(partial(_answer_samples, label, model, settings, out, running))
     if settings.decode and "@" not in label:
-        _time_decoding(label, model, settings.decode, out, running)
-    if failure is not None:
-        raise failure
+        parts.append(partial(_time_decoding, label, model, settings.decode, out, running))
+    failures = []
+    for part in parts:
+        try:
+            part()
+        except Exception as error:
+            if disk_error(error) is not None:
+                raise
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
@@ -91,7 +99,7 @@ def _score(
 ) -> None:
     from mmkd.evaluation.run import evaluate as score
 
-    request = {**model, **settings.model_dump(mode="json", exclude={"decode"})}
+    request = {**model, **settings.model_dump(mode="json", exclude={"decode", "samples"})}
     if _answered(out, request):
         return
     if twin := _twin(out, request):
@@ -125,7 +133,7 @@ def _asked(path: Path) -> dict[str, Any]:
     """What an evaluation was asked for; keys that are new since have their defaults."""
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
-    del unset["decode"]
+    del unset["decode"], unset["samples"]
     return UNSAID | unset | dict(read_json(path))
 
 
@@ -137,6 +145,25 @@ def _twin(out: Path, request: dict[str, Any]) -> Path | None:
         if path.parent != out and _asked(path) | {"model": request["model"]} == request:
             return path.parent
     return None
+
+
+def _answer_samples(
+    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
+) -> None:
+    from mmkd.evaluation.samples import answer_samples
+
+    assert settings.samples is not None
+    console.rule(f"{label}: sample answers")
+    loading = {k: v for k, v in running.items() if k != "device"}
+    answer_samples(
+        model["model"],
+        settings.samples,
+        out / "answers.json",
+        model=model,
+        batch_size=settings.batch_size,
+        device=distributed.choose_device(running["device"]),
+        **loading,
+    )
 
 
 def _time_decoding(

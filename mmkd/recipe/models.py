@@ -98,10 +98,44 @@ class StudentConfig(ModelConfig):
     convert: list[Conversion] = Field([], description="changes of its structure, in order")
 
 
-class EvaluateConfig(Strict):
-    """lmms-eval on the finished students and the teacher."""
+class SamplesConfig(Strict):
+    """Questions about a few pictures, whose answers the report shows."""
 
-    tasks: list[str] = Field(min_length=1, description="names of lmms-eval tasks")
+    records: LocalPath | None = Field(
+        None,
+        description="records that are not trained on, as data.train takes them; the first question "
+        "of each is asked",
+    )
+    images: list[LocalPath] | LocalPath | None = Field(
+        None, description="pictures, or a folder of them; beside 'records', as data.images"
+    )
+    prompts: list[str] = Field(
+        ["Describe the image."], min_length=1, description="what is asked about each of 'images'"
+    )
+    count: int = Field(
+        12, ge=1, description="how many records, or pictures of a folder, spread over all of them"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="longest answer")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SamplesConfig":
+        if self.records is None and not self.images:
+            raise ValueError("nothing to show -- give 'records' or 'images'")
+        if self.records is not None and isinstance(self.images, list):
+            raise ValueError("'images' is a folder where there are 'records' -- name it")
+        told = self.prompts != type(self).model_fields["prompts"].default
+        if self.records is not None and told:
+            raise ValueError("'prompts' are asked about 'images' -- leave them or 'records' out")
+        return self
+
+
+class EvaluateConfig(Strict):
+    """lmms-eval and sample answers of the finished students and the teacher."""
+
+    tasks: list[str] = Field([], description="names of lmms-eval tasks")
+    samples: SamplesConfig | None = Field(
+        None, description="held-out pictures whose answers the report shows; needs no lmms-eval"
+    )
     include: LocalPath | None = Field(None, description="folder of lmms-eval task files")
     local: LocalPath | None = Field(
         None, description="folder with the tasks' data as parquet files, in place of the Hub"
@@ -113,6 +147,12 @@ class EvaluateConfig(Strict):
     decode: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="context lengths at which decoding is timed, with the cache's size"
     )
+
+    @model_validator(mode="after")
+    def _something(self) -> "EvaluateConfig":
+        if not self.tasks and self.samples is None and not self.decode:
+            raise ValueError("nothing to evaluate -- name 'tasks', or give 'samples'")
+        return self
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]

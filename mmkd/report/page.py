@@ -12,7 +12,7 @@ from mmkd.report.experts import load_tables
 from mmkd.report.metrics import Column, all_columns
 from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
-from mmkd.report.samples import choose_samples, sample_labels
+from mmkd.report.samples import choose_samples, held_out_answers, sample_labels, trained_on
 from mmkd.report.summary import describe_objectives, provenance_rows, summary, warnings
 from mmkd.report.tables import (
     Row,
@@ -81,6 +81,8 @@ def render(run: Run, tables: Tables) -> str:
         experts=load_tables(run),
         students=students(run),
         samples=choose_samples(run),
+        held_out=held_out_answers(run),
+        trained_on=trained_on(run),
         sample_labels=sample_labels(run),
         provenance=provenance_rows(run),
     )

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Run:
     Attributes:
         results: {label: what its results.json holds}.
         decoding: {label: rows of its decode.json}, as `mmkd.evaluation.decode.DecodeRow`.
+        answers: {label: what its answers.json holds}, as `mmkd.evaluation.samples` writes it.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Run:
     members: list[Member]
     results: dict[str, dict[str, Any]]
     decoding: dict[str, list[dict[str, float]]]
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -127,6 +129,7 @@ def read_run(folder: Path) -> Run:
         members=_members(folder, recipe),
         results=_evaluations(folder, "results.json"),
         decoding={k: v["rows"] for k, v in _evaluations(folder, "decode.json").items()},
+        answers=_evaluations(folder, "answers.json"),
     )
 
 

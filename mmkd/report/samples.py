@@ -1,8 +1,6 @@
 """Pictures with questions, ground truth and every model's answer, chosen without a die."""
 
-import base64
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from mmkd.data.images import load_image
+from mmkd.data.images import load_image, thumbnail
 from mmkd.errors import DataError
 from mmkd.report.rundata import TEACHER, Run, read_samples
 from mmkd.task_files import data_files, read_task
@@ -18,7 +16,6 @@ from mmkd.task_files import data_files, read_task
 PER_TASK = 9
 PER_WORDY_TASK = 6  # where answers are sentences
 WORDY = 30  # characters
-LARGEST_SIDE = 360
 Sample = dict[str, Any]
 
 
@@ -145,6 +142,53 @@ def _shown(samples: dict[str, Sample], picture: str | None) -> Shown:
     return Shown(picture, _kind(samples), str(first["question"]), str(first["answer"]), answers)
 
 
+# Answers to a recipe's own questions
+
+
+def held_out_answers(run: Run) -> TaskSamples | None:
+    """The answers of the teacher and of every student's first seed to `evaluate.samples`."""
+    chosen = {TEACHER: TEACHER} if TEACHER in run.answers and run.is_teacher(TEACHER) else {}
+    for member in run.members:
+        if member.label in run.answers:
+            chosen.setdefault(member.group, member.label)
+    tables = {name: _own_answers(run, label) for name, label in chosen.items()}
+    joined = join({name: rows for name, rows in tables.items() if rows})
+    if not joined:
+        return None
+    differing = [doc for doc in joined if disagree(joined[doc])]
+    wordy = any(len(s["prediction"]) > WORDY for doc in joined.values() for s in doc.values())
+    shown = [_shown(rows, next(iter(rows.values()))["picture"]) for rows in joined.values()]
+    return TaskSamples("held-out pictures", wordy, shown, len(differing), len(joined))
+
+
+def trained_on(run: Run) -> bool:
+    """Whether the records of `evaluate.samples` are data that the recipe trains on."""
+    samples = (run.recipe.get("evaluate") or {}).get("samples") or {}
+    stages = [s.get("data") for s in run.recipe.get("stages", [])]
+    data = [d for d in (run.recipe.get("data"), *stages) if d]
+    parts = [part for d in data for part in (d, *(d.get("sources") or []))]
+    return samples.get("records") is not None and any(
+        part.get("train") == samples["records"] for part in parts
+    )
+
+
+def _own_answers(run: Run, label: str) -> list[Sample]:
+    """As lines of `samples/<task>.jsonl`; what could not be asked says so."""
+    return [
+        {
+            "doc_id": number,
+            "question": row["question"],
+            "answer": row["truth"],
+            "prediction": row["answer"]
+            if "unanswered" not in row
+            else f"(could not be asked: {row['unanswered']})",
+            "correct": None,
+            "picture": row["picture"],
+        }
+        for number, row in enumerate(run.answers[label].get("answers", []))
+    ]
+
+
 # Pictures
 
 
@@ -194,13 +238,7 @@ def _first_picture(image: Any) -> Any:
 def _data_uri(image: dict[str, Any]) -> str:
     path = Path(str(image.get("path") or ""))
     ref = image if image.get("bytes") else str(path.absolute())
-    picture = load_image(ref, path.absolute().parent)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    out = io.BytesIO()
-    small = max(picture.size) <= 128
-    kind = "png" if small else "jpeg"
-    picture.save(out, kind.upper(), **({"optimize": True} if small else {"quality": 85}))
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return thumbnail(load_image(ref, path.absolute().parent))
 
 
 def picture_files(run: Run, task: str) -> list[Path]:

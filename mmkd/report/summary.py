@@ -36,9 +36,13 @@ def warnings(run: Run) -> list[str]:
     waiting = run.expected - len(run.members)
     if waiting:
         found.append(f"Not begun: {waiting} of {run.expected} students.")
+    wanted = run.recipe.get("evaluate") or {}
     scored = [m for m in run.members if m.label in run.results]
-    if run.recipe.get("evaluate") and len(scored) < run.expected:
+    if wanted.get("tasks") and len(scored) < run.expected:
         found.append(f"Evaluated so far: {len(scored)} of {run.expected} students.")
+    answered = [m for m in run.members if _complete(run.answers.get(m.label))]
+    if wanted.get("samples") and len(answered) < run.expected:
+        found.append(f"Sample answers so far: of {len(answered)} of {run.expected} students.")
     limits = {r.get("limit") for r in run.results.values()}
     if limits - {None}:
         text = " or ".join(
@@ -46,6 +50,10 @@ def warnings(run: Run) -> list[str]:
         )
         found.append(f"Scores are of {text} questions per task only.")
     return [*found, *evaluation_warnings(run)]
+
+
+def _complete(answers: dict[str, Any] | None) -> bool:
+    return answers is not None and len(answers["answers"]) == answers["expected"]
 
 
 def evaluation_warnings(run: Run) -> list[str]:

@@ -350,6 +350,65 @@ def evaluation_with_an_unknown_setting(world: World) -> None:
     world.raw["evaluate"] = {"tasks": ["scenes_pope"], "include": "tasks"}
 
 
+@case(
+    KIND, "asked for an evaluation of nothing", "evaluate", "nothing to evaluate", "give 'samples'"
+)
+def empty_evaluation(world: World) -> None:
+    world.raw["evaluate"] = {"teacher": True}
+
+
+@case(KIND, "gave no pictures for samples", "evaluate.samples", "nothing to show", "'images'")
+def samples_of_nothing(world: World) -> None:
+    world.raw["evaluate"] = {"samples": {"count": 3}}
+
+
+@case(
+    KIND,
+    "gave samples both records and a list of pictures",
+    "evaluate.samples",
+    "'images' is a folder where there are 'records'",
+)
+def samples_of_two_sources(world: World) -> None:
+    world.raw["evaluate"] = {"samples": {"records": "train.json", "images": ["picture.png"]}}
+
+
+@case(KIND, "asked records other prompts", "evaluate.samples", "'prompts' are asked about 'images'")
+def samples_with_prompts(world: World) -> None:
+    world.raw["evaluate"] = {"samples": {"records": "train.json", "prompts": ["What?"]}}
+
+
+@case(KIND, "named a sample picture that is not there", "gone.png", "no such image")
+def sample_picture_gone(world: World) -> None:
+    world.raw["evaluate"] = {"samples": {"images": ["gone.png"]}}
+
+
+@case(
+    KIND, "named a folder of samples that is not there", "gone: no such folder of pictures",
+    "check evaluate.samples.images",
+)  # fmt: skip
+def sample_folder_gone(world: World) -> None:
+    world.raw["evaluate"] = {"samples": {"images": "gone"}}
+
+
+@case(
+    KIND, "named a folder of samples without pictures", "none: no pictures in it", "read are .jpg"
+)
+def sample_folder_empty(world: World) -> None:
+    Path("none").mkdir()
+    world.raw["evaluate"] = {"samples": {"images": "none"}}
+
+
+@case(
+    KIND,
+    "wrote the processor's placeholder in a sample's prompt",
+    "picture.png: the processor refuses it",
+)
+def sample_that_is_refused(world: World) -> None:
+    world.raw["evaluate"] = {
+        "samples": {"images": ["picture.png"], "prompts": ["Is <image> a cat?"]}
+    }
+
+
 def task_folder(**settings: Any) -> None:
     Path("tasks").mkdir()
     write(yaml.safe_dump({"task": "scenes_pope", **settings}), "tasks/scenes_pope.yaml")

@@ -1,0 +1,290 @@
+"""Answers to questions about a few held-out pictures, for the report; needs no lmms-eval.
+
+evaluation/<label>/answers.json holds the questions, the answers and small pictures. It is written
+after each batch, and the same call goes on where a killed one stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd.data.answers import answers_of, asked, sample
+from mmkd.data.encoder import Encoder
+from mmkd.data.images import load_image, thumbnail
+from mmkd.data.records import Records, located
+from mmkd.data.schema import Record
+from mmkd.errors import DataError, one_line
+from mmkd.evaluation.finished import facts_of
+from mmkd.evaluation.refusals import is_of_document
+from mmkd.files import read_json, write_json
+from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.progress import say
+from mmkd.recipe import HUB, DataConfig, SamplesConfig, SamplingConfig
+
+FORMAT = 1
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a record's pictures.
+
+    Attributes:
+        where: file and record, for messages.
+        record: the conversation until the question.
+        truth: the record's own answer; "" where there is none.
+    """
+
+    where: str
+    record: Record
+    truth: str
+
+    @property
+    def text(self) -> str:
+        """The last message of the user, without its pictures."""
+        return _text(self.record.messages[-1])
+
+
+class Held:
+    """What an `Encoder` asks of records, for records that come from no data file."""
+
+    @staticmethod
+    def pictures(record: Record, load: Any = load_image) -> list[Any]:
+        return [load(ref, record.root) for ref in record.images]
+
+    @staticmethod
+    def where(index: int) -> str:
+        return "evaluate.samples"
+
+
+def find_questions(config: SamplesConfig) -> list[Question]:
+    """The questions of a recipe's `evaluate.samples`, spread evenly over what there is.
+
+    Raises:
+        DataError: a file or a picture is missing or cannot be read.
+    """
+    return _of_records(config) if config.records is not None else _of_pictures(config)
+
+
+def _of_records(config: SamplesConfig) -> list[Question]:
+    folder = config.images if isinstance(config.images, str) else None
+    records = Records(DataConfig(train=str(config.records), images=folder))
+    found = []
+    for index in _spread(len(records), config.count):
+        where = records.where(index)
+        with located(lambda where=where: where):  # type: ignore[misc]
+            record = records[index]
+            answer = answers_of(record)[0]
+            records.sizes(record)
+        truth = _text(record.messages[answer])
+        found.append(Question(where, asked(record, answer), truth))
+    return found
+
+
+def _of_pictures(config: SamplesConfig) -> list[Question]:
+    if isinstance(config.images, list):
+        paths = [Path(path) for path in config.images]
+    else:
+        paths = _in_folder(Path(str(config.images)))
+        paths = [paths[i] for i in _spread(len(paths), config.count)]
+    found = []
+    for path in paths:
+        with located(lambda path=path: str(path)):  # type: ignore[misc]
+            load_image(path.name, path.parent)
+        for prompt in config.prompts:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            message = {"role": "user", "content": content}
+            record = Record(str(path), [message], [path.name], root=path.parent)
+            found.append(Question(str(path), record, ""))
+    return found
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(
+            "no such folder of pictures", where=str(folder), mend="check evaluate.samples.images"
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not paths:
+        raise DataError(
+            "no pictures in it", where=str(folder), mend=f"read are {', '.join(PICTURES)}"
+        )
+    return paths
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """So many of the numbers below `total`, evenly spread."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
+def _text(message: dict[str, Any]) -> str:
+    return " ".join(p["text"].strip() for p in message["content"] if p["type"] == "text").strip()
+
+
+def check_samples(config: SamplesConfig, processor: Any) -> None:
+    """All questions can be asked: their files are there, and a processor takes them.
+
+    Raises:
+        DataError: in one line, which cannot.
+    """
+    encoder = _encoder(processor)
+    for question in find_questions(config):
+        with located(lambda question=question: question.where):  # type: ignore[misc]
+            _refused(encoder, question)
+
+
+def _refused(encoder: Encoder, question: Question) -> None:
+    try:
+        encoder.prompts([question.record])
+    except DataError as error:
+        raise DataError(error.what, where=question.where, mend=error.mend) from error
+
+
+def _encoder(processor: Any) -> Encoder:
+    held: Any = Held()
+    return Encoder(held, processor, DataConfig(train="evaluate.samples"))
+
+
+def answer_samples(
+    source: str,
+    config: SamplesConfig,
+    out: Path,
+    *,
+    model: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    **loading: Any,
+) -> None:
+    """Write a model's answers to the questions; nothing is done where they are written already.
+
+    Each token is the model's likeliest.
+
+    Args:
+        source: folder or Hub id of the model.
+        config: the questions.
+        out: file to write.
+        model: what tells the model from another, as JSON.
+        batch_size: questions at once.
+        device: where it runs.
+        loading: revision and trust_remote_code.
+
+    Raises:
+        DataError: a file or a picture is gone, or the model can be asked about none of them.
+    """
+    questions = find_questions(config)
+    request = {
+        "format": FORMAT,
+        **model,
+        "samples": config.model_dump(mode="json"),
+        "files": facts_of(_files(config)),
+        "batch_size": batch_size,
+    }
+    answers = _known(out, request)
+    if len(answers) == len(questions):
+        return
+    processor = load_pretrained_processor(model["processor"] or source, **loading)
+    # As in evaluation: bfloat16 is slow on a CPU.
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    network: Any = load_pretrained(source, dtype=dtype, **loading)
+    network.to(device)
+    asking = _Asking(network, _encoder(processor), config.max_new_tokens, device)
+    for start in range(len(answers), len(questions), batch_size):
+        part = questions[start : start + batch_size]
+        answers += [_row(q, a) for q, a in zip(part, asking.answers(part), strict=True)]
+        write_json(out, {"request": request, "expected": len(questions), "answers": answers})
+    refused = [a["unanswered"] for a in answers if "unanswered" in a]
+    if len(refused) == len(answers):
+        raise DataError(
+            f"none of {len(refused)} questions can be asked: {refused[0]}",
+            where="evaluate.samples",
+            mend="check that the pictures and the model's processor fit",
+        )
+    if refused:
+        say(f"samples: {len(refused)} of {len(answers)} questions could not be asked: {refused[0]}")
+
+
+def _known(out: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of a call with the same request."""
+    try:
+        found = read_json(out)
+    except (OSError, ValueError):
+        return []
+    return found["answers"] if found.get("request") == request else []
+
+
+def _files(config: SamplesConfig) -> list[Path]:
+    if config.records is not None:
+        return [] if config.records.startswith(HUB) else [Path(config.records)]
+    given = config.images
+    return [Path(p) for p in given] if isinstance(given, list) else _in_folder(Path(str(given)))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said, or why it could not be asked."""
+
+    text: str
+    refused: str | None = None
+
+
+class _Asking:
+    """Asks a model batches of questions, those with and without pictures apart."""
+
+    def __init__(self, model: Any, encoder: Encoder, new_tokens: int, device: torch.device):
+        self.model, self.encoder, self.device = model, encoder, device
+        self.settings = SamplingConfig(max_new_tokens=new_tokens, temperature=0)
+
+    def answers(self, questions: list[Question]) -> list[Reply]:
+        found: dict[int, Reply] = {}
+        for wanted in (True, False):
+            part = [i for i, q in enumerate(questions) if bool(q.record.images) is wanted]
+            if part:
+                replies = self._replies([questions[i] for i in part])
+                found |= dict(zip(part, replies, strict=True))
+        return [found[i] for i in range(len(questions))]
+
+    def _replies(self, questions: list[Question]) -> list[Reply]:
+        """Replies in order; what cannot be asked is looked for in halves."""
+        try:
+            texts = sample(
+                self._generate,
+                self.encoder,
+                [q.record for q in questions],
+                self.settings,
+                seed=0,
+                device=self.device,
+                ends=self.model.generation_config.eos_token_id,
+            )
+        except Exception as error:
+            if not is_of_document(error):
+                raise
+            if len(questions) == 1:
+                return [Reply("", one_line(error))]
+            half = len(questions) // 2
+            return self._replies(questions[:half]) + self._replies(questions[half:])
+        return [Reply(text) for text in texts]
+
+    def _generate(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        dtype = self.model.dtype
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        return self.model.generate(**inputs, **options)
+
+
+def _row(question: Question, reply: Reply) -> dict[str, Any]:
+    record = question.record
+    try:
+        picture = thumbnail(load_image(record.images[0], record.root)) if record.images else None
+    except DataError:  # gone since: the answer tells more than its picture
+        picture = None
+    row = {
+        "id": record.id,
+        "question": question.text,
+        "truth": question.truth,
+        "pictures": len(record.images),
+        "picture": picture,
+        "answer": reply.text,
+    }
+    return row if reply.refused is None else {**row, "unanswered": reply.refused}
