@@ -158,7 +158,7 @@ def test_missing_pictures_are_refused_before_training(
     (photos / "torn.png").write_bytes(b"no picture")
     raw, message = {
         "folder": ({"images": str(tmp_path / "absent")}, "absent: no such folder of pictures"),
-        "picture": ({"images": [str(photos / "absent.png")]}, "absent.png: no such image"),
+        "picture": ({"images": [str(photos / "absent.png")]}, "absent.png: no such picture"),
         "records": ({"records": str(tmp_path / "absent.json")}, r"absent\.json"),
         "empty": ({"images": str(tmp_path / "none")}, "none: no pictures in it"),
         "broken": ({"images": [str(photos / "torn.png")]}, "torn.png: .*not a readable image"),

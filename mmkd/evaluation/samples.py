@@ -91,6 +91,10 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
         paths = [paths[i] for i in _spread(len(paths), config.count)]
     found = []
     for path in paths:
+        if not path.is_file():
+            raise DataError(
+                "no such picture", where=str(path), mend="check evaluate.samples.images"
+            )
         with located(lambda path=path: str(path)):  # type: ignore[misc]
             load_image(path.name, path.parent)
         for prompt in config.prompts:

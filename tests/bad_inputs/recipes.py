@@ -377,7 +377,12 @@ def samples_with_prompts(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"records": "train.json", "prompts": ["What?"]}}
 
 
-@case(KIND, "named a sample picture that is not there", "gone.png", "no such image")
+@case(
+    KIND,
+    "named a sample picture that is not there",
+    "gone.png: no such picture",
+    "evaluate.samples.images",
+)
 def sample_picture_gone(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"images": ["gone.png"]}}
 
