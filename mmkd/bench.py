@@ -33,6 +33,7 @@ from mmkd.stage import Stage
 from mmkd.stage_run import build_stage
 from mmkd.students import convert
 from mmkd.teachers import LiveTeacher
+from mmkd.timings import keep_timing
 
 PARTS = ("data", "teacher", "student forward", "objectives", "backward", "optimizer", "rest")
 WARM_UP = 2
@@ -133,6 +134,13 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         made = prepare(members(recipe)[0].recipe, index, Path(folder))
         return time_stage(*made, recipe.name, steps)
+
+
+def keep(recipe: Recipe, found: dict[str, Any]) -> Path:
+    """Keep what `bench` found in the run's folder, where `mmkd plan` looks for it."""
+    first = members(recipe)[0].recipe
+    index = [s.name for s in first.stages].index(found["stage"])
+    return keep_timing(first, index, found)
 
 
 def prepare(

@@ -29,8 +29,12 @@ from mmkd.vocabulary import check_head, shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, *, data: bool = True) -> None:
     """Go through a recipe's models, data and objectives without loading weights.
+
+    Args:
+        recipe: of one student.
+        data: read the first records too, which takes data that are there.
 
     Raises:
         MmkdError: what a stage would stumble over, from an unknown group of parameters to a first
@@ -71,7 +75,8 @@ def check(recipe: Recipe) -> None:
         _check_chunks(recipe, stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_on_policy(stage, objectives)
-        _check_data(recipe, stage, objectives, processor, teacher_processor, store)
+        if data:
+            _check_data(recipe, stage, objectives, processor, teacher_processor, store)
 
 
 def _check_others(recipe: Recipe, processor: Any) -> None:

@@ -58,22 +58,33 @@ def plan(
         Optional[float],  # noqa: UP045
         typer.Option(min=1, help="plan for GPUs of so many GiB, one a process"),
     ] = None,
+    without_data: Annotated[
+        bool,
+        typer.Option(help="data and evaluation tasks are not there yet: sequences of max_length"),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="every stage of every student of a study")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage."""
+    """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage.
+
+    It refuses what a run would refuse before its first step.
+    """
     from mmkd.recipe import load_recipe
 
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     from mmkd import distributed
-    from mmkd.plan import make_plan, print_plan
+    from mmkd.plan import check_recipe, make_plan, print_plan
 
     size = None if memory is None else int(memory * 2**30)
     with distributed.imagined(nproc or distributed.world_size(), size):
+        check_recipe(read, without_data=without_data)
         made = make_plan(read)
     if as_json:
         print(json.dumps(made, indent=1))
     else:
-        print_plan(made)
+        print_plan(made, verbose=verbose)
 
 
 @app.command()
@@ -92,12 +103,14 @@ def bench(
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     from mmkd import distributed
     from mmkd.bench import bench as time_steps
-    from mmkd.bench import plot_bench, print_bench
+    from mmkd.bench import keep, plot_bench, print_bench
     from mmkd.files import write_json
+    from mmkd.progress import say
 
     found = time_steps(read, stage, steps)
     if distributed.rank() == 0:
         print_bench(found)
+        say(f"kept for mmkd plan: {keep(read, found)}")
         if out is not None:
             write_json(out, found)
         if plot is not None:

@@ -1,50 +1,125 @@
-"""`mmkd plan`: what a run would cost, from configs and a sample of the data, without weights."""
+"""What a run would cost, from configs and a sample of the data, without weights."""
 
+from itertools import takewhile
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedModel
 
-from mmkd import distributed
+from mmkd import distributed, preflight, timings
 from mmkd.costs import Sample, flops_per_record, idle_parameters, memory, parameter_bytes
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.sources import is_there
-from mmkd.errors import MmkdError
 from mmkd.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
-from mmkd.pipeline import members
-from mmkd.progress import console
-from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement, TrainConfig
+from mmkd.pipeline import Member, members
+from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
 from mmkd.students import convert, set_trainable
 from mmkd.teachers import choose_placement
 from mmkd_models.layout import mamba_layers
 
 SAMPLED_RECORDS = 48
+MANY_EPOCHS = 100
+"""Passes over the data from which on a plan warns."""
+
+
+def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
+    """Refuse what `mmkd run` refuses before its first step.
+
+    Args:
+        recipe: with its variants.
+        without_data: leave out the data and the evaluation's tasks, which may not be there yet.
+
+    Raises:
+        MmkdError: as `mmkd.preflight` says it.
+    """
+    seen: list[dict[str, Any]] = []
+    for member in members(recipe):
+        if (content := _content(member.recipe)) not in seen:
+            preflight.check(member.recipe, data=not without_data)
+            seen.append(content)
+    if recipe.evaluate is not None and not without_data:
+        preflight.check_evaluation(recipe.evaluate)
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """The plan of every member and stage as plain JSON values."""
+    """The plan of every member and stage as plain JSON values.
+
+    Members that differ in their seed alone are planned once. Where data are not there yet,
+    sequences of `max_length` tokens are assumed.
+    """
     processor = load_processor(recipe.student)
     teacher = None
     if recipe.teacher is not None and recipe.teacher.source == "live":
         teacher = skeleton(recipe.teacher)
+    planned: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    found: dict[str, dict[str, Any]] = {}
+    trained = members(recipe)
+    for number, member in enumerate(trained):
+        content = _content(member.recipe)
+        stages = next((made for known, made in planned if known == content), None)
+        if stages is None:
+            stages = [
+                plan_stage(member.recipe, stage, processor, teacher)
+                for stage in member.recipe.stages
+            ]
+            planned.append((content, stages))
+        found[member.label] = {
+            "differs": recipe.variants.get(member.recipe.label, []),
+            "seed": member.recipe.seed,
+            "shared_stages": max((_common(member, o) for o in trained[:number]), default=0),
+            "stages": stages,
+            "total": _sum(stages),
+        }
+    alone = [stage for m in found.values() for stage in m["stages"][m["shared_stages"] :]]
     return {
         "name": recipe.name,
         "processes": distributed.world_size(),
         "teacher": None if teacher is None else {"parameters": parameter_count(teacher)},
-        "members": {
-            member.label: {
-                "stages": [
-                    plan_stage(member.recipe, stage, processor, teacher)
-                    for stage in member.recipe.stages
-                ]
-            }
-            for member in members(recipe)
-        },
+        "members": found,
+        "total": _sum(alone),
+        "warnings": _warnings(found),
         "recipe": recipe.model_dump(mode="json"),
     }
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """What decides a plan."""
+    return recipe.model_dump(mode="json", exclude={"label", "name", "seed", "output_dir"})
+
+
+def _common(member: Member, other: Member) -> int:
+    """Stages that a run takes over from a member before it, as `pipeline.share_stages` does."""
+
+    def begin(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(exclude={"label", "name", "stages", "output_dir"})
+
+    if begin(member.recipe) != begin(other.recipe):
+        return 0
+    pairs = zip(member.recipe.stages, other.recipe.stages, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _sum(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, tokens, FLOPs and seconds of stages; seconds are None unless all were timed."""
+    seconds = [stage["seconds"] for stage in stages]
+    return {
+        **{key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")},
+        "seconds": None if None in seconds else sum(seconds),
+    }
+
+
+def _warnings(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Lengths that are hardly meant, one line for each stage."""
+    lines = {
+        f"stage {stage['stage']} goes through its {stage['records']:,} records "
+        f"{stage['epochs']:,.0f} times ({stage['steps']:,} steps)": None
+        for member in found.values()
+        for stage in member["stages"]
+        if stage["records"] and stage["epochs"] >= MANY_EPOCHS
+    }
+    return list(lines)
 
 
 def plan_stage(
@@ -79,6 +154,11 @@ def plan_stage(
     if teacher is not None and recipe.teacher is not None:
         wanted = recipe.teacher.placement
         placement = choose_placement(wanted, parameter_bytes(teacher), device)
+    flops = {
+        k: round(v * per_step)
+        for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
+    }
+    second = timings.seconds_per_step(recipe, recipe.stages.index(stage))
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
@@ -93,10 +173,10 @@ def plan_stage(
         "tokens_per_step": round(sample.length * per_step),
         "supervised_tokens_per_step": round(sample.supervised * per_step),
         "vision_tokens_per_step": round(sample.vision * per_step),
-        "flops_per_step": {
-            k: round(v * per_step)
-            for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
-        },
+        "flops_per_step": flops,
+        "tokens": round(sample.length * per_step) * steps,
+        "flops": flops["total"] * steps,
+        "seconds": None if second is None else second * steps,
         "memory_bytes": _with_others(
             memory(student, trained, teacher, stage, sample, placement), others
         ),
@@ -153,70 +233,3 @@ def sample_data(
         ),
         len(mixture),
     )
-
-
-def human(value: float, unit: str = "") -> str:
-    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {letter}{unit}"
-    return f"{value:.0f} {unit}".strip()
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """The plan as a table, one column a stage, and the settings behind it."""
-    if plan["teacher"]:
-        console.print(f"teacher: {human(plan['teacher']['parameters'])} parameters")
-    for label, member in plan["members"].items():
-        if not member["stages"]:
-            raise MmkdError("the recipe has no stages")
-        table = Table(title=f"{plan['name']}: {label}")
-        table.add_column("")
-        for stage in member["stages"]:
-            table.add_column(stage["stage"], justify="right")
-        for name, read in _ROWS.items():
-            table.add_row(name, *(str(read(stage)) for stage in member["stages"]))
-        console.print(table)
-
-
-_ROWS: dict[str, Any] = {
-    "objectives": lambda s: " + ".join(_objective(o) for o in s["settings"]["objectives"]),
-    "trains": lambda s: TrainConfig(**s["settings"]["train"]).words,
-    "parameters": lambda s: human(s["parameters"]),
-    "  a token meets": lambda s: human(s["active_parameters"]),
-    "trainable": lambda s: f"{human(s['trainable'])} ({100 * s['trainable_share']:.0f} %)",
-    "optimizer": lambda s: "{kind} lr {lr:g}".format(**s["settings"]["optimizer"]),
-    "schedule": lambda s: s["settings"]["schedule"]["kind"],
-    "engine": lambda s: f"{_engine(s['settings']['engine'])}, {s['settings']['precision']}",
-    "teacher's weights": lambda s: s["teacher_placement"] or "",
-    "records": lambda s: f"{s['records']:,}" if s["records"] else "not built yet",
-    "records per step": lambda s: s["records_per_step"],
-    "steps (epochs)": lambda s: f"{s['steps']:,} ({s['epochs']:g})",
-    "tokens per step": lambda s: human(s["tokens_per_step"]),
-    "  supervised": lambda s: human(s["supervised_tokens_per_step"]),
-    "  of images": lambda s: human(s["vision_tokens_per_step"]),
-    "FLOPs per step": lambda s: human(s["flops_per_step"]["total"], "FLOP"),
-    "  of the teacher": lambda s: human(
-        sum(v for k, v in s["flops_per_step"].items() if k.startswith("teacher")), "FLOP"
-    ),
-    "memory, estimated": lambda s: human(s["memory_bytes"]["total"], "B"),
-    "  there is": lambda s: _fits(s["memory_bytes"]["total"], s["device_memory_bytes"]),
-    "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
-    "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
-}
-
-
-def _fits(needed: int, there: int) -> str:
-    return human(there, "B") + (", too little" if needed > there else "")
-
-
-def _engine(settings: dict[str, Any]) -> str:
-    if settings["kind"] == "torch":
-        return "torch"
-    stage = settings["zero"]
-    return "deepspeed" if stage is None else f"deepspeed, ZeRO {stage}"
-
-
-def _objective(settings: dict[str, Any]) -> str:
-    region = settings.get("region", "response")
-    name = settings["kind"] if region == "response" else f"{settings['kind']}@{region}"
-    return name if settings["weight"] == 1 else f"{settings['weight']:g} {name}"

@@ -1,0 +1,70 @@
+"""Seconds per step that `mmkd bench` measured, kept in the run's folder for `mmkd plan`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd import distributed
+from mmkd.files import read_json, write_json
+from mmkd.provenance import processor_name
+from mmkd.recipe import Recipe
+
+NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",
+             "seeds"}  # fmt: skip
+"""Parts of a recipe that the time of a step does not depend on."""
+LENGTH = {"steps", "epochs", "checkpoint", "optimizer", "schedule"}
+"""The same for the parts of the stage, whose kind of optimizer counts all the same."""
+
+
+def timing_file(recipe: Recipe, index: int) -> Path:
+    """Where the timing of a stage is kept; several recipes of one run's name have several files."""
+    name = f"{recipe.stages[index].name}-{_key(recipe, index)}.json"
+    return Path(recipe.output_dir) / recipe.name / "bench" / name
+
+
+def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:
+    """Keep what `mmkd bench` found of a stage; returns the file."""
+    path = timing_file(recipe, index)
+    write_json(path, {**found, "machine": _machine(recipe, index)})
+    return path
+
+
+def seconds_per_step(recipe: Recipe, index: int) -> float | None:
+    """Seconds of a step of a stage on this machine; None if nobody has timed it here."""
+    try:
+        found = read_json(timing_file(recipe, index))
+    except (OSError, ValueError):
+        return None
+    if found.get("machine") != _machine(recipe, index):
+        return None
+    return float(found["seconds"])
+
+
+def _key(recipe: Recipe, index: int) -> str:
+    """What a step's time depends on, in short."""
+    stage = recipe.stages[index]
+    content = {
+        "recipe": recipe.model_dump(mode="json", exclude={*NOT_TIMED, "stages"}),
+        "converted": [
+            [c.model_dump(mode="json") for c in s.convert] for s in recipe.stages[: index + 1]
+        ],
+        "stage": stage.model_dump(mode="json", exclude=LENGTH),
+        "optimizer": stage.optimizer.kind,
+    }
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _machine(recipe: Recipe, index: int) -> dict[str, Any]:
+    device = distributed.choose_device(recipe.stages[index].engine.device)
+    there = device.type == "cuda" and torch.cuda.is_available()  # not for GPUs that are imagined
+    name = torch.cuda.get_device_name(device) if there else processor_name()
+    return {
+        "device": device.type,
+        "name": name,
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+    }
