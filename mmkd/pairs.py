@@ -6,6 +6,7 @@ Rohrbach et al. 2018, arXiv 1809.02156): invented ones first, then those left ou
 """
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ from mmkd.data.scenes.build import IMAGE, TURNS, conversation
 from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.scenes import mentioned_objects
+from mmkd.files import write_text
+from mmkd.interrupt import deferred
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import track
+from mmkd.provenance import source_facts, weights_hash
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
 from mmkd.vocabulary import check_head
 
@@ -71,6 +75,8 @@ def make_pairs(
     """Ask a model the first question of every record `samples` times and write the best and the
     worst answer of each; whole or not at all.
 
+    Answers are kept beside `out` until it is written: a second call with the same settings goes on.
+
     Args:
         model: folder or Hub id.
         data: records with `objects`.
@@ -109,6 +115,15 @@ def make_pairs(
     answering.to(place)
     encoder = Encoder(records, processor, data)
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    settings = {
+        "model": [model, weights_hash(Path(model))],
+        "data": {part.train: source_facts(part) for part in data.parts},
+        "sampling": sampling.model_dump(mode="json"),
+        "samples": samples,
+        "seed": seed,
+        "device": place.type,
+    }
+    kept = KeptAnswers(out.with_name(out.name + ".answers.jsonl"), settings)
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         return answering.generate(**inputs, **options)
@@ -117,23 +132,64 @@ def make_pairs(
         for number, part in enumerate(track(parts, "pairs", len(parts))):
             asking = [records[i] for i in part]
             prompts = [asked(r, answers_of(r)[0]) for r in asking]
-            answers = sample(
-                generate,
-                encoder,
-                prompts,
-                sampling,
-                seed=seed * 2**20 + number,
-                device=place,
-                count=samples,
-                ends=answering.generation_config.eos_token_id,
-            )
+            answers = kept.of(part)
+            if answers is None:
+                answers = sample(
+                    generate,
+                    encoder,
+                    prompts,
+                    sampling,
+                    seed=seed * 2**20 + number,
+                    device=place,
+                    count=samples,
+                    ends=answering.generation_config.eos_token_id,
+                )
+                kept.add(part, answers)
             for k, record in enumerate(asking):
                 yield _pair(record, prompts[k], answers[k * samples : (k + 1) * samples], records)
 
     found = list(rows())
     pairs = [row for row in found if row is not None]
     _write(out, pairs)
+    kept.forget()
     return Counts(len(found), len(pairs), len(found) - len(pairs))
+
+
+class KeptAnswers:
+    """A file of the answers so far, a line for each batch of prompts.
+
+    Args:
+        path: of the file.
+        settings: on which the answers depend, as JSON; those of other settings are dropped.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        lines = list(_lines(path))
+        self._answers: dict[tuple[int, ...], list[str]] = {}
+        if lines[:1] == [settings]:
+            self._answers = {tuple(line["records"]): line["answers"] for line in lines[1:]}
+        kept = [{"records": k, "answers": v} for k, v in self._answers.items()]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [settings, *kept]))
+
+    def of(self, records: list[int]) -> list[str] | None:
+        """The answers to a batch's prompts, if they were made before."""
+        return self._answers.get(tuple(records))
+
+    def add(self, records: list[int], answers: list[str]) -> None:
+        with deferred(), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"records": records, "answers": answers}) + "\n")
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:  # a kill has cut it
+            return
 
 
 def _pair(

@@ -1,10 +1,13 @@
 """`mmkd data pairs`: a model's own answers, the better one chosen."""
 
+import os
+import signal
 import sys
 
 import pyarrow.parquet as pq
 import pytest
 
+from mmkd import pairs
 from mmkd.cli import main
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
@@ -81,3 +84,26 @@ def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path
     assert command() == 2
     assert "it is there already" in capsys.readouterr().err
     assert (tmp_path / "pairs.parquet").read_text() == "mine"
+
+
+def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monkeypatch):
+    words = ("--limit", "24", "--temperature", "1.3", "--batch-size", "8")
+    assert command(*words, out="whole.parquet") == 0
+    asked, answer = [], pairs.sample
+
+    def stopping(*given, seed, **settings):
+        asked.append(seed)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(*given, seed=seed, **settings)
+
+    monkeypatch.setattr(pairs, "sample", stopping)
+    assert command(*words) == 0  # as after any SIGTERM
+    assert not (tmp_path / "pairs.parquet").exists()
+    with (tmp_path / "pairs.parquet.answers.jsonl").open("a") as file:
+        file.write('{"records": [1')  # a kill in the middle of a line
+    assert command(*words) == 0
+    assert asked == [0, 1, 2, 2]
+    whole, stopped = (pq.read_table(tmp_path / f"{n}.parquet") for n in ("whole", "pairs"))
+    assert stopped.equals(whole)
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "pairs.parquet"}

@@ -8,8 +8,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from mmkd import interrupt
 from mmkd.cli.app import AsJson, Plugins, data_app
-from mmkd.errors import MmkdError
+from mmkd.errors import AGAIN, MmkdError
 
 
 @data_app.command()
@@ -53,6 +54,7 @@ def pairs(
     from mmkd.progress import say
     from mmkd.recipe import DataConfig, SamplingConfig
 
+    interrupt.can_go_on(AGAIN)
     made = make_pairs(
         model,
         DataConfig(train=data, images=images),

