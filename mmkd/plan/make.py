@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
             preflight.check(member.recipe, data=not without_data)
             seen.append(content)
     if recipe.evaluate is not None and not without_data:
-        preflight.check_evaluation(recipe.evaluate)
+        preflight.check_evaluation(recipe.evaluate, recipe.student)
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
