@@ -9,8 +9,10 @@ from mmkd import distributed
 from mmkd.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import ALIGNED, same_processor
+from mmkd.data.chat import prompt_ends_in_blank
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
+from mmkd.data.templates import check_processor
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.precision import check_dtype
 from mmkd.errors import CheckpointError, RecipeError
@@ -19,6 +21,7 @@ from mmkd.evaluation.samples import check_samples
 from mmkd.layer_checks import check_layers
 from mmkd.loading import load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
+from mmkd.progress import say
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
@@ -45,6 +48,13 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
     student = skeleton(recipe.student)
     check_supported(student, "student")
     check_head(student, processor.tokenizer, "student")
+    check_processor(processor)
+    if prompt_ends_in_blank(processor):
+        say(
+            "student: the chat template's generation prompt ends in a blank, which in training is "
+            "part of the answer's first token: it may begin answers otherwise than trained -- take "
+            "the blank out of the template's generation prompt"
+        )
     convert(student, recipe.student.convert)
     teacher = teacher_processor = store = None
     if recipe.teacher is not None and recipe.teacher.source == "cache":

@@ -5,12 +5,13 @@ import json
 
 import pytest
 from PIL import Image
-from processors import llava_onevision, paligemma
+from processors import gemma3, llava, llava_onevision, paligemma, qwen, smolvlm
 from templates import LLAVA
 from zoo import ZOO
 
 from mmkd.data.chat import render_chat
 from mmkd.data.encoder import Encoder
+from mmkd.data.processing import Processing
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError
 from mmkd.layer_checks import check_attention
@@ -42,6 +43,98 @@ def test_a_processor_that_adds_text_of_its_own_is_refused(tmp_path):
     config = DataConfig(train=str(data))
     with pytest.raises(DataError, match="adds text of its own"):
         Encoder(Records(config), processor, config).encode([0])
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three records, the second of which has a picture of its own size."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (90, 30), "red").save(tmp_path / "odd.png")
+    said = [{"from": "human", "value": "<image>\ntwo ?"}, {"from": "gpt", "value": "two cats"}]
+    rows = [
+        {"id": name, "image": f"{image}.png", "conversations": said}
+        for name, image in (("a", "red"), ("odd", "odd"), ("b", "red"))
+    ]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    return DataConfig(train=str(data))
+
+
+class Refusing:
+    """An image processor that raises something at pictures of one size."""
+
+    def __init__(self, inner, error):
+        self.inner, self.error = inner, error
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, images, **settings):
+        pictures = [p for row in images for p in (row if isinstance(row, list) else [row])]
+        if any(p.size == (90, 30) for p in pictures):
+            raise self.error
+        return self.inner(images, **settings)
+
+
+def refusing(error):
+    processor = copy.copy(llava())
+    processor.image_processor = Refusing(processor.image_processor, error)
+    return processor
+
+
+@pytest.mark.parametrize("pack", [None, 200])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("too wide"), "refuses it: too wide"),
+        (RuntimeError("stack expects each tensor\nto be equal size"), "RuntimeError stack expects"),
+        (TypeError("no integer"), "refuses it: TypeError no integer"),
+        (IndexError("tuple index"), "refuses it: IndexError tuple index"),
+        (KeyError("pixel_values"), "refuses it: KeyError 'pixel_values'"),
+        (ZeroDivisionError(), "refuses it: ZeroDivisionError"),
+        (StopIteration(), "refuses it: StopIteration"),
+        (AssertionError(), "refuses it: AssertionError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_processor_raises_is_its_refusal_of_a_record(three, error, said, pack):
+    processor = refusing(error)
+    with pytest.raises(DataError, match=r"record 1 \(id odd\)") as caught:
+        Encoder(Records(three), processor, three, pack=pack).encode([0, 1, 2])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    config = three.model_copy(update={"on_bad_sample": "skip"})
+    skipping = Encoder(Records(three), processor, config, pack=pack)
+    batch = skipping.encode([0, 1, 2])
+    assert len(batch.ids) == 3
+    assert "odd" not in batch.ids
+    assert [said in reason for reason in batch.skipped] == [True]
+    assert skipping.length(1) == skipping.length(0)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), MemoryError(), ImportError("cv2")])
+def test_a_full_disk_or_a_missing_package_is_no_records_fault(three, error):
+    config = three.model_copy(update={"on_bad_sample": "skip"})
+    with pytest.raises(type(error)):
+        Encoder(Records(three), refusing(error), config).encode([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "texts"),
+    [
+        # Two images in all, as transformers counts them, but not where their rows want them.
+        (llava, ["USER: <image><image> two ? ASSISTANT: two", "USER: two ? ASSISTANT: two"]),
+        (qwen, ["<|image_pad|><|image_pad|> two ?", "two ?"]),
+        (smolvlm, ["<image><image> two ?", "two ?"]),
+        # A token of features that no image has made.
+        (gemma3, ["<bos><start_of_image> two", "<bos><start_of_image> <image_soft_token> two"]),
+    ],
+)
+def test_image_tokens_are_counted_against_features_before_the_model_runs(make, texts):
+    picture = Image.new("RGB", (40, 40), "red")
+    with pytest.raises(DataError, match=r"image|tokens in each prompt should be the same") as error:
+        Processing(make())(texts, [[picture], [picture]])
+    assert error.value.kind != error.value.what
 
 
 def test_a_model_whose_parts_are_not_found_is_refused():

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from mmkd.data.schema import Message
-from mmkd.data.templates import render
+from mmkd.data.templates import PROBE, render
 from mmkd.errors import DataError
 
 Span = tuple[int, int]
@@ -86,6 +86,18 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         text = text[:stop] + tokenizer.eos_token
         spans[-1] = (start, len(text))
     return Rendered(text, tuple(spans), tuple(words))
+
+
+def prompt_ends_in_blank(processor: Any) -> bool:
+    """Whether the generation prompt ends in a blank (`ASSISTANT: `) that is a token of its own when
+    the model is asked, but part of the answer's first word when it is trained."""
+    prompt, whole = render(processor, PROBE[:1], prompt=True), render(processor, PROBE)
+    if not prompt.endswith((" ", "\t")) or not whole.startswith(prompt):
+        return False
+    asked, trained = (
+        processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
+    )
+    return trained[: len(asked)] != asked
 
 
 def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[], str]) -> int:
