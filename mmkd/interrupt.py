@@ -288,11 +288,21 @@ def _parent_of(pid: int) -> int | None:
 
 
 def begin_worker(parent: int, *_: Any) -> None:
-    """Prepare a worker process of a data loader or a pool: it ends with its parent, and leaves
-    Ctrl-C, which a terminal sends to it too, to the parent.
+    """Prepare a worker process of a data loader or a pool: it ends with its parent, and only its
+    parent stops it. A terminal, `timeout` and Slurm send signals to all processes at once; the
+    parent still needs its workers for the step that it ends then.
 
     Args:
         parent: process id of the process that has started it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_hear_parent, args=(parent,), daemon=True).start()
+
+
+def _hear_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

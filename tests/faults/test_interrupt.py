@@ -95,9 +95,10 @@ def write(folder, raw):
 def long_run(scenes_dir, tiny_model_dir, tmp_path):
     """A recipe of two stages with more steps than a test waits for, and its folder."""
 
-    def make(name="long", steps=2000, **stage):
+    def make(name="long", steps=2000, workers=0, **stage):
         settings = {"steps": steps, "batch": {"size": 2, "total": 4}, **stage}
         raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name=name, stage=settings)
+        raw["data"]["workers"] = workers
         raw["stages"] = [raw["stages"][0], {**raw["stages"][0], "name": "second"}]
         return write(tmp_path, raw), tmp_path / name
 
@@ -144,6 +145,36 @@ def test_a_signal_while_libraries_and_models_are_loaded(long_run, number, second
         "mimic stopped at step" in output
     )
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(long_run, number):
+    """They feed the step that ends, and are gone with the run."""
+    recipe, folder = long_run(workers=2)
+    process = start(*MMKD, "run", recipe)
+    wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
+    loaders = below(process)
+    assert len(loaders) == 2
+    for _ in range(3):
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    status, output = finish(process)
+    assert status == (130 if number == signal.SIGINT else 0), output
+    assert "mmkd: mimic stopped at step" in output
+    assert len(find_checkpoints(folder / "01-mimic" / "checkpoints")) == 1
+    assert not any(loader.is_running() for loader in loaders)
+
+
+def test_workers_end_with_a_run_that_is_killed(long_run):
+    recipe, folder = long_run(workers=2)
+    process = start(*MMKD, "run", recipe)
+    wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
+    loaders = below(process)
+    for loader in loaders:
+        loader.suspend()
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(loaders, timeout=20)[1]
 
 
 def test_a_signal_behind_the_last_step_does_not_lose_it(long_run, tmp_path):
