@@ -5,14 +5,16 @@
 The teacher answers a few prompts on every picture; its answers become the data of a recipe, which
 `mmkd run` trains. At the end teacher and student answer on pictures that were held out.
 
-    OUT/train.jsonl      what the teacher said, chat messages; delete it to ask again
+    OUT/answers.jsonl    what the teacher has said so far; after a stop, the same command goes on
+    OUT/train.jsonl      all of it, chat messages; delete it to ask again
     OUT/recipe.yaml      written once; edit it, delete OUT/photos and run again to train otherwise
     OUT/photos/          the run: report.html, 01-mimic/student
 """
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +22,14 @@ import torch
 import typer
 from PIL import Image
 
-from mmkd import distributed
-from mmkd.data.answers import sample
+from mmkd import distributed, interrupt
+from mmkd.data.answers import Sampled, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import FORMATS, load_image
+from mmkd.data.journal import Journal
 from mmkd.data.records import Records
 from mmkd.data.schema import Record
-from mmkd.errors import DataError, MmkdError
+from mmkd.errors import AGAIN, DataError, MmkdError, StoppedError
 from mmkd.files import write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import console, track
@@ -81,8 +84,22 @@ def readable(photos: Path) -> list[str]:
     return names
 
 
-def ask(model: ModelConfig, photos: Path, pairs: list[tuple[str, str]], longest: int) -> list[str]:
-    """A model's likeliest answer to each (picture's path, prompt)."""
+def ask(
+    model: ModelConfig,
+    photos: Path,
+    pairs: list[tuple[str, str]],
+    longest: int,
+    keep: Callable[[list[tuple[str, str]], list[Sampled]], None] = lambda pairs, answers: None,
+) -> list[Sampled]:
+    """A model's likeliest answer to each (picture's path, prompt).
+
+    Args:
+        model: to ask.
+        photos: the folder of the paths.
+        pairs: what to ask.
+        longest: tokens of an answer.
+        keep: gets some of the pairs and their answers as soon as they are there.
+    """
     device = distributed.choose_device("auto")
     answering: Any = load_model(model)
     answering.to(device)
@@ -98,13 +115,55 @@ def ask(model: ModelConfig, photos: Path, pairs: list[tuple[str, str]], longest:
         return Record(name, [{"role": "user", "content": content}], [name], root=photos)
 
     parts = [pairs[i : i + AT_ONCE] for i in range(0, len(pairs), AT_ONCE)]
-    answers: list[str] = []
+    answers: list[Sampled] = []
     for part in track(parts, f"{model.model} answers", len(parts)):
-        asked = [record(*pair) for pair in part]
-        answers += sample(generate, encoder, asked, settings, seed=0, device=device, ends=ends)
+        with interrupt.deferred():
+            asked = [record(*pair) for pair in part]
+            said = sample_answers(
+                generate, encoder, asked, settings, seed=0, device=device, ends=ends
+            )
+            keep(part, said)
+        answers += said
     answering.cpu()
     torch.cuda.empty_cache()  # what trains next needs the memory
     return answers
+
+
+def write_answers(
+    data: Path, teacher: ModelConfig, photos: Path, questions: list[tuple[str, str]], longest: int
+) -> None:
+    """Ask the teacher what it has not answered yet, and write the answers as records.
+
+    An answer that was cut off is kept as `unfinished`: the student learns its words, and not that
+    they are the last ones.
+    """
+    request = {"teacher": teacher.model, "max_new_tokens": longest}
+    journal = Journal(data.with_name("answers.jsonl"), request)
+
+    def keep(pairs: list[tuple[str, str]], answers: list[Sampled]) -> None:
+        said = zip(pairs, answers, strict=True)
+        journal.add(*({"picture": n, "prompt": p, **asdict(a)} for (n, p), a in said))
+
+    known = {(e["picture"], e["prompt"]) for e in journal.entries}
+    if missing := [pair for pair in questions if pair not in known]:
+        ask(teacher, photos, missing, longest, keep)
+    found = {(e["picture"], e["prompt"]): e for e in journal.entries}
+    lines = []
+    for name, prompt in questions:
+        entry = found[name, prompt]
+        turns = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": entry["text"]},
+        ]
+        row = {"images": [name], "messages": turns}
+        if not entry["finished"]:
+            row["unfinished"] = True
+        lines += [json.dumps(row) + "\n"] if entry["text"] else []
+    cut = sum(not found[pair]["finished"] for pair in questions)
+    if cut:
+        console.print(f"{cut:,} of {len(questions):,} answers were cut at {longest} tokens")
+    write_text(data, "".join(lines))
+    journal.delete()
 
 
 def main(
@@ -125,27 +184,27 @@ def main(
     data, file = out / "train.jsonl", out / "recipe.yaml"
     if not data.exists():
         questions = [(name, p) for name in names[:-held_out] for p in prompt]
-        answers = ask(asked, photos, questions, max_new_tokens)
-        lines = []
-        for (name, p), a in zip(questions, answers, strict=True):
-            turns = [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
-            lines += [json.dumps({"images": [name], "messages": turns}) + "\n"] if a else []
-        write_text(data, "".join(lines))
+        write_answers(data, asked, photos, questions, max_new_tokens)
     if not file.exists():
         words = (out, teacher, dtype, student, data, photos)
         write_text(file, RECIPE % tuple(json.dumps(str(word)) for word in words))
-    if code := subprocess.run([sys.executable, "-m", "mmkd.cli", "run", str(file)]).returncode:
+    if code := interrupt.call([sys.executable, "-m", "mmkd.cli", "run", str(file)]):
         raise typer.Exit(code)
+    interrupt.stop_here()
     made = ModelConfig(model=str(out / "photos" / "01-mimic" / "student"))
     questions = [(name, prompt[0]) for name in names[-held_out:]]
     said = [ask(model, photos, questions, max_new_tokens) for model in (asked, made)]
     for (name, question), one, other in zip(questions, *said, strict=True):
-        text = f"\n{name}: {question}\n  teacher: {one}\n  student: {other}"
+        text = f"\n{name}: {question}\n  teacher: {one.text}\n  student: {other.text}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except MmkdError as error:
-        sys.exit(f"error: {error}")
+    with interrupt.listening(AGAIN):
+        try:
+            typer.run(main)
+        except StoppedError as end:
+            print(end)
+            sys.exit(interrupt.status())
+        except MmkdError as error:
+            sys.exit(f"error: {error}")

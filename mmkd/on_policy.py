@@ -8,7 +8,7 @@ not go through the sampling.
 import random
 from dataclasses import dataclass
 
-from mmkd.data.answers import answered, answers_of, asked, sample
+from mmkd.data.answers import answered, answers_of, asked, sample_answers
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
@@ -52,7 +52,7 @@ class OnPolicy:
         if not chosen:
             return batch, 0
         with self.engine.autocast():
-            texts = sample(
+            answers = sample_answers(
                 self.engine.generate,
                 self.encoder,
                 prompts,
@@ -61,8 +61,10 @@ class OnPolicy:
                 device=self.engine.device,
                 ends=self.ends,
             )
-        for i, prompt, text in zip(chosen, prompts, texts, strict=True):
-            records[i] = answered(prompt, text)
+        for i, prompt, answer in zip(chosen, prompts, answers, strict=True):
+            # A response needs a token: of an empty one that is its end.
+            ended = answer.finished or not answer.text
+            records[i] = answered(prompt, answer.text, finished=ended)
         made = self.encoder.encode_records(batch.indices, records, batch.skipped)
         return made.to(self.engine.device), len(chosen)
 

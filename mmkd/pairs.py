@@ -8,7 +8,7 @@ Rohrbach et al. 2018, arXiv 1809.02156): invented ones first, then those left ou
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mmkd import distributed
-from mmkd.data.answers import answers_of, asked, sample
+from mmkd.data.answers import answers_of, asked, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.data.scenes.build import IMAGE, TURNS, conversation
@@ -53,11 +53,20 @@ class Score:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the prompts: `equal` ones had answers that all score the same."""
+    """What became of the prompts.
+
+    Attributes:
+        prompts: that were asked.
+        pairs: that were written.
+        equal: prompts whose finished answers all score the same.
+        cut: answers that `max_new_tokens` cut off. They are no part of a pair: training would take
+            their last word for the end.
+    """
 
     prompts: int
     pairs: int
     equal: int
+    cut: int
 
 
 def make_pairs(
@@ -128,13 +137,16 @@ def make_pairs(
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         return answering.generate(**inputs, **options)
 
+    cut = 0
+
     def rows() -> Iterator[dict[str, Any] | None]:
+        nonlocal cut
         for number, part in enumerate(track(parts, "pairs", len(parts))):
             asking = [records[i] for i in part]
             prompts = [asked(r, answers_of(r)[0]) for r in asking]
             answers = kept.of(part)
             if answers is None:
-                answers = sample(
+                found = sample_answers(
                     generate,
                     encoder,
                     prompts,
@@ -144,15 +156,19 @@ def make_pairs(
                     count=samples,
                     ends=answering.generation_config.eos_token_id,
                 )
+                answers = [asdict(answer) for answer in found]
                 kept.add(part, answers)
             for k, record in enumerate(asking):
-                yield _pair(record, prompts[k], answers[k * samples : (k + 1) * samples], records)
+                own = answers[k * samples : (k + 1) * samples]
+                finished = [a["text"] for a in own if a["finished"]]
+                cut += len(own) - len(finished)
+                yield _pair(record, prompts[k], finished, records)
 
     found = list(rows())
     pairs = [row for row in found if row is not None]
     _write(out, pairs)
     kept.forget()
-    return Counts(len(found), len(pairs), len(found) - len(pairs))
+    return Counts(len(found), len(pairs), len(found) - len(pairs), cut)
 
 
 class KeptAnswers:
@@ -166,17 +182,17 @@ class KeptAnswers:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         lines = list(_lines(path))
-        self._answers: dict[tuple[int, ...], list[str]] = {}
+        self._answers: dict[tuple[int, ...], list[Any]] = {}
         if lines[:1] == [settings]:
             self._answers = {tuple(line["records"]): line["answers"] for line in lines[1:]}
         kept = [{"records": k, "answers": v} for k, v in self._answers.items()]
         write_text(path, "".join(json.dumps(line) + "\n" for line in [settings, *kept]))
 
-    def of(self, records: list[int]) -> list[str] | None:
+    def of(self, records: list[int]) -> list[Any] | None:
         """The answers to a batch's prompts, if they were made before."""
         return self._answers.get(tuple(records))
 
-    def add(self, records: list[int], answers: list[str]) -> None:
+    def add(self, records: list[int], answers: list[Any]) -> None:
         with deferred(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"records": records, "answers": answers}) + "\n")
 
@@ -195,7 +211,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _pair(
     record: Record, prompt: Record, answers: list[str], records: Records
 ) -> dict[str, Any] | None:
-    """The best and the worst answer as a row; None where all are equally good."""
+    """The best and the worst answer as a row; None where all are equally good, or none is there."""
+    if not answers:
+        return None
     present = {o.name for o in record.objects if mentioned_objects(o.name)}
     scored = sorted((Score.of(a, present), i) for i, a in enumerate(answers))
     (best, first), (worst, last) = scored[0], scored[-1]
@@ -227,7 +245,7 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
         raise DataError(
             "no prompt has answers of different worth",
             where=str(out),
-            mend="raise --temperature or --samples",
+            mend="raise --temperature, --samples or --max-new-tokens",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")

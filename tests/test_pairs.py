@@ -89,7 +89,7 @@ def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path
 def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monkeypatch):
     words = ("--limit", "24", "--temperature", "1.3", "--batch-size", "8")
     assert command(*words, out="whole.parquet") == 0
-    asked, answer = [], pairs.sample
+    asked, answer = [], pairs.sample_answers
 
     def stopping(*given, seed, **settings):
         asked.append(seed)
@@ -97,7 +97,7 @@ def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return answer(*given, seed=seed, **settings)
 
-    monkeypatch.setattr(pairs, "sample", stopping)
+    monkeypatch.setattr(pairs, "sample_answers", stopping)
     assert command(*words) == 0  # as after any SIGTERM
     assert not (tmp_path / "pairs.parquet").exists()
     with (tmp_path / "pairs.parquet.answers.jsonl").open("a") as file:

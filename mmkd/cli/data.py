@@ -69,6 +69,7 @@ def pairs(
     say(
         f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; in {made.equal:,} all "
         "answers are of equal worth"
+        + (f"; {made.cut:,} answers left out, cut at max_new_tokens" if made.cut else "")
     )
 
 

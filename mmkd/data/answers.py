@@ -42,10 +42,16 @@ def asked(record: Record, message: int) -> Record:
     return replace(record, messages=before, images=record.images[:shown], rejected=None)
 
 
-def answered(record: Record, text: str) -> Record:
-    """A prompt with an answer to it, which alone counts as response."""
+def answered(record: Record, text: str, *, finished: bool = True) -> Record:
+    """A prompt with an answer to it, which alone counts as response, with its end of turn if it is
+    finished."""
     said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    return replace(record, messages=[*record.messages, said], last_answer_only=True)
+    return replace(
+        record,
+        messages=[*record.messages, said],
+        last_answer_only=True,
+        unfinished=not finished,
+    )
 
 
 def sample(

@@ -150,6 +150,9 @@ class Encoder:
     def _rendered_record(self, record: Record) -> tuple[Rendered, Rendered | None]:
         def rendered(messages: list[Message]) -> Rendered:
             whole = render_chat(self.processor, messages)
+            if record.unfinished:
+                cut = (whole.spans[-1][0], whole.said[-1][1])
+                whole = replace(whole, spans=(*whole.spans[:-1], cut))
             if not record.last_answer_only:
                 return whole
             return replace(whole, spans=whole.spans[-1:], said=whole.said[-1:])

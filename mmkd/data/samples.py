@@ -26,7 +26,10 @@ class Sample:
     @property
     def key(self) -> bytes:
         """What a cache knows it by."""
-        return record_key(self.record.messages, self.pictures)
+        messages: list[Any] = self.record.messages
+        if self.record.unfinished:
+            messages = [*messages, "unfinished"]
+        return record_key(messages, self.pictures)
 
     def other(self) -> "Sample":
         """The rejected answer as a sample."""

@@ -53,6 +53,7 @@ class Record:
     Attributes:
         images: paths below `root`, {bytes, path} pairs, members of an archive, or decoded pictures.
         last_answer_only: earlier answers belong to the prompt.
+        unfinished: the last answer was cut off, so its end of turn is no part of the response.
         root: the folder that image paths must not leave; None where there is none.
     """
 
@@ -62,6 +63,7 @@ class Record:
     objects: tuple[GroundedObject, ...] = ()
     rejected: list[Message] | None = None
     last_answer_only: bool = False
+    unfinished: bool = False
     root: Path | None = None
 
 
@@ -97,8 +99,20 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
         _objects(row.get("objects") or []),
         rejected,
         rejected is not None,
+        _is_unfinished(row, messages, rejected is not None),
         root,
     )
+
+
+def _is_unfinished(row: dict[str, Any], messages: list[Message], pair: bool) -> bool:
+    said = row.get("unfinished")
+    if said is not None and not isinstance(said, bool):
+        raise DataError(f"'unfinished' is {printable(said, 40)!r}", mend="true or false")
+    if said and (pair or messages[-1]["role"] != "assistant"):
+        raise DataError(
+            "'unfinished' is for records that end with one answer", mend="drop the record"
+        )
+    return bool(said)
 
 
 def record_id(row: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from mmkd.errors import DataError
 
 READ = frozenset(
     {"id", "idx", "image", "images", "conversations", "messages", "texts", "chosen", "rejected",
-     "prompt", "question", "objects"}
+     "prompt", "question", "objects", "unfinished"}
 )  # fmt: skip
 SAID = frozenset(
     {"system", "system_prompt", "history", "tools", "functions", "documents", "kto_tag",

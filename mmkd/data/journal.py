@@ -1,0 +1,58 @@
+"""Answers of a model as they come, so that a command that was stopped does not ask again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import DataError
+
+
+class Journal:
+    """A file of JSON lines beside what it is kept for, each written as soon as it is there.
+
+    The first line says what was asked for. A line that was cut off when the process was killed is
+    left out and written over.
+
+    Args:
+        path: the file.
+        request: what is asked for, as JSON.
+
+    Raises:
+        DataError: the file has answers to another request.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any]):
+        self.path = path
+        content = path.read_bytes() if path.exists() else b""
+        self._end = content.rfind(b"\n") + 1
+        lines = [json.loads(line) for line in content[: self._end].splitlines()]
+        if lines and lines[0] != json.loads(json.dumps(request)):
+            raise DataError(
+                "it holds answers to another request",
+                where=str(path),
+                mend="repeat the command that began it, or delete it",
+            )
+        self.entries: list[dict[str, Any]] = lines[1:]
+        if not lines:
+            self._append(request)
+
+    def add(self, *entries: dict[str, Any]) -> None:
+        """Write entries to the disk."""
+        self._append(*entries)
+        self.entries += entries
+
+    def _append(self, *entries: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(text)
+
+    def delete(self) -> None:
+        """Remove the file: what it was kept for is written."""
+        self.path.unlink(missing_ok=True)
