@@ -29,7 +29,7 @@ from mmkd.evaluation.models import evaluate_models
 from mmkd.files import link_folder, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
-from mmkd.progress import console, say
+from mmkd.progress import Course, console, say
 from mmkd.recipe import (
     ModelConfig,
     Recipe,
@@ -49,6 +49,7 @@ from mmkd.resume import (
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
+from mmkd.timings import common_stages, stage_kind, steps_of
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
@@ -86,9 +87,10 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
         preflight.check_evaluation(recipe.evaluate, recipe.student)
     distributed.barrier()
     _start_again(restarts, from_stage)
+    course = _course(todo)
     for number, member in enumerate(todo):
         share_stages(member, todo[:number], recipe)
-        train(member, recipe)
+        train(member, recipe, course)
     distributed.barrier()
     if recipe.evaluate is not None:
         distributed.leave()  # one process scores for hours, and waiting ends in a timeout
@@ -127,8 +129,23 @@ def describe(member: Member, recipe: Recipe) -> None:
         write_text(member.folder / "training.yaml", to_yaml(member.recipe))
 
 
-def train(member: Member, recipe: Recipe) -> None:
-    """Run the member's unfinished stages; `recipe` is the whole run's."""
+def _course(todo: list[Member]) -> Course:
+    """The stages that are still to train, in order; those that members share come once."""
+    steps: dict[str, int | None] = {}
+    kinds: dict[str, str] = {}
+    for number, member in enumerate(todo):
+        shared = (common_stages(member.recipe, other.recipe) for other in todo[:number])
+        for index in range(max(shared, default=0), len(member.recipe.stages)):
+            folder = member.stage_folder(index)
+            if not _is_done(folder):
+                steps[str(folder)] = steps_of(member.recipe, member.recipe.stages[index])
+                kinds[str(folder)] = stage_kind(member.recipe, index)
+    return Course(steps, kinds)
+
+
+def train(member: Member, recipe: Recipe, course: Course | None = None) -> None:
+    """Run the member's unfinished stages; `recipe` is the whole run's, `course` too."""
+    course = course or Course({}, {})
     _tidy(member)
     if _is_trained(member):
         say(f"{member.label}: already trained")
@@ -140,21 +157,23 @@ def train(member: Member, recipe: Recipe) -> None:
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
+        place = f"stage {index + 1} of {len(stages)}"
         if distributed.rank() == 0:
-            console.rule(f"{member.label}: stage {stages[index].name}")
-        run_stage(
-            stages[index],
-            student=student,
-            processor=processor,
-            teacher=teacher,
-            teacher_processor=teacher_processor,
-            teachers=member.recipe.teachers,
-            others=others,
-            data=member.recipe.stage_data(stages[index]),
-            folder=member.stage_folder(index),
-            seed=member.recipe.seed + index,
-            tracked=Tracked(member.recipe, run_folder(recipe), member.stage_folder(index)),
-        )
+            console.rule(f"{member.label}: {place}, {stages[index].name}")
+        with course.part(str(member.stage_folder(index)), place):
+            run_stage(
+                stages[index],
+                student=student,
+                processor=processor,
+                teacher=teacher,
+                teacher_processor=teacher_processor,
+                teachers=member.recipe.teachers,
+                others=others,
+                data=member.recipe.stage_data(stages[index]),
+                folder=member.stage_folder(index),
+                seed=member.recipe.seed + index,
+                tracked=Tracked(member.recipe, run_folder(recipe), member.stage_folder(index)),
+            )
         _tidy(member)
         distributed.barrier()
 

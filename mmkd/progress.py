@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,8 @@ from rich.progress import (
 
 console = Console()
 SECONDS_BETWEEN_LINES = 30.0
+WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
+"""Columns of a bar, on terminals of so many columns and on narrower ones."""
 
 
 def say(text: str) -> None:
@@ -31,20 +34,75 @@ def live() -> bool:
     return console.is_interactive and console.file.isatty()
 
 
-class Bar:
-    """One bar: `advance` by `count` with a short note on what is going on."""
+class Course:
+    """The parts of a run, one after another, for the time left over all of them.
 
-    def __init__(self, name: str, total: int, *, done: int = 0, quiet: bool = False):
+    Args:
+        steps: of each part, by its name in the run's order; None where it is not known.
+        kinds: for each part, what parts have in common whose steps take the same time.
+    """
+
+    def __init__(self, steps: dict[str, int | None], kinds: dict[str, str]):
+        self._steps, self._kinds = steps, kinds
+        self._rates: dict[str, float] = {}  # seconds per step, by kind
+        self._now = ""
+        self.title = ""
+
+    @contextmanager
+    def part(self, name: str, title: str) -> Iterator[None]:
+        """Inside, the bars of training are about this part; `title` such as "stage 2 of 4"."""
+        global _course
+        _course, self._now, self.title = self, name, title
+        try:
+            yield
+        finally:
+            _course = None
+
+    def seconds_behind(self, rate: float) -> float | None:
+        """Seconds of the parts behind the present one, at `rate` seconds per step where nothing
+        like them has run; None if the steps of one are not known."""
+        self._rates[self._kinds.get(self._now, "")] = rate
+        names = list(self._steps)
+        behind = names[names.index(self._now) + 1 :] if self._now in names else []
+        counts = [self._steps[name] for name in behind]
+        if any(count is None for count in counts):
+            return None
+        rates = [self._rates.get(self._kinds.get(name, ""), rate) for name in behind]
+        return sum((c or 0) * r for c, r in zip(counts, rates, strict=True))
+
+
+_course: Course | None = None
+
+
+class Bar:
+    """One bar: `advance` by `count` with a short note on what is going on.
+
+    Args:
+        name: of what is going on.
+        total: steps.
+        done: steps that were done before.
+        quiet: show nothing.
+        part: the bar is that of a part of a run (`Course`), if one is running; its place among the
+            others and the time left over all of them are shown too.
+    """
+
+    def __init__(
+        self, name: str, total: int, *, done: int = 0, quiet: bool = False, part: bool = False
+    ):
         self.name, self.total, self.done, self.quiet = name, total, done, quiet
+        self._course = _course if part else None
         self._start, self._first, self._last_line = math.nan, done, -math.inf
         self._progress: Progress | None = None
+        self._room = 0
 
     def __enter__(self) -> "Bar":
         self._start = time.monotonic()  # not before: trackers may take a minute to start
         if live() and not self.quiet:
+            bar = WIDE if console.width >= WIDE_ENOUGH else NARROW
+            title = self.name if self._course is None else f"{self.name} ({self._course.title})"
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
-                BarColumn(),
+                BarColumn(bar),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
@@ -52,8 +110,12 @@ class Bar:
                 TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
+            # The note gets what the other columns leave: rich would shorten the name for it.
+            times = len(" 0:00:00 eta 0:00:00 ")
+            counts = 2 * len(str(self.total)) + 1
+            self._room = console.width - len(title) - bar - counts - times - 3
             self._progress.start()
-            self._progress.add_task(self.name, total=self.total, completed=self.done, note="")
+            self._progress.add_task(title, total=self.total, completed=self.done, note="")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -62,17 +124,27 @@ class Bar:
 
     def advance(self, note: str = "", count: int = 1) -> None:
         self.done += count
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], advance=count, note=note)
-            return
         now = time.monotonic()
+        rate = (now - self._start) / max(self.done - self._first, 1)
+        behind = None if self._course is None else self._course.seconds_behind(rate)
+        whole = None
+        if behind:
+            whole = timedelta(seconds=round((self.total - self.done) * rate + behind))
+        if self._progress is not None:
+            text = note if whole is None else f"all {whole}  {note}"
+            shown = text[: max(self._room, 0)]
+            self._progress.update(self._progress.task_ids[0], advance=count, note=shown)
+            return
         finished = self.done == self.total
         if self.quiet or not (finished or now - self._last_line > SECONDS_BETWEEN_LINES):
             return
         self._last_line = now
-        rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
-        say(f"{self.name} {self.done}/{self.total}, eta {eta}  {note}".rstrip())
+        eta = f"eta {timedelta(seconds=round((self.total - self.done) * rate))}"
+        if self._course is not None:
+            eta = f"{self._course.title}, {eta}"
+        if whole is not None:
+            eta += f", {whole} for the whole run"
+        say(f"{self.name} {self.done}/{self.total}, {eta}  {note}".rstrip())
 
 
 def track(rows: Iterable[Any], name: str, total: int, *, quiet: bool = False) -> Iterator[Any]:

@@ -84,7 +84,7 @@ class Stage:
         metrics: Metrics = log.last
         quiet = self.engine.rank > 0
         charts = Trackers(self.tracked, step=first, written=log.written, active=active)
-        bar = Bar(self.config.name, self.steps, done=first, quiet=quiet)
+        bar = Bar(self.config.name, self.steps, done=first, quiet=quiet, part=True)
         with deferred(), charts, bar:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()

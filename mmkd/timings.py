@@ -1,16 +1,22 @@
-"""Seconds per step that `mmkd bench` measured, kept in the run's folder for `mmkd plan`."""
+"""How long stages are: their steps, and the seconds per step that `mmkd bench` measured, which are
+kept in the run's folder for `mmkd plan`."""
 
 import hashlib
 import json
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmkd import distributed
+from mmkd.data.mixture import Mixture
+from mmkd.data.records import Records
+from mmkd.errors import MmkdError
 from mmkd.files import read_json, write_json
 from mmkd.provenance import processor_name
-from mmkd.recipe import Recipe
+from mmkd.recipe import DataConfig, Recipe, StageConfig
 
 NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",
              "seeds"}  # fmt: skip
@@ -68,3 +74,39 @@ def _machine(recipe: Recipe, index: int) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
     }
+
+
+def stage_kind(recipe: Recipe, index: int) -> str:
+    """Equal for stages whose steps take the same time."""
+    return _key(recipe, index)
+
+
+def steps_of(recipe: Recipe, stage: StageConfig) -> int | None:
+    """Optimizer steps of a stage; None if its records cannot be counted."""
+    if stage.steps is not None:
+        return stage.steps
+    try:
+        records = _records(recipe.stage_data(stage).model_dump_json())
+    except MmkdError:
+        return None
+    per_step = stage.batch.records_per_step(distributed.world_size())
+    return max(1, round((stage.epochs or 1.0) * records / per_step))
+
+
+@cache
+def _records(data: str) -> int:
+    """Records of an epoch; the members of a study have the same data."""
+    return len(Mixture(Records(DataConfig.model_validate_json(data)), seed=0))
+
+
+def common_stages(recipe: Recipe, other: Recipe) -> int:
+    """How many stages begin both recipes in the same way from the same start: a run trains them
+    once."""
+
+    def begin(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(exclude={"label", "name", "stages", "output_dir"})
+
+    if begin(recipe) != begin(other):
+        return 0
+    pairs = zip(recipe.stages, other.stages, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

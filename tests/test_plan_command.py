@@ -156,3 +156,23 @@ def test_hours_where_bench_has_timed_the_stage(world, tmp_path, monkeypatch):
     assert make_plan(recipe)["total"]["seconds"] is None
     path.write_text("{")
     assert make_plan(recipe)["total"]["seconds"] is None
+
+
+def test_a_run_says_its_stage_and_the_time_left_in_all(world, tmp_path, capsys):
+    raw = world(variants={"late": ["stages.1.optimizer.lr=1e-4"]}, teacher=None)
+    one = {**raw["stages"][0], "objectives": [{"kind": "ce"}]}
+    raw["stages"] = [{**one, "name": "a"}, {**one, "name": "b", "steps": None, "epochs": 0.125}]
+    recipe = load_recipe(raw)
+    assert [timings.steps_of(recipe, stage) for stage in recipe.stages] == [4, 2]
+    pipeline.run(recipe)
+    lines = capsys.readouterr().out.splitlines()
+    rules = [line.strip("─ ") for line in lines if line.startswith("─")]
+    assert rules == [
+        "student: stage 1 of 2, a", "student: stage 2 of 2, b", "late: stage 2 of 2, b"
+    ]  # fmt: skip
+    first = [next(line for line in lines if line.startswith(start)) for start in ("a 1/4", "b 1/2")]
+    for line, place in zip(first, ("stage 1 of 2", "stage 2 of 2"), strict=True):
+        assert f", {place}, eta 0:0" in line
+        assert "for the whole run" in line
+    last = [line for line in lines if line.startswith("b 2/2")][-1]
+    assert "whole run" not in last

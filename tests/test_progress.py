@@ -81,3 +81,59 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
 def test_a_dumb_terminal_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     assert "\x1b" not in shown(monkeypatch, Terminal())
+
+
+@pytest.mark.parametrize(("width", "names"), [(80, "a_rather_long_stage_name"), (60, "mimic")])
+def test_a_narrow_terminal_shortens_the_note_and_not_the_name(monkeypatch, width, names):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    settings = {"force_terminal": True, "width": width, "color_system": None}
+    monkeypatch.setattr(progress, "console", Console(file=file, **settings))
+    with progress.Bar(names, 12_345) as bar:
+        for _ in range(3):
+            bar.advance("loss 0.5000, 12,345 supervised tokens/s, and more than 80 columns hold")
+    last = file.getvalue().split("\x1b[2K")[-1].splitlines()[0]
+    assert last.startswith(f"{names} ")
+    assert "3/12345" in last
+    assert "loss 0." in last
+    assert len(last) <= width
+
+
+def course():
+    """Two students of two stages each, of which the second ones are slower."""
+    steps = {"a/1": 100, "a/2": 50, "b/1": 100, "b/2": 50}
+    return progress.Course(steps, {name: name[-1] for name in steps})
+
+
+def test_a_part_says_where_it_stands_and_how_long_the_whole_run_takes(monkeypatch):
+    whole = course()
+    with whole.part("a/1", "stage 1 of 2"):
+        text = part(monkeypatch, 100, 2.0)
+    assert text.startswith("mimic 1/100, stage 1 of 2, eta 0:03:18, 0:09:58 for the whole run")
+    with whole.part("a/2", "stage 2 of 2"):
+        text = part(monkeypatch, 50, 5.0)
+    # Behind it: 100 steps as a/1's, 2 s each, and 50 as its own, 5 s each.
+    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05, 0:11:35 for the whole run")
+    with whole.part("b/2", "stage 2 of 2"):
+        text = part(monkeypatch, 50, 5.0)
+    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05  ")  # nothing is behind it
+
+
+def part(monkeypatch, total, seconds):
+    now = iter(x * seconds for x in range(1000))
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "console", Console(file=file))
+    with progress.Bar("mimic", total, part=True) as bar:
+        bar.advance("loss 0.5000")
+    with progress.Bar("other", 2) as bar:  # inside of the part, and none of its own
+        bar.advance()
+    assert "stage" not in file.getvalue().splitlines()[-1]
+    return file.getvalue()
+
+
+def test_without_the_steps_of_a_later_part_only_this_one_is_told(monkeypatch):
+    whole = progress.Course({"a/1": 100, "a/2": None}, {})
+    with whole.part("a/1", "stage 1 of 2"):
+        text = part(monkeypatch, 100, 2.0)
+    assert text.startswith("mimic 1/100, stage 1 of 2, eta 0:03:18  loss")

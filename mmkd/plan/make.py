@@ -1,6 +1,5 @@
 """What a run would cost, from configs and a sample of the data, without weights."""
 
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -68,7 +67,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         found[member.label] = {
             "differs": recipe.variants.get(member.recipe.label, []),
             "seed": member.recipe.seed,
-            "shared_stages": max((_common(member, o) for o in trained[:number]), default=0),
+            "shared_stages": _shared(member, trained[:number]),
             "stages": stages,
             "total": _sum(stages),
         }
@@ -89,16 +88,9 @@ def _content(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"label", "name", "seed", "output_dir"})
 
 
-def _common(member: Member, other: Member) -> int:
-    """Stages that a run takes over from a member before it, as `pipeline.share_stages` does."""
-
-    def begin(recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(exclude={"label", "name", "stages", "output_dir"})
-
-    if begin(member.recipe) != begin(other.recipe):
-        return 0
-    pairs = zip(member.recipe.stages, other.recipe.stages, strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+def _shared(member: Member, before: list[Member]) -> int:
+    """Stages that a run takes over from a member before this one."""
+    return max((timings.common_stages(member.recipe, o.recipe) for o in before), default=0)
 
 
 def _sum(stages: list[dict[str, Any]]) -> dict[str, Any]:
