@@ -5,7 +5,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.layer_signals import PROJECTIONS, LayerPlan
+from mmkd.layer_projections import PROJECTIONS, width_of
+from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd_models.parts import find_parts
@@ -87,15 +88,21 @@ def check_attention(where: str, layers: dict[str, Any]) -> None:
 
 
 def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
-    """Relation heads divide the widths of what they are made of."""
+    """Queries, keys and values can be told apart, and relation heads divide their widths."""
     for role, layer in layers.items():
         for relation in objective.config.relations:
-            name = PROJECTIONS[relation]
-            width = getattr(getattr(layer.self_attn, name, None), "out_features", None)
-            if width is None or width % objective.config.heads:
+            try:
+                width = width_of(layer.self_attn, relation)
+            except ValueError as error:
                 raise RecipeError(
-                    f"{objective.config.heads} relation heads do not divide the {role}'s {name} "
-                    f"of width {width}",
+                    f"it cannot read the {role}'s {relation}: {error}",
+                    where=where,
+                    mend="choose other layers or 'relations', or another objective",
+                ) from error
+            if width % objective.config.heads:
+                raise RecipeError(
+                    f"{objective.config.heads} relation heads do not divide the {role}'s "
+                    f"{PROJECTIONS[relation]} of width {width}",
                     where=where,
                     mend="choose 'heads' that divides all widths, or other 'relations'",
                 )

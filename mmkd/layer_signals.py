@@ -1,12 +1,15 @@
 """Read, and for teacher forcing replace, what goes through a decoder's layers.
 
-Three ways to run a student, all in one forward through its root module:
+One forward through the student's root module holds up to three runs of each layer:
 
-    record    layers run freely; what goes through them is kept
-    replace   each layer gets the teacher's input and passes on the teacher's output, so that the
-              stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2)
-    beside    layers run freely, and each runs once more on the teacher's input (MaTVLM,
-              arXiv 2503.13440), where other objectives need the free run too
+    free      the layer runs as it is
+    mixer     its mixer gets what entered the teacher's mixer
+    block     the whole layer gets what entered the teacher's layer
+
+A signal is filed under the run that made it, so that no run overwrites another. Where nothing needs
+the free run, a forced run takes its place: the layer passes on the teacher's output, so that the
+stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2). Otherwise the forced run
+comes second, beside the first (MaTVLM, arXiv 2503.13440).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.layer_projections import PROJECTIONS, as_compared
 from mmkd.objectives import LayerSignals, Layerwise
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
 
-Level = Literal["mixer", "block"]
-PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
+Run = Literal["free", "mixer", "block"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class LayerPlan:
 
     Attributes:
         pairs: student layer -> teacher layer.
-        recorded: student layers of the free run.
+        recorded: student layers whose free run is read.
         free: the student's free run is needed.
-        forced: some objective is teacher-forced, at mixers, or at blocks where one of them compares
-            blocks.
+        forced_mixers: student layers whose mixer is fed with what entered the teacher's.
+        forced_blocks: student layers that are fed with what entered the teacher's layer.
         matrices: mixing matrices are needed.
         projections: queries, keys and values are needed.
     """
@@ -43,9 +46,15 @@ class LayerPlan:
     pairs: dict[int, int] = field(default_factory=dict)
     recorded: frozenset[int] = frozenset()
     free: bool = True
-    forced: Level | None = None
+    forced_mixers: frozenset[int] = frozenset()
+    forced_blocks: frozenset[int] = frozenset()
     matrices: bool = False
     projections: bool = False
+
+    @property
+    def forced(self) -> frozenset[int]:
+        """Student layers that some objective feeds with the teacher's tensors."""
+        return self.forced_mixers | self.forced_blocks
 
     @classmethod
     def of(cls, objectives: Sequence[Any]) -> "LayerPlan":
@@ -64,33 +73,94 @@ class LayerPlan:
                         where=f"objective {objective.name}",
                         mend="pair it with one of them",
                     )
+
+        def layers(run: Run) -> frozenset[int]:
+            return frozenset(mine for o in layerwise if _run_of(o) == run for mine, _ in o.pairs)
+
         forced = [o for o in layerwise if o.config.teacher_forced]
-        blocks = any(o.compares_blocks for o in forced)
         return cls(
             pairs,
-            recorded=frozenset(
-                mine for o in layerwise if not o.config.teacher_forced for mine, _ in o.pairs
-            ),
+            recorded=layers("free"),
             free=len(forced) < len(layerwise) or any("distribution" in o.needs for o in objectives),
-            forced=("block" if blocks else "mixer") if forced else None,
+            forced_mixers=layers("mixer"),
+            forced_blocks=layers("block"),
             matrices=any("matrices" in o.needs for o in objectives),
             projections=any("projections" in o.needs for o in objectives),
         )
 
 
+def _run_of(objective: Layerwise) -> Run:
+    """The run whose signals an objective compares."""
+    if not objective.config.teacher_forced:
+        return "free"
+    return "block" if objective.compares_blocks else "mixer"
+
+
 @dataclass
 class Recorder:
-    """What one run through a model's layers left behind."""
+    """What a forward left behind of a model's layers, by the run that made it.
 
-    matrices: bool
+    Attributes:
+        matrices: mixing matrices are kept too.
+        projections: what the projections of queries, keys and values return is kept too.
+        first: the run that a layer makes in its turn, by layer; layers without one are not kept.
+        beside: the run that a layer makes beside it at the moment.
+        off: nothing is kept at the moment.
+    """
+
+    matrices: bool = False
     projections: bool = False
-    found: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    first: dict[int, Run] = field(default_factory=dict)
+    beside: Run | None = None
+    off: bool = False
+    found: dict[Run, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    mixers: dict[int, nn.Module] = field(default_factory=dict)
 
     def keep(self, layer: int, **tensors: Tensor | None) -> None:
-        self.found.setdefault(layer, {}).update({k: v for k, v in tensors.items() if v is not None})
+        """File tensors under the layer's present run.
 
-    def signals(self) -> dict[int, LayerSignals]:
-        return {layer: LayerSignals(**tensors) for layer, tensors in self.found.items()}
+        Raises:
+            RecipeError: the run made one of them already: the model runs the layer twice.
+        """
+        run = self.beside or self.first.get(layer)
+        if run is None or self.off:
+            return
+        kept = self.found.setdefault(run, {}).setdefault(layer, {})
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if name in kept:
+                raise RecipeError(
+                    f"the model runs decoder layer {layer} more than once in a forward",
+                    where="layer-wise objectives",
+                    mend="compare other layers, or the models' outputs",
+                )
+            kept[name] = tensor
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep nothing of what runs inside."""
+        self.off = True
+        try:
+            yield
+        finally:
+            self.off = False
+
+    def signals(self, run: Run) -> dict[int, LayerSignals]:
+        """A run's signals by layer.
+
+        Call it after the forward: norms of queries and keys are applied here, outside of what
+        activation checkpointing runs again.
+        """
+        made = {}
+        for layer, tensors in self.found.get(run, {}).items():
+            compared = {
+                kind: as_compared(self.mixers[layer], kind, tensors[kind])
+                for kind in PROJECTIONS
+                if kind in tensors
+            }
+            made[layer] = LayerSignals(**{**tensors, **compared})
+        return made
 
 
 @contextmanager
@@ -100,36 +170,33 @@ def record_layers(
     *,
     matrices: bool = False,
     projections: bool = False,
+    teacher: dict[int, LayerSignals] | None = None,
+    plan: LayerPlan | None = None,
 ) -> Iterator[Recorder]:
-    """Keep what goes through the given decoder layers of the forwards inside."""
-    recorder = Recorder(matrices, projections)
-    with ExitStack() as stack:
-        for index in layers:
-            for handle in _record(find_parts(model).decoder_layers[index], index, recorder):
-                stack.callback(handle.remove)
-        yield recorder
-
-
-@contextmanager
-def force_layers(
-    model: PreTrainedModel, teacher: dict[int, LayerSignals], plan: LayerPlan
-) -> Iterator[Recorder]:
-    """Feed the student's layers with the teacher's, and keep what they make of it.
+    """Keep what goes through decoder layers in the forward inside, and force some of them.
 
     Args:
-        model: the student.
-        teacher: the teacher's signals, by student layer.
-        plan: `free` decides between beside and replace.
+        model: teacher or student.
+        layers: whose free run is kept.
+        matrices, projections: kept too.
+        teacher: the teacher's signals by student layer, for the plan's forced layers.
+        plan: which layers are forced, and whether the free run is needed; None forces none.
     """
-    recorder = Recorder(plan.matrices)
-    layers = find_parts(model).decoder_layers
+    plan = LayerPlan() if plan is None or not teacher else plan
+    teacher = teacher or {}
+    recorder = Recorder(matrices, projections)
+    recorder.first = dict.fromkeys(layers, "free")
+    if not plan.free:
+        recorder.first |= dict.fromkeys(plan.forced_mixers, "mixer")
+        recorder.first |= dict.fromkeys(plan.forced_blocks, "block")
+    modules: Any = find_parts(model).decoder_layers
     with ExitStack() as stack:
-        for index, theirs in teacher.items():
-            layer = layers[index]
-            if plan.free:
-                handles = [_run_beside(layer, index, theirs, plan, recorder)]
-            else:
-                handles = _record(layer, index, recorder) + _replace(layer, theirs, plan)
+        for index in sorted({*layers, *plan.forced}):
+            layer, first = modules[index], recorder.first.get(index)
+            handles = _record(layer, index, recorder)
+            for run, forced in (("mixer", plan.forced_mixers), ("block", plan.forced_blocks)):
+                if index in forced:
+                    handles += _force(layer, teacher[index], run, first == run, recorder)
             for handle in handles:
                 stack.callback(handle.remove)
         yield recorder
@@ -148,14 +215,16 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
         entering = _hidden(args, kwargs)
         recorder.keep(index, mixer_input=entering, mixer_output=_first(output))
         if recorder.matrices:
-            recorder.keep(index, matrix=_matrix(module, entering, kwargs, output))
+            with recorder.paused():  # a mixer projects once more
+                matrix = _matrix(module, entering, kwargs, output)
+            recorder.keep(index, matrix=matrix)
 
     def heads(module: nn.Module, args: Any) -> None:
         recorder.keep(index, mixer_heads=args[0])
 
-    def projected(name: str) -> Any:
+    def projected(kind: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            recorder.keep(index, **{name: output})
+            recorder.keep(index, **{kind: output})
 
         return keep
 
@@ -166,20 +235,28 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
         layer.self_attn.o_proj.register_forward_pre_hook(heads),
     ]
     if recorder.projections:
+        recorder.mixers[index] = layer.self_attn
         handles += [
-            getattr(layer.self_attn, projection).register_forward_hook(projected(name))
-            for name, projection in PROJECTIONS.items()
+            getattr(layer.self_attn, name).register_forward_hook(projected(kind))
+            for kind, name in PROJECTIONS.items()
+            if isinstance(getattr(layer.self_attn, name, None), nn.Module)
         ]
     return handles
 
 
-def _replace(layer: Any, theirs: LayerSignals, plan: LayerPlan) -> list[Any]:
-    """Hooks that put the teacher's tensors in; recording hooks, which are there already, see the
-    teacher's input and the student's output."""
-    block = plan.forced == "block"
-    module = layer if block else layer.self_attn
-    entering = theirs.block_input if block else theirs.mixer_input
-    leaving = theirs.block_output if block else theirs.mixer_output
+def _force(
+    layer: Any, theirs: LayerSignals, run: str, in_place: bool, recorder: Recorder
+) -> list[Any]:
+    """Hooks that feed a layer, or its mixer, with the teacher's tensors: in the place of its free
+    run, or beside what it does in its turn."""
+    if run == "block":
+        module, entering, leaving = layer, theirs.block_input, theirs.block_output
+    else:
+        module, entering, leaving = layer.self_attn, theirs.mixer_input, theirs.mixer_output
+    if not in_place:
+        return [_run_beside(module, entering, run, recorder)]
+
+    assert entering is not None
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return _with_hidden(args, kwargs, entering)
@@ -187,32 +264,27 @@ def _replace(layer: Any, theirs: LayerSignals, plan: LayerPlan) -> list[Any]:
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
 
+    # Recording hooks, which are there already, see the teacher's input and the student's output.
     return [
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
 
 
-def _run_beside(
-    layer: nn.Module, index: int, theirs: LayerSignals, plan: LayerPlan, recorder: Recorder
-) -> Any:
-    """A hook that runs the layer once more, on the teacher's input."""
-    running = False
+def _run_beside(module: nn.Module, entering: Any, run: Any, recorder: Recorder) -> Any:
+    """A hook that runs a module once more, on the teacher's input."""
 
     def again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal running
-        if running:
-            return
-        running = True
-        handles = _record(module, index, recorder) + _replace(module, theirs, plan)
+        if recorder.beside is not None:
+            return  # this is such a run, of the module or of the layer around it
+        recorder.beside = run
         try:
+            args, kwargs = _with_hidden(args, kwargs, entering)
             module(*args, **kwargs)
         finally:
-            running = False
-            for handle in handles:
-                handle.remove()
+            recorder.beside = None
 
-    return layer.register_forward_hook(again, with_kwargs=True)
+    return module.register_forward_hook(again, with_kwargs=True)
 
 
 def _matrix(module: Any, entering: Tensor, kwargs: Any, output: Any) -> Tensor:

@@ -84,6 +84,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
         _check_reference(stage, objectives)
         _check_chunks(recipe, stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
+        _check_contrast(stage, objectives)
         _check_on_policy(stage, objectives)
         if data:
             _check_data(recipe, stage, objectives, processor, teacher_processor, store)
@@ -272,6 +273,21 @@ def _check_packing(
     if reading and not same_processor(processor, teacher_processor):
         what = "teacher and student have different processors"
         raise RecipeError(what, where=where, mend=mend)
+
+
+def _check_contrast(stage: StageConfig, objectives: list[Objective]) -> None:
+    """What compares the records of a micro-batch gets two of them at least."""
+    batch, processes = stage.batch, distributed.world_size()
+    alone = batch.size == 1
+    if batch.tokens is not None:
+        alone = batch.records_per_step(processes) == processes
+    for objective in objectives:
+        if objective.relates_records and alone:
+            raise RecipeError(
+                "it compares the records of a micro-batch, and each micro-batch holds one",
+                where=f"stage {stage.name}: objective {objective.name}",
+                mend="set batch.size to 2 or more, or batch.total with batch.tokens",
+            )
 
 
 def _check_reference(stage: StageConfig, objectives: list[Objective]) -> None:

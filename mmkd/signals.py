@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mmkd.adapters import effective_weight
 from mmkd.errors import CheckpointError
-from mmkd.layer_signals import LayerPlan, force_layers, record_layers
+from mmkd.layer_signals import LayerPlan, record_layers
 from mmkd.objectives import LayerSignals, RouterSignals, Signals
 from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import feed_forward, find_parts
@@ -75,12 +75,16 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
-        free = stack.enter_context(
-            record_layers(model, layers, matrices=matrices, projections=projections)
+        recorder = stack.enter_context(
+            record_layers(
+                model,
+                layers,
+                matrices=matrices,
+                projections=projections,
+                teacher=forced,
+                plan=plan,
+            )
         )
-        fed = None
-        if forced and plan is not None:
-            fed = stack.enter_context(force_layers(model, forced, plan))
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     return Signals(
@@ -88,8 +92,9 @@ def capture(
         effective_weight(head),
         getattr(head, "bias", None),
         entering[0],
-        free.signals(),
-        {} if fed is None else fed.signals(),
+        recorder.signals("free"),
+        recorder.signals("mixer"),
+        recorder.signals("block"),
         routers,
     )
 

@@ -242,7 +242,7 @@ class Stage:
         plan = self.layer_plan
         wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **self._recorded}
         if plan.forced and isinstance(teacher, Signals):
-            forced = {mine: teacher.layers[theirs] for mine, theirs in plan.pairs.items()}
+            forced = {mine: teacher.layers[plan.pairs[mine]] for mine in plan.forced}
             wanted |= {"forced": forced, "plan": plan}
         return wanted
 

@@ -52,7 +52,8 @@ def layer(seed):
 
 def of(layers, forced=None):
     nothing = torch.zeros(B, T, H)
-    return Signals(nothing, nothing[0], layers=layers, forced=forced or {})
+    forced = forced or {}
+    return Signals(nothing, nothing[0], layers=layers, forced_mixers=forced, forced_blocks=forced)
 
 
 def twin(config, student, teacher, b, t):
@@ -167,7 +168,9 @@ def test_teacher_forced_layers_are_the_student_layers_on_the_teachers_input(kind
     if with_kl:
         objectives.append(build_objective(DivergenceConfig(kind="kl")))
     theirs, mine = run(teacher, student, objectives, batch, eager=kind == "matrix")
-    assert set(mine.forced) == {1, 3}
+    forced = mine.forced_blocks if kind == "layer_l2" else mine.forced_mixers
+    assert set(forced) == {1, 3}
+    assert not (mine.forced_mixers if kind == "layer_l2" else mine.forced_blocks)
     whole = capture(student, batch).hidden
     assert torch.equal(mine.hidden, whole) == with_kl
     if not with_kl and kind == "layer_l2":  # the stream stayed the teacher's
@@ -178,7 +181,7 @@ def test_teacher_forced_layers_are_the_student_layers_on_the_teachers_input(kind
     capture(student, batch)
     handle.remove()
     for index in (1, 3):
-        got, want = mine.forced[index], theirs.layers[index]
+        got, want = forced[index], theirs.layers[index]
         if kind == "layer_l2":
             assert torch.equal(got.block_input, want.block_input)
             alone = layers[index](want.block_input, **kwargs)
@@ -230,7 +233,9 @@ def test_an_exact_student_is_at_no_distance_from_linear_attention_only():
     objective = build_objective(MixerMseConfig(kind="mixer_mse"), mamba_layers=[1, 3])
     theirs, mine = run(teacher, student, [objective], batch)
     real = batch["attention_mask"].bool()
-    assert (mine.forced[1].mixer_heads - theirs.layers[1].mixer_heads)[real].abs().max() > 0.1
+    assert (mine.forced_mixers[1].mixer_heads - theirs.layers[1].mixer_heads)[
+        real
+    ].abs().max() > 0.1
 
 
 def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model_dir, tmp_path):

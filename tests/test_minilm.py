@@ -1,6 +1,7 @@
 """Self-relations of layers and image-text affinities, against float64 twins and on real models."""
 
 import copy
+import importlib
 import json
 import math
 
@@ -138,6 +139,15 @@ def test_what_a_model_projects_is_read(tmp_path):
         assert capture(teacher, batch, layers=[0]).layers[0].queries is None
 
 
+def test_a_row_of_one_token_has_no_relations_and_does_not_count():
+    config = MiniLmConfig(kind="minilm", layers=[0], heads=2, region="response")
+    objective = build_objective(config)
+    response = torch.zeros(B, T, dtype=torch.bool)
+    response[0, 3:5] = response[1, 4] = True
+    targets = Targets(TARGETS.input_ids, TARGETS.attention, response, mask("x"))
+    assert objective.rows(targets).any(1).tolist() == [True, *[False] * (B - 1)]
+
+
 def affinity_twin(student, teacher, center, temperature):
     """Rows 0 and 1 have pictures."""
     tables = []
@@ -185,6 +195,68 @@ def test_a_batch_without_pictures_has_no_affinity():
     loss = objective(*[Signals(student, torch.zeros(1, 1))] * 2, text, 1.0).loss
     assert loss.item() == 0
     loss.backward()
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_sample_alone_has_nothing_to_tell_apart_and_does_not_count(center):
+    objective = build_objective(AffinityConfig(kind="affinity", center=center))
+    alone = Targets(
+        TARGETS.input_ids[:1], TARGETS.attention[:1], TARGETS.response[:1], TARGETS.vision[:1]
+    )
+    assert objective.rows(TARGETS).sum() == 2
+    assert objective.rows(alone).sum() == 0
+    signals = [Signals(normal(1, T, 5, seed=s), torch.zeros(1, 1)) for s in (0, 1)]
+    loss = objective(*signals, alone, 2.0).loss
+    assert loss.item() == 0
+    loss.backward()
+    # a micro-batch with one picture among texts is no other case
+    vision = TARGETS.vision.clone()
+    vision[1:] = False
+    mixed = Targets(TARGETS.input_ids, TARGETS.attention, TARGETS.response, vision)
+    assert objective.rows(mixed).sum() == 0
+
+
+def affinity_means(scenes_dir, model, tmp_path, batch):
+    """The objective's value in the first step, and whether the recipe is refused."""
+    raw = tiny_recipe(
+        scenes_dir, model, tmp_path, name="-".join(map(str, batch.values())),
+        teacher={"model": str(model)},
+        student={"model": str(model), "convert": [{"kind": "mlp", "decoder": 16}]},
+        stage={"objectives": [{"kind": "affinity"}], "batch": batch, "steps": 1},
+    )  # fmt: skip
+    lines = (pipeline.run(load_recipe(raw)) / "01-mimic" / "metrics.jsonl").read_text()
+    return json.loads(lines.splitlines()[0])["affinity"]
+
+
+def test_micro_batches_without_contrast_are_left_out_of_the_mean(
+    scenes_dir, tiny_model_dir, tmp_path, monkeypatch
+):
+    """With a third micro-batch of one record the step's value is that of the two others."""
+    stream = importlib.import_module("mmkd.data.stream")
+
+    def cut(sizes):
+        def by_size(records, size):
+            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+            return [list(records[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
+
+        return by_size
+
+    values = []
+    for number, sizes in enumerate(([3, 3], [3, 3, 1])):
+        monkeypatch.setattr(stream, "by_size", cut(sizes))
+        batch = {"size": 3, "accumulate": 3 - (number == 0), "group_by_length": False}
+        values.append(affinity_means(scenes_dir, tiny_model_dir, tmp_path, batch))
+    assert values[0] > 0
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batch", [{"size": 1}, {"size": 1, "accumulate": 8}, {"size": 1, "total": 4},
+              {"tokens": 4096, "total": 1}],
+)  # fmt: skip
+def test_a_layout_without_contrast_is_refused(scenes_dir, tiny_model_dir, tmp_path, batch):
+    with pytest.raises(RecipeError, match="objective affinity: it compares the records"):
+        affinity_means(scenes_dir, tiny_model_dir, tmp_path, batch)
 
 
 @pytest.mark.parametrize(

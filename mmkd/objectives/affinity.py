@@ -9,7 +9,8 @@ unit length:
 TinyCLIP's affinity mimicking (Wu et al. 2023, arXiv 2309.12314, section 3.1), with KL in the place
 of cross-entropy, so that equal models have 0. Both means are centred over the batch unless told
 otherwise: a decoder's hidden states share most of their direction. The batch is one process's
-micro-batch.
+micro-batch; one that holds a single sample with picture and answer has nothing to tell apart, and
+does not count in the mean.
 """
 
 import torch
@@ -30,13 +31,15 @@ from mmkd.objectives.settings import AffinityConfig
 class Affinity(Objective):
     config_class = AffinityConfig
     relates_tokens = True
+    relates_records = True
     config: AffinityConfig
     needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
-        """One row a sample with picture and answer: that of its first response token."""
+        """[B, T] bool: one row a sample with picture and answer, that of its first response token;
+        none where the micro-batch has a single such sample."""
         rows = targets.predicts("response") & targets.vision.any(1, keepdim=True)
-        return rows & (rows.cumsum(1) == 1)
+        return rows & (rows.cumsum(1) == 1) & (rows.any(1).sum() > 1)
 
     @property
     def reads_hidden(self) -> tuple[Region, ...]:

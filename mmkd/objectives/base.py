@@ -41,17 +41,19 @@ class LayerSignals:
         mixer_input: [B, T, H], what enters the attention or the mixer.
         mixer_heads: [B, T, heads * P], what enters its output projection.
         mixer_output: [B, T, H], what it returns.
-        block_input, block_output: [B, T, H], the layer's residual stream before and after.
+        block_input, block_output: [B, T, H], the layer's residual stream before and after; None
+            where the mixer ran alone.
         matrix: [B, heads, T, T] or None, how tokens mix: attention's probabilities, or a mixer's
             matrix.
-        queries, keys, values: [B, T, D] or None, what the projections make; D may differ.
+        queries, keys, values: [B, T, D] or None, as the attention compares them: after its norms,
+            before positions are rotated in; D may differ.
     """
 
     mixer_input: Tensor
     mixer_heads: Tensor
     mixer_output: Tensor
-    block_input: Tensor
-    block_output: Tensor
+    block_input: Tensor | None = None
+    block_output: Tensor | None = None
     matrix: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -86,7 +88,8 @@ class Signals:
         embeddings: [B, T, H], what enters the decoder: word embeddings, and the connector's output
             at image tokens.
         layers: decoder layers by number, where an objective asks for them.
-        forced: the same, but each layer fed with what entered the teacher's layer.
+        forced_mixers: the same, but each mixer fed with what entered the teacher's mixer.
+        forced_blocks: the same, but each layer fed with what entered the teacher's layer.
         routers: sparse layers by number.
         own_hidden: [B, T', H] or None, final hidden states of a teacher on its own tokens, where
             `hidden` is what matches the student's.
@@ -97,7 +100,8 @@ class Signals:
     head_bias: Tensor | None = None
     embeddings: Tensor | None = None
     layers: dict[int, LayerSignals] = field(default_factory=dict)
-    forced: dict[int, LayerSignals] = field(default_factory=dict)
+    forced_mixers: dict[int, LayerSignals] = field(default_factory=dict)
+    forced_blocks: dict[int, LayerSignals] = field(default_factory=dict)
     routers: dict[int, RouterSignals] = field(default_factory=dict)
     own_hidden: Tensor | None = None
 
@@ -110,7 +114,8 @@ class Signals:
             hidden=self.hidden[:rows],
             embeddings=None if self.embeddings is None else self.embeddings[:rows],
             layers={i: layer.first(rows) for i, layer in self.layers.items()},
-            forced={i: layer.first(rows) for i, layer in self.forced.items()},
+            forced_mixers={i: layer.first(rows) for i, layer in self.forced_mixers.items()},
+            forced_blocks={i: layer.first(rows) for i, layer in self.forced_blocks.items()},
             routers={i: replace(r, logits=r.logits[:rows]) for i, r in self.routers.items()},
             own_hidden=None if self.own_hidden is None else self.own_hidden[:rows],
         )
@@ -242,6 +247,8 @@ class Objective:
         config_class: of its settings.
         relates_tokens: it compares a row's tokens with each other, so that a row has to be one
             record.
+        relates_records: it compares the records of a micro-batch with each other, so that a
+            micro-batch has to hold two at least.
         any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
             where it reads chunks.
         head_memory: bytes for the logits of a chunk of rows, and what is made of them.
@@ -252,6 +259,7 @@ class Objective:
 
     config_class: ClassVar[type[ObjectiveConfig]]
     relates_tokens: ClassVar[bool] = False
+    relates_records: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
     head_memory: int = CHUNK_BYTES
     head_backend: str = "auto"

@@ -69,12 +69,18 @@ class Layerwise(Objective):
         """[B, T]"""
         raise NotImplementedError
 
+    def _layers_of(self, student: Signals) -> dict[int, LayerSignals]:
+        """The run of the student's layers that this objective compares."""
+        if not self.config.teacher_forced:
+            return student.layers
+        return student.forced_blocks if self.compares_blocks else student.forced_mixers
+
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
     ) -> Outcome:
         if teacher is None:
             raise ValueError(f"objective {self.name!r} needs a teacher")
-        mine = student.forced if self.config.teacher_forced else student.layers
+        mine = self._layers_of(student)
         rows = self.rows(targets)
         with torch.autocast(rows.device.type, enabled=False):
             distances = [self.distance(mine[s], teacher.layers[t])[rows] for s, t in self.pairs]
@@ -121,9 +127,13 @@ class Matrix(Layerwise):
         return _norm(student.matrix, teacher.matrix).mean(1)  # [B, heads, T] -> [B, T]
 
 
-def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+def _mean_square(a: Tensor | None, b: Tensor | None) -> Tensor:
+    assert a is not None
+    assert b is not None
     return (a.float() - b.float()).square().mean(-1)
 
 
-def _norm(a: Tensor, b: Tensor) -> Tensor:
+def _norm(a: Tensor | None, b: Tensor | None) -> Tensor:
+    assert a is not None
+    assert b is not None
     return torch.linalg.vector_norm(a.float() - b.float(), dim=-1)

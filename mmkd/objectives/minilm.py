@@ -6,9 +6,11 @@ With X one of Q, K, V of a layer, split into A relation heads of width d whateve
     L   = sum over Q, K, V of 1 / (A n) sum_a sum_t KL(R_a^T[t] || R_a^S[t])
 
 MiniLMv2 (Wang et al. 2021, arXiv 2012.15828, section 3): student and teacher may differ in width
-and in heads. Q, K and V are what the projections make, before positions are rotated in; of a Mamba
-mixer they are C, B and x before its convolution. A row's tokens relate to all real tokens of the
-region, as in the paper, whether the model attends to them or not.
+and in heads. Q, K and V are what the projections make, after the attention's own norms of queries
+and keys (Qwen3-VL, Gemma 3) and without its gate (Qwen3.5), before positions are rotated in; of a
+Mamba mixer they are C, B and x before its convolution, after the norms that it inherited. A row's
+tokens relate to all real tokens of the region, as in the paper, whether the model attends to them
+or not. A row with one token of the region has no relations and does not count.
 """
 
 import torch
@@ -28,6 +30,11 @@ class MiniLm(Layerwise):
     config: MiniLmConfig
     compares_widths = False
     needs: frozenset[Need] = frozenset({"teacher", "layers", "projections"})
+
+    def rows(self, targets: Targets) -> Tensor:
+        """[B, T] bool; rows of one token have no relations."""
+        covered = targets.predicts(self.config.region)
+        return covered & (covered.sum(1, keepdim=True) > 1)
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

@@ -282,20 +282,22 @@ class Mamba2Mixer(nn.Module):
         shape, N = self.shape, self.d_state
         sizes = [shape.heads * N, shape.kv_heads * N, shape.kv_heads * shape.value_dim]
         q, k, v = mixed.split(sizes, dim=-1)
-        q, k = self._qk_normed(q, "q_norm"), self._qk_normed(k, "k_norm")
+        q, k = self.qk_normed(q, "q_norm"), self.qk_normed(k, "k_norm")
         if self.rotary is not None and position_embeddings is not None:
             q, k = self._rotated(q, k, position_embeddings)
         return q * shape.scaling, k, v.unflatten(-1, (shape.kv_heads, shape.value_dim))
 
-    def _qk_normed(self, flat: Tensor, name: str) -> Tensor:
-        """[B, T, heads, N], with the attention's own norm over the head or over all heads."""
+    def qk_normed(self, flat: Tensor, name: str) -> Tensor:
+        """[B, T, heads * N] to [B, T, heads, N], with the attention's own norm over the head or
+        over all heads."""
         heads = flat.unflatten(-1, (-1, self.d_state))
         norm = getattr(self, name, None)
         if norm is None:
             return heads
         size = self.shape.head_dim
         inherited = heads[..., :size]
-        if norm.weight.numel() == size:
+        shape = getattr(norm.weight, "ds_shape", norm.weight.shape)  # ZeRO 3 keeps it elsewhere
+        if shape.numel() == size:
             inherited = norm(inherited)
         else:
             inherited = norm(inherited.flatten(-2)).view_as(inherited)

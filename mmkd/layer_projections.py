@@ -1,0 +1,113 @@
+"""Queries, keys and values of a decoder layer, as its attention compares them.
+
+Forward hooks keep what `q_proj`, `k_proj` and `v_proj` return. The steps that the attention takes
+before it rotates positions in are repeated on that, after the forward: the gate that some families
+keep in `q_proj` is cut off, and the attention's own norms are applied. A Mamba mixer gives C, B and
+x before its convolution, with the norms that it inherited.
+"""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmkd_models.mixer import Mamba2Mixer
+
+PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
+NORMS = {"queries": "q_norm", "keys": "k_norm", "values": "v_norm"}
+# Attentions whose q_proj makes, for each head, its query and then the gate of its output.
+GATED = (
+    "Qwen3NextAttention",
+    "Qwen3_5Attention",
+    "Qwen3_5MoeAttention",
+    "Qwen4ExpTextAttention",
+)
+_NORM_NAME = re.compile(r"(^|_)(q|k|v|qk|kv|query|key|value)_.*norm")
+
+
+def as_compared(attention: Any, kind: str, projected: Tensor) -> Tensor:
+    """Queries, keys or values from what their projection returned.
+
+    Args:
+        attention: an attention module, or a Mamba mixer.
+        kind: "queries", "keys" or "values".
+        projected: [B, T, D'], the projection's output.
+
+    Returns:
+        [B, T, D], after the attention's own norm and before positions are rotated in; D differs
+        from D' where the projection makes a gate too.
+    """
+    if isinstance(attention, Mamba2Mixer):
+        if kind == "values":
+            return projected
+        return attention.qk_normed(projected, NORMS[kind]).flatten(2)
+    if kind == "queries" and _gated(attention):
+        per_head = projected.unflatten(-1, (-1, 2 * attention.head_dim))  # [B, T, heads, 2 P]
+        projected = per_head[..., : attention.head_dim].flatten(2)
+    norm = getattr(attention, NORMS[kind], None)
+    if norm is None:
+        return projected
+    if _covers_all_heads(norm, projected.shape[-1]):
+        return norm(projected)
+    return norm(projected.unflatten(-1, (-1, attention.head_dim))).flatten(2)
+
+
+def width_of(attention: Any, kind: str) -> int:
+    """D of `as_compared`, read off the modules without running them.
+
+    Args:
+        attention: an attention module, or a Mamba mixer.
+        kind: "queries", "keys" or "values".
+
+    Raises:
+        ValueError: the queries, keys or values of this attention cannot be told; the message says
+            why.
+    """
+    name, owner = PROJECTIONS[kind], type(attention).__name__
+    width = getattr(getattr(attention, name, None), "out_features", None)
+    if not isinstance(width, int):
+        made = [n for n, m in attention.named_children() if isinstance(m, nn.Linear)]
+        raise ValueError(
+            f"{owner} has no {name} of its own (it has {', '.join(made) or 'no projections'})"
+        )
+    if isinstance(attention, Mamba2Mixer):
+        return width
+    if kind != "queries" and getattr(attention, "is_kv_shared_layer", False):
+        raise ValueError(f"{owner} takes its {kind} from another layer")
+    for child, _ in attention.named_children():
+        if _NORM_NAME.search(child) and child not in NORMS.values():
+            raise ValueError(f"{owner} has a norm that is not known here: {child}")
+    if getattr(attention, NORMS[kind], None) is not None and not hasattr(attention, "head_dim"):
+        raise ValueError(f"{owner} has a {NORMS[kind]} and no head_dim")
+    if kind == "queries":
+        if _gated(attention):
+            return width // 2
+        _refuse_more_than_queries(attention)
+    return width
+
+
+def _refuse_more_than_queries(attention: Any) -> None:
+    """Heads that leave the attention are as many as its queries, of the values' width."""
+    size = getattr(attention, "head_dim", None)
+    widths = [
+        getattr(getattr(attention, n, None), "out_features", None)
+        for n in ("q_proj", "k_proj", "v_proj")
+    ]
+    if not size or None in widths:
+        return
+    heads, kv_heads, values = widths[0] // size, widths[1] // size, widths[2]
+    if heads * (values // max(1, kv_heads)) != attention.o_proj.in_features:
+        raise ValueError(f"{type(attention).__name__} has more in its q_proj than queries: a gate")
+
+
+def _gated(attention: Any) -> bool:
+    return any(cls.__name__ in GATED for cls in type(attention).__mro__)
+
+
+def _covers_all_heads(norm: nn.Module, width: int) -> bool:
+    """Whether a norm is one over all heads together, not one over each head."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return False
+    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO 3 leaves an empty tensor in its place
+    return len(shape) == 1 and shape[0] == width
