@@ -1,6 +1,6 @@
 """`mmkd bench`: where the time of a recipe's steps goes, against what the models alone take.
 
-The floor is what no trainer can leave out, measured bare on the same batches: the teacher's body
+The floor is what no trainer can leave out, measured bare on the same batches: each teacher's body
 and head, the student's body forward and backward, and the three products of its head, on the rows
 that the objectives cover.
 """
@@ -8,7 +8,7 @@ that the objectives cover.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import Signals
-from mmkd.pipeline import load_teacher, members
+from mmkd.pipeline import load_others, load_teacher, members
 from mmkd.progress import Bar, console
 from mmkd.recipe import Recipe
 from mmkd.shared_vision import SharedVision
@@ -32,7 +32,7 @@ from mmkd.signals import capture
 from mmkd.stage import Stage
 from mmkd.stage_run import build_stage
 from mmkd.students import convert
-from mmkd.teachers import LiveTeacher
+from mmkd.teachers import LiveReference, LiveTeacher
 from mmkd.timings import keep_timing
 
 PARTS = ("data", "teacher", "student forward", "objectives", "backward", "optimizer", "rest")
@@ -113,6 +113,10 @@ class _TimedTeacher:
         with self._clock.part("teacher"):
             return self._teacher.signals(batch, **layers)
 
+    def answer_logps(self, *batch: Any, **settings: Any) -> Any:
+        with self._clock.part("teacher"):
+            return self._teacher.answer_logps(*batch, **settings)
+
 
 def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
     """Time some steps of a stage, and its floor after each of them.
@@ -170,6 +174,8 @@ def prepare(
         processor=processor,
         teacher=placed,
         teacher_processor=teacher_processor,
+        teachers=recipe.teachers,
+        others=load_others(recipe, [config]),
         data=recipe.stage_data(config),
         folder=folder,
         seed=recipe.seed + index,
@@ -181,10 +187,9 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
     """Time some steps of what `prepare` made, and its floor after each of them."""
     clock = Clock(stage.engine.device)
     floors: list[dict[str, float]] = []
-    teacher = stage.teacher
+    teachers = teachers_of(stage)
     stage.engine = cast(Any, _TimedEngine(stage.engine, clock))
-    if teacher is not None:
-        stage.teacher = cast(Any, _TimedTeacher(teacher, clock))
+    _time_teachers(stage, clock)
     count = steps + WARM_UP
     stream = stage.stream
     tokens, peaks = [], []
@@ -199,7 +204,7 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
             peaks.append(_peak(stage.engine.device))
             tokens.append(metrics["supervised_tokens"])
             if stage.config.engine.kind == "torch":  # else the weights are the engine's
-                floors.append(floor_of(stage, student, teacher, batches))
+                floors.append(floor_of(stage, student, teachers, batches))
             bar.advance()
     found = clock.medians()
     whole = found.pop("whole")
@@ -223,22 +228,57 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
     }
 
 
-def floor_of(stage: Stage, student: Any, teacher: Any, batches: list[Batch]) -> dict[str, float]:
-    """Seconds of the models' own work on a step's batches, by model."""
+def teachers_of(stage: Stage) -> dict[str, Any]:
+    """The teachers that a stage asks, by name, the first one first."""
+    first = {} if stage.teacher is None else {stage.lead: stage.teacher}
+    return {**first, **stage.others}
+
+
+def _time_teachers(stage: Stage, clock: Clock) -> None:
+    """Put timed teachers in the places of a stage's own; one that is in two places stays one."""
+    timed: dict[int, Any] = {}
+
+    def wrap(teacher: Any) -> Any:
+        return timed.setdefault(id(teacher), _TimedTeacher(teacher, clock))
+
+    if stage.teacher is not None:
+        stage.teacher = wrap(stage.teacher)
+    stage.others = {name: wrap(teacher) for name, teacher in stage.others.items()}
+    if isinstance(stage.reference, LiveReference):
+        stage.reference.model = wrap(stage.reference.model)
+
+
+def floor_of(
+    stage: Stage, student: Any, teachers: Mapping[str, Any], batches: list[Batch]
+) -> dict[str, float]:
+    """Seconds of the models' own work on a step's batches: `teacher`, all of them together, and
+    `student`.
+
+    Args:
+        stage: of the batches.
+        student: its student.
+        teachers: as in `teachers_of`.
+        batches: of one step.
+    """
     device = stage.engine.device
     clock = Clock(device)
     heads = [o for o in stage.objectives if "distribution" in o.needs]
     for batch in (b.to(device) for b in batches):
         rows = torch.zeros_like(batch.targets.attention)
-        compared = torch.zeros_like(rows)
+        compared = {name: torch.zeros_like(rows) for name in teachers}
         for objective in heads:
-            covered = objective.rows(batch.targets)
+            covered = objective.rows(batch.targets.of(objective.sources))
             rows |= covered
-            if "teacher" in objective.needs:
-                compared |= covered
+            asked = objective.teacher or stage.lead
+            if "teacher" in objective.needs and asked in compared:
+                compared[asked] |= covered
         with stage.engine.autocast():
-            if isinstance(teacher, LiveTeacher):
-                _bare_teacher(clock, teacher, batch, compared, stage.vision)
+            for name, teacher in teachers.items():
+                if not isinstance(teacher, LiveTeacher):
+                    continue
+                if name == stage.lead or bool(compared[name].any()):
+                    vision = stage.vision if name == stage.lead else None
+                    _bare_teacher(clock, teacher, batch, compared[name], vision)
             with clock.part("student"):
                 seen = stage.vision.replaying() if stage.vision else nullcontext()
                 with seen:

@@ -80,7 +80,7 @@ def build_cache(recipe: Recipe) -> Store:
         "max_length": recipe.stage_data(stages[0]).max_length,
         "teacher": {
             "model": teacher_config.model,
-            "weights": weights_hash(Path(teacher_config.model or "")),
+            "weights": weights_hash(teacher_config.model),
         },
         "processor": processor_hash(processor),
     }

@@ -44,15 +44,19 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LRScheduler:
-    """The learning rate's course over `steps` optimizer steps."""
-    warmup = round(config.warmup * steps)
+    """The learning rate's course over `steps` optimizer steps.
+
+    One step at least follows the warm-up, which begins at 0 or at `min_ratio`: a stage of one step
+    trains. Rounding never makes warm-up and decay of `wsd` longer than the stage.
+    """
+    warmup = min(round(config.warmup * steps), max(0, steps - 1))
     match config.kind:
         case "cosine":
             return get_cosine_with_min_lr_schedule_with_warmup(
                 optimizer, warmup, steps, min_lr_rate=config.min_ratio
             )
         case "wsd":
-            decay = round(config.decay * steps)
+            decay = min(round(config.decay * steps), steps - warmup)
             return get_wsd_schedule(
                 optimizer, warmup, decay, num_training_steps=steps, min_lr_ratio=config.min_ratio
             )

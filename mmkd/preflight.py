@@ -159,7 +159,7 @@ def _check_store(recipe: Recipe, processor: Any) -> Store:
         raise RecipeError(
             "it was built with another processor than the student's", where=where, mend=again
         )
-    weights = weights_hash(Path(recipe.teacher.model or ""))
+    weights = weights_hash(recipe.teacher.model)
     if weights is not None and weights != store.manifest["teacher"]["weights"]:
         raise RecipeError(
             f"it was built from other weights than {recipe.teacher.model}", where=where, mend=again

@@ -82,9 +82,16 @@ def _sha256(path: Path, changed: int) -> str:
     return sha256(path)
 
 
-def weights_hash(folder: Path) -> str | None:
-    """One hash over a model folder's weight files; None for what is not a folder."""
-    files = sorted(folder.glob("*.safetensors"))
+def weights_hash(model: str | Path | None) -> str | None:
+    """One hash over a model folder's weight files.
+
+    Args:
+        model: a folder, a Hub id, or nothing: "" and None are no folder, not the working directory.
+
+    Returns:
+        None where there is no such folder, or it holds no safetensors.
+    """
+    files = sorted(Path(model).glob("*.safetensors")) if model else []
     if not files:
         return None
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()

@@ -51,7 +51,7 @@ def _evaluate_one(
         "model": source.model,
         "revision": source.revision,
         "processor": source.processor,
-        "weights": provenance.weights_hash(Path(source.model or "")),
+        "weights": provenance.weights_hash(source.model),
     }
     running = {
         "device": device,
