@@ -85,6 +85,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
         _check_chunks(recipe, stage, objectives)
         _check_packing(stage, objectives, processor, teacher_processor)
         _check_contrast(stage, objectives)
+        _check_schedule(stage)
         _check_on_policy(stage, objectives)
         if data:
             _check_data(recipe, stage, objectives, processor, teacher_processor, store)
@@ -288,6 +289,17 @@ def _check_contrast(stage: StageConfig, objectives: list[Objective]) -> None:
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="set batch.size to 2 or more, or batch.total with batch.tokens",
             )
+
+
+def _check_schedule(stage: StageConfig) -> None:
+    """The warm-up ends before the decay begins."""
+    course = stage.schedule
+    if course.kind == "wsd" and course.warmup + course.decay > 1:
+        raise RecipeError(
+            f"warmup {course.warmup} and decay {course.decay} take more than all steps",
+            where=f"stage {stage.name}: schedule",
+            mend="lower one of them: both are shares of the steps",
+        )
 
 
 def _check_reference(stage: StageConfig, objectives: list[Objective]) -> None:

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd import bench
+from mmkd import bench, pipeline
 from mmkd.errors import RecipeError
+from mmkd.provenance import weights_hash
 from mmkd.recipe import load_recipe
+from mmkd.teachers import LiveTeacher, place_teacher
 
 
 @pytest.fixture
@@ -69,3 +72,64 @@ def test_the_command_writes_table_numbers_and_picture(raw, tmp_path):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     (kept,) = (tmp_path / "tiny" / "bench").glob("mimic-*.json")
     assert json.loads(kept.read_text())["seconds"] > 0  # where mmkd plan looks for it
+
+
+class Slow(LiveTeacher):
+    """A teacher that takes its time, and counts."""
+
+    def __init__(self, inner, seconds):
+        self.inner, self.seconds, self.calls = inner, seconds, 0
+        super().__init__(inner.model, inner.device)
+
+    def own_signals(self, batch, **layers):
+        self.calls += 1
+        time.sleep(self.seconds)
+        return super().own_signals(batch, **layers)
+
+
+def timed(raw, monkeypatch, seconds):
+    """What bench finds where the teachers take these seconds, and the teachers."""
+    made = []
+
+    def place(model, *rest):
+        made.append(Slow(place_teacher(model, *rest), seconds[len(made)]))
+        return made[-1]
+
+    monkeypatch.setattr(pipeline, "place_teacher", place)
+    return bench.bench(load_recipe(raw), None, 2), made
+
+
+def test_every_teacher_is_timed(raw, tiny_model_dir, monkeypatch):
+    recipe = raw(objectives=[{"kind": "kl"}], batch={"size": 2})
+    recipe["teacher"] = [
+        {"name": name, "model": str(tiny_model_dir), "weight": 0.5} for name in ("one", "two")
+    ]
+    found, teachers = timed(recipe, monkeypatch, [0.1, 0.3])
+    assert found["parts"]["teacher"] > 0.4
+    assert found["floor"]["teacher"] > 0.4
+    assert [t.calls for t in teachers] == [8, 8]  # two warm-up steps and two, each with its floor
+
+
+def test_a_teacher_that_is_the_reference_too_runs_once(raw, tiny_model_dir, tmp_path, monkeypatch):
+    rows = [
+        {"id": str(i), "prompt": f"Say {i}", "chosen": "one two", "rejected": "three"}
+        for i in range(4)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    recipe = raw(
+        objectives=[{"kind": "preference", "reference": "teacher"}, {"kind": "kl"}],
+        batch={"size": 2},
+    )
+    recipe["data"] = {"train": str(tmp_path / "pairs.json")}
+    found, (teacher,) = timed(recipe, monkeypatch, [0.1])
+    assert teacher.calls == 8
+    assert found["parts"]["teacher"] > 0.1
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_no_folder_has_no_weights(nothing, tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    assert weights_hash(nothing) is None
+    assert weights_hash("org/model") is None
+    assert weights_hash(".") == weights_hash(tmp_path) == weights_hash(str(tmp_path))

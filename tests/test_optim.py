@@ -137,3 +137,37 @@ def test_a_second_run_after_the_processes_parted(scenes_dir, tiny_model_dir, tmp
         distributed.disconnect()
     metrics = [(tmp_path / n / "01-mimic" / "metrics.jsonl").read_text() for n in ("one", "two")]
     assert len({json.loads(text)["loss"] for text in metrics}) == 1
+
+
+def rates(steps, **settings):
+    """The learning rate of each step, of a stage whose rate is 1."""
+    optimizer = build_optimizer(
+        [torch.nn.Parameter(torch.zeros(1))], OptimizerConfig(kind="sgd", lr=1.0)
+    )
+    schedule = build_schedule(optimizer, ScheduleConfig(**settings), steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 0.97, 0.999])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_every_stage_reaches_its_rate_whatever_it_rounds_to(kind, warmup, steps):
+    found = rates(steps, kind=kind, warmup=warmup, decay=0.5)
+    assert max(found) == pytest.approx(1.0)
+    assert all(0 <= rate <= 1 for rate in found)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "steps"), [(0.5, 0.5, 3), (0.5, 0.5, 11), (0.9, 0.9, 40)]
+)
+def test_warmup_and_decay_meet_without_a_jump(warmup, decay, steps):
+    found = rates(steps, kind="wsd", warmup=warmup, decay=decay)
+    top = found.index(max(found))
+    assert found[:top] == sorted(found[:top])
+    assert found[top:] == sorted(found[top:], reverse=True)
+    assert found[top] == pytest.approx(1.0)

@@ -1,5 +1,7 @@
 """The recipe: loading, extending, overriding, and one-line errors."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import yaml
 from mmkd.errors import RecipeError
 from mmkd.pipeline import members
 from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.recipe.merge import merged, with_key
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = {
@@ -141,3 +144,57 @@ def test_yaml_never_runs_code(tmp_path):
     with pytest.raises(RecipeError, match="not YAML"):
         load_recipe(path)
     assert not (tmp_path / "pwned").exists()
+
+
+TEXTS = ["a ${price} of $5", "${oc.env:HOME}", "${data.train}", "${", "$${x}", "???", "{{ x }}"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["seed=3"], ["stages.0.steps=5"]])
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_mean_themselves(text, overrides, extended, tmp_path):
+    """No text is looked up in the recipe or in the environment, whatever way it gets there."""
+    changed = {**BASE, "data": {**BASE["data"], "images": text}}
+    if extended:
+        write(tmp_path / "base.yaml", changed)
+        path = write(tmp_path / "r.yaml", {"extends": "base.yaml", "name": "child"})
+    else:
+        path = write(tmp_path / "r.yaml", changed)
+    assert load_recipe(path, overrides).data.images == text
+    assert load_recipe(changed, overrides).data.images == text
+    told = yaml.safe_dump(text, default_flow_style=True).partition("\n...")[0].strip()
+    got = load_recipe(BASE, [f"data.images={told}", *overrides])
+    assert got.data.images == text
+
+
+def test_paths_of_keys():
+    raw = {"a": {"b": 1}, "items": [{"x": 1}, {"x": 2}], "none": None, 3: "three"}
+    whole = copy.deepcopy(raw)
+    assert with_key(raw, "a.c.d", [1])["a"] == {"b": 1, "c": {"d": [1]}}
+    for path in ("items.1.x", "items[1].x", "items.-1.x"):
+        assert with_key(raw, path, 9)["items"] == [{"x": 1}, {"x": 9}]
+    assert with_key(raw, "items", None)["items"] is None
+    assert with_key(raw, "none.deep", 1)["none"] == {"deep": 1}
+    assert with_key(raw, "3", "drei")[3] == "drei"
+    assert raw == whole
+    for path, message in (
+        ("a.b.c", "a.b.c: a.b is 1, which has no keys"),
+        ("items.2.x", "items.2: items is a list of 2 items"),
+        ("items.first", "items.first: items is a list of 2 items"),
+        ("a..b", "no path of keys"),
+        (".a", "no path of keys"),
+        ("a[b]", "no path of keys"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            with_key(raw, path, 1)
+
+
+def test_one_recipe_over_another():
+    below = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
+    assert merged(below, {"a": {"c": [3]}, "d": {"e": 2}}) == {
+        "a": {"b": 1, "c": [3]},
+        "d": {"e": 2},
+    }
+    assert merged(below, {"a": None}) == {"a": None, "d": 1}
+    with pytest.raises(ValueError, match=r"a\.c: one file has a mapping here, the other a list"):
+        merged(below, {"a": {"c": {}}})

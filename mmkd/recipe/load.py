@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
 from mmkd.files import yaml_reason
 from mmkd.objectives import find_added
 from mmkd.recipe.conversions import PLACEMENT_TAGS
+from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
 
@@ -86,14 +85,11 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     below = _load_file(path.parent / str(base), (*parents, path.resolve()))
     try:
-        merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(raw))
-        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
+        return merged(below, raw)  # type: ignore[no-any-return]
+    except ValueError as error:
+        key, _, what = str(error).partition(": ")
         raise RecipeError(
-            str(error).partition("\n")[0],
-            where=f"{where}: {key}" if key else where,
-            mend=f"write what {base} and this file give together",
+            what, where=f"{where}: {key}", mend=f"write what {base} and this file give together"
         ) from error
 
 
@@ -102,15 +98,12 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not key:
         raise RecipeError("an override is written key.path=value", where=override, mend="add '='")
     try:
-        config = OmegaConf.create(raw)
-        OmegaConf.update(config, key, yaml.safe_load(text), merge=False, force_add=True)
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        return with_key(raw, key, yaml.safe_load(text))  # type: ignore[no-any-return]
     except yaml.YAMLError as error:
         what = f"the value is no YAML: {yaml_reason(error)}"
         raise RecipeError(what, where=override, mend="quote the value") from error
-    except (OmegaConfBaseException, IndexError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(reason, where=override, mend="check the key and the value") from error
+    except ValueError as error:
+        raise RecipeError(str(error), where=override, mend="check the key and the value") from error
 
 
 def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:

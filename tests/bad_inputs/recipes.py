@@ -58,14 +58,28 @@ def extends_nothing(world: World) -> None:
 
 @case(
     KIND,
-    "referred to a key that is not there",
-    "recipe.yaml: ",
-    "data.folder",
-    "write what base.yaml and",
+    "wrote a list where the extended recipe has a mapping",
+    "recipe.yaml: data: one file has a mapping here, the other a list",
+    "write what base.yaml and this file give together",
 )
-def interpolation_of_nothing(world: World) -> None:
+def list_over_a_mapping(world: World) -> None:
+    write(yaml.safe_dump(world.raw), "base.yaml")
+    write("extends: base.yaml\ndata: [train.json]\n")
+
+
+@case(KIND, "hoped for another key's value", "'${data.folder}/records.json'", "no such")
+def interpolation(world: World) -> None:
     write(yaml.safe_dump(world.raw), "base.yaml")
     write("extends: base.yaml\ndata: {train: '${data.folder}/records.json'}\n")
+
+
+overridden(
+    KIND,
+    "key_of_a_number",
+    "stages.0.steps.first=1",
+    "stages.0.steps.first: stages.0.steps is 1, which has no keys",
+)
+overridden(KIND, "stage_too_many", "stages.7.steps=3", "stages.7: stages is a list of 1 items")
 
 
 @case(KIND, "left the student out", "recipe.yaml: student: this key is missing", "add it")
@@ -125,6 +139,26 @@ overridden(
     "stages.batch: total 6 is no multiple of size 4",
     "change one of them",
 )
+overridden(
+    KIND,
+    "warmup_into_decay",
+    "stages.0.schedule={kind: wsd, warmup: 0.6, decay: 0.6}",
+    "stage mimic: schedule: warmup 0.6 and decay 0.6 take more than all steps",
+    "lower one of them",
+)
+
+
+@case(
+    KIND,
+    "compared the records of micro-batches of one record",
+    "stage mimic: objective affinity: it compares the records of a micro-batch",
+    "set batch.size to 2 or more",
+)
+def one_record_to_compare(world: World) -> None:
+    world.teach({"kind": "affinity"})
+    world.stage(batch={"size": 1})
+
+
 overridden(KIND, "no_groups", "stages.0.train=[]", "stages.0.train: nothing trains", "name groups")
 overridden(
     KIND,
