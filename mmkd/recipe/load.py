@@ -85,7 +85,7 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     below = _load_file(path.parent / str(base), (*parents, path.resolve()))
     try:
-        return merged(below, raw)  # type: ignore[no-any-return]
+        return merged(below, raw)
     except ValueError as error:
         key, _, what = str(error).partition(": ")
         raise RecipeError(
@@ -98,7 +98,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not key:
         raise RecipeError("an override is written key.path=value", where=override, mend="add '='")
     try:
-        return with_key(raw, key, yaml.safe_load(text))  # type: ignore[no-any-return]
+        return with_key(raw, key, yaml.safe_load(text))
     except yaml.YAMLError as error:
         what = f"the value is no YAML: {yaml_reason(error)}"
         raise RecipeError(what, where=override, mend="quote the value") from error
