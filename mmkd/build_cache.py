@@ -72,6 +72,7 @@ def build_cache(recipe: Recipe) -> Store:
     regions = regions_of(stages)
     vocabulary = shared_vocabulary(student_processor.tokenizer, processor.tokenizer)
     folder = Path(teacher_config.cache.folder)
+    quantize = teacher_config.quantize
     settings: dict[str, Any] = {
         "vocabulary": vocabulary,
         "k": min(teacher_config.cache.k, vocabulary),
@@ -81,6 +82,7 @@ def build_cache(recipe: Recipe) -> Store:
         "teacher": {
             "model": teacher_config.model,
             "weights": weights_hash(teacher_config.model),
+            **({"quantize": quantize} if quantize else {}),
         },
         "processor": processor_hash(processor),
     }

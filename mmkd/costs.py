@@ -21,7 +21,7 @@ from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.masters import needs_master
 from mmkd.loading import parameter_count
 from mmkd.ops.head_losses import BUFFERS
-from mmkd.recipe import Precision, StageConfig, TeacherPlacement
+from mmkd.recipe import Precision, Quantization, StageConfig, TeacherPlacement
 from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.moe import SparseFfn
@@ -183,6 +183,7 @@ def memory(
     stage: StageConfig,
     sample: Sample,
     placement: TeacherPlacement = "replicated",
+    quantize: Quantization | None = None,
 ) -> dict[str, int]:
     """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk; the
     student's trainable weights are chosen.
@@ -217,7 +218,7 @@ def memory(
     }
     cpu = found.pop("cpu")
     if teacher is not None:
-        whole = parameter_bytes(teacher)
+        whole = teacher_bytes(teacher, quantize)
         share = whole // distributed.world_size()
         layer = max(parameter_bytes(layer) for layer in find_parts(teacher).decoder_layers)
         head = shape_of(teacher).head
@@ -273,6 +274,20 @@ def _student_states(
             cpu += found.pop(part)
             found[part] = 0
     return {**found, "cpu": cpu}
+
+
+def teacher_bytes(teacher: PreTrainedModel, quantize: Quantization | None) -> int:
+    """Bytes of a teacher's weights. Quantized, its language model's linear layers have 4 or 8 bits
+    a weight; NF4 also has a float32 scale for each 64 of them (Dettmers et al. 2023,
+    arXiv 2305.14314, section 3)."""
+    whole = parameter_bytes(teacher)
+    if quantize is None:
+        return whole
+    parts = find_parts(teacher)
+    layers = [m for m in parts.decoder.modules() if type(m) is nn.Linear and m is not parts.head]
+    count = sum(m.weight.numel() for m in layers)
+    packed = count // 2 + count // 16 if quantize == "4bit" else count
+    return whole - sum(m.weight.numel() * m.weight.element_size() for m in layers) + packed
 
 
 def parameter_bytes(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from mmkd import hub
-from mmkd.errors import CheckpointError
-from mmkd.recipe import ModelConfig
+from mmkd import distributed, hub
+from mmkd.errors import CheckpointError, RecipeError
+from mmkd.recipe import ModelConfig, Quantization, TeacherConfig
 from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
+from mmkd_models.parts import find_parts
 
 # transformers imports DeepSpeed where it is installed, and DeepSpeed prints that it found no GPU.
 if not torch.cuda.is_available():
@@ -77,7 +86,13 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
         revision=source.revision,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
+        quantize=quantization_of(source),
     )
+
+
+def quantization_of(source: ModelConfig) -> Quantization | None:
+    """In how many bits a model is loaded; None for the bits of its `dtype`."""
+    return source.quantize if isinstance(source, TeacherConfig) else None
 
 
 def skeleton(source: ModelConfig) -> PreTrainedModel:
@@ -105,16 +120,28 @@ def load_processor(source: ModelConfig) -> Any:
     )
 
 
-def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
+def load_pretrained(
+    name: str, *, quantize: Quantization | None = None, **settings: Any
+) -> PreTrainedModel:
     """A model from a folder or the Hub, every tensor accounted for; safetensors only.
+
+    Args:
+        name: folder or Hub id.
+        quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
+        settings: of transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: the folder is none, or its weights do not fit its config.
+        RecipeError: nothing here can quantize.
     """
+    if quantize is not None:
+        check_quantization(quantize, name, distributed.choose_device("auto"))
     where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
     _refuse_pickled(Path(name))
     with _explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **where)
+        if quantize is not None:
+            settings |= _quantized(config, quantize, settings.get("dtype"))
         loaded: Any = model_class(config).from_pretrained(
             name,
             config=config,
@@ -133,6 +160,41 @@ def load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
             mend="use the config that belongs to the weights",
         )
     return model.eval()
+
+
+def check_quantization(quantize: Quantization, where: str, device: torch.device) -> None:
+    """
+    Raises:
+        RecipeError: the device or a package for quantized models is missing.
+    """
+    missing = [p for p in ("bitsandbytes", "accelerate") if find_spec(p) is None]
+    if device.type != "cuda":
+        problem, mend = "a quantized model needs a GPU", "leave 'quantize' out"
+    elif missing:
+        problem, mend = f"{missing[0]} is not installed", f"pip install {missing[0]}"
+    else:
+        return
+    raise RecipeError(f"cannot load a model in {quantize} ({problem})", where=where, mend=mend)
+
+
+def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any]:
+    """Settings of `from_pretrained` for a quantized model. The head stays whole, objectives read
+    its weight; so do the vision tower and what connects it, which are small."""
+    with torch.device("meta"):
+        shell: Any = model_class(config).from_config(config)
+    parts = find_parts(shell)
+    inside = {id(m) for m in parts.decoder.modules()} - {id(parts.head)}
+    whole = [n for n, m in shell.named_modules() if type(m) is nn.Linear and id(m) not in inside]
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    found = BitsAndBytesConfig(
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=whole,
+    )
+    device = distributed.choose_device("auto")
+    return {"quantization_config": found, "device_map": {"": str(device)}}
 
 
 def load_pretrained_processor(name: str, **settings: Any) -> Any:

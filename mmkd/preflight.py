@@ -19,7 +19,7 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
 from mmkd.layer_checks import check_layers
-from mmkd.loading import load_processor, skeleton
+from mmkd.loading import check_quantization, load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
 from mmkd.progress import say
 from mmkd.provenance import weights_hash
@@ -66,6 +66,10 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
         check_head(teacher, teacher_processor.tokenizer, "teacher")
+    for live in recipe.teachers:
+        if live.quantize is not None and live.source == "live":
+            device = distributed.choose_device(recipe.stages[0].engine.device)
+            check_quantization(live.quantize, f"teacher {live.name}: quantize", device)
     _check_others(recipe, processor)
     for stage in recipe.stages:
         convert(student, stage.convert)
@@ -159,6 +163,14 @@ def _check_store(recipe: Recipe, processor: Any) -> Store:
     if store.manifest["processor"] != processor_hash(processor):
         raise RecipeError(
             "it was built with another processor than the student's", where=where, mend=again
+        )
+    held, asked = store.manifest["teacher"].get("quantize"), recipe.teacher.quantize
+    if recipe.teacher.model is not None and held != asked:
+        raise RecipeError(
+            f"it was built with quantize {held or 'left out'}, the recipe says "
+            f"{asked or 'nothing of it'}",
+            where=where,
+            mend=again,
         )
     weights = weights_hash(recipe.teacher.model)
     if weights is not None and weights != store.manifest["teacher"]["weights"]:

@@ -34,6 +34,7 @@ from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.recipe import Quantization
 from mmkd.vocabulary import check_head
 
 Message = dict[str, Any]
@@ -166,6 +167,7 @@ class MmkdModel(lmms):
         processor: folder or Hub name of one that is not the model's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
+        quantize: as in `mmkd.loading.load_pretrained`.
 
     Attributes:
         end_tokens: ids that end an answer, see `mmkd.data.generation.end_tokens`.
@@ -185,6 +187,7 @@ class MmkdModel(lmms):
         model: PreTrainedModel | None = None,
         processor: ProcessorMixin | str | None = None,
         progress: bool | None = None,
+        quantize: Quantization | None = None,
     ):
         super().__init__()
         if model is None:
@@ -203,7 +206,9 @@ class MmkdModel(lmms):
                 dtype=resolve_dtype(dtype, place),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-            ).to(place)  # type: ignore[arg-type]
+                quantize=quantize,
+            )
+            nn.Module.to(model, place)  # transformers' own refuses quantized models
             words: Any = processor
             check_head(model, words.tokenizer, path)
         if processor is None or isinstance(processor, str):

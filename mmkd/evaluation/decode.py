@@ -183,7 +183,7 @@ def time_folder(
     # the scores' types: bfloat16 is slow on a CPU
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model: Any = load_pretrained(source, dtype=dtype, **loading)
-    model.to(device)
+    torch.nn.Module.to(model, device)  # transformers' own refuses quantized models
     found = {
         "request": request,
         "device": str(device),

@@ -10,10 +10,11 @@ from typing import Any
 from mmkd import distributed, provenance
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
+from mmkd.loading import quantization_of
 from mmkd.progress import console, say
 from mmkd.recipe import EvaluateConfig, ModelConfig
 
-UNSAID = {"revision": None, "processor": None}
+UNSAID = {"revision": None, "processor": None, "quantize": None}
 """Of a model that was evaluated before these were written down."""
 
 
@@ -52,11 +53,13 @@ def _evaluate_one(
         "revision": source.revision,
         "processor": source.processor,
         "weights": provenance.weights_hash(source.model),
+        "quantize": quantization_of(source),
     }
     running = {
         "device": device,
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
+        "quantize": model["quantize"],
     }
     parts = []
     if settings.tasks:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mmkd.evaluation.adapter import MmkdModel
     from mmkd.evaluation.manager import ChosenTasks
+    from mmkd.recipe import Quantization
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def evaluate(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: "Quantization | None" = None,
     progress: bool | None = None,
 ) -> EvaluationResult:
     """Run lmms-eval tasks on a model; the caller's random streams and logging stay untouched.
@@ -113,6 +115,7 @@ def evaluate(
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
+        quantize: as in `mmkd.loading.load_pretrained`, for a model from a folder or the Hub.
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
@@ -136,6 +139,7 @@ def evaluate(
             device,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            quantize=quantize,
             model=model if isinstance(model, nn.Module) else None,
             processor=processor,
             progress=progress,

@@ -143,9 +143,11 @@ def plan_stage(
     steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     placement: TeacherPlacement = "replicated"
+    quantize = None
     if teacher is not None and recipe.teacher is not None:
-        wanted = recipe.teacher.placement
-        placement = choose_placement(wanted, parameter_bytes(teacher), device)
+        quantize, wanted = recipe.teacher.quantize, recipe.teacher.placement
+        if quantize is None:
+            placement = choose_placement(wanted, parameter_bytes(teacher), device)
     flops = {
         k: round(v * per_step)
         for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
@@ -170,7 +172,7 @@ def plan_stage(
         "flops": flops["total"] * steps,
         "seconds": None if second is None else second * steps,
         "memory_bytes": _with_others(
-            memory(student, trained, teacher, stage, sample, placement), others
+            memory(student, trained, teacher, stage, sample, placement, quantize), others
         ),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, objectives, placement),

@@ -23,6 +23,7 @@ from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
     EvaluateConfig,
     ModelConfig,
+    Quantization,
     Recipe,
     ReleaseConfig,
     SamplesConfig,
@@ -68,6 +69,7 @@ __all__ = [
     "OptimizerConfig",
     "Placement",
     "Precision",
+    "Quantization",
     "Recipe",
     "ReleaseConfig",
     "SamplesConfig",

@@ -11,6 +11,7 @@ from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
+Quantization = Literal["4bit", "8bit"]
 
 
 class ModelConfig(Strict):
@@ -81,7 +82,20 @@ class TeacherConfig(ModelConfig):
         "the CPU, each layer fetched when it runs (both need DeepSpeed); auto: by size",
     )
 
+    quantize: Quantization | None = Field(
+        None,
+        description="load its language model's linear layers in 4 (NF4) or 8 (LLM.int8) bits; "
+        "needs a GPU and bitsandbytes",
+    )
+
     def _check_source(self) -> None:
+        if self.quantize is not None and self.model is None:
+            raise ValueError("'quantize' is of a teacher with weights -- add 'model'")
+        if self.quantize is not None and self.placement in ("sharded", "offload"):
+            raise ValueError(
+                f"placement {self.placement} cuts weights into pieces, 'quantize' packs them -- "
+                "leave one of them out"
+            )
         if self.source == "self":
             if self.model is not None or self.config is not None:
                 raise ValueError("'source: self' is the student itself -- leave 'model' out")

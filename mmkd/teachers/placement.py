@@ -34,7 +34,9 @@ def place_teacher(
 ) -> LiveTeacher:
     """The teacher, ready to run."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    placement = choose_placement(wanted, weights, device)
+    # bitsandbytes' packed weights cannot be cut into the pieces that DeepSpeed spreads.
+    packed = wanted == "auto" and getattr(model, "is_quantized", False)
+    placement = "replicated" if packed else choose_placement(wanted, weights, device)
     if placement == "replicated":
         return LiveTeacher(model, device)
     return ShardedTeacher(model, device, offload=placement == "offload")

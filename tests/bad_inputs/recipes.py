@@ -375,6 +375,37 @@ def evaluation_by_likelihoods(world: World) -> None:
 
 @case(
     KIND,
+    "trained a student in float16",
+    "student.dtype, in stage mimic: gradients in float16 vanish",
+    "set it to bfloat16 or float32",
+)
+def float16_student(world: World) -> None:
+    world.raw["student"]["dtype"] = "float16"
+
+
+@case(
+    KIND,
+    "asked for a 4-bit teacher without a GPU",
+    "teacher teacher: quantize: cannot load a model in 4bit (a quantized model needs a GPU)",
+    "leave 'quantize' out",
+)
+def quantized_teacher_on_a_cpu(world: World) -> None:
+    world.raw["teacher"] = {"model": world.raw["student"]["model"], "quantize": "4bit"}
+
+
+@case(
+    KIND,
+    "spread a 4-bit teacher over processes",
+    "placement sharded cuts weights into pieces, 'quantize' packs them",
+    "leave one of them out",
+)
+def quantized_and_sharded(world: World) -> None:
+    model = world.raw["student"]["model"]
+    world.raw["teacher"] = {"model": model, "quantize": "4bit", "placement": "sharded"}
+
+
+@case(
+    KIND,
     "misspelt a task's generation setting",
     "task scenes_pope: its generation_kwargs have 'max_new_token', which mmkd does not know",
     "did you mean 'max_new_tokens'?",
