@@ -194,7 +194,7 @@ WHEELS = "--index-url https://download.pytorch.org/whl"
         (None, "pip install torchvision, after torch"),
     ],
 )
-def test_families_without_torchvision_and_the_one_that_fits(torch, command, tmp_path, monkeypatch):
+def test_families_without_torchvision_and_the_one_that_fits(torch, command, monkeypatch, capsys):
     def version(name):
         if torch is None:
             raise packages.importlib.metadata.PackageNotFoundError(name)
@@ -205,6 +205,18 @@ def test_families_without_torchvision_and_the_one_that_fits(torch, command, tmp_
     (found,) = packages.torchvision()
     assert (found.state, found.needed) == ("missing", False)
     assert found.mend.startswith(command)
+    assert found.detail.startswith("without torchvision, 12 of 17 families cannot load")
+    assert all(name.removesuffix(" (hybrid)") in found.detail for name in packages.WANT_TORCHVISION)
+
+    row = Row("core", "torchvision", found.state, found.detail, found.mend, False)
+    print_rows([row])
+    last = capsys.readouterr().out.splitlines()
+    assert f"torchvision: {found.mend}" in last
+    assert last[-1] == (
+        "what mmkd needs is there and works, but 12 of 17 families cannot be used without "
+        "torchvision"
+    )
+    assert as_json([row])["families_without_processor"] == list(packages.WANT_TORCHVISION)
 
 
 def test_a_torchvision_of_another_torch_hinders(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from transformers.utils import is_torchvision_available
 from zoo import ZOO
 
+from mmkd.doctor.packages import FAMILIES, WANT_TORCHVISION
 from mmkd.errors import CheckpointError
 from mmkd.loading import load_pretrained_processor
 from scripts.families.checks import verdicts
@@ -21,6 +22,17 @@ def test_a_family_does_what_the_page_says(name, tmp_path):
     except ImportError as error:
         pytest.skip(" ".join(str(error).split())[:80])
     assert found == PAGE[ZOO[name].title]
+
+
+def test_the_doctor_knows_the_families_that_need_torchvision():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (Path(__file__).parents[1] / "docs" / "families.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    families = [row for row in rows if row[0] in PAGE]
+    assert len(families) == len(ZOO) == FAMILIES
+    assert [row[0] for row in families if "torchvision" in row[-1]] == list(WANT_TORCHVISION)
 
 
 def test_the_page_has_every_family_and_nothing_fails():

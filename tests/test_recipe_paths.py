@@ -49,7 +49,7 @@ def at(recipe, key):
 
 def with_key(key, value):
     raw = WHOLE
-    if key[-1] in ("train", "images") and "sources" not in key:
+    if key[-1] in ("train", "images") and key[-2] == "data":
         raw = put(raw, key[:-1], {"train": "none.json"})  # in place of the mixture
     return put(raw, key, value)
 

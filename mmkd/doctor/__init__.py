@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmkd.doctor.checks import all_checks
 from mmkd.doctor.isolated import Row, run_isolated
+from mmkd.doctor.packages import FAMILIES, WANT_TORCHVISION
 from mmkd.progress import console, live, say
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red"}
@@ -35,7 +36,17 @@ def hindering(rows: list[Row]) -> list[Row]:
 
 
 def as_json(rows: list[Row]) -> dict[str, Any]:
-    return {"ready": not hindering(rows), "rows": [vars(row) for row in rows]}
+    return {
+        "ready": not hindering(rows),
+        "families_without_processor": families_without_processor(rows),
+        "rows": [vars(row) for row in rows],
+    }
+
+
+def families_without_processor(rows: list[Row]) -> list[str]:
+    """Families that cannot be used because torchvision is missing or broken."""
+    usable = all(row.state == "ok" for row in rows if row.name == "torchvision")
+    return [] if usable else list(WANT_TORCHVISION)
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -50,4 +61,7 @@ def print_rows(rows: list[Row]) -> None:
     for mend in dict.fromkeys(row.mend for row in rows if row.mend):
         say(f"{', '.join(row.name for row in rows if row.mend == mend)}: {mend}")
     names = [row.name for row in hindering(rows)]
-    say(f"mmkd needs: {', '.join(names)}" if names else "what mmkd needs is there and works")
+    lost = len(families_without_processor(rows))
+    but = f", but {lost} of {FAMILIES} families cannot be used without torchvision" if lost else ""
+    ready = f"what mmkd needs is there and works{but}"
+    say(f"mmkd needs: {', '.join(names)}" if names else ready)

@@ -16,6 +16,23 @@ REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*([^;]*)")
 RELEASE = re.compile(r"2\.(\d+)\.(\d+)(?:\+(cpu|cu\d+|rocm[\d.]+|xpu))?")
 WHEELS = "https://download.pytorch.org/whl"
 FIRST = 15  # torchvision 0.15 was built for torch 2.0, and both have counted on together
+FAMILIES = 17
+"""Rows of docs/families.md."""
+WANT_TORCHVISION = (
+    "LLaVA-OneVision",
+    "Qwen2-VL",
+    "Qwen2.5-VL",
+    "Qwen3-VL",
+    "SmolVLM2",
+    "InternVL",
+    "Pixtral",
+    "Mistral Small 3",
+    "Qwen3.5 (hybrid)",
+    "LFM2-VL (hybrid)",
+    "LFM3-VL (hybrid)",
+    "Nemotron Omni (hybrid)",
+)
+"""Those of them whose processors transformers does not load without torchvision."""
 EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
@@ -95,14 +112,21 @@ def torchvision() -> list[Finding]:
     """Many processors of transformers are made of it, and all break beside one that is built for
     another torch."""
     if find_spec("torchvision") is None:
-        without = "the processors of most families need it (docs/families.md)"
-        return [Finding("missing", without, fitting_torchvision(), needed=False)]
+        return [Finding("missing", without_torchvision(), fitting_torchvision(), needed=False)]
     try:
         module = importlib.import_module("torchvision")
     except Exception as error:
         again = fitting_torchvision("--force-reinstall ")
         return [Finding("broken", f"{one_line(error)}; built for another torch?", again)]
     return [Finding("ok", module.__version__)]
+
+
+def without_torchvision() -> str:
+    """What cannot be done without it."""
+    return (
+        f"without torchvision, {len(WANT_TORCHVISION)} of {FAMILIES} families cannot load their "
+        "processors: " + ", ".join(name.removesuffix(" (hybrid)") for name in WANT_TORCHVISION)
+    )
 
 
 def fitting_torchvision(how: str = "") -> str:
