@@ -14,7 +14,7 @@ import yaml
 from mmkd import preflight
 from mmkd.errors import MmkdError
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.starters import METHODS, Choices, starter, write_starter
+from mmkd.starters import METHODS, Choices, missing_files, starter, write_starter
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -203,3 +203,35 @@ def test_the_package_brings_its_files():
     there = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert there - declared == set()
     assert {package / "starters" / f"{method}.yaml" for method in METHODS} <= declared
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("models/none/here", "no such model folder, and no Hub id -- check the path"),
+        ("./none", "no such model folder, and no Hub id"),
+        ("/none", "no such model folder, and no Hub id"),
+        ("none", "no such model folder, and no Hub id"),
+        ("file.txt", "no such model folder, and no Hub id"),
+        ("empty", "the folder holds no model -- it needs a config.json"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path, monkeypatch, key, model, said):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file.txt").touch()
+    Path("good").mkdir()
+    Path("good/config.json").write_text("{}")
+    given = {**vars(HUB), key: "good"}
+    write_starter("kd", Choices(**given), Path("good.yaml"))
+    with pytest.raises(MmkdError, match=re.escape(f"--{key} {model}: {said}")):
+        write_starter("kd", Choices(**{**given, key: model}), Path("recipe.yaml"))
+    assert not Path("recipe.yaml").exists()
+
+
+def test_data_that_are_not_there_yet_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.json").touch()
+    assert missing_files(Choices(data="train.json", images="pictures")) == ["pictures"]
+    assert missing_files(Choices(data="hub:a/b", pairs="part-{0..3}.tar")) == []

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -43,12 +44,15 @@ def init(
 ) -> None:
     """Write a commented recipe of a method for a teacher and a student."""
     from mmkd.progress import say
-    from mmkd.starters import METHODS, Choices, write_starter
+    from mmkd.starters import METHODS, Choices, missing_files, write_starter
 
     if method is None or listed:
         for name, known in METHODS.items():
             say(f"{name:11} {known.summary}")
         return
-    write_starter(method, Choices(teacher, student, data, images, pairs), out)
+    choices = Choices(teacher, student, data, images, pairs)
+    write_starter(method, choices, out)
+    for path in missing_files(choices):
+        print(f"mmkd: {path}: no such file or folder yet", file=sys.stderr)
     file = shlex.quote(str(out))
     say(f"wrote {out}; next: mmkd plan {file}, then mmkd run {file}")

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmkd.errors import MmkdError, nearest
 from mmkd.files import write_text
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PLAIN = re.compile(r"[\w./~-]+", re.ASCII)
 
 
@@ -67,12 +68,39 @@ def write_starter(method: str, choices: Choices, out: Path) -> None:
     """Write the method's recipe.
 
     Raises:
-        MmkdError: there is no such method, a choice is missing, or the file is there already.
+        MmkdError: there is no such method, a choice is missing, a model's folder does not exist, or
+            the file is there already.
     """
     text = starter(method, choices, out)
+    for key, model in (("teacher", choices.teacher), ("student", choices.student)):
+        if model is not None:
+            _check_model(f"--{key} {model}", model)
     if out.exists():
         raise MmkdError("it is there already", where=str(out), mend="name another file with --out")
     write_text(out, text)
+
+
+def missing_files(choices: Choices) -> list[str]:
+    """The data, pictures and pairs of the choices that are not there, or not yet."""
+    given = (choices.data, choices.images, choices.pairs)
+    return [path for path in given if path and not path.startswith("hub:") and not _is_there(path)]
+
+
+def _is_there(path: str) -> bool:
+    if any(c in path for c in "*?[{"):  # a pattern of files
+        return True
+    return Path(path).exists()
+
+
+def _check_model(where: str, model: str) -> None:
+    """A model is a folder with a config, or it can be an id on the Hub, which is not asked here."""
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise MmkdError("the folder holds no model", where=where, mend="it needs a config.json")
+    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(model)):
+        raise MmkdError(
+            "no such model folder, and no Hub id", where=where, mend="check the path, or name an id"
+        )
 
 
 def starter(method: str, choices: Choices, out: Path) -> str:
@@ -93,7 +121,7 @@ def starter(method: str, choices: Choices, out: Path) -> str:
         out=shlex.quote(str(out)),
         **{key: None if value is None else _scalar(value) for key, value in given.items()},
     )
-    from mmkd.recipe import load_recipe  # brings torch, which a list of methods can do without
+    from mmkd.recipe import load_recipe  # takes a moment, which a list of methods can do without
 
     load_recipe(yaml.safe_load(text))
     return text

@@ -277,6 +277,22 @@ def unknown_method(world: World) -> list[str]:
     return ["init", "llava-kd"]
 
 
+@case(
+    COMMAND,
+    "`mmkd init` with a folder that is not there",
+    "--teacher models/nowhere/teacher: no such model folder, and no Hub id",
+    "check the path",
+)
+def starter_of_no_folder(world: World) -> list[str]:
+    words = ["init", "kd", "--student", "org/student", "--data", "train.json"]
+    return [*words, "--teacher", "models/nowhere/teacher", "--out", "new.yaml"]
+
+
+@case(COMMAND, "`mmkd plan` without its data", "none.json: no such data file", "check data.train")
+def plan_of_no_data(world: World) -> list[str]:
+    return ["plan", "recipe.yaml", "data.train=none.json"]
+
+
 @case(COMMAND, "`mmkd bench` of an unknown stage", "mimick", "mimic")
 def bench_of_no_stage(world: World) -> list[str]:
     return ["bench", "recipe.yaml", "--stage", "mimick"]
