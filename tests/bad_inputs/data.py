@@ -53,6 +53,32 @@ overridden(
 
 
 @case(
+    KIND,
+    "asked a question that leaves no room for its answer",
+    FIRST + "max_length 100 cuts off its whole answer",
+    "raise data.max_length",
+)
+def answer_behind_max_length(world: World) -> None:
+    question = {"from": "human", "value": "<image>\n" + "Is there a cat? " * 20}
+    world.records(record(conversations=[question, TURNS[1]]))
+    world.raw["data"]["max_length"] = 100
+
+
+@case(
+    KIND,
+    "gave a system message that the chat template leaves out",
+    FIRST + "the chat template leaves out or changes what 'system' says in turn 0",
+    "drop the turn",
+)
+def turn_that_the_template_leaves_out(world: World) -> None:
+    path = Path("model/chat_template.jinja")
+    loop = "for message in messages"
+    path.write_text(path.read_text().replace(loop, f"{loop} if message['role'] != 'system'"))
+    system = {"from": "system", "value": "Answer in French."}
+    world.records(record(conversations=[system, *TURNS]))
+
+
+@case(
     KIND, "named a folder without data files", "parts: the folder holds no data files", "put .json"
 )
 def folder_of_nothing(world: World) -> None:

@@ -210,6 +210,56 @@ def more_tokens_than_rows(world: World) -> None:
 
 @case(
     "vocabulary",
+    "added tokens to the student's tokenizer alone, without a teacher",
+    "student: the tokenizer has ",
+    " tokens, the model's head ",
+    "resize_token_embeddings",
+)
+def more_tokens_than_rows_without_a_teacher(world: World) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained("model")
+
+
+@case(
+    "vocabulary",
+    "gave a tokenizer without any special token",
+    "model: the tokenizer has no pad token",
+    "set pad_token",
+)
+def no_token_to_pad_with(world: World) -> None:
+    def strip(settings: dict[str, Any]) -> None:
+        for name in ("pad_token", "eos_token", "unk_token", "bos_token"):
+            settings.pop(name, None)
+
+    change_json("model/tokenizer_config.json", strip)
+
+
+@case(
+    KIND,
+    "gave a chat template that reads other keys",
+    "model: the chat template takes content neither as a list of parts nor as text",
+    "published with",
+)
+def template_of_other_keys(world: World) -> None:
+    Path("model/chat_template.jinja").write_text("{% for m in messages %}{{ m.value }}{% endfor %}")
+
+
+@case(
+    KIND,
+    "gave a chat template for text alone",
+    "model: the chat template writes no <image> for an image",
+    "published with",
+)
+def template_without_images(world: World) -> None:
+    Path("model/chat_template.jinja").write_text(
+        "{% for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part.text }}"
+        "{% endfor %}{% endfor %}"
+    )
+
+
+@case(
+    "vocabulary",
     "gave a teacher without a tokenizer",
     "teacher: ",
     "processor",
