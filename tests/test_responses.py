@@ -86,7 +86,7 @@ def test_nothing_of_the_prompt_is_supervised(folder, name):
     assert spaceless(after).startswith("two")
 
 
-BLANK_PROMPT = LLAVA.replace("'ASSISTANT:'", "'ASSISTANT: '")
+BLANK_PROMPT = LLAVA.replace("ASSISTANT:{%", "ASSISTANT: {%")
 
 
 def metaspace(processor):
