@@ -309,7 +309,9 @@ def _mend(error: BaseException, name: str, what: str) -> str:
         return "choose a model that reads images and writes text"
     if "num2words" in str(error):
         return "pip install num2words"
-    wants = ("video processor", "torchvision")
+    wants = ["video processor", "torchvision"]
+    if (Path(name) / "preprocessor_config.json").is_file():
+        wants.append("image processor")  # it is there, and its class cannot be imported
     if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
         return "install the torchvision that fits your torch: `mmkd doctor` has the command"
     if isinstance(error, ImportError):

@@ -8,6 +8,7 @@ from zoo import ZOO
 
 from mmkd.doctor.packages import FAMILIES, WANT_TORCHVISION
 from mmkd.errors import CheckpointError
+from mmkd.files import write_json
 from mmkd.loading import load_pretrained_processor
 from scripts.families.checks import verdicts
 from scripts.families.table import read
@@ -41,8 +42,19 @@ def test_the_page_has_every_family_and_nothing_fails():
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-def test_a_processor_that_wants_torchvision_says_so(tmp_path):
-    ZOO["qwen2_5_vl"].processor().save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_5_vl", "llava_onevision", "internvl", "qwen3_5", "lfm3_vl", "lfm2_vl", "pixtral"],
+)
+def test_a_processor_that_wants_torchvision_says_so(name, tmp_path):
+    kind = {"lfm2_vl": "Lfm2VlImageProcessor", "pixtral": "PixtralImageProcessor"}.get(name)
+    if kind is None:
+        ZOO[name].processor().save_pretrained(tmp_path)
+    else:  # the classes cannot be imported without it, so nothing can be saved
+        processor = kind.replace("Image", "")
+        about = {"image_processor_type": kind, "processor_class": processor}
+        write_json(tmp_path / "preprocessor_config.json", about)
+        write_json(tmp_path / "config.json", {"model_type": name})
     with pytest.raises(CheckpointError, match="install the torchvision that fits") as caught:
         load_pretrained_processor(str(tmp_path))
     assert "\n" not in str(caught.value)
