@@ -289,7 +289,11 @@ def build_scenes(
         )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    counts = _write_all(partial, Writer(seed, train), train, validation, evaluation, progress)
+    try:
+        counts = _write_all(partial, Writer(seed, train), train, validation, evaluation, progress)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     found = {
         "request": request,
         "rows": counts,
