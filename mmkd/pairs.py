@@ -6,7 +6,6 @@ Rohrbach et al. 2018, arXiv 1809.02156): invented ones first, then those left ou
 """
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch
 from mmkd import distributed
 from mmkd.data.answers import answers_of, asked, sample_answers
 from mmkd.data.encoder import Encoder
+from mmkd.data.journal import Journal
 from mmkd.data.records import Records
 from mmkd.data.scenes.build import IMAGE, TURNS, conversation
 from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.scenes import mentioned_objects
-from mmkd.files import write_text
 from mmkd.interrupt import deferred
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import track
@@ -132,7 +131,8 @@ def make_pairs(
         "seed": seed,
         "device": place.type,
     }
-    kept = KeptAnswers(out.with_name(out.name + ".answers.jsonl"), settings)
+    journal = Journal(out.with_name(out.name + ".answers.jsonl"), settings)
+    known = {tuple(entry["records"]): entry["answers"] for entry in journal.entries}
 
     def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         return answering.generate(**inputs, **options)
@@ -144,7 +144,7 @@ def make_pairs(
         for number, part in enumerate(track(parts, "pairs", len(parts))):
             asking = [records[i] for i in part]
             prompts = [asked(r, answers_of(r)[0]) for r in asking]
-            answers = kept.of(part)
+            answers = known.get(tuple(part))
             if answers is None:
                 found = sample_answers(
                     generate,
@@ -157,7 +157,8 @@ def make_pairs(
                     ends=answering.generation_config.eos_token_id,
                 )
                 answers = [asdict(answer) for answer in found]
-                kept.add(part, answers)
+                with deferred():
+                    journal.add({"records": part, "answers": answers})
             for k, record in enumerate(asking):
                 own = answers[k * samples : (k + 1) * samples]
                 finished = [a["text"] for a in own if a["finished"]]
@@ -167,45 +168,8 @@ def make_pairs(
     found = list(rows())
     pairs = [row for row in found if row is not None]
     _write(out, pairs)
-    kept.forget()
+    journal.delete()
     return Counts(len(found), len(pairs), len(found) - len(pairs), cut)
-
-
-class KeptAnswers:
-    """A file of the answers so far, a line for each batch of prompts.
-
-    Args:
-        path: of the file.
-        settings: on which the answers depend, as JSON; those of other settings are dropped.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        lines = list(_lines(path))
-        self._answers: dict[tuple[int, ...], list[Any]] = {}
-        if lines[:1] == [settings]:
-            self._answers = {tuple(line["records"]): line["answers"] for line in lines[1:]}
-        kept = [{"records": k, "answers": v} for k, v in self._answers.items()]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in [settings, *kept]))
-
-    def of(self, records: list[int]) -> list[Any] | None:
-        """The answers to a batch's prompts, if they were made before."""
-        return self._answers.get(tuple(records))
-
-    def add(self, records: list[int], answers: list[Any]) -> None:
-        with deferred(), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"records": records, "answers": answers}) + "\n")
-
-    def forget(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:  # a kill has cut it
-            return
 
 
 def _pair(
