@@ -90,22 +90,23 @@ def build_cache(recipe: Recipe) -> Store:
     check_head(model, processor.tokenizer, "teacher")
     if settings["hidden"] is not None:
         settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
-    if distributed.rank() == 0:
-        for name in drop_damaged(folder):
-            say(f"{folder / name}: damaged, made again")
-    distributed.barrier()
-    writer = StoreWriter(folder, settings, distributed.rank())
-    if settings["hidden"] is not None and distributed.rank() == 0:
-        writer.keep_head(*relative_head(model, vocabulary))
-    distributed.barrier()
-    teacher = place_teacher(model, teacher_config.placement, device)
-    for stage in _readers(recipe, stages):
-        _store_data(recipe.stage_data(stage), stage, processor, teacher, writer)
-    writer.flush()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        writer.finish()
-    distributed.barrier()
+    with distributed.alone_in(folder):
+        if distributed.rank() == 0:
+            for name in drop_damaged(folder):
+                say(f"{folder / name}: damaged, made again")
+        distributed.barrier()
+        writer = StoreWriter(folder, settings, distributed.rank())
+        if settings["hidden"] is not None and distributed.rank() == 0:
+            writer.keep_head(*relative_head(model, vocabulary))
+        distributed.barrier()
+        teacher = place_teacher(model, teacher_config.placement, device)
+        for stage in _readers(recipe, stages):
+            _store_data(recipe.stage_data(stage), stage, processor, teacher, writer)
+        writer.flush()
+        distributed.barrier()
+        if distributed.rank() == 0:
+            writer.finish()
+        distributed.barrier()
     return Store(folder)
 
 

@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mmkd.errors import MmkdError, PeerError
+from mmkd.errors import MEND, CheckpointError, MmkdError, PeerError
+from mmkd.files import locked
 
 PATIENCE = 1800.0
 """Seconds that a process waits for the others, if the recipe says nothing else."""
@@ -167,6 +169,27 @@ def all_agree(yes: bool) -> bool:
     that decides otherwise than the others waits for them for good.
     """
     return not gather([] if yes else ["no"])
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other command writes into a folder; every rank calls it.
+
+    Raises:
+        CheckpointError: on all ranks, if another command does already.
+    """
+    with ExitStack() as stack:
+        problem = ""
+        if rank() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except CheckpointError as error:
+                problem = str(error)
+        for said in gather([problem]):
+            if said:
+                what, _, mend = said.partition(MEND)
+                raise CheckpointError(what, mend=mend)
+        yield
 
 
 def equal_shares(items: Sequence[Item], size: int) -> list[list[Item]]:

@@ -1,11 +1,13 @@
 """Files that are whole or not there: write beside, flush to disk, then rename."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,33 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             sync_file(file)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that lock it too out of a folder; the lock ends with this process.
+
+    Disks that know no locks, as some networks', keep nobody out.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                "another command is writing there",
+                where=str(folder),
+                mend="wait for its end, or stop it",
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def link_file(source: str | Path, target: str | Path) -> None:

@@ -85,17 +85,18 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
             _check(member, restart)
     if recipe.evaluate is not None and any(pending):
         preflight.check_evaluation(recipe.evaluate, recipe.student)
-    distributed.barrier()
-    _start_again(restarts, from_stage)
-    course = _course(todo)
-    for number, member in enumerate(todo):
-        share_stages(member, todo[:number], recipe)
-        train(member, recipe, course)
-    distributed.barrier()
-    if recipe.evaluate is not None:
-        distributed.leave()  # one process scores for hours, and waiting ends in a timeout
-        if distributed.rank() == 0:
-            evaluate(recipe, todo)
+    with distributed.alone_in(run_folder(recipe)):
+        distributed.barrier()
+        _start_again(restarts, from_stage)
+        course = _course(todo)
+        for number, member in enumerate(todo):
+            share_stages(member, todo[:number], recipe)
+            train(member, recipe, course)
+        distributed.barrier()
+        if recipe.evaluate is not None:
+            distributed.leave()  # one process scores for hours, and waiting ends in a timeout
+            if distributed.rank() == 0:
+                evaluate(recipe, todo)
     return run_folder(recipe)
 
 

@@ -87,7 +87,7 @@ def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path
 
 
 def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monkeypatch):
-    words = ("--limit", "24", "--temperature", "1.3", "--batch-size", "8")
+    words = ("--limit", "9", "--temperature", "1.3", "--batch-size", "3")
     assert command(*words, out="whole.parquet") == 0
     asked, answer = [], pairs.sample_answers
 

@@ -9,8 +9,9 @@ import yaml
 from recipes import tiny_recipe
 
 from mmkd import pipeline
-from mmkd.errors import RecipeError
-from mmkd.files import read_json, read_yaml
+from mmkd.build_cache import build_cache
+from mmkd.errors import CheckpointError, RecipeError
+from mmkd.files import locked, read_json, read_yaml
 from mmkd.recipe import load_recipe
 from mmkd.report import write_report
 
@@ -194,6 +195,23 @@ def test_variants_start_again_on_their_own(raw, monkeypatch):
     assert trained == ["two"]
     assert weights(folder / "student" / "02-two") == kept
     assert (folder / "other" / "replaced" / "1" / "02-two" / "done.json").exists()
+
+
+def test_two_commands_do_not_write_into_one_folder(raw, tiny_model_dir, tmp_path):
+    """Neither of a run nor of a teacher's cache; the second one changes nothing."""
+    raw["stages"] = [{**raw["stages"][0], "objectives": [{"kind": "kl"}]}]
+    cache = {"folder": str(tmp_path / "cache"), "k": 8}
+    raw["teacher"] = {"model": str(tiny_model_dir), "source": "cache", "cache": cache}
+    with locked(tmp_path / "cache"):
+        with pytest.raises(CheckpointError, match="cache: another command is writing there"):
+            build_cache(load_recipe(raw))
+        assert not list((tmp_path / "cache").iterdir())
+    build_cache(load_recipe(raw))
+    with locked(tmp_path / "tiny"):
+        with pytest.raises(CheckpointError, match="tiny: another command is writing there -- wait"):
+            pipeline.run(load_recipe(raw))
+        assert not list((tmp_path / "tiny").iterdir())
+    assert (pipeline.run(load_recipe(raw)) / "01-one" / "done.json").exists()
 
 
 def test_the_command_passes_it_to_all_processes(raw, tmp_path):
