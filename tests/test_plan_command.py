@@ -107,6 +107,12 @@ def test_it_warns_of_a_hundred_passes(world, steps, warned):
         assert plan["warnings"] == [said]
 
 
+def test_epochs_of_data_that_are_not_there_are_not_counted(world):
+    stage = {**KL, "steps": None, "epochs": 2}
+    (warning,) = make_plan(load_recipe(world(stage=stage, data={"train": "no.json"})))["warnings"]
+    assert warning.endswith("its steps are not known")
+
+
 def test_a_study_is_a_few_lines_each(world, monkeypatch):
     variants = {f"v{n}": [f"stages.0.optimizer.lr={n}"] for n in range(1, 5)}
     plan = make_plan(load_recipe(world(variants=variants, seeds=list(range(10)))))

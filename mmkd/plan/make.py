@@ -111,6 +111,13 @@ def _warnings(found: dict[str, dict[str, Any]]) -> list[str]:
         for stage in member["stages"]
         if stage["records"] and stage["epochs"] >= MANY_EPOCHS
     }
+    lines |= {
+        f"stage {stage['stage']} is so many epochs long, and its data are not there: its steps are "
+        "not known": None
+        for member in found.values()
+        for stage in member["stages"]
+        if not stage["records"] and stage["settings"]["steps"] is None
+    }
     return list(lines)
 
 

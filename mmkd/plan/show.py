@@ -156,7 +156,7 @@ _ROWS: dict[str, Any] = {
     "teacher's weights": lambda s: s["teacher_placement"] or "",
     "records": lambda s: f"{s['records']:,}" if s["records"] else "not built yet",
     "records per step": lambda s: s["records_per_step"],
-    "steps (epochs)": lambda s: f"{s['steps']:,} ({s['epochs']:g})",
+    "steps (epochs)": lambda s: f"{s['steps']:,}" + (f" ({s['epochs']:g})" if s["records"] else ""),
     "tokens per step": lambda s: human(s["tokens_per_step"]),
     "  supervised": lambda s: human(s["supervised_tokens_per_step"]),
     "  of images": lambda s: human(s["vision_tokens_per_step"]),
