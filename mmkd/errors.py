@@ -62,7 +62,22 @@ class HubError(MmkdError):
 
 
 class EvaluationError(MmkdError):
-    """Part of an evaluation failed; the rest of it is written."""
+    """Part of an evaluation failed; the rest of it is written.
+
+    Args:
+        scores: {task: {metric: value}}, where some tasks of one model failed: those of the others.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        mend: str | None = None,
+        scores: dict[str, dict[str, float]] | None = None,
+    ):
+        super().__init__(what, where=where, mend=mend)
+        self.scores = scores or {}
 
 
 class NonFiniteLossError(MmkdError):

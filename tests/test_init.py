@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from mmkd import preflight
 from mmkd.errors import MmkdError
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.starters import METHODS, Choices, missing_files, starter, write_starter
+from mmkd.starters import METHODS, SCENES, Choices, missing_files, starter, write_starter
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -180,7 +181,8 @@ def test_the_version(tmp_path):
 def test_the_command(tmp_path):
     for words in (["init"], ["init", "--list"]):
         done = mmkd(*words, where=tmp_path)
-        assert [line.split()[0] for line in done.stdout.splitlines()] == list(METHODS)
+        names = [line.split()[0] for line in done.stdout.splitlines()]
+        assert names == [SCENES, *METHODS, "(Hub)"]
     words = ["init", "matvlm", "--teacher", "org/large", "--data", "train.json"]
     done = mmkd(*words, where=tmp_path)
     assert done.stdout == (
@@ -235,3 +237,43 @@ def test_data_that_are_not_there_yet_are_named(tmp_path, monkeypatch):
     Path("train.json").touch()
     assert missing_files(Choices(data="train.json", images="pictures")) == ["pictures"]
     assert missing_files(Choices(data="hub:a/b", pairs="part-{0..3}.tar")) == []
+
+
+def test_the_scenes_start_without_the_hub(scenes_dir, tmp_path, monkeypatch):
+    """The recipe of the quickstart's student, wherever the command is given."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "recipe.yaml"
+    write_starter(SCENES, Choices(data=str(scenes_dir)), out)
+    recipe = load_recipe(out)
+    shared = load_recipe(ROOT / "configs" / "scenes" / "base.yaml")
+    assert recipe.stages == shared.stages
+    assert recipe.student.convert == shared.student.convert
+    assert recipe.evaluate.tasks == shared.evaluate.tasks
+    assert Path(recipe.teacher.model).samefile(ROOT / "assets" / "scenes_teacher")
+    preflight.check(recipe)
+    preflight.check_evaluation(recipe.evaluate, recipe.student)
+    short = starter(SCENES, Choices(teacher=recipe.teacher.model), Path("recipe.yaml"))
+    assert max(len(line) for line in short.splitlines() if recipe.teacher.model not in line) <= 100
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_offline_starter_passes_all_checks_without_the_hub(method, tiny_model_dir, scenes_dir):
+    pairs = str(scenes_dir / "preferences.parquet")
+    settings = {
+        "teacher": str(tiny_model_dir),
+        "student": str(tiny_model_dir),
+        "data": pairs if method == "preference" else str(scenes_dir / "train.parquet"),
+        "images": None,
+        "pairs": pairs if METHODS[method].pairs else None,
+        "offline": True,
+    }
+    for held_out in (None, str(scenes_dir / "validation.parquet")):
+        text = starter(method, replace(choices(method), **settings, held_out=held_out), Path("r"))
+        recipe = load_recipe(yaml.safe_load(text))
+        assert recipe.evaluate.tasks == []
+        assert recipe.evaluate.samples.records == (held_out or settings["data"])
+        preflight.check_evaluation(recipe.evaluate, recipe.student)
+    with pytest.raises(MmkdError, match="--teacher: --offline takes folders, and there is no"):
+        starter(method, replace(choices(method), offline=True), Path("r"))
+    with pytest.raises(MmkdError, match="--held-out is for --offline"):
+        starter(method, replace(choices(method), held_out="a.json"), Path("r"))

@@ -15,7 +15,24 @@ class RecipeGroup(typer.core.TyperGroup):
         return super().resolve_command(ctx, args if known else ["build", *args])
 
 
+ORDER = (
+    *("doctor", "init", "plan", "run", "report", "eval", "release"),
+    *("data", "cache", "bench", "convert", "recipe"),
+)
+"""Commands in the order in which a user meets them; --help lists them so."""
+
+
+class OrderedGroup(typer.core.TyperGroup):
+    """Lists its commands in `ORDER`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = [*ORDER, *self.commands]
+        return sorted(self.commands, key=known.index)
+
+
 app = typer.Typer(
+    cls=OrderedGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit it
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

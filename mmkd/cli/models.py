@@ -65,33 +65,44 @@ def convert(
 
 @app.command(name="eval")
 def evaluate(
-    student: Annotated[str, typer.Argument(help="model folder or Hub id")],
-    tasks: Annotated[str, typer.Option(help="lmms-eval tasks, separated by commas")],
+    model: Annotated[str, typer.Argument(help="a run's folder, a model's folder or a Hub id")],
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="lmms-eval tasks, separated by commas; of a run its recipe's"),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="of a run: label of one student; all that are finished if left out"),
+    ] = None,
     include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
     local: Annotated[Optional[Path], typer.Option(help="folder of the tasks' data")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="folder for results and samples")] = None,  # noqa: UP045
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder for results and samples, of a run one for each student"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
     trust_remote_code: bool = False,
 ) -> None:
-    """Score a model with lmms-eval."""
-    from mmkd.evaluation.run import evaluate as score
+    """Score a run's students, or any model, with lmms-eval."""
+    from mmkd.cli.scoring import find_models, score_models
     from mmkd.report.tables import print_scores
 
     if out is not None:
         interrupt.can_go_on(AGAIN)  # finished tasks are kept there
-    result = score(
-        student,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=include,
-        local=local,
-        out=out,
+    given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
+    scores, failed = score_models(
+        find_models(model, student, given, include, local),
+        out,
         batch_size=batch_size,
         limit=limit,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    print_scores({Path(student).absolute().name: result.scores})
+    if scores:
+        print_scores(scores)
+    if failed:
+        raise failed[0]

@@ -44,7 +44,7 @@ def run(
         write_report(pipeline.run_folder(read))  # of what there is
         raise
     if distributed.rank() == 0:
-        write_report(folder)
+        write_report(folder, use=True)
     distributed.disconnect()
 
 

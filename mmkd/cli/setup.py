@@ -39,18 +39,26 @@ def init(
     data: Annotated[Optional[str], typer.Option(help="file of records")] = None,  # noqa: UP045
     images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
     pairs: Annotated[Optional[str], typer.Option(help="file of preference pairs")] = None,  # noqa: UP045
+    held_out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="with --offline: records that are not trained on"),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="folders only, sample answers instead of benchmarks")
+    ] = False,
     out: Annotated[Path, typer.Option(help="recipe to write")] = Path("recipe.yaml"),
     listed: Annotated[bool, typer.Option("--list", help="the methods")] = False,
 ) -> None:
     """Write a commented recipe of a method for a teacher and a student."""
     from mmkd.progress import say
-    from mmkd.starters import METHODS, Choices, missing_files, write_starter
+    from mmkd.starters import HUB, Choices, missing_files, summaries, write_starter
 
     if method is None or listed:
-        for name, known in METHODS.items():
-            say(f"{name:11} {known.summary}")
+        for name, summary in summaries().items():
+            say(f"{name:11} {summary}")
+        say(f"{'(Hub)':11} {HUB}")
         return
-    choices = Choices(teacher, student, data, images, pairs)
+    choices = Choices(teacher, student, data, images, pairs, held_out, offline)
     write_starter(method, choices, out)
     for path in missing_files(choices):
         print(f"mmkd: {path}: no such file or folder yet", file=sys.stderr)

@@ -180,7 +180,7 @@ def evaluate(
     if out is not None:
         write_result(result, out)
     if failed:
-        raise _failure(failed, len(manager.chosen.names))
+        raise _failure(failed, len(manager.chosen.names), result)
     finished.clear()
     return result
 
@@ -247,12 +247,13 @@ def _joined(given: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return {task: value for g in given for task, value in g[key].items()}
 
 
-def _failure(failed: dict[str, Exception], asked: int) -> EvaluationError:
+def _failure(failed: dict[str, Exception], asked: int, result: EvaluationResult) -> EvaluationError:
     task, error = next(iter(failed.items()))
     return EvaluationError(
         f"{len(failed)} of {asked} tasks failed, the first: {one_line(error)}",
         where=task,
         mend=f"the other scores are kept; {AGAIN}",
+        scores=result.scores,
     )
 
 

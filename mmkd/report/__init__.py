@@ -9,10 +9,13 @@ from mmkd.report.page import render
 from mmkd.report.rundata import read_run
 from mmkd.report.summary import evaluation_warnings
 from mmkd.report.tables import build_tables, print_table, print_tables
+from mmkd.report.use import how_to_use
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, use: bool = False) -> Path:
     """Write `folder/report.html`, print the score tables, and return the page's path.
+
+    With `use`, also print where the students are and how to ask one about a picture.
 
     Works with what is there: unfinished runs and runs without evaluation get the page too.
 
@@ -29,6 +32,8 @@ def write_report(folder: Path) -> Path:
     for warning in evaluation_warnings(run):
         say(warning)
     say(f"report: {path}")
+    if use and (text := how_to_use(run)):
+        say(f"\n{text}")
     return path
 
 

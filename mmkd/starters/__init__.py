@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -52,6 +53,17 @@ METHODS = {
     "preference": Method("LLaVA-MoD's last stage alone: preference pairs, teacher as reference"),
 }
 
+SCENES = "scenes"
+"""The starter whose teacher is shipped and whose data are drawn."""
+
+HUB = "models from the Hub or folders, benchmarks from the Hub unless --offline"
+
+
+def summaries() -> dict[str, str]:
+    """{starter: one line}, what it needs from the Hub included."""
+    lines = {SCENES: "the shipped scene teacher, on pictures that mmkd draws (needs no Hub)"}
+    return lines | {name: f"{method.summary} (Hub)" for name, method in METHODS.items()}
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -62,6 +74,8 @@ class Choices:
     data: str | None = None
     images: str | None = None
     pairs: str | None = None
+    held_out: str | None = None
+    offline: bool = False
 
 
 def write_starter(method: str, choices: Choices, out: Path) -> None:
@@ -82,7 +96,7 @@ def write_starter(method: str, choices: Choices, out: Path) -> None:
 
 def missing_files(choices: Choices) -> list[str]:
     """The data, pictures and pairs of the choices that are not there, or not yet."""
-    given = (choices.data, choices.images, choices.pairs)
+    given = (choices.data, choices.images, choices.pairs, choices.held_out)
     return [path for path in given if path and not path.startswith("hub:") and not _is_there(path)]
 
 
@@ -106,9 +120,9 @@ def _check_model(where: str, model: str) -> None:
 def starter(method: str, choices: Choices, out: Path) -> str:
     """The recipe's text; `out` is the file that its commands name."""
     known = METHODS.get(method)
-    if known is None:
-        raise MmkdError(f"no method {method!r}", mend=nearest(method, list(METHODS)))
-    given = _complete(method, known, choices)
+    if known is None and method != SCENES:
+        raise MmkdError(f"no method {method!r}", mend=nearest(method, [SCENES, *METHODS]))
+    given = _scenes(choices) if known is None else _complete(method, known, choices)
     environment = Environment(
         loader=PackageLoader(__name__, "."),
         autoescape=False,  # it is YAML
@@ -119,7 +133,7 @@ def starter(method: str, choices: Choices, out: Path) -> str:
     text = environment.get_template(f"{method}.yaml").render(
         name=method.replace("_", "-"),
         out=shlex.quote(str(out)),
-        **{key: None if value is None else _scalar(value) for key, value in given.items()},
+        **{k: _scalar(v) if isinstance(v, str) else v for k, v in given.items()},
     )
     from mmkd.recipe import load_recipe  # takes a moment, which a list of methods can do without
 
@@ -127,8 +141,41 @@ def starter(method: str, choices: Choices, out: Path) -> str:
     return text
 
 
-def _complete(name: str, method: Method, choices: Choices) -> dict[str, str | None]:
+def _scenes(choices: Choices) -> dict[str, Any]:
+    """Where the scene teacher and the scenes are; `data` is the folder that they are built in."""
+    for key in ("student", "images", "pairs", "held_out"):
+        if getattr(choices, key) is not None:
+            name = f"--{key.replace('_', '-')}"
+            raise MmkdError(f"{SCENES} takes no {name}", mend="leave it out")
+    teacher = choices.teacher or _shipped_teacher()
+    if not Path(teacher).is_dir():
+        raise MmkdError("no such model folder", where=teacher, mend="give --teacher FOLDER")
+    folder = Path(choices.data or "data/scenes")
+    return {
+        "teacher": teacher,
+        "folder": shlex.quote(str(folder)),
+        "train": str(folder / "train.parquet"),
+        "validation": str(folder / "validation.parquet"),
+        "tasks": str(folder / "tasks"),
+    }
+
+
+def _shipped_teacher() -> str:
+    """The folder of the scene teacher that the repository brings."""
+    folder = Path(__file__).parents[2] / "assets" / "scenes_teacher"
+    if not folder.is_dir():
+        raise MmkdError(
+            "the scene teacher comes with mmkd's repository, not with the package",
+            mend="clone the repository and give --teacher assets/scenes_teacher",
+        )
+    below = folder.is_relative_to(Path.cwd())
+    return str(folder.relative_to(Path.cwd()) if below else folder)
+
+
+def _complete(name: str, method: Method, choices: Choices) -> dict[str, Any]:
     given = dict(vars(choices))
+    if given["held_out"] is not None and not choices.offline:
+        raise MmkdError("--held-out is for --offline", mend="leave it out, or give --offline")
     if method.one_model:
         given["student"] = given["student"] or given["teacher"]
     if given["pairs"] is not None and not method.pairs:
@@ -138,6 +185,13 @@ def _complete(name: str, method: Method, choices: Choices) -> dict[str, str | No
     if lost:
         words = "".join(f" --{key} {key.upper()}" for key in needed)
         raise MmkdError(f"{name} needs {', '.join(lost)}", mend=f"mmkd init {name}{words}")
+    for key in ("teacher", "student") if choices.offline else ():
+        if not Path(given[key]).is_dir():
+            raise MmkdError(
+                f"--offline takes folders, and there is no folder {given[key]}",
+                where=f"--{key}",
+                mend="give a model's folder, or leave --offline out",
+            )
     return given
 
 
