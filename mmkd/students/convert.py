@@ -124,7 +124,7 @@ def _cut(model: PreTrainedModel, conversion: LayersConversion | MlpConversion) -
                 mend=f"put '{conversion.kind}' before 'mamba' and 'moe'",
             )
         if isinstance(conversion, LayersConversion):
-            lines.append(f"{name}: {keep_layers(layers, config, wanted, name)}")
+            lines.append(f"{name}: {keep_layers(model, layers, config, wanted, name)}")
         else:
             lines.append(f"{name}: {keep_neurons(layers, config, wanted, name)}")
     return lines

@@ -7,38 +7,50 @@ arXiv 1910.01108, section 2).
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.students.layer_lists import fit_lists
+from mmkd.students.rebuilt import match_config, skeleton_of
 
 
-def keep_layers(layers: nn.ModuleList, config: Any, kept: list[int], name: str) -> str:
-    """Cut `layers` down in place and fit `config` to them; returns what was done.
+def keep_layers(
+    model: PreTrainedModel, layers: nn.ModuleList, config: Any, kept: list[int], name: str
+) -> str:
+    """Cut a tower's layers down in place, and fit its config and modules to them.
+
+    Args:
+        model: that has the tower.
+        layers: of the tower.
+        config: of the tower.
+        kept: numbers of the layers to keep, in the new order.
+        name: "decoder" or "vision".
+
+    Returns:
+        What was done.
 
     Raises:
-        RecipeError: a layer is named twice or is not there.
+        RecipeError: a layer is named twice or is not there, or the config cannot be fitted.
     """
-    count = len(layers)
+    count, where = len(layers), f"student.convert: {name}"
     if not kept or len(set(kept)) != len(kept) or not all(0 <= i < count for i in kept):
         raise RecipeError(
             f"cannot keep layers {kept} of {count}",
-            where=f"student.convert: {name}",
+            where=where,
             mend=f"name different layers from 0 to {count - 1}",
         )
+    done = f"kept layers {kept} of {count}"
+    if kept == list(range(count)):
+        return done
+    before = skeleton_of(model)
+    place = next(n for n, module in model.named_modules() if module is layers)
+    lines = fit_lists(model, config, count, kept, name)
     chosen = [layers[i] for i in kept]
     del layers[:]
     layers.extend(chosen)
+    match_config(model, before, place, kept, where)
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", index)  # noqa: B010
-    _shorten(config, count, kept)
-    return f"kept layers {kept} of {count}"
-
-
-def _shorten(config: Any, count: int, kept: list[int]) -> None:
-    """Fit a config to the kept layers: its depth, and its list of layer types."""
-    for key, value in config.to_dict().items():
-        if key in ("num_hidden_layers", "depth") and value == count:
-            setattr(config, key, len(kept))
-        elif isinstance(value, list) and len(value) == count and key.endswith("layer_types"):
-            setattr(config, key, [value[i] for i in kept])
+    return "; ".join([done, *lines])
