@@ -19,6 +19,7 @@ from mmkd.cache import Store, StoreWriter, drop_damaged, processor_hash
 from mmkd.data.alignment import same_processor
 from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.encoder import Encoder
+from mmkd.data.records import Records
 from mmkd.data.samples import Sample
 from mmkd.engines import choose_precision
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
@@ -101,7 +102,10 @@ def build_cache(recipe: Recipe) -> Store:
         distributed.barrier()
         teacher = place_teacher(model, teacher_config.placement, device)
         for stage in _readers(recipe, stages):
-            _store_data(recipe.stage_data(stage), stage, processor, teacher, writer)
+            data = recipe.stage_data(stage)
+            for held_out in [False, True] if _is_measured(stage, data) else [False]:
+                records = Records(data, held_out=held_out)
+                _store_data(data, records, stage, processor, teacher, writer)
         writer.flush()
         distributed.barrier()
         if distributed.rank() == 0:
@@ -137,13 +141,22 @@ def _readers(recipe: Recipe, stages: list[StageConfig]) -> list[StageConfig]:
         )
     found: dict[str, StageConfig] = {}
     for stage in stages:
-        said = [part.model_dump_json() for part in recipe.stage_data(stage).parts]
+        data = recipe.stage_data(stage)
+        said = [part.model_dump_json() for part in data.parts]
+        if _is_measured(stage, data):
+            said += ["validation", data.model_dump_json(include={"validation"})]
         found.setdefault("".join(said), stage)
     return list(found.values())
 
 
+def _is_measured(stage: StageConfig, data: DataConfig) -> bool:
+    """The stage reads held-out records too."""
+    return data.validation is not None and stage.validation.every is not None
+
+
 def _store_data(
     data: DataConfig,
+    records: Records,
     stage: StageConfig,
     processor: Any,
     teacher: LiveTeacher,
@@ -154,9 +167,10 @@ def _store_data(
         [build_objective(o) for o in stage.objectives],
         data,
         processor,
+        records=records,
         filler=teacher.spread and distributed.world_size() > 1,
     )
-    name = ", ".join(part.label for part in data.parts)
+    name = ", ".join(source.config.label for source in records.sources)
     count, size = len(encoder.records), stage.batch.size
     blocks = [range(first, min(first + size, count)) for first in range(0, count, size)]
     shares = distributed.equal_shares(blocks, 1)

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from mmkd import distributed
 from mmkd.engines import Engine
+from mmkd.engines.state import WEIGHTS
 from mmkd.errors import CheckpointError
 from mmkd.files import read_json, sha256, sync_file, sync_folder, write_json
 from mmkd.progress import say
@@ -36,9 +38,17 @@ PART_BYTES = 2**30
 
 
 def save_checkpoint(
-    folder: Path, step: int, engine: Engine, *, records_per_step: int, keep: int
+    folder: Path,
+    step: int,
+    engine: Engine,
+    *,
+    records_per_step: int,
+    keep: int | None,
+    only_weights: bool = False,
 ) -> None:
-    """Write `folder/step-N`, then delete all but the newest `keep`. Every rank calls it.
+    """Write `folder/step-N`, then delete all but the newest `keep`, if given. Every rank calls it.
+
+    With `only_weights` the optimizer's states are left out: nothing can resume from it.
 
     Raises:
         CheckpointError: on all ranks, if one could not write; older checkpoints stay.
@@ -49,7 +59,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     engine.barrier()
-    files, problem = _write(partial, engine)
+    files, problem = _write(partial, engine, only_weights=only_weights)
     said = [json.loads(text) for text in distributed.gather([json.dumps([files, problem])])]
     problem = next((p for _, p in said if p), None)
     if problem is None and engine.rank == 0:
@@ -65,7 +75,7 @@ def save_checkpoint(
     if problems:
         if engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        before = [_step_of(p) for p in find_checkpoints(folder)]
+        before = [step_of(p) for p in find_checkpoints(folder)]
         raise CheckpointError(
             f"cannot save step {step} ({problems[0]})",
             where=str(folder),
@@ -76,12 +86,14 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         sync_folder(folder)
-        for old in find_checkpoints(folder)[:-keep]:
+        for old in [] if keep is None else find_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     engine.barrier()
 
 
-def _write(folder: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
+def _write(
+    folder: Path, engine: Engine, *, only_weights: bool
+) -> tuple[dict[str, Any], str | None]:
     """Write this rank's share of the tensors and its random states.
 
     Returns its files with size and checksum, and what went wrong. A rank that cannot write still
@@ -98,14 +110,17 @@ def _write(folder: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
         problem = problem or _attempt(lambda: save_file(tensors, folder / name))
         part = {}
 
-    for number, (key, tensor) in enumerate(engine.tensors()):
+    tensors: Iterator[tuple[str, Tensor]] = engine.tensors()
+    if only_weights:  # they come first
+        tensors = takewhile(lambda named: named[0].startswith(f"{WEIGHTS}/"), tensors)
+    for number, (key, tensor) in enumerate(tensors):
         if number % engine.world_size == engine.rank:
             part[key] = tensor.detach().to("cpu", copy=True).contiguous()
             if sum(t.nbytes for t in part.values()) > PART_BYTES:
                 flush()
     flush()
     names.append(f"random-{engine.rank}.pt")
-    problem = problem or _attempt(lambda: torch.save(_random_states(), folder / names[-1]))
+    problem = problem or _attempt(lambda: torch.save(random_states(), folder / names[-1]))
     files = {} if problem else {name: _facts(folder / name) for name in names}
     return files, problem
 
@@ -139,11 +154,11 @@ def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> i
                 say(f"{path}: {damages[0]}; passed over")
             continue
         _refuse_other_batch(path, records_per_step)
-        step = _step_of(path)
+        step = step_of(path)
         engine.restore(SavedTensors(path), step)
         states = path / f"random-{engine.rank}.pt"
         if states.exists():
-            _restore(torch.load(states, weights_only=True))
+            restore_random_states(torch.load(states, weights_only=True))
         return step
     return 0
 
@@ -205,17 +220,34 @@ class SavedTensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def load_weights(folder: Path, step: int, engine: Engine) -> None:
+    """Take the weights of `folder/step-N`. Every rank calls it.
+
+    Raises:
+        CheckpointError: it is gone or damaged.
+    """
+    path = folder / f"step-{step}"
+    damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
+    if damages:
+        raise CheckpointError(
+            damages[0], where=str(path), mend="delete the stage's folder to train it again"
+        )
+    engine.restore_weights(SavedTensors(path))
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     complete = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(complete, key=_step_of)
+    return sorted(complete, key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is of."""
     return int(path.name.removeprefix("step-"))
 
 
-def _random_states() -> dict:
+def random_states() -> dict:
+    """The states of all random generators that this process draws from."""
     state: Any = np.random.get_state()
     kind, keys, position, has_gauss, gauss = state
     version, internal, normal = random.getstate()
@@ -229,7 +261,8 @@ def _random_states() -> dict:
     return states
 
 
-def _restore(states: dict) -> None:
+def restore_random_states(states: dict) -> None:
+    """Go on drawing from what `random_states` gave."""
     torch.set_rng_state(states["torch"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))

@@ -96,7 +96,7 @@ def _data(recipe: Recipe) -> list[DataConfig]:
 def _sources(recipe: Recipe) -> list[SourceConfig]:
     """The sources of all data sets, each once whatever its share."""
     found: dict[str, SourceConfig] = {}
-    for part in (part for data in _data(recipe) for part in data.parts):
+    for part in (p for data in _data(recipe) for p in [*data.parts, *data.validation_parts]):
         said = part.model_dump_json(exclude={"name", "weight", "cap"})
         found.setdefault(said, part)
     return list(found.values())

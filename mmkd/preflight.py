@@ -28,6 +28,7 @@ from mmkd.signals import check_supported
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
 from mmkd.trackers import check_trackers
+from mmkd.validation import build_validation, check_held_out
 from mmkd.vocabulary import check_head, shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
 
@@ -364,6 +365,20 @@ def _check_data(
         objectives, data, processor, teacher_processor=teacher_processor, store=stored
     )
     Mixture(encoder.records, recipe.seed)
+    validation = build_validation(
+        stage,
+        objectives,
+        data=data,
+        processor=processor,
+        teacher_processor=teacher_processor,
+        teachers=recipe.teachers,
+        stored=stored,
+        filler=False,
+        folder=Path(),
+        seed=recipe.seed,
+    )
+    if validation is not None:
+        check_held_out(validation, stored)
     for first in encoder.records.starts:
         batch = encoder.encode([first])
         for objective in objectives:

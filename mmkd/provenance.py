@@ -42,7 +42,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         },
         "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
         "plugins": plugin_files(),
-        "data": {part.train: source_facts(part) for d in data for part in d.parts},
+        "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
     }
 
 

@@ -13,6 +13,7 @@ so that every objective is a mean per covered token of the global batch.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from mmkd.teachers import (
     Teacher,
 )
 from mmkd.trackers import Tracked, Trackers
+from mmkd.validation import Validation
 
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
@@ -72,6 +74,7 @@ class Stage:
     folder: Path
     lead: str = ""
     tracked: Tracked | None = None
+    validation: Validation | None = None
 
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
@@ -79,6 +82,8 @@ class Stage:
         records = self.stream.records_per_step
         first = load_checkpoint(saved, self.engine, records_per_step=records)
         active = self.engine.rank == 0
+        if self.validation is not None:
+            self.validation.begin(first, active=active)
         log = StepLog(self.folder / "metrics.jsonl", first, active=active)
         skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
@@ -91,20 +96,41 @@ class Stage:
                 metrics = self.step(step, batches)
                 seconds = time.monotonic() - started
                 line = {**metrics, "seconds": round(seconds, 4)}
+                measured = self._validate(step)
                 log.write(line)
-                charts.log(line)
+                charts.log(line, measured)
                 if metrics["skipped"]:
                     for reason in distributed.gather([r for b in batches for r in b.skipped]):
                         skipped.write({"step": step, "reason": reason})
                 speed = metrics["supervised_tokens"] / seconds
                 bar.advance(f"loss {metrics['loss']:.4f}, {speed:,.0f} supervised tokens/s")
+                if self.validation is not None and self.validation.exhausted:
+                    break
                 stop = asked(self.engine.device)
                 if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
                     keep = self.config.checkpoint.keep
                     save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
+                    if self.validation is not None and active:
+                        self.validation.prune(saved)
                 if stop and step < self.steps:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
         return metrics
+
+    def _validate(self, step: int) -> Metrics | None:
+        """The line of a validation, where the step is followed by one."""
+        validation = self.validation
+        if validation is None or not validation.due(step, self.steps):
+            return None
+        started = time.monotonic()
+        each = {o.name: 1.0 for o in validation.objectives}
+
+        def losses(batch: Batch) -> dict[str, torch.Tensor]:
+            sums = self._losses(batch, each, validation.objectives, self.engine.evaluate)[0]
+            return {name: value for name, value in sums.items() if name != "loss"}
+
+        means = validation.measure(losses, self.engine)
+        line = {"step": step, **means, "seconds": round(time.monotonic() - started, 4)}
+        return validation.note(line, self.engine, self.steps)
 
     def step(self, step: int, batches: list[Batch]) -> Metrics:
         """One optimizer step over the global batch."""
@@ -114,7 +140,7 @@ class Stage:
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            losses, counts = self._losses(batch, rows)
+            losses, counts = self._losses(batch, rows, self.objectives, self.engine.forward)
             self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
@@ -149,17 +175,30 @@ class Stage:
         return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
 
     def _losses(
-        self, batch: Batch, rows: dict[str, float]
+        self,
+        batch: Batch,
+        rows: dict[str, float],
+        objectives: list[Objective],
+        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]],
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
         """The loss, each objective's part of it and its metrics, and how often each expert was
-        chosen, by layer."""
+        chosen, by layer.
+
+        Args:
+            batch: on the engine's device.
+            rows: what each objective's sum is divided by.
+            objectives: the stage's, or those of its validation.
+            forward: of the engine, with or without gradients.
+        """
         targets = batch.targets
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = None
-            if self.teacher is not None and self._is_asked(self.lead, self.teacher, batch):
+            if self.teacher is not None and self._is_asked(
+                self.lead, self.teacher, batch, objectives
+            ):
                 teacher = self.teacher.signals(batch, **self._teacher_layers)
-            others = self._others(batch)
+            others = self._others(batch, objectives)
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
 
@@ -170,30 +209,34 @@ class Stage:
             if self.others:
                 asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
                 theirs = asked if first is None else {self.lead: first, **asked}
-            total, said = score(self.objectives, student, theirs, targets, counts)
+            if not torch.is_grad_enabled():
+                student = student.detached()
+            total, said = score(objectives, student, theirs, targets, counts)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
-            return self.engine.forward(batch.inputs, compare, **self._student_layers(teacher))
+            return forward(batch.inputs, compare, **self._student_layers(teacher))
 
-    def _is_asked(self, name: str, teacher: Teacher, batch: Batch) -> bool:
+    def _is_asked(
+        self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]
+    ) -> bool:
         """Whether an objective compares a batch's records with a teacher, or all processes have to
         run it together."""
-        needing = [o for o in self.objectives if "teacher" in o.needs]
+        needing = [o for o in objectives if "teacher" in o.needs]
         if name == self.lead and any(o.teacher is None for o in needing):
             return True
         asking = [o for o in needing if o.teacher == name]
         rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
         return teacher.spread or any(bool(r.any()) for r in rows)
 
-    def _others(self, batch: Batch) -> dict[str, Signals]:
+    def _others(self, batch: Batch, objectives: list[Objective]) -> dict[str, Signals]:
         """Signals of the further teachers that are asked about a batch; they see the student's
         tokens, whatever the first one sees."""
         own = replace(batch, teacher=None, alignment=None)
         return {
             name: teacher.signals(own)
             for name, teacher in self.others.items()
-            if self._is_asked(name, teacher, batch)
+            if self._is_asked(name, teacher, batch, objectives)
         }
 
     def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:

@@ -34,6 +34,7 @@ from mmkd.teachers import (
     store,
 )
 from mmkd.trackers import Tracked
+from mmkd.validation import build_validation
 from mmkd.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd_models.layout import mamba_layers
 
@@ -107,6 +108,18 @@ def build_stage(
         store=None if stored is None else stored.store,
         pack=config.batch.pack,
     )
+    held_out = build_validation(
+        config,
+        alone,
+        data=data,
+        processor=processor,
+        teacher_processor=teacher_processor,
+        teachers=teachers,
+        stored=None if stored is None else stored.store,
+        filler=bool(encoder.filler),
+        folder=folder,
+        seed=seed,
+    )
     stream = BatchStream(
         encoder,
         config.batch,
@@ -148,6 +161,7 @@ def build_stage(
         folder=folder,
         lead=teachers[0].name if teachers else "",
         tracked=tracked,
+        validation=held_out,
     )
 
 
@@ -168,10 +182,14 @@ def run_stage(
     stage = build_stage(config, student=student, processor=processor, folder=folder, **settings)
     with deferred():  # a signal behind the last step must not lose it
         metrics = stage.train()
+        steps = metrics.get("step", stage.steps)
+        done = {"steps": steps, "metrics": metrics}
+        if stage.validation is not None:
+            done["validation"] = stage.validation.finish(stage.engine, steps)
         weights = stage.engine.weights()
         stage.engine.close()
         if stage.engine.rank == 0:
             write_student(student, processor, folder / "student", weights, config.train.lora)
-            write_json(folder / "done.json", {"steps": stage.steps, "metrics": metrics})
+            write_json(folder / "done.json", done)
         stage.engine.barrier()
     return metrics

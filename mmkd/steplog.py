@@ -13,6 +13,7 @@ class StepLog:
 
     Attributes:
         last: the newest line that is kept.
+        kept: the text of all lines that were kept.
         written: the last step of the file as it was found, redone or not.
     """
 
@@ -28,9 +29,15 @@ class StepLog:
         kept = [line for line in lines if _step_of(line) <= step]
         found = [s for s in map(_step_of, lines) if s < math.inf]
         self.written = int(max(found, default=0))
+        self.kept = kept
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         if active and len(kept) < len(lines):
             write_text(path, "".join(line + "\n" for line in kept))
+
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        """The lines that were kept."""
+        return list(map(json.loads, self.kept))
 
     def write(self, line: dict[str, Any]) -> None:
         if self.active:

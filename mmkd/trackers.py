@@ -26,7 +26,7 @@ MODULES: dict[TrackerName, str] = {
 }
 INSTALL = "pip install 'mmkd[trackers]'"
 PROJECT = "mmkd"
-PREFIX = "train"
+PREFIX, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,12 @@ class Trackers:
                 self._leave_out(name, error)
         return self
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`."""
+    def log(self, metrics: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
+        """One line of `metrics.jsonl`, and the line of `validation.jsonl` of the same step if there
+        is one: some trackers take no step twice."""
         step, flat = metrics["step"], flattened(metrics)
+        if validation is not None:
+            flat |= flattened(validation, VALIDATION)
         for name, tracker in list(self._running.items()):
             if step <= self._written and not tracker.replaces:
                 continue

@@ -9,6 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from mmkd.data.content import printable
@@ -27,17 +28,43 @@ T = TypeVar("T")
 
 
 class Source:
-    """One source's records; errors name the file and the record."""
+    """One source's records; errors name the file and the record.
 
-    def __init__(self, config: SourceConfig):
+    Args:
+        config: the source.
+        share: of its records that is held out from training; None for nothing.
+        held_out: hold that share, and not the rest.
+    """
+
+    def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
         self.config = config
         self._rows = open_rows(config)
+        self._numbers: np.ndarray | None = None
         self.root = Path(config.images) if config.images else self._rows.folder
         if len(self) == 0:
             raise DataError("the data set is empty", where=config.train, mend="add records")
+        if share is not None:
+            self._numbers = self._split(share, held_out)
+
+    def _split(self, share: float, held_out: bool) -> np.ndarray:
+        """[n] int64, ascending: the rows that are held out, or those that are not."""
+        count = len(self._rows)
+        if count == 1:
+            raise DataError(
+                "its only record cannot be held out",
+                where=self.config.train,
+                mend="give data.validation a file",
+            )
+        first = np.zeros(count, dtype=bool)
+        first[_shuffled(count)[: min(max(1, round(share * count)), count - 1)]] = True
+        return (first if held_out else ~first).nonzero()[0]
+
+    def _number(self, index: int) -> int:
+        """The row of a record."""
+        return index if self._numbers is None else int(self._numbers[index])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._numbers is None else len(self._numbers)
 
     @property
     def window(self) -> int | None:
@@ -47,28 +74,46 @@ class Source:
     def id(self, index: int) -> str:
         """What a record calls itself; "" where it does not, or cannot be read."""
         try:
-            return record_id(self._rows.row(index))
+            return record_id(self._rows.row(self._number(index)))
         except DataError:
             return ""
 
     def where(self, index: int) -> str:
         """Words for an error message: the file, the record's number and its id."""
         name = printable(self.id(index))
-        return self._rows.place(index) + (f" (id {name})" if name else "")
+        return self._rows.place(self._number(index)) + (f" (id {name})" if name else "")
 
     def __getitem__(self, index: int) -> Record:
         with located(lambda: self.where(index)):
-            row = self._rows.row(index)
+            number = self._number(index)
+            row = self._rows.row(number)
             if self.config.ignore:
                 row = {k: v for k, v in row.items() if k not in self.config.ignore}
-            return parse_record(row, index, self.root)
+            return parse_record(row, number, self.root)
+
+
+def _shuffled(count: int) -> np.ndarray:
+    """[count] int64: numbers in an order that depends on nothing else, and in which those of a
+    shorter sequence stand in the same order: appending records moves few of them."""
+    with np.errstate(over="ignore"):  # SplitMix64
+        key = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(key ^ (key >> np.uint64(31)), kind="stable")
 
 
 class Records:
-    """The records of all sources, one source behind another."""
+    """The records of all sources, one source behind another.
 
-    def __init__(self, config: DataConfig):
-        self.sources = [Source(part) for part in config.parts]
+    Args:
+        config: of the data.
+        held_out: the records of `data.validation`, and not those that are trained on.
+    """
+
+    def __init__(self, config: DataConfig, *, held_out: bool = False):
+        share = None if config.validation is None else config.validation.share
+        parts = config.validation_parts if held_out else config.parts
+        self.sources = [Source(part, share=share, held_out=held_out) for part in parts]
         self._ends = list(accumulate(map(len, self.sources)))
 
     @property

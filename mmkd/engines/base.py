@@ -47,6 +47,13 @@ class Engine(Protocol):
         """
         ...
 
+    def evaluate(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
+        """What `score` makes of the student's signals in evaluation mode, without gradients;
+        between micro-steps. Every rank calls it equally often. Arguments as in `forward`."""
+        ...
+
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         """The student's answers, [B, prompt + answer] token ids, in evaluation mode; between
         micro-steps. `options` are those of transformers' `generate`."""
@@ -69,13 +76,18 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that training changes, by name, whole and exact: `weights/NAME` and
+        """All that training changes, by name, whole and exact: `weights/NAME`, then
         `optimizer/NAME/STATE`. Every rank calls it and sees the same in the same order."""
         ...
 
     def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
         """Continue after `steps` steps from what `tensors` gave, on any engine and any number of
         ranks."""
+        ...
+
+    def restore_weights(self, saved: Mapping[str, Tensor]) -> None:
+        """Take the weights of what `tensors` gave, and leave the optimizer as it is: the student is
+        not trained on. Every rank calls it."""
         ...
 
     def weights(self) -> dict[str, Tensor] | None:

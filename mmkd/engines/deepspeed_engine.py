@@ -77,6 +77,22 @@ class DeepSpeedEngine(EngineBase):
         return self.engine(run)
 
     @torch.no_grad()
+    def evaluate(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
+        self._between()
+
+        def run(model: PreTrainedModel) -> Scored:
+            with self.autocast():
+                return score(capture(model, inputs, **layers))
+
+        self.engine.eval()
+        try:
+            return self.engine(run)
+        finally:
+            self.engine.train()
+
+    @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         self._between()
         model: Any = self.model
@@ -142,24 +158,37 @@ class DeepSpeedEngine(EngineBase):
             self._restore_sharded(saved, steps)
         forward_schedule(self.schedule, steps)
 
-    def _restore_sharded(self, saved: Mapping[str, Tensor], steps: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    @torch.no_grad()
+    def restore_weights(self, saved: Mapping[str, Tensor]) -> None:
+        if self.zero == 0:
+            load_weights(self.model, saved)
+        else:
+            self._restore_sharded_weights(saved)
 
-        self._create_states()
-        self._link_states()
-        states, _ = self._states()
+    def _restore_sharded_weights(self, saved: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 weight = saved[f"{WEIGHTS}/{name}"].to(self.device)
                 with self._gathered([parameter], changed=True):
                     parameter.data.copy_(weight)
                 safe_set_full_fp32_param(parameter, weight)
-                for state in states:
-                    value = saved.get(f"{OPTIMIZER}/{name}/{state}")
-                    if value is not None:  # torch keeps no states of what has no gradient
-                        safe_set_full_optimizer_state(parameter, value.to(self.device), state)
         for key, buffer in saved_buffers(self.model):
             buffer.copy_(saved[key])
+
+    def _restore_sharded(self, saved: Mapping[str, Tensor], steps: int) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._create_states()
+        self._link_states()
+        self._restore_sharded_weights(saved)
+        states, _ = self._states()
+        for name, parameter in self.model.named_parameters():
+            for state in states if parameter.requires_grad else []:
+                value = saved.get(f"{OPTIMIZER}/{name}/{state}")
+                if value is not None:  # torch keeps no states of what has no gradient
+                    safe_set_full_optimizer_state(parameter, value.to(self.device), state)
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)

@@ -65,6 +65,18 @@ class TorchEngine(EngineBase):
             return score(capture(self.model, inputs, **layers))
 
     @torch.no_grad()
+    def evaluate(
+        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+    ) -> Scored:
+        self._between()
+        self.model.eval()
+        try:
+            with self.autocast():
+                return score(capture(self.model, inputs, **layers))
+        finally:
+            self.model.train()
+
+    @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         self._between()
         model: Any = self.model
@@ -115,6 +127,9 @@ class TorchEngine(EngineBase):
         load_weights(self.model, saved, self.masters)
         load_optimizer(self.model, self.optimizer, saved, self.masters)
         forward_schedule(self.schedule, steps)
+
+    def restore_weights(self, saved: Mapping[str, Tensor]) -> None:
+        load_weights(self.model, saved)
 
     def weights(self) -> dict[str, Tensor] | None:
         return self.model.state_dict() if self.rank == 0 else None

@@ -105,6 +105,11 @@ class Signals:
     routers: dict[int, RouterSignals] = field(default_factory=dict)
     own_hidden: Tensor | None = None
 
+    def detached(self) -> "Signals":
+        """The same with a head that gets no gradient."""
+        bias = None if self.head_bias is None else self.head_bias.detach()
+        return replace(self, head_weight=self.head_weight.detach(), head_bias=bias)
+
     def first(self, rows: int) -> "Signals":
         """The same of a batch's first rows, without what else the model saw."""
         if len(self.hidden) == rows:

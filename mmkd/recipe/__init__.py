@@ -32,9 +32,12 @@ from mmkd.recipe.models import (
     TeacherPlacement,
     TrackerName,
 )
-from mmkd.recipe.sources import HUB, DataConfig, SourceConfig
+from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
 from mmkd.recipe.stages import (
+    ANSWER_CE,
     STEP_METRICS,
+    TEACHER_KL,
+    VALIDATION_METRICS,
     BatchConfig,
     EngineConfig,
     LoraConfig,
@@ -45,11 +48,15 @@ from mmkd.recipe.stages import (
     ScheduleConfig,
     StageConfig,
     TrainConfig,
+    ValidationConfig,
 )
 
 __all__ = [
+    "ANSWER_CE",
     "HUB",
     "STEP_METRICS",
+    "TEACHER_KL",
+    "VALIDATION_METRICS",
     "BatchConfig",
     "Conversion",
     "DataConfig",
@@ -57,6 +64,7 @@ __all__ = [
     "EvaluateConfig",
     "Every",
     "Head",
+    "HeldOutConfig",
     "LayersConversion",
     "LoraConfig",
     "MambaConversion",
@@ -83,6 +91,7 @@ __all__ = [
     "TeacherPlacement",
     "TrackerName",
     "TrainConfig",
+    "ValidationConfig",
     "load_recipe",
     "load_release",
     "load_student",

@@ -39,7 +39,10 @@ def _keys_in(annotation: Any, marked: bool) -> set[Key]:
     if isinstance(annotation, PathKey) or marked:
         return {()}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return set(path_keys(annotation))
+        keys = set(path_keys(annotation))
+        short: str | None = getattr(annotation, "written_short", None)
+        # A part may be written as one of its fields alone, or as a path.
+        return keys if short is None else keys | {k[1:] for k in keys if k[0] == short} | {()}
     inner = [*get_args(annotation), *getattr(annotation, "__metadata__", ())]
     return {key for argument in inner for key in _keys_in(argument, False)}
 

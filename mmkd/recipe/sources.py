@@ -1,7 +1,7 @@
 """Where records come from: one source, or a mixture of several."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -78,6 +78,42 @@ class SourceConfig(Strict):
         return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
 
 
+ONLY_TRAINING = ("weight", "cap", "stream", "window")
+"""Keys of a source that say how training draws from it."""
+
+
+class HeldOutConfig(Strict):
+    """Records that a stage does not train on, to measure its losses on them. Written as a file, a
+    share or a list of sources."""
+
+    written_short: ClassVar[str] = "sources"
+
+    share: float | None = Field(
+        None, gt=0, lt=1, description="of each training source's records, the same in every run"
+    )
+    sources: list[SourceConfig] = Field([], description="records of their own, in place of a share")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "HeldOutConfig":
+        if (self.share is None) == (not self.sources):
+            raise ValueError(f"{BOTH}give either 'share' or 'sources'")
+        names = [s.label for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name -- give each a 'name'")
+        fields = SourceConfig.model_fields
+        told = [
+            k
+            for k in ONLY_TRAINING
+            if any(getattr(s, k) != fields[k].default for s in self.sources)
+        ]
+        if told:
+            raise ValueError(
+                f"'{told[0]}' is of training, validation reads the same records each time -- leave "
+                "it out"
+            )
+        return self
+
+
 class DataConfig(Strict):
     """Records to train on, from one source or a mixture."""
 
@@ -86,6 +122,11 @@ class DataConfig(Strict):
     )
     images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
+    validation: HeldOutConfig | None = Field(
+        None,
+        description="records that are held out: what 'train' may be, a share of the training "
+        "records such as 0.05, or a list of sources",
+    )
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take another one")
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
@@ -105,6 +146,23 @@ class DataConfig(Strict):
             )
         return said
 
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _held_out(cls, said: Any) -> Any:
+        if isinstance(said, str):
+            return {"sources": [{"train": said}]}
+        if isinstance(said, list):
+            return {"sources": said}
+        if isinstance(said, dict) and not {"share", "sources"} & {*said}:
+            return {"sources": [said]}
+        if isinstance(said, int | float):
+            if isinstance(said, bool) or not 0 < said < 1:
+                raise ValueError(
+                    f"got {said} -- give a file, or a share of the training records between 0 and 1"
+                )
+            return {"share": said}
+        return said
+
     @model_validator(mode="after")
     def _one_kind(self) -> "DataConfig":
         if (self.train is None) == (not self.sources):
@@ -116,6 +174,11 @@ class DataConfig(Strict):
             raise ValueError(
                 "some sources have a 'weight' -- give every source a 'weight', or none"
             )
+        share = self.validation is not None and self.validation.share is not None
+        if share and any(s.stream is not None for s in self.sources):
+            raise ValueError(
+                "no share of a stream can be held out -- give 'validation' a file or a data set"
+            )
         return self
 
     @property
@@ -124,3 +187,14 @@ class DataConfig(Strict):
         if self.train is not None:
             return [SourceConfig(train=self.train, images=self.images)]
         return [s.model_copy(update={"images": s.images or self.images}) for s in self.sources]
+
+    @property
+    def validation_parts(self) -> list[SourceConfig]:
+        """The sources of held-out records with the folders of their images; with a share, those of
+        the training records; none where nothing is held out."""
+        if self.validation is None:
+            return []
+        if self.validation.share is not None:
+            return self.parts
+        own = self.validation.sources
+        return [s.model_copy(update={"images": s.images or self.images}) for s in own]

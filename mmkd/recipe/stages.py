@@ -106,6 +106,42 @@ class CheckpointConfig(Strict):
     keep: int = Field(1, ge=1, description="newest checkpoints that stay on disk")
 
 
+class ValidationConfig(Strict):
+    """When a stage measures its losses on `data.validation`, and what follows from them."""
+
+    every: int | None = Field(
+        200, ge=1, description="steps, and after the last one; null: never in this stage"
+    )
+    records: int | None = Field(
+        512, ge=1, description="at most so many, evenly spread, the same each time; null: all"
+    )
+    size: int | None = Field(
+        None, ge=1, description="records per process and forward; as the stage's batch if left out"
+    )
+    metric: str = Field(
+        "loss",
+        description="what 'keep' and 'patience' compare, lower is better: loss, an objective's "
+        "name, answer_ce or teacher_kl",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="the student that the stage gives: of the last step, or the best one"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop the stage after so many validations without a better one"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> "ValidationConfig":
+        fields = type(self).model_fields
+        own = ("metric", "keep", "patience")
+        told = [k for k in own if getattr(self, k) != fields[k].default]
+        if told and self.every is None:
+            raise ValueError(f"{told[0]!r} needs validations -- set 'every' to a number of steps")
+        if self.metric != "loss" and self.keep == "last" and self.patience is None:
+            raise ValueError("'metric' is of 'keep: best' and 'patience' -- set one of them")
+        return self
+
+
 class EngineConfig(Strict):
     """What runs forward, backward and step."""
 
@@ -164,6 +200,10 @@ STEP_METRICS = frozenset(
     }
 )
 """What a step's metrics say beside its objectives."""
+
+ANSWER_CE, TEACHER_KL = "answer_ce", "teacher_kl"
+VALIDATION_METRICS = frozenset({ANSWER_CE, TEACHER_KL, "records", "best"})
+"""What a validation's metrics say beside those of a step."""
 
 
 class SamplingConfig(Strict):
@@ -246,6 +286,7 @@ class StageConfig(Strict):
     batch: BatchConfig = BatchConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
     precision: Precision = Field(
@@ -265,7 +306,7 @@ class StageConfig(Strict):
         names = [o.name or o.kind for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError("two objectives have the same name -- give each a 'name'")
-        if taken := STEP_METRICS & {*names}:
+        if taken := (STEP_METRICS | VALIDATION_METRICS) & {*names}:
             raise ValueError(
                 f"an objective has the name {min(taken)!r}, which a metric has -- give it another"
             )

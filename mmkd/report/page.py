@@ -9,11 +9,18 @@ from markupsafe import Markup
 
 from mmkd.report.decoding import decoding_table
 from mmkd.report.experts import load_tables
+from mmkd.report.glossary import glossary
 from mmkd.report.metrics import Column, all_columns
 from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
 from mmkd.report.samples import choose_samples, held_out_answers, sample_labels, trained_on
-from mmkd.report.summary import describe_objectives, provenance_rows, summary, warnings
+from mmkd.report.summary import (
+    describe_objectives,
+    held_out_notes,
+    provenance_rows,
+    summary,
+    warnings,
+)
 from mmkd.report.tables import (
     Row,
     Table,
@@ -71,6 +78,7 @@ def render(run: Run, tables: Tables) -> str:
         summary=summary(run, tables),
         warnings=warnings(run),
         tables=tables,
+        glossary=glossary(tables.main.columns),
         kinds=[(table.task, kinds(run, table)) for table in tables.kinds],
         has_majority=any(r.role == "baseline" for r in tables.main.rows),
         has_chair=any("chair" in c.key[1] for c in tables.main.columns),
@@ -78,6 +86,7 @@ def render(run: Run, tables: Tables) -> str:
         decoding=decoding_table(run),
         every_metric=every_metric(run),
         stages=[(s.stage, [(p.title, Markup(p.svg)) for p in s.panels]) for s in stage_panels(run)],
+        validated=held_out_notes(run),
         experts=load_tables(run),
         students=students(run),
         samples=choose_samples(run),

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmkd.recipe import STEP_METRICS
+from mmkd.recipe import ANSWER_CE, STEP_METRICS, TEACHER_KL
 from mmkd.report.experts import busiest
 from mmkd.report.rundata import Member, Run, StageLog
 
@@ -20,7 +20,10 @@ TITLES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     BUSIEST: "busiest expert, times an even share",
+    ANSWER_CE: "cross-entropy of held-out answers",
+    TEACHER_KL: "KL to the teacher on held-out answers",
 }
+BESIDE = (ANSWER_CE, TEACHER_KL)  # measured on held-out records whatever the objectives are
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_POINTS = 400
 SERIES = 6  # colours in page.css: --series-0 ... --series-5
@@ -30,12 +33,19 @@ _SIZE = (4.4, 2.3)  # inches; the page scales it
 
 @dataclass(frozen=True)
 class Curve:
-    """One member's metric over the steps of one stage."""
+    """One member's metric over the steps of one stage.
+
+    Attributes:
+        held_out: it was measured on held-out records, and is drawn with dots.
+        kept: the step whose student the stage gives, to be ringed; None where it is the last.
+    """
 
     steps: list[float]
     values: list[float]
     series: int
     dash: int
+    held_out: bool = False
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,20 @@ def _metrics(stages: Sequence[StageLog]) -> list[str]:
     # With one objective of weight 1 the total says the same again.
     total = ["loss"] if any(_has_total(stage) for stage in stages) else []
     sparse = [BUSIEST] if any(stage.loads for stage in stages) else []
-    return objectives + sparse + [m for m in (*total, "lr", "grad_norm") if m in keys]
+    measured = {key for stage in stages for line in stage.validations for key in line}
+    beside = sorted(
+        (key for key in measured - keys.keys() if key.partition(".")[0] in BESIDE),
+        key=lambda key: (BESIDE.index(key.partition(".")[0]), key),
+    )
+    beside = [key for key in beside if not _is_repeated(key, objectives, stages)]
+    shown = [m for m in (*total, "lr", "grad_norm") if m in keys]
+    return objectives + beside + sparse + shown
+
+
+def _is_repeated(key: str, objectives: Sequence[str], stages: Sequence[StageLog]) -> bool:
+    """An objective of all stages measures the same on held-out records."""
+    lines = [line for stage in stages for line in stage.validations]
+    return any(all(line.get(o) == line.get(key) for line in lines) for o in objectives)
 
 
 def _has_total(stage: StageLog) -> bool:
@@ -86,10 +109,16 @@ def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[Member, Stage
         points = _points(log, metric)
         if points:
             steps, values = map(list, zip(*points, strict=True))
-            series, dash = style_of(run, member)
-            curves.append(Curve(steps, values, series, dash))
+            curves.append(Curve(steps, values, *style_of(run, member)))
+        measured = [v for v in log.validations if metric in v]
+        if measured and metric not in ("lr", "grad_norm"):
+            steps, values = [v["step"] for v in measured], [v[metric] for v in measured]
+            style = style_of(run, member)
+            curves.append(Curve(steps, values, *style, held_out=True, kept=log.kept))
     smooth = metric != "lr"
-    return Panel(TITLES.get(metric, metric), draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
+    name, _, teacher = metric.partition(".")
+    title = f"{TITLES[name]}: {teacher}" if teacher and name in TITLES else TITLES.get(metric)
+    return Panel(title or metric, draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
 
 
 def _points(log: StageLog, metric: str) -> list[tuple[float, float]]:
@@ -125,12 +154,32 @@ def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
     for curve in curves:
         colour, dash = f"#0000{curve.series + 16:02x}", DASHES[curve.dash]
         values = curve.values
+        if curve.held_out:
+            _draw_held_out(axes, curve, colour)
+            continue
         if smooth and len(values) > 8:
             axes.plot(*_thin(curve.steps, values), color=colour, alpha=0.2, linewidth=0.8)
             values = smoothed(values, max(4.0, len(values) / 20))
         axes.plot(*_thin(curve.steps, values), color=colour, linewidth=1.6, linestyle=dash)
     _style(axes)
     return _svg(figure, salt)
+
+
+def _draw_held_out(axes: Axes, curve: Curve, colour: str) -> None:
+    """Dots that a thin line joins, with a ring around the step that is kept."""
+    steps, values = _thin(curve.steps, curve.values)
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        linewidth=0.9,
+        linestyle=DASHES[curve.dash],
+        marker="o",
+        markersize=3.5 if len(steps) <= 60 else 1.5,
+    )
+    if curve.kept in curve.steps:
+        value = curve.values[curve.steps.index(curve.kept)]
+        axes.plot([curve.kept], [value], "o", color=colour, fillstyle="none", markersize=9)
 
 
 def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -26,6 +26,8 @@ class StageLog:
         done: the stage is finished.
         steps: how many steps it has in all, None where only its end would tell.
         file: tells metrics.jsonl from others: members that share a stage have one file.
+        validations: numbers of validation.jsonl, one line per validation.
+        kept: the step whose student the stage gives, where it was chosen by validation.
     """
 
     config: dict[str, Any]
@@ -34,6 +36,8 @@ class StageLog:
     done: bool
     steps: int | None
     file: int
+    validations: list[dict[str, float]] = field(default_factory=list)
+    kept: int | None = None
 
     @property
     def name(self) -> str:
@@ -176,10 +180,17 @@ def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
     steps = done.get("steps") if done else config.get("steps")
     path = folder / "metrics.jsonl"
     logged = _lines(path)
-    numbers = [{k: v for k, v in line.items() if _is_number(v)} for line in logged]
+    numbers = _numbers(logged)
     loads = [line["expert_load"] for line in logged if line.get("expert_load")]
     file = path.stat().st_ino if path.is_file() else 0
-    return StageLog(config, numbers, loads, done is not None, steps, file)
+    validations = _numbers(_lines(folder / "validation.jsonl"))
+    best = (config.get("validation") or {}).get("keep") == "best"
+    kept = (done or {}).get("validation", {}).get("kept_step") if best else None
+    return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept)
+
+
+def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmkd.report.decoding import decoding_sentence
 from mmkd.report.metrics import COST, VQA_OVERALL, Column
-from mmkd.report.rundata import Member, Run
+from mmkd.report.rundata import Member, Run, StageLog
 from mmkd.report.tables import Row, Tables, compact, format_value
 
 _SETTINGS = {
@@ -72,6 +72,30 @@ def evaluation_warnings(run: Run) -> list[str]:
     return found
 
 
+def held_out_notes(run: Run) -> list[str]:
+    """What stages measured on held-out records, and which student they kept because of it."""
+    stages = [(m, s) for m in run.members for s in m.stages if s.validations]
+    if not stages:
+        return []
+    counts = sorted({int(s.validations[-1].get("records", 0)) for _, s in stages})
+    counted = " or ".join(f"{count:,}" for count in counts)
+    kept = [text for member, stage in stages if (text := _kept(member, stage))]
+    found = [f"Dots are means over {counted} held-out records that the stage does not train on."]
+    if kept:
+        found.append(f"Kept is the student of its best step there: {', '.join(kept)}.")
+    return found
+
+
+def _kept(member: Member, stage: StageLog) -> str:
+    """kd-seed0 step 400 of 600 of stage mimic (loss 1.23)."""
+    if stage.kept is None:
+        return ""
+    metric = (stage.config.get("validation") or {}).get("metric", "loss")
+    value = next((v.get(metric) for v in stage.validations if v["step"] == stage.kept), None)
+    said = "" if value is None else f" ({metric} {value:.4g})"
+    return f"{member.label} step {stage.kept:,} of {len(stage.lines):,} of {stage.name}{said}"
+
+
 def describe_objectives(objectives: Sequence[dict[str, Any]]) -> str:
     """0.5 × ce + kl (T = 2)."""
     return " + ".join(_describe(o) for o in objectives)
@@ -135,7 +159,7 @@ def _training(run: Run) -> str:
     tokens = sum(s.total("supervised_tokens") for s in first.stages)
     said = f" ({compact(tokens)} supervised tokens)" if tokens else ""
     # Stages that members share were trained once.
-    times = {s.file: s.total("seconds") for m in run.members for s in m.stages}
+    times = {s.file: _seconds(s) for m in run.members for s in m.stages}
     seconds = sum(times.values())
     alike = len({_steps(m) for m in run.members}) == 1
     done = all(m.done for m in run.members) and len(run.members) == run.expected
@@ -145,6 +169,11 @@ def _training(run: Run) -> str:
         f"{who} {trained} for {steps:,} steps{so_far}{said} in {stages}; {named}. "
         f"All training together took {duration(seconds)}."
     )
+
+
+def _seconds(stage: StageLog) -> float:
+    """Of a stage's steps and validations."""
+    return stage.total("seconds") + sum(v.get("seconds", 0.0) for v in stage.validations)
 
 
 def _steps(member: Member) -> int:
