@@ -331,8 +331,9 @@ def _beside(
     settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
     shared = None
     if compared and (stored is None or "response" in stored.manifest["regions"]):
-        words = processor.tokenizer, teacher_processor.tokenizer
-        if same_vocabulary(*words) and (by_token or same_processor(processor, teacher_processor)):
+        theirs = processor if stored is not None else teacher_processor
+        words = processor.tokenizer, theirs.tokenizer
+        if same_vocabulary(*words) and (by_token or same_processor(processor, theirs)):
             shared = shared_vocabulary(*words)
             settings.append(DivergenceConfig(kind="kl", name=TEACHER_KL, weight=0))
     memory, backend = how.head_memory, how.head_backend

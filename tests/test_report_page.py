@@ -28,6 +28,9 @@ from mmkd.errors import CheckpointError
 from mmkd.recipe import load_recipe, to_yaml
 from mmkd.report import write_report
 from mmkd.report.experts import load_tables
+from mmkd.report.glossary import ABOUT, glossary, meaning
+from mmkd.report.metrics import COSTS, HEADLINE
+from mmkd.report.plots import stage_panels
 from mmkd.report.rundata import read_run
 from mmkd.report.samples import choose_samples
 from mmkd.report.tables import build_tables
@@ -123,6 +126,99 @@ def test_answers_of_all_models_stand_under_one_question(run_dir: Path) -> None:
     mixed = [len({a.correct for a in s.answers}) > 1 for s in task.shown]
     assert mixed == [True] * 5 + [False] * 4
     assert all(s.picture and s.picture.startswith("data:image/png") for s in task.shown)
+
+
+# Held-out records
+
+
+def put_validations(folder: Path, kept: int | None = None) -> None:
+    """Of every member, four validations whose third is the best."""
+    for path in folder.glob("*/01-mimic"):
+        names = ["ce", "kl"] if path.parent.name.startswith("kd") else ["ce"]
+        lines = []
+        for step, value in ((10, 3.0), (20, 2.5), (30, 2.25), (40, 2.75)):
+            line = {"step": step, "loss": value, **dict.fromkeys(names, value)}
+            line |= {"answer_ce": value, "teacher_kl": value / 2, "records": 500.0}
+            line |= {"supervised_tokens": 900.0, "skipped": 0.0, "seconds": 1.0}
+            lines.append(json.dumps({**line, "best": step == 30}) + "\n")
+        put(path / "validation.jsonl", "".join(lines))
+        if kept is not None:
+            own = yaml.safe_load((path.parent / "training.yaml").read_text())
+            own["stages"][0]["validation"] |= {"keep": "best"}
+            put(path.parent / "training.yaml", yaml.safe_dump(own))
+            done = {"steps": 40, "metrics": {}, "validation": {"kept_step": kept}}
+            put(path / "done.json", json.dumps(done))
+
+
+def test_losses_on_held_out_records_are_drawn(run_dir: Path) -> None:
+    before = write_report(run_dir).read_text(encoding="utf-8")
+    put_validations(run_dir)
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    # the cross-entropy of answers is the objective's own, the divergence has a panel of its own
+    assert html.count("<figure>") == before.count("<figure>") + 1
+    assert "KL to the teacher on held-out answers" in html
+    assert "dots: held-out records" in html
+    assert "500 held-out records" in html
+    assert "ringed" not in html
+    assert "All training together took 48" in html  # 6 students, 40 steps of 0.1 s, 4 s beside
+    panels = {p.title: p.svg for s in stage_panels(read_run(run_dir)) for p in s.panels}
+    assert panels["learning rate"].count("<use") < panels["ce"].count("<use")
+
+
+def test_the_kept_step_is_ringed_and_named(run_dir: Path) -> None:
+    put_validations(run_dir, kept=30)
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "ringed: the step that is kept" in html
+    assert "kd-seed0 step 30 of 40 of mimic (loss 2.25)" in html
+
+
+def test_students_that_stopped_at_different_steps_are_not_compared(run_dir: Path) -> None:
+    for path in run_dir.glob("*/training.yaml"):
+        own = yaml.safe_load(path.read_text())
+        own["stages"][0]["validation"] |= {"patience": 2}
+        put(path, yaml.safe_dump(own))
+    assert build_tables(read_run(run_dir)).differences is not None
+    for seed in (0, 1, 2):
+        put(run_dir / f"ce-seed{seed}" / "01-mimic" / "metrics.jsonl", metrics(25, 1.0, ["ce"]))
+    assert build_tables(read_run(run_dir)).differences is None
+
+
+# How it is read
+
+
+def test_every_column_is_explained(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    for column in build_tables(run).main.columns:
+        assert meaning(column) in html
+        assert meaning(column).endswith(".")
+    for known in (*(c for columns in HEADLINE.values() for c in columns), *COSTS):
+        assert meaning(known)
+    for said in ("says yes", "BLEU", "tokens/s"):
+        assert any(said in names for names, _ in glossary(build_tables(run).main.columns))
+    mine = {k for k in HEADLINE if k.startswith("scenes_")}
+    assert {c.key for task in mine for c in HEADLINE[task]} <= ABOUT.keys()
+
+
+def test_pictures_and_colours_are_printed(run_dir: Path) -> None:
+    """A browser leaves out lazy pictures that were never on the screen, and all backgrounds."""
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "data:image/png" in html
+    assert "lazy" not in html
+    before, _, _ = html.partition("-webkit-print-color-adjust: exact")
+    selectors = before[: before.rindex("{")].rpartition("*/")[2]
+    coloured = {".dot", ".fill", ".track", ".mark", ".heat td", ".right", ".wrong"}
+    assert coloured <= {part.strip() for part in selectors.split(",")}
+    assert "@media print" in html
+
+
+def test_wide_tables_can_be_scrolled_and_say_so(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    columns = len(build_tables(read_run(run_dir)).main.columns)
+    assert f"{columns} columns, swipe" in html
+    tables = re.findall(r"<div class=\"scroll\"[^>]*>", html)
+    assert len(tables) >= 2
+    assert all('tabindex="0"' in t and "aria-label" in t for t in tables if "heat" not in t)
 
 
 # What is not there

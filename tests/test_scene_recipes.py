@@ -10,7 +10,7 @@ from mmkd.recipe import load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ["quickstart", *(f"scenes/{n}" for n in ("matvlm", "mmmamba", "llava_mod", "llava_kd",
-                                                   "sparse_hybrid"))]  # fmt: skip
+                                                   "sparse_hybrid", "best_step"))]  # fmt: skip
 STUDIES = ["study", "hybrid_study", "mod_study", "kd_study"]
 
 
@@ -20,7 +20,10 @@ def shipped(scenes_dir, tmp_path):
 
     def load(name, *overrides):
         def own(data):
-            return data and {**data, "train": str(scenes_dir / Path(data["train"]).name)}
+            found = data and {**data, "train": str(scenes_dir / Path(data["train"]).name)}
+            if data and data["validation"]:
+                found["validation"] = str(scenes_dir / "validation.parquet")
+            return found
 
         raw = load_recipe(CONFIGS / f"{name}.yaml").model_dump(mode="json")
         raw |= {"output_dir": str(tmp_path), "data": own(raw["data"]), "evaluate": None}

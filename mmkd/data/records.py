@@ -113,7 +113,13 @@ class Records:
     def __init__(self, config: DataConfig, *, held_out: bool = False):
         share = None if config.validation is None else config.validation.share
         parts = config.validation_parts if held_out else config.parts
-        self.sources = [Source(part, share=share, held_out=held_out) for part in parts]
+        try:
+            self.sources = [Source(part, share=share, held_out=held_out) for part in parts]
+        except DataError as error:
+            if not held_out or share is not None:
+                raise
+            mend = (error.mend or "").replace("data.train", "data.validation")
+            raise DataError(error.what, where=error.where, mend=mend) from error
         self._ends = list(accumulate(map(len, self.sources)))
 
     @property

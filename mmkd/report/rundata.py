@@ -237,3 +237,11 @@ def student_size(folder: Path | None) -> tuple[int, int] | None:
         shapes = [t["shape"] for name, t in header.items() if name != "__metadata__"]
         parameters += sum(math.prod(shape) for shape in shapes)
     return parameters, sum(path.stat().st_size for path in files)
+
+
+def ran_as_long(a: Member, b: Member) -> bool:
+    """Both ran the same steps: patience may have stopped one of them before the other."""
+    return all(
+        len(x.lines) == len(y.lines) or not (x.config.get("validation") or {}).get("patience")
+        for x, y in zip(a.stages, b.stages, strict=True)
+    )

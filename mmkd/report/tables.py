@@ -26,7 +26,7 @@ from mmkd.report.metrics import (
     headline_columns,
     vqa_kinds,
 )
-from mmkd.report.rundata import TEACHER, Member, Run, Scores, student_size
+from mmkd.report.rundata import TEACHER, Run, Scores, ran_as_long, student_size
 from mmkd.report.sizes import compared
 
 Role = Literal["teacher", "student", "stage", "baseline", "difference"]
@@ -264,17 +264,9 @@ def _comparable_seeds(run: Run, first: str, other: str) -> list[int]:
         for seed in a
         if seed in b
         and comparable(a[seed].recipe, b[seed].recipe)
-        and _as_long(a[seed], b[seed])
+        and ran_as_long(a[seed], b[seed])
         and _same_questions(run, a[seed].label, b[seed].label)
     ]
-
-
-def _as_long(a: Member, b: Member) -> bool:
-    """Both ran the same steps: patience may have stopped one of them before the other."""
-    return all(
-        len(x.lines) == len(y.lines) or not (x.config.get("validation") or {}).get("patience")
-        for x, y in zip(a.stages, b.stages, strict=True)
-    )
 
 
 def _same_questions(run: Run, a: str, b: str) -> bool:

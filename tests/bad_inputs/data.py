@@ -486,6 +486,37 @@ def image_of_32_bits(world: World) -> None:
 
 
 @case(
+    KIND,
+    "held a file out that is not there",
+    "none.json: no such data file",
+    "check data.validation",
+)
+def no_held_out_file(world: World) -> None:
+    world.raw["data"]["validation"] = "none.json"
+
+
+@case(
+    KIND,
+    "held the only record out",
+    "records.json: its only record cannot be held out",
+    "give data.validation a file",
+)
+def only_record_held_out(world: World) -> None:
+    world.raw["data"]["validation"] = 0.5
+
+
+@case(
+    KIND,
+    "held a record out that is bad",
+    "held.json: record 0 (id r1): no such image: none.png",
+    "check data.images",
+)
+def bad_held_out_record(world: World) -> None:
+    Path("held.json").write_text(json.dumps([{**RECORD, "image": "none.png"}]))
+    world.raw["data"]["validation"] = "held.json"
+
+
+@case(
     "image",
     "named a picture above the folder",
     FIRST + "../picture.png lies outside of",

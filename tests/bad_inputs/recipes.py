@@ -328,6 +328,82 @@ def cross_entropy_on_policy(world: World) -> None:
     world.stage(on_policy={})
 
 
+# Held-out records
+
+
+@case(
+    KIND,
+    "asked for the best student of no held-out records",
+    "stage mimic: validation: no records are held out",
+    "add 'validation' to data",
+)
+def best_of_nothing(world: World) -> None:
+    world.stage(validation={"keep": "best"})
+
+
+overridden(
+    KIND,
+    "all_held_out",
+    "data.validation=1.0",
+    "recipe.yaml: data.validation: got 1.0",
+    "a share of the training records between 0 and 1",
+)
+overridden(
+    KIND,
+    "weighted_validation",
+    "data.validation=[{train: records.json, weight: 2}]",
+    "recipe.yaml: data.validation: 'weight' is of training",
+    "leave it out",
+)
+overridden(
+    KIND,
+    "patience_without_validations",
+    "stages.0.validation={every: null, patience: 2}",
+    "recipe.yaml: stages.0.validation: 'patience' needs validations",
+    "set 'every'",
+)
+overridden(
+    KIND,
+    "metric_of_nothing",
+    "stages.0.validation.metric=ce",
+    "recipe.yaml: stages.0.validation: 'metric' is of 'keep: best' and 'patience'",
+    "set one of them",
+)
+
+
+@case(
+    KIND,
+    "held a share of a stream out",
+    "recipe.yaml: data: no share of a stream can be held out",
+    "give 'validation' a file",
+)
+def share_of_a_stream(world: World) -> None:
+    world.raw["data"] = {"sources": [{"train": "hub:me/data", "stream": 9}], "validation": 0.1}
+
+
+@case(
+    KIND,
+    "compared validations by an unknown metric",
+    "stage mimic: validation.metric: no metric 'anser_ce'",
+    "did you mean 'answer_ce'?",
+)
+def unknown_metric(world: World) -> None:
+    world.raw["data"]["validation"] = "records.json"
+    world.stage(validation={"metric": "anser_ce", "keep": "best"})
+
+
+@case(
+    KIND,
+    "validated pairs whose reference runs once",
+    "stage mimic: validation: the reference of preferences runs once",
+    "set reference_logps to live",
+)
+def validation_behind_a_stored_reference(world: World) -> None:
+    world.teach({"kind": "preference", "loss": "sigmoid", "reference_logps": "once"})
+    world.pairs()
+    world.raw["data"]["validation"] = "records.json"
+
+
 @case(
     KIND, "asked for an unknown evaluation", "unknown task 'scenes_pop'", "did you mean scenes_pope"
 )

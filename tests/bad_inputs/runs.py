@@ -1,5 +1,6 @@
 """Runs and teacher caches that cannot go on."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -89,6 +90,20 @@ def student_of_a_stage_is_gone(world: World) -> None:
 def cached(world: World) -> None:
     world.cache()
     world.take(world.given.cached, "cache")
+
+
+@case(
+    "cache",
+    "held records out after the cache was built",
+    "held.json: ",
+    "not in the teacher's cache",
+)
+def cache_without_held_out_records(world: World) -> None:
+    cached(world)
+    turns = record()["conversations"]
+    other = record(conversations=[turns[0], {**turns[1], "value": "no"}])
+    Path("held.json").write_text(json.dumps([other]))
+    world.raw["data"]["validation"] = "held.json"
 
 
 @case(

@@ -169,6 +169,13 @@ class World:
     def stage(self, **changes: Any) -> None:
         self.raw["stages"][0].update(changes)
 
+    def pairs(self) -> None:
+        """Records of preference pairs."""
+        said = {k: v for k, v in RECORD.items() if k != "conversations"}
+        asked, answered = RECORD["conversations"]
+        other = {**answered, "value": "Something else."}
+        self.records({**said, "chosen": [asked, answered], "rejected": [asked, other]})
+
     def teach(self, *objectives: dict[str, Any]) -> None:
         """A teacher, and objectives that read it."""
         self.raw["teacher"] = {"model": "teacher"}
