@@ -16,19 +16,26 @@ WHOLE = {
     "name": "base",
     "teacher": {"model": "Org/teacher", "cache": {"folder": "none"}},
     "student": {"model": "Org/student"},
-    "data": {"sources": [{"train": "none.json"}]},
+    "data": {"sources": [{"train": "none.json"}], "validation": {"sources": [{"train": "n.json"}]}},
     "evaluate": {"tasks": ["pope"]},
     "stages": [
         {
             "name": "kd",
             "steps": 1,
             "objectives": [{"kind": "ce"}],
-            "data": {"sources": [{"train": "none.json"}]},
+            "data": {
+                "sources": [{"train": "none.json"}],
+                "validation": {"sources": [{"train": "n.json"}]},
+            },
             "engine": {"kind": "deepspeed"},
         }
     ],
 }
-KEYS = sorted(key for key in path_keys(Recipe) if key[0] != "more_teachers")
+KEYS = sorted(
+    key
+    for key in path_keys(Recipe)
+    if key[0] != "more_teachers" and ("validation" not in key or "sources" in key)
+)
 
 
 def put(raw, key, value):
@@ -92,6 +99,17 @@ def test_an_override_is_found_beside_the_recipe_too(here, key):
             parts, node = [*parts, "0"], node[0]
         parts, node = [*parts, part], node[part]
     assert at(load_recipe(file, [f"{'.'.join(parts)}=things"]), key) == "recipes/things"
+
+
+@pytest.mark.parametrize("short", ["things", {"train": "things"}, [{"train": "things"}]])
+def test_held_out_records_are_found_however_they_are_written(here, short):
+    raw = {**WHOLE, "data": {"train": "none.json", "validation": short}}
+    recipe = load_recipe(write(Path("recipes/r.yaml"), raw))
+    assert recipe.data.validation.sources[0].train == "recipes/things"
+    raw["data"] = {"train": "none.json"}
+    override = f"data.validation={yaml.safe_dump(short, default_flow_style=True).split(chr(10))[0]}"
+    recipe = load_recipe(write(Path("recipes/r.yaml"), raw), [override])
+    assert recipe.data.validation.sources[0].train == "recipes/things"
 
 
 def test_the_file_that_a_path_is_written_in_decides(here):
