@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from mmkd import distributed, hub
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.recipe import ModelConfig, Quantization, TeacherConfig
+from mmkd.image_sizes import limit_config, limit_processor
+from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 from mmkd_models.parts import find_parts
@@ -51,19 +52,23 @@ def load_config(source: ModelConfig) -> Any:
     if source.config is None:
         name = source.model or ""
         with _explained(name, "model"):
-            return AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 name, revision=source.revision, trust_remote_code=source.trust_remote_code
             )
+        limit_config(config, source.image_size, name)
+        return config
     settings = dict(source.config)
     kind = settings.pop("model_type")
     try:
-        return AutoConfig.for_model(kind, **settings)
+        config = AutoConfig.for_model(kind, **settings)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"no such architecture ({_reason(error)})",
             where=f"config of {kind}",
             mend=CHECK,
         ) from error
+    limit_config(config, source.image_size, kind)
+    return config
 
 
 def load_model(source: ModelConfig) -> PreTrainedModel:
@@ -87,6 +92,7 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
         quantize=quantization_of(source),
+        image_size=source.image_size,
     )
 
 
@@ -117,11 +123,16 @@ def load_processor(source: ModelConfig) -> Any:
         source.processor_source,
         revision=source.revision if source.processor is None else None,
         trust_remote_code=source.trust_remote_code,
+        image_size=source.image_size,
     )
 
 
 def load_pretrained(
-    name: str, *, quantize: Quantization | None = None, **settings: Any
+    name: str,
+    *,
+    quantize: Quantization | None = None,
+    image_size: ImageSizeConfig | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """A model from a folder or the Hub, every tensor accounted for; safetensors only.
 
@@ -140,6 +151,8 @@ def load_pretrained(
     _refuse_pickled(Path(name))
     with _explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **where)
+    limit_config(config, image_size, name)
+    with _explained(name, "model"):
         if quantize is not None:
             settings |= _quantized(config, quantize, settings.get("dtype"))
         loaded: Any = model_class(config).from_pretrained(
@@ -197,7 +210,9 @@ def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any
     return {"quantization_config": found, "device_map": {"": str(device)}}
 
 
-def load_pretrained_processor(name: str, **settings: Any) -> Any:
+def load_pretrained_processor(
+    name: str, *, image_size: ImageSizeConfig | None = None, **settings: Any
+) -> Any:
     """The processor in a model's folder, with image processor and chat template."""
     with _explained(name, "processor"):
         processor: Any = AutoProcessor.from_pretrained(name, **settings)
@@ -210,6 +225,7 @@ def load_pretrained_processor(name: str, **settings: Any) -> Any:
             mend="add chat_template.jinja to its folder",
         )
     _give_pad_token(processor.tokenizer, name)
+    limit_processor(processor, image_size, name)
     return processor
 
 

@@ -251,9 +251,9 @@ def _written(member: Member, index: int) -> Path:
 
 
 def _from_folder(config: StudentConfig, folder: Path) -> StudentConfig:
-    """The same settings for a student that a run has written."""
+    """The same settings for a student that a run has written, which has its `image_size`."""
     source = {"model": str(folder), "config": None, "processor": None, "revision": None}
-    return config.model_copy(update={**source, "convert": []})
+    return config.model_copy(update={**source, "convert": [], "image_size": None})
 
 
 def _converted(

@@ -34,7 +34,7 @@ from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.loading import load_pretrained, load_pretrained_processor
-from mmkd.recipe import Quantization
+from mmkd.recipe import ImageSizeConfig, Quantization
 from mmkd.vocabulary import check_head
 
 Message = dict[str, Any]
@@ -165,6 +165,7 @@ class MmkdModel(lmms):
         trust_remote_code: run the model code that comes with the checkpoint.
         revision: commit, tag or branch on the Hub.
         processor: folder or Hub name of one that is not the model's own.
+        image_size: of pictures, in place of the processor's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
         quantize: as in `mmkd.loading.load_pretrained`.
@@ -186,6 +187,7 @@ class MmkdModel(lmms):
         *,
         model: PreTrainedModel | None = None,
         processor: ProcessorMixin | str | None = None,
+        image_size: ImageSizeConfig | None = None,
         progress: bool | None = None,
         quantize: Quantization | None = None,
     ):
@@ -200,6 +202,7 @@ class MmkdModel(lmms):
                     processor or path,
                     revision=None if processor else revision,
                     trust_remote_code=trust_remote_code,
+                    image_size=image_size,
                 )
             model = load_pretrained(
                 path,
@@ -207,6 +210,7 @@ class MmkdModel(lmms):
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 quantize=quantize,
+                image_size=image_size,
             )
             nn.Module.to(model, place)  # transformers' own refuses quantized models
             words: Any = processor

@@ -48,19 +48,22 @@ def _evaluate_one(
     label: str, source: ModelConfig, settings: EvaluateConfig, out: Path, device: str
 ) -> None:
     """Scores, sample answers and decoding times of one model; each even where another fails."""
-    model = {
+    model: dict[str, Any] = {
         "model": source.model,
         "revision": source.revision,
         "processor": source.processor,
         "weights": provenance.weights_hash(source.model),
         "quantize": quantization_of(source),
     }
-    running = {
+    running: dict[str, Any] = {
         "device": device,
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
         "quantize": model["quantize"],
     }
+    if source.image_size is not None:
+        model["image_size"] = source.image_size.model_dump(exclude_none=True)
+        running["image_size"] = source.image_size
     parts = []
     if settings.tasks:
         parts.append(partial(_score, label, model, settings, out, running))

@@ -29,6 +29,7 @@ from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
 from mmkd.files import read_json, write_json, write_text
 from mmkd.progress import say
+from mmkd.recipe import ImageSizeConfig
 from mmkd.task_files import data_files
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantize: "Quantization | None" = None,
+    image_size: ImageSizeConfig | None = None,
     progress: bool | None = None,
 ) -> EvaluationResult:
     """Run lmms-eval tasks on a model; the caller's random streams and logging stay untouched.
@@ -116,6 +118,7 @@ def evaluate(
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
         quantize: as in `mmkd.loading.load_pretrained`, for a model from a folder or the Hub.
+        image_size: of pictures, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
@@ -142,6 +145,7 @@ def evaluate(
             quantize=quantize,
             model=model if isinstance(model, nn.Module) else None,
             processor=processor,
+            image_size=image_size,
             progress=progress,
         )
         request: dict[str, Any] = {
@@ -155,6 +159,8 @@ def evaluate(
             "limit": limit,
             "lmms_eval": importlib.metadata.version("lmms-eval"),
         }
+        if image_size is not None:
+            request["image_size"] = image_size.model_dump(exclude_none=True)
         # The weights of a model in memory are not told by a name: nothing of it is kept.
         finished = FinishedTasks(None if path is None else out, request)
         given, failed = _run_tasks(adapter, manager, limit, finished)

@@ -173,7 +173,7 @@ def answer_samples(
         model: what tells the model from another, as JSON.
         batch_size: questions at once.
         device: where it runs.
-        loading: revision and trust_remote_code.
+        loading: revision, trust_remote_code and image_size.
 
     Raises:
         DataError: a file or a picture is gone, or the model can be asked about none of them.
@@ -189,7 +189,8 @@ def answer_samples(
     answers = _known(out, request)
     if len(answers) == len(questions):
         return
-    processor = load_pretrained_processor(model["processor"] or source, **loading)
+    reading = {key: value for key, value in loading.items() if key != "quantize"}
+    processor = load_pretrained_processor(model["processor"] or source, **reading)
     # As in evaluation: bfloat16 is slow on a CPU.
     dtype = torch.float32 if device.type == "cpu" else "auto"
     network: Any = load_pretrained(source, dtype=dtype, **loading)

@@ -22,6 +22,7 @@ from mmkd.recipe.conversions import (
 from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
     EvaluateConfig,
+    ImageSizeConfig,
     ModelConfig,
     Quantization,
     Recipe,
@@ -65,6 +66,7 @@ __all__ = [
     "Every",
     "Head",
     "HeldOutConfig",
+    "ImageSizeConfig",
     "LayersConversion",
     "LoraConfig",
     "MambaConversion",

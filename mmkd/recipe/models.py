@@ -14,6 +14,40 @@ TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]
 
 
+class ImageSizeConfig(Strict):
+    """How large a processor makes pictures: as many image tokens they take. A family has some of
+    these settings; the others are refused."""
+
+    max_pixels: int | None = Field(
+        None, ge=1, description="of a picture after resizing (Qwen-VL and its kin)"
+    )
+    min_pixels: int | None = Field(
+        None, ge=1, description="of a picture after resizing (Qwen-VL and its kin)"
+    )
+    longest_edge: int | None = Field(
+        None, ge=1, description="in pixels after resizing (Idefics3, SmolVLM, Pixtral, Mistral3)"
+    )
+    max_patches: int | None = Field(
+        None, ge=1, description="tiles of a picture (InternVL, LFM2-VL, LLaVA-NeXT, -OneVision)"
+    )
+    min_patches: int | None = Field(
+        None, ge=1, description="tiles of a picture (InternVL, LFM2-VL)"
+    )
+    split: bool | None = Field(
+        None, description="cut pictures into tiles (Idefics3, SmolVLM, LFM2-VL)"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ImageSizeConfig":
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("it sets nothing -- give a key, such as max_pixels, or leave it out")
+        for low, high in (("min_pixels", "max_pixels"), ("min_patches", "max_patches")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} is larger than {high} -- swap them")
+        return self
+
+
 class ModelConfig(Strict):
     """Where a model comes from: a folder or Hub id, or an architecture with random weights."""
 
@@ -30,6 +64,9 @@ class ModelConfig(Strict):
         "sdpa", description="kernel of attention; `matrix` needs the teacher's eager"
     )
     trust_remote_code: bool = Field(False, description="run Python code that the model brings")
+    image_size: ImageSizeConfig | None = Field(
+        None, description="of pictures, in place of the processor's own"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -99,6 +136,8 @@ class TeacherConfig(ModelConfig):
         if self.source == "self":
             if self.model is not None or self.config is not None:
                 raise ValueError("'source: self' is the student itself -- leave 'model' out")
+            if self.image_size is not None:
+                raise ValueError("'source: self' is the student itself -- leave 'image_size' out")
             return
         if self.source == "live" or self.model is not None or self.config is not None:
             super()._check_source()

@@ -27,6 +27,19 @@ overridden(
     "models/nowhere/here: no",
     "give a folder with config.json",
 )
+overridden(
+    KIND,
+    "image_size_of_one_size",
+    "student.image_size.max_pixels=401408",
+    "image_size of model: ",
+    "has no setting for max_pixels -- leave image_size out",
+)
+overridden(
+    KIND,
+    "image_size_that_is_a_number",
+    "student.image_size=448",
+    "student.image_size: ",
+)
 overridden(KIND, "hub_model_offline", "student.model=me/student", "me/student: ", "HF_HUB_OFFLINE")
 
 
