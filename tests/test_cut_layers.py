@@ -40,6 +40,8 @@ SETTINGS = {
 }
 CASES = [(family, given) for family, each in SETTINGS.items() for given in each]
 KEPT = [[3, 4, 5], [1, 3, 4]]
+# Qwen3-VL adds its deep-stack features behind the first decoder layers, whichever these are
+KEPT_BELOW_TAPS = [[0, 1, 4], [0, 1, 2, 5]]
 
 
 def deep(family, given):
@@ -87,7 +89,8 @@ def test_a_cut_model_is_the_model_with_these_layers_skipped(family, given, tower
     """And the folder loads in plain transformers as the model in memory."""
     whole = deep(family, given)
     batch = families.inputs(family, [5, 9], side="right")
-    for kept in KEPT:
+    below_taps = family == "qwen3_vl" and tower == "decoder"
+    for kept in KEPT_BELOW_TAPS if below_taps else KEPT:
         if family == "qwen3_vl" and kept[0] == 3 and tower == "vision":
             continue  # nothing is there that the first deep-stack module could read
         model, skipped = copy.deepcopy(whole), copy.deepcopy(whole)
@@ -122,6 +125,21 @@ def test_deep_stack_modules_go_with_what_feeds_them():
     assert list(vision.deepstack_merger_list) == mergers[1:]
     assert "without the modules of deepstack_visual_indexes [0]" in report.lines[0]
     model(**families.inputs("qwen3_vl", [5, 9]))
+
+
+def test_decoder_layers_that_take_deep_stack_features():
+    given = {"vision": {"deepstack_visual_indexes": [0, 2, 4]}}
+    model = deep("qwen3_vl", given)
+    report = convert(model, LayersConversion(kind="layers", decoder=[0, 1, 2, 5]))
+    assert "deepstack" not in report.lines[0]
+    report = convert(model, LayersConversion(kind="layers", decoder=[0, 2, 3]))
+    assert (
+        "deepstack_visual_indexes are now added behind the old layers [0, 2, 3]"
+        in (report.lines[0])
+    )
+    with pytest.raises(RecipeError, match="behind the first 3 decoder layers, and 2 are kept"):
+        convert(model, LayersConversion(kind="layers", decoder=[0, 1]))
+    assert len(find_parts(model).decoder_layers) == 3
 
 
 @pytest.mark.parametrize(

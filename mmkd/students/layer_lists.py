@@ -60,12 +60,14 @@ def fit_lists(
         name: "decoder" or "vision".
 
     Returns:
-        A line for each module that went because no kept layer feeds it.
+        A line for each module that went because no kept layer feeds it, and for features that now
+        enter at other decoder layers.
 
     Raises:
         RecipeError: a key cannot be fitted, or may say something of layers and is not known.
     """
     where = f"student.convert: {name}"
+    entries = _entries(model.config, kept, where) if name == "decoder" else []
     changes, taps = _of_tower(config, count, kept, where)
     outer = {} if model.config is config else _of_model(model.config, count, kept, name, where)
     for copied in _same_configs(model, config):
@@ -73,7 +75,7 @@ def fit_lists(
             setattr(copied, key, value)
     for key, value in outer.items():
         setattr(model.config, key, value)
-    lines = []
+    lines = entries
     for key, (old, gone) in taps.items():
         if gone:
             _drop_modules(model, [layer not in gone for layer in old])
@@ -169,6 +171,31 @@ def _moved_taps(
             mend="keep the order of these layers",
         )
     return type(layers)(new), gone  # type: ignore[call-arg]
+
+
+def _entries(config: Any, kept: Sequence[int], where: str) -> list[str]:
+    """Say where the decoder takes the features of the vision tower's taps: tap number i is added
+    behind decoder layer number i, so that no list in the config could keep the old layers.
+
+    Raises:
+        RecipeError: fewer layers are kept than there are taps.
+    """
+    vision = getattr(config, "vision_config", None)
+    lines = []
+    for key in TAPS:
+        count = len(getattr(vision, key, None) or [])
+        if count > len(kept):
+            raise RecipeError(
+                f"the features of {key} are added behind the first {count} decoder layers, and "
+                f"{len(kept)} are kept",
+                where=where,
+                mend=f"keep {count} decoder layers or more",
+            )
+        if list(kept[:count]) != list(range(count)):
+            lines.append(
+                f"the features of {key} are now added behind the old layers {list(kept[:count])}"
+            )
+    return lines
 
 
 def _refuse_unknown(key: str, value: Any, count: int, where: str) -> None:
