@@ -1,12 +1,12 @@
 """LoRA and DoRA students: every layer's adapter learns, nothing else does, and all of it merges."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILIES, inputs, make
 from peft import PeftModel
+from processors import llava
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -115,6 +115,10 @@ def test_converted_students_have_adapters_in_mixers(tmp_path):
     model, batch = make("llava"), inputs("llava", [7, 4], side="right")
     convert(model, [MambaConversion(kind="mamba", keep_attention=[0]),
                     MoeConversion(kind="moe", experts=2, top_k=2, layers="all")])  # fmt: skip
+    with torch.no_grad():  # experts that are alike give their router no gradient
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
     set_trainable(model, ["moe.router"], LoraConfig(rank=2))
     assert any(".layers.1.self_attn.q_proj" in n for n in adapted_layers(model))
     moved(model)
@@ -244,13 +248,7 @@ def test_a_written_student_needs_no_peft(tmp_path, keep, recwarn):
     set_trainable(model, [], lora)
     moved(model)
 
-    class Processor:
-        tokenizer = SimpleNamespace(eos_token_id=7, pad_token_id=None)
-
-        def save_pretrained(self, folder):
-            pass
-
-    write_student(model, Processor(), tmp_path / "student", None, lora)
+    write_student(model, llava(), tmp_path / "student", None, lora)
     kept = tmp_path / "student" / "adapter" / "adapter_model.safetensors"
     assert kept.exists() == keep
     if keep:  # the head's too, and no weight that is not an adapter's

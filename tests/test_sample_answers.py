@@ -238,7 +238,11 @@ def test_evaluations_from_before_are_the_same_request(tmp_path: Path) -> None:
     old = {"tasks": ["pope"], "limit": 3}
     settings = EvaluateConfig(tasks=["pope"], limit=3, samples=SamplesConfig(images=["a.png"]))
     write_json(tmp_path / "request.json", {**MODEL, **old})
-    asked = {**MODEL, **settings.model_dump(mode="json", exclude={"decode", "samples"})}
+    asked = {
+        **MODEL,
+        "quantize": None,
+        **settings.model_dump(mode="json", exclude={"decode", "samples"}),
+    }
     assert _asked(tmp_path / "request.json") == asked
 
 

@@ -14,6 +14,7 @@ from written_records import conversations, records
 
 from mmkd import pipeline
 from mmkd.build_cache import build_cache
+from mmkd.data.answers import Sampled
 from mmkd.data.encoder import Encoder
 from mmkd.data.templates import render
 from mmkd.errors import DataError
@@ -144,9 +145,9 @@ def test_a_student_is_not_asked_for_an_answer_that_has_no_room(folder, pack, mon
 
     def sampled(generate, encoder, prompts, *args, **settings):
         asked.extend(render(processor, p.messages, prompt=True) for p in prompts)
-        return ["two cats and a dog"] * len(prompts)
+        return [Sampled("two cats and a dog", True)] * len(prompts)
 
-    monkeypatch.setattr("mmkd.on_policy.sample", sampled)
+    monkeypatch.setattr("mmkd.on_policy.sample_answers", sampled)
 
     class Engine:
         world_size, rank, device, generate = 1, 0, torch.device("cpu"), None

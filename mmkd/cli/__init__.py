@@ -18,6 +18,11 @@ def main() -> None:
             _stopped(end)
         except MmkdError as error:
             _fail(error)
+        except (ImportError, AttributeError, RecursionError):
+            # A signal in the middle of an import can come out as an import that failed.
+            if interrupt.requested():
+                _stopped(StoppedError("stopped", mend=AGAIN))
+            raise
         except (OSError, RuntimeError) as error:
             from mmkd.distributed import explained
             from mmkd.files import disk_error

@@ -1,7 +1,11 @@
 """Numerics under the objectives and the mixers: they know tensors only.
 
-The scan, the convolution and the experts live where they can travel with a student's weights.
+The scan, the convolution and the experts live where they can travel with a student's weights. They
+are imported when they are first used, since `mmkd_models` imports transformers.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import linear_divergence
@@ -11,8 +15,6 @@ from mmkd.ops.likelihood import BinaryKind, binary_divergence
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
 from mmkd.ops.uld import linear_uld
-from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
-from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
 __all__ = [
     "CHUNK_BYTES",
@@ -39,3 +41,25 @@ __all__ = [
     "token_logps",
     "z_loss",
 ]
+
+if TYPE_CHECKING:
+    from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
+    from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
+
+_TRAVELLING = {
+    "mmkd_models.experts": ("Routing", "balance_loss", "expert_ffn", "route", "z_loss"),
+    "mmkd_models.scan": (
+        "causal_conv",
+        "causal_conv_step",
+        "ssd_matrix",
+        "ssd_scan",
+        "ssd_step",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _TRAVELLING.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,8 +38,8 @@ def test_no_number(scenes_dir, tiny_model_dir, tmp_path, monkeypatch, engine, wh
     made = stage.Stage._losses
     steps = []
 
-    def poisoned(self, batch, rows):
-        found, counts = made(self, batch, rows)
+    def poisoned(self, batch, *settings):
+        found, counts = made(self, batch, *settings)
         steps.append(1)
         if len(steps) == 6:
             loss = found["loss"]
