@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes that lock it too out of a folder; the lock ends with this process.
 
-    Disks that know no locks, as some networks', keep nobody out.
+    Disks that know no locks, as some networks', keep nobody out. Folders that this makes and in
+    which nothing is written are removed again.
 
     Raises:
         CheckpointError: another process has it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -129,6 +131,9 @@ def locked(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with suppress(OSError):  # something was written there
+            for path in made:
+                path.rmdir()
         os.close(handle)
 
 

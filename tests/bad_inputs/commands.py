@@ -98,7 +98,7 @@ def release_under_no_license(world: World) -> list[str]:
     return [*RELEASE, "license=none of these"]
 
 
-@case(HUB, "named a model that the Hub does not have", "me/nothing: cannot load", "check the id")
+@case(HUB, "named a model that the Hub does not have", "me/nothing: no such", "check the path")
 def model_that_the_hub_has_not(world: World) -> None:
     world.hub()
     world.raw["student"] = {"model": "me/nothing"}

@@ -67,7 +67,7 @@ def list_over_a_mapping(world: World) -> None:
     write("extends: base.yaml\ndata: [train.json]\n")
 
 
-@case(KIND, "hoped for another key's value", "'${data.folder}/records.json'", "no such")
+@case(KIND, "hoped for another key's value", "${data.folder}/records.json: no", "check")
 def interpolation(world: World) -> None:
     write(yaml.safe_dump(world.raw), "base.yaml")
     write("extends: base.yaml\ndata: {train: '${data.folder}/records.json'}\n")
@@ -547,7 +547,7 @@ def sample_folder_empty(world: World) -> None:
 @case(
     KIND,
     "wrote the processor's placeholder in a sample's prompt",
-    "picture.png: the processor refuses it",
+    "picture.png: the text of turn 0 contains <image>",
 )
 def sample_that_is_refused(world: World) -> None:
     world.raw["evaluate"] = {
