@@ -5,23 +5,25 @@ import sys
 from typing import NoReturn
 
 from mmkd import interrupt
-from mmkd.errors import AGAIN, MmkdError, PeerError, StoppedError
+from mmkd.errors import AGAIN, FROM_THE_START, MmkdError, PeerError, StoppedError
 
 
 def main() -> None:
     """Entry point of `mmkd`."""
     interrupt.end_with_launcher()
-    with interrupt.listening():
+    # A stop before the command itself runs must not say that a run begins from the start.
+    hint = AGAIN if sys.argv[1:2] in (["run"], ["cache"]) else FROM_THE_START
+    with interrupt.listening(hint):
         try:
             _run()
         except StoppedError as end:
             _stopped(end)
         except MmkdError as error:
             _fail(error)
-        except (ImportError, AttributeError, RecursionError):
+        except (ImportError, RecursionError):
             # A signal in the middle of an import can come out as an import that failed.
             if interrupt.requested():
-                _stopped(StoppedError("stopped", mend=AGAIN))
+                _stopped(StoppedError("stopped", mend=hint))
             raise
         except (OSError, RuntimeError) as error:
             from mmkd.distributed import explained
