@@ -1,6 +1,7 @@
 """Errors a user sees: one line that says what is wrong, where, and how to mend it."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 AGAIN = "run the same command again to go on"
@@ -9,8 +10,39 @@ MEND = " -- "
 """What parts the mend from the problem, in a message and in what a recipe's validators raise."""
 
 
+LONGEST = 2000
+"""Characters of a problem, or of its place, in a message."""
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the direction of the text behind them."""
+
+
+def one_row(text: str) -> str:
+    """Text that stays on its row of a terminal: what would end the row, move the cursor, set
+    colours or turn the text around is written as an escape such as \\n."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if is_control(c) else c for c in text)
+
+
+def is_control(character: str) -> bool:
+    """Whether a character moves or turns what stands around it, or is half of one."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _TURNING
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _part(text: str) -> str:
+    """A problem, or its place, as a message has it: foreign text cannot begin a second row, nor
+    something that looks like a mend."""
+    text = one_row(text).replace(MEND, " - ")
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
 class MmkdError(Exception):
-    """A problem the user can mend.
+    """A problem the user can mend. Its text is one line, whatever the parts hold.
 
     Args:
         what: what is wrong, in a few words.
@@ -20,9 +52,9 @@ class MmkdError(Exception):
 
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
         self.what, self.where, self.mend = what, where, mend
-        parts = [f"{where}: {what}" if where else what]
+        parts = [_part(f"{where}: {what}" if where else what)]
         if mend:
-            parts.append(mend)
+            parts.append(one_row(mend))
         super().__init__(MEND.join(parts))
 
 
@@ -101,12 +133,12 @@ class StoppedError(BaseException):
 
     def __init__(self, what: str, *, mend: str | None = None):
         self.what, self.mend = what, mend
-        super().__init__(MEND.join([what, mend] if mend else [what]))
+        super().__init__(one_row(MEND.join([what, mend] if mend else [what])))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """How to mend a word that is not known: the nearest one that is, or all."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from mmkd.errors import CheckpointError
+from mmkd.formats import FormatError, parse_json, parse_yaml
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -54,7 +54,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What a JSON file says.
+
+    Raises:
+        FormatError: it is no JSON, cut for example.
+    """
+    return parse_json(path.read_bytes())
 
 
 def read_yaml(path: Path) -> Any:
@@ -64,21 +69,13 @@ def read_yaml(path: Path) -> Any:
         CheckpointError: it is no YAML, cut for example.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return parse_yaml(path.read_bytes())
+    except FormatError as error:
         raise CheckpointError(
-            f"not YAML: {yaml_reason(error)}",
+            f"not YAML: {error}",
             where=str(path),
             mend="bring the file back, or delete the run's folder",
         ) from error
-
-
-def yaml_reason(error: Exception) -> str:
-    """What a YAML reader stumbled over, and where, in one line."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    mark = error.problem_mark
-    return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

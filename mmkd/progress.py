@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mmkd.errors import one_row
+
 console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
@@ -24,7 +26,9 @@ WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
 
 
 def say(text: str) -> None:
-    """Print text as it is: no markup, no colours, and lines as long as they are."""
+    """Print text as it is: no markup, no colours, and lines as long as they are. Other control
+    characters than line breaks are written as escapes."""
+    text = "\n".join(map(one_row, text.split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

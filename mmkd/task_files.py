@@ -3,21 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Gives `!function utils.score` as the text utils.score."""
-
-
-_Loader.add_multi_constructor("!", lambda loader, suffix, node: node.value)
+from mmkd.formats import FormatError, parse_yaml
 
 
 def read_task(path: Path) -> dict[str, Any]:
     """The keys of a task file over those of the files that it includes; empty if it is none."""
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        config = parse_yaml(path.read_bytes(), task=True)
+    except (OSError, FormatError):
         return {}
     if not isinstance(config, dict):
         return {}

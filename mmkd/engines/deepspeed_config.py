@@ -4,7 +4,6 @@ The file may say `auto` wherever the recipe knows the value, and may repeat the 
 says otherwise, nothing starts.
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from mmkd import distributed
 from mmkd.engines.precision import choose_precision
 from mmkd.errors import RecipeError
+from mmkd.files import read_json
 from mmkd.recipe import StageConfig
 
 AUTO = "auto"
@@ -78,10 +78,10 @@ def _ours(stage: StageConfig, zero: int) -> dict[str, Any]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"cannot read the DeepSpeed file ({' '.join(str(error).split())})",
+            f"cannot read the DeepSpeed file ({error})",
             where=path,
             mend="give a JSON file such as configs/deepspeed/zero2.json",
         ) from error

@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
-from mmkd.files import yaml_reason
+from mmkd.formats import FormatError, parse_yaml
 from mmkd.objectives import find_added
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
@@ -68,22 +68,25 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     where = str(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise RecipeError("no such recipe file", where=where, mend="check the path")
     if path.resolve() in parents:
         raise RecipeError("'extends' goes in a circle", where=where, mend="break the circle")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = f"not YAML: {yaml_reason(error)}"
-        raise RecipeError(what, where=where, mend="mend the syntax") from error
+        raw = parse_yaml(path.read_bytes())
+    except FormatError as error:
+        raise RecipeError(f"not YAML: {error}", where=where, mend="mend the syntax") from error
     if not isinstance(raw, dict):
         raise RecipeError("a recipe is a mapping of keys", where=where, mend="see configs/")
     base = raw.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise RecipeError(
+            f"got {_shown(base)}", where=f"{where}: extends", mend="name one recipe file"
+        )
     raw = resolved(raw, path.parent, Recipe)
     if base is None:
         return raw
-    below = _load_file(path.parent / str(base), (*parents, path.resolve()))
+    below = _load_file(path.parent / base, (*parents, path.resolve()))
     try:
         return merged(below, raw)
     except ValueError as error:
@@ -93,14 +96,28 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         ) from error
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for a disk
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, shortened."""
+    known = SHOWN.get(type(value))
+    text = known or (str(value).lower() if isinstance(value, bool) else repr(value))
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError("an override is written key.path=value", where=override, mend="add '='")
     try:
-        return with_key(raw, key, yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        what = f"the value is no YAML: {yaml_reason(error)}"
+        return with_key(raw, key, parse_yaml(text))
+    except FormatError as error:
+        what = f"the value is no YAML: {error}"
         raise RecipeError(what, where=override, mend="quote the value") from error
     except ValueError as error:
         raise RecipeError(str(error), where=override, mend="check the key and the value") from error
@@ -112,7 +129,9 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in _without_tags(raw, first["loc"])) or "recipe"
-        message, _, mend = first["msg"].removeprefix("Value error, ").partition(MEND)
+        said = first["msg"].removeprefix("Value error, ")
+        # The mend is the last part: a value in front of it may hold anything.
+        message, mend = said.rsplit(MEND, 1) if MEND in said else (said, "")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
             known = _added_keys(raw, first["loc"]) or _known_keys(form, first["loc"])
@@ -122,13 +141,13 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
         elif first["type"] == "union_tag_invalid":
             context = first["ctx"]
             kind = context["discriminator"].strip("'")
-            message = f"unknown {kind} '{context['tag']}'"
+            message = f"unknown {kind} {_shown(context['tag'])}"
             known = [k.strip().strip("'") for k in context["expected_tags"].split(",")]
             mend = nearest(str(context["tag"]), known)
         elif not mend:
             given = first["input"]
             mend = message[:1].lower() + message[1:]
-            message = f"got {SHOWN.get(type(given)) or repr(given)}"
+            message = f"got {_shown(given)}"
         raise RecipeError(message, where=f"{where}: {key}", mend=mend or None) from error
 
 

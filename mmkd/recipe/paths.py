@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 
+from mmkd.formats import FormatError, parse_yaml
 from mmkd.recipe.base import PathKey
 from mmkd.recipe.sources import HUB
 
@@ -78,8 +78,8 @@ def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str
     parts = tuple(p for p in re.split(r"[.\[\]]+", key) if p and not p.isdigit())
     inner = [known[len(parts) :] for known in path_keys(form) if known[: len(parts)] == parts]
     try:
-        value = yaml.safe_load(text) if inner else None
-    except yaml.YAMLError:
+        value = parse_yaml(text) if inner else None
+    except FormatError:
         return override
     changed = value
     for rest in inner:

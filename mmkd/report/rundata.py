@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Run:
 def _json(path: Path) -> Any:
     try:
         return read_json(path)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmkd.errors import MmkdError, nearest
 from mmkd.files import write_text
+from mmkd.formats import parse_yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PLAIN = re.compile(r"[\w./~-]+", re.ASCII)
@@ -137,7 +137,7 @@ def starter(method: str, choices: Choices, out: Path) -> str:
     )
     from mmkd.recipe import load_recipe  # takes a moment, which a list of methods can do without
 
-    load_recipe(yaml.safe_load(text))
+    load_recipe(parse_yaml(text))
     return text
 
 
@@ -197,5 +197,5 @@ def _complete(name: str, method: Method, choices: Choices) -> dict[str, Any]:
 
 def _scalar(text: str) -> str:
     """A string as YAML reads it back."""
-    plain = PLAIN.fullmatch(text) and yaml.safe_load(text) == text
+    plain = PLAIN.fullmatch(text) and parse_yaml(text) == text
     return text if plain else json.dumps(text)

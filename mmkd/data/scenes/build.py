@@ -32,7 +32,8 @@ from mmkd.data.scenes.questions import Question, Statistics
 from mmkd.data.scenes.render import asset_hashes, png_bytes, render
 from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, sample_scene, scene_rng
 from mmkd.errors import DataError
-from mmkd.files import sha256
+from mmkd.files import read_json, sha256
+from mmkd.formats import FormatError
 
 EDITION = 2  # of the files' content
 POPE_CATEGORIES = ("random", "popular", "adversarial")
@@ -275,8 +276,11 @@ def build_scenes(
     }
     description = out / "dataset.json"
     if description.exists():
-        found = json.loads(description.read_text())
-        if found.get("request") == request:
+        try:
+            found = read_json(description)
+        except FormatError:
+            found = None
+        if isinstance(found, dict) and found.get("request") == request:
             return found
         raise DataError(
             "the folder holds a data set built with other settings",

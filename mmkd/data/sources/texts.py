@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from mmkd.data.sources.kept import keep, of_each_file, stamps
 from mmkd.errors import DataError
+from mmkd.formats import FormatError, parse_json
 
 BETWEEN = re.compile(r"\s*")
 NO_JSON = "a record is no JSON object"
@@ -51,8 +52,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         DataError: it is none.
     """
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(text)
+    except FormatError as error:
         raise DataError(f"{NO_JSON}: {error}", mend="mend or drop it", kind=NO_JSON) from error
     if not isinstance(row, dict):
         raise DataError(NO_JSON, mend="mend or drop it")
