@@ -4,8 +4,9 @@ import importlib
 from pathlib import Path
 
 import pytest
-from attacks import ATTACKS
 from bad_inputs import Given, outcome, world_in
+
+from attacks import ATTACKS
 
 for module in sorted(Path(__file__).parent.glob("on_*.py")):
     importlib.import_module(f"attacks.{module.stem}")
