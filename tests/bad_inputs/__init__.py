@@ -1,6 +1,17 @@
 """What users get wrong: one table of cases, and the page that is made of it."""
 
-from bad_inputs import commands, data, models, recipes, runs  # noqa: F401
+from bad_inputs import (  # noqa: F401
+    commands,
+    data_files,
+    evaluations,
+    held_out,
+    models,
+    pictures,
+    recipes,
+    records,
+    runs,
+    stages,
+)
 from bad_inputs.page import in_order, page, row
 from bad_inputs.table import Case, Given, Outcome, World, outcome, run, world_in
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from hub_server import TOKEN
 
-from bad_inputs.recipes import task_folder
+from bad_inputs.evaluations import task_folder
 from bad_inputs.table import World, case, overridden
 
 HUB = "hub"

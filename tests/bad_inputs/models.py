@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from bad_inputs.recipes import change_json
-from bad_inputs.table import RUN, World, case, overridden
+from bad_inputs.table import RUN, World, case, change_json, overridden
 
 KIND = "model"
 WEIGHTS = "model/model.safetensors"

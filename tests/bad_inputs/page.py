@@ -6,8 +6,12 @@ from bad_inputs.table import CASES, Case
 
 KINDS = {
     "recipe": "Recipes",
+    "stage": "Stages",
+    "evaluation": "Evaluations",
+    "file": "Data files",
     "data": "Records",
     "image": "Pictures",
+    "held_out": "Held-out records",
     "model": "Models",
     "vocabulary": "Tokenizers and processors",
     "run": "Runs that go on",

@@ -33,6 +33,8 @@ RECORD: dict[str, Any] = {
         {"from": "gpt", "value": "yes"},
     ],
 }
+TURNS = RECORD["conversations"]
+FIRST = "records.json: record 0 (id r1): "
 HUB = "https://huggingface.co"
 RUN = ["run", "recipe.yaml"]
 
@@ -40,6 +42,18 @@ RUN = ["run", "recipe.yaml"]
 def record(**changes: Any) -> dict[str, Any]:
     """The good record with other values; None takes a key away."""
     return {k: v for k, v in {**RECORD, **changes}.items() if v is not None}
+
+
+def write(text: str, name: str = "recipe.yaml") -> None:
+    """Write a file of the world."""
+    Path(name).write_text(text)
+
+
+def change_json(path: str, change: Any) -> None:
+    """Change the content of a JSON file in place."""
+    found = json.loads(Path(path).read_text())
+    change(found)
+    Path(path).write_text(json.dumps(found))
 
 
 @dataclass(frozen=True)
