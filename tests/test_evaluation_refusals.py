@@ -19,9 +19,12 @@ from test_pipeline import finish, start
 from mmkd.errors import DataError, EvaluationError, MmkdError, StoppedError
 from mmkd.evaluation import run
 from mmkd.evaluation.adapter import MmkdModel
+from mmkd.evaluation.models import evaluate_models
 from mmkd.evaluation.pictures import UnreadablePicture
 from mmkd.evaluation.refusals import HOPELESS, Refusals, Unanswered, describe, is_of_document
 from mmkd.evaluation.run import evaluate
+from mmkd.files import read_json, write_json
+from mmkd.recipe import EvaluateConfig, StudentConfig
 
 GOOD = {"question": "Is there a cat?", "images": [picture("red")]}
 BROKEN = [
@@ -258,6 +261,70 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(
         assert asked == tasks
 
 
+@pytest.mark.parametrize("changed", ["quantize", "template"])
+def test_kept_tasks_are_those_of_one_model(
+    changed: str,
+    own_scenes: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quantized weights and another chat template give other answers."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    tasks = ["scenes_pope", "scenes_vqa"]
+    settings: dict[str, Any] = {"tasks": tasks, "include_path": own_scenes, "limit": 1}
+    asked: list[str] = []
+    inner = run.simple_evaluate
+
+    def watched(adapter: Any, names: list[str], *more: Any) -> Any:
+        asked.extend(names)
+        if len(asked) == 2:
+            raise StoppedError("stopped")
+        return inner(adapter, names, *more)
+
+    monkeypatch.setattr(run, "simple_evaluate", watched)
+    with pytest.raises(StoppedError):
+        evaluate(model, out=tmp_path / "out", **settings)
+    if changed == "quantize":
+        monkeypatch.setattr("mmkd.loading.check_quantization", lambda *a: None)
+        monkeypatch.setattr("mmkd.loading._quantized", lambda *a: {})
+        settings["quantize"] = "4bit"
+    else:
+        template = model / "chat_template.jinja"
+        template.write_text(template.read_text() + " ")
+    evaluate(model, out=tmp_path / "out", **settings)
+    assert asked == [*tasks, *tasks]
+
+
+def test_results_of_another_request_are_not_taken_for_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe asks for all documents, one task fails, and the recipe asks for three again."""
+    limits: list[int | None] = []
+
+    def score(model: Any, *, limit: int | None, out: Path, **more: Any) -> None:
+        limits.append(limit)
+        write_json(out / "results.json", {"scores": {}, "limit": limit})
+        if limit is None:
+            raise EvaluationError("1 of 2 tasks failed")
+
+    monkeypatch.setattr("mmkd.evaluation.run.evaluate", score)
+
+    def run_with(limit: int | None) -> None:
+        settings = EvaluateConfig(tasks=["a", "b"], limit=limit)
+        evaluate_models({"kd": StudentConfig(model="x/y")}, settings, tmp_path, "cpu")
+
+    run_with(3)
+    run_with(3)
+    assert limits == [3]
+    with pytest.raises(EvaluationError):
+        run_with(None)
+    run_with(3)
+    assert limits == [3, None, 3]
+    assert read_json(tmp_path / "kd" / "results.json")["limit"] == 3
+
+
 def test_a_run_keeps_its_students_scores_and_report_when_a_task_fails(
     own_scenes: Path, scenes_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -288,7 +355,10 @@ def test_a_run_keeps_its_students_scores_and_report_when_a_task_fails(
         assert list(found["scores"]) == ["scenes_vqa"]
     page = (folder / "report.html").read_text()
     assert "student: task scenes_pope has no scores" in page
-    assert "teacher: the scores of scenes_vqa count as wrong 1 document" in page
+    assert (
+        "teacher: 1 document of task scenes_vqa could not be asked about and counts as wrong"
+        in page
+    )
     assert (folder / "01-mimic" / "student" / "model.safetensors").exists()
 
     file.write_bytes(kept)

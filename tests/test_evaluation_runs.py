@@ -52,6 +52,18 @@ class Oracle(lmms):
         raise NotImplementedError
 
 
+def test_parameters_are_counted_as_transformers_counts_them(
+    scenes_dir: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4-bit weights are packed, two in a byte, and `numel` counts the bytes."""
+    settings: dict[str, Any] = {"include_path": scenes_dir / "tasks", "out": None, "limit": 1}
+    whole = evaluate(tiny_model_dir, tasks=["scenes_pope"], **settings).parameters
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model_dir)
+    assert whole == sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(type(model), "num_parameters", lambda self: 12)
+    assert evaluate(tiny_model_dir, tasks=["scenes_pope"], **settings).parameters == 12
+
+
 def test_true_answers_get_full_scores_through_lmms_eval(scenes_dir: Path) -> None:
     manager = find_tasks(["scenes"], scenes_dir / "tasks", None)
     assert sorted(manager.chosen.names) == sorted(TASKS)

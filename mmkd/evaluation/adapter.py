@@ -165,7 +165,7 @@ class MmkdModel(lmms):
         trust_remote_code: run the model code that comes with the checkpoint.
         revision: commit, tag or branch on the Hub.
         processor: folder or Hub name of one that is not the model's own.
-        image_size: of pictures, in place of the processor's own.
+        image_size: size of pictures; None is the processor's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
         quantize: as in `mmkd.loading.load_pretrained`.
@@ -288,8 +288,9 @@ class MmkdModel(lmms):
         return Prompt(request.index, text, images)
 
     def _answer(self, batch: Sequence[Request]) -> dict[int, GenerationResult]:
-        """Answers by request index. Prompts with and without pictures go apart: no processor
-        takes both in one call. A document that cannot be asked about is named in `refusals`."""
+        """Answers by request index. Prompts with and without pictures are asked separately, because
+        no processor takes both in one call. `refusals` names the documents that cannot be asked
+        about."""
         prompts: list[Prompt] = []
         answers: dict[int, GenerationResult] = {}
         requests = {request.index: request for request in batch}
@@ -307,8 +308,8 @@ class MmkdModel(lmms):
     def _answer_usable(
         self, prompts: Sequence[Prompt], requests: dict[int, Request]
     ) -> dict[int, GenerationResult]:
-        """Answers by request index. What the processor or the model refuses is looked for in
-        halves, so that all others stay in batches."""
+        """Answers by request index. If the processor or the model refuses a batch, its halves are
+        asked one after the other, so that only the documents that cause it are asked alone."""
         first = requests[prompts[0].index]
         try:
             results = self._generate(prompts, first.settings)
@@ -323,7 +324,11 @@ class MmkdModel(lmms):
         return {p.index: r for p, r in zip(prompts, results, strict=True)}
 
     def _refuse(self, request: Request, error: Exception) -> GenerationResult:
-        """The answer to a document that cannot be asked about; raises what is not its fault."""
+        """The empty answer to a document that cannot be asked about.
+
+        Raises:
+            Exception: `error`, if it is not about this document.
+        """
         self.refusals.add(request.task, request.doc_id, error)
         return GenerationResult(Unanswered(), TokenCounts(0, 0))
 

@@ -173,7 +173,7 @@ def time_folder(
         source: folder or Hub id.
         contexts: tokens in the cache.
         out: file to write.
-        request: kept in the file, to tell later whether it answers the same question.
+        request: what the times depend on, as JSON; written to the file.
         loading: `device`, and settings of `load_pretrained`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Finished tasks of an evaluation that is not: kept on disk, so that it goes on with the others."""
+"""Results of finished tasks, kept on disk until all tasks of an evaluation are finished."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ FOLDER = "unfinished"
 
 
 class FinishedTasks:
-    """What the finished tasks gave, a file each in `out/unfinished/`.
+    """The results of finished tasks, one file for each in `out/unfinished/`.
 
     Args:
         out: folder of the evaluation; None keeps nothing.
-        request: what was asked for, as JSON. What another request has left is deleted.
+        request: what the results depend on, as JSON. Results of another request are deleted.
     """
 
     def __init__(self, out: Path | None, request: dict[str, Any]):
@@ -28,19 +28,19 @@ class FinishedTasks:
             write_json(known, request)
 
     def read(self, task: str, facts: Any) -> dict[str, Any] | None:
-        """What a task gave; None if it is not finished, or its documents have changed since."""
+        """The results of a task; None if it is not finished or its documents have changed."""
         found = _read(self._path(task)) if self.folder is not None else None
         return found["given"] if found and found["facts"] == facts else None
 
     def write(self, task: str, facts: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Keep what a task gave; returns it as JSON gives it back."""
+        """Keep the results of a task; returns them as they are read back from JSON."""
         given = json.loads(json.dumps(given, default=str))
         if self.folder is not None:
             write_json(self._path(task), {"facts": facts, "given": given})
         return given
 
     def clear(self) -> None:
-        """Delete them: the evaluation is finished."""
+        """Delete all results; for the end of the evaluation."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -57,7 +57,7 @@ def _read(path: Path) -> Any:
 
 
 def facts_of(files: list[Path]) -> list[list[Any]]:
-    """Name, size and time of files, which tell whether they have changed."""
+    """Name, size and modification time of each file. If they are equal, nothing has changed."""
     found = []
     for path in sorted(files):
         if path.is_file():

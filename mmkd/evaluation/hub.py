@@ -1,5 +1,5 @@
-"""Data of lmms-eval's tasks on the Hub: no login where none is needed, and looked for before
-anything is scored."""
+"""Data of lmms-eval's tasks on the Hub: loaded without a login unless it is gated, and looked up
+before anything is scored."""
 
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,11 @@ from mmkd.evaluation.local import BUILDERS, with_pictures
 from mmkd.evaluation.standard import PICTURES
 
 OWN = ("video", "From_YouTube", "load_from_disk", "builder_script", "data_files", "data_dir")
-"""Settings with which lmms-eval loads a task's data in a way of its own."""
+"""Settings with which lmms-eval does not load a task's data by name from the Hub."""
 
 
 def override(task: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A task's keys without lmms-eval's demand for a login: a stored token is used all the same."""
+    """A task's keys without lmms-eval's demand for a login. A stored token is still used."""
     settings = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
     changed: dict[str, Any] = {"dataset_kwargs": settings}
     if task in PICTURES:
@@ -31,7 +31,7 @@ def override(task: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_data(task: Task) -> None:
-    """Ask the Hub, or offline its cache, for a task's data set.
+    """Look up a task's data set on the Hub, or offline in its cache.
 
     Raises:
         DataError: it cannot be reached.

@@ -1,7 +1,7 @@
-"""Keeping lmms-eval's side effects inside the evaluation.
+"""Keeps lmms-eval's side effects inside the evaluation.
 
-It reseeds `random`, numpy and torch, throws away loguru's handlers, ignores all warnings, and lets
-Pillow fill up pictures that are cut.
+lmms-eval reseeds `random`, numpy and torch, removes loguru's handlers, ignores all warnings, and
+makes Pillow accept truncated pictures.
 """
 
 import random
@@ -22,8 +22,8 @@ from mmkd.evaluation.pictures import broken_pictures_wait
 
 @contextmanager
 def isolated(progress: bool | None = None) -> Iterator[None]:
-    """Random streams, loguru handlers, warning filters, progress bars and Pillow as before,
-    afterwards.
+    """Afterwards, random streams, loguru handlers, warning filters, progress bars and Pillow are as
+    before.
 
     Args:
         progress: show the progress bars of lmms-eval and datasets; None shows them on a terminal.
@@ -57,16 +57,16 @@ def random_state() -> Iterator[None]:
 
 @contextmanager
 def silent_imports() -> Iterator[None]:
-    """For looking at tasks only: their modules' warnings and logs stay unseen, and lmms-eval's
-    evaluator, which changes torch.distributed's timeouts, is not imported."""
+    """For checks of tasks: hides warnings and logs of their modules. lmms-eval's evaluator, which
+    changes torch.distributed's timeouts, is not imported."""
     with random_state(), warnings.catch_warnings(), filled_pictures(), no_handlers():
         yield
 
 
 @contextmanager
 def filled_pictures() -> Iterator[None]:
-    """Pillow fills up pictures that are cut, as lmms-eval's import wants it, and not afterwards:
-    of training data they are errors."""
+    """Inside, Pillow accepts truncated pictures, as lmms-eval's import sets it. In training data
+    they are errors."""
     with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
         yield
 

@@ -1,4 +1,4 @@
-"""lmms-eval's index of tasks, with what mmkd changes in their configurations."""
+"""lmms-eval's index of tasks, with mmkd's changes to their configurations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ from mmkd.evaluation.standard import PAIRED
 class ChosenTasks(TaskManager):
     """The chosen tasks as lmms-eval defines them, prompts and scoring included.
 
-    Three things differ: documents come from `local` where it has the task, those on the Hub need
-    no login unless they are gated, and metrics that are files for a benchmark's server are left
-    out.
+    Three things differ: documents come from `local` if it has the task, documents on the Hub need
+    no login unless they are gated, and metrics that only make a file for a benchmark's server are
+    left out.
     """
 
     def __init__(self, chosen: Chosen, local: Mapping[str, LocalData]):
@@ -43,13 +43,13 @@ class ChosenTasks(TaskManager):
 def find_tasks(
     asked: Sequence[str], include: Path | None, local: Path | None, limit: int | None = None
 ) -> ChosenTasks:
-    """The tasks of these names, all that they import and all their data looked at.
+    """The tasks of these names, after a check of their imports, settings and data.
 
     Raises:
         MmkdError: a task is unknown, has no score here or with this limit, needs a package that is
-            missing, or asks for answers in a way that mmkd does not know.
-        DataError: a task's local data is missing or of another schema, or the Hub's cannot be
-            reached.
+            missing, or has a generation setting that mmkd does not know.
+        DataError: a task's local data is missing or of another schema, or its data on the Hub
+            cannot be reached.
     """
     chosen = choose(asked, include)
     for task in chosen.tasks:

@@ -1,6 +1,8 @@
-"""The models of a run, evaluated one after another: what is finished is kept, what fails is named.
+"""Evaluation of a run's models, one after another.
 
 evaluation/<label>/ results.json  request.json  samples/  answers.json  decode.json
+
+Finished parts are kept. A part that fails is reported at the end and does not stop the others.
 """
 
 from functools import partial
@@ -15,7 +17,7 @@ from mmkd.progress import console, say
 from mmkd.recipe import EvaluateConfig, ModelConfig
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
-"""Of a model that was evaluated before these were written down."""
+"""Values of keys that older versions did not write to request.json."""
 
 
 def evaluate_models(
@@ -47,7 +49,8 @@ def evaluate_models(
 def _evaluate_one(
     label: str, source: ModelConfig, settings: EvaluateConfig, out: Path, device: str
 ) -> None:
-    """Scores, sample answers and decoding times of one model; each even where another fails."""
+    """Scores, sample answers and decoding times of one model. One that fails does not stop the
+    others."""
     model: dict[str, Any] = {
         "model": source.model,
         "revision": source.revision,
@@ -84,8 +87,7 @@ def _evaluate_one(
 
 
 def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
-    """Say at the end what failed; everything else is written by then.
-
+    """
     Raises:
         EvaluationError: some of the models could not be evaluated.
     """
@@ -116,6 +118,8 @@ def _score(
         say(f"{label}: scores of the same weights as {twin.name}")
         return
     console.rule(f"{label}: evaluation")
+    # Tasks that fail leave results of this request: they must not pass for those of an older one.
+    (out / "request.json").unlink(missing_ok=True)
     score(
         model["model"],
         processor=model["processor"],
@@ -136,7 +140,7 @@ def _answered(out: Path, request: dict[str, Any]) -> bool:
 
 
 def _asked(path: Path) -> dict[str, Any]:
-    """What an evaluation was asked for; keys that are new since have their defaults."""
+    """The request of a finished evaluation. Keys that were added since get their defaults."""
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
     del unset["decode"], unset["samples"]
@@ -144,7 +148,7 @@ def _asked(path: Path) -> dict[str, Any]:
 
 
 def _twin(out: Path, request: dict[str, Any]) -> Path | None:
-    """A finished evaluation of the same weights on the same tasks, under another name."""
+    """A finished evaluation of the same weights on the same tasks under another label."""
     if request["weights"] is None:
         return None
     for path in sorted(out.parent.glob("*/request.json")):

@@ -1,7 +1,7 @@
 """The `generation_kwargs` of lmms-eval's tasks as arguments of `generate`.
 
-Answers depend on the model and on what the task asks for, not on the sampling settings that a
-checkpoint brings: see `mmkd.data.generation`.
+Answers depend on the model and on the task's settings, not on the sampling settings of the
+checkpoint, see `mmkd.data.generation`.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from mmkd.errors import MmkdError, nearest
 DEFAULT_NEW_TOKENS = 256
 STOPS = ("until", "stop_sequences")
 OF_OTHERS = ("image_aspect_ratio", "visual_cot", "seed")
-"""How some of lmms-eval's own models prepare pictures and draw random numbers: the processor
-decides here, and an evaluation always draws the same numbers."""
+"""Settings for some of lmms-eval's own models: how they prepare pictures and draw random numbers.
+Here the processor prepares pictures, and the random numbers are always the same."""
 
 
 def generate_options(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Every setting of `generate` but the special tokens. A temperature of 0 means greedy, as
-    everywhere in lmms-eval.
+    """All settings of `generate` except for the special tokens. A temperature of 0 means greedy
+    decoding, as everywhere in lmms-eval.
 
     Args:
         settings: a task's `generation_kwargs`.
-        where: whose they are, for the message.
+        where: the task, for the error message.
 
     Raises:
         MmkdError: a setting is unknown.
@@ -50,7 +50,7 @@ def generate_options(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def stop_strings(settings: Mapping[str, Any]) -> list[str]:
-    """The strings that an answer is cut before."""
+    """The strings that end an answer. They are not part of it."""
     found: list[str] = []
     for name in STOPS:
         stops = settings.get(name) or []

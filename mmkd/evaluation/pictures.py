@@ -1,4 +1,4 @@
-"""Pictures of lmms-eval's documents: a broken one spoils its own document and no other."""
+"""Pictures of lmms-eval's documents. A broken picture affects its own document only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from mmkd.errors import DataError
 
 
 class UnreadablePicture(Image.Image):
-    """Stands for a picture that cannot be decoded: using its pixels raises DataError."""
+    """Takes the place of a picture that cannot be decoded. Reading its pixels raises DataError."""
 
     def __init__(self, reason: str):
         super().__init__()
@@ -23,10 +23,10 @@ class UnreadablePicture(Image.Image):
 
 @contextmanager
 def broken_pictures_wait() -> Iterator[None]:
-    """A document's picture that cannot be decoded raises where it is used, not where it is read.
+    """Inside, a picture that cannot be decoded raises when it is used, not when it is read.
 
-    `datasets` decodes a picture when it reads the document; lmms-eval reads all documents in one
-    loop, which the first broken picture would end.
+    `datasets` decodes a picture when it reads the document. lmms-eval reads all documents in one
+    loop, and the first broken picture would end that loop.
     """
     import datasets
 
@@ -37,7 +37,7 @@ def broken_pictures_wait() -> Iterator[None]:
             return decode(self, value, token_per_repo_id)
         except MemoryError:
             raise
-        except Exception as error:  # what decoders raise of hostile bytes is no closed list
+        except Exception as error:  # decoders raise many types for broken bytes
             if _is_remote(value):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__

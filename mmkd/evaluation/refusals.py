@@ -1,4 +1,5 @@
-"""Documents that cannot be asked about: they are named, count as wrong, and the rest goes on."""
+"""Documents that a model cannot be asked about. They are reported and count as wrong, and the
+evaluation continues with the other documents."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +10,7 @@ from mmkd.errors import DataError, MmkdError, one_line
 from mmkd.files import disk_error
 
 HOPELESS = 32
-"""So many unusable documents before the first answer mean that the set-up is broken."""
+"""Number of refused documents before the first answer from which on the set-up counts as broken."""
 
 MACHINE = ("CUDA", "out of memory", "can't allocate memory", "NCCL")
 _FATAL = (MemoryError, ImportError, NotImplementedError, torch.OutOfMemoryError)
@@ -27,10 +28,10 @@ class Unanswered(str):
 
 
 def is_of_document(error: Exception) -> bool:
-    """Whether an exception tells of one document, and not of the machine or of the set-up.
+    """Whether an exception is about one document, and not about the machine or the set-up.
 
-    Processors and models raise nearly anything for an input that they cannot use, so everything
-    counts but memory that runs out, a broken device, a full disk and missing packages.
+    Processors and models raise many types for an input that they cannot use. So every exception
+    counts except for memory that runs out, a broken device, a full disk and a missing package.
     """
     if isinstance(error, MmkdError):
         return isinstance(error, DataError)
@@ -55,11 +56,11 @@ class Refusals:
         self._answered[task] += 1
 
     def add(self, task: str, document: int, error: Exception) -> None:
-        """Remember one document that could not be asked about.
+        """Record one document that could not be asked about.
 
         Raises:
-            Exception: `error` itself, where it does not tell of this document.
-            DataError: nothing was answered yet, and too many documents could not be asked about.
+            Exception: `error` itself, if it is not about this document.
+            DataError: no document has been answered yet, and `HOPELESS` could not be asked about.
         """
         if not is_of_document(error):
             raise error
@@ -69,7 +70,10 @@ class Refusals:
             self.require_answers(task)
 
     def require_answers(self, task: str) -> None:
-        """Raise DataError if documents of a task were tried and none could be asked about."""
+        """
+        Raises:
+            DataError: documents of the task were tried, and none could be asked about.
+        """
         found = self.reasons.get(task)
         if found and not self._answered[task]:
             document = min(found)
@@ -81,7 +85,8 @@ class Refusals:
             )
 
     def of(self, task: str) -> dict[str, Any] | None:
-        """What `results.json` says of a task: how many, and the first of them; None without."""
+        """The entry of a task in `results.json`: how many documents, and the first; None without
+        any."""
         found = self.reasons.get(task)
         if not found:
             return None
@@ -90,7 +95,7 @@ class Refusals:
 
 
 def describe(task: str, found: dict[str, Any]) -> str:
-    """What `Refusals.of` gave, in a sentence."""
+    """The result of `Refusals.of` as a sentence."""
     count = found["documents"]
     said = "1 document" if count == 1 else f"{count:,} documents"
     verb = "counts" if count == 1 else "count"

@@ -5,8 +5,9 @@
     result.scores["scenes_pope"]["pope_adversarial_accuracy"]
 
 Files: `out/results.json`, written last, and `out/samples/<task>.jsonl`, one line per document.
-What a finished task gave is kept in `out/unfinished/` until all tasks are finished: the same call
-goes on with the others. A task that fails does not stop them; `results.json` names it.
+The results of each finished task are kept in `out/unfinished/` until all tasks are finished, so
+that the same call continues with the remaining tasks. A task that fails does not stop the others;
+`results.json` names it.
 """
 
 import importlib.metadata
@@ -49,14 +50,14 @@ class EvaluationResult:
         scores: {task: {metric: value}}.
         parameters: number of weights, tied ones counted once.
         weights_bytes: size of the weight files; of the weights in memory if there are no files.
-        tokens_per_second: generated tokens per second inside `generate`, all tasks together.
+        tokens_per_second: generated tokens per second inside `generate`, over all tasks.
         seconds: wall time of loading data, answering and scoring.
         lmms_eval: version of lmms-eval.
         device, dtype: where and in which type the model ran.
-        batch_size, limit: as asked for; with a limit the scores are of the first documents only.
+        batch_size, limit: as passed; with a limit the scores are of the first documents only.
         data: {task: files of its documents}, for tasks that were read from `local`.
         unanswered: {task: {documents: count, first: document, reason: text}}, for tasks with
-            documents that could not be asked about; these count as wrong.
+            documents that the model could not be asked about. They count as wrong.
         failed: {task: reason}, for tasks without scores.
         samples: {task: [one record per document]}.
     """
@@ -104,8 +105,10 @@ def evaluate(
     """Run lmms-eval tasks on a model; the caller's random streams and logging stay untouched.
 
     Args:
-        model: a folder, a Hub name, or a model in memory, whose train/eval state and device stay.
-        processor: needed with a model in memory; else the name of one that is not the model's own.
+        model: a folder, a Hub name, or a model in memory. The latter keeps its train/eval state and
+            its device.
+        processor: required for a model in memory; otherwise the name of a processor that is not the
+            model's own.
         tasks: names of tasks, groups and tags, from `include_path` or bundled with lmms-eval, or
             short names of `mmkd.evaluation.standard`.
         include_path: folder with task YAML files.
@@ -113,20 +116,20 @@ def evaluate(
         local: folder with the parquet files of tasks whose data is on the Hub, see
             `mmkd.evaluation.local`; None loads them from the Hub.
         batch_size: questions per generate call.
-        limit: only the first so many documents of every task.
+        limit: number of documents of each task, from the first on; None is all.
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
         quantize: as in `mmkd.loading.load_pretrained`, for a model from a folder or the Hub.
-        image_size: of pictures, for a model from a folder; None is the processor's own.
+        image_size: size of pictures, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
-        MmkdError: lmms-eval is missing, a task is unknown, needs a judge or returned no scores.
+        MmkdError: lmms-eval is missing, or a task is unknown, needs a judge or returned no scores.
         CheckpointError: the model or its processor cannot be used.
-        DataError: a task's data file is missing or of another schema, or none of its documents can
-            be asked about.
-        EvaluationError: some of the tasks failed; the others' scores are written.
+        DataError: a task's data file is missing or of another schema, or the model can be asked
+            about none of its documents.
+        EvaluationError: some of the tasks failed; the scores of the others are written.
     """
     require_lmms_eval()
     _require_positive(batch_size=batch_size, limit=limit)
@@ -148,20 +151,12 @@ def evaluate(
             image_size=image_size,
             progress=progress,
         )
-        request: dict[str, Any] = {
-            "model": path,
-            "files": _model_facts(path, revision),
-            "revision": revision,
-            "processor": processor if isinstance(processor, str) else None,
-            "device": str(adapter.device),
-            "dtype": str(adapter.model.dtype).removeprefix("torch."),
-            "batch_size": batch_size,
-            "limit": limit,
-            "lmms_eval": importlib.metadata.version("lmms-eval"),
-        }
+        request = _request(adapter, path, processor, revision, limit)
+        if quantize is not None:
+            request["quantize"] = quantize
         if image_size is not None:
             request["image_size"] = image_size.model_dump(exclude_none=True)
-        # The weights of a model in memory are not told by a name: nothing of it is kept.
+        # A model in memory has no files that identify its weights: its tasks are not kept.
         finished = FinishedTasks(None if path is None else out, request)
         given, failed = _run_tasks(adapter, manager, limit, finished)
     tokens = sum(g["tokens"] for g in given)
@@ -169,7 +164,7 @@ def evaluate(
     result = EvaluationResult(
         model=path or adapter.model.config.name_or_path or type(adapter.model).__name__,
         scores=_joined(given, "scores"),
-        parameters=sum(p.numel() for p in adapter.model.parameters()),
+        parameters=adapter.model.num_parameters(),  # of a quantized model too
         weights_bytes=_weights_bytes(path, revision, adapter.model),
         tokens_per_second=tokens / answering if answering else 0.0,
         seconds=sum(g["seconds"] for g in given),
@@ -191,13 +186,31 @@ def evaluate(
     return result
 
 
+def _request(
+    adapter: "MmkdModel", path: str | None, processor: Any, revision: str | None, limit: int | None
+) -> dict[str, Any]:
+    """What finished tasks depend on, as JSON. A task is run again if anything of it differs."""
+    other = processor if isinstance(processor, str) else None
+    return {
+        "model": path,
+        "files": [*_model_facts(path, revision), *_model_facts(other, None)],
+        "revision": revision,
+        "processor": other,
+        "device": str(adapter.device),
+        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "batch_size": adapter.batch_size,
+        "limit": limit,
+        "lmms_eval": importlib.metadata.version("lmms-eval"),
+    }
+
+
 def _run_tasks(
     adapter: "MmkdModel", manager: "ChosenTasks", limit: int | None, finished: FinishedTasks
 ) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
-    """What each task gave, and the error of each that failed.
+    """The results of each task, and the errors of the tasks that failed.
 
     Raises:
-        Exception: all tasks failed, or the machine or the set-up did.
+        Exception: all tasks failed, or an error that is not about one document occurred.
     """
     given: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
@@ -264,19 +277,22 @@ def _failure(failed: dict[str, Exception], asked: int, result: EvaluationResult)
 
 
 def _model_facts(path: str | None, revision: str | None) -> list[list[Any]]:
+    """Facts of a model's files: weights, configs, chat template and code."""
     folder = _folder(path, revision) if path else None
-    return (
-        [] if folder is None else facts_of([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    )
+    if folder is None:
+        return []
+    kinds = ("*.safetensors", "*.json", "*.jinja", "*.py")
+    return facts_of([file for kind in kinds for file in folder.glob(kind)])
 
 
 def _task_facts(name: str, manager: "ChosenTasks") -> list[list[Any]]:
-    """What tells whether the files of a task's documents have changed."""
+    """Facts of a task's own file, its functions and its documents."""
     files: list[Path] = []
     every = manager.chosen.tasks
     for task in [t for t in every if t.name == name] or every:  # a group's name is no task's
         if task.path is not None:
-            files += [task.path, *data_files(dict(task.config), task.path.parent)]
+            files += [task.path, *task.path.parent.glob("*.py")]  # its scoring functions
+            files += data_files(dict(task.config), task.path.parent)
         if found := manager.local.get(task.name):
             files += [*found.files, *found.pictures]
     return facts_of(files)
@@ -297,13 +313,13 @@ def require_lmms_eval() -> None:
 def check(
     tasks: Sequence[str], include_path: Path | None, local: Path | None, limit: int | None = None
 ) -> None:
-    """Everything about tasks that can be known to be wrong before there is a model to score.
+    """Check tasks before there is a model to score.
 
     Raises:
-        MmkdError: lmms-eval or a package that a task imports is missing, a task is unknown, needs
-            a judge or a server, or has no score with this limit.
-        DataError: a task's local data is missing or of another schema, or the Hub's cannot be
-            reached.
+        MmkdError: lmms-eval or a package that a task imports is missing, or a task is unknown,
+            needs a judge or a server, or has no score with this limit.
+        DataError: a task's local data is missing or of another schema, or its data on the Hub
+            cannot be reached.
     """
     require_lmms_eval()
     with silent_imports():
@@ -320,7 +336,7 @@ def _weights_bytes(path: str | None, revision: str | None, model: nn.Module) -> 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that a model loads; some folders hold the same weights a second time."""
+    """The safetensors files that a model loads. Some folders hold the same weights twice."""
     index = folder / "model.safetensors.index.json"
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
@@ -331,7 +347,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _folder(path: str, revision: str | None) -> Path | None:
-    """A model's folder, or where the Hub's files of it were put."""
+    """A model's folder, or the folder in the Hub's cache that holds its files."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache
@@ -341,7 +357,8 @@ def _folder(path: str, revision: str | None) -> Path | None:
 
 
 def write_result(result: EvaluationResult, out: Path) -> None:
-    """Write the samples, then `results.json`; an older `results.json` goes first."""
+    """Write the samples, then `results.json`. An older `results.json` is deleted first, so that it
+    never stands beside samples of another evaluation."""
     (out / "results.json").unlink(missing_ok=True)
     for task, samples in result.samples.items():
         lines = [json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples]

@@ -1,27 +1,39 @@
-"""Answers to questions about a few held-out pictures, for the report; needs no lmms-eval.
+"""Answers to questions about a few held-out pictures, for the report. lmms-eval is not needed.
 
-evaluation/<label>/answers.json holds the questions, the answers and small pictures. It is written
-after each batch, and the same call goes on where a killed one stopped.
+`evaluation/<label>/answers.json` holds the questions, the answers and thumbnails. It is written
+after each batch. If the process is killed, the same call continues after the last batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmkd.data.answers import answers_of, asked, sample
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import load_image, thumbnail
 from mmkd.data.records import Records, located
 from mmkd.data.schema import Record
+from mmkd.data.sources.files import find_files
+from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError, one_line
 from mmkd.evaluation.finished import facts_of
 from mmkd.evaluation.refusals import is_of_document
 from mmkd.files import read_json, write_json
 from mmkd.loading import load_pretrained, load_pretrained_processor
 from mmkd.progress import say
-from mmkd.recipe import HUB, DataConfig, SamplesConfig, SamplingConfig
+from mmkd.recipe import (
+    HUB,
+    DataConfig,
+    ImageSizeConfig,
+    Quantization,
+    SamplesConfig,
+    SamplingConfig,
+)
 
 FORMAT = 1
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -32,9 +44,9 @@ class Question:
     """One question about a record's pictures.
 
     Attributes:
-        where: file and record, for messages.
-        record: the conversation until the question.
-        truth: the record's own answer; "" where there is none.
+        where: file and record, for error messages.
+        record: the conversation up to and including the question.
+        truth: the record's own answer; "" if there is none.
     """
 
     where: str
@@ -43,12 +55,12 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The last message of the user, without its pictures."""
+        """The text of the user's last message."""
         return _text(self.record.messages[-1])
 
 
 class Held:
-    """What an `Encoder` asks of records, for records that come from no data file."""
+    """The part of `Records` that an `Encoder` needs, for records that are not from a data file."""
 
     @staticmethod
     def pictures(record: Record, load: Any = load_image) -> list[Any]:
@@ -60,12 +72,26 @@ class Held:
 
 
 def find_questions(config: SamplesConfig) -> list[Question]:
-    """The questions of a recipe's `evaluate.samples`, spread evenly over what there is.
+    """The questions of a recipe's `evaluate.samples`, spread evenly over its records or pictures.
 
     Raises:
         DataError: a file or a picture is missing or cannot be read.
     """
-    return _of_records(config) if config.records is not None else _of_pictures(config)
+    with _own_keys():
+        return _of_records(config) if config.records is not None else _of_pictures(config)
+
+
+@contextmanager
+def _own_keys() -> Iterator[None]:
+    """Errors of data files name the keys of `evaluate.samples` in place of those of `data`."""
+    try:
+        yield
+    except DataError as error:
+        mend = (error.mend or "").replace("data.train", "evaluate.samples.records")
+        mend = mend.replace("data.images", "evaluate.samples.images")
+        raise DataError(
+            error.what, where=error.where, mend=mend or None, kind=error.kind
+        ) from error
 
 
 def _of_records(config: SamplesConfig) -> list[Question]:
@@ -95,12 +121,13 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
             raise DataError(
                 "no such picture", where=str(path), mend="check evaluate.samples.images"
             )
+        target = path.resolve()  # the recipe, unlike a record, may name links to other folders
         with located(lambda path=path: str(path)):  # type: ignore[misc]
-            load_image(path.name, path.parent)
+            load_image(target.name, target.parent)
         for prompt in config.prompts:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             message = {"role": "user", "content": content}
-            record = Record(str(path), [message], [path.name], root=path.parent)
+            record = Record(str(path), [message], [target.name], root=target.parent)
             found.append(Question(str(path), record, ""))
     return found
 
@@ -119,7 +146,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """So many of the numbers below `total`, evenly spread."""
+    """`count` numbers below `total`, evenly spread."""
     count = min(total, count)
     return [i * total // count for i in range(count)]
 
@@ -129,22 +156,18 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def check_samples(config: SamplesConfig, processor: Any) -> None:
-    """All questions can be asked: their files are there, and a processor takes them.
+    """Check that all questions can be asked: their files exist, and the processor takes them.
 
     Raises:
-        DataError: in one line, which cannot.
+        DataError: it names the first question that cannot be asked, and why.
     """
     encoder = _encoder(processor)
     for question in find_questions(config):
         with located(lambda question=question: question.where):  # type: ignore[misc]
-            _refused(encoder, question)
-
-
-def _refused(encoder: Encoder, question: Question) -> None:
-    try:
-        encoder.prompts([question.record])
-    except DataError as error:
-        raise DataError(error.what, where=question.where, mend=error.mend) from error
+            try:
+                encoder.prompts([question.record])
+            except DataError as error:
+                raise error.at(question.where) from error
 
 
 def _encoder(processor: Any) -> Encoder:
@@ -160,23 +183,26 @@ def answer_samples(
     model: dict[str, Any],
     batch_size: int,
     device: torch.device,
-    **loading: Any,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantize: Quantization | None = None,
+    image_size: ImageSizeConfig | None = None,
 ) -> None:
-    """Write a model's answers to the questions; nothing is done where they are written already.
-
-    Each token is the model's likeliest.
+    """Write a model's greedy answers to the questions, unless they are written already.
 
     Args:
         source: folder or Hub id of the model.
         config: the questions.
         out: file to write.
-        model: what tells the model from another, as JSON.
+        model: what identifies the model, as JSON; `processor` names one that is not the model's
+            own.
         batch_size: questions at once.
-        device: where it runs.
-        loading: revision, trust_remote_code and image_size.
+        device: where the model runs.
+        revision, trust_remote_code, quantize, image_size: as `mmkd.loading.load_pretrained` takes
+            them.
 
     Raises:
-        DataError: a file or a picture is gone, or the model can be asked about none of them.
+        DataError: a file or a picture is missing, or no question can be asked.
     """
     questions = find_questions(config)
     request = {
@@ -189,17 +215,51 @@ def answer_samples(
     answers = _known(out, request)
     if len(answers) == len(questions):
         return
-    reading = {key: value for key, value in loading.items() if key != "quantize"}
-    processor = load_pretrained_processor(model["processor"] or source, **reading)
-    # As in evaluation: bfloat16 is slow on a CPU.
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    network: Any = load_pretrained(source, dtype=dtype, **loading)
-    network.to(device)
+    own = model["processor"]
+    processor = load_pretrained_processor(
+        own or source,
+        revision=None if own else revision,  # the revision is one of the model's repository
+        trust_remote_code=trust_remote_code,
+        image_size=image_size,
+    )
+    network: Any = load_pretrained(
+        source,
+        dtype=torch.float32 if device.type == "cpu" else "auto",  # bfloat16 is slow on a CPU
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        image_size=image_size,
+    )
+    nn.Module.to(network, device)  # transformers' own refuses quantized models
     asking = _Asking(network, _encoder(processor), config.max_new_tokens, device)
     for start in range(len(answers), len(questions), batch_size):
         part = questions[start : start + batch_size]
         answers += [_row(q, a) for q, a in zip(part, asking.answers(part), strict=True)]
         write_json(out, {"request": request, "expected": len(questions), "answers": answers})
+    _report_refused(answers)
+
+
+def _known(out: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers that an earlier call with the same request has written.
+
+    A model that could be asked nothing is asked again, so that its failure is reported each time.
+    """
+    try:
+        found = read_json(out)
+    except (OSError, ValueError):
+        return []
+    if found.get("request") != request:
+        return []
+    answers: list[dict[str, Any]] = found["answers"]
+    return [] if all("unanswered" in answer for answer in answers) else answers
+
+
+def _report_refused(answers: list[dict[str, Any]]) -> None:
+    """Say how many questions could not be asked.
+
+    Raises:
+        DataError: no question could be asked.
+    """
     refused = [a["unanswered"] for a in answers if "unanswered" in a]
     if len(refused) == len(answers):
         raise DataError(
@@ -211,32 +271,27 @@ def answer_samples(
         say(f"samples: {len(refused)} of {len(answers)} questions could not be asked: {refused[0]}")
 
 
-def _known(out: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a call with the same request."""
-    try:
-        found = read_json(out)
-    except (OSError, ValueError):
-        return []
-    return found["answers"] if found.get("request") == request else []
-
-
 def _files(config: SamplesConfig) -> list[Path]:
-    if config.records is not None:
-        return [] if config.records.startswith(HUB) else [Path(config.records)]
+    """The files that the answers depend on."""
+    records = config.records
+    if records is not None and is_saved(Path(records)):
+        return list(Path(records).iterdir())
+    if records is not None:
+        return [] if records.startswith(HUB) else find_files(records)
     given = config.images
     return [Path(p) for p in given] if isinstance(given, list) else _in_folder(Path(str(given)))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said, or why it could not be asked."""
+    """A model's answer, or why it could not be asked."""
 
     text: str
     refused: str | None = None
 
 
 class _Asking:
-    """Asks a model batches of questions, those with and without pictures apart."""
+    """Asks a model batches of questions. A batch has questions with pictures only, or without."""
 
     def __init__(self, model: Any, encoder: Encoder, new_tokens: int, device: torch.device):
         self.model, self.encoder, self.device = model, encoder, device
@@ -252,7 +307,8 @@ class _Asking:
         return [found[i] for i in range(len(questions))]
 
     def _replies(self, questions: list[Question]) -> list[Reply]:
-        """Replies in order; what cannot be asked is looked for in halves."""
+        """Replies in order. If a batch is refused, its halves are asked one after the other, down
+        to the questions that cause it."""
         try:
             texts = sample(
                 self._generate,
@@ -282,7 +338,7 @@ def _row(question: Question, reply: Reply) -> dict[str, Any]:
     record = question.record
     try:
         picture = thumbnail(load_image(record.images[0], record.root)) if record.images else None
-    except DataError:  # gone since: the answer tells more than its picture
+    except DataError:  # deleted meanwhile; the answer is shown without its picture
         picture = None
     row = {
         "id": record.id,

@@ -1,4 +1,4 @@
-"""lmms-eval's evaluator on a model in memory, and what it returns as scores and samples."""
+"""Runs lmms-eval's evaluator on a model in memory and reads scores and samples from its result."""
 
 import io
 from argparse import Namespace
@@ -97,8 +97,8 @@ def _metric_name(key: str) -> str:
 def sample_of(logged: Mapping[str, Any], refused: str | None = None) -> Sample:
     """One line of `samples/<task>.jsonl`; `refused` says why the document could not be asked about.
 
-    The scene tasks' verdicts say whether an answer is correct; for tasks of others only lmms-eval's
-    own fields are known and `correct` is None.
+    The scene tasks' verdicts say whether an answer is correct. Other tasks have lmms-eval's own
+    fields only, and `correct` is None.
     """
     verdict = next((v for v in logged.values() if isinstance(v, Mapping) and "correct" in v), {})
     doc = logged["doc"]
