@@ -2,6 +2,7 @@
 its end."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_models_folder_is_no_run(tiny_model_dir: Path) -> None:
     assert (asked.models, asked.is_run) == ({"tiny": str(tiny_model_dir)}, False)
     with pytest.raises(MmkdError, match="no tasks to evaluate -- name some"):
         find_models(str(tiny_model_dir), None, None, None, None)
-    with pytest.raises(MmkdError, match="--student is of a run's folder"):
+    with pytest.raises(MmkdError, match="not a run's folder, and --student"):
         find_models(str(tiny_model_dir), "kd", ["pope"], None, None)
 
 
@@ -166,6 +167,22 @@ def test_a_run_ends_with_lines_that_work(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert torch.cuda.is_available() or "cuda" not in done.stderr.lower()
+
+
+def test_an_earlier_student_does_not_stand_in_for_a_deleted_one(
+    two_students: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = two_students / "student"
+    shutil.copytree(folder / "01-mimic" / "student", folder / "00-start" / "student")
+    shutil.rmtree(folder / "01-mimic" / "student")
+    asked = find_models(str(two_students), None, ["pope"], None, None)
+    assert list(asked.models) == ["other"]
+    assert "student: its last student is gone, left out" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="its students are gone -- bring"):
+        find_models(str(two_students), "student", ["pope"], None, None)
+    text = how_to_use(read_run(two_students))
+    assert text is not None
+    assert str(folder) not in text
 
 
 def test_an_unfinished_run_names_no_student(two_students: Path) -> None:

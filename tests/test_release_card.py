@@ -96,6 +96,21 @@ def test_teacher_and_student_stand_side_by_side_with_the_spread_over_seeds(hub_r
     assert "One seed" not in card.text
 
 
+def test_what_could_not_be_scored_is_said(hub_run):
+    assert "could not be asked" not in card_of(hub_run).text
+    found = {
+        "failed": {"pope": "DataError: no rows in /home/me/pope.parquet"},
+        "unanswered": {"scenes_vqa": {"documents": 2, "first": 5, "reason": "/home/me/a.png"}},
+    }
+    change(
+        hub_run / "evaluation" / "kd-seed0" / "results.json", lambda results: results.update(found)
+    )
+    text = card_of(hub_run).text
+    assert "- Task `pope` failed and has no scores." in text
+    assert "could not be asked about 2 of the documents of `scenes_vqa`; they count as" in text
+    assert "/home/me" not in text
+
+
 def test_how_it_was_made(hub_run):
     card = card_of(hub_run)
     (row,) = lines_with(card, "| mimic |")

@@ -159,7 +159,7 @@ def test_losses_on_held_out_records_are_drawn(run_dir: Path) -> None:
     assert "KL to the teacher on held-out answers" in html
     assert "dots: held-out records" in html
     assert "500 held-out records" in html
-    assert "ringed" not in html
+    assert "with a ring" not in html
     assert "All training together took 48" in html  # 6 students, 40 steps of 0.1 s, 4 s beside
     panels = {p.title: p.svg for s in stage_panels(read_run(run_dir)) for p in s.panels}
     assert panels["learning rate"].count("<use") < panels["ce"].count("<use")
@@ -168,7 +168,7 @@ def test_losses_on_held_out_records_are_drawn(run_dir: Path) -> None:
 def test_the_kept_step_is_ringed_and_named(run_dir: Path) -> None:
     put_validations(run_dir, kept=30)
     html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
-    assert "ringed: the step that is kept" in html
+    assert "with a ring: the step that is kept" in html
     assert "kd-seed0 step 30 of 40 of mimic (loss 2.25)" in html
 
 

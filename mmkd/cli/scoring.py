@@ -1,4 +1,4 @@
-"""What `mmkd eval` scores: the students of a run, or one model."""
+"""Finds and scores the models of `mmkd eval`: the students of a run, or one model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Asked:
 
     Attributes:
         models: {label: folder or Hub id}.
-        is_run: they are a run's students.
+        is_run: the models are a run's students.
         trust_remote_code: the run's recipe trusts the student's code.
     """
 
@@ -41,16 +41,21 @@ def find_models(
 
     Args:
         model: a run's folder, a model's folder or a Hub id.
-        student: label of one of the run's students.
-        tasks: names of lmms-eval tasks; of a run, its recipe's if None.
-        include, local: as in a recipe's `evaluate`; of a run, its recipe's where `tasks` are.
+        student: label of one of the run's students; None is all of them.
+        tasks: names of lmms-eval tasks; None takes those of the run's recipe.
+        include, local: as in a recipe's `evaluate`; None takes those of the run's recipe if `tasks`
+            is None too.
 
     Raises:
         MmkdError: no tasks are named, or the run has no such student or no finished one.
     """
     if not (Path(model) / "recipe.yaml").is_file() or (Path(model) / "config.json").is_file():
         if student is not None:
-            raise MmkdError("--student is of a run's folder", where=model, mend="leave it out")
+            raise MmkdError(
+                "not a run's folder, and --student names a student of one",
+                where=model,
+                mend="leave --student out",
+            )
         if tasks is None:
             raise MmkdError(
                 "no tasks to evaluate", where=model, mend="name some, such as --tasks pope"
@@ -81,16 +86,19 @@ def _students(run: Any, label: str | None) -> dict[str, str]:
         raise MmkdError(
             f"the run has no student {label!r}", where=str(run.folder), mend=nearest(label, known)
         )
+    found = {m.label: str(m.finished_student) for m in members if m.finished_student is not None}
     for member in members:
-        if not member.done:
-            say(f"{member.label}: not finished, left out")
-    # A finished member's newest folder is its last stage's.
-    found = {m.label: str(m.student) for m in members if m.done and m.student is not None}
+        if member.label not in found:
+            reason = "its last student is gone" if member.done else "not finished"
+            say(f"{member.label}: {reason}, left out")
     if not found:
+        gone = any(member.done for member in members)
         raise CheckpointError(
-            "no student of this run is finished",
+            "its students are gone" if gone else "no student of this run is finished",
             where=str(run.folder),
-            mend="run its recipe again: it goes on where it stopped",
+            mend="bring the last stage's folder back"
+            if gone
+            else "run its recipe again: it goes on where it stopped",
         )
     return found
 
@@ -98,13 +106,13 @@ def _students(run: Any, label: str | None) -> dict[str, str]:
 def score_models(
     asked: Asked, out: Path | None, *, trust_remote_code: bool, **settings: Any
 ) -> tuple[Scores, list[EvaluationError]]:
-    """Scores of each model, and what failed; a model that fails does not stop the others.
+    """Scores of each model, and the errors. A model that fails does not stop the others.
 
     Args:
-        asked: what `find_models` gave.
-        out: folder for results; of a run's students, one in it for each.
-        trust_remote_code: run code that a model's folder brings.
-        settings: of `mmkd.evaluation.run.evaluate`.
+        asked: the models and tasks, from `find_models`.
+        out: folder for results; a run's students get one folder each inside.
+        trust_remote_code: run the code in a model's folder.
+        settings: further arguments of `mmkd.evaluation.run.evaluate`.
     """
     from mmkd.evaluation.run import evaluate
 

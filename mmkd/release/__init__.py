@@ -1,4 +1,4 @@
-"""Releases: a finished student of a run as a folder that needs nothing else, and on the Hub."""
+"""Releases: a finished student of a run as a self-contained folder, and on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ def release(
 
     Args:
         folder: the run's.
-        label, seed: which student; the recipe's own and its first seed if left out.
-        repo: on the Hub; that of the recipe's `release` if None.
-        private: as the recipe's; either may say so.
+        label, seed: which student; None is the recipe's own, or its first seed.
+        repo: repository on the Hub; None takes that of the recipe's `release`.
+        private: make the repository private; so does the recipe's `release`.
         overrides: `key=value` of the recipe's `release`.
-        out: folder to write, in place of an upload.
-        dry_run: only print what would be done; nothing is written.
+        out: folder to write instead of an upload.
+        dry_run: only print what would be done, and write nothing.
 
     Raises:
         MmkdError: in one line, what is wrong with run, settings, folder or Hub.
@@ -52,7 +52,7 @@ def release(
     if out is None and not dry_run:
         require_access(str(settings.repo))
     if settings.license is None:
-        say("no license is given: add license=apache-2.0, or what models and data ask for")
+        say("no license is given: add license=apache-2.0, or what models and data require")
     card = make_card(source, settings)
     files = release_files(source, settings, card)
     if dry_run:
@@ -70,7 +70,7 @@ def release(
 def release_settings(
     source: Source, repo: str | None, private: bool, overrides: list[str] | None
 ) -> ReleaseConfig:
-    """The recipe's `release`, with what the command says over it."""
+    """The recipe's `release` with the command's settings over it."""
     raw: dict[str, Any] = dict(source.run.recipe.get("release") or {})
     raw |= {"repo": repo} if repo else {}
     raw |= {"private": True} if private else {}

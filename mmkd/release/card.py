@@ -16,6 +16,7 @@ from mmkd.report.metrics import COST, Column
 from mmkd.report.rundata import Scores, student_size
 from mmkd.report.summary import describe_objectives
 from mmkd.report.tables import Scored, Table, compact, format_value, make_tables, scored_models
+from mmkd.report.use import snippet
 
 HERE = Path(__file__).parent
 TASK = "image-text-to-text"
@@ -35,7 +36,7 @@ class StageRow(NamedTuple):
 
 
 def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
-    """The card; everything in it comes from the run and from `settings`."""
+    """The card. Everything in it comes from the run and from `settings`."""
     table = score_table(source)
     parameters, size = student_size(source.student) or (0, 0)
     trained = stored_dtype(source.student)
@@ -50,9 +51,10 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         lstrip_blocks=True,
     )
     environment.filters.update(cell=cell, compact=compact, heading=heading, task=task)
+    address = settings.repo or "path/to/this/folder"
     text = environment.get_template("card.md").render(
         title=title(source, settings),
-        address=settings.repo or "path/to/this/folder",
+        snippet=snippet(address, needs_code=source.needs_code),
         settings=settings,
         license=license_text(settings),
         datasets=datasets(source, settings),
@@ -73,6 +75,7 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         seeds=len(scored_seeds(source)),
         drawn=any(c.key[0].startswith("scenes_") for c in table.columns),
         local=sorted((source.results or {}).get("data", {})),
+        gaps=gaps(source.results or {}),
     )  # fmt: skip
     return ModelCard(f"---\n{metadata(source, settings).to_yaml()}\n---\n\n{text}")
 
@@ -145,6 +148,18 @@ def evaluation_results(source: Source) -> list[EvalResult]:
         if task != COST
         and math.isfinite(value := results["scores"].get(task, {}).get(metric, math.nan))
     ]
+
+
+def gaps(results: dict[str, Any]) -> list[str]:
+    """Tasks without scores, and documents that the student could not be asked about."""
+    failed = [f"Task `{name}` failed and has no scores." for name in results.get("failed", {})]
+    counts = {name: said["documents"] for name, said in results.get("unanswered", {}).items()}
+    unanswered = [
+        f"The student could not be asked about {count:,} of the documents of `{name}`; they count "
+        "as wrong."
+        for name, count in counts.items()
+    ]
+    return failed + unanswered
 
 
 def score_table(source: Source) -> Table:

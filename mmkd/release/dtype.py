@@ -1,4 +1,4 @@
-"""A release's weights in another number format than the student was trained in."""
+"""Weights of a release in another dtype than the student's."""
 
 import json
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Rounded:
-    """A file of weights that is written in another dtype.
+    """A file of weights that will be written in another dtype.
 
     Attributes:
-        source: safetensors of the student.
+        source: a safetensors file of the student.
         dtype: float32, bfloat16 or float16.
     """
 
@@ -35,7 +35,7 @@ class Rounded:
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors in that dtype, but for the few that stay float32."""
+        """Bytes of its tensors in that dtype. The few that stay float32 count as that dtype too."""
         with self.source.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         item = DTYPES[self.dtype].itemsize
@@ -47,7 +47,7 @@ class Rounded:
 
 
 def stored_dtype(student: Path) -> str:
-    """The dtype of a student's folder, as its config names it."""
+    """The dtype in the config of a student's folder."""
     config = read_json(student / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
@@ -55,7 +55,7 @@ def stored_dtype(student: Path) -> str:
 def write_rounded(student: Path, folder: Path, dtype: str, *, trust_remote_code: bool) -> None:
     """Write config and weights in `dtype`, then load them and compare every tensor.
 
-    Parameters that a model class keeps in float32 stay so, such as the decay of Mamba layers.
+    Parameters that a model class keeps in float32, such as the decay of Mamba layers, stay float32.
 
     Raises:
         CheckpointError: a weight has no finite value in `dtype`, or what was written differs.
@@ -71,7 +71,7 @@ def write_rounded(student: Path, folder: Path, dtype: str, *, trust_remote_code:
 
 
 def _compare(student: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Refuse written tensors that are not the student's, rounded once."""
+    """Raise CheckpointError unless the written tensors are the student's, rounded once."""
     written = dict(_tensors(folder))
     for name, tensor in _tensors(student):
         found = written.pop(name, None)
@@ -79,7 +79,7 @@ def _compare(student: Path, folder: Path, dtype: torch.dtype) -> None:
         assert found is not None
         if tensor.is_floating_point() and not found.isfinite().all() and tensor.isfinite().all():
             raise CheckpointError(
-                f"{name} has values that {str(dtype).removeprefix('torch.')} does not hold",
+                f"{name} has values outside the range of {str(dtype).removeprefix('torch.')}",
                 where=str(student),
                 mend="release it in bfloat16 or float32",
             )

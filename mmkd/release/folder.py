@@ -1,4 +1,4 @@
-"""A student as a folder that needs nothing else: weights, code, processor, card, recipe."""
+"""A student as a self-contained folder: weights, code, processor, card, recipe."""
 
 import importlib.metadata
 import json
@@ -18,21 +18,24 @@ from mmkd.release.source import Source
 from mmkd.students.write import ADAPTER
 
 Files = dict[str, Path | str | Rounded]
-"""Name in the release -> the file, a new one's text, or weights to be written in another dtype."""
+"""Name in the release -> a file to copy, text to write, or weights to write in another dtype."""
 SETTINGS = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 OUTPUT_DIR = "runs"
 
 
 def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> Files:
-    """What a release holds; nothing is written. Adapters that a stage has kept are part of the
-    weights already, and fit what is not released: they stay behind."""
+    """The files of a release; nothing is written.
+
+    Adapters that a stage has kept are left out: they are merged into the weights already, and fit
+    the weights before that only.
+    """
     files: Files = {
         path.relative_to(source.student).as_posix(): path
         for path in sorted(source.student.rglob("*"))
         if path.is_file() and ADAPTER not in path.relative_to(source.student).parts
     }
-    own = {"output_dir": OUTPUT_DIR, "report_to": []}  # what is of whoever trains it again
+    own = {"output_dir": OUTPUT_DIR, "report_to": []}  # for others to choose
     if SETTINGS in files:
         files[SETTINGS] = settings_text(source)
     if settings.dtype is not None and settings.dtype != stored_dtype(source.student):
@@ -50,7 +53,7 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
 
 
 def license_note(settings: ReleaseConfig, code: bool) -> str:
-    """Which license is whose; with the code's own where code is among the files."""
+    """The license of the weights, and of the code if there is code among the files."""
     weights = settings.license_name or settings.license or "not stated by who released them"
     link = f" ({settings.license_link})" if settings.license_link else ""
     note = (
@@ -64,7 +67,7 @@ def license_note(settings: ReleaseConfig, code: bool) -> str:
 
 
 def settings_text(source: Source) -> str:
-    """The student's generation settings, with all tokens that end an answer: older versions of mmkd
+    """The student's generation settings with all tokens that end an answer. Older versions of mmkd
     left out the chat template's end of turn."""
     held = read_json(source.student / SETTINGS)
     trusted = source.recipe.student.trust_remote_code
@@ -76,24 +79,25 @@ def settings_text(source: Source) -> str:
 
 
 def size_of(content: Path | str | Rounded) -> int:
-    """Bytes of one of a release's files."""
+    """Bytes of a file of a release."""
     if isinstance(content, Rounded):
         return content.size
     return len(content.encode()) if isinstance(content, str) else content.stat().st_size
 
 
 def write_release(files: Files, out: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the folder, replacing what is there; it takes its name only when it is complete.
+    """Write the folder, replacing an older one. It gets its name only when it is complete.
 
-    Weights are links to the run's own where the disk allows it.
+    Weights are hard links to the run's own files if the disk allows it.
 
     Args:
-        files: what `release_files` found.
+        files: the result of `release_files`.
         out: folder to write.
-        trust_remote_code: weights in another dtype are loaded, by code that their family may bring.
+        trust_remote_code: run the student's own code, to load weights that change their dtype.
 
     Raises:
-        CheckpointError: it cannot be written, or weights are not the student's; nothing is left.
+        CheckpointError: the folder cannot be written, or its weights are not the student's. Nothing
+            of it is left.
     """
     write_folder(out, partial(_write, files, trust_remote_code))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.files import read_json
 from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, load_recipe
 from mmkd.report.rundata import Member, Run, read_run
+from mmkd.report.use import needs_code
 
 GO_ON = "run its recipe again: it goes on where it stopped"
 
@@ -43,8 +43,8 @@ class Source:
 
     @cached_property
     def needs_code(self) -> bool:
-        """The student's classes are not in transformers: they travel with it."""
-        return "auto_map" in read_json(self.student / "config.json")
+        """The student's classes are not in transformers. Their code is released with it."""
+        return needs_code(self.student)
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -89,7 +89,7 @@ def choose(folder: Path, label: str | None = None, seed: int | None = None) -> S
 
 
 def _finished(member: Member, folder: Path) -> Path:
-    """The folder that the member's last stage has written."""
+    """The folder that the member's last stage wrote."""
     open_stages = [stage.name for stage in member.stages if not stage.done]
     if open_stages:
         raise CheckpointError(
@@ -97,11 +97,10 @@ def _finished(member: Member, folder: Path) -> Path:
             where=str(folder),
             mend=GO_ON,
         )
-    last = f"{len(member.stages):02d}-{member.stages[-1].name}"
-    student = member.student
-    if student is None or student.parent.name != last or not any(student.glob("*.safetensors")):
+    student = member.finished_student
+    if student is None or not any(student.glob("*.safetensors")):
         raise CheckpointError(
-            f"the student of stage {last} is gone",
+            f"the student of stage {member.last} is gone",
             where=str(folder),
             mend="bring its folder back, or train it again under another name",
         )

@@ -1,9 +1,9 @@
-"""A folder to the Hub: nothing is sent twice, and what fails for a moment is tried again.
+"""Uploads a folder to the Hub. Nothing is sent twice, and temporary failures are retried.
 
-`upload_folder` of huggingface_hub compares hashes: files that the repository has, and data that the
-Hub holds of an upload that broke off, are not sent again, so that the same command goes on. It
-tries each request a few times itself. What is left (creating the repository, the card's check, and
-longer outages) is tried again here.
+`upload_folder` of huggingface_hub compares hashes: it does not send files that the repository has,
+nor data that the Hub holds of an interrupted upload, so that the same command continues. It retries
+each request a few times. This module retries the rest: the creation of the repository, the check of
+the card, and longer outages.
 """
 
 import re
@@ -55,10 +55,10 @@ class Failure(NamedTuple):
 
 
 def require_access(repo: str) -> None:
-    """Refuse, before anything is done, what cannot end well.
+    """Check the access to the Hub before anything is written.
 
     Raises:
-        HubError: the Hub is switched off, or nobody is logged in.
+        HubError: HF_HUB_OFFLINE is set, nobody is logged in, or the Hub cannot be reached.
     """
     if constants.is_offline_mode() and hub.unreachable() == hub.OFFLINE:
         raise HubError(

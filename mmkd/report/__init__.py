@@ -15,9 +15,11 @@ from mmkd.report.use import how_to_use
 def write_report(folder: Path, *, use: bool = False) -> Path:
     """Write `folder/report.html`, print the score tables, and return the page's path.
 
-    With `use`, also print where the students are and how to ask one about a picture.
+    Unfinished runs and runs without evaluation get a page too.
 
-    Works with what is there: unfinished runs and runs without evaluation get the page too.
+    Args:
+        folder: a run's folder.
+        use: also print where the students are, and code that asks one about a picture.
 
     Raises:
         CheckpointError: the folder holds no run.

@@ -23,7 +23,7 @@ TITLES = {
     ANSWER_CE: "cross-entropy of held-out answers",
     TEACHER_KL: "KL to the teacher on held-out answers",
 }
-BESIDE = (ANSWER_CE, TEACHER_KL)  # measured on held-out records whatever the objectives are
+BESIDE = (ANSWER_CE, TEACHER_KL)  # measured on held-out records in addition to the objectives
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_POINTS = 400
 SERIES = 6  # colours in page.css: --series-0 ... --series-5
@@ -37,7 +37,7 @@ class Curve:
 
     Attributes:
         held_out: it was measured on held-out records, and is drawn with dots.
-        kept: the step whose student the stage gives, to be ringed; None where it is the last.
+        kept: the step whose student is kept, drawn with a ring; None if it is the last step.
     """
 
     steps: list[float]
@@ -93,7 +93,7 @@ def _metrics(stages: Sequence[StageLog]) -> list[str]:
 
 
 def _is_repeated(key: str, objectives: Sequence[str], stages: Sequence[StageLog]) -> bool:
-    """An objective of all stages measures the same on held-out records."""
+    """Whether an objective has the same values on the held-out records."""
     lines = [line for stage in stages for line in stage.validations]
     return any(all(line.get(o) == line.get(key) for line in lines) for o in objectives)
 
@@ -166,7 +166,7 @@ def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
 
 
 def _draw_held_out(axes: Axes, curve: Curve, colour: str) -> None:
-    """Dots that a thin line joins, with a ring around the step that is kept."""
+    """Draw dots joined by a thin line, with a ring around the step that is kept."""
     steps, values = _thin(curve.steps, curve.values)
     axes.plot(
         steps,

@@ -1,4 +1,4 @@
-"""What a run directory holds, read back for the report; missing and broken parts are left out."""
+"""Reads a run's folder for the report. Missing and broken parts are left out."""
 
 import json
 import math
@@ -24,10 +24,10 @@ class StageLog:
         lines: numbers of metrics.jsonl, one per step.
         loads: its experts' shares, one per step of a sparse student.
         done: the stage is finished.
-        steps: how many steps it has in all, None where only its end would tell.
-        file: tells metrics.jsonl from others: members that share a stage have one file.
+        steps: its number of steps; None if that is known at its end only.
+        file: identifies metrics.jsonl: members that share a stage have the same file.
         validations: numbers of validation.jsonl, one line per validation.
-        kept: the step whose student the stage gives, where it was chosen by validation.
+        kept: the step whose student was kept, if it was chosen by validation.
     """
 
     config: dict[str, Any]
@@ -52,8 +52,8 @@ class Member:
     """One student: a label that its seeds share, a seed, and its stages.
 
     Attributes:
-        changes: what its conversions did, a line each.
-        student: its newest folder.
+        changes: what its conversions did, one line for each.
+        student: the newest folder of a student that it has written, of any stage.
     """
 
     label: str
@@ -67,6 +67,18 @@ class Member:
     @property
     def done(self) -> bool:
         return all(stage.done for stage in self.stages)
+
+    @property
+    def last(self) -> str:
+        """Name of its last stage's folder."""
+        return f"{len(self.stages):02d}-{self.stages[-1].name}"
+
+    @property
+    def finished_student(self) -> Path | None:
+        """The folder that its last stage wrote; None if it is not finished or was deleted."""
+        if not self.done or self.student is None or self.student.parent.name != self.last:
+            return None
+        return self.student
 
 
 @dataclass(frozen=True)
@@ -240,7 +252,7 @@ def student_size(folder: Path | None) -> tuple[int, int] | None:
 
 
 def ran_as_long(a: Member, b: Member) -> bool:
-    """Both ran the same steps: patience may have stopped one of them before the other."""
+    """Whether both ran the same number of steps: `patience` may have stopped one of them early."""
     return all(
         len(x.lines) == len(y.lines) or not (x.config.get("validation") or {}).get("patience")
         for x, y in zip(a.stages, b.stages, strict=True)

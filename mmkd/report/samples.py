@@ -1,4 +1,4 @@
-"""Pictures with questions, ground truth and every model's answer, chosen without a die."""
+"""Pictures with questions, ground truth and the models' answers, chosen deterministically."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said; `correct` is None where the task does not judge single answers."""
+    """One model's answer; `correct` is None if the task does not judge single answers."""
 
     label: str
     text: str
@@ -173,15 +173,16 @@ def trained_on(run: Run) -> bool:
 
 
 def _own_answers(run: Run, label: str) -> list[Sample]:
-    """As lines of `samples/<task>.jsonl`; what could not be asked says so."""
+    """The answers as lines of `samples/<task>.jsonl`. A question that could not be asked has the
+    reason as its prediction."""
     return [
         {
             "doc_id": number,
             "question": row["question"],
             "answer": row["truth"],
-            "prediction": row["answer"]
-            if "unanswered" not in row
-            else f"(could not be asked: {row['unanswered']})",
+            "prediction": f"(could not be asked: {row['unanswered']})"
+            if "unanswered" in row
+            else row["answer"],
             "correct": None,
             "picture": row["picture"],
         }
@@ -193,7 +194,7 @@ def _own_answers(run: Run, label: str) -> list[Sample]:
 
 
 def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -> dict[int, str]:
-    """{doc_id: data URI} from the task's parquet files; empty where there are none at hand."""
+    """{doc_id: data URI} from the task's parquet files; empty if they are not on this machine."""
     paths = picture_files(run, task)
     if not paths or not all(path.is_file() for path in paths):
         return {}
@@ -205,18 +206,13 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
         rows = _rows(paths, wanted)
         found = {doc: _first_picture(row.get("image")) for doc, row in rows.items()}
         return {doc: _data_uri(image) for doc, image in found.items() if image}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        DataError,
-    ):  # a picture less is no reason to lose the report
+    except (OSError, ValueError, KeyError, DataError):  # the report does without its pictures
         return {}
 
 
 def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, Sample]:
-    """Rows by number, counted through all files; a row whose id is another one than the sample's
-    is left out."""
+    """Rows by number, counted over all files. A row whose id differs from the sample's is left
+    out."""
     found, start = {}, 0
     for file in map(pq.ParquetFile, paths):
         columns = [name for name in ("id", "image") if name in file.schema_arrow.names]

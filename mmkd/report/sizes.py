@@ -1,7 +1,7 @@
 """Sizes of models' weights, compared at one dtype.
 
-A teacher in bfloat16 beside a student in float32 would look half as large as it is. Where models
-have unequal bytes per parameter, all sizes are given in 16 bits.
+Beside a student in float32, a teacher in bfloat16 would look half as large as it is. If models have
+different numbers of bytes per parameter, all sizes are given in 16 bits.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from mmkd.report.rundata import Scores
 
 BYTES, COUNT = "weights_bytes", "parameters"
 EQUAL = 1.2
-"""Ratio of bytes per parameter up to which two dtypes count as one: headers, and the few weights
-that stay float32."""
+"""Ratio of bytes per parameter up to which two dtypes count as equal. Headers and the few weights
+that stay float32 cause small differences."""
 
 
 def compared(

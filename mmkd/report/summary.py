@@ -1,4 +1,4 @@
-"""What a run was, in plain words; every figure comes from the run's files."""
+"""A run in a few sentences. Every figure comes from the run's files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def _unbroken(sentence: str) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """What a reader must know before quoting a number of the page."""
+    """Warnings to read before quoting a number of the page."""
     found = [_unfinished(m) for m in run.members if not m.done]
     waiting = run.expected - len(run.members)
     if waiting:
@@ -42,7 +42,7 @@ def warnings(run: Run) -> list[str]:
         found.append(f"Evaluated so far: {len(scored)} of {run.expected} students.")
     answered = [m for m in run.members if _complete(run.answers.get(m.label))]
     if wanted.get("samples") and len(answered) < run.expected:
-        found.append(f"Sample answers so far: of {len(answered)} of {run.expected} students.")
+        found.append(f"Sample answers so far: {len(answered)} of {run.expected} students.")
     limits = {r.get("limit") for r in run.results.values()}
     if limits - {None}:
         text = " or ".join(
@@ -57,23 +57,24 @@ def _complete(answers: dict[str, Any] | None) -> bool:
 
 
 def evaluation_warnings(run: Run) -> list[str]:
-    """Tasks without scores, and documents that could not be asked about, model by model."""
+    """Tasks without scores, and documents that models could not be asked about."""
     found = []
     for label, results in run.results.items():
         for task, reason in results.get("failed", {}).items():
             found.append(f"{label}: task {task} has no scores ({reason}).")
         for task, said in results.get("unanswered", {}).items():
             count = said["documents"]
-            documents = "1 document that" if count == 1 else f"{count:,} documents that"
+            documents = "1 document" if count == 1 else f"{count:,} documents"
+            counts = "counts" if count == 1 else "count"
             found.append(
-                f"{label}: the scores of {task} count as wrong {documents} could not be asked "
-                f"about; the first is document {said['first']} ({said['reason']})."
+                f"{label}: {documents} of task {task} could not be asked about and {counts} as "
+                f"wrong; the first is document {said['first']} ({said['reason']})."
             )
     return found
 
 
 def held_out_notes(run: Run) -> list[str]:
-    """What stages measured on held-out records, and which student they kept because of it."""
+    """Notes on the losses on held-out records, and on the students that were kept by them."""
     stages = [(m, s) for m in run.members for s in m.stages if s.validations]
     if not stages:
         return []
@@ -82,7 +83,7 @@ def held_out_notes(run: Run) -> list[str]:
     kept = [text for member, stage in stages if (text := _kept(member, stage))]
     found = [f"Dots are means over {counted} held-out records that the stage does not train on."]
     if kept:
-        found.append(f"Kept is the student of its best step there: {', '.join(kept)}.")
+        found.append(f"The student of the best step on them is kept: {', '.join(kept)}.")
     return found
 
 
@@ -172,7 +173,7 @@ def _training(run: Run) -> str:
 
 
 def _seconds(stage: StageLog) -> float:
-    """Of a stage's steps and validations."""
+    """Seconds of a stage's steps and validations."""
     return stage.total("seconds") + sum(v.get("seconds", 0.0) for v in stage.validations)
 
 

@@ -1,5 +1,6 @@
-"""Where a run's student is, and a few lines of Python that ask it about a picture."""
+"""Where a run's students are, and a few lines of Python that ask a model about a picture."""
 
+import json
 from pathlib import Path
 
 from mmkd.files import read_json
@@ -7,34 +8,51 @@ from mmkd.report.rundata import Run
 
 SNIPPET = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
-name = {folder!r}
+
+name = {name}
 processor = AutoProcessor.from_pretrained(name{trust})
 model = AutoModelForImageTextToText.from_pretrained(name{trust})
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+content = [
+    {{"type": "image", "path": "picture.png"}},
+    {{"type": "text", "text": "What is in the picture?"}},
+]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}], add_generation_prompt=True,
-    tokenize=True, return_dict=True, return_tensors="pt",
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 ).to(model.device, model.dtype)
-answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+output = model.generate(**inputs, max_new_tokens=64)
+answer = output[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))
 """
 
 
 def how_to_use(run: Run) -> str | None:
-    """The finished students' folders, and Python that asks the first of them; None without one."""
-    finished = {m.label: m.student for m in run.members if m.done and m.student is not None}
+    """The folders of the finished students, and Python code that asks the first of them about a
+    picture; None if no student is finished."""
+    finished = {m.label: m.finished_student for m in run.members if m.finished_student is not None}
     if not finished:
         return None
     listed = [f"student {label}: {folder}" for label, folder in finished.items()]
     folder = next(iter(finished.values()))
-    lines = snippet(folder).splitlines()
-    return "\n".join([*listed, "", "try it in Python:", "", *(f"    {line}" for line in lines)])
+    lines = snippet(str(folder), needs_code=needs_code(folder)).splitlines()
+    code = [f"    {line}" if line else "" for line in lines]
+    return "\n".join([*listed, "", "try it in Python:", "", *code])
 
 
-def snippet(folder: Path) -> str:
-    """Python that asks the model in a folder about a picture.
+def needs_code(folder: Path) -> bool:
+    """Whether a student's classes are not in transformers. Their code is then in its folder."""
+    return "auto_map" in read_json(folder / "config.json")
 
-    A student with layers of mmkd's own brings their code, which transformers runs if it is told to.
+
+def snippet(name: str, *, needs_code: bool) -> str:
+    """Python code that asks a model about a picture.
+
+    Args:
+        name: folder or Hub id of the model.
+        needs_code: transformers has to run code from its folder.
     """
-    own = "auto_map" in read_json(folder / "config.json")
-    return SNIPPET.format(folder=str(folder), trust=", trust_remote_code=True" if own else "")
+    trust = ", trust_remote_code=True" if needs_code else ""
+    return SNIPPET.format(name=json.dumps(name, ensure_ascii=False), trust=trust)
