@@ -211,15 +211,8 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
 
 def _common_stages(member: Member, other: Member) -> int:
     """How many of the other's finished stages begin both recipes."""
-
-    def begin(recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(exclude={"label", "name", "stages", "output_dir"})
-
-    if begin(member.recipe) != begin(other.recipe):
-        return 0
-    pairs = zip(member.recipe.stages, other.recipe.stages, strict=False)
-    finished = [a == b and _is_done(other.stage_folder(i)) for i, (a, b) in enumerate(pairs)]
-    return len(list(takewhile(bool, finished)))
+    finished = (_is_done(other.stage_folder(i)) for i in range(len(other.recipe.stages)))
+    return min(common_stages(member.recipe, other.recipe), len(list(takewhile(bool, finished))))
 
 
 def _student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a run writes its first file."""
+"""Checks of a recipe before a run writes its first file."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mmkd.evaluation.samples import check_samples
 from mmkd.layer_checks import check_layers
 from mmkd.loading import check_quantization, load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
-from mmkd.progress import say
+from mmkd.progress import say_once
 from mmkd.provenance import weights_hash
 from mmkd.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, StageConfig
 from mmkd.signals import check_supported
@@ -34,14 +34,14 @@ from mmkd_models.layout import mamba_layers, moe_layers
 
 
 def check(recipe: Recipe, *, data: bool = True) -> None:
-    """Go through a recipe's models, data and objectives without loading weights.
+    """Check a recipe's models, data and objectives without loading weights.
 
     Args:
-        recipe: of one student.
-        data: read the first records too, which takes data that are there.
+        recipe: the recipe of one student.
+        data: encode the first records too; False if the data do not exist yet.
 
     Raises:
-        MmkdError: what a stage would stumble over, from an unknown group of parameters to a first
+        MmkdError: an error that would end a stage, from an unknown group of parameters to a first
             record that cannot be encoded.
     """
     check_trackers(recipe.report_to)
@@ -50,11 +50,11 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
     check_supported(student, "student")
     check_head(student, processor.tokenizer, "student")
     check_processor(processor)
-    if prompt_ends_in_blank(processor):
-        say(
-            "student: the chat template's generation prompt ends in a blank, which in training is "
-            "part of the answer's first token: it may begin answers otherwise than trained -- take "
-            "the blank out of the template's generation prompt"
+    if prompt_ends_in_blank(processor) and distributed.rank() == 0:
+        say_once(
+            "student: the chat template's generation prompt ends in a space. In training, that "
+            "space is part of the answer's first token, so the student may begin its answers in "
+            "another way than it was trained to -- remove the space from the generation prompt"
         )
     convert(student, recipe.student.convert)
     teacher = teacher_processor = store = None
@@ -97,7 +97,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
 
 
 def _check_others(recipe: Recipe, processor: Any) -> None:
-    """Further teachers see the student's tokens and pictures, and the data have their sources."""
+    """Further teachers have the student's processor, and the data have the sources they name."""
     for teacher in recipe.more_teachers:
         where = f"teacher {teacher.name}"
         model, own_processor = skeleton(teacher), load_processor(teacher)
@@ -114,11 +114,10 @@ def _check_others(recipe: Recipe, processor: Any) -> None:
 
 
 def check_evaluation(settings: EvaluateConfig, student: ModelConfig) -> None:
-    """The tasks of the evaluation are there, with what they need, and all sample questions can be
-    asked.
+    """Check that the evaluation's tasks can be run and that all sample questions can be asked.
 
     Raises:
-        MmkdError: what an evaluation would stumble over after the training.
+        MmkdError: an error that would end the evaluation after the training.
     """
     if settings.tasks:
         include, local = (Path(f) if f else None for f in (settings.include, settings.local))
@@ -135,7 +134,7 @@ def _check_engine(stage: StageConfig, dtype: str) -> None:
 
 
 def _check_trained(stage: StageConfig, student: PreTrainedModel) -> None:
-    """The groups that train are there, and layers for adapters."""
+    """The student has the groups that train, and layers for adapters."""
     lora = stage.train.lora
     check_groups(student, stage.train.groups, lora)
     if lora is not None:
@@ -168,8 +167,7 @@ def _check_store(recipe: Recipe, processor: Any) -> Store:
     held, asked = store.manifest["teacher"].get("quantize"), recipe.teacher.quantize
     if recipe.teacher.model is not None and held != asked:
         raise RecipeError(
-            f"it was built with quantize {held or 'left out'}, the recipe says "
-            f"{asked or 'nothing of it'}",
+            f"it was built with quantize {held or 'null'}, and the recipe has {asked or 'null'}",
             where=where,
             mend=again,
         )
@@ -207,8 +205,8 @@ def _check_teacher(
     processor: Any,
     teacher_processor: Any,
 ) -> None:
-    """There is one where it is needed; where it has or sees other tokens than the student, nothing
-    is compared but what both have."""
+    """Objectives that need a teacher have one. If teacher and student have different vocabularies
+    or processors, objectives only compare what both have."""
     needing = [o for o in objectives if "teacher" in o.needs]
     if not needing:
         return
@@ -237,7 +235,7 @@ def _check_teacher(
 
 
 def _check_vocabularies(stage: StageConfig, objectives: list[Objective], differ: str) -> None:
-    """What reads a teacher of another vocabulary can do so."""
+    """The objectives can compare models with different vocabularies."""
     for objective in objectives:
         region = getattr(objective.config, "region", "vision")
         if not objective.any_vocabulary or region != "vision":
@@ -250,7 +248,7 @@ def _check_vocabularies(stage: StageConfig, objectives: list[Objective], differ:
 
 
 def _check_chunks(recipe: Recipe, stage: StageConfig, objectives: list[Objective]) -> None:
-    """Chunks are found between the student and one teacher, in all records."""
+    """Objectives that compare chunks have one teacher, which is asked about all records."""
     if len(recipe.teachers) < 2 and not any(t.sources for t in recipe.teachers):
         return
     for objective in objectives:
@@ -265,7 +263,7 @@ def _check_chunks(recipe: Recipe, stage: StageConfig, objectives: list[Objective
 def _check_packing(
     stage: StageConfig, objectives: list[Objective], processor: Any, teacher_processor: Any
 ) -> None:
-    """What is packed is compared token by token, with a teacher that gets the same rows."""
+    """Objectives of packed rows compare token by token, and the teacher gets the same rows."""
     if stage.batch.pack is None:
         return
     where, mend = f"stage {stage.name}: batch.pack", "set it to null"
@@ -290,7 +288,7 @@ def _check_packing(
 
 
 def _check_contrast(stage: StageConfig, objectives: list[Objective]) -> None:
-    """What compares the records of a micro-batch gets two of them at least."""
+    """Objectives that compare the records of a micro-batch get at least two."""
     batch, processes = stage.batch, distributed.world_size()
     alone = batch.size == 1
     if batch.tokens is not None:
@@ -331,7 +329,7 @@ def _check_on_policy(stage: StageConfig, objectives: list[Objective]) -> None:
     for objective in objectives:
         if isinstance(objective, CrossEntropy | Preference):
             raise RecipeError(
-                "with 'on_policy' the responses are the student's own: nothing to learn by heart",
+                "with 'on_policy' the responses are the student's own, not the data set's",
                 where=f"stage {stage.name}: objective {objective.name}",
                 mend="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
             )
@@ -357,8 +355,8 @@ def _check_data(
     teacher_processor: Any,
     store: Store | None,
 ) -> None:
-    """The first record of each source can be encoded, for both models where they see it
-    differently, and is in the teacher's cache."""
+    """The first record of each source can be encoded by the processors of student and teacher, and
+    is in the teacher's cache."""
     data = recipe.stage_data(stage)
     stored = store if any("teacher" in o.needs for o in objectives) else None
     encoder = Encoder.of(

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with ETA on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with ETA on a terminal, a line every 30 seconds elsewhere."""
 
 import math
 import time
@@ -22,28 +22,38 @@ from mmkd.errors import one_row
 console = Console()
 SECONDS_BETWEEN_LINES = 30.0
 WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
-"""Columns of a bar, on terminals of so many columns and on narrower ones."""
+"""Width of a bar, on terminals of at least `WIDE_ENOUGH` columns and on narrower ones."""
 
 
 def say(text: str) -> None:
-    """Print text as it is: no markup, no colours, and lines as long as they are. Other control
-    characters than line breaks are written as escapes."""
+    """Print text as it is: without markup and colours, and without breaking lines. Control
+    characters other than line breaks are written as escapes."""
     text = "\n".join(map(one_row, text.split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+_said: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """Print text that this process has not printed by this function before."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
 def live() -> bool:
-    """Whether a bar can be drawn again in place. FORCE_COLOR, which services that run tests set,
-    makes rich take a file for a terminal; a log of cursor movements is none."""
+    """Whether a bar can be redrawn in place. With FORCE_COLOR, which CI services set, rich takes a
+    file for a terminal, so the file itself is asked too."""
     return console.is_interactive and console.file.isatty()
 
 
 class Course:
-    """The parts of a run, one after another, for the time left over all of them.
+    """The parts of a run in their order, to estimate the time left for all of them.
 
     Args:
-        steps: of each part, by its name in the run's order; None where it is not known.
-        kinds: for each part, what parts have in common whose steps take the same time.
+        steps: number of steps of each part, by its name; None if it is not known.
+        kinds: a key for each part. Steps of parts with equal keys take the same time.
     """
 
     def __init__(self, steps: dict[str, int | None], kinds: dict[str, str]):
@@ -54,7 +64,7 @@ class Course:
 
     @contextmanager
     def part(self, name: str, title: str) -> Iterator[None]:
-        """Inside, the bars of training are about this part; `title` such as "stage 2 of 4"."""
+        """Inside, a `Bar` with `part=True` belongs to this part; `title` such as "stage 2 of 4"."""
         global _course
         _course, self._now, self.title = self, name, title
         try:
@@ -62,16 +72,19 @@ class Course:
         finally:
             _course = None
 
-    def seconds_behind(self, rate: float) -> float | None:
-        """Seconds of the parts behind the present one, at `rate` seconds per step where nothing
-        like them has run; None if the steps of one are not known."""
+    def seconds_after(self, rate: float) -> float | None:
+        """Seconds that the parts after the present one take; None if the steps of one are unknown.
+
+        Args:
+            rate: seconds per step of the present part. It stands in for kinds that have not run.
+        """
         self._rates[self._kinds.get(self._now, "")] = rate
         names = list(self._steps)
-        behind = names[names.index(self._now) + 1 :] if self._now in names else []
-        counts = [self._steps[name] for name in behind]
+        later = names[names.index(self._now) + 1 :] if self._now in names else []
+        counts = [self._steps[name] for name in later]
         if any(count is None for count in counts):
             return None
-        rates = [self._rates.get(self._kinds.get(name, ""), rate) for name in behind]
+        rates = [self._rates.get(self._kinds.get(name, ""), rate) for name in later]
         return sum((c or 0) * r for c, r in zip(counts, rates, strict=True))
 
 
@@ -79,15 +92,14 @@ _course: Course | None = None
 
 
 class Bar:
-    """One bar: `advance` by `count` with a short note on what is going on.
+    """One bar. `advance` moves it and shows a short note.
 
     Args:
-        name: of what is going on.
-        total: steps.
+        name: name of the work.
+        total: number of steps.
         done: steps that were done before.
         quiet: show nothing.
-        part: the bar is that of a part of a run (`Course`), if one is running; its place among the
-            others and the time left over all of them are shown too.
+        part: if a part of a `Course` is running, show its title and the time left for all parts.
     """
 
     def __init__(
@@ -100,7 +112,7 @@ class Bar:
         self._room = 0
 
     def __enter__(self) -> "Bar":
-        self._start = time.monotonic()  # not before: trackers may take a minute to start
+        self._start = time.monotonic()  # not in __init__: trackers may take a minute to start
         if live() and not self.quiet:
             bar = WIDE if console.width >= WIDE_ENOUGH else NARROW
             title = self.name if self._course is None else f"{self.name} ({self._course.title})"
@@ -114,7 +126,7 @@ class Bar:
                 TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
-            # The note gets what the other columns leave: rich would shorten the name for it.
+            # The note gets the rest of the line. Otherwise rich shortens the name for it.
             times = len(" 0:00:00 eta 0:00:00 ")
             counts = 2 * len(str(self.total)) + 1
             self._room = console.width - len(title) - bar - counts - times - 3
@@ -130,10 +142,10 @@ class Bar:
         self.done += count
         now = time.monotonic()
         rate = (now - self._start) / max(self.done - self._first, 1)
-        behind = None if self._course is None else self._course.seconds_behind(rate)
+        later = None if self._course is None else self._course.seconds_after(rate)
         whole = None
-        if behind:
-            whole = timedelta(seconds=round((self.total - self.done) * rate + behind))
+        if later:
+            whole = timedelta(seconds=round((self.total - self.done) * rate + later))
         if self._progress is not None:
             text = note if whole is None else f"all {whole}  {note}"
             shown = text[: max(self._room, 0)]
@@ -147,7 +159,7 @@ class Bar:
         if self._course is not None:
             eta = f"{self._course.title}, {eta}"
         if whole is not None:
-            eta += f", {whole} for the whole run"
+            eta += f", {whole} for all stages"
         say(f"{self.name} {self.done}/{self.total}, {eta}  {note}".rstrip())
 
 

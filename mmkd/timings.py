@@ -1,5 +1,5 @@
-"""How long stages are: their steps, and the seconds per step that `mmkd bench` measured, which are
-kept in the run's folder for `mmkd plan`."""
+"""How long stages take: their steps, and the seconds per step that `mmkd bench` measured and wrote
+to the run's folder for `mmkd plan`."""
 
 import hashlib
 import json
@@ -26,20 +26,21 @@ LENGTH = {"steps", "epochs", "checkpoint", "optimizer", "schedule"}
 
 
 def timing_file(recipe: Recipe, index: int) -> Path:
-    """Where the timing of a stage is kept; several recipes of one run's name have several files."""
+    """The file with the timing of a stage. Different recipes with one run's name have different
+    files."""
     name = f"{recipe.stages[index].name}-{_key(recipe, index)}.json"
     return Path(recipe.output_dir) / recipe.name / "bench" / name
 
 
 def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:
-    """Keep what `mmkd bench` found of a stage; returns the file."""
+    """Write the timing of a stage by `mmkd bench`; returns the file."""
     path = timing_file(recipe, index)
     write_json(path, {**found, "machine": _machine(recipe, index)})
     return path
 
 
 def seconds_per_step(recipe: Recipe, index: int) -> float | None:
-    """Seconds of a step of a stage on this machine; None if nobody has timed it here."""
+    """Seconds of a step of a stage on this machine; None if it was not timed here."""
     try:
         found = read_json(timing_file(recipe, index))
     except (OSError, ValueError):
@@ -50,7 +51,7 @@ def seconds_per_step(recipe: Recipe, index: int) -> float | None:
 
 
 def _key(recipe: Recipe, index: int) -> str:
-    """What a step's time depends on, in short."""
+    """A hash of the settings that the time of a step depends on."""
     stage = recipe.stages[index]
     content = {
         "recipe": recipe.model_dump(mode="json", exclude={*NOT_TIMED, "stages"}),
@@ -66,7 +67,7 @@ def _key(recipe: Recipe, index: int) -> str:
 
 def _machine(recipe: Recipe, index: int) -> dict[str, Any]:
     device = distributed.choose_device(recipe.stages[index].engine.device)
-    there = device.type == "cuda" and torch.cuda.is_available()  # not for GPUs that are imagined
+    there = device.type == "cuda" and torch.cuda.is_available()  # `imagined` GPUs are not there
     name = torch.cuda.get_device_name(device) if there else processor_name()
     return {
         "device": device.type,
@@ -89,8 +90,13 @@ def steps_of(recipe: Recipe, stage: StageConfig) -> int | None:
         records = _records(recipe.stage_data(stage).model_dump_json())
     except MmkdError:
         return None
+    return steps_over(stage, records)
+
+
+def steps_over(stage: StageConfig, records: int) -> int:
+    """Optimizer steps of a stage whose epoch has so many records."""
     per_step = stage.batch.records_per_step(distributed.world_size())
-    return max(1, round((stage.epochs or 1.0) * records / per_step))
+    return stage.steps or max(1, round((stage.epochs or 1.0) * records / per_step))
 
 
 @cache
@@ -100,7 +106,7 @@ def _records(data: str) -> int:
 
 
 def common_stages(recipe: Recipe, other: Recipe) -> int:
-    """How many stages begin both recipes in the same way from the same start: a run trains them
+    """Number of first stages that are equal in both recipes, from the same start. A run trains them
     once."""
 
     def begin(recipe: Recipe) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`mmkd plan`: it refuses what a run refuses, adds up, and fits a terminal of 80 columns."""
 
+import json
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from recipes import tiny_recipe
 from rich.console import Console
 
-from mmkd import pipeline, timings
+from mmkd import pipeline, preflight, progress, timings
 from mmkd.cli import main
 from mmkd.errors import MmkdError
 from mmkd.files import write_json
@@ -81,6 +82,20 @@ def test_the_command_checks_and_data_may_be_left_out(world, tmp_path, monkeypatc
         )
 
 
+def test_json_stands_alone_on_stdout_and_a_note_comes_once(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_said", set())
+    monkeypatch.setattr(preflight, "prompt_ends_in_blank", lambda processor: True)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(world(seeds=[0, 1], variants={"b": ["stages.0.steps=3"]})))
+    monkeypatch.setattr(sys, "argv", ["mmkd", "plan", str(file), "--json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["members"]) == 4
+    assert err.count("generation prompt ends in a space") == 1
+
+
 def test_totals_count_shared_stages_once(world):
     raw = world(variants={"late": ["stages.1.optimizer.lr=1"], "early": ["stages.0.steps=7"]})
     raw["stages"] = [{**raw["stages"][0], "name": name, "steps": 4} for name in "ab"]
@@ -103,14 +118,14 @@ def test_it_warns_of_a_hundred_passes(world, steps, warned):
     plan = make_plan(load_recipe(world(stage={**KL, "steps": steps})))  # 64 records, 4 a step
     assert bool(plan["warnings"]) is warned
     if warned:
-        said = "stage mimic goes through its 64 records 100 times (1,600 steps)"
+        said = "stage mimic passes over its 64 records 100 times (1,600 steps)"
         assert plan["warnings"] == [said]
 
 
 def test_epochs_of_data_that_are_not_there_are_not_counted(world):
     stage = {**KL, "steps": None, "epochs": 2}
     (warning,) = make_plan(load_recipe(world(stage=stage, data={"train": "no.json"})))["warnings"]
-    assert warning.endswith("its steps are not known")
+    assert warning.endswith("its steps are not known, and the totals count one")
 
 
 def test_a_study_is_a_few_lines_each(world, monkeypatch):
@@ -179,6 +194,6 @@ def test_a_run_says_its_stage_and_the_time_left_in_all(world, tmp_path, capsys):
     first = [next(line for line in lines if line.startswith(start)) for start in ("a 1/4", "b 1/2")]
     for line, place in zip(first, ("stage 1 of 2", "stage 2 of 2"), strict=True):
         assert f", {place}, eta 0:0" in line
-        assert "for the whole run" in line
+        assert "for all stages" in line
     last = [line for line in lines if line.startswith("b 2/2")][-1]
-    assert "whole run" not in last
+    assert "for all stages" not in last

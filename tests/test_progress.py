@@ -105,18 +105,18 @@ def course():
     return progress.Course(steps, {name: name[-1] for name in steps})
 
 
-def test_a_part_says_where_it_stands_and_how_long_the_whole_run_takes(monkeypatch):
+def test_a_part_shows_its_place_and_the_time_left_for_all_parts(monkeypatch):
     whole = course()
     with whole.part("a/1", "stage 1 of 2"):
         text = part(monkeypatch, 100, 2.0)
-    assert text.startswith("mimic 1/100, stage 1 of 2, eta 0:03:18, 0:09:58 for the whole run")
+    assert text.startswith("mimic 1/100, stage 1 of 2, eta 0:03:18, 0:09:58 for all stages")
     with whole.part("a/2", "stage 2 of 2"):
         text = part(monkeypatch, 50, 5.0)
-    # Behind it: 100 steps as a/1's, 2 s each, and 50 as its own, 5 s each.
-    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05, 0:11:35 for the whole run")
+    # After it: 100 steps as a/1's, 2 s each, and 50 as its own, 5 s each.
+    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05, 0:11:35 for all stages")
     with whole.part("b/2", "stage 2 of 2"):
         text = part(monkeypatch, 50, 5.0)
-    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05  ")  # nothing is behind it
+    assert text.startswith("mimic 1/50, stage 2 of 2, eta 0:04:05  ")  # it is the last
 
 
 def part(monkeypatch, total, seconds):

@@ -1,4 +1,5 @@
-"""Commands. Each parses its words and calls one function; errors are one line, exit status 2."""
+"""Commands. Each parses its arguments and calls one function. An error is printed as one line, with
+exit status 2."""
 
 import os
 import sys
@@ -11,7 +12,7 @@ from mmkd.errors import AGAIN, FROM_THE_START, MmkdError, PeerError, StoppedErro
 def main() -> None:
     """Entry point of `mmkd`."""
     interrupt.end_with_launcher()
-    # A stop before the command itself runs must not say that a run begins from the start.
+    # For a stop before the command itself runs: these two always continue.
     hint = AGAIN if sys.argv[1:2] in (["run"], ["cache"]) else FROM_THE_START
     with interrupt.listening(hint):
         try:
@@ -21,7 +22,7 @@ def main() -> None:
         except MmkdError as error:
             _fail(error)
         except (ImportError, RecursionError):
-            # A signal in the middle of an import can come out as an import that failed.
+            # A signal in the middle of an import can show as a failed import.
             if interrupt.requested():
                 _stopped(StoppedError("stopped", mend=hint))
             raise
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    # Not before signals are heard: this takes a moment.
+    # Imported inside `listening`: this takes a moment, and a signal may come.
     from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
     from mmkd.cli.app import app
 
@@ -50,14 +51,14 @@ def _stopped(end: StoppedError) -> NoReturn:
 
 
 def _fail(error: MmkdError) -> NoReturn:
-    if interrupt.requested() and isinstance(error, PeerError):  # the other one was faster to stop
+    if interrupt.requested() and isinstance(error, PeerError):  # another process stopped first
         _stopped(StoppedError("stopped", mend=AGAIN))
     print(f"mmkd: {error}", file=sys.stderr)
     _end(2)
 
 
 def _end(status: int) -> NoReturn:
-    """Exit; at once where other processes are connected, whose threads may abort a slow exit."""
+    """Exit. Of several processes each exits at once: gloo's threads may abort a slow exit."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as in mmkd.distributed, which imports torch
         sys.stdout.flush()
         sys.stderr.flush()

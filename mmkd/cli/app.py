@@ -1,5 +1,7 @@
-"""The commands' groups, and words that several of them take."""
+"""The groups of commands, and arguments that several commands share."""
 
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -8,7 +10,7 @@ import typer.core
 
 
 class RecipeGroup(typer.core.TyperGroup):
-    """Commands, one of which may be left out: `mmkd cache RECIPE` builds."""
+    """Commands with `build` as the default: `mmkd cache RECIPE` is `mmkd cache build RECIPE`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = args and args[0] in self.commands
@@ -19,11 +21,11 @@ ORDER = (
     *("doctor", "init", "plan", "run", "report", "eval", "release"),
     *("data", "cache", "bench", "convert", "recipe"),
 )
-"""Commands in the order in which a user meets them; --help lists them so."""
+"""Commands in the order in which --help lists them: that of their first use."""
 
 
 class OrderedGroup(typer.core.TyperGroup):
-    """Lists its commands in `ORDER`."""
+    """Lists its commands in the order of `ORDER`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         known = [*ORDER, *self.commands]
@@ -75,12 +77,17 @@ Plugins = Annotated[
 
 
 def named(plugins: list[str] | None) -> list[str]:
-    """Plugins as words of a command."""
+    """Plugins as arguments of a command."""
     return [word for name in plugins or [] for word in ("--plugin", name)]
 
 
 Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def notes(as_json: bool) -> AbstractContextManager[Any]:
+    """Inside, notes and progress go to stderr if stdout is to hold JSON alone."""
+    return redirect_stdout(sys.stderr if as_json else sys.stdout)
 
 
 def _say_version(asked: bool) -> None:
@@ -95,8 +102,8 @@ def _say_version(asked: bool) -> None:
 def options(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="and leave")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print it")
     ] = False,
 ) -> None:
     """Distil large vision-language models into small ones."""
-    # The deepspeed launcher says the rank here as well as in the environment.
+    # The deepspeed launcher passes the rank here as well as in the environment.

@@ -1,4 +1,4 @@
-"""A teacher's cache: build it, and look at it."""
+"""A teacher's cache: build it, and describe it."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, cache_app, named
+from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, cache_app, named, notes
 from mmkd.errors import AGAIN
 
 
@@ -19,7 +19,7 @@ def build_cache(
     plugin: Plugins = None,
     nproc: Nproc = 1,
 ) -> None:
-    """Run the recipe's teacher once over its data; a second call goes on where it stopped."""
+    """Run the recipe's teacher once over its data. A second call continues where it stopped."""
     from mmkd.recipe import load_recipe
 
     interrupt.can_go_on(AGAIN)
@@ -44,26 +44,27 @@ def cache_stats(
     folder: Annotated[Path, typer.Argument(help="a cache's folder")],
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="its recipe: compare with the teacher itself"),
+        typer.Option(help="its recipe, to compare the cache with the teacher itself"),
     ] = None,
     student: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="model folder: whose divergences are compared; the recipe's if left out"),
+        typer.Option(help="model folder: compare divergences from it; default: the recipe's"),
     ] = None,
     records: Annotated[int, typer.Option(min=1, help="records to compare on")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes a token, read speed, and with a recipe the error against the teacher itself."""
+    """Bytes per token and read speed; with a recipe also the error against the teacher itself."""
     from mmkd.recipe import load_recipe
 
     read = None if recipe is None else load_recipe(recipe)
     from mmkd.cache import Store
     from mmkd.cache_stats import compare, print_stats, stats
 
-    store = Store(folder)
-    found = stats(store)
-    if read is not None:
-        found |= compare(store, read, student, records)
+    with notes(as_json):
+        store = Store(folder)
+        found = stats(store)
+        if read is not None:
+            found |= compare(store, read, student, records)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -1,15 +1,13 @@
 """Data sets: build and look at them."""
 
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import AsJson, Plugins, data_app
+from mmkd.cli.app import AsJson, Plugins, data_app, notes
 from mmkd.errors import AGAIN, MmkdError
 
 
@@ -67,8 +65,8 @@ def pairs(
         device=device,
     )
     say(
-        f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; in {made.equal:,} all "
-        "answers are of equal worth"
+        f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; {made.equal:,} prompts "
+        "have answers of equal score only"
         + (f"; {made.cut:,} answers left out, cut at max_new_tokens" if made.cut else "")
     )
 
@@ -83,15 +81,15 @@ def check(
     workers: Annotated[Optional[int], typer.Option(min=1, help="processes; one a core")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:
-    """Look through all records and pictures; exit status 1 if any is bad, 2 if it cannot."""
+    """Check all records and pictures. Exit status 1 if any is bad, 2 if the data cannot be read."""
     if target.endswith((".yaml", ".yml")):
         from mmkd.recipe import load_recipe
 
-        load_recipe(target)  # its mistakes are told before torch is imported, which takes seconds
+        load_recipe(target)  # errors are reported before torch is imported, which takes seconds
     from mmkd.data.check import Look, cores
     from mmkd.data_check import check_data, print_check
 
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # the progress
+    with notes(as_json):
         found = check_data(target, images, Look(decode, unique_ids), workers or cores())
     if as_json:
         print(json.dumps(found, indent=1))

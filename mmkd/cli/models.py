@@ -22,19 +22,22 @@ def convert(
         Optional[str],  # noqa: UP045
         typer.Option(help="every:4, every:4:last, head:2, tail:2, none or 0,4,8"),
     ] = None,
-    layers: Annotated[Optional[str], typer.Option(help="or: layers that become Mamba")] = None,  # noqa: UP045
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="layers that become Mamba, in place of --keep-attention"),
+    ] = None,
     init: Annotated[str, typer.Option(help="default, inherit, mimic or exact")] = "mimic",
     experts: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="and, or instead: experts per sparse layer"),
+        typer.Option(help="experts per sparse layer, with or without Mamba layers"),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="experts that a token meets")] = 2,
+    top_k: Annotated[int, typer.Option(help="experts per token")] = 2,
     sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="of the new weights")] = 42,
     trust_remote_code: bool = False,
 ) -> None:
-    """Put Mamba-2 mixers in attention's place, experts in the networks', and write the student."""
+    """Write a student with Mamba-2 mixers for attention, or experts for feed-forward networks."""
     from mmkd.progress import say
     from mmkd.recipe import load_student
     from mmkd.students import placement, write_converted
@@ -68,17 +71,17 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a run's folder, a model's folder or a Hub id")],
     tasks: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="lmms-eval tasks, separated by commas; of a run its recipe's"),
+        typer.Option(help="lmms-eval tasks, separated by commas; default: the recipe's, for a run"),
     ] = None,
     student: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="of a run: label of one student; all that are finished if left out"),
+        typer.Option(help="label of one of the run's students; default: all finished ones"),
     ] = None,
     include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
     local: Annotated[Optional[Path], typer.Option(help="folder of the tasks' data")] = None,  # noqa: UP045
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="folder for results and samples, of a run one for each student"),
+        typer.Option(help="folder for results and samples; a run's students get one folder each"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045

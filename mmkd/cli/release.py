@@ -18,12 +18,12 @@ def release(
         typer.Argument(help="key=value of the recipe's 'release', such as license=apache-2.0"),
     ] = None,
     repo: Annotated[Optional[str], typer.Option(help="repository, such as me/student")] = None,  # noqa: UP045
-    private: Annotated[bool, typer.Option("--private", help="nobody else may see it")] = False,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     student: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="label of a variant; the recipe's own if left out"),
+        typer.Option(help="label of a variant; default: the recipe's own"),
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="the first if left out")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="default: the first")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="write this folder, upload nothing")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
     plugin: Plugins = None,

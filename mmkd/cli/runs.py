@@ -1,4 +1,4 @@
-"""Recipes: run, plan, time and report them."""
+"""Recipes: run them, plan them, time their steps, report their results."""
 
 import json
 import sys
@@ -8,7 +8,17 @@ from typing import Annotated, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, app, named, recipe_app
+from mmkd.cli.app import (
+    AsJson,
+    Nproc,
+    Overrides,
+    Plugins,
+    RecipeFile,
+    app,
+    named,
+    notes,
+    recipe_app,
+)
 from mmkd.errors import AGAIN
 
 
@@ -20,7 +30,7 @@ def run(
     nproc: Nproc = 1,
     from_stage: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="where the recipe has changed: train again from this stage on"),
+        typer.Option(help="if the recipe has changed: train again from this stage on"),
     ] = None,
 ) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
@@ -41,7 +51,7 @@ def run(
     try:
         folder = pipeline.run(read, from_stage=from_stage)
     except EvaluationError:
-        write_report(pipeline.run_folder(read))  # of what there is
+        write_report(pipeline.run_folder(read))  # without the scores that failed
         raise
     if distributed.rank() == 0:
         write_report(folder, use=True)
@@ -53,14 +63,14 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
-    nproc: Annotated[Optional[int], typer.Option(min=1, help="plan for so many processes")] = None,  # noqa: UP045
+    nproc: Annotated[Optional[int], typer.Option(min=1, help="number of processes")] = None,  # noqa: UP045
     memory: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=1, help="plan for GPUs of so many GiB, one a process"),
+        typer.Option(min=1, help="GiB of each GPU, one per process; default: this machine's"),
     ] = None,
     without_data: Annotated[
         bool,
-        typer.Option(help="data and evaluation tasks are not there yet: sequences of max_length"),
+        typer.Option(help="do not check data and tasks, which may not exist yet"),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="every stage of every student of a study")
@@ -69,7 +79,7 @@ def plan(
 ) -> None:
     """What a run would do: settings, parameters, tokens, FLOPs and memory of every stage.
 
-    It refuses what a run would refuse before its first step.
+    It reports the errors that a run would report before its first step.
     """
     from mmkd.recipe import load_recipe
 
@@ -78,7 +88,7 @@ def plan(
     from mmkd.plan import check_recipe, make_plan, print_plan
 
     size = None if memory is None else int(memory * 2**30)
-    with distributed.imagined(nproc or distributed.world_size(), size):
+    with notes(as_json), distributed.imagined(nproc or distributed.world_size(), size):
         check_recipe(read, without_data=without_data)
         made = make_plan(read)
     if as_json:
@@ -92,12 +102,12 @@ def bench(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
-    stage: Annotated[Optional[str], typer.Option(help="the first if left out")] = None,  # noqa: UP045
+    stage: Annotated[Optional[str], typer.Option(help="default: the first")] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
     out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
 ) -> None:
-    """Where the time and memory of a recipe's steps go, against what the models alone take."""
+    """Time and memory of a recipe's steps by part, compared with the models alone."""
     from mmkd.recipe import load_recipe
 
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds

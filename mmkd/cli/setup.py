@@ -13,12 +13,12 @@ from mmkd.cli.app import AsJson, app
 
 @app.command()
 def doctor(
-    output_dir: Annotated[Path, typer.Option(help="where runs are to be written")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """What works on this machine, what is missing or broken, and the command that mends it.
+    """What works on this machine, what is missing or broken, and the commands that mend it.
 
-    Exit status 1 where something that mmkd needs is missing or broken.
+    Exit status 1 if something that mmkd needs is missing or broken.
     """
     from mmkd.doctor import as_json as described
     from mmkd.doctor import examine, hindering, print_rows
@@ -41,7 +41,7 @@ def init(
     pairs: Annotated[Optional[str], typer.Option(help="file of preference pairs")] = None,  # noqa: UP045
     held_out: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="with --offline: records that are not trained on"),
+        typer.Option(help="with --offline: file of records to ask about, not trained on"),
     ] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="folders only, sample answers instead of benchmarks")

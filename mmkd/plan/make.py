@@ -1,4 +1,4 @@
-"""What a run would cost, from configs and a sample of the data, without weights."""
+"""What a run would cost, computed from configs and a sample of the data, without weights."""
 
 from typing import Any
 
@@ -20,18 +20,18 @@ from mmkd_models.layout import mamba_layers
 
 SAMPLED_RECORDS = 48
 MANY_EPOCHS = 100
-"""Passes over the data from which on a plan warns."""
+"""Number of passes over the data from which on a plan warns."""
 
 
 def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
-    """Refuse what `mmkd run` refuses before its first step.
+    """Raise the errors that `mmkd run` would raise before its first step.
 
     Args:
         recipe: with its variants.
-        without_data: leave out the data and the evaluation's tasks, which may not be there yet.
+        without_data: do not check the data and the evaluation's tasks, which may not exist yet.
 
     Raises:
-        MmkdError: as `mmkd.preflight` says it.
+        MmkdError: see `mmkd.preflight`.
     """
     seen: list[dict[str, Any]] = []
     for member in members(recipe):
@@ -43,10 +43,10 @@ def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """The plan of every member and stage as plain JSON values.
+    """The plan of every member and stage, as JSON values.
 
-    Members that differ in their seed alone are planned once. Where data are not there yet,
-    sequences of `max_length` tokens are assumed.
+    Members that differ in their seed only are planned once. If the data do not exist yet, sequences
+    of `max_length` tokens are assumed.
     """
     processor = load_processor(recipe.student)
     teacher = None
@@ -84,17 +84,17 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
-    """What decides a plan."""
+    """The settings that a plan depends on."""
     return recipe.model_dump(mode="json", exclude={"label", "name", "seed", "output_dir"})
 
 
 def _shared(member: Member, before: list[Member]) -> int:
-    """Stages that a run takes over from a member before this one."""
+    """Number of stages that a run takes over from an earlier member."""
     return max((timings.common_stages(member.recipe, o.recipe) for o in before), default=0)
 
 
 def _sum(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, tokens, FLOPs and seconds of stages; seconds are None unless all were timed."""
+    """Sums of steps, tokens, FLOPs and seconds; seconds are None if a stage was not timed."""
     seconds = [stage["seconds"] for stage in stages]
     return {
         **{key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")},
@@ -103,17 +103,17 @@ def _sum(stages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _warnings(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Lengths that are hardly meant, one line for each stage."""
+    """One line for each stage whose length is very large or unknown."""
     lines = {
-        f"stage {stage['stage']} goes through its {stage['records']:,} records "
+        f"stage {stage['stage']} passes over its {stage['records']:,} records "
         f"{stage['epochs']:,.0f} times ({stage['steps']:,} steps)": None
         for member in found.values()
         for stage in member["stages"]
         if stage["records"] and stage["epochs"] >= MANY_EPOCHS
     }
     lines |= {
-        f"stage {stage['stage']} is so many epochs long, and its data are not there: its steps are "
-        "not known": None
+        f"stage {stage['stage']} is given in epochs, and its data do not exist yet: its steps are "
+        "not known, and the totals count one": None
         for member in found.values()
         for stage in member["stages"]
         if not stage["records"] and stage["settings"]["steps"] is None
@@ -128,8 +128,15 @@ def plan_stage(
     teacher: PreTrainedModel | None,
     sampled: tuple[Sample, int] | None = None,
 ) -> dict[str, Any]:
-    """One stage's plan; `sampled` are a mean record and the records of an epoch, read from the
-    data if left out."""
+    """One stage's plan.
+
+    Args:
+        recipe: of one student.
+        stage: of this recipe.
+        processor: the student's.
+        teacher: without weights; None if there is no live one.
+        sampled: a mean record and the number of records of an epoch; None reads them from the data.
+    """
     student = skeleton(recipe.student)
     until = recipe.stages.index(stage) + 1
     for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
@@ -147,7 +154,7 @@ def plan_stage(
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
     per_step = stage.batch.records_per_step(processes)
-    steps = stage.steps or max(1, round((stage.epochs or 1) * records / per_step))
+    steps = timings.steps_over(stage, records)
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     placement: TeacherPlacement = "replicated"
     quantize = None
@@ -187,7 +194,7 @@ def plan_stage(
 
 
 def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[str, int]:
-    """Memory with the weights of further teachers, whole."""
+    """Adds the weights of further teachers, which are whole on every process."""
     if not others:
         return memory
     weights = sum(map(parameter_bytes, others))
@@ -206,8 +213,8 @@ def _placement(
 def sample_data(
     data: DataConfig, processor: Any, objectives: list[Objective]
 ) -> tuple[Sample, int]:
-    """Token counts of some of an epoch's records, and how many it has; where there is no data yet,
-    full-length sequences."""
+    """Mean token counts of some records, and the number of records of an epoch. If the data do not
+    exist yet: sequences of `max_length` tokens, and 0 records."""
     if not all(map(is_there, data.parts)):
         length = float(data.max_length)
         rows = {o.name: length for o in objectives}

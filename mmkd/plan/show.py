@@ -1,4 +1,4 @@
-"""A plan on a terminal: tables that fit its width, or for a study a few lines for each student."""
+"""Prints a plan: tables that fit the terminal, or for a study a few lines for each student."""
 
 import textwrap
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from mmkd.errors import MmkdError
 from mmkd.progress import console, say
 from mmkd.recipe import TrainConfig
 
-BENCH = "`mmkd bench` times the steps of a stage on this machine, and a plan then says hours"
+BENCH = "`mmkd bench` times the steps of a stage on this machine; plans then show hours"
 
 
 def human(value: float, unit: str = "") -> str:
@@ -29,12 +29,12 @@ def human(value: float, unit: str = "") -> str:
 
 
 def print_plan(plan: dict[str, Any], *, verbose: bool = False) -> None:
-    """What a run would do.
+    """Print what a run would do.
 
     Args:
-        plan: as `make_plan` makes it.
-        verbose: tables of every student that differs from the others in more than its seed; without
-            it, of a run with several students only a few lines for each.
+        plan: the result of `make_plan`.
+        verbose: print tables of every student that differs from the others in more than its seed.
+            Otherwise, several students get a few lines each.
     """
     if plan["teacher"]:
         say(f"teacher: {human(plan['teacher']['parameters'])} parameters")
@@ -54,11 +54,11 @@ def print_plan(plan: dict[str, Any], *, verbose: bool = False) -> None:
     if plan["total"]["seconds"] is None:
         say(BENCH)
     if len(students) > 1 and not verbose:
-        say("every stage of every student: --verbose")
+        say("--verbose shows every stage of every student")
 
 
 def _students(plan: dict[str, Any]) -> list[list[str]]:
-    """Labels of the members, those that differ in their seed alone together."""
+    """Labels of the members. Members that differ in their seed only are in one group."""
     groups: list[list[str]] = []
     for label, member in plan["members"].items():
         for group in groups:
@@ -72,7 +72,7 @@ def _students(plan: dict[str, Any]) -> list[list[str]]:
 
 
 def _print_study(plan: dict[str, Any], students: list[list[str]]) -> None:
-    """For each student what differs and what it costs."""
+    """Print how each student differs and what it costs."""
     say(f"{plan['name']}: {len(students)} students, {len(plan['members'])} trainings")
     for labels in students:
         members = [plan["members"][label] for label in labels]
@@ -87,7 +87,7 @@ def _print_study(plan: dict[str, Any], students: list[list[str]]) -> None:
         shared = members[0]["shared_stages"]
         if shared:
             names = ", ".join(stage["stage"] for stage in members[0]["stages"][:shared])
-            _say_wrapped(f"{names} as in a student before, trained once")
+            _say_wrapped(f"{names} shared with an earlier student, trained once")
 
 
 def _say_wrapped(text: str) -> None:
@@ -118,7 +118,8 @@ def _hours(seconds: float | None) -> str:
 
 
 def _tables(title: str, member: dict[str, Any]) -> Iterator[Table]:
-    """The stages as columns, in as many tables as it takes for no word to be broken."""
+    """Tables with a column for each stage. Stages that do not fit go to a further table, so that no
+    word is broken."""
     stages = member["stages"]
     columns = [[str(read(stage)) for read in _ROWS.values()] for stage in stages]
     names = [stage["stage"] for stage in stages]
