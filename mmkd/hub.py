@@ -1,9 +1,9 @@
-"""Whether the Hugging Face Hub can be reached: asked once, in seconds.
+"""Whether the Hugging Face Hub can be reached: one request that takes a few seconds at most.
 
-huggingface_hub retries every request to a Hub that does not answer, for minutes in all. Whoever is
-about to ask the Hub for something calls `unreachable` first. Where the Hub does not answer, this
-process and those that it starts go on as with HF_HUB_OFFLINE=1: what is downloaded already is used,
-and the rest fails at once.
+huggingface_hub retries every request to a Hub that does not answer, for minutes in total. So code
+that is about to use the Hub calls `unreachable` first. If the Hub does not answer, this process and
+those that it starts behave as with HF_HUB_OFFLINE=1: they use files that were downloaded before,
+and everything else fails at once.
 """
 
 import os
@@ -16,7 +16,7 @@ from huggingface_hub.utils import get_session
 from mmkd.progress import say
 
 SECONDS = 5.0
-"""How long the Hub may take to answer."""
+"""Time limit for an answer of the Hub."""
 OFFLINE = "HF_HUB_OFFLINE is set"
 
 _answers: dict[str, str | None] = {}
@@ -29,17 +29,17 @@ def unreachable() -> str | None:
     if endpoint not in _answers:
         if constants.is_offline_mode():
             return OFFLINE
-        _answers[endpoint] = _ask(endpoint)
+        _answers[endpoint] = ask(endpoint)
         if _answers[endpoint] is not None:
             _go_offline()
     return _answers[endpoint]
 
 
 def hint(instead: str) -> str:
-    """What to do about something that is neither here nor on a Hub that can be reached.
+    """What to do about a name that is not a local folder, while the Hub cannot be reached.
 
     Args:
-        instead: what to check, or what else may be given.
+        instead: what to check or to give instead.
     """
     if unreachable() == OFFLINE:
         return f"{instead}, or unset HF_HUB_OFFLINE for what is not downloaded yet"
@@ -47,15 +47,15 @@ def hint(instead: str) -> str:
 
 
 def say_if_unreachable(name: str) -> None:
-    """Say, once, that what was loaded is what had been downloaded before, of any age."""
+    """Say, once, that a model was loaded from an earlier download, which may be out of date."""
     reason = unreachable()
     if reason not in (None, OFFLINE, *_said):
         _said.add(str(reason))
-        say(f"the Hub cannot be reached ({reason}): {name} is as it was downloaded before")
+        say(f"the Hub cannot be reached ({reason}): using an earlier download of {name}")
 
 
-def _ask(endpoint: str) -> str | None:
-    """Why one request gets no answer; None if it gets any but a server's error."""
+def ask(endpoint: str) -> str | None:
+    """Why one request gets no answer, or a server's error; None if it gets any other answer."""
     said: list[str | None] = []
 
     def request() -> None:
@@ -67,7 +67,7 @@ def _ask(endpoint: str) -> str | None:
         else:
             said.append(f"it answers with status {status}" if status >= 500 else None)
 
-    # In a thread: no timeout of the client ends a name server's silence.
+    # In a thread: the client's timeout does not cover a name server that does not answer.
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(SECONDS + 1)

@@ -11,18 +11,19 @@ echo "installing into $VENV (a few minutes the first time)"
 $PIP -e ".[dev]"
 # lmms-eval's own dependency list brings a torchvision that breaks beside a CPU torch.
 $PIP --no-deps "lmms-eval==0.7.3"
-# The processors of most families need torchvision, in the build that belongs to the installed
-# torch; any other breaks transformers, and is removed again.
-if ! "$VENV/bin/python" -c "import torchvision" 2>/dev/null; then
-    FITTING="$("$VENV/bin/python" -c \
-        "from mmkd.doctor.packages import fitting_torchvision; print(fitting_torchvision())")"
+# The processors of most families need torchvision, in the build for the installed torch. Any other
+# build breaks transformers, so it is removed again.
+python() { "$VENV/bin/python" -c "$1"; }
+has_torchvision() { python "import torchvision" 2>/dev/null; }
+PACKAGES="from mmkd.doctor.packages import fitting_torchvision, without_torchvision"
+if ! has_torchvision; then
+    FITTING="$(python "$PACKAGES; print(fitting_torchvision())")"
     case "$FITTING" in "pip install --no-deps "*)
         $PIP --retries 0 --timeout 15 ${FITTING#pip install } >/dev/null 2>&1 || true
-        if ! "$VENV/bin/python" -c "import torchvision" 2>/dev/null; then
-            "$VENV/bin/pip" uninstall --quiet --yes torchvision >/dev/null 2>&1 || true
-        fi
+        has_torchvision || "$VENV/bin/pip" uninstall --quiet --yes torchvision >/dev/null 2>&1 || true
     esac
-    "$VENV/bin/python" -c "import torchvision" 2>/dev/null || "$VENV/bin/python" -c \
-        "from mmkd.doctor.packages import without_torchvision; print(without_torchvision())"
-    "$VENV/bin/python" -c "import torchvision" 2>/dev/null || echo "torchvision: $FITTING"
+    if ! has_torchvision; then
+        python "$PACKAGES; print(without_torchvision())"
+        echo "torchvision: $FITTING"
+    fi
 fi

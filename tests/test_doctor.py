@@ -382,7 +382,9 @@ def test_the_hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     (found,) = places.hub()
     assert found.state == "broken"
-    assert found.detail.startswith("http://127.0.0.1:9 does not answer (URLError: ")
+    assert found.detail.startswith("http://127.0.0.1:9 cannot be reached (")
+    monkeypatch.setattr("mmkd.hub.ask", lambda endpoint: None)
+    assert places.hub() == [Finding("ok", "http://127.0.0.1:9 answers")]
 
 
 def test_a_token_is_not_shown(monkeypatch):

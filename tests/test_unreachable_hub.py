@@ -130,7 +130,7 @@ def test_what_is_downloaded_is_used_all_the_same(requests, tiny_model_dir, tmp_p
         assert load_pretrained_processor(f"me/known{number}").tokenizer
     told = capsys.readouterr().out
     assert told.count(REACHED) == 1
-    assert "me/known1 is as it was downloaded before" in told
+    assert "using an earlier download of me/known1" in told
 
 
 def test_a_hub_that_answers_is_asked_once_more_only(monkeypatch):

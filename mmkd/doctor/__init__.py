@@ -1,7 +1,7 @@
-"""`mmkd doctor`: what of mmkd works on this machine, and how to mend what does not.
+"""`mmkd doctor`: which parts of mmkd work on this machine, and how to mend the others.
 
-Nothing here may fail where something else is broken: torch, transformers and the like are
-imported by the checks alone, which run in a process of their own.
+This module must work even if torch, transformers or another package is broken. So only the checks
+import them, in a process of their own.
 """
 
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
 
 def examine(output_dir: Path) -> list[Row]:
-    """Every check's rows; `output_dir` is where runs are to be written."""
+    """The rows of all checks; `output_dir` is the folder for runs."""
     rows = []
     with console.status("python") if live() else nullcontext() as status:
         for row in run_isolated(all_checks(output_dir)):
@@ -31,7 +31,7 @@ def examine(output_dir: Path) -> list[Row]:
 
 
 def hindering(rows: list[Row]) -> list[Row]:
-    """The rows of what mmkd needs that is not there or does not work."""
+    """The rows of required parts that are missing or broken."""
     return [row for row in rows if row.needed and row.state != "ok"]
 
 
@@ -50,7 +50,8 @@ def families_without_processor(rows: list[Row]) -> list[str]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """A table, one part a section; below it the commands that mend what is missing or broken."""
+    """Print a table with a section for each kind of check, and below it the commands that mend what
+    is missing or broken."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     for section in dict.fromkeys(row.section for row in rows):
         table.add_row(Text(section, style="bold"))

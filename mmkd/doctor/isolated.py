@@ -1,4 +1,4 @@
-"""Checks in a process of their own: one that raises, crashes or hangs is a row like others."""
+"""Runs checks in another process. A check that raises, crashes or hangs becomes a row too."""
 
 import multiprocessing
 import os
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from mmkd.errors import one_line
 from mmkd.interrupt import begin_worker
 
 State = Literal["ok", "missing", "broken"]
 SECONDS = 180.0
-LONGEST = 200
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says.
+    """One result of a check.
 
     Attributes:
-        state: broken is there and does not work.
+        state: `broken` is installed and does not work.
         detail: a version, a size, or what is wrong.
-        mend: the command that mends it; the check's own if left out.
-        name: of what was found, where a check finds several things.
-        needed: whether mmkd does nothing without it; as the check says if left out.
+        mend: the command that mends it; the check's own if empty.
+        name: of the part, if a check looks at several; the check's own if empty.
+        needed: whether mmkd requires it; None is the check's own value.
     """
 
     state: State
@@ -39,10 +39,10 @@ class Check:
     """One thing to look at.
 
     Attributes:
-        section, name: where its row goes.
-        run: a function that another process can be given.
-        mend: the command for what is missing or broken, if a finding has none.
-        needed: mmkd does nothing without it.
+        section, name: place of its row.
+        run: a function that can be pickled.
+        mend: the command that mends it, for findings that have none.
+        needed: mmkd requires it.
     """
 
     section: str
@@ -65,9 +65,10 @@ class Row:
 
 
 def run_isolated(checks: Sequence[Check], seconds: float = SECONDS) -> Iterator[Row]:
-    """All checks' rows in order, each check within so many seconds.
+    """The rows of all checks in order.
 
-    One process runs them, and another one goes on behind a check that ends it.
+    One process runs them. If a check ends it or takes longer than `seconds`, a new process runs the
+    rest.
     """
     done = 0
     while done < len(checks):
@@ -80,11 +81,6 @@ def run_isolated(checks: Sequence[Check], seconds: float = SECONDS) -> Iterator[
                 needed = check.needed if found.needed is None else found.needed
                 yield Row(check.section, name, found.state, found.detail, mend, needed)
             done += 1
-
-
-def one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}"[:LONGEST] if said else type(error).__name__
 
 
 def _one_process(checks: Sequence[Check], seconds: float) -> Iterator[list[Finding]]:

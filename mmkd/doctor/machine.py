@@ -7,7 +7,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from mmkd.doctor.isolated import Finding, one_line
+from mmkd.doctor.isolated import Finding
+from mmkd.errors import one_line
 
 GIB = 2**30
 SLOW = "set precision to auto or float32 in the recipe"

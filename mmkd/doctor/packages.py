@@ -1,4 +1,4 @@
-"""What mmkd's own metadata asks for, and what is installed of it."""
+"""The packages that mmkd's metadata requires, and which of them are installed."""
 
 import importlib
 import importlib.metadata
@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from mmkd.doctor.isolated import Finding, one_line
+from mmkd.doctor.isolated import Finding
+from mmkd.errors import one_line
 
 MODULES = {"pillow": "PIL"}
 # Imported lazily by its package: what else it needs shows only there.
@@ -17,7 +18,7 @@ RELEASE = re.compile(r"2\.(\d+)\.(\d+)(?:\+(cpu|cu\d+|rocm[\d.]+|xpu))?")
 WHEELS = "https://download.pytorch.org/whl"
 FIRST = 15  # torchvision 0.15 was built for torch 2.0, and both have counted on together
 FAMILIES = 17
-"""Rows of docs/families.md."""
+"""Number of families in docs/families.md."""
 WANT_TORCHVISION = (
     "LLaVA-OneVision",
     "Qwen2-VL",
@@ -32,7 +33,7 @@ WANT_TORCHVISION = (
     "LFM3-VL (hybrid)",
     "Nemotron Omni (hybrid)",
 )
-"""Those of them whose processors transformers does not load without torchvision."""
+"""Families whose processors transformers does not load without torchvision."""
 EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
@@ -109,8 +110,8 @@ def _problem(wanted: Wanted) -> Finding | None:
 
 
 def torchvision() -> list[Finding]:
-    """Many processors of transformers are made of it, and all break beside one that is built for
-    another torch."""
+    """Many processors of transformers need it, and all of them break if it is built for another
+    torch."""
     if find_spec("torchvision") is None:
         return [Finding("missing", without_torchvision(), fitting_torchvision(), needed=False)]
     try:
@@ -122,7 +123,7 @@ def torchvision() -> list[Finding]:
 
 
 def without_torchvision() -> str:
-    """What cannot be done without it."""
+    """The families that cannot be used without torchvision, in a sentence."""
     return (
         f"without torchvision, {len(WANT_TORCHVISION)} of {FAMILIES} families cannot load their "
         "processors: " + ", ".join(name.removesuffix(" (hybrid)") for name in WANT_TORCHVISION)
@@ -130,8 +131,8 @@ def without_torchvision() -> str:
 
 
 def fitting_torchvision(how: str = "") -> str:
-    """The command that installs the torchvision of the installed torch, and leaves torch alone:
-    PyPI's is built for one kind of GPU and breaks beside a torch for CPUs."""
+    """The command that installs the torchvision build for the installed torch, without changing
+    torch. PyPI's build is for one kind of GPU and breaks together with a torch for CPUs."""
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

@@ -3,20 +3,17 @@
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-from mmkd.doctor.isolated import Finding, one_line
+from mmkd.doctor.isolated import Finding
 
 GIB = 2**30
 LEAST = GIB
-SECONDS = 5.0
 
 
 def folder(path: Path) -> list[Finding]:
-    """It can be written, and there is room. Nothing is left behind; a folder that is not there yet
-    is judged by the one that would hold it."""
+    """Whether a folder can be written and has room. If it does not exist yet, the nearest folder
+    above it is checked. Nothing is left in it."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -36,17 +33,14 @@ def folder(path: Path) -> list[Finding]:
 def hub() -> list[Finding]:
     from huggingface_hub import constants
 
+    from mmkd.hub import ask
+
     if constants.HF_HUB_OFFLINE:
         names = " ".join(n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if n in os.environ)
         detail = f"offline ({names}): folders and the hub cache only"
         return [Finding("missing", detail, f"unset {names}")]
-    try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        return [Finding("broken", f"{constants.ENDPOINT} does not answer ({one_line(error)})")]
+    if (reason := ask(constants.ENDPOINT)) is not None:
+        return [Finding("broken", f"{constants.ENDPOINT} cannot be reached ({reason})")]
     return [Finding("ok", f"{constants.ENDPOINT} answers")]
 
 
