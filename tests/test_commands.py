@@ -169,6 +169,21 @@ def test_a_run_ends_with_lines_that_work(
     assert torch.cuda.is_available() or "cuda" not in done.stderr.lower()
 
 
+def test_eval_finds_a_recipes_relative_paths_from_another_folder(
+    two_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = yaml.safe_load((two_students / "recipe.yaml").read_text())
+    raw["evaluate"]["include"] = "tasks"
+    (two_students / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "tasks").mkdir()  # beside runs/, where the recipe was run
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        include = find_models(str(two_students), None, None, None, None).include
+        assert include is not None
+        assert include.resolve() == tmp_path / "tasks"
+
+
 def test_an_earlier_student_does_not_stand_in_for_a_deleted_one(
     two_students: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

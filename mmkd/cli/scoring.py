@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError, nearest, one_line
 from mmkd.progress import say
+
+if TYPE_CHECKING:
+    from mmkd.report.rundata import Run
 
 Scores = dict[str, Mapping[str, Mapping[str, float]]]
 """{label: {task: {metric: value}}}."""
@@ -67,19 +70,19 @@ def find_models(
     wanted = run.recipe.get("evaluate") or {}
     if tasks is None:
         tasks = list(wanted.get("tasks") or [])
-        include = include or _path(wanted.get("include"))
-        local = local or _path(wanted.get("local"))
+        include = include or _found(run, wanted.get("include"))
+        local = local or _found(run, wanted.get("local"))
     if not tasks:
         raise MmkdError("its recipe names no tasks", where=model, mend="name some with --tasks")
     trusted = bool((run.recipe.get("student") or {}).get("trust_remote_code"))
     return Asked(_students(run, student), tasks, include, local, True, trusted)
 
 
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+def _found(run: "Run", path: str | None) -> Path | None:
+    return None if path is None else run.find(path)
 
 
-def _students(run: Any, label: str | None) -> dict[str, str]:
+def _students(run: "Run", label: str | None) -> dict[str, str]:
     members = [m for m in run.members if label is None or label in (m.label, m.group)]
     if not members and label is not None:
         known = list(dict.fromkeys(name for m in run.members for name in (m.group, m.label)))

@@ -111,6 +111,15 @@ class Run:
     def is_teacher(self, label: str) -> bool:
         return label == TEACHER and all(m.label != TEACHER for m in self.members)
 
+    def find(self, path: str) -> Path:
+        """A path of the recipe on this machine.
+
+        It is relative to the folder in which the recipe was run. That is the working directory, or
+        else probably the folder that holds `output_dir`.
+        """
+        places = (Path(), self.folder.resolve().parent.parent)
+        return next((p / path for p in places if (p / path).exists()), Path(path))
+
     @property
     def expected(self) -> int:
         """How many students the recipe asks for; those not begun have no folder yet."""

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mmkd.data.images import load_image, thumbnail
+from mmkd.data.sources.files import find_files
 from mmkd.errors import DataError
 from mmkd.report.rundata import TEACHER, Run, read_samples
 from mmkd.task_files import data_files, read_task
@@ -167,9 +168,17 @@ def trained_on(run: Run) -> bool:
     stages = [s.get("data") for s in run.recipe.get("stages", [])]
     data = [d for d in (run.recipe.get("data"), *stages) if d]
     parts = [part for d in data for part in (d, *(d.get("sources") or []))]
-    return samples.get("records") is not None and any(
-        part.get("train") == samples["records"] for part in parts
-    )
+    trained = {file for part in parts if part.get("train") for file in _files(run, part["train"])}
+    asked = samples.get("records")
+    return asked is not None and not trained.isdisjoint(_files(run, asked))
+
+
+def _files(run: Run, train: str) -> set[str]:
+    """The files that a source names, however it is written; its name if they are not here."""
+    try:
+        return {str(path.resolve()) for path in find_files(str(run.find(train)))}
+    except DataError:
+        return {train}
 
 
 def _own_answers(run: Run, label: str) -> list[Sample]:
@@ -240,19 +249,16 @@ def _data_uri(image: dict[str, Any]) -> str:
 def picture_files(run: Run, task: str) -> list[Path]:
     """The parquet files with a task's documents, in order: where the evaluation found them, or
     those that the task's own file names."""
-    # Paths are relative to where the recipe was run; that is mostly two folders above the run.
-    places = [Path(), run.folder.resolve().parent.parent]
     for results in run.results.values():
-        for place in places if results.get("data", {}).get(task) else []:
-            found = [place / name for name in results["data"][task]]
-            if all(path.is_file() for path in found):
-                return found
+        found = [run.find(name) for name in results.get("data", {}).get(task) or []]
+        if found and all(path.is_file() for path in found):
+            return found
     include = (run.recipe.get("evaluate") or {}).get("include")
     if not include:
         return []
-    for folder in [place / include for place in places]:
-        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
-            config = read_task(path)
-            if config.get("task") == task:
-                return data_files(config, path.parent)
+    folder = run.find(include)
+    for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
+        config = read_task(path)
+        if config.get("task") == task:
+            return data_files(config, path.parent)
     return []
