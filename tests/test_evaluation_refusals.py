@@ -17,7 +17,7 @@ from test_evaluation_adapter import adapter_of, picture, requests, tiny_qwen, ti
 from test_pipeline import finish, start
 
 from mmkd.errors import DataError, EvaluationError, MmkdError, StoppedError
-from mmkd.evaluation import run
+from mmkd.evaluation import models, run
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.evaluation.models import evaluate_models
 from mmkd.evaluation.pictures import UnreadablePicture
@@ -295,6 +295,25 @@ def test_kept_tasks_are_those_of_one_model(
         template.write_text(template.read_text() + " ")
     evaluate(model, out=tmp_path / "out", **settings)
     assert asked == [*tasks, *tasks]
+
+
+def test_every_part_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(reason: str) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise DataError(reason)
+
+        return fail
+
+    monkeypatch.setattr(models, "_score", failing("no scores"))
+    monkeypatch.setattr(models, "_time_decoding", failing("no times"))
+    settings = EvaluateConfig(tasks=["a"], decode=[1])
+    with pytest.raises(EvaluationError, match="no scores"):
+        evaluate_models({"kd": StudentConfig(model="x/y")}, settings, tmp_path, "cpu")
+    out = capsys.readouterr().out
+    assert "kd: its evaluation failed (no scores)" in out
+    assert "kd: its evaluation failed (no times)" in out
 
 
 def test_results_of_another_request_are_not_taken_for_a_finished_one(

@@ -82,6 +82,8 @@ def _evaluate_one(
             if disk_error(error) is not None:
                 raise
             failures.append(error)
+    for error in failures[1:]:  # the caller reports the first
+        say(f"{label}: its evaluation failed ({one_line(error)})")
     if failures:
         raise failures[0]
 
