@@ -55,7 +55,7 @@ def find_tasks(
     for task in chosen.tasks:
         if task.name in PAIRED and limit is not None and limit % 2:
             raise MmkdError(
-                f"task {task.name} scores its questions in pairs, and limit {limit} parts one",
+                f"task {task.name} scores its questions in pairs, and limit {limit} splits a pair",
                 mend="give an even limit",
             )
     found = ChosenTasks(chosen, find_local(chosen.tasks, local) if local else {})

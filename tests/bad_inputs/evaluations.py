@@ -40,7 +40,7 @@ def evaluation_out_of_reach(world: World) -> None:
     world.raw["evaluate"] = {"tasks": ["pope"]}
 
 
-@case(KIND, "cut a pair of MME's questions", "limit 3 parts one", "give an even limit")
+@case(KIND, "split a pair of MME's questions", "limit 3 splits a pair", "give an even limit")
 def pairs_of_questions(world: World) -> None:
     world.raw["evaluate"] = {"tasks": ["mme"], "limit": 3}
 
