@@ -46,17 +46,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
     """
     check_trackers(recipe.report_to)
     processor = load_processor(recipe.student)
-    student = skeleton(recipe.student)
-    check_supported(student, "student")
-    check_head(student, processor.tokenizer, "student")
-    check_processor(processor)
-    if prompt_ends_in_blank(processor) and distributed.rank() == 0:
-        say_once(
-            "student: the chat template's generation prompt ends in a space. In training, that "
-            "space is part of the answer's first token, so the student may begin its answers in "
-            "another way than it was trained to -- remove the space from the generation prompt"
-        )
-    convert(student, recipe.student.convert)
+    student = _check_student(recipe, processor)
     teacher = teacher_processor = store = None
     if recipe.teacher is not None and recipe.teacher.source == "cache":
         store = _check_store(recipe, processor)
@@ -67,10 +57,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
         teacher_processor = load_processor(recipe.teacher)
         check_supported(teacher, "teacher")
         check_head(teacher, teacher_processor.tokenizer, "teacher")
-    for live in recipe.teachers:
-        if live.quantize is not None and live.source == "live":
-            device = distributed.choose_device(recipe.stages[0].engine.device)
-            check_quantization(live.quantize, f"teacher {live.name}: quantize", device)
+    _check_quantized(recipe)
     _check_others(recipe, processor)
     for stage in recipe.stages:
         convert(student, stage.convert)
@@ -94,6 +81,30 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
         _check_on_policy(stage, objectives)
         if data:
             _check_data(recipe, stage, objectives, processor, teacher_processor, store)
+
+
+def _check_student(recipe: Recipe, processor: Any) -> PreTrainedModel:
+    """The student without weights, as it is before its first stage."""
+    student = skeleton(recipe.student)
+    check_supported(student, "student")
+    check_head(student, processor.tokenizer, "student")
+    check_processor(processor)
+    if prompt_ends_in_blank(processor) and distributed.rank() == 0:
+        say_once(
+            "student: the chat template's generation prompt ends in a space. In training, that "
+            "space is part of the answer's first token, so the student may begin its answers in "
+            "another way than it was trained to -- remove the space from the generation prompt"
+        )
+    convert(student, recipe.student.convert)
+    return student
+
+
+def _check_quantized(recipe: Recipe) -> None:
+    """This machine can load quantized teachers."""
+    for teacher in recipe.teachers:
+        if teacher.quantize is not None and teacher.source == "live":
+            device = distributed.choose_device(recipe.stages[0].engine.device)
+            check_quantization(teacher.quantize, f"teacher {teacher.name}: quantize", device)
 
 
 def _check_others(recipe: Recipe, processor: Any) -> None:

@@ -82,8 +82,8 @@ def _evaluate_one(
             if disk_error(error) is not None:
                 raise
             failures.append(error)
-    for error in failures[1:]:  # the caller reports the first
-        say(f"{label}: its evaluation failed ({one_line(error)})")
+    for other in failures[1:]:  # the caller reports the first
+        say(f"{label}: its evaluation failed ({one_line(other)})")
     if failures:
         raise failures[0]
 
