@@ -13,7 +13,8 @@ def main() -> None:
     """Entry point of `mmkd`."""
     interrupt.end_with_launcher()
     # For a stop before the command itself runs: these two always continue.
-    hint = AGAIN if sys.argv[1:2] in (["run"], ["cache"]) else FROM_THE_START
+    words = sys.argv[1:3]  # launchers put --local_rank before the command
+    hint = AGAIN if "run" in words or "cache" in words else FROM_THE_START
     with interrupt.listening(hint):
         try:
             _run()

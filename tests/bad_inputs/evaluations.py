@@ -67,20 +67,30 @@ def evaluation_with_an_unknown_setting(world: World) -> None:
 
 
 @case(
-    KIND, "asked for an evaluation of nothing", "evaluate", "nothing to evaluate", "give 'samples'"
+    KIND,
+    "asked for an evaluation without tasks and samples",
+    "evaluate",
+    "nothing to evaluate",
+    "give 'samples'",
 )
 def empty_evaluation(world: World) -> None:
     world.raw["evaluate"] = {"teacher": True}
 
 
-@case(KIND, "gave no pictures for samples", "evaluate.samples", "nothing to show", "'images'")
+@case(
+    KIND,
+    "asked for samples without pictures or records",
+    "evaluate.samples",
+    "nothing to show",
+    "'images'",
+)
 def samples_of_nothing(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"count": 3}}
 
 
 @case(
     KIND,
-    "gave samples both records and a list of pictures",
+    "gave both records and a list of pictures for samples",
     "evaluate.samples",
     "'images' is a folder where there are 'records'",
 )
@@ -88,7 +98,12 @@ def samples_of_two_sources(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"records": "train.json", "images": ["picture.png"]}}
 
 
-@case(KIND, "asked records other prompts", "evaluate.samples", "'prompts' are asked about 'images'")
+@case(
+    KIND,
+    "gave prompts together with records",
+    "evaluate.samples",
+    "'prompts' are asked about 'images'",
+)
 def samples_with_prompts(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"records": "train.json", "prompts": ["What?"]}}
 

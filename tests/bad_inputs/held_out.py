@@ -10,7 +10,7 @@ KIND = "held_out"
 
 @case(
     KIND,
-    "asked for the best student of no held-out records",
+    "asked for the best student without held-out records",
     "stage mimic: validation: no records are held out",
     "add 'validation' to data",
 )
@@ -50,7 +50,7 @@ overridden(
 
 @case(
     KIND,
-    "compared validations by an unknown metric",
+    "named an unknown metric for validation",
     "stage mimic: validation.metric: no metric 'anser_ce'",
     "did you mean 'answer_ce'?",
 )
@@ -61,7 +61,7 @@ def unknown_metric(world: World) -> None:
 
 @case(
     KIND,
-    "held a share of a stream out",
+    "asked to hold out a share of a stream",
     "recipe.yaml: data: no share of a stream can be held out",
     "give 'validation' a file",
 )
@@ -71,7 +71,7 @@ def share_of_a_stream(world: World) -> None:
 
 @case(
     KIND,
-    "held a file out that is not there",
+    "named a file of held-out records that is not there",
     "none.json: no such data file",
     "check data.validation",
 )
@@ -81,7 +81,7 @@ def no_held_out_file(world: World) -> None:
 
 @case(
     KIND,
-    "held the only record out",
+    "asked to hold out the only record",
     "records.json: its only record cannot be held out",
     "give data.validation a file",
 )
@@ -91,7 +91,7 @@ def only_record_held_out(world: World) -> None:
 
 @case(
     KIND,
-    "held a record out that is bad",
+    "gave a bad record among the held-out ones",
     "held.json: record 0 (id r1): no such image: none.png",
     "check data.images",
 )
@@ -102,7 +102,7 @@ def bad_held_out_record(world: World) -> None:
 
 @case(
     KIND,
-    "validated pairs whose reference runs once",
+    "asked to validate preferences with `reference_logps: once`",
     "stage mimic: validation: the reference of preferences runs once",
     "set reference_logps to live",
 )

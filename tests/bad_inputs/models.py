@@ -235,7 +235,7 @@ def more_tokens_than_rows_without_a_teacher(world: World) -> None:
 
 @case(
     "vocabulary",
-    "gave a tokenizer without any special token",
+    "gave a tokenizer without special tokens",
     "model: the tokenizer has no pad token",
     "set pad_token",
 )

@@ -53,7 +53,7 @@ def list_over_a_mapping(world: World) -> None:
     write("extends: base.yaml\ndata: [train.json]\n")
 
 
-@case(KIND, "hoped for another key's value", "${data.folder}/records.json: no", "check")
+@case(KIND, "wrote `${...}` for another key's value", "${data.folder}/records.json: no", "check")
 def interpolation(world: World) -> None:
     write(yaml.safe_dump(world.raw), "base.yaml")
     write("extends: base.yaml\ndata: {train: '${data.folder}/records.json'}\n")

@@ -154,7 +154,7 @@ def system_beside_the_conversation(world: World) -> None:
 
 @case(
     KIND,
-    "gave sound among the parts of a turn",
+    "gave audio among the parts of a turn",
     FIRST + "unknown content type 'audio'",
     "text or image",
 )
@@ -165,7 +165,7 @@ def audio_part(world: World) -> None:
 
 @case(
     KIND,
-    "gave a picture a size among the parts of a turn",
+    "gave a picture's size among the parts of a turn",
     FIRST + "unknown content key 'max_pixels' beside image",
     "image_size",
 )

@@ -33,7 +33,9 @@ def run_of_a_changed_stage(world: World) -> None:
     world.stage(optimizer={"lr": 0.5})
 
 
-@case("run", "gave --from-stage no stage", "--from-stage mimc: no such stage", "mimic")
+@case(
+    "run", "named an unknown stage with --from-stage", "--from-stage mimc: no such stage", "mimic"
+)
 def from_no_stage(world: World) -> list[str]:
     world.take(world.given.trained, "runs")
     return [*RUN, "--from-stage", "mimc"]
@@ -41,7 +43,7 @@ def from_no_stage(world: World) -> list[str]:
 
 @case(
     "run",
-    "gave --from-stage a stage behind the one that has changed",
+    "named a stage after the first changed one with --from-stage",
     "--from-stage second: stage mimic before it has changed too, in stages.0.optimizer.lr",
     "give --from-stage mimic",
 )
@@ -94,7 +96,7 @@ def cached(world: World) -> None:
 
 @case(
     "cache",
-    "held records out after the cache was built",
+    "added held-out records after the cache was built",
     "held.json: ",
     "not in the teacher's cache",
 )

@@ -59,7 +59,7 @@ overridden(
 
 @case(
     KIND,
-    "compared the records of micro-batches of one record",
+    "compared records in micro-batches of one record",
     "stage mimic: objective affinity: it compares the records of a micro-batch",
     "set batch.size to 2 or more",
 )
