@@ -49,7 +49,7 @@ def decoding_sentence(run: Run) -> str:
 
     held = teacher[context]["cache_bytes"]
     return (
-        f"Behind {int(context):,} tokens {student.label} decodes {mean('speed'):.1f} times as fast "
+        f"After {int(context):,} tokens {student.label} decodes {mean('speed'):.1f} times as fast "
         f"as the teacher, and its cache takes {compact(mean('cache_bytes'), 'B')} in place of "
         f"{compact(held, 'B')}."
     )

@@ -11,7 +11,10 @@ POPE = (
     "objects (adversarial)."
 )
 SHIFTED = "The same for drawings, or colours of objects, that the training pictures do not have."
-SIZE = "Number of parameters, and size of the weight files."
+SIZE = (
+    "Number of parameters, and size of the weight files; “16 bit” is two bytes per parameter, for "
+    "models whose files have different dtypes."
+)
 ABOUT: dict[tuple[str, str], str] = {
     **{("scenes_pope", f"pope_{k}_accuracy"): POPE for k in ("random", "popular", "adversarial")},
     ("scenes_pope", "pope_yes_rate"): "Share of these questions that the model answers with yes. "
