@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mmkd.errors import MEND, CheckpointError, MmkdError, PeerError
-from mmkd.files import locked
+from mmkd.files import disk_error, locked
 
 PATIENCE = 1800.0
 """Seconds that a process waits for the others, if the recipe says nothing else."""
@@ -176,15 +176,16 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other command writes into a folder; every rank calls it.
 
     Raises:
-        CheckpointError: on all ranks, if another command does already.
+        CheckpointError: on all ranks, if another command does already, or the folder cannot be
+            made.
     """
     with ExitStack() as stack:
         problem = ""
         if rank() == 0:
             try:
                 stack.enter_context(locked(folder))
-            except CheckpointError as error:
-                problem = str(error)
+            except (CheckpointError, OSError) as error:
+                problem = str(disk_error(error) or error)
         for said in gather([problem]):
             if said:
                 what, _, mend = said.partition(MEND)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -21,14 +21,73 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one step."""
+    """Replace a file's text in one step; of several processes that do, one after another.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with _claimed(partial) as file:
+        try:
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            error.filename = error.filename or str(path)
+            raise
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[TextIO]:
+    """A file that no other process writes through this function at the same time."""
+    while True:
+        with path.open("a", encoding="utf-8") as file:
+            with suppress(OSError):  # a disk that knows no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file.fileno(), path):
+                yield file
+                return
+        # Who had it before has renamed it meanwhile.
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file or folder still has this path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file under the path that this gives; it takes its name at the end of the block.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left of it.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        sync_file(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+    except BaseException:  # a stop too
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _not_written(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"cannot write ({reason})", where=str(path), mend="free space and run again"
+    )
 
 
 def disk_error(error: Exception) -> CheckpointError | None:
@@ -82,24 +141,26 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder through `write`; it takes its name only when it is complete.
 
     Raises:
-        CheckpointError: it cannot be written; nothing is left of it.
+        CheckpointError: it cannot be written, and nothing is left of it; or another command is
+            writing it.
     """
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot write ({reason})", where=str(path), mend="free space and run again"
-        ) from error
-    for file in partial.rglob("*"):
-        if file.is_file():
-            sync_file(file)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    with locked(partial):
+        for old in partial.iterdir():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        try:
+            write(partial)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _not_written(path, error) from error
+        except BaseException:  # a stop too
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
 
 
 @contextmanager
@@ -113,24 +174,48 @@ def locked(folder: Path) -> Iterator[None]:
         CheckpointError: another process has it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = _lock(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # something was written there
+                path.rmdir()
+        os.close(handle)
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """As `locked`, of a file that is made if it is not there. The block may delete it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(path, lambda: path.open("ab").close())
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path, make: Callable[[], None]) -> int:
+    """A handle of a folder or file; the lock ends when it is closed."""
+    while True:
+        make()
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # who had it has renamed or removed it meanwhile
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(handle)
             raise CheckpointError(
                 "another command is writing there",
-                where=str(folder),
+                where=str(path).removesuffix(".partial"),
                 mend="wait for its end, or stop it",
             ) from error
         except OSError:
             pass
-        yield
-    finally:
-        with suppress(OSError):  # something was written there
-            for path in made:
-                path.rmdir()
+        if _is_at(handle, path):
+            return handle
         os.close(handle)
 
 

@@ -38,6 +38,7 @@ LAUNCHER = "MMKD_LAUNCHER"
 """Environment variable: the process id of the `mmkd` that has started this process."""
 
 _WATCH_SECONDS = 1.0
+_AGAIN_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,6 +51,10 @@ class _State:
         hint: what the user can do after a stop.
         number: the first signal; None before it.
         heard: when it came, in seconds of `time.monotonic`.
+        raised: a `StoppedError` was raised. What is raised after it is often what a library made
+            of it.
+        swallowed: Python has passed over the `StoppedError`, as in a callback of an import, and
+            the next signal is to raise it again.
         depth: how many `deferred` blocks are open.
         children: processes that get each signal too.
     """
@@ -58,6 +63,8 @@ class _State:
     hint: str = FROM_THE_START
     number: int | None = None
     heard: float = 0.0
+    raised: bool = False
+    swallowed: bool = False
     depth: int = 0
     children: list[subprocess.Popen] = field(default_factory=list)
 
@@ -82,9 +89,11 @@ def listening(hint: str = FROM_THE_START) -> Iterator[None]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, _on_signal)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `held` by who started this process
+    hook, sys.unraisablehook = sys.unraisablehook, _on_unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         _state = outer
@@ -100,19 +109,48 @@ def _on_signal(number: int, frame: Any) -> None:
     if os.getpid() != state.owner:
         return  # a forked child, which ends with its parent
     now = time.monotonic()
+    if state.swallowed:
+        state.swallowed = False
+        if state.depth == 0:
+            raise _stop()
+        return
     if state.number is not None:
         if now - state.heard < REPEAT_SECONDS or launched():
             return
         if number == signal.SIGINT:
             _end_now(number)
+        if state.raised and state.depth == 0:  # and something has swallowed it
+            raise _stop()
     else:
         state.number, state.heard = number, now
     for child in state.children:
         child.send_signal(number)
     if state.depth == 0:
-        raise StoppedError("stopped", mend=state.hint)
+        raise _stop()
     if number == signal.SIGINT and not launched() and sys.stderr.isatty():
         _tell("stopping at the end of this step; Ctrl-C again ends at once")
+
+
+def _stop() -> StoppedError:
+    _state.raised = True
+    return StoppedError("stopped", mend=_state.hint)
+
+
+def _on_unraisable(unraisable: Any) -> None:
+    """Raise a `StoppedError` again where Python cannot raise it: in a callback or a `__del__`."""
+    state = _state
+    if not isinstance(unraisable.exc_value, StoppedError) or os.getpid() != state.owner:
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def again() -> None:
+        if _state is state and state.number is not None:
+            state.swallowed = True
+            os.kill(os.getpid(), state.number)
+
+    timer = threading.Timer(_AGAIN_SECONDS, again)
+    timer.daemon = True
+    timer.start()
 
 
 def _end_now(number: int) -> NoReturn:
@@ -147,9 +185,19 @@ def deferred() -> Iterator[None]:
 
 
 def stop_here() -> None:
-    """Raise `StoppedError` if a signal has come."""
+    """Raise `StoppedError` if a signal has come.
+
+    Long work that no `deferred` block holds calls it now and then, and so does what handles any
+    exception of others: a library may have swallowed the first `StoppedError`, or turned it into
+    an exception of its own.
+    """
     if requested():
-        raise StoppedError("stopped", mend=_state.hint)
+        raise _stop()
+
+
+def broken_off() -> StoppedError | None:
+    """The stop, if one was raised: an exception that comes after it is no error of its own."""
+    return _stop() if _state.raised else None
 
 
 def requested() -> bool:

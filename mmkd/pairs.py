@@ -24,6 +24,7 @@ from mmkd.data.scenes.build import IMAGE, TURNS, conversation
 from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.scenes import mentioned_objects
+from mmkd.files import locked_file
 from mmkd.interrupt import deferred
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import track
@@ -131,44 +132,46 @@ def make_pairs(
         "seed": seed,
         "device": place.type,
     }
-    journal = Journal(out.with_name(out.name + ".answers.jsonl"), settings)
-    known = {tuple(entry["records"]): entry["answers"] for entry in journal.entries}
+    answers_file = out.with_name(out.name + ".answers.jsonl")
+    with locked_file(answers_file):
+        journal = Journal(answers_file, settings)
+        known = {tuple(entry["records"]): entry["answers"] for entry in journal.entries}
 
-    def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        return answering.generate(**inputs, **options)
+        def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+            return answering.generate(**inputs, **options)
 
-    cut = 0
+        cut = 0
 
-    def rows() -> Iterator[dict[str, Any] | None]:
-        nonlocal cut
-        for number, part in enumerate(track(parts, "pairs", len(parts))):
-            asking = [records[i] for i in part]
-            prompts = [asked(r, answers_of(r)[0]) for r in asking]
-            answers = known.get(tuple(part))
-            if answers is None:
-                found = sample_answers(
-                    generate,
-                    encoder,
-                    prompts,
-                    sampling,
-                    seed=seed * 2**20 + number,
-                    device=place,
-                    count=samples,
-                    ends=answering.generation_config.eos_token_id,
-                )
-                answers = [asdict(answer) for answer in found]
-                with deferred():
-                    journal.add({"records": part, "answers": answers})
-            for k, record in enumerate(asking):
-                own = answers[k * samples : (k + 1) * samples]
-                finished = [a["text"] for a in own if a["finished"]]
-                cut += len(own) - len(finished)
-                yield _pair(record, prompts[k], finished, records)
+        def rows() -> Iterator[dict[str, Any] | None]:
+            nonlocal cut
+            for number, part in enumerate(track(parts, "pairs", len(parts))):
+                asking = [records[i] for i in part]
+                prompts = [asked(r, answers_of(r)[0]) for r in asking]
+                answers = known.get(tuple(part))
+                if answers is None:
+                    found = sample_answers(
+                        generate,
+                        encoder,
+                        prompts,
+                        sampling,
+                        seed=seed * 2**20 + number,
+                        device=place,
+                        count=samples,
+                        ends=answering.generation_config.eos_token_id,
+                    )
+                    answers = [asdict(answer) for answer in found]
+                    with deferred():
+                        journal.add({"records": part, "answers": answers})
+                for k, record in enumerate(asking):
+                    own = answers[k * samples : (k + 1) * samples]
+                    finished = [a["text"] for a in own if a["finished"]]
+                    cut += len(own) - len(finished)
+                    yield _pair(record, prompts[k], finished, records)
 
-    found = list(rows())
-    pairs = [row for row in found if row is not None]
-    _write(out, pairs)
-    journal.delete()
+        found = list(rows())
+        pairs = [row for row in found if row is not None]
+        _write(out, pairs)
+        journal.delete()
     return Counts(len(found), len(pairs), len(found) - len(pairs), cut)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mmkd.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.data.batch import Batch
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult
-from mmkd.errors import AGAIN, NonFiniteLossError, StoppedError
+from mmkd.errors import AGAIN, DataError, NonFiniteLossError, StoppedError
 from mmkd.interrupt import asked, deferred
 from mmkd.layer_signals import LayerPlan
 from mmkd.objectives import (
@@ -39,7 +40,7 @@ from mmkd.objectives import (
     score,
 )
 from mmkd.on_policy import OnPolicy
-from mmkd.progress import Bar
+from mmkd.progress import Bar, say
 from mmkd.recipe import StageConfig
 from mmkd.shared_vision import SharedVision
 from mmkd.steplog import StepLog
@@ -55,10 +56,17 @@ from mmkd.validation import Validation
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
 
+BARREN_STEPS = 50
+"""After so many steps in a row in which no objective covers a token, a stage stops."""
+
 
 @dataclass
 class Stage:
-    """Everything one stage works with; `build_stage` makes it."""
+    """Everything one stage works with; `build_stage` makes it.
+
+    Attributes:
+        barren: the last steps in a row in which no objective covered a token.
+    """
 
     config: StageConfig
     engine: Engine
@@ -75,6 +83,7 @@ class Stage:
     lead: str = ""
     tracked: Tracked | None = None
     validation: Validation | None = None
+    barren: int = 0
 
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
@@ -87,6 +96,7 @@ class Stage:
         log = StepLog(self.folder / "metrics.jsonl", first, active=active)
         skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
+        self._tell_lost(log, first)
         quiet = self.engine.rank > 0
         charts = Trackers(self.tracked, step=first, written=log.written, active=active)
         bar = Bar(self.config.name, self.steps, done=first, quiet=quiet, part=True)
@@ -109,12 +119,25 @@ class Stage:
                 stop = asked(self.engine.device)
                 if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
                     keep = self.config.checkpoint.keep
+                    log.sync()
+                    skipped.sync()
                     save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
                     if self.validation is not None and active:
                         self.validation.prune(saved)
                 if stop and step < self.steps:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
+            log.sync()
+            skipped.sync()
         return metrics
+
+    def _tell_lost(self, log: StepLog, first: int) -> None:
+        """Say which lines are gone of steps that are not trained again, and count the last steps
+        without anything to learn."""
+        self.barren = len(list(takewhile(_is_barren, reversed(log.found))))
+        lost = log.missing(first)
+        if lost and log.active:
+            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            say(f"{log.path}: the lines of {len(lost)} steps are lost ({some}); training goes on")
 
     def _validate(self, step: int) -> Metrics | None:
         """The line of a validation, where the step is followed by one."""
@@ -137,6 +160,7 @@ class Stage:
         batches = [b.to(self.engine.device) for b in batches]
         batches, sampled = self._sampled(step, batches)
         rows = self._rows(batches)
+        self._require_rows(rows)
         sums: dict[str, torch.Tensor] = {}
         load: dict[int, torch.Tensor] = {}
         for number, batch in enumerate(batches, 1):
@@ -173,6 +197,21 @@ class Stage:
         )
         names = [o.name for o in self.objectives]
         return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
+
+    def _require_rows(self, rows: dict[str, float]) -> None:
+        """Refuse to go on where no objective has had a token for many steps, or in all steps.
+
+        Raises:
+            DataError: on all ranks.
+        """
+        self.barren = 0 if any(rows.values()) else self.barren + 1
+        if self.barren >= min(BARREN_STEPS, self.steps):
+            raise DataError(
+                f"no record of {self.barren} steps in a row has a token to learn from",
+                where=f"stage {self.config.name}",
+                mend="look at the records with `mmkd data check`, and at data.max_length and the "
+                "objectives' regions",
+            )
 
     def _losses(
         self,
@@ -324,3 +363,8 @@ class Stage:
             "skipped": skipped,
             "padding": round(1 - real / places, 4),
         }
+
+
+def _is_barren(line: Metrics) -> bool:
+    """Whether a step's line says that nothing was learned in it."""
+    return line.get("loss") == 0 and line.get("supervised_tokens") == 0

@@ -113,7 +113,8 @@ class Validation:
         """
         self._log = StepLog(self.folder / FILE, step, active=active)
         for line in self._log.found:
-            self._remember(line)
+            if isinstance(line.get(self.config.metric), int | float):
+                self._remember(line)
         for path in find_checkpoints(self.checkpoints) if active else []:
             if step_of(path) > step:  # of steps that are trained again
                 shutil.rmtree(path)
@@ -193,10 +194,11 @@ class Validation:
             )
         assert self._log is not None
         self._log.write(line)
+        self._log.sync()
         return line
 
     def _remember(self, line: dict[str, Any]) -> None:
-        if line["best"]:
+        if line.get("best"):
             self.best, self.worse_since = (line["step"], line[self.config.metric]), 0
         else:
             self.worse_since += 1

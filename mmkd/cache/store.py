@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmkd.cache.codec import RowCodec
 from mmkd.errors import CheckpointError, DataError
-from mmkd.files import read_json, sha256, sync_file, write_json
+from mmkd.files import read_json, sha256, write_json, writing
 
 SHARD_ROWS = 2**18
 SHARD_BYTES = 2**30
@@ -77,7 +77,6 @@ class StoreWriter:
         if not self._keys:
             return
         path = self.folder / f"rows-{self.rank}-{self._number}.safetensors"
-        partial = path.with_suffix(".partial")
         rows = np.concatenate(self._rows)
         ends = np.cumsum([len(r) for r in self._rows])
         tensors = {
@@ -90,9 +89,8 @@ class StoreWriter:
         if self._hidden:
             tensors["hidden"] = torch.cat(self._hidden)
             tensors["hidden_ends"] = torch.tensor([len(h) for h in self._hidden]).cumsum(0)
-        save_file(tensors, partial)
-        sync_file(partial)
-        partial.replace(path)
+        with writing(path) as partial:
+            save_file(tensors, partial)
         facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         counts = {"records": len(ends), "rows": len(rows)}
         write_json(path.with_suffix(".json"), {"file": path.name, **facts, **counts})
@@ -103,8 +101,8 @@ class StoreWriter:
         """A head of the same inner products as the teacher's, [D, H] and [D]."""
         parts = {"weight": weight} | ({} if bias is None else {"bias": bias})
         path = self.folder / HEAD
-        save_file({k: v.contiguous() for k, v in parts.items()}, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        with writing(path) as partial:
+            save_file({k: v.contiguous() for k, v in parts.items()}, partial)
 
     def finish(self) -> None:
         """Say that the cache is complete, when all processes have flushed."""

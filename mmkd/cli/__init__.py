@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from mmkd import interrupt
+from mmkd.cli.once import is_first
 from mmkd.errors import AGAIN, FROM_THE_START, MmkdError, PeerError, StoppedError
 
 
@@ -20,21 +21,25 @@ def main() -> None:
             _run()
         except StoppedError as end:
             _stopped(end)
-        except MmkdError as error:
-            _fail(error)
-        except (ImportError, RecursionError):
-            # A signal in the middle of an import can show as a failed import.
-            if interrupt.requested():
-                _stopped(StoppedError("stopped", mend=hint))
-            raise
-        except (OSError, RuntimeError) as error:
-            from mmkd.distributed import explained
-            from mmkd.files import disk_error
+        except Exception as error:
+            # A library can turn a stop into an error of its own, such as an import that failed.
+            if (stop := interrupt.broken_off()) is not None:
+                _stopped(stop)
+            _fail(_explained(error))
 
-            known = disk_error(error) or explained(error)
-            if known is None:
-                raise
-            _fail(known)
+
+def _explained(error: Exception) -> MmkdError:
+    """What an exception says to a user; one that says nothing is raised again."""
+    if isinstance(error, MmkdError):
+        return error
+    if isinstance(error, OSError | RuntimeError):
+        from mmkd.distributed import explained
+        from mmkd.files import disk_error
+
+        known = disk_error(error) or explained(error)
+        if known is not None:
+            return known
+    raise error
 
 
 def _run() -> None:
@@ -54,7 +59,8 @@ def _stopped(end: StoppedError) -> NoReturn:
 def _fail(error: MmkdError) -> NoReturn:
     if interrupt.requested() and isinstance(error, PeerError):  # another process stopped first
         _stopped(StoppedError("stopped", mend=AGAIN))
-    print(f"mmkd: {error}", file=sys.stderr)
+    if is_first(str(error)):
+        print(f"mmkd: {error}", file=sys.stderr)
     _end(2)
 
 

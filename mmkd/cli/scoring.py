@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmkd import interrupt
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError, nearest, one_line
 from mmkd.progress import say
 
@@ -139,6 +140,7 @@ def score_models(
             failed.append(error)
             scores[label] = error.scores
         except MmkdError as error:
+            interrupt.stop_here()
             if len(asked.models) == 1:
                 raise
             say(f"{label}: its evaluation failed ({one_line(error)})")

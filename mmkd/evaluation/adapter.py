@@ -329,6 +329,7 @@ class MmkdModel(lmms):
         Raises:
             Exception: `error`, if it is not about this document.
         """
+        interrupt.stop_here()
         self.refusals.add(request.task, request.doc_id, error)
         return GenerationResult(Unanswered(), TokenCounts(0, 0))
 

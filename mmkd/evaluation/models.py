@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmkd import distributed, provenance
+from mmkd import distributed, interrupt, provenance
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
 from mmkd.loading import quantization_of
@@ -36,9 +36,11 @@ def evaluate_models(
     """
     failed: dict[str, Exception] = {}
     for label, source in sources.items():
+        interrupt.stop_here()
         try:
             _evaluate_one(label, source, settings, folder / label, device)
         except Exception as error:
+            interrupt.stop_here()
             if disk_error(error) is not None:
                 raise
             failed[label] = error
@@ -76,9 +78,11 @@ def _evaluate_one(
         parts.append(partial(_time_decoding, label, model, settings.decode, out, running))
     failures = []
     for part in parts:
+        interrupt.stop_here()
         try:
             part()
         except Exception as error:
+            interrupt.stop_here()
             if disk_error(error) is not None:
                 raise
             failures.append(error)

@@ -14,10 +14,12 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 
@@ -28,7 +30,7 @@ from mmkd.evaluation.install import INSTALL
 from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
-from mmkd.files import read_json, write_json, write_text
+from mmkd.files import locked, read_json, write_json, write_text
 from mmkd.progress import say
 from mmkd.recipe import ImageSizeConfig
 from mmkd.task_files import data_files
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from mmkd.evaluation.adapter import MmkdModel
     from mmkd.evaluation.manager import ChosenTasks
     from mmkd.recipe import Quantization
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,19 @@ class EvaluationResult:
         return found
 
 
+def _alone_in_out(function: Call) -> Call:
+    """Keep other evaluations out of the folder that is written."""
+
+    @wraps(function)
+    def alone(*words: Any, **settings: Any) -> Any:
+        out = settings["out"]
+        with nullcontext() if out is None else locked(out):
+            return function(*words, **settings)
+
+    return cast(Call, alone)
+
+
+@_alone_in_out
 def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
@@ -126,7 +143,8 @@ def evaluate(
 
     Raises:
         MmkdError: lmms-eval is missing, or a task is unknown, needs a judge or returned no scores.
-        CheckpointError: the model or its processor cannot be used.
+        CheckpointError: the model or its processor cannot be used, or another command writes into
+            `out`.
         DataError: a task's data file is missing or of another schema, or the model can be asked
             about none of its documents.
         EvaluationError: some of the tasks failed; the scores of the others are written.
@@ -224,6 +242,7 @@ def _run_tasks(
             try:
                 known = finished.write(name, facts, _run_task(adapter, name, manager, limit))
             except Exception as error:
+                interrupt.stop_here()
                 if not isinstance(error, MmkdError) and not is_of_document(error):
                     raise
                 say(f"{name}: failed ({one_line(error)})")

@@ -24,6 +24,7 @@ from mmkd.errors import DataError, one_line
 from mmkd.evaluation.finished import facts_of
 from mmkd.evaluation.refusals import is_of_document
 from mmkd.files import read_json, write_json
+from mmkd.interrupt import stop_here
 from mmkd.loading import load_pretrained, load_pretrained_processor
 from mmkd.progress import say
 from mmkd.recipe import (
@@ -233,6 +234,7 @@ def answer_samples(
     nn.Module.to(network, device)  # transformers' own refuses quantized models
     asking = _Asking(network, _encoder(processor), config.max_new_tokens, device)
     for start in range(len(answers), len(questions), batch_size):
+        stop_here()
         part = questions[start : start + batch_size]
         answers += [_row(q, a) for q, a in zip(part, asking.answers(part), strict=True)]
         write_json(out, {"request": request, "expected": len(questions), "answers": answers})
@@ -320,6 +322,7 @@ class _Asking:
                 ends=self.model.generation_config.eos_token_id,
             )
         except Exception as error:
+            stop_here()
             if not is_of_document(error):
                 raise
             if len(questions) == 1:

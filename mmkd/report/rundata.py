@@ -9,6 +9,7 @@ from typing import Any
 
 from mmkd.errors import CheckpointError
 from mmkd.files import read_json, read_yaml
+from mmkd.steplog import read_lines
 
 TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
 Scores = Mapping[str, Mapping[str, float]]
@@ -200,11 +201,11 @@ def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
     done = _json(folder / "done.json")
     steps = done.get("steps") if done else config.get("steps")
     path = folder / "metrics.jsonl"
-    logged = _lines(path)
+    logged = read_lines(path)
     numbers = _numbers(logged)
     loads = [line["expert_load"] for line in logged if line.get("expert_load")]
     file = path.stat().st_ino if path.is_file() else 0
-    validations = _numbers(_lines(folder / "validation.jsonl"))
+    validations = _numbers(read_lines(folder / "validation.jsonl"))
     best = (config.get("validation") or {}).get("keep") == "best"
     kept = (done or {}).get("validation", {}).get("kept_step") if best else None
     return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept)
@@ -212,18 +213,6 @@ def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
 
 def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # a kill cut it short
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
 
 
 def _is_number(value: Any) -> bool:

@@ -23,6 +23,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
+from mmkd.files import writing
 from mmkd.interrupt import asked, deferred
 from mmkd.objectives import Objective, Preference
 from mmkd.ops import CHUNK_BYTES
@@ -169,11 +170,9 @@ def _of_all_ranks(pairs: dict[int, list[float]]) -> dict[int, Tensor]:
 
 
 def _write(path: Path, facts: dict[str, str], found: dict[int, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     tensors = {"index": torch.tensor(list(found)), "logps": torch.stack(list(found.values()))}
-    save_file(tensors, partial, metadata=facts)
-    partial.replace(path)
+    with writing(path) as partial:
+        save_file(tensors, partial, metadata=facts)
 
 
 def _read(path: Path, key: str) -> dict[int, Tensor] | None:

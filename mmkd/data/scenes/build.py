@@ -32,7 +32,7 @@ from mmkd.data.scenes.questions import Question, Statistics
 from mmkd.data.scenes.render import asset_hashes, png_bytes, render
 from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, sample_scene, scene_rng
 from mmkd.errors import DataError
-from mmkd.files import read_json, sha256
+from mmkd.files import read_json, sha256, write_folder
 from mmkd.formats import FormatError
 
 EDITION = 2  # of the files' content
@@ -291,25 +291,23 @@ def build_scenes(
         raise DataError(
             "the folder is not empty", where=str(out), mend="choose another --out or empty it"
         )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        counts = _write_all(partial, Writer(seed, train), train, validation, evaluation, progress)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    found = {
-        "request": request,
-        "rows": counts,
-        "files": {name: sha256(partial / name) for name in sorted(counts)},
-        "assets": asset_hashes(),
-        "licences": LICENCES,
-    }
-    (partial / "dataset.json").write_text(json.dumps(found, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
-    return found
+    made: dict[str, Any] = {}
+
+    def write(folder: Path) -> None:
+        counts = _write_all(folder, Writer(seed, train), train, validation, evaluation, progress)
+        made.update(
+            request=request,
+            rows=counts,
+            files={name: sha256(folder / name) for name in sorted(counts)},
+            assets=asset_hashes(),
+            licences=LICENCES,
+        )
+        (folder / "dataset.json").write_text(json.dumps(made, indent=1) + "\n")
+        if out.exists():
+            out.rmdir()  # fails where somebody has put files there meanwhile
+
+    write_folder(out, write)
+    return made
 
 
 def _write_all(

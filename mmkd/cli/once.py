@@ -1,0 +1,62 @@
+"""One message of several processes that all fail in the same way, whoever has launched them."""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "mmkd-said-"
+OLD_SECONDS = 3600.0
+
+
+def is_first(message: str) -> bool:
+    """Whether no other process of this launch on this machine has printed a message.
+
+    The processes of one launch have one parent. Each that comes here with the same message is
+    counted in a small file of the system's temporary folder, which the last one removes.
+    """
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or count < 2:
+        return True
+    launch = f"{os.getuid()} {os.getppid()} {_begun(os.getppid())} {message}"
+    name = PREFIX + hashlib.sha256(launch.encode()).hexdigest()[:24]
+    try:
+        return _count(Path(tempfile.gettempdir()) / name, count) == 1
+    except OSError:  # no such folder, or a full disk: twice is better than never
+        return True
+
+
+def _count(path: Path, most: int) -> int:
+    """How many processes have come to a file, this one included."""
+    _clean(path.parent)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.write(handle, b".")
+        number = os.fstat(handle).st_size
+        if number >= most:
+            path.unlink(missing_ok=True)
+        return number
+    finally:
+        os.close(handle)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what launches have left of which some processes were killed."""
+    for path in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            status = path.stat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > OLD_SECONDS:
+                path.unlink()
+
+
+def _begun(process: int) -> str:
+    """When a process began, which tells it from an earlier one with the same number."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:  # not Linux
+        return ""
+    return stat.rpartition(")")[2].split()[19]
