@@ -355,7 +355,7 @@ WRONG = [
     ({}, lambda run: (run / "recipe.yaml").unlink(), CheckpointError, "not a run"),
     ({"repo": "student"}, None, RecipeError, "release: repo: got 'student' -- .* its owner"),
     ({"repo": "me/.."}, None, RecipeError, r"release: repo: got 'me/\.\.' -- .*start or end with"),
-    ({"repo": "me/a--b"}, None, RecipeError, r"release: repo: got 'me/a--b' -- Cannot have --"),
+    ({"repo": "me/a--b"}, None, RecipeError, "got 'me/a--b' -- Cannot have '--' or"),
     ({"overrides": ["license_name=mine"]}, None, RecipeError,
      "'license_name' is of 'license: other' -- set that"),
     ({"overrides": ["licence=mit"]}, None, RecipeError, "unknown key -- did you mean 'license'"),

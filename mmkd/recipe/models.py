@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmkd.errors import nearest
+from mmkd.errors import MEND, nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
@@ -265,7 +265,8 @@ class ReleaseConfig(Strict):
         try:
             validate_repo_id(repo)
         except HFValidationError as error:
-            raise ValueError(f"got {repo!r} -- {error}") from error
+            reason = str(error).replace(MEND, " '--' ")  # it may name the characters
+            raise ValueError(f"got {repo!r} -- {reason}") from error
         if "/" not in repo:
             raise ValueError(f"got {repo!r} -- write it with its owner, such as me/student")
         return repo
