@@ -71,8 +71,10 @@ def choose_device(wanted: str) -> torch.device:
         where, mend = "device", "use auto, cpu, cuda or cuda:N"
         try:
             found = torch.device(wanted)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OverflowError) as error:
             raise MmkdError(f"unknown device {wanted!r}", where=where, mend=mend) from error
+        if not _can_train(found):
+            raise MmkdError(f"torch has no {found.type} device here", where=where, mend=mend)
         if found.type == "cuda" and not imagined_gpu:
             if not torch.cuda.is_available():
                 raise MmkdError("torch sees no GPU", where=where, mend="set it to auto or cpu")
@@ -84,6 +86,15 @@ def choose_device(wanted: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def _can_train(device: torch.device) -> bool:
+    """Whether it is the CPU, a GPU, or what else torch has found on this machine: of the other
+    kinds that torch has names for, meta computes nothing."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type == device.type
 
 
 def memory_of(device: torch.device) -> int:

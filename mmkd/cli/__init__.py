@@ -32,6 +32,11 @@ def _explained(error: Exception) -> MmkdError:
     """What an exception says to a user; one that says nothing is raised again."""
     if isinstance(error, MmkdError):
         return error
+    if isinstance(error, ValueError):
+        from mmkd.fields import explained as refused
+
+        if (said := refused(error)) is not None:
+            return said
     if isinstance(error, OSError | RuntimeError):
         from mmkd.distributed import explained
         from mmkd.files import disk_error

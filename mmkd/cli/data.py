@@ -9,13 +9,14 @@ import typer
 from mmkd import interrupt
 from mmkd.cli.app import AsJson, Plugins, data_app, notes
 from mmkd.errors import AGAIN, MmkdError
+from mmkd.fields import MOST_SEED
 
 
 @data_app.command()
 def build(
     name: Annotated[str, typer.Argument(help="scenes")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     train: Annotated[int, typer.Option(min=1, help="training pictures")] = 12_000,
     validation: Annotated[int, typer.Option(min=1)] = 500,
     evaluation: Annotated[int, typer.Option(min=1, help="pictures per evaluation file")] = 200,
@@ -44,7 +45,7 @@ def pairs(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
     limit: Annotated[Optional[int], typer.Option(min=1, help="prompts")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     device: str = "auto",
 ) -> None:
     """Preference pairs from a model's own answers, scored by the objects that they name."""

@@ -8,6 +8,7 @@ import typer
 from mmkd import interrupt
 from mmkd.cli.app import app
 from mmkd.errors import AGAIN, MmkdError
+from mmkd.fields import MOST_SEED
 
 
 @app.command()
@@ -34,7 +35,7 @@ def convert(
     top_k: Annotated[int, typer.Option(help="experts per token")] = 2,
     sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="of the new weights")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of the new weights")] = 42,
     trust_remote_code: bool = False,
 ) -> None:
     """Write a student with Mamba-2 mixers for attention, or experts for feed-forward networks."""

@@ -11,6 +11,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.generation import end_tokens, neutral_settings, padding_token
 from mmkd.data.schema import Record
 from mmkd.data.templates import without_media_tokens
+from mmkd.errors import NonFiniteLossError
 from mmkd.recipe import SamplingConfig
 
 Generate = Callable[..., Tensor]
@@ -92,6 +93,9 @@ def sample_answers(
         count: answers to each prompt, neighbours in the result.
         ends: `eos_token_id` of the model's generation settings; the chat template's end of turn and
             the tokenizer's end token count without it.
+
+    Raises:
+        NonFiniteLossError: the model has diverged, its probabilities are no numbers.
     """
     inputs = {k: v.to(device) for k, v in encoder.prompts(prompts).items()}
     stops = end_tokens(encoder.processor, ends)
@@ -110,7 +114,16 @@ def sample_answers(
         }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ids = generate(inputs, **options)
+        try:
+            ids = generate(inputs, **options)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise NonFiniteLossError(
+                "the model's probabilities are not finite, no answer can be sampled",
+                where=f"answers to {', '.join(p.id for p in prompts[:4])}",
+                mend="lower the learning rate, or raise the temperature of sampling",
+            ) from error
     said = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [_sampled(row, stops, encoder.processor) for row in said]
 

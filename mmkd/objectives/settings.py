@@ -5,20 +5,27 @@ the seconds that the import of torch takes. The code behind each class of settin
 other modules of this package, and `mmkd.objectives.build` joins the two.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from mmkd.fields import LEAST_TEMPERATURE, MOST, NAME, Bounded
+
+Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 Region = Literal["response", "prompt", "vision", "all"]
 
 
-class ObjectiveConfig(BaseModel):
+class ObjectiveConfig(Bounded):
     """Settings that every objective has."""
 
-    model_config = ConfigDict(extra="forbid")
-    weight: float = Field(1.0, ge=0, description="factor of this objective in the stage's loss")
+    weight: float = Field(
+        1.0, ge=0, le=1e6, description="factor of this objective in the stage's loss"
+    )
     name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_-]+$", description="name in metrics; the kind if left out"
+        None,
+        max_length=NAME,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="name in metrics; the kind if left out",
     )
 
 
@@ -34,7 +41,9 @@ class DivergenceConfig(ObjectiveConfig):
 
     kind: Literal["kl", "reverse_kl", "tvd"]
     region: Region = Field("response", description="tokens that it covers")
-    temperature: float = Field(1.0, gt=0, description="divides both logits; no T^2 factor")
+    temperature: float = Field(
+        1.0, ge=LEAST_TEMPERATURE, le=1e6, description="divides both logits; no T^2 factor"
+    )
 
 
 class JsdConfig(DivergenceConfig):
@@ -61,7 +70,8 @@ class AlmConfig(ObjectiveConfig):
     divergence: BinaryKind = Field("kl", description="of the chances that a piece is said or not")
     temperature: float = Field(
         100.0,
-        gt=0,
+        ge=LEAST_TEMPERATURE,
+        le=1e6,
         description="tau, likelihoods are taken to the power of 1/tau; a large one makes the loss "
         "small, as 1/tau",
     )
@@ -89,8 +99,10 @@ class RelationConfig(ObjectiveConfig):
 class LayerwiseConfig(ObjectiveConfig):
     """Compare decoder layers of student and teacher."""
 
-    layers: list[int] | None = Field(None, description="student layers; its Mamba layers if none")
-    teacher_layers: list[int] | None = Field(None, description="one for each; the same if left out")
+    layers: list[Layer] | None = Field(None, description="student layers; its Mamba layers if none")
+    teacher_layers: list[Layer] | None = Field(
+        None, description="one for each; the same if left out"
+    )
     teacher_forced: bool = Field(True, description="student layers get the teacher's input")
     region: Region = Field("all", description="tokens that it covers")
 
@@ -134,8 +146,10 @@ class MiniLmConfig(LayerwiseConfig):
     """Self-relations of queries, keys and values; widths and heads may differ."""
 
     kind: Literal["minilm"]
-    layers: list[int] = Field(min_length=1, description="student layers")
-    heads: int = Field(8, ge=1, description="relation heads; divides all widths of both models")
+    layers: list[Layer] = Field(min_length=1, description="student layers")
+    heads: int = Field(
+        8, ge=1, le=10**6, description="relation heads; divides all widths of both models"
+    )
     relations: list[Projection] = Field(
         ["queries", "keys", "values"], min_length=1, description="whose self-relations"
     )
@@ -146,7 +160,7 @@ class AffinityConfig(ObjectiveConfig):
     """Image-text affinities within a batch."""
 
     kind: Literal["affinity"]
-    temperature: float = Field(0.1, gt=0, description="tau")
+    temperature: float = Field(0.1, ge=LEAST_TEMPERATURE, le=1e6, description="tau")
     center: bool = Field(True, description="subtract the batch's mean from pictures and answers")
 
 
@@ -162,14 +176,18 @@ class BalanceConfig(ObjectiveConfig):
     """Experts should be chosen equally often; 1 a layer where they are."""
 
     kind: Literal["balance"]
-    weight: float = Field(0.01, ge=0, description="factor of this objective in the stage's loss")
+    weight: float = Field(
+        0.01, ge=0, le=1e6, description="factor of this objective in the stage's loss"
+    )
 
 
 class RouterZConfig(ObjectiveConfig):
     """Routers' logits should stay small."""
 
     kind: Literal["router_z"]
-    weight: float = Field(1e-3, ge=0, description="factor of this objective in the stage's loss")
+    weight: float = Field(
+        1e-3, ge=0, le=1e6, description="factor of this objective in the stage's loss"
+    )
 
 
 PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
@@ -180,7 +198,9 @@ class PreferenceConfig(ObjectiveConfig):
 
     kind: Literal["preference"]
     loss: PreferenceKind = Field("kto_pair", description="sigmoid is DPO")
-    beta: float = Field(0.1, gt=0, description="how fast a lead over the reference is enough")
+    beta: float = Field(
+        0.1, ge=1e-6, le=1e3, description="how fast a lead over the reference is enough"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"
     )
@@ -192,7 +212,7 @@ class PreferenceConfig(ObjectiveConfig):
     )
     average: bool = Field(False, description="log-probabilities per token, not of the whole answer")
     lambda_sft: float = Field(
-        0.0, ge=0, description="weight of the chosen answers' cross-entropy, per token"
+        0.0, ge=0, le=1e6, description="weight of the chosen answers' cross-entropy, per token"
     )
 
     @model_validator(mode="after")

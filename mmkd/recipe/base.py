@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from mmkd.fields import Bounded
 
 
-class Strict(BaseModel):
+class Strict(Bounded):
     """Base of all parts of a recipe: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)

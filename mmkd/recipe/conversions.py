@@ -4,45 +4,50 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from mmkd.fields import MOST
 from mmkd.recipe.base import BOTH, Strict
+
+Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 
 
 class LayersConversion(Strict):
     """Keep a subset of the layers, in the given order; the width stays."""
 
     kind: Literal["layers"]
-    decoder: list[int] | None = Field(None, description="decoder layers to keep; all if left out")
-    vision: list[int] | None = Field(None, description="vision layers to keep; all if left out")
+    decoder: list[Layer] | None = Field(None, description="decoder layers to keep; all if left out")
+    vision: list[Layer] | None = Field(None, description="vision layers to keep; all if left out")
 
 
 class MlpConversion(Strict):
     """Keep a part of the neurons of every MLP, those with the largest weights."""
 
     kind: Literal["mlp"]
-    decoder: int | None = Field(None, ge=1, description="neurons per decoder layer to keep")
-    vision: int | None = Field(None, ge=1, description="neurons per vision layer to keep")
+    decoder: int | None = Field(
+        None, ge=1, le=MOST, description="neurons per decoder layer to keep"
+    )
+    vision: int | None = Field(None, ge=1, le=MOST, description="neurons per vision layer to keep")
 
 
 class Every(Strict):
     """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
 
-    every: int = Field(ge=1, description="n")
+    every: int = Field(ge=1, le=MOST, description="n")
     first: bool = Field(True, description="the first of each n; false: the last")
 
 
 class Head(Strict):
     """The first layers."""
 
-    head: int = Field(ge=0, description="how many")
+    head: int = Field(ge=0, le=MOST, description="how many")
 
 
 class Tail(Strict):
     """The last layers."""
 
-    tail: int = Field(ge=0, description="how many")
+    tail: int = Field(ge=0, le=MOST, description="how many")
 
 
-Layers = list[Annotated[int, Field(ge=0)]]
+Layers = list[Annotated[int, Field(ge=0, le=MOST)]]
 Named = Literal["all", "even", "odd", "first_half", "second_half"]
 # Tags for errors to name one form of a placement, not every form that it is not.
 _FORMS = {"every": "Every", "head": "Head", "tail": "Tail"}
@@ -78,8 +83,10 @@ class MambaConversion(Strict):
     keep_attention: Placement | None = Field(None, description="layers that keep their attention")
     layers: Placement | None = Field(None, description="layers that become Mamba")
     init: MambaInit = Field("mimic", description="what the mixer starts from")
-    d_conv: int | None = Field(None, ge=1, description="taps of the convolution")
-    d_state: int | None = Field(None, ge=1, description="state size; the head size if left out")
+    d_conv: int | None = Field(None, ge=1, le=256, description="taps of the convolution")
+    d_state: int | None = Field(
+        None, ge=1, le=10**5, description="state size; the head size if left out"
+    )
     activation: Literal["silu", "none"] | None = Field(None, description="behind the convolution")
     norm: Literal["head_rms", "none"] | None = Field(None, description="of what the state gives")
     gate: Literal["silu", "none"] | None = Field(None, description="of what the state gives")
@@ -99,15 +106,15 @@ class MambaConversion(Strict):
 class RouterConfig(Strict):
     """The linear map that scores the experts; float32, without bias."""
 
-    std: float = Field(0.02, gt=0, description="standard deviation of its first weights")
+    std: float = Field(0.02, gt=0, le=100, description="standard deviation of its first weights")
 
 
 class MoeConversion(Strict):
     """Feed-forward networks of some decoder layers become experts that start as copies of them."""
 
     kind: Literal["moe"]
-    experts: int = Field(4, ge=2, description="experts per layer")
-    top_k: int = Field(2, ge=1, description="experts that a token meets")
+    experts: int = Field(4, ge=2, le=4096, description="experts per layer")
+    top_k: int = Field(2, ge=1, le=4096, description="experts that a token meets")
     layers: Placement = Field("even", description="layers that become sparse")
     router: RouterConfig = RouterConfig()
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import MEND, nearest
+from mmkd.fields import MOST, MOST_SEED, NAME, Prose
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
@@ -19,19 +20,25 @@ class ImageSizeConfig(Strict):
     these settings; the others are refused."""
 
     max_pixels: int | None = Field(
-        None, ge=1, description="of a picture after resizing (Qwen-VL and its kin)"
+        None, ge=1, le=MOST, description="of a picture after resizing (Qwen-VL and its kin)"
     )
     min_pixels: int | None = Field(
-        None, ge=1, description="of a picture after resizing (Qwen-VL and its kin)"
+        None, ge=1, le=MOST, description="of a picture after resizing (Qwen-VL and its kin)"
     )
     longest_edge: int | None = Field(
-        None, ge=1, description="in pixels after resizing (Idefics3, SmolVLM, Pixtral, Mistral3)"
+        None,
+        ge=1,
+        le=100_000,
+        description="in pixels after resizing (Idefics3, SmolVLM, Pixtral, Mistral3)",
     )
     max_patches: int | None = Field(
-        None, ge=1, description="tiles of a picture (InternVL, LFM2-VL, LLaVA-NeXT, -OneVision)"
+        None,
+        ge=1,
+        le=1024,
+        description="tiles of a picture (InternVL, LFM2-VL, LLaVA-NeXT, -OneVision)",
     )
     min_patches: int | None = Field(
-        None, ge=1, description="tiles of a picture (InternVL, LFM2-VL)"
+        None, ge=1, le=1024, description="tiles of a picture (InternVL, LFM2-VL)"
     )
     split: bool | None = Field(
         None, description="cut pictures into tiles (Idefics3, SmolVLM, LFM2-VL)"
@@ -91,7 +98,9 @@ class CacheConfig(Strict):
     """A teacher's output distributions on disk."""
 
     folder: LocalPath = Field(description="where `mmkd cache` writes")
-    k: int = Field(34, ge=1, description="tokens kept of each distribution, and the rest's mass")
+    k: int = Field(
+        34, ge=1, le=10**7, description="tokens kept of each distribution, and the rest's mass"
+    )
     hidden: bool = Field(
         False, description="keep final hidden states too, for relation and affinity, in 16 bits"
     )
@@ -101,9 +110,12 @@ class TeacherConfig(ModelConfig):
     """The frozen model that signals come from."""
 
     name: str = Field(
-        "teacher", pattern=r"^[A-Za-z0-9_-]+$", description="of one of several, in metrics"
+        "teacher",
+        max_length=NAME,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="of one of several, in metrics",
     )
-    weight: float = Field(1.0, gt=0, description="factor of the objectives on its outputs")
+    weight: float = Field(1.0, gt=0, le=1e6, description="factor of the objectives on its outputs")
     sources: list[str] = Field(
         [], description="names of the data sources that it is asked about; all if left out"
     )
@@ -162,13 +174,16 @@ class SamplesConfig(Strict):
     images: list[LocalPath] | LocalPath | None = Field(
         None, description="pictures, or a folder of them; beside 'records', as data.images"
     )
-    prompts: list[str] = Field(
+    prompts: list[Prose] = Field(
         ["Describe the image."], min_length=1, description="what is asked about each of 'images'"
     )
     count: int = Field(
-        12, ge=1, description="how many records, or pictures of a folder, spread over all of them"
+        12,
+        ge=1,
+        le=10**6,
+        description="how many records, or pictures of a folder, spread over all of them",
     )
-    max_new_tokens: int = Field(128, ge=1, description="longest answer")
+    max_new_tokens: int = Field(128, ge=1, le=10**6, description="longest answer")
 
     @model_validator(mode="after")
     def _one_source(self) -> "SamplesConfig":
@@ -193,11 +208,11 @@ class EvaluateConfig(Strict):
     local: LocalPath | None = Field(
         None, description="folder with the tasks' data as parquet files, in place of the Hub"
     )
-    batch_size: int = Field(32, ge=1, description="questions at once")
-    limit: int | None = Field(None, ge=1, description="documents per task")
+    batch_size: int = Field(32, ge=1, le=10**6, description="questions at once")
+    limit: int | None = Field(None, ge=1, le=MOST, description="documents per task")
     teacher: bool = Field(True, description="score the teacher too")
     every_stage: bool = Field(False, description="score what each stage made, not only the last")
-    decode: list[Annotated[int, Field(ge=1)]] = Field(
+    decode: list[Annotated[int, Field(ge=1, le=10**7)]] = Field(
         [], description="context lengths at which decoding is timed, with the cache's size"
     )
 
@@ -208,6 +223,7 @@ class EvaluateConfig(Strict):
         return self
 
 
+Label = Annotated[str, Field(max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$")]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -275,9 +291,13 @@ class ReleaseConfig(Strict):
 class Recipe(Strict):
     """A whole run: teacher, student, data, stages, evaluation, release."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder")
-    label: str = Field("student", pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables")
-    seed: int = Field(42, ge=0, description="decides data order, new weights and sampling")
+    name: str = Field(max_length=NAME, pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder")
+    label: str = Field(
+        "student", max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables"
+    )
+    seed: int = Field(
+        42, ge=0, le=MOST_SEED, description="decides data order, new weights and sampling"
+    )
     output_dir: str = Field("runs", description="the run is written to output_dir/name")
     report_to: ReportTo = Field(
         [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
@@ -286,13 +306,15 @@ class Recipe(Strict):
     more_teachers: list[TeacherConfig] = Field([], description="the others of a list")
     student: StudentConfig
     data: DataConfig
-    stages: list[StageConfig] = Field(min_length=1)
+    stages: list[StageConfig] = Field(min_length=1, max_length=1000)
     evaluate: EvaluateConfig | None = None
     release: ReleaseConfig | None = None
-    variants: dict[str, list[str]] = Field(
+    variants: dict[Label, list[str]] = Field(
         {}, description="label -> overrides; each is trained beside the recipe, from the same start"
     )
-    seeds: list[int] = Field([], description="train everything once per seed; [seed] if left out")
+    seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field(
+        [], description="train everything once per seed; [seed] if left out"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -316,6 +338,12 @@ class Recipe(Strict):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name -- rename one")
+        largest = max([self.seed, *self.seeds])
+        if largest + len(self.stages) - 1 > MOST_SEED:  # each stage has a seed of its own
+            raise ValueError(
+                f"the seed {largest} has no room for {len(self.stages)} stages behind it -- give "
+                f"{MOST_SEED - len(self.stages) + 1} or less"
+            )
         if self.label in self.variants:
             raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mmkd.fields import MOST, NAME, Prose
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 
 HUB = "hub:"
@@ -19,30 +20,35 @@ class SourceConfig(Strict):
     )
     images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     name: str | None = Field(
-        None, min_length=1, description="in metrics and messages; made of 'train' if left out"
+        None,
+        min_length=1,
+        max_length=NAME * 2,
+        description="in metrics and messages; made of 'train' if left out",
     )
     weight: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
+        le=1e9,
         description="share of an epoch, relative to the other sources; as many as there are "
         "records if left out",
     )
-    cap: int | None = Field(None, ge=1, description="most records of it in an epoch")
+    cap: int | None = Field(None, ge=1, le=MOST, description="most records of it in an epoch")
     subset: str | None = Field(None, description="configuration of a Hub data set")
     split: str = Field("train", description="of a Hub data set")
     revision: str | None = Field(None, description="of a Hub data set: commit, tag or branch")
     stream: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="train on the first so many records of a Hub data set while they arrive",
     )
     window: int = Field(
         10_000,
         ge=1,
+        le=MOST,
         description="records of a stream that are read together, and shuffled among each other",
     )
-    prompt: str = Field(
+    prompt: Prose = Field(
         "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
     )
 
@@ -127,9 +133,11 @@ class DataConfig(Strict):
         description="records that are held out: what 'train' may be, a share of the training "
         "records such as 0.05, or a list of sources",
     )
-    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, images included")
+    max_length: int = Field(
+        2048, ge=8, le=10**7, description="longest sequence in tokens, images included"
+    )
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take another one")
-    workers: int = Field(0, ge=0, description="processes that prepare batches ahead")
+    workers: int = Field(0, ge=0, le=256, description="processes that prepare batches ahead")
     picture_cache: LocalPath | None = Field(
         None, description="folder that keeps what the processors make of pictures"
     )

@@ -1,28 +1,30 @@
 """A stage of a recipe and its parts, with their defaults."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.errors import RecipeError
+from mmkd.fields import LEAST_TEMPERATURE, MOST, NAME
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 
 Precision = Literal["float32", "bfloat16", "auto"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
     """How weights change in a step; vectors (norms and biases) do not decay."""
 
     kind: Literal["adamw", "adam", "sgd", "adafactor"] = Field("adamw", description="algorithm")
-    lr: float = Field(2e-5, gt=0, description="learning rate, the schedule's highest")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw and adam")
-    eps: float = Field(1e-8, gt=0, description="of adamw and adam")
-    weight_decay: float = Field(0.0, ge=0, description="of matrices")
+    lr: float = Field(2e-5, ge=1e-12, le=100, description="learning rate, the schedule's highest")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of adamw and adam")
+    eps: float = Field(1e-8, ge=1e-20, le=1, description="of adamw and adam")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="of matrices")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="0 switches clipping off")
 
 
 class ScheduleConfig(Strict):
@@ -40,23 +42,25 @@ SIZE = 8
 class BatchConfig(Strict):
     """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
 
-    size: int = Field(SIZE, ge=1, description="records per process and micro-step")
-    accumulate: int = Field(1, ge=1, description="micro-steps per optimizer step")
+    size: int = Field(SIZE, ge=1, le=10**6, description="records per process and micro-step")
+    accumulate: int = Field(1, ge=1, le=10**6, description="micro-steps per optimizer step")
     group_by_length: bool = Field(
         True, description="put a step's records of alike length into one micro-batch"
     )
     pack: int | None = Field(
         None,
         ge=1,
+        le=10**7,
         description="records of a micro-batch lie one behind another in rows of at most so many "
         "tokens, and none sees another",
     )
     total: int | None = Field(
-        None, ge=1, description="records per optimizer step; in place of accumulate"
+        None, ge=1, le=MOST, description="records per optimizer step; in place of accumulate"
     )
     tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="in place of size, with total: tokens of a micro-batch at most, padding too",
     )
 
@@ -102,24 +106,31 @@ class BatchConfig(Strict):
 class CheckpointConfig(Strict):
     """When a stage saves what it needs to resume."""
 
-    every: int = Field(200, ge=1, description="steps")
-    keep: int = Field(1, ge=1, description="newest checkpoints that stay on disk")
+    every: int = Field(200, ge=1, le=MOST, description="steps")
+    keep: int = Field(1, ge=1, le=MOST, description="newest checkpoints that stay on disk")
 
 
 class ValidationConfig(Strict):
     """When a stage measures its losses on `data.validation`, and what follows from them."""
 
     every: int | None = Field(
-        200, ge=1, description="steps, and after the last one; null: never in this stage"
+        200, ge=1, le=MOST, description="steps, and after the last one; null: never in this stage"
     )
     records: int | None = Field(
-        512, ge=1, description="at most so many, evenly spread, the same each time; null: all"
+        512,
+        ge=1,
+        le=MOST,
+        description="at most so many, evenly spread, the same each time; null: all",
     )
     size: int | None = Field(
-        None, ge=1, description="records per process and forward; as the stage's batch if left out"
+        None,
+        ge=1,
+        le=10**6,
+        description="records per process and forward; as the stage's batch if left out",
     )
     metric: str = Field(
         "loss",
+        max_length=NAME,
         description="what 'keep' and 'patience' compare, lower is better: loss, an objective's "
         "name, answer_ce or teacher_kl",
     )
@@ -127,7 +138,10 @@ class ValidationConfig(Strict):
         "last", description="the student that the stage gives: of the last step, or the best one"
     )
     patience: int | None = Field(
-        None, ge=1, description="stop the stage after so many validations without a better one"
+        None,
+        ge=1,
+        le=MOST,
+        description="stop the stage after so many validations without a better one",
     )
 
     @model_validator(mode="after")
@@ -146,7 +160,7 @@ class EngineConfig(Strict):
     """What runs forward, backward and step."""
 
     kind: Literal["torch", "deepspeed"] = Field("torch", description="library")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", max_length=NAME, description="auto, cpu, cuda, cuda:1, ...")
     zero: int | None = Field(
         None, ge=0, le=3, description="ZeRO stage of deepspeed; its file's, or 2, if left out"
     )
@@ -157,7 +171,10 @@ class EngineConfig(Strict):
         None, description="a DeepSpeed file; the recipe fills in the rest"
     )
     head_memory: int = Field(
-        112, ge=1, description="MiB for the logits of a chunk of rows, and what is made of them"
+        112,
+        ge=1,
+        le=10**6,
+        description="MiB for the logits of a chunk of rows, and what is made of them",
     )
     head_backend: Literal["auto", "torch"] = Field(
         "auto",
@@ -167,6 +184,7 @@ class EngineConfig(Strict):
     patience: float = Field(
         1800.0,
         gt=0,
+        le=1e7,
         description="seconds that a process waits for the others before it gives up; the largest "
         "of all stages counts",
     )
@@ -209,10 +227,20 @@ VALIDATION_METRICS = frozenset({ANSWER_CE, TEACHER_KL, "records", "best"})
 class SamplingConfig(Strict):
     """How answers are sampled from a model."""
 
-    max_new_tokens: int = Field(128, ge=1, description="longest answer")
-    temperature: float = Field(1.0, ge=0, description="0: the likeliest token always")
+    max_new_tokens: int = Field(128, ge=1, le=10**6, description="longest answer")
+    temperature: float = Field(1.0, ge=0, le=1e3, description="0: the likeliest token always")
     top_p: float = Field(1.0, gt=0, le=1, description="share of the mass that is sampled from")
-    top_k: int = Field(0, ge=0, description="0: all tokens")
+    top_k: int = Field(0, ge=0, le=MOST, description="0: all tokens")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"got {value}, which logits cannot be divided by -- 0 takes the likeliest token, "
+                f"else give {LEAST_TEMPERATURE} or more"
+            )
+        return value
 
 
 class OnPolicyConfig(SamplingConfig):
@@ -230,8 +258,8 @@ class LoraConfig(Strict):
         min_length=1,
         description="whose layers get one, but those that train whole; the head only by its name",
     )
-    rank: int = Field(16, ge=1, description="of an adapter's product")
-    alpha: int = Field(32, ge=1, description="adapters count alpha / rank")
+    rank: int = Field(16, ge=1, le=10**6, description="of an adapter's product")
+    alpha: int = Field(32, ge=1, le=10**6, description="adapters count alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
     dora: bool = Field(False, description="train each output's scale apart (DoRA)")
     keep: bool = Field(
@@ -273,7 +301,9 @@ class TrainConfig(Strict):
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="its folder is NN-name")
+    name: str = Field(
+        max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$", description="its folder is NN-name"
+    )
     convert: list[Conversion] = Field([], description="changes of the student's structure before")
     train: TrainConfig = Field(
         TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
@@ -287,8 +317,10 @@ class StageConfig(Strict):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
-    steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
+    steps: int | None = Field(None, ge=1, le=MOST, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="passes over the data; or give steps"
+    )
     precision: Precision = Field(
         "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
     )

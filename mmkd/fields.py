@@ -1,0 +1,96 @@
+"""What all settings have in common: unknown keys are errors, and every value has bounds.
+
+A number is finite and no truth value; a text has an end and no control characters. A key says its
+own bounds beside that (`Field(ge=1, le=MOST)`), so that the JSON schema has them.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from mmkd.errors import MEND, RecipeError, is_control
+
+MOST = 10**9
+"""Of anything that is counted."""
+LEAST_TEMPERATURE = 1e-3
+"""Logits that are divided by less are no numbers any more."""
+MOST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
+NAME = 100
+"""Characters of a name that folders are called by: they hold several names, and disks take 255."""
+TEXT = 20_000
+"""Characters of any text."""
+
+
+@dataclass(frozen=True)
+class ProseKey:
+    """Marks the type of a key that holds prose, which may have several lines."""
+
+
+Prose = Annotated[str, ProseKey()]
+
+
+class Bounded(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=TEXT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_plain(cls, said: Any) -> Any:
+        for name, value in said.items() if isinstance(said, dict) else ():
+            if name in cls.model_fields:
+                _check(name, value, _kinds(cls, name))
+        return said
+
+
+def _check(name: str, value: Any, kinds: frozenset[Any]) -> None:
+    """
+    Raises:
+        ValueError: a truth value where a number is wanted, or a text with control characters.
+    """
+    if Any in kinds:
+        return
+    if isinstance(value, dict):
+        # A mapping that is no `dict` is settings of its own, which look after themselves.
+        value = [*value.values()] if dict in kinds else []
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check(name, item, kinds)
+    elif isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        raise ValueError(f"{name!r} is {str(value).lower()} -- give a number")
+    elif isinstance(value, str) and str in kinds:
+        allowed = "\n\t" if ProseKey in kinds else ""
+        odd = next((c for c in value if is_control(c) and c not in allowed), None)
+        if odd is not None:
+            raise ValueError(f"{name!r} is {value[:80]!r} -- take the character {odd!a} out")
+
+
+@cache
+def _kinds(model: type[BaseModel], name: str) -> frozenset[Any]:
+    field = model.model_fields[name]
+    marks = {type(m) for m in field.metadata}
+    return frozenset(_types(field.annotation) | marks)
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The plain types, and the types of marks, that an annotation is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return set()
+    marks = {type(m) for m in getattr(annotation, "__metadata__", ())}
+    inner = get_args(annotation)
+    own = getattr(annotation, "__origin__", annotation)
+    found = {own} if own in (Any, dict, bool, int, float, str) else set()
+    return found.union(marks, *(_types(a) for a in inner))
+
+
+def explained(error: ValueError) -> RecipeError | None:
+    """What settings refuse that a command's words gave, in one line; None for other errors."""
+    if not isinstance(error, ValidationError):
+        return None
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    what, mend = said.rsplit(MEND, 1) if MEND in said else (f"got {first['input']!r}", said)
+    return RecipeError(what, where=".".join(map(str, first["loc"])) or None, mend=mend)
