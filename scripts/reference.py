@@ -16,7 +16,8 @@ INTRO = """# Recipe reference
 
 Made from the models that read a recipe (`python -m scripts.reference`); `mmkd recipe schema` prints
 the same as a JSON schema, and [Concepts](concepts.md) says what the parts are for. A key without a
-default has to be given; unknown keys are errors.
+default has to be given; unknown keys are errors. Every number has an upper bound too: the page has
+those below 100,000, the schema has all.
 """
 CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
 GROUPS = {
@@ -29,6 +30,8 @@ GROUPS = {
 KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES}
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+MOST_TOLD = 10**5
+"""Bounds from here on only keep out what no machine can compute: the page leaves them out."""
 HEAD = ["| key | type | default | what |", "|---|---|---|---|"]
 Schema = dict[str, Any]
 
@@ -92,9 +95,11 @@ class Reference:
             return self._list(schema, path, into)
         if schema["type"] == "object":
             values = schema.get("additionalProperties")
+            values = next(iter(schema.get("patternProperties", {}).values()), values)
             typed = isinstance(values, dict)
             return f"names to {self._type(values, path, into)}" if typed else "mapping"
-        limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
+        told = {key: schema[key] for key in LIMITS if abs(schema.get(key, MOST_TOLD)) < MOST_TOLD}
+        limits = [f"{LIMITS[key]} {value}" for key, value in told.items()]
         return " ".join([WORDS[schema["type"]], " and ".join(limits)]).strip()
 
     def _list(self, schema: Schema, path: str, into: list[str]) -> str:
