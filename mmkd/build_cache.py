@@ -5,6 +5,7 @@ log-probabilities and the mass of all others. Records are known by their content
 cache serves any order, batch size and number of processes.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
 from mmkd.progress import Bar, say
 from mmkd.provenance import weights_hash
-from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherConfig
 from mmkd.teachers import LiveTeacher, check_storable, place_teacher
 from mmkd.vocabulary import check_head, shared_vocabulary
 
@@ -44,17 +45,10 @@ def build_cache(recipe: Recipe) -> Store:
         MmkdError: the recipe names no folder or no model, a stage needs more than distributions,
             or the folder holds something else.
     """
-    teacher_config = recipe.teacher
-    if teacher_config is None or teacher_config.cache is None:
-        raise RecipeError(
-            "the recipe does not say where to",
-            where="teacher.cache",
-            mend="add 'teacher: {model: ..., source: cache, cache: {folder: ...}}'",
-        )
-    if teacher_config.model is None and teacher_config.config is None:
-        raise RecipeError("there is no model to run", where="teacher", mend="add 'model'")
-    hidden = teacher_config.cache.hidden
-    stages = [s for s in recipe.stages if needed(s, hidden=hidden)]
+    source = _teacher_to_store(recipe)
+    kept = source.cache
+    assert kept is not None
+    stages = [s for s in recipe.stages if needed(s, hidden=kept.hidden)]
     if not stages:
         raise RecipeError(
             "no stage has an objective that reads a teacher",
@@ -63,34 +57,28 @@ def build_cache(recipe: Recipe) -> Store:
         )
     device = distributed.choose_device(stages[0].engine.device)
     distributed.connect(device, patience=max(s.engine.patience for s in stages))
-    processor, student_processor = load_processor(teacher_config), load_processor(recipe.student)
+    processor, student_processor = load_processor(source), load_processor(recipe.student)
     if not same_processor(processor, student_processor):
         raise RecipeError(
             "teacher and student have different processors",
             where="teacher.source cache",
             mend="use models with one processor, or source: live",
         )
-    regions = regions_of(stages)
     vocabulary = shared_vocabulary(student_processor.tokenizer, processor.tokenizer)
-    folder = Path(teacher_config.cache.folder)
-    quantize = teacher_config.quantize
     settings: dict[str, Any] = {
         "vocabulary": vocabulary,
-        "k": min(teacher_config.cache.k, vocabulary),
-        "regions": regions,
+        "k": min(kept.k, vocabulary),
+        "regions": regions_of(stages),
         "hidden": hidden_of(stages),
         "max_length": recipe.stage_data(stages[0]).max_length,
-        "teacher": {
-            "model": teacher_config.model,
-            "weights": weights_hash(teacher_config.model),
-            **({"quantize": quantize} if quantize else {}),
-        },
+        "teacher": _facts_of(source),
         "processor": processor_hash(processor),
     }
-    model = load_model(teacher_config)
+    model = load_model(source)
     check_head(model, processor.tokenizer, "teacher")
     if settings["hidden"] is not None:
         settings["hidden"]["width"] = model.get_output_embeddings().weight.shape[1]
+    folder = Path(kept.folder)
     with distributed.alone_in(folder):
         if distributed.rank() == 0:
             for name in drop_damaged(folder):
@@ -100,18 +88,41 @@ def build_cache(recipe: Recipe) -> Store:
         if settings["hidden"] is not None and distributed.rank() == 0:
             writer.keep_head(*relative_head(model, vocabulary))
         distributed.barrier()
-        teacher = place_teacher(model, teacher_config.placement, device)
-        for stage in _readers(recipe, stages):
+        teacher = place_teacher(model, source.placement, device)
+        for stage, held_out in _readings(recipe, stages):
             data = recipe.stage_data(stage)
-            for held_out in [False, True] if _is_measured(stage, data) else [False]:
-                records = Records(data, held_out=held_out)
-                _store_data(data, records, stage, processor, teacher, writer)
+            records = Records(data, held_out=held_out)
+            _store_data(data, records, stage, processor, teacher, writer)
         writer.flush()
         distributed.barrier()
         if distributed.rank() == 0:
             writer.finish()
         distributed.barrier()
     return Store(folder)
+
+
+def _teacher_to_store(recipe: Recipe) -> TeacherConfig:
+    """The recipe's teacher, with a `cache` and weights.
+
+    Raises:
+        RecipeError: one of them is missing.
+    """
+    source = recipe.teacher
+    if source is None or source.cache is None:
+        raise RecipeError(
+            "the recipe does not say where to",
+            where="teacher.cache",
+            mend="add 'teacher: {model: ..., source: cache, cache: {folder: ...}}'",
+        )
+    if source.model is None and source.config is None:
+        raise RecipeError("there is no model to run", where="teacher", mend="add 'model'")
+    return source
+
+
+def _facts_of(source: TeacherConfig) -> dict[str, Any]:
+    """What tells a cache of this teacher from another's."""
+    facts = {"model": source.model, "weights": weights_hash(source.model)}
+    return {**facts, "quantize": source.quantize} if source.quantize else facts
 
 
 def needed(stage: StageConfig, *, hidden: bool) -> list[Objective]:
@@ -126,8 +137,9 @@ def needed(stage: StageConfig, *, hidden: bool) -> list[Objective]:
     return found
 
 
-def _readers(recipe: Recipe, stages: list[StageConfig]) -> list[StageConfig]:
-    """The first stage that reads each data set.
+def _readings(recipe: Recipe, stages: list[StageConfig]) -> list[tuple[StageConfig, bool]]:
+    """Each set of records that the stages read, once: the first stage that reads it, and whether
+    these are its held-out records.
 
     Raises:
         RecipeError: two stages cut sequences at different lengths.
@@ -139,19 +151,17 @@ def _readers(recipe: Recipe, stages: list[StageConfig]) -> list[StageConfig]:
             where="stages.data",
             mend="give them one, or caches of their own",
         )
-    found: dict[str, StageConfig] = {}
+    found: dict[str, tuple[StageConfig, bool]] = {}
     for stage in stages:
         data = recipe.stage_data(stage)
-        said = [part.model_dump_json() for part in data.parts]
-        if _is_measured(stage, data):
-            said += ["validation", data.model_dump_json(include={"validation"})]
-        found.setdefault("".join(said), stage)
+        measured = data.validation is not None and stage.validation.every is not None
+        share = None if data.validation is None else data.validation.share
+        for held_out in [False, True] if measured else [False]:
+            parts = data.validation_parts if held_out else data.parts
+            # The same sources hold other records where another share of them is held out.
+            key = json.dumps([held_out, share, *(part.model_dump_json() for part in parts)])
+            found.setdefault(key, (stage, held_out))
     return list(found.values())
-
-
-def _is_measured(stage: StageConfig, data: DataConfig) -> bool:
-    """The stage reads held-out records too."""
-    return data.validation is not None and stage.validation.every is not None
 
 
 def _store_data(
