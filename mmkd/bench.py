@@ -276,7 +276,7 @@ def floor_of(
             for name, teacher in teachers.items():
                 if not isinstance(teacher, LiveTeacher):
                     continue
-                if name == stage.lead or bool(compared[name].any()):
+                if stage.asks(name, teacher, batch, stage.objectives):
                     vision = stage.vision if name == stage.lead else None
                     _bare_teacher(clock, teacher, batch, compared[name], vision)
             with clock.part("student"):

@@ -76,7 +76,6 @@ class Stage:
     reference: Reference | None
     on_policy: OnPolicy | None
     objectives: list[Objective]
-    layer_plan: LayerPlan
     stream: BatchStream
     steps: int
     folder: Path
@@ -123,7 +122,7 @@ class Stage:
                     skipped.sync()
                     save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
                     if self.validation is not None and active:
-                        self.validation.prune(saved)
+                        self.validation.prune()
                 if stop and step < self.steps:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
             log.sync()
@@ -231,12 +230,11 @@ class Stage:
         """
         targets = batch.targets
         counts = {name: max(count, 1.0) for name, count in rows.items()}
+        plan = LayerPlan.of(objectives)
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = None
-            if self.teacher is not None and self._is_asked(
-                self.lead, self.teacher, batch, objectives
-            ):
-                teacher = self.teacher.signals(batch, **self._teacher_layers)
+            if self.teacher is not None and self.asks(self.lead, self.teacher, batch, objectives):
+                teacher = self.teacher.signals(batch, **_teacher_layers(plan))
             others = self._others(batch, objectives)
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
@@ -254,11 +252,9 @@ class Stage:
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
-            return forward(batch.inputs, compare, **self._student_layers(teacher))
+            return forward(batch.inputs, compare, **_student_layers(plan, teacher))
 
-    def _is_asked(
-        self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]
-    ) -> bool:
+    def asks(self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]) -> bool:
         """Whether an objective compares a batch's records with a teacher, or all processes have to
         run it together."""
         needing = [o for o in objectives if "teacher" in o.needs]
@@ -275,7 +271,7 @@ class Stage:
         return {
             name: teacher.signals(own)
             for name, teacher in self.others.items()
-            if self._is_asked(name, teacher, batch, objectives)
+            if self.asks(name, teacher, batch, objectives)
         }
 
     def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
@@ -310,23 +306,6 @@ class Stage:
         shares = (counts / counts.sum(1, keepdim=True)).tolist()
         rounded = [[round(share, 4) for share in layer] for layer in shares]
         return {"expert_load": dict(zip(map(str, load), rounded, strict=True))}
-
-    @property
-    def _teacher_layers(self) -> dict[str, Any]:
-        plan = self.layer_plan
-        return {"layers": sorted(set(plan.pairs.values())), **self._recorded}
-
-    @property
-    def _recorded(self) -> dict[str, bool]:
-        return {"matrices": self.layer_plan.matrices, "projections": self.layer_plan.projections}
-
-    def _student_layers(self, teacher: TeacherSignals | None) -> dict[str, Any]:
-        plan = self.layer_plan
-        wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **self._recorded}
-        if plan.forced and isinstance(teacher, Signals):
-            forced = {mine: teacher.layers[plan.pairs[mine]] for mine in plan.forced}
-            wanted |= {"forced": forced, "plan": plan}
-        return wanted
 
     def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -368,3 +347,21 @@ class Stage:
 def _is_barren(line: Metrics) -> bool:
     """Whether a step's line says that nothing was learned in it."""
     return line.get("loss") == 0 and line.get("supervised_tokens") == 0
+
+
+def _teacher_layers(plan: LayerPlan) -> dict[str, Any]:
+    """What is read off the teacher's layers."""
+    return {"layers": sorted(set(plan.pairs.values())), **_recorded(plan)}
+
+
+def _student_layers(plan: LayerPlan, teacher: TeacherSignals | None) -> dict[str, Any]:
+    """What is read off the student's layers, and which of them get the teacher's tensors."""
+    wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **_recorded(plan)}
+    if plan.forced and isinstance(teacher, Signals):
+        forced = {mine: teacher.layers[plan.pairs[mine]] for mine in plan.forced}
+        wanted |= {"forced": forced, "plan": plan}
+    return wanted
+
+
+def _recorded(plan: LayerPlan) -> dict[str, bool]:
+    return {"matrices": plan.matrices, "projections": plan.projections}

@@ -14,8 +14,7 @@ from mmkd.engines import build_engine
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.files import write_json
 from mmkd.interrupt import deferred
-from mmkd.layer_signals import LayerPlan
-from mmkd.objectives import Preference, build_objective
+from mmkd.objectives import Objective, Preference, build_objective
 from mmkd.on_policy import OnPolicy
 from mmkd.packed import check_packing
 from mmkd.recipe import DataConfig, StageConfig, TeacherConfig
@@ -73,20 +72,7 @@ def build_stage(
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
-    shared = None
-    if teacher_processor is not None:
-        words = processor.tokenizer, teacher_processor.tokenizer
-        shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
-    alone = [
-        build_objective(
-            o,
-            shared_vocabulary=shared,
-            mamba_layers=mamba_layers(student.config),
-            head_memory=config.engine.head_memory * 2**20,
-            head_backend=config.engine.head_backend,
-        )
-        for o in config.objectives
-    ]
+    alone = _objectives_of(config, student, processor, teacher_processor)
     objectives = ask_each(alone, teachers, data)
     others = {n: t for n, t in (others or {}).items() if any(o.teacher == n for o in objectives)}
     needs = frozenset().union(*(o.needs for o in objectives))
@@ -155,7 +141,6 @@ def build_stage(
         reference=reference,
         on_policy=on_policy,
         objectives=objectives,
-        layer_plan=LayerPlan.of(objectives),
         stream=stream,
         steps=steps,
         folder=folder,
@@ -163,6 +148,26 @@ def build_stage(
         tracked=tracked,
         validation=held_out,
     )
+
+
+def _objectives_of(
+    config: StageConfig, student: PreTrainedModel, processor: Any, teacher_processor: Any
+) -> list[Objective]:
+    """The stage's objectives, before there is one for each of several teachers."""
+    shared = None
+    if teacher_processor is not None:
+        words = processor.tokenizer, teacher_processor.tokenizer
+        shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
+    return [
+        build_objective(
+            o,
+            shared_vocabulary=shared,
+            mamba_layers=mamba_layers(student.config),
+            head_memory=config.engine.head_memory * 2**20,
+            head_backend=config.engine.head_backend,
+        )
+        for o in config.objectives
+    ]
 
 
 def _only_adapters(config: StageConfig) -> bool:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -108,6 +109,22 @@ def test_every_teacher_is_timed(raw, tiny_model_dir, monkeypatch):
     assert found["parts"]["teacher"] > 0.4
     assert found["floor"]["teacher"] > 0.4
     assert [t.calls for t in teachers] == [8, 8]  # two warm-up steps and two, each with its floor
+
+
+def test_the_floor_has_only_the_teachers_that_are_asked(raw, tiny_model_dir, tmp_path, monkeypatch):
+    """Each of two teachers is asked about one source, and a micro-batch is from one of them."""
+    recipe = raw(objectives=[{"kind": "kl"}])
+    train = Path(recipe["data"]["train"])
+    files = {"one": train, "two": train.with_name("validation.parquet")}
+    recipe["data"] = {"sources": [{"name": n, "train": str(f)} for n, f in files.items()]}
+    recipe["teacher"] = [{"name": n, "model": str(tiny_model_dir), "sources": [n]} for n in files]
+    stage, student = bench.prepare(load_recipe(recipe), 0, tmp_path)
+    asked = []
+    monkeypatch.setattr(bench, "_bare_teacher", lambda clock, teacher, *rest: asked.append(teacher))
+    encoder, teachers = stage.stream.encoder, bench.teachers_of(stage)
+    for first in encoder.records.starts:
+        bench.floor_of(stage, student, teachers, [encoder.encode([first])])
+    assert asked == [teachers["one"], teachers["two"]]
 
 
 def test_a_teacher_that_is_the_reference_too_runs_once(raw, tiny_model_dir, tmp_path, monkeypatch):
