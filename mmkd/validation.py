@@ -1,14 +1,15 @@
-"""A stage's losses on held-out records (`data.validation`), measured now and then while it trains.
+"""A stage's losses on held-out records (`data.validation`), measured every few steps of training.
 
     validation.jsonl            a line for each validation: step, each objective's mean, and more
     checkpoints/best/step-N     weights of the best one, with `validation.keep: best`
 
 Every objective is a mean per covered token over all held-out records, as in training: neither the
-batch layout nor the number of processes changes it. Training does not notice: no gradients, no
-dropout, and random generators go on as if nothing had been drawn. Two metrics are measured whatever
-the objectives are, so that stages with different ones compare: `answer_ce`, the cross-entropy of
-the records' answers, and `teacher_kl`, the KL divergence from the teacher on them, where the stage
-has a teacher of the same vocabulary.
+batch layout nor the number of processes changes it, unless the objective compares the records of a
+micro-batch. Training is not affected: a validation has no gradients and no dropout, and afterwards
+random generators continue as if it had drawn nothing. Two metrics are measured whatever the
+objectives are, so that stages with different objectives can be compared: `answer_ce`, the
+cross-entropy of the records' answers, and `teacher_kl`, the KL divergence from the teacher on them,
+where the stage has a teacher of the same vocabulary.
 """
 
 import math
@@ -50,7 +51,7 @@ from mmkd.recipe import (
     ValidationConfig,
 )
 from mmkd.steplog import StepLog
-from mmkd.teachers import ask_each
+from mmkd.teachers import ask_each, asks_each
 from mmkd.vocabulary import same_vocabulary, shared_vocabulary
 
 FILE, BEST = "validation.jsonl", "best"
@@ -98,9 +99,9 @@ class Validation:
         return by_size(order, self.config.size or batch.size)
 
     def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """This process's micro-batches, and whether each counts. Models that are spread over the
-        processes need all of them in each forward: one that has no micro-batch left repeats the
-        last one, and it does not count."""
+        """This process's micro-batches, and whether each counts. All processes have to take part in
+        each forward of a model that is spread over them: a process that has no micro-batch left
+        repeats the last one, which then does not count."""
         for share in distributed.equal_shares(self.plan, 1):
             yield self.encoder.encode(share[0] if share else self.plan[-1]), bool(share)
 
@@ -192,6 +193,8 @@ class Validation:
                 keep=None,
                 only_weights=True,
             )
+            if engine.rank == 0:
+                self.prune()
         assert self._log is not None
         self._log.write(line)
         self._log.sync()
@@ -205,14 +208,14 @@ class Validation:
 
     @property
     def exhausted(self) -> bool:
-        """No validation was better for as long as the stage has patience."""
+        """Whether none of the last `patience` validations was better than the best before them."""
         return self.config.patience is not None and self.worse_since >= self.config.patience
 
-    def prune(self, checkpoints: Path) -> None:
-        """Delete the weights that were best before, but those that a stage would need which resumes
-        from one of its checkpoints. One process calls it."""
+    def prune(self) -> None:
+        """Delete weights that are no longer the best, except those that the stage would need if it
+        resumed from one of its checkpoints. One process calls it."""
         found = {step_of(path): path for path in find_checkpoints(self.checkpoints)}
-        resumed = map(step_of, find_checkpoints(checkpoints))
+        resumed = map(step_of, find_checkpoints(self.checkpoints.parent))
         needed = {max((b for b in found if b <= step), default=0) for step in resumed}
         for step in set(found) - needed - {max(found, default=0)}:
             shutil.rmtree(found[step])
@@ -282,34 +285,11 @@ def build_validation(
         RecipeError: the stage wants validation in a way that cannot be.
         DataError: the held-out records cannot be opened.
     """
-    where = f"stage {config.name}: validation"
-    if data.validation is None and config.validation != ValidationConfig():
-        raise RecipeError(
-            "no records are held out", where=where, mend="add 'validation' to data, a file or 0.05"
-        )
-    if data.validation is None or config.validation.every is None:
+    if not _measures(config, objectives, data):
         return None
-    references = [o.config for o in objectives if isinstance(o, Preference)]
-    if any(r.reference != "none" and r.reference_logps == "once" for r in references):
-        raise RecipeError(
-            "the reference of preferences runs once, over the training records only",
-            where=where,
-            mend="set reference_logps to live, or validation.every to null",
-        )
     named = data.model_copy(update={"train": None, "sources": data.validation_parts})
-    alone = [*objectives, *_beside(objectives, processor, teacher_processor, stored)]
-    try:
-        asked = ask_each(alone, teachers, named)
-    except RecipeError as error:
-        where = f"{error.where}, for data.validation"
-        raise RecipeError(error.what, where=where, mend=error.mend) from error
-    names = ["loss", *(o.name for o in asked)]
-    if config.validation.metric not in names:
-        raise RecipeError(
-            f"no metric {config.validation.metric!r}",
-            where=f"{where}.metric",
-            mend=nearest(config.validation.metric, names),
-        )
+    asked = _asked(objectives, processor, teacher_processor, teachers, stored, named)
+    _check_metric(config, asked)
     encoder = Encoder.of(
         asked,
         data,
@@ -323,22 +303,84 @@ def build_validation(
     return Validation(config, asked, encoder, folder, seed)
 
 
+def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataConfig) -> bool:
+    """Whether a stage measures held-out records.
+
+    Raises:
+        RecipeError: it should, and cannot.
+    """
+    where = f"stage {config.name}: validation"
+    if config.validation.every is None:
+        return False
+    if data.validation is None:
+        if config.validation == ValidationConfig():
+            return False
+        raise RecipeError(
+            "no records are held out", where=where, mend="add 'validation' to data, a file or 0.05"
+        )
+    references = [o.config for o in objectives if isinstance(o, Preference)]
+    if any(r.reference != "none" and r.reference_logps == "once" for r in references):
+        raise RecipeError(
+            "the reference of preferences runs once, over the training records only",
+            where=where,
+            mend="set reference_logps to live, or validation.every to null",
+        )
+    return True
+
+
+def _asked(
+    objectives: Sequence[Objective],
+    processor: Any,
+    teacher_processor: Any,
+    teachers: Sequence[TeacherConfig],
+    stored: Store | None,
+    held_out: DataConfig,
+) -> list[Objective]:
+    """What is measured: a stage's objectives and the metrics beside them, for each teacher that the
+    stage asks.
+
+    Args:
+        objectives, processor, teacher_processor, teachers, stored: as in `build_validation`.
+        held_out: the records that are held out.
+
+    Raises:
+        RecipeError: a teacher is asked about a source that the held-out records do not have.
+    """
+    alone = [*objectives, *_beside(objectives, processor, teacher_processor, stored)]
+    if not any(map(asks_each, objectives)):
+        return alone  # the stage runs its first teacher only
+    try:
+        return ask_each(alone, teachers, held_out)
+    except RecipeError as error:
+        where = f"{error.where}, for data.validation"
+        raise RecipeError(error.what, where=where, mend=error.mend) from error
+
+
+def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
+    names = ["loss", *(o.name for o in measured)]
+    if config.validation.metric not in names:
+        raise RecipeError(
+            f"no metric {config.validation.metric!r}",
+            where=f"stage {config.name}: validation.metric",
+            mend=nearest(config.validation.metric, names),
+        )
+
+
 def _beside(
     objectives: Sequence[Objective], processor: Any, teacher_processor: Any, stored: Store | None
 ) -> list[Objective]:
     """The metrics that are measured beside a stage's objectives, with weight 0."""
-    compared = [o for o in objectives if "teacher" in o.needs and not isinstance(o, Preference)]
-    by_token = any("chunks" not in o.needs for o in compared)
-    how = objectives[0]
     settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
     shared = None
+    compared = [o for o in objectives if "teacher" in o.needs and not isinstance(o, Preference)]
+    by_token = any("chunks" not in o.needs for o in compared)
     if compared and (stored is None or "response" in stored.manifest["regions"]):
         theirs = processor if stored is not None else teacher_processor
         words = processor.tokenizer, theirs.tokenizer
         if same_vocabulary(*words) and (by_token or same_processor(processor, theirs)):
             shared = shared_vocabulary(*words)
             settings.append(DivergenceConfig(kind="kl", name=TEACHER_KL, weight=0))
-    memory, backend = how.head_memory, how.head_backend
+    memory, backend = objectives[0].head_memory, objectives[0].head_backend
     return [
         build_objective(s, shared_vocabulary=shared, head_memory=memory, head_backend=backend)
         for s in settings
@@ -346,11 +388,11 @@ def _beside(
 
 
 def check_held_out(validation: Validation, store: Store | None) -> None:
-    """The first held-out record of each source can be encoded, and the teacher's cache has all that
-    a validation reads.
+    """Check that held-out records can be encoded: with a teacher's cache all that a validation
+    reads, which the cache has to hold, else the first one of each source.
 
     Raises:
-        DataError: one cannot, or it has not.
+        DataError: one cannot be encoded, or is not in the cache.
     """
     encoder = validation.encoder
     for first in encoder.records.starts if store is None else []:

@@ -12,6 +12,7 @@ from tiny import write_tiny_model
 
 from mmkd import pipeline, stage
 from mmkd.build_cache import build_cache
+from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError
 from mmkd.loading import load_model, load_processor
@@ -79,16 +80,12 @@ def losses(folder: Path) -> list[dict]:
     return [{**line, "seconds": 0} for line in lines(folder, "metrics.jsonl")]
 
 
-def test_the_losses_are_those_of_the_models(recipe, teacher_dir, scenes_dir):
-    """The cross-entropy that transformers computes, over all records' tokens."""
-    folder = run(recipe(validation={"every": 2, "size": 3}))
-    (line,) = lines(folder)
+def cross_entropy_of(folder: Path, held_out: Path) -> tuple[float, float]:
+    """What transformers computes for a run's student over all records' tokens, and their number."""
     source = ModelConfig(model=str(folder / "01-mimic" / "student"))
     model, processor = load_model(source), load_processor(source)
     total = count = 0.0
-    from mmkd.data.encoder import Encoder
-
-    data = DataConfig(train=str(scenes_dir / "validation.parquet"), max_length=128)
+    data = DataConfig(train=str(held_out), max_length=128)
     encoder = Encoder(Records(data), processor, data)
     for index in range(len(encoder.records)):
         batch = encoder.encode([index])
@@ -97,11 +94,44 @@ def test_the_losses_are_those_of_the_models(recipe, teacher_dir, scenes_dir):
             loss = model(**batch.inputs, labels=labels).loss.item()
         tokens = int(batch.targets.response.sum())
         total, count = total + loss * tokens, count + tokens
-    assert line["answer_ce"] == pytest.approx(total / count, rel=1e-5)
+    return total / count, count
+
+
+def test_the_losses_are_those_of_the_models(recipe, scenes_dir):
+    folder = run(recipe(validation={"every": 2, "size": 3}))
+    (line,) = lines(folder)
+    loss, tokens = cross_entropy_of(folder, scenes_dir / "validation.parquet")
+    assert line["answer_ce"] == pytest.approx(loss, rel=1e-5)
     assert line["ce"] == line["answer_ce"]
     assert line["teacher_kl"] == line["kl"] > 1e-3
     assert line["loss"] == pytest.approx(line["ce"] + line["kl"])
-    assert (line["records"], line["supervised_tokens"]) == (16, count)
+    assert (line["records"], line["supervised_tokens"]) == (16, tokens)
+
+
+@pytest.mark.parametrize("kind", ["layer_l2", "mixer_mse"])
+def test_a_teacher_forced_stage_measures_what_the_student_says(
+    recipe, scenes_dir, tiny_model_dir, kind
+):
+    """In training its layers see the teacher's tensors only. Held-out answers are the student's
+    own, and the objective is what it is without them."""
+    values = {}
+    for beside in (False, True):
+        convert = [{"kind": "mamba", "layers": [1], "init": "inherit"}]
+        raw = recipe(
+            f"forced-{beside}",
+            validation={"every": 2},
+            student={"model": str(tiny_model_dir), "convert": convert},
+        )
+        free = [{"kind": "kl", "weight": 0}] if beside else []
+        raw["stages"][0]["objectives"] = [{"kind": kind}, *free]
+        folder = run(raw)
+        (values[beside],) = lines(folder)
+        loss, _ = cross_entropy_of(folder, scenes_dir / "validation.parquet")
+        assert values[beside]["answer_ce"] == pytest.approx(loss, rel=1e-4)
+    for name in (kind, "answer_ce", "teacher_kl", "loss"):
+        assert values[False][name] == pytest.approx(values[True][name], rel=1e-4)
+    assert values[False]["loss"] == pytest.approx(values[False][kind])
+    assert values[False]["teacher_kl"] > 1e-3
 
 
 def test_a_validation_does_not_depend_on_the_batch_layout(recipe):
@@ -266,6 +296,20 @@ def test_weights_that_a_resumed_stage_needs_are_kept(worsening, monkeypatch):
         assert not any("optimizer" in file for file in files)
 
 
+def test_only_the_best_weights_and_those_of_a_checkpoint_are_on_the_disk(worsening, monkeypatch):
+    """Where every validation is better than the last one, and checkpoints are rare."""
+    raw = worsening("improving", steps=8, checkpoint=4, keep="best")
+    raw["stages"][0]["optimizer"] = {"lr": 1e-3}
+    with monkeypatch.context() as patch:
+        break_off(patch, 8)
+        with pytest.raises(Broken):
+            run(raw)
+    folder = pipeline.run_folder(load_recipe(raw))
+    assert [line["best"] for line in lines(folder)] == [True] * 7
+    best = folder / "01-mimic" / "checkpoints" / "best"
+    assert sorted(path.name for path in best.iterdir()) == ["step-4", "step-7"]
+
+
 def test_a_stage_without_improvement_stops(worsening):
     folder = run(worsening("patient", steps=12, keep="best", patience=2))
     found = lines(folder)
@@ -346,6 +390,24 @@ def test_several_teachers_are_measured_each(recipe, tiny_model_dir, teacher_dir)
     assert line["loss"] == pytest.approx(line["kl.a"] + 2 * line["kl.b"])
 
 
+def test_a_stage_that_asks_one_teacher_of_several_is_measured_against_that_one(
+    recipe, tiny_model_dir, teacher_dir
+):
+    """Objectives on layers compare with the first teacher; the others do not run."""
+    found = []
+    several = [
+        {"name": "a", "model": str(teacher_dir)},
+        {"name": "b", "model": str(tiny_model_dir)},
+    ]
+    for number, teacher in enumerate([several, {"model": str(teacher_dir)}]):
+        raw = recipe(f"layers-{number}", validation={"every": 1}, teacher=teacher)
+        raw["stages"][0] |= {"objectives": [{"kind": "hidden_mse", "layers": [1]}], "steps": 1}
+        (line,) = lines(run(raw))
+        found.append({**line, "seconds": 0})
+    assert found[0] == found[1]
+    assert found[0]["teacher_kl"] > 1e-3
+
+
 def test_answers_of_another_tokenizer_are_measured_by_chunks(recipe):
     raw = recipe(validation={"every": 1, "metric": "alm", "keep": "best"})
     raw["stages"][0] |= {"objectives": [{"kind": "alm"}], "steps": 1}
@@ -368,6 +430,18 @@ def test_a_cached_teacher_has_the_held_out_records(recipe, teacher_dir, tmp_path
     for mine, theirs in zip(got, lines(live), strict=True):
         assert mine["teacher_kl"] == pytest.approx(theirs["teacher_kl"], rel=1e-4)
         assert mine["answer_ce"] == pytest.approx(theirs["answer_ce"], rel=1e-5)
+
+
+def test_a_cache_has_the_records_of_every_stage(recipe, teacher_dir, tmp_path):
+    """Of one file, where one stage holds a share out and another one trains on all of it."""
+    cache = {"folder": str(tmp_path / "cache"), "k": 8}
+    teacher = {"model": str(teacher_dir), "source": "cache", "cache": cache}
+    raw = recipe(teacher=teacher, held_out=False, validation={"every": None})
+    (first,) = raw["stages"]
+    raw["stages"].append({**first, "name": "all", "data": dict(raw["data"])})
+    raw["data"]["validation"] = 0.25
+    assert len(build_cache(load_recipe(raw))) == 64
+    run(raw)
 
 
 # What is refused before the first step
