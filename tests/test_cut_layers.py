@@ -134,10 +134,9 @@ def test_decoder_layers_that_take_deep_stack_features():
     assert "deepstack" not in report.lines[0]
     report = convert(model, LayersConversion(kind="layers", decoder=[0, 2, 3]))
     assert (
-        "deepstack_visual_indexes are now added behind the old layers [0, 2, 3]"
-        in (report.lines[0])
+        "deepstack_visual_indexes are now added after the old layers [0, 2, 3]" in (report.lines[0])
     )
-    with pytest.raises(RecipeError, match="behind the first 3 decoder layers, and 2 are kept"):
+    with pytest.raises(RecipeError, match="after the first 3 decoder layers, and 2 are kept"):
         convert(model, LayersConversion(kind="layers", decoder=[0, 1]))
     assert len(find_parts(model).decoder_layers) == 3
 
@@ -151,7 +150,7 @@ def test_what_may_speak_of_layers_and_is_not_known_is_refused_by_name(key, value
     model = deep("llava", {})
     before = model.config.to_dict()
     setattr(model.config.vision_config if of == "tower" else model.config, key, value)
-    with pytest.raises(RecipeError, match=f"the config's {key} may say something of single layers"):
+    with pytest.raises(RecipeError, match=f"the config's {key} may be about single layers"):
         convert(model, LayersConversion(kind="layers", vision=[0, 1]))
     assert len(find_parts(model).vision_layers) == DEEP
     assert (
@@ -162,7 +161,7 @@ def test_what_may_speak_of_layers_and_is_not_known_is_refused_by_name(key, value
 def test_layers_that_a_config_cannot_place_are_refused():
     """Behind which layer features are read is not said where the order changes."""
     model = deep("llava", {"vision_feature_layer": -3})
-    with pytest.raises(RecipeError, match="vision_feature_layer -3 is read behind layer 3"):
+    with pytest.raises(RecipeError, match="vision_feature_layer -3 is read after layer 3"):
         convert(model, LayersConversion(kind="layers", vision=[5, 0, 1]))
     model = deep("qwen3_vl", {"vision": {"deepstack_visual_indexes": [1, 3]}})
     with pytest.raises(RecipeError, match=r"deepstack_visual_indexes .1, 3. change their order"):

@@ -188,7 +188,7 @@ def test_the_plan_counts_the_copies(scenes_dir, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "engine", "says"),
     [
-        ("float16", {}, "gradients in float16 vanish"),
+        ("float16", {}, "float16 gradients underflow"),
         ("bfloat16", {"kind": "deepspeed", "zero": 2}, "master weights of a bfloat16 student"),
     ],
 )

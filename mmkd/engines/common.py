@@ -42,4 +42,4 @@ class EngineBase:
 
     def _between(self) -> None:
         if self._open:
-            raise RuntimeError("generation inside of a micro-step: call backward first")
+            raise RuntimeError("generation or evaluation inside a micro-step: call backward first")

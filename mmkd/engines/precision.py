@@ -27,7 +27,7 @@ def check_dtype(dtype: str, stage: StageConfig, device: torch.device) -> None:
     where = f"student.dtype, in stage {stage.name}"
     if dtype == "float16":
         raise RecipeError(
-            "gradients in float16 vanish without a scaled loss, which mmkd does not have",
+            "float16 gradients underflow without loss scaling, which mmkd does not have",
             where=where,
             mend="set it to bfloat16 or float32",
         )

@@ -1,9 +1,9 @@
-"""What a config says of single layers, fitted to the layers that are kept.
+"""Config settings of single layers, adapted to the layers that are kept.
 
 A kept layer does what it did: a list with an item for each layer keeps the items of the kept ones,
-a list of layer numbers gets their new numbers, and what is read behind a layer is read behind the
-same layer, or behind the last kept one before it, as if the layers between were skipped. A key that
-may say something of layers and is not known here is refused by its name.
+a list of layer numbers gets their new numbers, and what is read after a layer is read after the
+same layer, or after the last kept one before it, as if the layers between were skipped. A key that
+may be about single layers and is unknown here is refused by name.
 """
 
 import re
@@ -36,7 +36,7 @@ NUMBERS = (
     "rope_scaling_layers",
     "local_layer_ids",
 )
-# Behind each of these layers of the vision tower a module of its own reads, one for each.
+# Layers of the vision tower whose output also goes into a module of its own, one for each layer.
 TAPS = ("deepstack_visual_indexes",)
 # Numbers of the vision tower's hidden states: 0 is what enters its first layer, -1 the last one.
 HIDDEN_STATES = ("vision_feature_layer", "vision_feature_layers")
@@ -50,7 +50,7 @@ _OF_ONE_LAYER = re.compile(r"(^|_)layer(_id|_idx|_index)?(_start|_end)?$")
 def fit_lists(
     model: PreTrainedModel, config: Any, count: int, kept: Sequence[int], name: str
 ) -> list[str]:
-    """Fit a tower's config, and what the model's own config says of that tower, in place.
+    """Adapt a tower's config, and the settings of that tower in the model's own config, in place.
 
     Args:
         model: whose layers are cut already, or will be.
@@ -60,11 +60,11 @@ def fit_lists(
         name: "decoder" or "vision".
 
     Returns:
-        A line for each module that went because no kept layer feeds it, and for features that now
-        enter at other decoder layers.
+        A line for each module that was removed because no kept layer feeds it, and for features
+        that now enter at other decoder layers.
 
     Raises:
-        RecipeError: a key cannot be fitted, or may say something of layers and is not known.
+        RecipeError: a key cannot be adapted, or is unknown and may be about single layers.
     """
     where = f"student.convert: {name}"
     entries = _entries(model.config, kept, where) if name == "decoder" else []
@@ -86,8 +86,8 @@ def fit_lists(
 def _of_tower(
     config: Any, count: int, kept: Sequence[int], where: str
 ) -> tuple[dict[str, Any], dict[str, tuple[list[int], list[int]]]]:
-    """New values by key, and the old numbers in each list of taps: all of them, and those that are
-    gone."""
+    """New values by key, and for each list of taps its old numbers: all of them, and the removed
+    ones."""
     changes: dict[str, Any] = {}
     taps: dict[str, tuple[list[int], list[int]]] = {}
     for key, value in config.to_dict().items():
@@ -121,8 +121,8 @@ def _of_model(
 
 
 def _behind(layer: int, kept: Sequence[int]) -> int | None:
-    """How many kept layers have run where the old model had run `layer`; None if their new order
-    does not say."""
+    """How many kept layers have run at the place where the old model had just run `layer`; None if
+    that place is lost because the layers change their order."""
     if layer in kept:
         return list(kept).index(layer) + 1
     if list(kept) != sorted(kept):
@@ -140,22 +140,22 @@ def _moved_state(number: int, count: int, kept: Sequence[int], key: str, where: 
     behind = 0 if place == 0 else _behind(place - 1, kept)
     if behind is None:
         raise RecipeError(
-            f"{key} {number} is read behind layer {place - 1}, which is not kept, and the kept "
+            f"{key} {number} is read after layer {place - 1}, which is not kept, and the kept "
             "layers change their order",
             where=where,
             mend="keep that layer, or the order",
         )
     if behind == 0:
-        return -len(kept) - 1  # transformers takes a single 0 for none
-    # -1 would be another thing than the last layer's output in some families
+        return -len(kept) - 1  # transformers takes a single 0 for a missing value
+    # in some families -1 would not be the last layer's output
     return behind - len(kept) - 1 if number < 0 and behind < len(kept) else behind
 
 
 def _moved_taps(
     layers: Sequence[int], kept: Sequence[int], key: str, where: str
 ) -> tuple[Any, list[int]]:
-    """The new numbers of layers that feed a module each, and the old numbers of those that none of
-    the kept layers can stand in for."""
+    """The new numbers of layers that feed a module each, and the old numbers of those that no kept
+    layer can replace."""
     new: list[int] = []
     gone: list[int] = []
     for layer in layers:
@@ -174,8 +174,8 @@ def _moved_taps(
 
 
 def _entries(config: Any, kept: Sequence[int], where: str) -> list[str]:
-    """Say where the decoder takes the features of the vision tower's taps: tap number i is added
-    behind decoder layer number i, so that no list in the config could keep the old layers.
+    """Lines that say at which decoder layers the features of the vision tower's taps now enter. The
+    features of tap i are added after decoder layer i: no setting could keep the old layers.
 
     Raises:
         RecipeError: fewer layers are kept than there are taps.
@@ -186,14 +186,14 @@ def _entries(config: Any, kept: Sequence[int], where: str) -> list[str]:
         count = len(getattr(vision, key, None) or [])
         if count > len(kept):
             raise RecipeError(
-                f"the features of {key} are added behind the first {count} decoder layers, and "
+                f"the features of {key} are added after the first {count} decoder layers, and "
                 f"{len(kept)} are kept",
                 where=where,
                 mend=f"keep {count} decoder layers or more",
             )
         if list(kept[:count]) != list(range(count)):
             lines.append(
-                f"the features of {key} are now added behind the old layers {list(kept[:count])}"
+                f"the features of {key} are now added after the old layers {list(kept[:count])}"
             )
     return lines
 
@@ -201,7 +201,7 @@ def _entries(config: Any, kept: Sequence[int], where: str) -> list[str]:
 def _refuse_unknown(key: str, value: Any, count: int, where: str) -> None:
     """
     Raises:
-        RecipeError: the key may say something of the layers.
+        RecipeError: the key may be about single layers.
     """
     if isinstance(value, (list, tuple)) and value and not _OF_NO_LAYER.search(key):
         whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
@@ -213,8 +213,8 @@ def _refuse_unknown(key: str, value: Any, count: int, where: str) -> None:
         unknown = single and bool(_OF_ONE_LAYER.search(key)) and -count <= value <= count
     if unknown:
         raise RecipeError(
-            f"the config's {key} may say something of single layers, and how to fit it to fewer is "
-            "not known",
+            f"the config's {key} may be about single layers, and mmkd does not know how to adapt "
+            "it to fewer layers",
             where=where,
             mend="keep all layers of this part, or use another model",
         )
@@ -232,7 +232,7 @@ def _same_configs(model: PreTrainedModel, config: Any) -> list[Any]:
 
 
 def _drop_modules(model: PreTrainedModel, stay: list[bool]) -> None:
-    """Keep some of the modules that read behind layers."""
+    """Keep some of the modules that taps feed."""
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.ModuleList) and "deepstack" in last and len(module) == len(stay):

@@ -17,7 +17,7 @@ from mmkd.students.rebuilt import match_config, skeleton_of
 def keep_layers(
     model: PreTrainedModel, layers: nn.ModuleList, config: Any, kept: list[int], name: str
 ) -> str:
-    """Cut a tower's layers down in place, and fit its config and modules to them.
+    """Cut a tower's layers down in place, and adapt its config and modules to them.
 
     Args:
         model: that has the tower.
@@ -30,7 +30,7 @@ def keep_layers(
         What was done.
 
     Raises:
-        RecipeError: a layer is named twice or is not there, or the config cannot be fitted.
+        RecipeError: a layer is named twice or is not there, or the config cannot be adapted.
     """
     count, where = len(layers), f"student.convert: {name}"
     if not kept or len(set(kept)) != len(kept) or not all(0 <= i < count for i in kept):

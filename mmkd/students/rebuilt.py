@@ -1,4 +1,4 @@
-"""What a changed model is, against what its config builds: a folder loads as the latter."""
+"""Compare a changed model with the one that its config builds, as its folder would be loaded."""
 
 import copy
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
 def match_config(
     model: PreTrainedModel, before: PreTrainedModel, layers: str, kept: Sequence[int], where: str
 ) -> None:
-    """Make a model with cut layers what its config builds: settings that modules took from the
-    config follow it.
+    """Make a model with cut layers the same as the one that its config builds: update the settings
+    that modules took from the old config.
 
     Args:
         model: cut, with its new config.
@@ -34,14 +34,14 @@ def match_config(
         where: for the message.
 
     Raises:
-        RecipeError: the config would build other weights, or a layer that does something else than
-            the kept one does.
+        RecipeError: the config would build other weights, or a layer that computes something else
+            than the kept one.
     """
     after = skeleton_of(model)
     own, built = ({n: p.shape for n, p in m.state_dict().items()} for m in (model, after))
     if other := sorted({n for n in own.keys() | built.keys() if own.get(n) != built.get(n)}):
         raise RecipeError(
-            f"no config describes the kept layers {list(kept)}: {other[0]} would be another weight",
+            f"no config describes the kept layers {list(kept)}: the weight {other[0]} would differ",
             where=where,
             mend="keep other layers",
         )

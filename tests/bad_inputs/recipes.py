@@ -140,7 +140,7 @@ overridden(
 @case(
     KIND,
     "trained a student in float16",
-    "student.dtype, in stage mimic: gradients in float16 vanish",
+    "student.dtype, in stage mimic: float16 gradients underflow",
     "set it to bfloat16 or float32",
 )
 def float16_student(world: World) -> None:
