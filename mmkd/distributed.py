@@ -176,8 +176,8 @@ def total(values: torch.Tensor) -> torch.Tensor:
 def all_agree(yes: bool) -> bool:
     """Whether all ranks say yes; every rank calls it.
 
-    Whether a file is there is such a question: the ranks do not look at the same moment, and one
-    that decides otherwise than the others waits for them for good.
+    For example whether a file exists: the ranks look at different moments, and one that decided
+    differently from the others would wait for them forever.
     """
     return not gather([] if yes else ["no"])
 
@@ -207,9 +207,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 def equal_shares(items: Sequence[Item], size: int) -> list[list[Item]]:
     """This rank's share of some work, in as many batches as every other rank's.
 
-    A model that is spread over the ranks only runs when all of them run it, so that each has to run
-    it as often. A rank that has too few items gets empty batches at the end: it runs the model on
-    a stand-in then, or leaves it out where each rank has the whole model.
+    A model that is spread over the ranks only runs when all of them run it, so every rank has to
+    run it the same number of times. A rank with too few items gets empty batches at the end. For
+    these it runs the model on some other item, or skips them if each rank has the whole model.
 
     Args:
         items: of all ranks; rank r of R gets items r, r + R, r + 2R, ...

@@ -44,7 +44,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class _State:
-    """What this process has heard.
+    """The signals that this process has received.
 
     Attributes:
         owner: process id of the process that listens; forked children have others.

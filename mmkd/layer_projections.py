@@ -60,7 +60,7 @@ def width_of(attention: Any, kind: str) -> int:
         kind: "queries", "keys" or "values".
 
     Raises:
-        ValueError: the queries, keys or values of this attention cannot be told; the message says
+        ValueError: the queries, keys or values of this attention cannot be read; the message says
             why.
     """
     name, owner = PROJECTIONS[kind], type(attention).__name__

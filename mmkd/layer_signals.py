@@ -98,14 +98,17 @@ def _run_of(objective: Layerwise) -> Run:
 
 @dataclass
 class Recorder:
-    """What a forward left behind of a model's layers, by the run that made it.
+    """The tensors of a model's layers in one forward, filed by the run that made them.
 
     Attributes:
-        matrices: mixing matrices are kept too.
-        projections: what the projections of queries, keys and values return is kept too.
-        first: the run that a layer makes in its turn, by layer; layers without one are not kept.
-        beside: the run that a layer makes beside it at the moment.
-        off: nothing is kept at the moment.
+        matrices: record mixing matrices too.
+        projections: record what the projections of queries, keys and values return too.
+        first: by layer, the run that it makes when the model calls it; layers that are not listed
+            are not recorded then.
+        beside: the additional run that is going on now, if any.
+        off: record nothing for now.
+        found: the tensors by run, layer and name.
+        mixers: the layers' attentions or mixers, for `signals`.
     """
 
     matrices: bool = False
@@ -247,8 +250,8 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
 def _force(
     layer: Any, theirs: LayerSignals, run: str, in_place: bool, recorder: Recorder
 ) -> list[Any]:
-    """Hooks that feed a layer, or its mixer, with the teacher's tensors: in the place of its free
-    run, or beside what it does in its turn."""
+    """Hooks that feed a layer, or its mixer, with the teacher's tensors: when the model calls it
+    (`in_place`), or in an additional run after that."""
     if run == "block":
         module, entering, leaving = layer, theirs.block_input, theirs.block_output
     else:

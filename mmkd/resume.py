@@ -1,7 +1,7 @@
-"""The members of a run, and what of a run's folder goes on under a recipe that has changed.
+"""The members of a run, and which of its stages are kept when the recipe has changed.
 
-A stage goes on, or stays as it is, where it and all stages before it are those of the recipe that
-the folder holds. From the first stage that has changed on, the run starts again:
+A stage is kept, finished or not, if it and all stages before it are the same in the recipe that the
+folder holds. The run starts again from the first stage that has changed:
 
 <member>/replaced/N/     what was trained before, with the files that described it
   training.yaml  recipe.yaml  provenance.json  report.html
@@ -64,15 +64,16 @@ def members(recipe: Recipe) -> list[Member]:
 
 @dataclass(frozen=True)
 class Restart:
-    """From which of its stages on a member starts again.
+    """The stage from which a member starts again.
 
     Attributes:
         member: under the recipe as it is now.
-        index: of the first stage that is not kept; behind the last one where stages were dropped.
-        stage: its name; of one that was dropped, its old name.
-        keys: in which the recipe differs, dotted.
+        index: of the first stage that is not kept; the number of stages if the last ones were
+            dropped.
+        stage: its name; its old name if it was dropped.
+        keys: the dotted keys in which the recipe differs.
         names: of the old recipe's stages.
-        begun: something would be trained again, or was trained for nothing.
+        begun: stages that are not kept hold work already.
     """
 
     member: Member
@@ -96,7 +97,7 @@ class Restart:
 
 
 def find_restart(member: Member, from_stage: str | None = None) -> Restart | None:
-    """Where a member has to start again; None where all that its folder holds goes on.
+    """The stage from which a member has to start again; None if it keeps everything in its folder.
 
     Args:
         member: under the recipe as it is now.
@@ -191,18 +192,18 @@ def _another(folder: Path, keys: Sequence[str], restart: Restart | None = None) 
 
 
 def _is_begun(stage: Path) -> bool:
-    """Whether a stage's folder holds work that a new start would use."""
+    """Whether a stage's folder holds work that would be lost or mixed with the new stage's."""
     saved = ("done.json", "student", "reference.safetensors", "reference.unfinished.safetensors")
     return any((stage / name).exists() for name in saved) or any(stage.glob("checkpoints/step-*"))
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What all stages have in common, but for the data, which a stage may have of its own."""
+    """The settings of all stages together, without the data: a stage may have its own."""
     return {k: v for k, v in recipe.items() if k not in ("stages", "data", "report_to")}
 
 
 def _effective(recipe: Recipe, index: int) -> dict[str, Any]:
-    """What decides how a stage comes out, beside what all have in common."""
+    """The settings that determine a stage's result, beside those of `_whole`."""
     stage = recipe.stages[index]
     said = stage.model_dump(mode="json", exclude=set(LAYOUT))
     return {**said, "data": recipe.stage_data(stage).model_dump(mode="json")}
@@ -231,8 +232,8 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def start_again(restart: Restart) -> Path:
-    """Move what a member no longer keeps to `replaced/N`, with all that described it; nothing of
-    the old student is left where the new one's is looked for. One process calls it.
+    """Move the stages that a member does not keep to `replaced/N`, with their scores, report,
+    release and charts, so that none of these is taken for the new student's. One process calls it.
 
     A kill in the middle loses nothing: the same command moves the rest.
 
@@ -269,7 +270,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _note(run: Path, restart: Restart, target: Path) -> None:
-    """Have the run's provenance say what was replaced, and where the kept stages come from."""
+    """Write into the run's provenance what was replaced, and where the kept stages come from."""
     path = run / "provenance.json"
     found = read_json(path) if path.exists() else {}
     said = {

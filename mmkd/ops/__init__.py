@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mmkd_models.experts import Routing, balance_loss, expert_ffn, route, z_loss
     from mmkd_models.scan import causal_conv, causal_conv_step, ssd_matrix, ssd_scan, ssd_step
 
-_TRAVELLING = {
+_LAZY = {
     "mmkd_models.experts": ("Routing", "balance_loss", "expert_ffn", "route", "z_loss"),
     "mmkd_models.scan": (
         "causal_conv",
@@ -59,7 +59,7 @@ _TRAVELLING = {
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _TRAVELLING.items():
+    for module, names in _LAZY.items():
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

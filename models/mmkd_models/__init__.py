@@ -3,8 +3,8 @@
     import mmkd_models
     AutoModelForImageTextToText.from_pretrained(folder)
 
-The import registers students with transformers' Auto classes. From then on they load by this
-package, also with `trust_remote_code=True`: the Python files in their folder are not run.
+The import registers students with transformers' Auto classes. From then on this package loads them,
+also with `trust_remote_code=True`: the Python files in their folder are not run.
 """
 
 from importlib.util import find_spec
