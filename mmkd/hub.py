@@ -18,6 +18,8 @@ from mmkd.progress import say
 SECONDS = 5.0
 """Time limit for an answer of the Hub."""
 OFFLINE = "HF_HUB_OFFLINE is set"
+REASON = "MMKD_HUB_UNREACHABLE"
+"""Environment variable that tells the processes that this one starts why they are offline."""
 
 _answers: dict[str, str | None] = {}
 _said: set[str] = set()
@@ -28,10 +30,10 @@ def unreachable() -> str | None:
     endpoint = constants.ENDPOINT
     if endpoint not in _answers:
         if constants.is_offline_mode():
-            return OFFLINE
-        _answers[endpoint] = ask(endpoint)
-        if _answers[endpoint] is not None:
-            _go_offline()
+            return os.environ.get(REASON, OFFLINE)
+        reason = _answers[endpoint] = ask(endpoint)
+        if reason is not None:
+            _go_offline(reason)
     return _answers[endpoint]
 
 
@@ -74,8 +76,8 @@ def ask(endpoint: str) -> str | None:
     return said[0] if said else f"no answer within {SECONDS:.0f} s"
 
 
-def _go_offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def _go_offline(reason: str) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", REASON: reason}
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # has its own copy
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

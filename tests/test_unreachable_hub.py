@@ -99,6 +99,7 @@ def requests(request, monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.delenv(hub.REASON, raising=False)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         monkeypatch.setattr(hub, "SECONDS", 1.0)
         monkeypatch.setattr(hub, "_answers", {})
@@ -131,6 +132,16 @@ def test_what_is_downloaded_is_used_all_the_same(requests, tiny_model_dir, tmp_p
     told = capsys.readouterr().out
     assert told.count(REACHED) == 1
     assert "using an earlier download of me/known1" in told
+
+
+def test_processes_that_it_starts_say_the_same(requests):
+    reason = hub.unreachable()
+    asked = "from mmkd import hub; print(hub.unreachable()); print(hub.hint('check it'))"
+    told = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert told[0] == reason != hub.OFFLINE
+    assert "unset HF_HUB_OFFLINE" not in told[1]
 
 
 def test_a_hub_that_answers_is_asked_once_more_only(monkeypatch):
