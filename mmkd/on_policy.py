@@ -1,4 +1,4 @@
-"""On-policy distillation: the student answers, the teacher says how it would go on at every token.
+"""On-policy distillation: the student answers, and the teacher scores every token of the answer.
 
 Generalized knowledge distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1): a
 share lambda of the responses is sampled from the student, the rest is the data set's; gradients do
@@ -13,15 +13,16 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.engines import Engine
+from mmkd.errors import DataError
 from mmkd.recipe import OnPolicyConfig
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Replaces some of a batch's answers by the student's.
+    """Replaces some of a batch's answers with the student's own.
 
     Attributes:
-        config: how many, and how they are sampled.
+        config: share of the answers, and how they are sampled.
         encoder: of the stage.
         engine: runs the student.
         seed: of the stage.
@@ -37,9 +38,11 @@ class OnPolicy:
     def batch(self, batch: Batch, step: int, micro: int) -> tuple[Batch, int]:
         """The batch with the student's answers, and how many there are.
 
-        Of a conversation with several answers one is drawn, and the conversation ends with it;
-        where `max_length` has no room for an answer, the data set's stay. The draw is a function of
-        seed, step, micro-batch and rank alone.
+        Of a conversation with several answers one is drawn, and the conversation ends with it. The
+        data set's answers stay where `max_length` has no room for another, or where the chat
+        template or a processor refuses the student's: some templates take `</think>` in an answer
+        for the end of its thoughts. The draw is a function of seed, step, micro-batch and rank
+        alone.
         """
         place = (step * 4096 + micro) * self.engine.world_size + self.engine.rank
         draw = random.Random(self.seed * 2**32 + place)
@@ -61,15 +64,27 @@ class OnPolicy:
                 device=self.engine.device,
                 ends=self.ends,
             )
+        own = dict(enumerate(records))
         for i, prompt, answer in zip(chosen, prompts, answers, strict=True):
             # A response needs a token: of an empty one that is its end.
             ended = answer.finished or not answer.text
-            records[i] = answered(prompt, answer.text, finished=ended)
-        made = self.encoder.encode_records(batch.indices, records, batch.skipped)
+            own[i] = answered(prompt, answer.text, finished=ended)
+        try:
+            made = self.encoder.encode_records(batch.indices, [*own.values()], batch.skipped)
+        except DataError:
+            chosen = [i for i in chosen if self._can_be_read(batch.indices[i], own[i])]
+            read = [own[i] if i in chosen else record for i, record in enumerate(records)]
+            made = self.encoder.encode_records(batch.indices, read, batch.skipped)
         return made.to(self.engine.device), len(chosen)
 
+    def _can_be_read(self, index: int, record: Record) -> bool:
+        try:
+            self.encoder.encode_records([index], [record])
+        except DataError:
+            return False
+        return True
+
     def _answers(self, record: Record) -> list[int]:
-        """The messages that the student may answer instead: `max_length` has room behind what
-        they answer."""
+        """The answers that the student may replace, since `max_length` leaves room for others."""
         found = answers_of(record)
         return [i for i in found if self.encoder.has_room(asked(record, i))]
