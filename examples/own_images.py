@@ -5,9 +5,9 @@
 The teacher answers a few prompts on every picture; its answers become the data of a recipe, which
 `mmkd run` trains. At the end teacher and student answer on pictures that were held out.
 
-    OUT/answers.jsonl    what the teacher has said so far; after a stop, the same command goes on
-    OUT/train.jsonl      all of it, chat messages; delete it to ask again
-    OUT/recipe.yaml      written once; edit it, delete OUT/photos and run again to train otherwise
+    OUT/answers.jsonl    the teacher's answers so far; after a stop, the same command goes on
+    OUT/train.jsonl      all answers as chat messages; delete it to ask again
+    OUT/recipe.yaml      written once; to train otherwise, edit it, delete OUT/photos and run again
     OUT/photos/          the run: report.html, 01-mimic/student
 """
 
@@ -23,17 +23,18 @@ import typer
 from PIL import Image
 
 from mmkd import distributed, interrupt
-from mmkd.data.answers import Sampled, sample_answers
+from mmkd.data.answers import Sampled, generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import FORMATS, load_image
 from mmkd.data.journal import Journal
-from mmkd.data.records import Records
+from mmkd.data.records import GivenRecords
 from mmkd.data.schema import Record
 from mmkd.errors import AGAIN, DataError, MmkdError, StoppedError
 from mmkd.files import write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import console, track
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
+from mmkd.vocabulary import check_head
 
 PROMPTS = [
     "Describe this image in detail.",
@@ -58,16 +59,6 @@ stages:
     optimizer: {lr: 2.0e-5}
 """
 AT_ONCE = 8  # questions
-
-
-class Given(Records):
-    """Records that are given one by one, and not read from anywhere."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def where(self, index: int) -> str:
-        return str(self.folder)
 
 
 def readable(photos: Path) -> list[str]:
@@ -98,17 +89,17 @@ def ask(
         photos: the folder of the paths.
         pairs: what to ask.
         longest: tokens of an answer.
-        keep: gets some of the pairs and their answers as soon as they are there.
+        keep: called with each batch of pairs and its answers.
     """
     device = distributed.choose_device("auto")
     answering: Any = load_model(model)
+    processor = load_processor(model)
+    check_head(answering, processor.tokenizer, str(model.model))
     answering.to(device)
-    encoder = Encoder(Given(photos), load_processor(model), DataConfig(train="-"))  # not read
+    records = GivenRecords(str(photos))
+    encoder = Encoder(records, processor, DataConfig(train=records.name))
     settings = SamplingConfig(max_new_tokens=longest, temperature=0)
     ends = answering.generation_config.eos_token_id
-
-    def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        return answering.generate(**inputs, **options)
 
     def record(name: str, prompt: str) -> Record:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -120,7 +111,7 @@ def ask(
         with interrupt.deferred():
             asked = [record(*pair) for pair in part]
             said = sample_answers(
-                generate, encoder, asked, settings, seed=0, device=device, ends=ends
+                generate_of(answering), encoder, asked, settings, seed=0, device=device, ends=ends
             )
             keep(part, said)
         answers += said
@@ -132,10 +123,9 @@ def ask(
 def write_answers(
     data: Path, teacher: ModelConfig, photos: Path, questions: list[tuple[str, str]], longest: int
 ) -> None:
-    """Ask the teacher what it has not answered yet, and write the answers as records.
+    """Ask the teacher the questions that it has not answered yet, and write the answers as records.
 
-    An answer that was cut off is kept as `unfinished`: the student learns its words, and not that
-    they are the last ones.
+    A record whose answer was cut off is `unfinished`: the student learns the words, but no end.
     """
     request = {"teacher": teacher.model, "max_new_tokens": longest}
     journal = Journal(data.with_name("answers.jsonl"), request)
@@ -162,6 +152,9 @@ def write_answers(
     cut = sum(not found[pair]["finished"] for pair in questions)
     if cut:
         console.print(f"{cut:,} of {len(questions):,} answers were cut at {longest} tokens")
+    if len(lines) < len(questions):
+        empty = len(questions) - len(lines)
+        console.print(f"{empty:,} of {len(questions):,} answers are empty and left out")
     write_text(data, "".join(lines))
     journal.delete()
 

@@ -1,4 +1,4 @@
-"""`mmkd data check`: what is wrong with the data of a recipe or a file, before anything trains."""
+"""`mmkd data check`: what is wrong with the data of a recipe or a file, before training starts."""
 
 import time
 from collections.abc import Iterator
@@ -40,9 +40,9 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
         What was found, as JSON.
 
     Raises:
-        MmkdError: the recipe, its student's processor or a single source cannot be read at all.
+        MmkdError: the recipe, a processor or a single source cannot be read at all.
     """
-    recipe = processor = None
+    recipe = processor = teacher_processor = None
     if Path(target).suffix in RECIPES:
         if images is not None:
             raise RecipeError(
@@ -52,7 +52,10 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             )
         recipe = load_recipe(target)
         processor = load_processor(recipe.student)
-        look = replace(look, edges=_edges(recipe, processor))
+        teacher = recipe.teacher
+        if teacher is not None and teacher.source == "live":  # all others need the student's
+            teacher_processor = load_processor(teacher)
+        look = replace(look, edges=_edges(processor, teacher_processor))
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
     started = time.perf_counter()
     found: list[Findings] = []
@@ -66,7 +69,9 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             unreadable.append(error)
     seconds = time.perf_counter() - started
     bad = sum(f.bad for f in found)
-    tokens = list(_tokens(recipe, processor)) if recipe and not unreadable else []
+    tokens = []
+    if recipe and not unreadable:
+        tokens = list(_tokens(recipe, processor, teacher_processor))
     return {
         "target": target,
         "good": bad == 0 and not unreadable and not any(t["without answer"] for t in tokens),
@@ -80,10 +85,9 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
     }
 
 
-def _edges(recipe: Recipe, processor: Any) -> tuple[int, ...]:
-    """The lengths that the models' processors scale shorter edges of pictures to."""
-    live = [t for t in recipe.teachers if t.source == "live"]
-    found = {scaled_edge(p) for p in (processor, *map(load_processor, live))}
+def _edges(*processors: Any) -> tuple[int, ...]:
+    """The lengths that processors scale shorter edges of pictures to; None for no processor."""
+    found = {scaled_edge(p) for p in processors if p is not None}
     return tuple(sorted(edge for edge in found if edge is not None))
 
 
@@ -123,26 +127,28 @@ def _as_json(found: Findings) -> dict[str, Any]:
     }
 
 
-def _tokens(recipe: Recipe, processor: Any) -> Iterator[dict[str, Any]]:
-    """How long some records of each data set are before they are cut at `max_length`, and which of
-    them lose their whole answer."""
+def _tokens(
+    recipe: Recipe, processor: Any, teacher_processor: Any | None
+) -> Iterator[dict[str, Any]]:
+    """For each data set, how long some of its records are before they are cut at `max_length`, and
+    which of them lose their whole answer, for the student or for the teacher."""
     for data in _data(recipe):
         records = Records(data)
         stages = [stage for stage in recipe.stages if recipe.stage_data(stage) == data]
         objectives = [build_objective(o) for stage in stages for o in stage.objectives]
-        limits = UNCUT, data.max_length
         whole, cut = (
             Encoder.of(
                 objectives,
                 data.model_copy(update={"max_length": limit, "on_bad_sample": "stop"}),
                 processor,
+                teacher_processor=teacher_processor,
                 records=records,
             )
-            for limit in limits
+            for limit in (UNCUT, data.max_length)
         )
         found = {i: whole.length(i) for i in Mixture(records, recipe.seed).sample(SAMPLED)}
         lengths = [n for n in found.values() if n]  # 0: a bad record, counted already
-        lost = [i for i, n in found.items() if n > data.max_length and not cut.length(i)]
+        lost = [i for i, n in found.items() if n and cut.loses_answer(i)]
         if lengths:
             marks = torch.tensor(lengths).double().quantile(torch.tensor([0.5, 0.95]).double())
             yield {

@@ -6,17 +6,15 @@ Rohrbach et al. 2018, arXiv 1809.02156): invented ones first, then those left ou
 """
 
 import io
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from mmkd import distributed
-from mmkd.data.answers import answers_of, asked, sample_answers
+from mmkd.data.answers import answers_of, asked, generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.journal import Journal
 from mmkd.data.records import Records
@@ -53,14 +51,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the prompts.
+    """How many prompts, pairs and answers there were.
 
     Attributes:
-        prompts: that were asked.
-        pairs: that were written.
-        equal: prompts whose finished answers all score the same.
-        cut: answers that `max_new_tokens` cut off. They are no part of a pair: training would take
-            their last word for the end.
+        prompts: prompts that were asked.
+        pairs: pairs that were written.
+        equal: prompts whose finished answers all have the same score.
+        cut: answers that `max_new_tokens` cut off. They are not used: training would teach their
+            last word as the end.
     """
 
     prompts: int
@@ -81,10 +79,11 @@ def make_pairs(
     seed: int = 0,
     device: str = "auto",
 ) -> Counts:
-    """Ask a model the first question of every record `samples` times and write the best and the
-    worst answer of each; whole or not at all.
+    """Ask a model the first question of every record several times, and write the best and the
+    worst answer of each as a pair.
 
-    Answers are kept beside `out` until it is written: a second call with the same settings goes on.
+    Answers are kept beside `out` until it is written, and a second call with the same settings goes
+    on from them.
 
     Args:
         model: folder or Hub id.
@@ -108,23 +107,22 @@ def make_pairs(
         )
     if out.exists():
         raise MmkdError("it is there already", where=str(out), mend="name a new file")
-    source = ModelConfig(model=model)
     records = Records(data)
-    indices = list(range(min(limit or len(records), len(records))))
     if not records[0].objects:
         raise DataError(
             "the records say nothing of objects",
             where=records.name,
             mend="add 'objects' (name, box)",
         )
+    indices = list(range(min(limit or len(records), len(records))))
     place = distributed.choose_device(device)
+    source = ModelConfig(model=model)
     answering: Any = load_model(source)
     processor = load_processor(source)
     check_head(answering, processor.tokenizer, model)
     answering.to(place)
     encoder = Encoder(records, processor, data)
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    settings = {
+    request = {
         "model": [model, weights_hash(Path(model))],
         "data": {part.train: source_facts(part) for part in data.parts},
         "sampling": sampling.model_dump(mode="json"),
@@ -132,53 +130,72 @@ def make_pairs(
         "seed": seed,
         "device": place.type,
     }
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     answers_file = out.with_name(out.name + ".answers.jsonl")
     with locked_file(answers_file):
-        journal = Journal(answers_file, settings)
+        journal = Journal(answers_file, request)
         known = {tuple(entry["records"]): entry["answers"] for entry in journal.entries}
-
-        def generate(inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-            return answering.generate(**inputs, **options)
-
-        cut = 0
-
-        def rows() -> Iterator[dict[str, Any] | None]:
-            nonlocal cut
-            for number, part in enumerate(track(parts, "pairs", len(parts))):
-                asking = [records[i] for i in part]
-                prompts = [asked(r, answers_of(r)[0]) for r in asking]
-                answers = known.get(tuple(part))
-                if answers is None:
-                    found = sample_answers(
-                        generate,
-                        encoder,
-                        prompts,
-                        sampling,
-                        seed=seed * 2**20 + number,
-                        device=place,
-                        count=samples,
-                        ends=answering.generation_config.eos_token_id,
-                    )
-                    answers = [asdict(answer) for answer in found]
-                    with deferred():
-                        journal.add({"records": part, "answers": answers})
-                for k, record in enumerate(asking):
-                    own = answers[k * samples : (k + 1) * samples]
-                    finished = [a["text"] for a in own if a["finished"]]
-                    cut += len(own) - len(finished)
-                    yield _pair(record, prompts[k], finished, records)
-
-        found = list(rows())
-        pairs = [row for row in found if row is not None]
+        rows, cut = [], 0
+        for number, part in enumerate(track(parts, "pairs", len(parts))):
+            prompts = [_prompt(records, i) for i in part]
+            answers = known.get(tuple(part))
+            if answers is None:
+                own_seed = seed * 2**20 + number
+                answers = _answers(
+                    answering,
+                    encoder,
+                    prompts,
+                    sampling,
+                    seed=own_seed,
+                    device=place,
+                    count=samples,
+                )
+                with deferred():
+                    journal.add({"records": part, "answers": answers})
+            for k, (index, prompt) in enumerate(zip(part, prompts, strict=True)):
+                own = answers[k * samples : (k + 1) * samples]
+                finished = [a["text"] for a in own if a["finished"]]
+                cut += len(own) - len(finished)
+                rows.append(_pair(records[index], prompt, finished, records))
+        pairs = [row for row in rows if row is not None]
         _write(out, pairs)
         journal.delete()
-    return Counts(len(found), len(pairs), len(found) - len(pairs), cut)
+    return Counts(len(rows), len(pairs), len(rows) - len(pairs), cut)
+
+
+def _answers(
+    model: Any, encoder: Encoder, prompts: list[Record], sampling: SamplingConfig, **settings: Any
+) -> list[dict[str, Any]]:
+    """A model's answers as a journal keeps them."""
+    ends = model.generation_config.eos_token_id
+    generate = generate_of(model)
+    found = sample_answers(generate, encoder, prompts, sampling, ends=ends, **settings)
+    return [asdict(answer) for answer in found]
+
+
+def _prompt(records: Records, index: int) -> Record:
+    """The first question of a record.
+
+    Raises:
+        DataError: it is not one question about one picture, which is all that a pair holds.
+    """
+    record = records[index]
+    prompt = asked(record, answers_of(record)[0])
+    if len(prompt.messages) != 1 or len(prompt.images) != 1:
+        raise DataError(
+            f"the first answer follows {len(prompt.messages)} turn(s) with {len(prompt.images)} "
+            "image(s), but pairs are made of one question about one image",
+            where=records.where(index),
+            mend="drop the record",
+            kind="not one question about one image",
+        )
+    return prompt
 
 
 def _pair(
     record: Record, prompt: Record, answers: list[str], records: Records
 ) -> dict[str, Any] | None:
-    """The best and the worst answer as a row; None where all are equally good, or none is there."""
+    """The best and the worst answer as a row; None if there are none, or all are equally good."""
     if not answers:
         return None
     present = {o.name for o in record.objects if mentioned_objects(o.name)}

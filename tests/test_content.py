@@ -159,6 +159,14 @@ BAD_ROWS = {
         {"messages": [{"role": "user", "content": "?", "audio": "a.wav"}]},
         "a turn of 'user' has media under 'audio'",
     ),
+    "other_case": (
+        {"messages": [{"role": "user", "content": "?", "Video": "a.mp4"}]},
+        "a turn of 'user' has media under 'Video'",
+    ),
+    "pictures_of_a_turn": (
+        {"messages": [{"role": "user", "content": "?", "image": "a.png", "images": ["b.png"]}]},
+        "'image' and 'images' say different things -- drop one of them$",
+    ),
     "tool_calls": (
         {"messages": [{"role": "user", "content": "?"},
                       {"role": "assistant", "content": "!", "tool_calls": [{"name": "f"}]}]},
@@ -172,14 +180,14 @@ BAD_ROWS = {
     "untrained_turn": (
         {"messages": [{"role": "user", "content": "?"},
                       {"role": "assistant", "content": "!", "weight": 0}]},
-        "has weight: 0",
+        "has weight: 0, but every answer is trained on",
     ),
     "qwen_1": (
         {"conversations": turns("Picture 1: <img>a.png</img>\nWhat?", "A ball.")},
         "the text names a file: <img>a.png</img>",
     ),
-    "web": ({**LLAVA, "image": "https://example.org/a.png"}, "a.png lies on the web"),
-    "data_url": (chat({"image": "data:video/mp4;base64,AAAA"}, TEXT), "a data URL holds no pict"),
+    "web": ({**LLAVA, "image": "https://example.org/a.png"}, "a.png is a web address"),
+    "data_url": (chat({"image": "data:video/mp4;base64,AAAA"}, TEXT), "a data URL is not a pict"),
     "base64": (chat({"image": "data:image/png;base64,A"}, TEXT), "base64 is damaged"),
     "index": (chat({"type": "image", "index": 1}, TEXT, images=["a.png"]), r"the indices \[1\]"),
     "unused": (
@@ -192,7 +200,7 @@ BAD_ROWS = {
     ),
     "twice": (
         chat({"type": "image", "image": "a.png"}, TEXT, images=["b.png"]),
-        "pictures stand both in the turns",
+        r"other pictures in the turns \(1\) than under 'images' \(1\)",
     ),
     "names_two": (
         chat({"type": "image", "image": "a.png", "path": "b.png"}, TEXT), "names several pictures"
@@ -202,6 +210,18 @@ BAD_ROWS = {
         r"2 image placeholder\(s\) but 1",
     ),
     "texts": ({"texts": [{"user": "?", "assistant": None}]}, "'assistant' has no text"),
+    "system_of_texts": (
+        {"texts": [{"user": "?", "assistant": "!", "system": "Be brief."}]},
+        "an exchange of 'texts' has content under 'system'",
+    ),
+    "picture_of_texts": (
+        {"texts": [{"user": "?", "assistant": "!", "image": "a.png"}]},
+        "an exchange of 'texts' has content under 'image'",
+    ),
+    "texts_beside_messages": (
+        {"messages": chat(TEXT)["messages"], "texts": [{"user": "Who?", "assistant": "A ball."}]},
+        "'messages' and 'texts' say different things",
+    ),
 }  # fmt: skip
 
 
@@ -218,6 +238,47 @@ def test_nothing_of_a_record_is_left_out_in_silence(folder, case):
     assert "record 1 (id x7)" in batch.skipped[0]
     found = check_source(SourceConfig(train=str(folder / "b.json")), Look(), workers=1)
     assert (found.bad, found.records) == (1, 3)
+
+
+def test_a_source_can_ignore_what_turns_have(folder):
+    asked = {"role": "user", "content": "What?", "text": "of the turn", "video": "a.mp4"}
+    answer = {"role": "assistant", "content": "A ball.", "reasoning_content": "Hm.", "weight": 0}
+    pair = {"prompt": {**asked}, "chosen": [answer], "rejected": {**answer, "content": "A cat."}}
+    cauldron = {"texts": [{"user": "What?", "assistant": "A ball.", "system": "Be brief."}]}
+    for row in ({"messages": [asked, answer], "text": "of the record"}, pair, cauldron):
+        keys = ["video", "reasoning_content", "weight", "system", "text"]
+        (folder / "a.json").write_text(json.dumps([row]))
+        source = {"train": str(folder / "a.json"), "ignore": keys}
+        assert words(Records(DataConfig(sources=[source]))[0]) == ["What?", "A ball."]
+        for key in keys[:2] if row is not cauldron else keys[3:4]:
+            fewer = {**source, "ignore": [k for k in keys if k != key]}
+            with pytest.raises(DataError, match=f"under '{key}', .* 'ignore' of its source"):
+                Records(DataConfig(sources=[fewer]))[0]
+
+
+@pytest.mark.parametrize("empty", [[None], [], "", None, [""]])
+def test_an_empty_list_of_pictures_hides_no_picture(folder, empty):
+    """As tables write it whose rows have either key."""
+    record, shown = one(folder, {**chat(TEXT), "images": empty, "image": "b.png"})
+    assert (words(record), shown) == (["<image>What?", "A ball."], [1])
+    asked = {"role": "user", "content": "What?", "images": empty, "image": "b.png"}
+    answer = {"role": "assistant", "content": "A ball."}
+    record, shown = one(folder, {"messages": [asked, answer]})
+    assert (words(record), shown) == (["<image>What?", "A ball."], [1])
+
+
+def test_an_empty_text_hides_no_other(folder):
+    said = [{"role": "", "content": "", "from": "human", "value": "What?"},
+            {"from": "gpt", "value": "A ball.", "content": [], "loss": float("nan")}]  # fmt: skip
+    record, _ = one(folder, {"messages": said})
+    assert words(record) == ["What?", "A ball."]
+
+
+def test_a_picture_may_have_the_name_of_a_scheme(folder):
+    for name in ("data", "file"):
+        put(folder, f"{name}.png", 2).replace(".png", "")
+        (folder / f"{name}.png").rename(folder / name)
+        assert one(folder, chat({"type": "image", "image": name}, TEXT))[1] == [2]
 
 
 @pytest.mark.parametrize(

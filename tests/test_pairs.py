@@ -1,5 +1,6 @@
 """`mmkd data pairs`: a model's own answers, the better one chosen."""
 
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from mmkd import pairs
 from mmkd.cli import main
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
+from mmkd.errors import DataError
 from mmkd.loading import load_processor
 from mmkd.pairs import Score
 from mmkd.recipe import DataConfig, ModelConfig
@@ -84,6 +86,28 @@ def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path
     assert command() == 2
     assert "it is there already" in capsys.readouterr().err
     assert (tmp_path / "pairs.parquet").read_text() == "mine"
+
+
+def test_only_one_question_about_one_picture_is_asked(tmp_path):
+    """A pair holds no more: a system message or a second picture would be asked and not written."""
+    asked = {"from": "human", "value": "<image>\nWhat?"}
+    answer = {"from": "gpt", "value": "A dog."}
+    system = {"from": "system", "value": "Be brief."}
+    two = {"from": "human", "value": "<image><image>\nWhat?"}
+    cases = {
+        "good": ([asked, answer, two, answer], ["a.png"] * 3),
+        "system": ([system, asked, answer], ["a.png"]),
+        "two": ([two, answer], ["a.png"] * 2),
+        "none": ([{**asked, "value": "What?"}, answer], []),
+    }
+    rows = [{"id": n, "images": i, "conversations": t} for n, (t, i) in cases.items()]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    records = Records(DataConfig(train=str(tmp_path / "a.json")))
+    assert len(pairs._prompt(records, 0).messages) == 1
+    for index, name in enumerate(cases):
+        if name != "good":
+            with pytest.raises(DataError, match=rf"\(id {name}\): .*one question about one image"):
+                pairs._prompt(records, index)
 
 
 def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monkeypatch):

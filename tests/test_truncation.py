@@ -12,7 +12,7 @@ from recipes import tiny_recipe
 from test_data_check import found, run
 from written_records import conversations, records
 
-from mmkd import pipeline
+from mmkd import data_check, pipeline
 from mmkd.build_cache import build_cache
 from mmkd.data.answers import Sampled
 from mmkd.data.encoder import Encoder
@@ -22,7 +22,7 @@ from mmkd.objectives import build_objective
 from mmkd.objectives.entry import AnyObjectiveConfig
 from mmkd.on_policy import OnPolicy
 from mmkd.plan import make_plan
-from mmkd.recipe import DataConfig, OnPolicyConfig, load_recipe
+from mmkd.recipe import DataConfig, OnPolicyConfig, TeacherConfig, load_recipe
 
 LONG = "How many cats and how many dogs are there ? " * 4
 SHORT_TURNS = [("human", "<image>\ntwo ?"), ("gpt", "two cats")]
@@ -192,6 +192,29 @@ def test_check_plan_and_run_name_the_record(
         make_plan(load_recipe(raw))
     with pytest.raises(DataError, match=rf"\(id long\): max_length 100 {LOST}"):
         pipeline.run(load_recipe(raw))
+
+
+def test_check_finds_answers_that_the_teacher_loses(
+    folder, scenes_dir, tiny_model_dir, monkeypatch, capsys
+):
+    """A teacher with a processor of its own has other tokens before the answer."""
+    raw = write(folder, scenes_dir, tiny_model_dir)
+    data = records(folder, [row("short", SHORT_TURNS)])
+    raw["stages"][0]["objectives"] = [{"kind": "alm"}]
+    raw["teacher"] = {"model": str(tiny_model_dir)}
+    lengths = {p: limit_of(data, p) for p in (llava(), qwen())}
+    student, other = sorted(lengths, key=lengths.get)
+    assert lengths[student] < lengths[other]
+    raw["data"]["max_length"] = lengths[other]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    for teacher, lost in ((student, 0), (other, 1)):
+
+        def load(source, teacher=teacher):
+            return teacher if isinstance(source, TeacherConfig) else student
+
+        monkeypatch.setattr(data_check, "load_processor", load)
+        status, said = found(monkeypatch, capsys, folder / "recipe.yaml", "--workers", 1)
+        assert (status, said["tokens"][0]["without answer"]) == (lost, lost)
 
 
 def test_a_skipped_record_is_counted_by_a_run(folder, scenes_dir, tiny_model_dir):

@@ -1,5 +1,6 @@
 """Answers that were cut off are not taught as finished, and answers are kept as they come."""
 
+import copy
 import importlib
 import json
 from types import SimpleNamespace
@@ -75,6 +76,29 @@ def test_on_policy_answers_that_were_cut_have_no_end(tmp_path, family, finished,
     assert responses(made, processor)[0].strip() == END[family]
 
 
+def test_on_policy_answers_that_a_template_changes_leave_the_data_sets(tmp_path, monkeypatch):
+    """Qwen3's template takes what is before `</think>` out of an answer."""
+    processor = copy.copy(FAMILIES["qwen"]())
+    whole = "{{ c['text'] }}"
+    assert whole in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(
+        whole, "{{ c['text'].split('</think>')[-1] }}"
+    )
+    records = rows(tmp_path)
+    said = [Sampled("Hm. </think> two hats", True), Sampled("a red hat", True)]
+    monkeypatch.setattr("mmkd.on_policy.sample_answers", lambda *_, **__: said)
+    engine = SimpleNamespace(
+        world_size=1, rank=0, generate=None, device=torch.device("cpu"), autocast=torch.no_grad
+    )
+    encoder = Encoder(records, processor, PLAIN)
+    policy = OnPolicy(OnPolicyConfig(lmbda=1.0), encoder, engine, seed=0)
+    data = encoder.encode([0, 0])
+    made, count = policy.batch(data, step=0, micro=0)
+    kept, sampled = responses(made, processor)
+    assert (count, kept) == (1, responses(data, processor)[0])
+    assert sampled.strip() == "a red hat" + END["qwen"]
+
+
 def test_what_may_be_unfinished(tmp_path):
     one = {"id": "a", "conversations": turns("?", "yes"), "unfinished": "no"}
     pair = {"id": "b", "question": "?", "chosen": "a", "rejected": "b", "unfinished": True}
@@ -146,6 +170,14 @@ def test_own_images_asks_nothing_twice(example, tmp_path, tiny_model_dir, monkey
     assert [(r["images"][0], r["messages"][0]["content"]) for r in said] == kept
     assert [r.get("unfinished", False) for r in said] == [p == "Where?" for _, p in kept]
     assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    Journal(path, {"teacher": "a"}).add({"text": "two"})
+    path.write_bytes(path.read_bytes().replace(b'"two"', b'"t\x00'))
+    with pytest.raises(DataError, match=r"a\.jsonl: damaged \(.*\) -- delete it"):
+        Journal(path, {"teacher": "a"})
 
 
 def test_pairs_leave_cut_answers_out_and_ask_nothing_twice(

@@ -1,4 +1,4 @@
-"""Answers of a model's own: prompts to ask it with, and conversations with what it said."""
+"""A model's own answers: the prompts for them, and the conversations that they make."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,12 +23,23 @@ class Sampled:
     """One answer of a model.
 
     Attributes:
-        text: without the tokens that end it.
+        text: without its end tokens.
         finished: the model ended it; False where `max_new_tokens` cut it off.
     """
 
     text: str
     finished: bool
+
+
+def generate_of(model: Any) -> Generate:
+    """`generate` of a transformers model, with pixels in the model's dtype."""
+
+    def generate(inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        dtype = model.dtype
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        return model.generate(**inputs, **options)
+
+    return generate
 
 
 def answers_of(record: Record) -> list[int]:
@@ -44,8 +55,8 @@ def asked(record: Record, message: int) -> Record:
 
 
 def answered(record: Record, text: str, *, finished: bool = True) -> Record:
-    """A prompt with an answer to it, which alone counts as response, with its end of turn if it is
-    finished."""
+    """A prompt with an answer. Only this answer is a response; its end of turn is part of it if the
+    answer is finished."""
     said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     return replace(
         record,
@@ -78,10 +89,10 @@ def sample_answers(
     count: int = 1,
     ends: int | Iterable[int] | None = None,
 ) -> list[Sampled]:
-    """What a model answers; the random streams outside are left as they were.
+    """Sample answers from a model, without a change of the global random state.
 
-    Nothing of the checkpoint's generation settings is used but its end tokens: at temperature 0
-    each token is the model's likeliest.
+    Of the checkpoint's generation settings only the end tokens are used: at temperature 0 each
+    token is the model's likeliest.
 
     Args:
         generate: runs the model.
@@ -90,9 +101,9 @@ def sample_answers(
         settings: how to sample.
         seed: decides the answers.
         device: that the model runs on.
-        count: answers to each prompt, neighbours in the result.
-        ends: `eos_token_id` of the model's generation settings; the chat template's end of turn and
-            the tokenizer's end token count without it.
+        count: answers to each prompt, one after another in the result.
+        ends: `eos_token_id` of the model's generation settings, beside the chat template's end of
+            turn and the tokenizer's end token.
 
     Raises:
         NonFiniteLossError: the model has diverged, its probabilities are no numbers.

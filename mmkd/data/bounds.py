@@ -1,7 +1,7 @@
-"""How many pixels a processor makes of a picture on the way to its own size.
+"""A bound on the pixels that a processor makes of a picture while it resizes it.
 
-Processors that scale a picture's shorter edge to a fixed length, and cut out the middle, blow up a
-long and narrow picture first: a file of 145 bytes with 10000 x 2 pixels becomes 1,680,000 x 336.
+Some processors scale a picture's shorter edge to a fixed length and then crop the center. They
+enlarge a long and narrow picture first: 10000 x 2 pixels become 1,680,000 x 336.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 from mmkd.errors import DataError
 
 MOST_PIXELS = 2**25
-"""Of a picture after it was scaled. It takes about 0.35 GB then."""
+"""Of a scaled picture; this many take about 0.35 GB."""
 
 
 def scaled_edge(processor: Any) -> int | None:
-    """The length in pixels that a processor scales shorter edges to, whatever the longer ones get.
+    """The pixels to which a processor scales shorter edges, where it does not bound longer ones.
 
     Args:
         processor: a model's.
@@ -35,7 +35,7 @@ def scaled_edge(processor: Any) -> int | None:
 
 
 def check_scaled(size: tuple[int, int], edge: int | None) -> None:
-    """Check that a picture does not become too large on the way to its own size.
+    """Check that a processor does not make too large a picture while it resizes one.
 
     Args:
         size: width and height in pixels.

@@ -89,8 +89,8 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
 
 
 def prompt_ends_in_blank(processor: Any) -> bool:
-    """Whether the generation prompt ends in a blank (`ASSISTANT: `) that is a token of its own when
-    the model is asked, but part of the answer's first word when it is trained."""
+    """Whether the generation prompt ends in a blank (`ASSISTANT: `) that is a token of its own at
+    inference, but part of the answer's first token in training."""
     prompt, whole = render(processor, PROBE[:1], prompt=True), render(processor, PROBE)
     if not prompt.endswith((" ", "\t")) or not whole.startswith(prompt):
         return False
@@ -106,7 +106,7 @@ def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[
     Args:
         text: the rendered conversation.
         said: the words, without blanks around them.
-        start, end: what the template writes for the turn.
+        start, end: where the turn lies in the text.
         wordless: renders the conversation with this answer left empty.
     """
     first = text.find(said, start, end)
@@ -126,8 +126,8 @@ def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[
 
 
 def _first_blank(text: str, whole: str, at: int) -> int:
-    """Where an answer begins whose words begin at `at`: with its own blanks, if the template keeps
-    them."""
+    """Where an answer begins: at its words (`at`), or at its own leading blanks if the template
+    keeps them."""
     blanks = len(whole) - len(whole.lstrip())
     return at - blanks if at >= blanks and text[at - blanks : at] == whole[:blanks] else at
 
@@ -141,8 +141,8 @@ def _common_length(a: str, b: str) -> int:
 
 
 def _wordless(messages: list[Message], number: int) -> list[Message]:
-    """The conversation with one message left empty: rendered, it parts from the whole one where
-    that message's words begin."""
+    """The conversation with one message left empty. Its text equals the whole one's up to the words
+    of that message."""
     empty = {**messages[number], "content": [{"type": "text", "text": ""}]}
     return [*messages[:number], empty, *messages[number + 1 :]]
 

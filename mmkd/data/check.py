@@ -47,12 +47,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Look:
-    """What is looked for beside what training reads.
+    """Checks beyond those of training.
 
     Attributes:
         decode: decode pictures, not only their headers.
-        unique_ids: no two records of a source have one id.
-        edges: lengths in pixels that the models' processors scale shorter edges to.
+        unique_ids: find records of a source that have the same id.
+        edges: lengths in pixels to which the models' processors scale shorter edges.
     """
 
     decode: bool = False

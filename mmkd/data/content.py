@@ -7,7 +7,7 @@ Published data writes pictures in three ways, and each is read:
     {"type": "image", "image": "a.png"}              the picture itself (also `image_url`, `url`,
                                                      `path`, `base64`, `bytes`, `source`)
 
-What would change the conversation and cannot be read is refused, not passed over.
+A part of a conversation that cannot be read is refused, never passed over.
 """
 
 import base64
@@ -33,9 +33,9 @@ TURN_KEYS = frozenset(
     {"tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
      "refusal"}
 )  # fmt: skip
-"""Keys of a turn that belong to what is said. mmkd does not render them."""
+"""Keys of a turn that belong to the conversation, and that mmkd does not render."""
 TRAINED = {"weight": 1, "loss_weight": 1, "loss": 1, "train": 1, "trainable": 1, "masked": 0}
-"""Keys of a turn that say whether it is trained on, and the value of an ordinary one."""
+"""Keys of a turn that say whether it is trained on, each with the value that says yes."""
 TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image", "image_url", "input_image")
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
@@ -61,7 +61,7 @@ class Conversation:
 
     Attributes:
         messages: with a part {"type": "image"} for each placeholder.
-        shown: of each placeholder, None (the record's next picture), an `Index`, or the picture.
+        shown: for each placeholder, None (the record's next picture), an `Index`, or the picture.
     """
 
     messages: list[Message]
@@ -77,7 +77,7 @@ def printable(value: Any, longest: int = 120) -> str:
 
 
 def given(value: Any) -> bool:
-    """Whether a value says anything: tables write None, "" or empty lists for what a row lacks."""
+    """Whether a value is there: where a row has none, tables write None, "" or empty lists."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     if isinstance(value, list | tuple):
@@ -85,7 +85,7 @@ def given(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(given, value.values()))
     if isinstance(value, bool | int | float):
-        return bool(value) and value == value  # NaN is how pandas writes None
+        return bool(value) and not _is_null(value)
     return value is not None
 
 
@@ -93,7 +93,7 @@ def parse_turns(said: Any) -> list[dict[str, Any]]:
     """A list of turns in either schema.
 
     Raises:
-        DataError: it is none.
+        DataError: `said` is not one.
     """
     if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
         raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
@@ -104,16 +104,17 @@ def role_of(turn: dict[str, Any]) -> Any:
     return first_of(turn, "role", "from")
 
 
-def first_of(turn: dict[str, Any], *keys: str) -> Any:
-    """The value of the first key that has one; tables write None for what a row lacks."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+def first_of(row: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that is given, or else of the first that is not None."""
+    found = [row[key] for key in keys if row.get(key) is not None]
+    return next(filter(given, found), found[0] if found else None)
 
 
 def parse_conversation(turns: Turns) -> Conversation:
     """Messages with placeholders for pictures, and what the placeholders stand for.
 
     Raises:
-        DataError: a turn has no known role or no text, or it holds what cannot be read.
+        DataError: a turn has no known role or no text, or content that is not read.
     """
     messages: list[Message] = []
     shown: list[Any] = []
@@ -160,21 +161,29 @@ def _no_text(role: str) -> DataError:
 
 
 def _refuse_unread(turn: dict[str, Any], role: str) -> None:
-    """Raise DataError for a key of a turn that belongs to what is said and is not rendered."""
-    for key in turn:
-        if key in MEDIA or key in TURN_KEYS:
-            if given(turn[key]):
+    """Raise DataError for a key that belongs to the conversation and is not rendered."""
+    for key, value in turn.items():
+        name = str(key).lower()
+        if name in MEDIA or name in TURN_KEYS:
+            if given(value):
                 raise unread(key, f"a turn of {role!r} has")
-        elif key in TRAINED and turn[key] is not None and turn[key] != TRAINED[key]:
+        elif name in TRAINED and not (_is_null(value) or value == TRAINED[name]):
             raise DataError(
-                f"a turn of {role!r} has {printable(key)}: {printable(turn[key], 20)}",
-                mend="every answer is trained on alike; cut the record before it, or drop the key",
+                f"a turn of {role!r} has {printable(key)}: {printable(value, 20)}, but every "
+                "answer is trained on",
+                mend="cut the record before this turn, or name the key in 'ignore' of its source "
+                "to train on it",
                 kind=f"a turn has {key}",
             )
 
 
+def _is_null(value: Any) -> bool:
+    """None, or the NaN that pandas writes for it."""
+    return value is None or value != value
+
+
 def unread(key: str, begin: str = "the record has") -> DataError:
-    """An error for a key that has content which is not read."""
+    """The error for a key whose content is not read; a source can ignore such keys."""
     what = "media" if key.lower() in MEDIA else "content"
     return DataError(
         f"{begin} {what} under {printable(key)!r}, which is not read",
@@ -187,7 +196,7 @@ def _with_own(
     turn: dict[str, Any], parts: list[dict[str, Any]], shown: list[Any]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """A turn's parts with the pictures under its own `images` or `image`."""
-    own = pictures_of(first_of(turn, "images", "image"))
+    own = pictures_of(listed(turn, "drop one of them"))
     if not own:
         return parts, shown
     if not shown:
@@ -217,7 +226,10 @@ def _check_text(message: Message) -> None:
 
 
 def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
-    """A part of a content list, as parts with what each shows; a part without text is none."""
+    """The parts that one item of a content list becomes, each with the picture that it shows.
+
+    An item whose text is None becomes no part.
+    """
     kind = said.get("type") if isinstance(said, dict) else None
     if isinstance(said, dict) and kind is None:  # {"image": "a.png"}, {"text": "What is this?"}
         kind = next((k for k in ("text", *PICTURE_KEYS) if given(said.get(k))), None)
@@ -233,7 +245,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
         if key not in known and given(said[key]):
             raise DataError(
                 f"unknown content key {printable(key, 40)!r} beside {kind}",
-                mend="drop it; sizes of pictures are set by the recipe's image_size",
+                mend="drop it; the recipe's image_size sets the size of pictures",
                 kind="unknown content key",
             )
     if kind in IMAGE_TYPES:
@@ -249,17 +261,19 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
 
 
 def _shown(part: dict[str, Any]) -> Any:
-    """What a part of type image says of its picture: itself, its number, or nothing."""
-    if isinstance(part.get("bytes"), bytes):
-        return {"bytes": part["bytes"], "path": part.get("path")}
-    found = [part[key] for key in PICTURE_KEYS if given(part.get(key))]
+    """The picture of a part of type image, its number, or None for the record's next one."""
+    found = {key: part[key] for key in PICTURE_KEYS if given(part.get(key))}
+    whole = isinstance(found.get("bytes"), bytes)
+    path = found.pop("path", None) if whole else None  # a name for messages
     if len(found) > 1:
         raise DataError(
             "a part of type 'image' names several pictures", mend="give each a part of its own"
         )
+    if whole:
+        return {"bytes": found["bytes"], "path": path}
     if found:
-        data = given(part.get("base64"))
-        return picture_of({"base64": found[0]} if data else found[0])
+        ((key, value),) = found.items()
+        return picture_of({"base64": value} if key == "base64" else value)
     index = part.get("index")
     if index is None:
         return None
@@ -270,6 +284,27 @@ def _shown(part: dict[str, Any]) -> Any:
     return Index(index)
 
 
+def listed(row: dict[str, Any], mend: str) -> Any:
+    """The value under `images` or `image` of a record or a turn; [] where there is none.
+
+    Args:
+        row: the record or the turn.
+        mend: what to do where both are given.
+
+    Raises:
+        DataError: the two keys name different pictures.
+    """
+    found = [row[key] for key in ("images", "image") if given(row.get(key))]
+    if len(found) > 1 and pictures_of(found[0]) != pictures_of(found[1]):
+        raise different("image", "images", mend)
+    return found[0] if found else []
+
+
+def different(one: str, other: str, mend: str) -> DataError:
+    """The error for two keys of which only one can be read."""
+    return DataError(f"{one!r} and {other!r} say different things", mend=mend)
+
+
 def pictures_of(said: Any) -> list[Any]:
     """The pictures under a record's or a turn's `images` or `image`, one or a list, without those
     that are null."""
@@ -278,14 +313,14 @@ def pictures_of(said: Any) -> list[Any]:
 
 
 def picture_of(said: Any) -> Any:
-    """What `mmkd.data.images.load_image` takes for a picture as data writes it.
+    """A picture as `mmkd.data.images.load_image` takes it.
 
     Args:
         said: a path, a `file:` or `data:` URL, {bytes, path}, {url}, {base64}, {data} of a base64
             source, a member of an archive, or a decoded picture.
 
     Raises:
-        DataError: it lies on the web, or its base64 is damaged.
+        DataError: it is a web address, or its base64 is damaged.
     """
     if isinstance(said, dict) and not isinstance(said.get("bytes"), bytes):
         if isinstance(encoded := first_of(said, "base64", "data"), str):
@@ -293,23 +328,24 @@ def picture_of(said: Any) -> Any:
         said = first_of(said, "url", "path")
     if not isinstance(said, str):
         return said
-    scheme = said[:8].partition(":")[0].lower()
+    name, colon, _ = said[:8].partition(":")
+    scheme = name.lower() if colon else ""
     if scheme == "data":
         head, _, encoded = said.partition(",")
         if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
             raise DataError(
-                f"a data URL holds no picture in base64: {printable(head, 60)}",
+                f"a data URL is not a picture in base64: {printable(head, 60)}",
                 mend="write data:image/png;base64,...",
-                kind="a data URL holds no picture",
+                kind="a data URL is not a picture",
             )
         return _decoded(encoded)
     if scheme == "file":
         return unquote(FILE_URL.sub("", said))
     if scheme in ("http", "https", "s3", "gs", "hf") and "://" in said[:10]:
         raise DataError(
-            f"{printable(said)} lies on the web",
+            f"{printable(said)} is a web address, and mmkd downloads no images",
             mend="download it, and give its path",
-            kind="image on the web",
+            kind="image is a web address",
         )
     return said
 
@@ -328,8 +364,8 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
     """A record's pictures in the order of their placeholders.
 
     Args:
-        shown: of each placeholder, as in `Conversation`.
-        images: what the record has under `images` or `image`.
+        shown: for each placeholder, as in `Conversation`.
+        images: the value under the record's `images` or `image`.
 
     Raises:
         DataError: placeholders name pictures that are not there, or not all of them.
@@ -347,9 +383,10 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
     if named:
         if own and own != named:
             raise DataError(
-                f"pictures stand both in the turns ({len(named)}) and under 'images' ({len(own)})",
+                f"there are other pictures in the turns ({len(named)}) than under 'images' "
+                f"({len(own)})",
                 mend="keep one of the two",
-                kind="pictures in the turns and under 'images'",
+                kind="other pictures in the turns than under 'images'",
             )
         return named
     every = images if isinstance(images, list) else [images]

@@ -31,7 +31,7 @@ from mmkd.data.packing import (
 )
 from mmkd.data.processing import MOVED, Processing, Size
 from mmkd.data.records import Records, located
-from mmkd.data.samples import Sample, blank_sample
+from mmkd.data.samples import NO_INDEX, Sample, blank_sample
 from mmkd.data.schema import Message, Record
 from mmkd.data.stored import stored_hidden, stored_rows
 from mmkd.data.templates import check_processor, render
@@ -191,11 +191,22 @@ class Encoder:
         return 0
 
     def cut_off(self, answers: Sequence[Rendered], sizes: list[Size]) -> bool:
-        """Whether `max_length` leaves no token of one of a record's conversations' answers, where
-        that counts."""
+        """Whether `max_length` leaves no token of an answer of one of a record's conversations, and
+        the objectives need it."""
         before = (tokens_before_answer(self.processing, r, sizes) for r in answers)
         limit = self.config.max_length
         return self.answers and any(n is not None and n >= limit for n in before)
+
+    def loses_answer(self, index: int) -> bool:
+        """Whether `max_length` cuts off a record's whole answer for one of the models; False for a
+        record that is bad for other reasons."""
+        try:
+            sizes = self.records.sizes(self.records[index])
+            answers = [r for r in self._rendered(index) if r is not None]
+            lost = self.cut_off(answers, sizes)
+        except DataError:
+            lost = False
+        return lost or (self.teacher is not None and self.teacher.loses_answer(index))
 
     def has_room(self, prompt: Record) -> bool:
         """Whether `max_length` leaves room for an answer to a prompt."""
@@ -227,12 +238,17 @@ class Encoder:
         return self._encode(samples)
 
     def prompts(self, records: list[Record]) -> dict[str, Tensor]:
-        """Inputs that ask for the next answer of each conversation, padded on the left."""
+        """Inputs that ask for the next answer of each conversation, padded on the left.
+
+        Raises:
+            DataError: a prompt is bad; its record is named by its id, since nothing else is known.
+        """
         samples = []
         for record in records:
-            text = render(self.processor, record.messages, prompt=True)
-            pictures = self.records.pictures(record)
-            samples.append(Sample(0, record, Rendered(text, (), ()), pictures))
+            with located(lambda record=record: f"record {record.id}"):  # type: ignore[misc]
+                text = render(self.processor, record.messages, prompt=True)
+                pictures = self.records.pictures(record)
+            samples.append(Sample(NO_INDEX, record, Rendered(text, (), ()), pictures))
         encoded = self._process(samples, side="left")
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
@@ -389,6 +405,9 @@ class Encoder:
             )
         except DataError as error:
             if len(samples) > 1:  # which of them it is
-                for sample in (s for s in samples if s.index >= 0):
+                for sample in samples:
                     self._process([sample], side)
-            raise error.at(self.records.where(samples[0].index)) from error
+            first = samples[0]
+            known = first.index != NO_INDEX
+            where = self.records.where(first.index) if known else f"record {first.record.id}"
+            raise error.at(where) from error

@@ -1,8 +1,8 @@
-"""How a model is asked for answers: the tokens that end one, and the settings of `generate`.
+"""End tokens of answers, and the settings of `generate`.
 
-transformers fills in each setting that a call leaves open from the checkpoint's
-`generation_config.json`. There, a repetition penalty or a list of suppressed tokens changes the
-answers without a word. Here the checkpoint says only which tokens are special (`TAKEN_OVER`).
+transformers takes each setting that a call does not give from the checkpoint's
+`generation_config.json`, where a repetition penalty or a list of suppressed tokens would change the
+answers unnoticed. mmkd takes over special tokens only (`TAKEN_OVER`).
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from mmkd.data.schema import Message
 from mmkd.errors import DataError
 
 TAKEN_OVER = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
-"""What a checkpoint's generation settings still decide."""
-# Defaults of transformers that would change answers: top_k is 50 there, and max_length 20.
+"""Generation settings that are taken from the checkpoint."""
+# In place of transformers' defaults, 50 and 20, which would change answers.
 _OFF = {"top_k": None, "max_length": None}
 SAMPLING = (  # what has no effect on greedy decoding
     *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
@@ -26,8 +26,8 @@ _BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_pena
 
 
 def neutral_settings() -> dict[str, Any]:
-    """Every setting of `generate` but `TAKEN_OVER`, so that nothing of the checkpoint is left:
-    greedy, one beam, no penalty, no token suppressed or forced."""
+    """Every setting of `generate` but `TAKEN_OVER`, to override the checkpoint's: greedy, one beam,
+    no penalty, no token suppressed or forced."""
     defaults = GenerationConfig._get_default_generation_params() | _OFF
     names = [n for n in vars(GenerationConfig()) if not n.startswith("_")]
     kept = (*TAKEN_OVER, "transformers_version")
@@ -35,10 +35,9 @@ def neutral_settings() -> dict[str, Any]:
 
 
 def turn_ends(processor: Any) -> set[int]:
-    """Ids of the tokens that the chat template writes behind an answer.
+    """Ids of the tokens that the chat template writes after an answer.
 
-    Empty where it writes none, or refuses a conversation of plain text: such a template ends
-    answers with the tokenizer's end token, or cannot be trained on.
+    Empty if it writes none, or refuses a conversation without images.
     """
     ask: Message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     say: Message = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
@@ -71,19 +70,20 @@ def end_tokens(processor: Any, configured: int | Iterable[int] | None = None) ->
 
 
 def padding_token(processor: Any, ends: list[int]) -> int | None:
-    """Id of what fills up rows whose answer has ended; an end token where there is no other."""
+    """Id of the token that fills up rows whose answer has ended; an end token if there is no pad
+    token."""
     own = processor.tokenizer.pad_token_id
     return own if own is not None else next(iter(ends), None)
 
 
 def set_ends(settings: GenerationConfig, processor: Any, *, from_config: bool = False) -> None:
-    """Write the end tokens into a model's generation settings, in place, so that they can be saved.
+    """Add the end tokens to a model's generation settings, and make these valid to save; in place.
 
     Args:
         settings: the model's.
         processor: the model's.
-        from_config: the model was made from a config with random weights: an end token of the
-            architecture's default that spells a word for this tokenizer is left out.
+        from_config: the model was made from a config with random weights. The architecture's
+            default end token is then left out if it is an ordinary token of this tokenizer.
     """
     known = settings.eos_token_id
     if from_config and known is not None:
@@ -98,8 +98,8 @@ def set_ends(settings: GenerationConfig, processor: Any, *, from_config: bool = 
 
 
 def _drop_unused(settings: GenerationConfig) -> None:
-    """Take out settings that have no effect. transformers loads them with a warning, and refuses to
-    save them once anything else has changed."""
+    """Remove settings that have no effect. transformers loads them with a warning, but refuses to
+    save them after another change."""
     unused = [] if settings.do_sample else list(SAMPLING)
     if settings.num_beams in (None, 1):
         unused += _BEAMS if settings.do_sample else [*_BEAMS, "num_return_sequences"]

@@ -85,7 +85,7 @@ def load_image(ref: Any, root: Path | None) -> Image.Image:
 
 
 def picture_as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture that is open already, as `load_image` decodes it.
+    """An open picture in RGB, as `load_image` decodes it.
 
     Raises:
         DataError: as `load_image`.
@@ -94,12 +94,12 @@ def picture_as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def with_eight_bits(value: Any) -> Any:
-    """A value of a benchmark's document with levels of 16 bits scaled to 8, as `load_image` does.
+    """A value of a benchmark's document, with 16-bit pictures scaled to 8 bits as in `load_image`.
 
-    What reads documents often calls Pillow's `convert`, which clips such levels.
+    Benchmarks often call Pillow's `convert`, which clips 16-bit levels.
 
     Args:
-        value: a picture, or lists and dicts that may have some; all else is returned as it is.
+        value: a picture, or lists and dicts that may hold pictures; other values are not changed.
 
     Raises:
         DataError: a picture has levels of 32 bits.
@@ -121,7 +121,7 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """Levels of 16 bits as levels of 8. Pillow would clip them, to white nearly everywhere."""
+    """A 16-bit picture scaled to 8 bits. Pillow would clip it, to white nearly everywhere."""
     if picture.mode not in SIXTEEN_BITS:
         return picture
     return picture.convert("I").point(lambda level: level / 256)

@@ -1,4 +1,4 @@
-"""Answers of a model as they come, so that a command that was stopped does not ask again."""
+"""Answers of a model, written as they come: a command that was stopped does not ask twice."""
 
 import json
 import os
@@ -10,17 +10,16 @@ from mmkd.formats import FormatError, parse_json
 
 
 class Journal:
-    """A file of JSON lines beside what it is kept for, each written as soon as it is there.
+    """A file of JSON lines that each reach the disk as soon as they are added.
 
-    The first line says what was asked for. A line that was cut off when the process was killed is
-    left out and written over.
+    The first line is the request. A last line that was cut off by a kill is written over.
 
     Args:
         path: the file.
-        request: what is asked for, as JSON.
+        request: what the answers depend on, as JSON.
 
     Raises:
-        DataError: the file has answers to another request.
+        DataError: the file is damaged, or has answers to another request.
     """
 
     def __init__(self, path: Path, request: dict[str, Any]):
@@ -57,5 +56,5 @@ class Journal:
         self._end += len(text)
 
     def delete(self) -> None:
-        """Remove the file: what it was kept for is written."""
+        """Remove the file, once the output that it was kept for is written."""
         self.path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from mmkd.errors import DataError, MmkdError
 
 MOVED = "text_replacement_offsets"
 NOT_OF_THE_RECORD = (MmkdError, OSError, MemoryError, ImportError)
-"""What a processor raises for other reasons than the record: a full disk, a missing package."""
+"""Exceptions of a processor that are not the record's fault: a full disk, a missing package."""
 Size = tuple[int, int]
 
 
@@ -28,7 +28,7 @@ class Processing:
 
     Args:
         processor: a model's.
-        cache: folder of what it makes of pictures, if that is kept.
+        cache: folder that keeps processed pictures; None to keep none.
     """
 
     def __init__(self, processor: Any, cache: Path | None = None):
@@ -45,7 +45,7 @@ class Processing:
     def __call__(
         self, texts: Sequence[str], pictures: Sequence[list[Image.Image]], side: str = "right"
     ) -> dict[str, Any]:
-        """Padded inputs of conversations, with offsets of tokens and of what replaced placeholders.
+        """Padded inputs of conversations, with offsets of tokens and of replaced placeholders.
 
         Args:
             texts: rendered, with a placeholder for each picture.
@@ -176,15 +176,16 @@ class Processing:
     def _check_images(
         self, pictures: Sequence[Sequence[Any]], moved: Sequence[list[Any]], ids: Tensor
     ) -> None:
-        """Each row has as many image tokens as features: models fail on others, or shift them.
+        """Check that each row has as many image tokens as image features. If the numbers differ,
+        models fail or take the features of another row.
 
         Args:
             pictures: of each row.
-            moved: what replaced the placeholders of each row.
+            moved: replacements of the placeholders of each row.
             ids: [B, T] int64.
 
         Raises:
-            DataError: a row has others.
+            DataError: the numbers differ in a row.
         """
         token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
         there = (ids == self.image_token_id).sum(1).tolist()
@@ -214,13 +215,13 @@ class Processing:
 
 
 def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:
-    """Take away, in place, what a tokenizer appends to a text, such as the EOS token of
-    `add_eos_token`: no answer follows an end, and a chat template writes its own.
+    """Remove, in place, the special tokens that a tokenizer appends to a text, such as the EOS
+    token of `add_eos_token`: chat templates write their own, and an answer cannot follow one.
 
     Args:
         encoded: tensors by name, those of tokens [B, T, ...], with special tokens.
-        tokenizer: that made them.
-        side: where their padding is, left or right.
+        tokenizer: the one that made them.
+        side: side of the padding, left or right.
     """
     count = appended_tokens(tokenizer)
     if not count:
@@ -242,7 +243,7 @@ def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:
 
 @lru_cache(maxsize=32)
 def appended_tokens(tokenizer: Any) -> int:
-    """How many special tokens a tokenizer puts behind a text."""
+    """How many special tokens a tokenizer appends to a text."""
     words = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for first in range(len(whole) - len(words), -1, -1):

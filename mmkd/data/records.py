@@ -16,6 +16,7 @@ from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
 from mmkd.data.schema import Record, parse_record, record_id
 from mmkd.data.sources import StreamedRows, open_rows
+from mmkd.data.unread import without
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
@@ -32,8 +33,8 @@ class Source:
 
     Args:
         config: the source.
-        share: of its records that is held out from training; None for nothing.
-        held_out: hold that share, and not the rest.
+        share: part of its records that is held out from training; None to hold out none.
+        held_out: hold the held-out records, instead of the others.
     """
 
     def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
@@ -87,14 +88,12 @@ class Source:
         with located(lambda: self.where(index)):
             number = self._number(index)
             row = self._rows.row(number)
-            if self.config.ignore:
-                row = {k: v for k, v in row.items() if k not in self.config.ignore}
-            return parse_record(row, number, self.root)
+            return parse_record(without(row, self.config.ignore), number, self.root)
 
 
 def _shuffled(count: int) -> np.ndarray:
-    """[count] int64: numbers in an order that depends on nothing else, and in which those of a
-    shorter sequence stand in the same order: appending records moves few of them."""
+    """[count] int64: the numbers below `count`, shuffled in an order that depends on nothing else.
+    Those of a shorter sequence have the same order, so appending records moves few of them."""
     with np.errstate(over="ignore"):  # SplitMix64
         key = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -107,7 +106,7 @@ class Records:
 
     Args:
         config: of the data.
-        held_out: the records of `data.validation`, and not those that are trained on.
+        held_out: hold the records of `data.validation`, instead of those for training.
     """
 
     def __init__(self, config: DataConfig, *, held_out: bool = False):
@@ -124,7 +123,7 @@ class Records:
 
     @property
     def name(self) -> str:
-        """What messages call them all."""
+        """Name of the whole data set in messages."""
         return ", ".join(s.config.train for s in self.sources)
 
     @property
@@ -206,6 +205,24 @@ class Records:
     ) -> list[Image.Image]:
         """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
         return [load(ref, record.root) for ref in record.images]
+
+
+class GivenRecords(Records):
+    """Stands in for the records of a data set where an encoder gets its records one by one.
+
+    Args:
+        name: what messages call their place.
+    """
+
+    def __init__(self, name: str):
+        self.sources, self._ends, self._name = [], [0], name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def where(self, index: int) -> str:
+        return self._name
 
 
 @cache

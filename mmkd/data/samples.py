@@ -11,6 +11,8 @@ from mmkd.data.schema import Message, Record
 from mmkd.data.templates import render
 
 BLANK_SIZE = (64, 64)
+NO_INDEX = -1
+"""Index of a sample that is not a record of the data."""
 
 
 @dataclass(frozen=True)
@@ -43,4 +45,4 @@ def blank_sample(processor: Any) -> Sample:
     messages: list[Message] = [{"role": "user", "content": content}]
     text = render(processor, messages, prompt=True)
     picture = Image.new("RGB", BLANK_SIZE)
-    return Sample(-1, Record("filler", messages), Rendered(text, (), ()), [picture])
+    return Sample(NO_INDEX, Record("filler", messages), Rendered(text, (), ()), [picture])

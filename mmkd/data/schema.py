@@ -23,13 +23,14 @@ from mmkd.data.content import (
     Message,
     Turns,
     first_of,
+    listed,
     parse_conversation,
     parse_turns,
     printable,
     resolved,
     role_of,
 )
-from mmkd.data.unread import refuse_unread
+from mmkd.data.unread import ONE_OF_THEM, refuse_unread
 from mmkd.errors import DataError
 
 PROMPTS = ("prompt", "question", "conversations", "messages")
@@ -79,7 +80,7 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
         DataError: what is wrong with the row; the caller adds where.
     """
     refuse_unread(row)
-    images = row.get("images") or row.get("image") or []
+    images = listed(row, ONE_OF_THEM)
     rejected = None
     if row.get("chosen") and row.get("rejected"):
         messages, pictures, rejected = _preference(row, images)

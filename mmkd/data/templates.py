@@ -1,8 +1,8 @@
 """Rendering conversations by a processor's chat template.
 
-Most templates take a message's content as a list of parts. Some take one string; they get the
-parts joined, with the processor's placeholder for each image. Which of the two a template takes is
-tried once, with a short conversation.
+Most templates take a message's content as a list of parts. Others take one string: they get the
+parts joined, with the processor's placeholder for each image. A short conversation is rendered once
+to find out which of the two a template takes.
 """
 
 import re
@@ -31,12 +31,12 @@ def render(processor: Any, messages: list[Message], *, prompt: bool = False) -> 
     Args:
         processor: with a chat template.
         messages: content as lists of parts, as in a record.
-        prompt: end with what asks the assistant for an answer.
+        prompt: end with the generation prompt.
 
     Raises:
         DataError: the template refuses the conversation or leaves out a part of it, or a text
             contains a token that stands for an image.
-        CheckpointError: the template takes no messages of this kind at all.
+        CheckpointError: see `check_template`.
     """
     _check_texts(processor, messages)
     text = _apply(processor, shaped(processor, messages), prompt=prompt)
@@ -48,12 +48,12 @@ def check_processor(processor: Any) -> None:
     """Check that a processor can be used for training.
 
     Raises:
-        CheckpointError: its chat template takes content neither as parts nor as a string, or there
-            is none; its tokenizer does not say where its tokens lie in a text.
+        CheckpointError: see `check_template`; or its tokenizer is not a fast one, which alone
+            gives offsets.
     """
     if not getattr(processor.tokenizer, "is_fast", False):
         raise CheckpointError(
-            "the tokenizer does not say where its tokens lie in a text",
+            "the tokenizer does not give the offsets of its tokens in a text",
             where=_name(processor),
             mend="use a fast tokenizer: save its tokenizer.json into the model's folder",
         )
@@ -98,8 +98,8 @@ def media_tokens(processor: Any) -> tuple[str, ...]:
 
 
 def without_media_tokens(processor: Any, text: str) -> str:
-    """A model's answer without tokens that the processor would take for an image: a model can
-    spell them."""
+    """A model's answer without tokens that the processor would take for an image; a model can
+    generate them as text."""
     tokens = media_tokens(processor)
     while found := next((t for t in tokens if t in text), None):
         text = text.replace(found, "")
@@ -108,7 +108,7 @@ def without_media_tokens(processor: Any, text: str) -> str:
 
 @lru_cache(maxsize=32)
 def _string_roles(processor: Any, template: str) -> frozenset[str]:
-    """`template` is a part of the key: a processor's may be replaced."""
+    """`template` is part of the cache's key, since a processor's template may be replaced."""
     refused = "takes content neither as a list of parts nor as text"
     for user, assistant in product((False, True), repeat=2):
         roles = {"user": user, "assistant": assistant}
@@ -131,7 +131,7 @@ def _string_roles(processor: Any, template: str) -> frozenset[str]:
 
 
 def _system(processor: Any, roles: frozenset[str]) -> frozenset[str]:
-    """The same for a system message; a template that takes none is left to refuse it later."""
+    """The same for a system message. A template that takes none refuses it when it renders one."""
     system: Message = {"role": "system", "content": [{"type": "text", "text": "five plums"}]}
     rest = [_joined(processor, m) if m["role"] in roles else m for m in PROBE]
     for found, first in (
@@ -148,8 +148,8 @@ def _system(processor: Any, roles: frozenset[str]) -> frozenset[str]:
 
 
 def _joined(processor: Any, message: Message) -> Message:
-    """The content as one string: an image's placeholder is on a line of its own, as in LLaVA's
-    data."""
+    """A message with its content as one string. Placeholders of images are on lines of their own,
+    as in LLaVA's data."""
     parts = message["content"]
     placeholder = _placeholder(processor) + "\n"
     text = "".join(placeholder if p["type"] == "image" else p["text"] for p in parts)
@@ -158,7 +158,7 @@ def _joined(processor: Any, message: Message) -> Message:
 
 
 def _placeholder(processor: Any) -> str:
-    """What the family's own template writes for an image."""
+    """The text that the family's own template writes for an image."""
     token: str = processor.image_token
     around = "<|vision_start|>", "<|vision_end|>"  # Qwen2-VL and later
     known = processor.tokenizer.get_vocab()
@@ -168,7 +168,7 @@ def _placeholder(processor: Any) -> str:
 
 
 def _apply(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
-    """The text of messages in the shape that the template takes."""
+    """The text of messages that `shaped` has prepared."""
     try:
         return str(
             processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
@@ -195,7 +195,7 @@ def _check_texts(processor: Any, messages: list[Message]) -> None:
 
 
 def _check_complete(processor: Any, messages: list[Message], text: str) -> None:
-    """All that the user says is there, and each image once."""
+    """Check that the text holds all texts but answers, and one placeholder for each image."""
     shown = sum(p["type"] == "image" for m in messages for p in m["content"])
     written = text.count(processor.image_token)
     if shown != written:

@@ -1,4 +1,4 @@
-"""Cutting batches at `max_length`, and which answers are left."""
+"""Cutting batches at `max_length`, and finding records that lose their whole answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ def truncate(
         samples: one a row.
         limit: tokens.
         image_token: id of the token that image features replace.
-        where: words for the place of a record by its number.
+        where: gives the place of a record for messages.
 
     Raises:
         DataError: the limit cuts off a part of an image.
@@ -62,13 +62,13 @@ def truncate(
 def check_answers(
     response: Tensor, samples: Sequence[Sample], limit: int, where: Callable[[int], str]
 ) -> None:
-    """Every sample with an answer has a token of it left.
+    """Check that every sample with an answer has at least one token of it left.
 
     Args:
         response: [B, T] bool, of the cut sequences.
         samples: one a row; of a pair its chosen and its rejected answer.
-        limit: what they were cut at.
-        where: words for the place of a record by its number.
+        limit: tokens at which they were cut.
+        where: gives the place of a record for messages.
 
     Raises:
         DataError: a record has no token that is trained on.
@@ -79,7 +79,7 @@ def check_answers(
 
 
 def no_answer_left(limit: int) -> DataError:
-    """The error of a record whose answers lie behind `max_length`."""
+    """The error for a record whose answers begin after `max_length` tokens."""
     return DataError(
         f"max_length {limit} cuts off its whole answer: there is nothing to learn",
         mend="raise data.max_length, use smaller images, or drop the record",
@@ -102,7 +102,7 @@ def tokens_before_answer(
 
 
 def needs_answers(objective: Objective) -> bool:
-    """Whether an objective has nothing to learn from a record without its answer."""
+    """Whether an objective learns nothing from a record whose answer is cut off."""
     region = getattr(objective.config, "region", None)
     return (
         region == "response"

@@ -1,7 +1,10 @@
-"""Which keys of a record have content that is not read: they are refused, and all others are
-metadata (`source`, `model`, `width`, `score`, ...)."""
+"""Keys of a record whose content mmkd does not read.
+
+Such records are refused. All other keys are metadata (`source`, `model`, `width`, `score`, ...).
+"""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -11,8 +14,10 @@ from mmkd.data.content import (
     MEDIA,
     PICTURE_KEYS,
     ROLES,
+    TRAINED,
+    TURN_KEYS,
+    different,
     given,
-    pictures_of,
     role_of,
     unread,
 )
@@ -27,29 +32,55 @@ SAID = frozenset(
      "rejected_response", "rejected_messages"}
 )  # fmt: skip
 """Keys that other tools make part of the conversation, or that say how it is trained on."""
+CONVERSATIONS = ("conversations", "messages", "texts")
+TURNS = (*CONVERSATIONS, "prompt", "chosen", "rejected")
+"""Keys of a record that hold turns."""
+ONE_OF_THEM = "drop one of them, or name it in 'ignore' of the source"
 PICTURE = re.compile(
     r"(image|img|picture|photo|screenshot)s?(_?\d+)?(_(path|file|filename|url|uri|base64|b64)s?)?"
 )
 """Keys that can name a picture. A record may have them beside `image` or `images`."""
 
 
+def without(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A record without the keys that its source ignores.
+
+    They are left out of its turns too, if mmkd refuses them there: `text` may be metadata in a
+    record, but in a turn it is what is said.
+    """
+    if not keys:
+        return row
+    row = {key: value for key, value in row.items() if key not in keys}
+    refused = {key for key in keys if key.lower() in {*MEDIA, *TURN_KEYS, *TRAINED, *SAID}}
+
+    def left(said: Any) -> Any:
+        if isinstance(said, list):
+            return list(map(left, said))
+        if isinstance(said, dict):
+            return {key: value for key, value in said.items() if key not in refused}
+        return said
+
+    return {key: left(value) if key in TURNS else value for key, value in row.items()}
+
+
 def refuse_unread(row: dict[str, Any]) -> None:
-    """Check that nothing of a record's content would be passed over.
+    """Check that no content of a record would be passed over.
 
     Args:
         row: a record as it stands in its file.
 
     Raises:
         DataError: it has media, pictures or a part of the conversation under a key that is not
-            read, or says one thing under two keys.
+            read, or different conversations under two keys.
     """
     for key in row.keys() - READ:
         name = key.lower() if isinstance(key, str) else ""
         value = row[key]
         if ((name in MEDIA or name in SAID) and given(value)) or _is_file(value):
             raise unread(key)
-        if name == "kto_tag" and value is not None:  # false says what is not to be learnt
+        if name == "kto_tag" and value is not None:  # false marks an answer to unlearn
             raise unread(key)
+    _refuse_in_texts(row)
     _refuse_twice(row)
     _refuse_unnamed_pictures(row)
 
@@ -63,37 +94,40 @@ def _is_file(value: Any) -> bool:
     return isinstance(value, bytes | Image.Image)
 
 
+def _refuse_in_texts(row: dict[str, Any]) -> None:
+    """Check The Cauldron's exchanges, of which question and answer are read."""
+    for exchange in _list(row.get("texts")):
+        for key, value in exchange.items():
+            name = str(key).lower()
+            unread_here = name in MEDIA or name in SAID or PICTURE.fullmatch(name)
+            if unread_here and given(value):
+                raise unread(key, "an exchange of 'texts' has")
+
+
 def _refuse_twice(row: dict[str, Any]) -> None:
-    if _both(row, "image", "images") and pictures_of(row["image"]) != pictures_of(row["images"]):
-        raise _different("image", "images")
+    """Check that a record does not hold different conversations under two keys."""
     if row.get("chosen") and row.get("rejected"):
         return
-    whole = any(given(row.get(key)) for key in ("conversations", "messages", "texts"))
+    found = [key for key in CONVERSATIONS if given(row.get(key))]
     for alone, other in (("chosen", "rejected"), ("rejected", "chosen")):
-        if whole and given(row.get(alone)):
+        if found and given(row.get(alone)):
             raise DataError(
                 f"the record has {alone!r} without {other!r}", mend=f"add {other!r}, or drop it"
             )
-    said = [row.get(key) for key in ("conversations", "messages")]
-    if _both(row, "conversations", "messages") and _words(said[0]) != _words(said[1]):
-        raise _different("conversations", "messages")
+    for other in found[1:]:
+        if other == "texts" and not _list(row[other]):  # strings, which are metadata
+            continue
+        if _words(row, other) != _words(row, found[0]):
+            raise different(found[0], other, ONE_OF_THEM)
 
 
-def _both(row: dict[str, Any], one: str, other: str) -> bool:
-    return given(row.get(one)) and given(row.get(other))
-
-
-def _different(one: str, other: str) -> DataError:
-    return DataError(
-        f"{one!r} and {other!r} say different things",
-        mend="drop one of them, or name it in 'ignore' of the source",
-    )
-
-
-def _words(turns: Any) -> Any:
-    """A conversation's roles and text, whatever its schema."""
+def _words(row: dict[str, Any], key: str) -> Any:
+    """The roles and texts of a conversation in any schema."""
+    turns = row[key]
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         return turns
+    if key == "texts":
+        return [(role, t.get(role)) for t in turns for role in ("user", "assistant")]
     return [(ROLES.get(str(role_of(t))), t.get("content") or t.get("value")) for t in turns]
 
 

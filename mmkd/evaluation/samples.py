@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmkd.data.answers import answers_of, asked, sample
+from mmkd.data.answers import answers_of, asked, generate_of, sample
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import load_image, thumbnail
-from mmkd.data.records import Records, located
+from mmkd.data.records import GivenRecords, Records, located
 from mmkd.data.schema import Record
 from mmkd.data.sources.files import find_files
 from mmkd.data.sources.tables import is_saved
@@ -35,6 +35,7 @@ from mmkd.recipe import (
     SamplesConfig,
     SamplingConfig,
 )
+from mmkd.vocabulary import check_head
 
 FORMAT = 1
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -58,18 +59,6 @@ class Question:
     def text(self) -> str:
         """The text of the user's last message."""
         return _text(self.record.messages[-1])
-
-
-class Held:
-    """The part of `Records` that an `Encoder` needs, for records that are not from a data file."""
-
-    @staticmethod
-    def pictures(record: Record, load: Any = load_image) -> list[Any]:
-        return [load(ref, record.root) for ref in record.images]
-
-    @staticmethod
-    def where(index: int) -> str:
-        return "evaluate.samples"
 
 
 def find_questions(config: SamplesConfig) -> list[Question]:
@@ -172,8 +161,8 @@ def check_samples(config: SamplesConfig, processor: Any) -> None:
 
 
 def _encoder(processor: Any) -> Encoder:
-    held: Any = Held()
-    return Encoder(held, processor, DataConfig(train="evaluate.samples"))
+    name = "evaluate.samples"
+    return Encoder(GivenRecords(name), processor, DataConfig(train=name))
 
 
 def answer_samples(
@@ -231,6 +220,7 @@ def answer_samples(
         quantize=quantize,
         image_size=image_size,
     )
+    check_head(network, processor.tokenizer, source)
     nn.Module.to(network, device)  # transformers' own refuses quantized models
     asking = _Asking(network, _encoder(processor), config.max_new_tokens, device)
     for start in range(len(answers), len(questions), batch_size):
@@ -313,7 +303,7 @@ class _Asking:
         to the questions that cause it."""
         try:
             texts = sample(
-                self._generate,
+                generate_of(self.model),
                 self.encoder,
                 [q.record for q in questions],
                 self.settings,
@@ -330,11 +320,6 @@ class _Asking:
             half = len(questions) // 2
             return self._replies(questions[:half]) + self._replies(questions[half:])
         return [Reply(text) for text in texts]
-
-    def _generate(self, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        dtype = self.model.dtype
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return self.model.generate(**inputs, **options)
 
 
 def _row(question: Question, reply: Reply) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def missing_image(world: World) -> None:
 @case(
     KIND,
     "named a picture on the web",
-    FIRST + "https://example.org/a.png lies on the web",
+    FIRST + "https://example.org/a.png is a web address",
     "download it",
 )
 def image_on_the_web(world: World) -> None:

@@ -179,7 +179,7 @@ def size_of_a_picture_in_a_turn(world: World) -> None:
     KIND,
     "marked an answer as one not to train on",
     FIRST + "a turn of 'gpt' has weight: 0",
-    "cut the record before it",
+    "cut the record before this turn",
 )
 def turn_without_weight(world: World) -> None:
     world.records(record(conversations=[TURNS[0], {**TURNS[1], "weight": 0}]))
