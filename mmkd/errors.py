@@ -97,7 +97,7 @@ class EvaluationError(MmkdError):
     """Part of an evaluation failed; the rest of it is written.
 
     Args:
-        scores: {task: {metric: value}}, where some tasks of one model failed: those of the others.
+        scores: {task: {metric: value}} of a model's other tasks, if only some of them failed.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class PeerError(MmkdError):
 
 
 class StoppedError(BaseException):
-    """The command was asked to stop and did; nothing is wrong.
+    """The command stopped because it was asked to; nothing is wrong.
 
-    Not an `Exception`: it comes from a signal, at any place, and code that handles the failures of
-    others must let it pass.
+    Not an `Exception`: a signal raises it anywhere, and code that catches the failures of libraries
+    must not catch it.
 
     Args:
         what: what has stopped, and where.
@@ -143,7 +143,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without its place and its hint, in one line."""
+    """The message of an exception in one line, without its place and hint."""
     if isinstance(error, MmkdError):
         return error.what
     text = " ".join(str(error).split())[:200]

@@ -106,6 +106,12 @@ def disk_error(error: Exception) -> CheckpointError | None:
     return CheckpointError(f"{what} ({error.strerror})", where=error.filename, mend=mend)
 
 
+def from_here(path: Path) -> str:
+    """An absolute path, relative to the working directory if it is below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,13 +174,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock it too out of a folder; the lock ends with this process.
+    """Hold a lock on a folder, which is made if it does not exist. A process that ends releases it.
 
-    Disks that know no locks, as some networks', keep nobody out. Folders that this makes and in
-    which nothing is written are removed again.
+    Some network disks do not support locks; there is no lock then. Folders that were made for the
+    lock and are still empty at the end are removed.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another process holds the lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     handle = _lock(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -215,7 +221,7 @@ def _lock(path: Path, make: Callable[[], None]) -> int:
                 where=str(path).removesuffix(".partial"),
                 mend="wait for its end, or stop it",
             ) from error
-        except OSError:
+        except OSError:  # this disk does not support locks
             pass
         if _is_at(handle, path):
             return handle

@@ -1,7 +1,7 @@
-"""A recipe's `image_size` applied to a processor, and to the model config that goes with it.
+"""A recipe's `image_size`, applied to a processor and to the config of its model.
 
-Families name the size of their pictures in their own ways. Each key of `image_size` is set where a
-processor has the setting, and refused by name where it has none.
+Families have different settings for the size of pictures. A key of `image_size` that a processor
+has no setting for is refused.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ OWN_NAMES = {
     "min_tiles": "min_patches",
     "do_image_splitting": "split",
 }
-"""What image processors call these settings. InternVL's `crop_to_patches` is not among them: its
-processor sets that itself in each call."""
+"""Names of image processors for keys of `image_size`. InternVL's `crop_to_patches` is not among
+them, since its processor sets it in each call."""
 Setter = Callable[[Any], None]
 
 
 def limit_processor(processor: Any, wanted: ImageSizeConfig | None, name: str) -> None:
-    """Set the size that a processor makes of pictures. What it saves has the new size.
+    """Set the size to which a processor scales pictures; `save_pretrained` saves it too.
 
     Args:
         processor: a model's, changed in place.
@@ -63,9 +63,9 @@ def limit_processor(processor: Any, wanted: ImageSizeConfig | None, name: str) -
 
 
 def limit_config(config: Any, wanted: ImageSizeConfig | None, name: str) -> None:
-    """Set what a model's config says of the size of pictures, to fit `limit_processor`.
+    """Set the size of pictures in a model's config, to match `limit_processor`.
 
-    LLaVA-NeXT and its kin compute from it how many tiles a picture has.
+    LLaVA-NeXT and LLaVA-OneVision compute the number of a picture's tiles from it.
 
     Args:
         config: a model's, changed in place.
@@ -88,7 +88,7 @@ def limit_config(config: Any, wanted: ImageSizeConfig | None, name: str) -> None
 
 
 def _setters(images: Any) -> dict[str, Setter]:
-    """What sets each key of `image_size` on an image processor, of those that it has."""
+    """For each key of `image_size` that an image processor has, the function that sets it."""
 
     def attribute(name: str) -> Setter:
         return lambda value: setattr(images, name, value)
@@ -116,7 +116,7 @@ def _setters(images: Any) -> dict[str, Setter]:
 
 
 def _counts_pixels(images: Any) -> bool:
-    """Whether `size` bounds the number of pixels: Qwen2-VL and its kin call the bounds edges."""
+    """Whether `size` bounds the number of pixels: Qwen2-VL's family calls the bounds edges."""
     edges = _number(images, "shortest_edge") and _number(images, "longest_edge")
     return bool(edges) and hasattr(images, "merge_size")
 
@@ -137,10 +137,10 @@ def _set_size(images: Any, name: str, value: int) -> None:
 
 
 def _smaller(grids: list[list[int]], side: int, most: int) -> list[list[int]]:
-    """The grids of at most so many tiles of `side` x `side` pixels.
+    """The grids of at most `most` tiles of `side` x `side` pixels.
 
     Raises:
-        ValueError: there is none.
+        ValueError: all grids have more tiles.
     """
     tiles = [(height // side) * (width // side) for height, width in grids]
     kept = [list(grid) for grid, count in zip(grids, tiles, strict=True) if count <= most]

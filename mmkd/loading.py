@@ -97,7 +97,7 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
 
 
 def quantization_of(source: ModelConfig) -> Quantization | None:
-    """In how many bits a model is loaded; None for the bits of its `dtype`."""
+    """The bits in which a model is loaded; None if its `dtype` decides."""
     return source.quantize if isinstance(source, TeacherConfig) else None
 
 
@@ -143,7 +143,7 @@ def load_pretrained(
 
     Raises:
         CheckpointError: the folder is none, or its weights do not fit its config.
-        RecipeError: nothing here can quantize.
+        RecipeError: this machine cannot load quantized models.
     """
     if quantize is not None:
         check_quantization(quantize, name, distributed.choose_device("auto"))
@@ -176,9 +176,10 @@ def load_pretrained(
 
 
 def check_quantization(quantize: Quantization, where: str, device: torch.device) -> None:
-    """
+    """Check that this machine can load a quantized model.
+
     Raises:
-        RecipeError: the device or a package for quantized models is missing.
+        RecipeError: it has no GPU, or a package is missing.
     """
     missing = [p for p in ("bitsandbytes", "accelerate") if find_spec(p) is None]
     if device.type != "cuda":
@@ -191,8 +192,8 @@ def check_quantization(quantize: Quantization, where: str, device: torch.device)
 
 
 def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any]:
-    """Settings of `from_pretrained` for a quantized model. The head stays whole, objectives read
-    its weight; so do the vision tower and what connects it, which are small."""
+    """Settings of `from_pretrained` for a quantized model. The head is not quantized, since
+    objectives read its weight; nor are the vision tower and the connector, which are small."""
     with torch.device("meta"):
         shell: Any = model_class(config).from_config(config)
     parts = find_parts(shell)
@@ -230,7 +231,8 @@ def load_pretrained_processor(
 
 
 def _give_pad_token(tokenizer: Any, name: str) -> None:
-    """Batches are padded, and what pads them is masked: any token will do.
+    """Give a tokenizer without a pad token another special token to pad with. Any will do: padding
+    is masked.
 
     Raises:
         CheckpointError: the tokenizer has no special token at all.
@@ -241,7 +243,7 @@ def _give_pad_token(tokenizer: Any, name: str) -> None:
     token = next((t for t in known if t is not None), None)
     if token is None:
         raise CheckpointError(
-            "the tokenizer has no pad token, nor one that could pad in its place",
+            "the tokenizer has no pad token, and no special token to use instead",
             where=name,
             mend="set pad_token in its tokenizer_config.json",
         )
@@ -283,7 +285,7 @@ def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
 
 
 def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
-    """What to say of a name that is neither a folder nor found on the Hub; None of other errors."""
+    """The error for a name that is neither a folder nor on the Hub; None for other errors."""
     causes = _causes(error)
     offline = LocalEntryNotFoundError | OfflineModeIsEnabled
     if any(isinstance(e, offline) for e in causes) and (reason := hub.unreachable()):

@@ -14,10 +14,10 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
         student, teacher: the two tokenizers.
 
     Raises:
-        CheckpointError: an id stands for different tokens in the two, or for one in only one.
+        CheckpointError: an id stands for different tokens, or only one tokenizer has it.
     """
     mine, theirs = ({i: t for t, i in v.get_vocab().items()} for v in (student, teacher))
-    # An id that neither has is no difference: some vocabularies have gaps.
+    # Vocabularies may have gaps: an id that both lack is not a difference.
     differing = [i for i in mine.keys() | theirs.keys() if mine.get(i) != theirs.get(i)]
     if differing:
         at = min((i for i in differing if i in mine and i in theirs), default=min(differing))
@@ -31,12 +31,12 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
 
 
 def check_head(model: Any, tokenizer: Any, where: str) -> None:
-    """The model has an embedding and a logit for every token of its tokenizer.
+    """Check that a model has an embedding and a logit for every token of its tokenizer.
 
     Args:
-        model: with or without storage for its weights.
-        tokenizer: that makes its inputs.
-        where: what messages call the model.
+        model: on any device, `meta` included.
+        tokenizer: the one that makes its inputs.
+        where: name of the model in messages.
 
     Raises:
         CheckpointError: there are fewer rows than tokens.

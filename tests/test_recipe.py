@@ -181,9 +181,9 @@ def test_paths_of_keys():
         ("a.b.c", "a.b.c: a.b is 1, which has no keys"),
         ("items.2.x", "items.2: items is a list of 2 items"),
         ("items.first", "items.first: items is a list of 2 items"),
-        ("a..b", "no path of keys"),
-        (".a", "no path of keys"),
-        ("a[b]", "no path of keys"),
+        ("a..b", "not a path of keys"),
+        (".a", "not a path of keys"),
+        ("a[b]", "not a path of keys"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             with_key(raw, path, 1)

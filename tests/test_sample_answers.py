@@ -181,7 +181,10 @@ def test_records_in_a_folder_that_have_changed_are_asked_again(
     ("raw", "message"),
     [
         ({}, "nothing to show"),
-        ({"records": "a.json", "images": ["b.png"]}, "is a folder where there are 'records'"),
+        (
+            {"records": "a.json", "images": ["b.png"]},
+            "'images' must be one folder",
+        ),
         ({"records": "a.json", "prompts": ["What?"]}, "'prompts' are asked about 'images'"),
         ({"images": "photos", "prompts": []}, "prompts"),
     ],

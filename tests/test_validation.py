@@ -476,8 +476,8 @@ def test_what_cannot_be_measured_is_refused(recipe, tmp_path, scenes_dir, data, 
     [
         (1.5, "between 0 and 1"),
         (True, "between 0 and 1"),
-        ([{"train": "a.parquet", "weight": 2.0}], "'weight' is of training"),
-        ({"train": "hub:a/b", "stream": 10}, "'stream' is of training"),
+        ([{"train": "a.parquet", "weight": 2.0}], "'weight' is only for training"),
+        ({"train": "hub:a/b", "stream": 10}, "'stream' is only for training"),
         ([{"train": "a.parquet"}, {"train": "b/a.parquet"}], "the same name"),
     ],
 )
@@ -487,7 +487,7 @@ def test_held_out_records_are_said_plainly(data, said):
 
 
 def test_no_share_of_a_stream_is_held_out():
-    with pytest.raises(ValueError, match="no share of a stream"):
+    with pytest.raises(ValueError, match="a share of a stream cannot"):
         DataConfig(sources=[{"train": "hub:a/b", "stream": 10}], validation=0.1)
 
 

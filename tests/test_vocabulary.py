@@ -122,7 +122,7 @@ def test_a_tokenizer_without_offsets_is_refused_before_any_record():
 
     processor.tokenizer = copy.copy(processor.tokenizer)
     processor.tokenizer.__class__ = Slow
-    with pytest.raises(CheckpointError, match="does not say where its tokens lie"):
+    with pytest.raises(CheckpointError, match="does not give the offsets of its tokens"):
         check_processor(processor)
 
 

@@ -1,7 +1,6 @@
-"""Plain values of YAML: one recipe over another, and single keys set by their path.
+"""Values of YAML: merging one recipe over another, and setting single keys by their path.
 
-Texts mean themselves: nothing in a recipe is looked up elsewhere, so `${price}` stays `${price}`,
-with overrides and without.
+Nothing in a text is interpolated: `${price}` stays `${price}`, with and without overrides.
 """
 
 import re
@@ -16,10 +15,10 @@ def merged(below: Any, above: Any, key: str = "") -> Any:
 
     Args:
         below, above: values of YAML.
-        key: where they stand, for the message.
+        key: path of the two values, for the message.
 
     Raises:
-        ValueError: a mapping stands where the other has a list; the message begins with the key.
+        ValueError: one has a mapping where the other has a list; the message begins with the key.
     """
     kinds = {type(below), type(above)}
     if kinds == {dict, list}:
@@ -39,11 +38,11 @@ def with_key(raw: Any, path: str, value: Any) -> Any:
     Args:
         raw: mappings and lists of YAML.
         path: `stages.0.optimizer.lr` or `stages[0].optimizer.lr`; mappings that are missing on the
-            way are made, items of lists are not.
+            way are added, items of lists are not.
         value: replaces what is there.
 
     Raises:
-        ValueError: the path is none, or does not lead through `raw`.
+        ValueError: `path` is malformed, or does not lead through `raw`.
     """
     return _with(raw, _parts(path), value, "")
 
@@ -53,11 +52,11 @@ def _parts(path: str) -> list[str]:
     while end < len(path):
         found = _PART.match(path, end)
         if found is None:
-            raise ValueError(f"{path!r} is no path of keys")
+            raise ValueError(f"{path!r} is not a path of keys")
         parts.append(found[1] or found[2])
         end = found.end()
     if not parts or path.startswith("."):
-        raise ValueError(f"{path!r} is no path of keys")
+        raise ValueError(f"{path!r} is not a path of keys")
     return parts
 
 

@@ -16,8 +16,8 @@ Quantization = Literal["4bit", "8bit"]
 
 
 class ImageSizeConfig(Strict):
-    """How large a processor makes pictures: as many image tokens they take. A family has some of
-    these settings; the others are refused."""
+    """The size to which a processor scales pictures, which decides how many image tokens they take.
+    A family has some of these settings; the others are refused."""
 
     max_pixels: int | None = Field(
         None, ge=1, le=MOST, description="of a picture after resizing (Qwen-VL and its kin)"
@@ -139,11 +139,10 @@ class TeacherConfig(ModelConfig):
 
     def _check_source(self) -> None:
         if self.quantize is not None and self.model is None:
-            raise ValueError("'quantize' is of a teacher with weights -- add 'model'")
+            raise ValueError("'quantize' needs a teacher with weights -- add 'model'")
         if self.quantize is not None and self.placement in ("sharded", "offload"):
             raise ValueError(
-                f"placement {self.placement} cuts weights into pieces, 'quantize' packs them -- "
-                "leave one of them out"
+                f"placement {self.placement} does not work with 'quantize' -- leave one of them out"
             )
         if self.source == "self":
             if self.model is not None or self.config is not None:
@@ -164,24 +163,24 @@ class StudentConfig(ModelConfig):
 
 
 class SamplesConfig(Strict):
-    """Questions about a few pictures, whose answers the report shows."""
+    """Questions about a few pictures; the report shows the answers."""
 
     records: LocalPath | None = Field(
         None,
-        description="records that are not trained on, as data.train takes them; the first question "
-        "of each is asked",
+        description="records that are not trained on, as data.train; the first question of each is "
+        "asked",
     )
     images: list[LocalPath] | LocalPath | None = Field(
         None, description="pictures, or a folder of them; beside 'records', as data.images"
     )
     prompts: list[Prose] = Field(
-        ["Describe the image."], min_length=1, description="what is asked about each of 'images'"
+        ["Describe the image."], min_length=1, description="questions about each of 'images'"
     )
     count: int = Field(
         12,
         ge=1,
         le=10**6,
-        description="how many records, or pictures of a folder, spread over all of them",
+        description="number of records or pictures, spread over all that there are",
     )
     max_new_tokens: int = Field(128, ge=1, le=10**6, description="longest answer")
 
@@ -190,10 +189,12 @@ class SamplesConfig(Strict):
         if self.records is None and not self.images:
             raise ValueError("nothing to show -- give 'records' or 'images'")
         if self.records is not None and isinstance(self.images, list):
-            raise ValueError("'images' is a folder where there are 'records' -- name it")
+            raise ValueError("beside 'records', 'images' must be one folder -- name it")
         told = self.prompts != type(self).model_fields["prompts"].default
         if self.records is not None and told:
-            raise ValueError("'prompts' are asked about 'images' -- leave them or 'records' out")
+            raise ValueError(
+                "'prompts' are asked about 'images', and 'records' have their own -- leave one out"
+            )
         return self
 
 

@@ -1,10 +1,9 @@
 """Relative paths in a recipe: from the working directory, or else from the recipe's own folder.
 
-A key whose type is `LocalPath` (`mmkd.recipe.base`) holds a path. A relative path that exists from
-the working directory stays as it is. One that does not, but exists from the folder of the file in
-which it is written, is replaced with the path that leads there: relative to the working directory
-if it lies below it, otherwise absolute. So a recipe that was read has one path for each key, and
-the recipe that a run writes down says which.
+A key whose type is `LocalPath` (`mmkd.recipe.base`) holds a path. A relative path that exists in
+the working directory stays as it is. A path that exists only in the folder of the file in which it
+is written is replaced: relative to the working directory if it is below it, otherwise absolute. The
+recipe that a run writes down holds the path that was used.
 """
 
 import glob
@@ -17,6 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from mmkd.files import from_here
 from mmkd.formats import FormatError, parse_yaml
 from mmkd.recipe.base import PathKey
 from mmkd.recipe.sources import HUB
@@ -27,7 +27,7 @@ Key = tuple[str, ...]
 
 @cache
 def path_keys(form: type[BaseModel]) -> frozenset[Key]:
-    """The keys of a model and its parts that hold paths; items of lists have their list's key."""
+    """Keys of a model and its parts that hold paths; the items of a list have the list's key."""
     found = set()
     for name, field in form.model_fields.items():
         marked = any(isinstance(m, PathKey) for m in field.metadata)
@@ -41,19 +41,19 @@ def _keys_in(annotation: Any, marked: bool) -> set[Key]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         keys = set(path_keys(annotation))
         short: str | None = getattr(annotation, "written_short", None)
-        # A part may be written as one of its fields alone, or as a path.
+        # A part may be written as the value of one field, or as a path.
         return keys if short is None else keys | {k[1:] for k in keys if k[0] == short} | {()}
     inner = [*get_args(annotation), *getattr(annotation, "__metadata__", ())]
     return {key for argument in inner for key in _keys_in(argument, False)}
 
 
 def resolved(raw: dict[str, Any], folder: Path, form: type[BaseModel]) -> dict[str, Any]:
-    """A recipe's keys as one of its files writes them, with the paths that lead from its folder.
+    """The content of a recipe file, with `find` applied to its paths.
 
     Args:
-        raw: the file's content.
-        folder: the file's.
-        form: the recipe's model.
+        raw: content of the file.
+        folder: of the file.
+        form: pydantic model of the recipe.
     """
     for key in path_keys(form):
         raw = _at(raw, key, folder)
@@ -73,7 +73,7 @@ def _variant(overrides: Any, folder: Path, form: type[BaseModel]) -> Any:
 
 
 def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str:
-    """The same for one `key.path=value`; what cannot be read is left for the caller to refuse."""
+    """The same for one `key.path=value`; an override that cannot be read stays as it is."""
     key, _, text = override.partition("=")
     parts = tuple(p for p in re.split(r"[.\[\]]+", key) if p and not p.isdigit())
     inner = [known[len(parts) :] for known in path_keys(form) if known[: len(parts)] == parts]
@@ -88,7 +88,7 @@ def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str
 
 
 def _at(node: Any, key: Key, folder: Path) -> Any:
-    """A part of a recipe with the path, or the paths of all items, under a key."""
+    """A part of a recipe, with `find` applied to the path or the list of paths under a key."""
     if isinstance(node, list):
         return [_at(item, key, folder) for item in node]
     if not key:
@@ -99,14 +99,15 @@ def _at(node: Any, key: Key, folder: Path) -> Any:
 
 
 def find(path: str, folder: Path) -> str:
-    """A path that leads somewhere: from the working directory, else from a folder; the same if it
-    leads nowhere, is absolute or is no path of this machine."""
+    """The path as it leads from the working directory, if it exists in `folder` alone.
+
+    A path that exists in the working directory or nowhere, is absolute, or names no file of this
+    machine (`hub:`, a URL) stays the same.
+    """
     other = path.startswith(HUB) or "://" in path or not path
     if other or os.path.isabs(path) or _is_there(path) or not _is_there(str(folder / path)):
         return path
-    whole = Path(os.path.abspath(folder / path))
-    below = whole.is_relative_to(Path.cwd())
-    return str(whole.relative_to(Path.cwd()) if below else whole)
+    return from_here(Path(os.path.abspath(folder / path)))
 
 
 def _is_there(path: str) -> bool:

@@ -53,7 +53,9 @@ class SourceConfig(Strict):
     )
 
     ignore: list[str] = Field(
-        [], description="keys of records that are left out, such as a video that is not needed"
+        [],
+        description="keys of records, and of their turns, that are left out, such as a video that "
+        "is not needed",
     )
 
     @field_validator("stream", mode="before")
@@ -89,15 +91,15 @@ ONLY_TRAINING = ("weight", "cap", "stream", "window")
 
 
 class HeldOutConfig(Strict):
-    """Records that a stage does not train on, to measure its losses on them. Written as a file, a
-    share or a list of sources."""
+    """Held-out records, on which a stage measures its losses. Written as a file, a share or a list
+    of sources."""
 
     written_short: ClassVar[str] = "sources"
 
     share: float | None = Field(
         None, gt=0, lt=1, description="of each training source's records, the same in every run"
     )
-    sources: list[SourceConfig] = Field([], description="records of their own, in place of a share")
+    sources: list[SourceConfig] = Field([], description="other records, in place of a share")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "HeldOutConfig":
@@ -114,8 +116,8 @@ class HeldOutConfig(Strict):
         ]
         if told:
             raise ValueError(
-                f"'{told[0]}' is of training, validation reads the same records each time -- leave "
-                "it out"
+                f"'{told[0]}' is only for training: validation reads the same records each time "
+                "-- leave it out"
             )
         return self
 
@@ -130,8 +132,8 @@ class DataConfig(Strict):
     sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
     validation: HeldOutConfig | None = Field(
         None,
-        description="records that are held out: what 'train' may be, a share of the training "
-        "records such as 0.05, or a list of sources",
+        description="held-out records: as 'train', a share of the training records such as 0.05, "
+        "or a list of sources",
     )
     max_length: int = Field(
         2048, ge=8, le=10**7, description="longest sequence in tokens, images included"
@@ -185,7 +187,7 @@ class DataConfig(Strict):
         share = self.validation is not None and self.validation.share is not None
         if share and any(s.stream is not None for s in self.sources):
             raise ValueError(
-                "no share of a stream can be held out -- give 'validation' a file or a data set"
+                "a share of a stream cannot be held out -- give 'validation' a file or a data set"
             )
         return self
 
@@ -198,8 +200,8 @@ class DataConfig(Strict):
 
     @property
     def validation_parts(self) -> list[SourceConfig]:
-        """The sources of held-out records with the folders of their images; with a share, those of
-        the training records; none where nothing is held out."""
+        """The sources of held-out records, with the folders of their images. With a share, these
+        are the sources of the training records."""
         if self.validation is None:
             return []
         if self.validation.share is not None:

@@ -111,7 +111,7 @@ class CheckpointConfig(Strict):
 
 
 class ValidationConfig(Strict):
-    """When a stage measures its losses on `data.validation`, and what follows from them."""
+    """When a stage measures its losses on `data.validation`, and how it uses them."""
 
     every: int | None = Field(
         200, ge=1, le=MOST, description="steps, and after the last one; null: never in this stage"
@@ -120,7 +120,7 @@ class ValidationConfig(Strict):
         512,
         ge=1,
         le=MOST,
-        description="at most so many, evenly spread, the same each time; null: all",
+        description="most records, evenly spread and the same each time; null: all",
     )
     size: int | None = Field(
         None,
@@ -131,17 +131,17 @@ class ValidationConfig(Strict):
     metric: str = Field(
         "loss",
         max_length=NAME,
-        description="what 'keep' and 'patience' compare, lower is better: loss, an objective's "
-        "name, answer_ce or teacher_kl",
+        description="compared by 'keep' and 'patience', lower is better: loss, answer_ce, "
+        "teacher_kl or an objective's name",
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="the student that the stage gives: of the last step, or the best one"
+        "last", description="the student that the stage writes: of its last step or its best one"
     )
     patience: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="stop the stage after so many validations without a better one",
+        description="validations in a row without a better one that stop the stage",
     )
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ class ValidationConfig(Strict):
         if told and self.every is None:
             raise ValueError(f"{told[0]!r} needs validations -- set 'every' to a number of steps")
         if self.metric != "loss" and self.keep == "last" and self.patience is None:
-            raise ValueError("'metric' is of 'keep: best' and 'patience' -- set one of them")
+            raise ValueError("'metric' is only for 'keep: best' and 'patience' -- set one of them")
         return self
 
 
@@ -217,11 +217,11 @@ STEP_METRICS = frozenset(
         "seconds",
     }
 )
-"""What a step's metrics say beside its objectives."""
+"""Keys of a step's metrics beside its objectives."""
 
 ANSWER_CE, TEACHER_KL = "answer_ce", "teacher_kl"
 VALIDATION_METRICS = frozenset({ANSWER_CE, TEACHER_KL, "records", "best"})
-"""What a validation's metrics say beside those of a step."""
+"""Keys of a validation's metrics beside those of a step."""
 
 
 class SamplingConfig(Strict):

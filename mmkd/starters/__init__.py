@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmkd.errors import MmkdError, nearest
-from mmkd.files import write_text
+from mmkd.files import from_here, write_text
 from mmkd.formats import parse_yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -95,7 +95,7 @@ def write_starter(method: str, choices: Choices, out: Path) -> None:
 
 
 def missing_files(choices: Choices) -> list[str]:
-    """The data, pictures and pairs of the choices that are not there, or not yet."""
+    """The data, pictures and pairs of the choices that do not exist (yet)."""
     given = (choices.data, choices.images, choices.pairs, choices.held_out)
     return [path for path in given if path and not path.startswith("hub:") and not _is_there(path)]
 
@@ -107,7 +107,7 @@ def _is_there(path: str) -> bool:
 
 
 def _check_model(where: str, model: str) -> None:
-    """A model is a folder with a config, or it can be an id on the Hub, which is not asked here."""
+    """Check that a model is a folder with a config, or a possible Hub id; no Hub is asked."""
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise MmkdError("the folder holds no model", where=where, mend="it needs a config.json")
@@ -168,8 +168,7 @@ def _shipped_teacher() -> str:
             "the scene teacher comes with mmkd's repository, not with the package",
             mend="clone the repository and give --teacher assets/scenes_teacher",
         )
-    below = folder.is_relative_to(Path.cwd())
-    return str(folder.relative_to(Path.cwd()) if below else folder)
+    return from_here(folder)
 
 
 def _complete(name: str, method: Method, choices: Choices) -> dict[str, Any]:

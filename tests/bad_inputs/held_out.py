@@ -29,7 +29,7 @@ overridden(
     KIND,
     "weighted_validation",
     "data.validation=[{train: records.json, weight: 2}]",
-    "recipe.yaml: data.validation: 'weight' is of training",
+    "recipe.yaml: data.validation: 'weight' is only for training",
     "leave it out",
 )
 overridden(
@@ -43,7 +43,7 @@ overridden(
     KIND,
     "metric_of_nothing",
     "stages.0.validation.metric=ce",
-    "recipe.yaml: stages.0.validation: 'metric' is of 'keep: best' and 'patience'",
+    "recipe.yaml: stages.0.validation: 'metric' is only for 'keep: best' and 'patience'",
     "set one of them",
 )
 
@@ -62,7 +62,7 @@ def unknown_metric(world: World) -> None:
 @case(
     KIND,
     "asked to hold out a share of a stream",
-    "recipe.yaml: data: no share of a stream can be held out",
+    "recipe.yaml: data: a share of a stream cannot be held out",
     "give 'validation' a file",
 )
 def share_of_a_stream(world: World) -> None:

@@ -160,7 +160,7 @@ def quantized_teacher_on_a_cpu(world: World) -> None:
 @case(
     KIND,
     "spread a 4-bit teacher over processes",
-    "placement sharded cuts weights into pieces, 'quantize' packs them",
+    "placement sharded does not work with 'quantize'",
     "leave one of them out",
 )
 def quantized_and_sharded(world: World) -> None:
