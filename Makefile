@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart teacher study test lint format docs faults bench clean
+.PHONY: help setup quickstart teacher study test lint format docs faults attacks bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -60,6 +60,12 @@ $(VENV)/.documents: $(VENV)/.installed
 faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 	$(BIN)/python tests/faults/kills.py --kills 110 --json runs/faults.json
+
+MINUTES ?= 10
+SEED ?= 0
+attacks: $(VENV)/.tested ## spoil recipes, data and folders by chance, for MINUTES=10 from SEED=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attacks
+	$(BIN)/python -m scripts.attacks --minutes $(MINUTES) --seed $(SEED)
 
 bench: data/scenes/dataset.json ## time and memory of all parts (an hour); peers where installed
 	$(BIN)/python -m benchmarks.divergence --json runs/bench/divergence.json

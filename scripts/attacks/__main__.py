@@ -1,0 +1,156 @@
+"""Spoil, run and judge for some minutes; exit status 1 if anything broke.
+
+python -m scripts.attacks --minutes 10 --seed 0
+python -m scripts.attacks --seed 0 --case 17 --keep /tmp/seen    # one of them again
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TOLD = (
+    *("damaged", "passed over", "made again", "left out", "cut", "starts again", "skipped", "gone"),
+    *("already", "not finished", "was killed", "dropped", "no longer"),
+)
+"""Words with which a command says that it goes on without something."""
+
+
+def attack(worlds: Any, seed: int, number: int, folder: Path) -> tuple[str, list[str]]:
+    """Attack `number` of a seed.
+
+    Returns:
+        What was done, and what broke.
+    """
+    from mmkd.recipe import Recipe
+    from scripts.attacks.kinds import KINDS
+    from scripts.attacks.mutate import Schema
+    from scripts.attacks.worlds import command, contents, forked
+
+    draw = random.Random(f"{seed} {number}")
+    kind = draw.choice([*KINDS, "folders", "recipes"])
+    spoil, names = KINDS[kind]
+    name = draw.choice(names)
+    worlds.copy(name, folder / "world")
+    here = Path.cwd()
+    os.chdir(folder / "world")
+    try:
+        words = spoil(draw, Schema(Recipe.model_json_schema()))
+        before = contents(Path())
+        ended = forked(command(words), folder)
+        after = contents(Path())
+        broken = judged(ended, words, before, after)
+        if not broken and ended.status == 0 and kind == "folders" and words[0] == "run":
+            broken = silent(ended, worlds.reference(name))
+    finally:
+        os.chdir(here)
+    said = (ended.err.strip() or ended.out.strip()).splitlines()[-1:]
+    did = f"{kind} in {name}: mmkd {' '.join(words)}: {ended.status} {''.join(said)[:160]!r}"
+    return did, broken
+
+
+def judged(
+    ended: Any, words: list[str], before: dict[str, str], after: dict[str, str]
+) -> list[str]:
+    """What must hold of any command."""
+    found = []
+    allowed = (0, 1, 2) if words[:2] == ["data", "check"] else (0, 2)
+    if ended.status is None:
+        return ["it hangs"]
+    if ended.status not in allowed:
+        found.append(f"exit status {ended.status}")
+    if "Traceback" in ended.out + ended.err:
+        found.append("a traceback")
+    lines = ended.err.strip().split("\n")
+    if ended.status == 2 and words[:2] != ["data", "check"]:
+        if len(lines) != 1:
+            found.append(f"{len(lines)} lines on stderr")
+        elif not lines[0].startswith("mmkd: ") or lines[0].count(" -- ") > 1:
+            found.append("no line of what, where and hint")
+    if "\x1b" in ended.out + ended.err:
+        found.append("a terminal's control characters")
+    if partial := [p for p in after if ".partial" in p and p not in before]:
+        found.append(f"half-written: {partial[0]}")
+    written = ("runs/", "cache/", "report")
+    gone = [p for p in before if after.get(p) != before[p] and not p.startswith(written)]
+    if gone:
+        found.append(f"an input has changed: {gone[0]}")
+    reading = words[0] in ("plan", "data") or words[:2] == ["cache", "stats"]
+    if reading and (new := [p for p in after if after[p] != before.get(p)]):
+        found.append(f"a command that only looks has written {new[0]}")
+    return found
+
+
+def silent(ended: Any, reference: dict[str, Any]) -> list[str]:
+    """Whether a run that went on has other results than an undamaged one, and does not say so."""
+    from scripts.attacks.worlds import losses, student
+
+    if any(word in ended.out + ended.err for word in TOLD):
+        return []
+    found = []
+    if losses(Path()) != reference["losses"]:
+        found.append(f"other losses, and no word of it: {losses(Path())[:3]}")
+    if student(Path()) != reference["student"]:
+        found.append("another student, and no word of it")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="this one only")
+    parser.add_argument("--keep", type=Path, help="keep the folders of those that break here")
+    asked = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    with TemporaryDirectory() as name:
+        home = Path(name).resolve()
+        os.environ |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(home / "cache"),
+            "COLUMNS": "200",
+        }
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        import mmkd.cli  # noqa: F401, here, so that no attack waits for the imports
+        from mmkd import bench, build_cache, cache_stats, data_check, pipeline, plan, report  # noqa: F401
+        from mmkd.evaluation import samples  # noqa: F401
+        from scripts.attacks.worlds import Worlds
+
+        worlds = Worlds(home / "worlds")
+        broken, count = run(worlds, home, asked)
+    print(f"seed {asked.seed}: {sum(count.values())} attacks, {broken} broke: {dict(count)}")
+    sys.exit(1 if broken else 0)
+
+
+def run(worlds: Any, home: Path, asked: argparse.Namespace) -> tuple[int, Counter]:
+    """Attack until the time is over; how many broke, and how many there were of each kind."""
+    end, number, broken = time.monotonic() + 60 * asked.minutes, asked.case or 0, 0
+    count: Counter = Counter()
+    while time.monotonic() < end:
+        folder = home / f"attack-{number}"
+        folder.mkdir()
+        did, found = attack(worlds, asked.seed, number, folder)
+        count[did.partition(" ")[0]] += 1
+        if found or asked.case is not None:
+            print(f"{number}: {'; '.join(found) or 'holds'}\n    {did}", flush=True)
+        if found:
+            broken += 1
+            print(f"    python -m scripts.attacks --seed {asked.seed} --case {number}", flush=True)
+        if asked.keep is not None and (found or asked.case is not None):
+            shutil.copytree(folder, asked.keep / folder.name, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if asked.case is not None:
+            break
+        number += 1
+    return broken, count
+
+
+if __name__ == "__main__":
+    main()
