@@ -60,7 +60,7 @@ def test_everything_opens_a_picture_as_training_does(folder, name):
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), wanted)
     for source in ({"path": str(folder / name)}, {"bytes": (folder / name).read_bytes()}):
-        shown = _data_uri(source).partition(",")[2]
+        shown = _data_uri(source, folder).partition(",")[2]
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown))))
         assert np.array_equal(found, wanted)
 

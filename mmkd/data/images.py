@@ -1,4 +1,7 @@
-"""Pictures of records: found below their folder, never outside, and decoded with limits."""
+"""Pictures of records: found below their folder, never outside, and decoded with limits.
+
+Everything in mmkd that opens a picture of a user, a data set or a benchmark does it here.
+"""
 
 import base64
 import io
@@ -20,6 +23,9 @@ from mmkd.errors import DataError
 # Pillow opens more; some of those (EPS) start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEMBER_BYTES = 2**28
+MOST_PIXELS = 89_478_485  # Pillow's own default, which other libraries change
+LONGEST_SIDE = 65_535
+"""Pixels along one edge, as in JPEG. Pillow needs gigabytes to resize longer ones of one row."""
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -109,7 +115,7 @@ def with_eight_bits(value: Any) -> Any:
     if isinstance(value, list):
         return [with_eight_bits(inner) for inner in value]
     if isinstance(value, Image.Image):
-        _with_levels(value, "image")
+        check_picture(value, "image")
         return _scaled(value).convert("L") if value.mode in SIXTEEN_BITS else value
     return value
 
@@ -171,17 +177,15 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # damaged metadata, thousands of times
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(ref, Image.Image):
-                yield _with_levels(ref, name)
+                yield check_picture(ref, name)
                 return
             name, content = _found(ref, root)
             with Image.open(content, formats=FORMATS) as picture:
-                yield _with_levels(picture, name)
+                yield check_picture(picture, name)
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} is too large to decode", mend="shrink or drop it", kind="image too large"
-        ) from error
+        raise too_large(name) from error
     except Exception as error:  # what decoders raise of hostile bytes is no closed list
         raise DataError(
             f"{name} is not a readable image",
@@ -190,15 +194,44 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
         ) from error
 
 
-def _with_levels(picture: Image.Image, name: str) -> Image.Image:
-    """The picture, if it says what black and white are."""
-    if picture.mode in ("I", "F"):
+def check_picture(picture: Image.Image, name: str) -> Image.Image:
+    """Return a picture that is open and perhaps not decoded yet, if it can be used.
+
+    Args:
+        picture: by Pillow.
+        name: for messages.
+
+    Raises:
+        DataError: it is of a format that is not read, too large, or has pixels of 32 bits.
+    """
+    if picture.format is not None and picture.format not in (*FORMATS, "MPO"):  # MPO: of phones
+        raise DataError(
+            f"{name} is a picture of the format {printable(picture.format, 20)}",
+            mend=f"replace or drop it; read are {', '.join(FORMATS)}",
+            kind="image not readable",
+        )
+    width, height = picture.size
+    if (
+        width * height > (Image.MAX_IMAGE_PIXELS or MOST_PIXELS)
+        or max(width, height) > LONGEST_SIDE
+    ):
+        raise too_large(name)
+    if picture.mode in ("I", "F"):  # nothing says what black and white are
         raise DataError(
             f"{name} has numbers of 32 bits for pixels",
             mend="store it with 8 or 16 bits a channel",
             kind="pixels of 32 bits",
         )
     return picture
+
+
+def too_large(name: str) -> DataError:
+    """An error for a picture that must not be decoded."""
+    return DataError(
+        f"{name} is too large to decode",
+        mend=f"shrink or drop it; at most {MOST_PIXELS:,} pixels, {LONGEST_SIDE:,} along an edge",
+        kind="image too large",
+    )
 
 
 def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
@@ -216,14 +249,23 @@ def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
             mend="set 'images' of the source",
             kind="no image folder",
         )
-    return printable(path), _inside(root, path)
+    return printable(path), file_below(root, path)
 
 
-def _inside(root: Path, path: str) -> str:
-    """The file that a path names, links followed, if it lies below `root`."""
+def file_below(root: Path, path: str) -> str:
+    """The file that a path names, links followed, if it lies below `root`.
+
+    Raises:
+        DataError: it lies outside of `root`, or is not there.
+    """
     name = printable(path)
     home = _resolved(os.path.abspath(root))
-    target = os.path.realpath(os.path.join(home, path))
+    try:
+        target = os.path.realpath(os.path.join(home, path))
+    except ValueError as error:  # a null byte
+        raise DataError(
+            f"no such image: {name}", mend="check data.images", kind="no such image"
+        ) from error
     if not target.startswith(os.path.join(home, "")):
         raise DataError(
             f"{name} lies outside of {root}",

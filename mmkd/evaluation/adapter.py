@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -32,6 +33,7 @@ from mmkd.data.templates import check_template, render
 from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
+from mmkd.evaluation.pictures import find_picture
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import ImageSizeConfig, Quantization
@@ -134,8 +136,14 @@ def _picture(found: Any, where: str) -> Any:
     with located(lambda: where):
         if isinstance(found, Image.Image):
             return picture_as_rgb(found)
-        if isinstance(found, str | Path) and Path(found).is_file():
-            return load_image(str(found), Path(found).absolute().parent)
+        if isinstance(found, str | Path):  # a processor would fetch what lies on the web
+            path = Path(find_picture(str(found)))
+            return load_image(path.name, path.parent)
+        if not isinstance(found, np.ndarray | Tensor):
+            raise DataError(
+                f"the task gives a picture as {type(found).__name__}",
+                mend="give one by Pillow, or a path",
+            )
         return found
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import ImageFile
 from tqdm import tqdm
 
-from mmkd.evaluation.pictures import broken_pictures_wait
+from mmkd.evaluation.pictures import guarded
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def isolated(progress: bool | None = None) -> Iterator[None]:
         random_state(),
         warnings.catch_warnings(),
         filled_pictures(),
-        broken_pictures_wait(),
+        guarded(),
         warnings_only(),
         progress_bars(shown),
     ):
@@ -59,7 +59,7 @@ def random_state() -> Iterator[None]:
 def silent_imports() -> Iterator[None]:
     """For checks of tasks: hides warnings and logs of their modules. lmms-eval's evaluator, which
     changes torch.distributed's timeouts, is not imported."""
-    with random_state(), warnings.catch_warnings(), filled_pictures(), no_handlers():
+    with random_state(), warnings.catch_warnings(), filled_pictures(), guarded(), no_handlers():
         yield
 
 

@@ -12,6 +12,7 @@ from mmkd.evaluation.catalog import Chosen, choose, is_submission
 from mmkd.evaluation.local import LocalData, find_local
 from mmkd.evaluation.options import generate_options
 from mmkd.evaluation.standard import PAIRED
+from mmkd.task_files import data_files
 
 
 class ChosenTasks(TaskManager):
@@ -38,6 +39,19 @@ class ChosenTasks(TaskManager):
         if name in self.local:
             return self.local[name].override(config)
         return hub.override(name, config)
+
+    def data_folders(self) -> list[Path]:
+        """The folders of the tasks' files and of their documents that are on this machine."""
+        found = [path.parent for data in self.local.values() for path in data.files + data.pictures]
+        for task in self.chosen.tasks:
+            config = dict(task.config)
+            settings = config.get("dataset_kwargs") or {}
+            if task.path is not None:
+                files = data_files(config, task.path.parent)
+                found += [task.path.parent, *(file.parent for file in files)]
+            named = (config.get("dataset_path"), settings.get("data_dir"))
+            found += [Path(str(name)) for name in named if name and Path(str(name)).is_dir()]
+        return found
 
 
 def find_tasks(

@@ -1,12 +1,21 @@
-"""Pictures of lmms-eval's documents. A broken picture affects its own document only."""
+"""Pictures of lmms-eval's documents: opened with the limits of training's pictures.
 
+A document is data of others: it may name any file of this machine, an address, or bytes in a format
+for which Pillow starts another program. A picture that is refused, or is broken, spoils its own
+document and no other.
+"""
+
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from PIL import Image
 
+from mmkd.data.content import printable
+from mmkd.data.images import FORMATS, check_picture, file_below, too_large
 from mmkd.errors import DataError
 
 
@@ -21,33 +30,116 @@ class UnreadablePicture(Image.Image):
         raise DataError(self.reason, mend="replace the picture")
 
 
-@contextmanager
-def broken_pictures_wait() -> Iterator[None]:
-    """Inside, a picture that cannot be decoded raises when it is used, not when it is read.
+_folders: list[Path] | None = None
+"""Where the pictures of the documents that are scored now may lie; None outside of `guarded`."""
 
-    `datasets` decodes a picture when it reads the document. lmms-eval reads all documents in one
-    loop, and the first broken picture would end that loop.
+_pixels: int | None = Image.MAX_IMAGE_PIXELS
+"""Most pixels of a document's picture: benchmarks of very large ones raise Pillow's limit when they
+are imported, which must not hold outside."""
+
+
+def allow(*folders: Path) -> None:
+    """Let documents name pictures below these folders, inside of `guarded`."""
+    if _folders is not None:
+        _folders.extend(folder.absolute() for folder in folders)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Whatever opens a picture inside is bound to the formats, sizes and folders of documents.
+
+    Libraries' downloads may be read; `allow` adds the folders of the tasks. A picture that is
+    refused or broken raises where it is used, not where it is read: `datasets` decodes a picture
+    when it reads the document, and lmms-eval reads all documents in one loop, which the first
+    broken picture would end.
     """
+    global _folders, _pixels
     import datasets
 
-    decode = datasets.Image.decode_example
+    outer, decode, pixels = _folders, datasets.Image.decode_example, Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = _pixels
+    _folders = [] if outer is None else [*outer]
+    allow(*_downloads())
 
     def decoded(self: Any, value: Any, token_per_repo_id: Any = None) -> Any:
         try:
-            return decode(self, value, token_per_repo_id)
+            return decode(self, _local(value), token_per_repo_id)
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise many types for broken bytes
-            if _is_remote(value):
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except Exception as error:  # what decoders raise of hostile bytes is no closed list
+            what = error.what if isinstance(error, DataError) else str(error)
+            reason = " ".join(what.split())[:200] or type(error).__name__
             return UnreadablePicture(f"the picture cannot be read ({reason})")
 
-    with mock.patch.object(datasets.Image, "decode_example", decoded):
-        yield
+    try:
+        with (
+            mock.patch.object(datasets.Image, "decode_example", decoded),
+            mock.patch.object(Image, "open", _guarded(Image.open)),
+        ):
+            yield
+    finally:
+        _folders, _pixels, Image.MAX_IMAGE_PIXELS = outer, Image.MAX_IMAGE_PIXELS, pixels
 
 
-def _is_remote(value: Any) -> bool:
-    path = value.get("path") if isinstance(value, dict) else value
-    held = isinstance(value, dict) and value.get("bytes") is not None
-    return not held and isinstance(path, str) and "://" in path
+def _downloads() -> list[Path]:
+    import datasets
+    from huggingface_hub import constants
+
+    found = [constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    return [Path(path) for path in found]
+
+
+def _guarded(opened: Any) -> Any:
+    """`PIL.Image.open` with the limits of `guarded`."""
+
+    def open_picture(fp: Any, mode: Any = "r", formats: Any = None) -> Image.Image:
+        name = "image"
+        if isinstance(fp, str | bytes | os.PathLike):
+            fp = find_picture(os.fsdecode(fp))
+            name = printable(fp)
+        wanted = FORMATS if formats is None else [f for f in formats if f.upper() in FORMATS]
+        try:
+            return check_picture(opened(fp, mode, wanted), name)
+        except Image.DecompressionBombError as error:
+            raise too_large(name) from error
+
+    return open_picture
+
+
+def _local(value: Any) -> Any:
+    """A value of a column of pictures, with the file that its path names."""
+    if isinstance(value, str):
+        value = {"path": value, "bytes": None}
+    if not isinstance(value, dict) or value.get("bytes") is not None or not value.get("path"):
+        return value
+    return {"path": find_picture(str(value["path"])), "bytes": None}
+
+
+def find_picture(path: str) -> str:
+    """The file that a document names, which lies in a folder of the documents that are scored.
+
+    Outside of `guarded` it may be any file.
+
+    Raises:
+        DataError: it lies elsewhere, on the web for example, or is not there.
+    """
+    if "://" in path:
+        raise DataError(
+            f"{printable(path)} lies on the web",
+            mend="download it into the folder of the task's data",
+            kind="image on the web",
+        )
+    if _folders is None:
+        return file_below(Path(path).absolute().parent, path)
+    missing: DataError | None = None
+    for folder in dict.fromkeys(_folders):
+        try:
+            return file_below(folder, path)
+        except DataError as error:
+            if error.kind != "image outside of its folder":
+                missing = error
+    raise missing or DataError(
+        f"{printable(path)} lies outside of the task's data",
+        mend="keep a task's pictures below the folder of its data files",
+        kind="image outside of its folder",
+    )

@@ -28,6 +28,7 @@ from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.install import INSTALL
 from mmkd.evaluation.isolation import isolated, silent_imports
+from mmkd.evaluation.pictures import allow
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
 from mmkd.files import locked, read_json, write_json, write_text
@@ -156,6 +157,7 @@ def evaluate(
         from mmkd.evaluation.manager import find_tasks
 
         manager = find_tasks(tasks, include_path, local, limit)
+        allow(*manager.data_folders())
         path = None if isinstance(model, nn.Module) else str(model)
         adapter = MmkdModel(
             path,

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,24 +214,29 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
         wanted[int(first["doc_id"])] = first.get("id")
     try:
         rows = _rows(paths, wanted)
-        found = {doc: _first_picture(row.get("image")) for doc, row in rows.items()}
-        return {doc: _data_uri(image) for doc, image in found.items() if image}
-    except (OSError, ValueError, KeyError, DataError):  # the report does without its pictures
+    except (OSError, ValueError, KeyError):  # pictures less are no reason to lose the report
         return {}
+    shown = {}
+    for doc, (row, folder) in rows.items():
+        if image := _first_picture(row.get("image")):
+            with suppress(DataError):
+                shown[doc] = _data_uri(image, folder)
+    return shown
 
 
-def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, Sample]:
-    """Rows by number, counted over all files. A row whose id differs from the sample's is left
-    out."""
+def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, tuple[Sample, Path]]:
+    """Rows by number, counted through all files, with the folders of their files; a row whose id is
+    another one than the sample's is left out."""
     found, start = {}, 0
-    for file in map(pq.ParquetFile, paths):
+    for path in paths:
+        file = pq.ParquetFile(path)
         columns = [name for name in ("id", "image") if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=256, columns=columns):
             for doc in sorted(wanted):
                 if start <= doc < start + batch.num_rows:
                     row = batch.slice(doc - start, 1).to_pylist()[0]
                     if wanted[doc] is None or row.get("id", wanted[doc]) == wanted[doc]:
-                        found[doc] = row
+                        found[doc] = row, path.absolute().parent
             start += batch.num_rows
     return found
 
@@ -240,10 +246,9 @@ def _first_picture(image: Any) -> Any:
     return (image[0] if image else None) if isinstance(image, list) else image
 
 
-def _data_uri(image: dict[str, Any]) -> str:
-    path = Path(str(image.get("path") or ""))
-    ref = image if image.get("bytes") else str(path.absolute())
-    return thumbnail(load_image(ref, path.absolute().parent))
+def _data_uri(image: dict[str, Any], folder: Path) -> str:
+    """A picture of a document, whose path must not leave the folder of the document's file."""
+    return thumbnail(load_image(image, folder))
 
 
 def picture_files(run: Run, task: str) -> list[Path]:

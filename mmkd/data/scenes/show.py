@@ -1,12 +1,12 @@
 """A contact sheet of a built data set: pictures with their questions and answers."""
 
-import io
 import textwrap
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from mmkd.data.images import load_image
 from mmkd.errors import DataError
 
 PICTURE, TEXT_WIDTH, ROW, COLUMNS = 192, 330, 216, 3
@@ -31,7 +31,7 @@ def contact_sheet(folder: Path, count: int = 24) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for i, row in enumerate(rows):
         left, top = (i % columns) * (PICTURE + TEXT_WIDTH), (i // columns) * ROW
-        picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        picture = load_image(row["image"], None)
         side = PICTURE - 12
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + 6, top + 18))
         draw.text((left + 6, top + 2), row["id"], fill="grey", font=font)
