@@ -10,10 +10,9 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from jinja2 import TemplateError
-
+from mmkd.data.bounded import LONGEST, TemplateBoundError, bounded
 from mmkd.data.schema import Message, printable
-from mmkd.errors import CheckpointError, DataError
+from mmkd.errors import MEND, CheckpointError, DataError, MmkdError
 
 ASKED, ANSWERED = "seven apples", "twelve pears"
 PROBE: list[Message] = [
@@ -170,14 +169,29 @@ def _placeholder(processor: Any) -> str:
 def _apply(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
     """The text of messages that `shaped` has prepared."""
     try:
-        return str(
-            processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-        )
-    # A template may do anything with a message: index it, add to it, call its methods.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        with bounded():
+            text = str(
+                processor.apply_chat_template(
+                    messages, add_generation_prompt=prompt, tokenize=False
+                )
+            )
+        if len(text) > LONGEST:
+            raise TemplateBoundError(f"it writes {len(text):,} characters")
+        return text
+    except (TemplateBoundError, MemoryError) as error:
+        raise CheckpointError(
+            f"the chat template was stopped: {printable(error) or 'it takes too much memory'}",
+            where=_name(processor),
+            mend="use the chat template that the model family is published with",
+        ) from error
+    except (MmkdError, OSError, ImportError):
+        raise
+    except Exception as error:  # a template is a program, and may do anything with a message
+        reason = printable(error).replace(MEND, "; ").strip() or type(error).__name__
         raise DataError(
-            f"the chat template refuses it: {printable(error)}",
+            f"the chat template refuses it: {reason}",
             mend="mend the order of its turns or drop the record",
+            kind="the chat template refuses it",
         ) from error
 
 

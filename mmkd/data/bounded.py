@@ -1,0 +1,252 @@
+"""Chat templates run with bounds: they come with models, and a template is a program.
+
+`transformers` runs them in Jinja's sandbox, which bounds neither time nor memory. A template could
+loop for days, or ask for a string of terabytes in one call.
+"""
+
+import ctypes
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any
+from unittest import mock
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
+
+SECONDS = 10.0
+"""CPU time for one rendering. Templates of published models take milliseconds."""
+LONGEST = 2**26
+"""Most characters or items of what one operation of a template makes, and of its text."""
+MOST_BITS = 2**16  # of a number
+GROWTH = 2**30
+"""Bytes by which a process may grow while a template runs."""
+_LOOK_SECONDS = 0.05
+WIDTH = re.compile(r"[%:.][-+ #0<>=^,_]*(\d+)")
+NESTED = re.compile(r":[^{}]*\{")
+_FORMATS = ("format", "format_map")
+_PADS = (
+    *("ljust", "rjust", "center", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice"),
+    *("tojson", "to_bytes", "lipsum", "generate_lorem_ipsum"),
+)
+_MULTIPLIES = ("replace", "join", "translate")
+
+
+class TemplateBoundError(Exception):
+    """A template ran for too long, or made too much."""
+
+
+def size(value: Any) -> int:
+    """Characters or items of a template's value."""
+    try:
+        return len(value)
+    except Exception:  # a value without a length
+        return 1
+
+
+def _check(made: int, most: int = LONGEST) -> None:
+    if made > most:
+        raise TemplateBoundError("it makes a value that is too large")
+
+
+def _check_call(name: str, value: Any, arguments: tuple[Any, ...]) -> None:
+    """Check that a call of a filter or a method makes nothing too large."""
+    texts = [a for a in arguments if isinstance(a, str | bytes)]
+    numbers = [abs(a) for a in arguments if isinstance(a, int)]
+    if name in _FORMATS:
+        _check_format(value, numbers)
+    elif name in _PADS:
+        _check(max([0, *numbers]) * max(1, min(size(value), 2**10)))
+    elif name in _MULTIPLIES:
+        others = arguments if name == "join" else texts
+        _check(size(value) * max([1, *map(size, others)]), 2 * LONGEST)
+
+
+def _check_format(text: Any, numbers: list[int]) -> None:
+    """Check the widths that a format such as `%1000000000d` or `{:1000000000}` asks for."""
+    text = str(text)
+    _check(max([0, *(int(found[:12]) for found in WIDTH.findall(text))]))
+    if "*" in text or NESTED.search(text):  # the width is one of the arguments
+        _check(max([0, *numbers]))
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Some filters get their context or environment first.
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0
+        value = args[first] if len(args) > first else ""
+        _check_call(name, value, (*args[first + 1 :], *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Filters(dict[str, Callable[..., Any]]):
+    """Filters by name, each bounded when it is put in."""
+
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__setitem__(name, _bounded_filter(name, function))
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox in which single operations make nothing too large."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        filters, self.filters = self.filters, _Filters()
+        for name, function in filters.items():
+            self.filters[name] = function
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            factor = max(right, 0) if operator == "**" else 1
+            _check(left.bit_length() * factor + right.bit_length(), MOST_BITS)
+        elif operator == "+":
+            _check(size(left) + size(right))
+        elif operator == "*":
+            for one, times in ((left, right), (right, left)):
+                if isinstance(times, int):
+                    _check(size(one) * max(times, 0))
+        elif operator == "%" and isinstance(left, str | bytes):
+            given = right if isinstance(right, tuple) else (right,)
+            _check_format(left, [abs(v) for v in given if isinstance(v, int)])
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """Call what a template calls; the names are Jinja's, so that none of a template's fits."""
+        method = getattr(__obj, "__wrapped__", __obj)  # `format` is wrapped by the sandbox
+        name, value = getattr(method, "__name__", ""), getattr(method, "__self__", "")
+        _check_call(name, value, (*args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+_unbounded = chat_template_utils._compile_jinja_template.__wrapped__
+
+
+@lru_cache(maxsize=32)
+def _compiled(template: str) -> Any:
+    sandbox = mock.patch.object(
+        chat_template_utils, "ImmutableSandboxedEnvironment", BoundedEnvironment
+    )
+    with sandbox:
+        return _unbounded(template)
+
+
+@dataclass
+class _Running:
+    """A template that is running.
+
+    Attributes:
+        begun: CPU time of its thread, in seconds.
+        memory: of this process, in bytes.
+        stopped: why it was, empty as long as it was not.
+    """
+
+    begun: float
+    memory: int
+    stopped: str = ""
+
+
+class _Watch:
+    """Ends templates that take too long, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[int, _Running] = {}
+        self._wake = threading.Event()
+        self._process = 0
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Raise `TemplateBoundError` inside of what takes too long.
+
+        The same thread enters it once at a time.
+        """
+        if self._process != os.getpid():  # a forked worker has no thread of its parent's
+            self.__init__()  # type: ignore[misc]
+            self._process = os.getpid()
+            threading.Thread(target=self._look, daemon=True).start()
+        thread = threading.get_ident()
+        running = _Running(_cpu_seconds(thread), _memory())
+        with self._lock:
+            self._running[thread] = running
+        self._wake.set()
+        try:
+            yield
+        finally:
+            while thread in self._running:
+                with suppress(TemplateBoundError), self._lock:
+                    self._running.pop(thread, None)
+            if running.stopped:  # it may have ended by itself in the same moment
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def _look(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(_LOOK_SECONDS)
+            with self._lock:
+                if not self._running:
+                    self._wake.clear()
+                for thread, running in self._running.items():
+                    self._end(thread, running)
+
+    @staticmethod
+    def _end(thread: int, running: _Running) -> None:
+        if running.stopped:
+            return
+        late = _cpu_seconds(thread) - running.begun > SECONDS
+        if late or _memory() - running.memory > GROWTH:
+            running.stopped = "late" if late else "large"
+            kind = _TooLongError if late else _TooLargeError
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread), ctypes.py_object(kind)
+            )
+
+
+class _TooLongError(TemplateBoundError):
+    def __str__(self) -> str:
+        return f"it runs for more than {SECONDS:g} s"
+
+
+class _TooLargeError(TemplateBoundError):
+    def __str__(self) -> str:
+        return f"it takes more than {GROWTH >> 20:,} MiB"
+
+
+_watch = _Watch()
+
+
+def _cpu_seconds(thread: int) -> float:
+    """Of a thread of this process, so that a busy machine stops nothing."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    return time.monotonic()
+
+
+def _memory() -> int:
+    """Bytes of this process in memory; 0 where nobody says."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Inside, this thread's chat templates run with bounds.
+
+    Raises:
+        TemplateBoundError: one passed them.
+    """
+    compiling = mock.patch.object(chat_template_utils, "_compile_jinja_template", _compiled)
+    with compiling, _watch.over():
+        yield
