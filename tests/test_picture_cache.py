@@ -12,7 +12,7 @@ from processors import FAMILIES
 from mmkd.data import picture_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import CheckpointError, DataError, RecipeError
 from mmkd.recipe import DataConfig
 
 SIZES = ((120, 80), (64, 64), (50, 150))
@@ -122,7 +122,7 @@ def test_a_disk_that_takes_no_more_leaves_no_parts(data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(picture_cache, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         encoder(data, "llava").encode([0])
     assert not [f for f in (data / "kept").rglob("*") if f.is_file()]
 

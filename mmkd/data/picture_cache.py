@@ -3,6 +3,7 @@
 import hashlib
 import json
 import uuid
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from safetensors.numpy import save_file
 from transformers import BatchFeature
 
 from mmkd.cache import HASH, picture_hash
+from mmkd.data.content import printable
 from mmkd.data.images import Member, image_size, load_image
-from mmkd.errors import RecipeError
+from mmkd.errors import CheckpointError, RecipeError
+from mmkd.files import disk_error
 
 NAME = "mmkd_picture"
 """In a picture's `info`: what it is known by."""
 VERSION = 2  # of what pictures are decoded to
+MADE = "mmkd_made"
+"""In a picture's `info`: what the image processor has made of it, as it was read from the disk."""
 LISTS = "lists"
+CHECKSUM = "checksum"
 LEVELS = " levels"
 
 
@@ -30,7 +36,8 @@ class PictureCache:
     """Stands in for a processor's own image processor, and looks on the disk first.
 
     A picture that is there is not decoded: an empty one of its size goes through the processor in
-    its place. Values come back bit by bit.
+    its place. Values come back bit by bit: a file that is damaged, or is older than checksums and
+    has none, counts as one that is not there.
 
     Args:
         folder: of the cache; several processes may fill it at one time.
@@ -55,12 +62,12 @@ class PictureCache:
     def picture(self, ref: Any, root: Path | None) -> Image.Image:
         """A record's picture in RGB, or an empty one of its size if what is made of it is there."""
         name = _name(ref, root)
-        known = _hash(self._path(name))
+        known = _read(self._path(name))
         if known is None:
             picture = load_image(ref, root)
         else:
             picture = Image.new("RGB", image_size(ref, root))
-            picture.info[HASH] = known
+            picture.info[HASH], picture.info[MADE] = known
         picture.info[NAME] = name
         return picture
 
@@ -71,11 +78,10 @@ class PictureCache:
         name = image.info.get(NAME)
         if name is None:
             return dict(self._own([image], **settings))
-        path = self._path(name)
-        if HASH in image.info:
-            return _read(path)
+        if MADE in image.info:
+            return dict(image.info[MADE])
         made = dict(self._own([image], **settings))
-        _write(path, made, picture_hash(image).hex())
+        _write(self._path(name), made, picture_hash(image).hex())
         return made
 
     def _path(self, name: str) -> Path:
@@ -149,13 +155,31 @@ def _write(path: Path, made: dict[str, Any], content: str) -> None:
             if (kind := next(kinds, None)) is not None:
                 arrays[name + LEVELS], array = levels, numbers.astype(kind)
         arrays[name] = array
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    said = {HASH: content, LISTS: json.dumps(lists)}
     try:
-        save_file(arrays, partial, {HASH: content, LISTS: json.dumps(lists)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+        try:
+            save_file(arrays, partial, {**said, CHECKSUM: _checksum(arrays, said)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        known = disk_error(error) if isinstance(error, OSError) else None
+        raise CheckpointError(
+            known.what if known else f"cannot write ({printable(error)})",
+            where=str(path.parent.parent),
+            mend="free space and run the same command again, or leave data.picture_cache out",
+        ) from error
+
+
+def _checksum(arrays: dict[str, np.ndarray], said: dict[str, str]) -> str:
+    """Of all that a file holds, against damage and not against forgery."""
+    found = zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), found)
+        found = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, found)
+    return f"{found:08x}"
 
 
 def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,23 +189,21 @@ def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return levels, bits.indices.to_numpy().reshape(array.shape)
 
 
-def _hash(path: Path) -> str | None:
-    """Of the picture that a file is about; None if it is not there or damaged."""
+def _read(path: Path) -> tuple[str, dict[str, Any]] | None:
+    """The hash of a picture and what was made of it; None if it is not there or damaged."""
     try:
         with safe_open(path, "np") as file:
-            return file.metadata()[HASH]
-    except (FileNotFoundError, SafetensorError):
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = dict(file.metadata() or {})
+        if said.pop(CHECKSUM, None) != _checksum(arrays, said):
+            return None
+        lists = json.loads(said[LISTS])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        lists = json.loads(file.metadata()[LISTS])
     made: dict[str, Any] = {}
     for name, array in arrays.items():
         if name.endswith(LEVELS):
             continue
         levels = arrays.get(name + LEVELS)
         made[name] = torch.from_numpy(array if levels is None else levels[array])
-    return made | lists
+    return said[HASH], made | lists
