@@ -5,6 +5,7 @@ configuration, `DIR/ScienceQA/ScienceQA-IMG/test.parquet`. The Hub's own layout 
 owner's folder, `data/`, and shards `test-00000-of-00002.parquet`.
 """
 
+import glob
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, load_dataset
 
+from mmkd.data.sources.files import exact
 from mmkd.errors import DataError
 from mmkd.evaluation.catalog import Task
 from mmkd.evaluation.standard import COLUMNS, PICTURES
@@ -40,7 +42,7 @@ class LocalData:
 
     def override(self, config: dict[str, Any]) -> dict[str, Any]:
         """A task's keys with this data in place of the Hub's."""
-        files = {self.split: [str(path) for path in self.files]}
+        files = {self.split: [*map(exact, self.files)]}
         changed: dict[str, Any] = {
             "dataset_path": "parquet",
             "dataset_name": None,
@@ -95,12 +97,12 @@ def _find(task: Task, folder: Path) -> LocalData:
 def _files(task: Task, folder: Path, config: str | None, split: str) -> list[Path]:
     name = str(task.config["dataset_path"])
     short = name.rpartition("/")[2]
-    for place in [folder / name, folder / short, *sorted(folder.glob(f"*/{short}"))]:
+    for place in [folder / name, folder / short, *sorted(folder.glob(f"*/{glob.escape(short)}"))]:
         base = place / config if config else place
         for inner in (base, base / "data"):
             if (whole := inner / f"{split}.parquet").is_file():
                 return [whole]
-            if shards := sorted(inner.glob(f"{split}-[0-9]*.parquet")):
+            if shards := sorted(inner.glob(f"{glob.escape(split)}-[0-9]*.parquet")):
                 return _complete(shards, task.name)
     wanted = folder / short / (config or "") / f"{split}.parquet"
     raise DataError(
@@ -164,7 +166,7 @@ def read_parquet(files: Sequence[Path]) -> Dataset:
     """The rows of all files, pictures decoded on access."""
     return load_dataset(
         "parquet",
-        data_files=[str(path) for path in files],
+        data_files=[*map(exact, files)],
         features=features(files[0]),
         split="train",
     )

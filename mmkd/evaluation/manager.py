@@ -1,11 +1,13 @@
 """lmms-eval's index of tasks, with mmkd's changes to their configurations."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.tasks import TaskManager
 
+from mmkd.data.sources.files import exact
 from mmkd.errors import MmkdError
 from mmkd.evaluation import hub
 from mmkd.evaluation.catalog import Chosen, choose, is_submission
@@ -38,6 +40,9 @@ class ChosenTasks(TaskManager):
             config = config | {"metric_list": scored}
         if name in self.local:
             return self.local[name].override(config)
+        if (settings := config.get("dataset_kwargs") or {}).get("data_files"):
+            files = _meant(settings["data_files"])
+            config = config | {"dataset_kwargs": {**settings, "data_files": files}}
         return hub.override(name, config)
 
     def data_folders(self) -> list[Path]:
@@ -80,6 +85,16 @@ def find_tasks(
         if task.name not in found.local:
             hub.require_data(task)
     return found
+
+
+def _meant(files: Any) -> Any:
+    """A task's `data_files` in which the name of a file that is there means that file."""
+    if isinstance(files, dict):
+        return {split: _meant(inner) for split, inner in files.items()}
+    if isinstance(files, list):
+        return [_meant(inner) for inner in files]
+    is_file = isinstance(files, str) and os.path.isfile(files)
+    return exact(Path(files)) if is_file else files
 
 
 def _missing_package(task: str, error: ImportError) -> MmkdError:

@@ -1,15 +1,18 @@
 """From what a recipe says of a source to its files."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
+from mmkd.data.content import printable
 from mmkd.errors import DataError
 
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_FILES = 100_000
+MOST_DIGITS = 18  # of a number in a range
 
 
 def find_files(train: str) -> list[Path]:
@@ -19,18 +22,19 @@ def find_files(train: str) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    path = Path(train)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return _in_folder(path)
+    # Not `Path.is_file`, which raises OSError for names that are too long.
+    if os.path.isfile(train):
+        return [Path(train)]
+    if os.path.isdir(train):
+        return _in_folder(Path(train))
     return [file for name in _expand(train) for file in _matching(name)]
 
 
 def _matching(name: str) -> list[Path]:
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return [Path(name)]
-    found = [Path(n) for n in sorted(glob.glob(name, recursive=True)) if Path(n).is_file()]
+    names = sorted(glob.glob(_below_folder(name), recursive=True))
+    found = [Path(n) for n in names if os.path.isfile(n)]
     if not found:
         mend = "check data.train"
         if "://" in name:
@@ -39,6 +43,34 @@ def _matching(name: str) -> list[Path]:
             mend += f"; a data set of the Hub is hub:{name}"
         raise DataError("no such data file", where=name, mend=mend)
     return found
+
+
+def _below_folder(name: str) -> str:
+    """A pattern whose leading folders mean themselves where they are there: `a[1]/*.json` is not
+    `a1/*.json`."""
+    parts = Path(name).parts
+    for count in range(len(parts) - 1, 0, -1):
+        if os.path.isdir(folder := os.path.join(*parts[:count])):
+            return os.path.join(glob.escape(folder), *parts[count:])
+    return name
+
+
+def exact(file: Path) -> str:
+    """A file's name for `datasets`, which takes names for patterns, addresses and archives.
+
+    Raises:
+        DataError: it cannot be told such a name.
+    """
+    name = str(file)
+    if "::" in name or os.path.expandvars(str(file.absolute())) != str(file.absolute()):
+        raise DataError(
+            "a file's name with '::' or an environment variable in it",
+            where=name,
+            mend="rename it",
+        )
+    if glob.has_magic(name) or set(":~") & set(name):
+        return glob.escape(str(file.absolute()))
+    return name
 
 
 def kind_of(files: list[Path], train: str) -> str:
@@ -66,19 +98,32 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _expand(train: str) -> list[str]:
-    """Every name of a pattern with {first..last}, zeros in front kept."""
+    """Every name of a pattern with {first..last}, zeros in front kept.
+
+    Raises:
+        DataError: a range is empty, or all of them together name too many files.
+    """
+    count = 1
+    for first, last in RANGE.findall(train):
+        many = max(len(first), len(last)) > MOST_DIGITS
+        count *= MOST_FILES + 1 if many else int(last) - int(first) + 1
+        if not 0 < count <= MOST_FILES:
+            said = f"{max(count, 0):,}" if count <= MOST_FILES else f"more than {MOST_FILES:,}"
+            raise DataError(
+                f"{printable(f'{{{first}..{last}}}', 60)} names {said} files",
+                where=printable(train),
+                mend=f"at least one, at most {MOST_FILES:,} of all ranges together",
+            )
+    return _expanded(train)
+
+
+def _expanded(train: str) -> list[str]:
     match = RANGE.search(train)
     if match is None:
         return [train]
     first, last = match.groups()
-    count = int(last) - int(first) + 1
-    if not 0 < count <= MOST_FILES:
-        raise DataError(
-            f"{{{first}..{last}}} names {max(count, 0):,} files",
-            where=train,
-            mend=f"at least one, at most {MOST_FILES:,}",
-        )
     width = len(first) if first.startswith("0") else 0
     numbers = (str(n).zfill(width) for n in range(int(first), int(last) + 1))
     heads = (train[: match.start()] + n for n in numbers)
-    return [head + tail for head in heads for tail in _expand(train[match.end() :])]
+    tails = _expanded(train[match.end() :])
+    return [head + tail for head in heads for tail in tails]

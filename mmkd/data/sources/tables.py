@@ -1,5 +1,7 @@
 """Records in tables: parquet files, data sets saved by `datasets`, and those of the Hub."""
 
+import glob
+import os
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd import hub
+from mmkd.data.sources.files import exact
 from mmkd.data.sources.kept import unreadable
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
@@ -52,8 +55,8 @@ def parquet_rows(files: list[Path], train: str) -> TableRows:
     try:
         names = [str(f) for f in files]
         # Before `datasets`, which logs what it cannot read.
-        rows = [pyarrow.parquet.read_metadata(name).num_rows for name in names]
-        table = datasets.load_dataset("parquet", data_files=names, split="train")
+        rows = [pyarrow.parquet.read_metadata(file.absolute()).num_rows for file in files]
+        table = datasets.load_dataset("parquet", data_files=[*map(exact, files)], split="train")
     except Exception as error:
         raise unreadable(error, train) from error
     return TableRows(table, files[0].parent, dict(zip(names, accumulate(rows), strict=True)))
@@ -61,7 +64,7 @@ def parquet_rows(files: list[Path], train: str) -> TableRows:
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote a folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(os.path.isfile(folder / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_rows(folder: Path) -> TableRows:
@@ -94,6 +97,10 @@ def hub_rows(config: SourceConfig) -> TableRows:
 
     name = config.train.removeprefix(HUB)
     datasets.disable_progress_bars()
+    if glob.has_magic(name):  # `datasets` would take a folder's name for a pattern
+        raise DataError(
+            "a data set's name with *, ? or [ in it", where=config.train, mend="rename its folder"
+        )
     if not Path(name).exists():
         hub.unreachable()  # asked here, once: the libraries would retry for minutes
     try:
