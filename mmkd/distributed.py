@@ -22,6 +22,8 @@ _patience = timedelta(seconds=PATIENCE)
 # What torch's backends say when another process is gone; they raise plain RuntimeErrors.
 GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 LATE = ("timed out", "timeout")
+WORKER = "DataLoader worker (pid"
+"""How torch begins to say that a worker of a data loader is gone."""
 
 Item = TypeVar("Item")
 
@@ -144,6 +146,12 @@ def new_group(ranks: list[int]) -> Any:
 def explained(error: BaseException) -> PeerError | None:
     """What an exception says of the other processes, if it is about them."""
     said = str(error)
+    if WORKER in said:  # torch raises it wherever the process is when it hears of it
+        return PeerError(
+            "a process that prepares batches was killed",
+            where="data.workers",
+            mend="lower it if memory is short; the same command goes on from the newest checkpoint",
+        )
     if not (isinstance(error, dist.DistError) or any(word in said for word in GONE)):
         return None
     again = "see what the others said; the same command goes on from the newest checkpoint"

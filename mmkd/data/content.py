@@ -70,7 +70,10 @@ class Conversation:
 
 def printable(value: Any, longest: int = 120) -> str:
     """Foreign text on one line of a message: no control characters, not endless."""
-    text = str(value)[: longest + 1]
+    try:
+        text = str(value)[: longest + 1]
+    except Exception:  # numbers of thousands of digits, lists in lists in lists
+        text = f"<{type(value).__name__}>"
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= longest else text[:longest] + "..."
@@ -184,7 +187,7 @@ def _is_null(value: Any) -> bool:
 
 def unread(key: str, begin: str = "the record has") -> DataError:
     """The error for a key whose content is not read; a source can ignore such keys."""
-    what = "media" if key.lower() in MEDIA else "content"
+    what = "media" if str(key).lower() in MEDIA else "content"
     return DataError(
         f"{begin} {what} under {printable(key)!r}, which is not read",
         mend="drop the record, or name the key in 'ignore' of its source",

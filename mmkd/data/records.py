@@ -1,7 +1,7 @@
 """Records: the sources of a data set as one sequence."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, count
@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
-from mmkd.data.schema import Record, parse_record, record_id
+from mmkd.data.schema import Record, parse_record, record_id, unparsed
 from mmkd.data.sources import StreamedRows, open_rows
 from mmkd.data.unread import without
 from mmkd.errors import DataError
@@ -75,7 +75,7 @@ class Source:
     def id(self, index: int) -> str:
         """What a record calls itself; "" where it does not, or cannot be read."""
         try:
-            return record_id(self._rows.row(self._number(index)))
+            return record_id(self._row(self._number(index)))
         except DataError:
             return ""
 
@@ -84,11 +84,19 @@ class Source:
         name = printable(self.id(index))
         return self._rows.place(self._number(index)) + (f" (id {name})" if name else "")
 
+    def _row(self, number: int, ignore: Sequence[str] = ()) -> dict[str, Any]:
+        try:
+            return without(self._rows.row(number), ignore)
+        except (DataError, OSError, MemoryError):
+            raise
+        except Exception as error:  # values that a table's types do not promise
+            raise unparsed(error) from error
+
     def __getitem__(self, index: int) -> Record:
         with located(lambda: self.where(index)):
             number = self._number(index)
-            row = self._rows.row(number)
-            return parse_record(without(row, self.config.ignore), number, self.root)
+            row = self._row(number, self.config.ignore)
+            return parse_record(row, number, self.root)
 
 
 def _shuffled(count: int) -> np.ndarray:

@@ -79,6 +79,26 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
     Raises:
         DataError: what is wrong with the row; the caller adds where.
     """
+    try:
+        return _parsed(row, index, root)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # of values that no schema has
+        raise unparsed(error) from error
+
+
+def unparsed(error: Exception) -> DataError:
+    """An error for a row that has values of which nobody has thought."""
+    deep = isinstance(error, RecursionError)
+    reason = "it is nested too deeply" if deep else f"{type(error).__name__}: {printable(error)}"
+    return DataError(
+        f"the record cannot be read ({reason})",
+        mend="mend or drop it",
+        kind="record not readable",
+    )
+
+
+def _parsed(row: dict[str, Any], index: int, root: Path | None) -> Record:
     refuse_unread(row)
     images = listed(row, ONE_OF_THEM)
     rejected = None
@@ -117,8 +137,11 @@ def _is_unfinished(row: dict[str, Any], messages: list[Message], pair: bool) -> 
 
 
 def record_id(row: dict[str, Any]) -> str:
-    """What a row calls itself; "" where it does not."""
-    return str(next((row[k] for k in ("id", "idx") if row.get(k) is not None), ""))
+    """What a row calls itself; "" where it does not, or not in words."""
+    try:
+        return str(next((row[k] for k in ("id", "idx") if row.get(k) is not None), ""))
+    except (ValueError, RecursionError):  # thousands of digits, lists in lists in lists
+        return ""
 
 
 def _turns_of(row: dict[str, Any]) -> Turns:

@@ -5,7 +5,7 @@ number of processes does not change what a step sees.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -14,6 +14,8 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.micro_batches import by_size, by_tokens
 from mmkd.data.mixture import Mixture
+from mmkd.distributed import explained
+from mmkd.errors import MmkdError
 from mmkd.interrupt import begin_worker
 from mmkd.recipe import BatchConfig
 
@@ -100,7 +102,7 @@ class BatchStream:
                 counts.append(len(plan))
                 yield from plan
 
-        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
+        loader: torch.utils.data.DataLoader[Batch | Exception] = torch.utils.data.DataLoader(
             _Encoded(self.encoder),
             batch_size=None,
             sampler=planned(),
@@ -111,7 +113,7 @@ class BatchStream:
             generator=torch.Generator(),
         )
         pending: list[Batch] = []
-        for batch in loader:
+        for batch in _received(loader):
             pending.append(batch)
             if len(pending) == counts[0]:
                 counts.pop(0)
@@ -119,11 +121,34 @@ class BatchStream:
                 pending = []
 
 
-class _Encoded(torch.utils.data.Dataset[Batch]):
+def _received(batches: Iterable[Batch | Exception]) -> Iterator[Batch]:
+    """Batches as they come from workers.
+
+    Raises:
+        MmkdError: what a worker has raised, or a worker is gone.
+    """
+    try:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        gone = explained(error)
+        if gone is None:
+            raise
+        raise gone from error
+
+
+class _Encoded(torch.utils.data.Dataset[Batch | Exception]):
     """Batches by the numbers of their records; what a worker process holds."""
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        return self.encoder.encode(indices)
+    def __getitem__(self, indices: list[int]) -> Batch | Exception:
+        try:
+            return self.encoder.encode(indices)
+        except (MmkdError, OSError) as error:
+            # Returned, not raised: a loader raises a worker's errors with the worker's traceback
+            # as their message.
+            return error
