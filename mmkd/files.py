@@ -23,6 +23,14 @@ FORBIDDEN = (
 )
 
 
+def partial_of(path: Path) -> Path:
+    """The name under which a file or folder is written until it is complete.
+
+    It is mmkd's alone: `conv.partial` beside `--out conv` may be the user's.
+    """
+    return path.with_name(f".{path.name}.mmkd.partial")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text in one step; of several processes that do, one after another.
 
@@ -30,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: it cannot be written; the file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     with _claimed(partial) as file:
         try:
             file.truncate(0)
@@ -48,13 +56,17 @@ def write_text(path: Path, text: str) -> None:
 def _claimed(path: Path) -> Iterator[TextIO]:
     """A file that no other process writes through this function at the same time."""
     while True:
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=_without_links) as file:
             with suppress(OSError):  # a disk that knows no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file.fileno(), path):
                 yield file
                 return
         # Who had it before has renamed it meanwhile.
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -72,7 +84,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it cannot be written; nothing is left of it.
     """
-    partial = path.with_suffix(".partial")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -146,14 +158,19 @@ def read_yaml(path: Path) -> Any:
         ) from error
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder(path: Path, write: Callable[[Path], None], *, new: bool = False) -> None:
     """Fill a folder through `write`; it takes its name only when it is complete.
+
+    Args:
+        path: the folder.
+        write: fills the folder that it is given.
+        new: refuse to replace what has taken the name meanwhile.
 
     Raises:
         CheckpointError: it cannot be written, and nothing is left of it; or another command is
             writing it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     with locked(partial):
         for old in partial.iterdir():
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
@@ -168,6 +185,9 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         for file in partial.rglob("*"):
             if file.is_file():
                 sync_file(file)
+        if new and path.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError("it is there already", where=str(path), mend="name a new folder")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
 

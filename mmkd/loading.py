@@ -28,8 +28,9 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from mmkd import distributed, hub
-from mmkd.errors import CheckpointError, RecipeError
+from mmkd import consent, distributed, hub
+from mmkd.errors import CheckpointError, MmkdError, RecipeError
+from mmkd.foreign_models import refuse_kernels, refuse_pickled
 from mmkd.image_sizes import limit_config, limit_processor
 from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd_models.configuration_mmkd import StudentConfigMixin
@@ -53,8 +54,9 @@ def load_config(source: ModelConfig) -> Any:
         name = source.model or ""
         with _explained(name, "model"):
             config = AutoConfig.from_pretrained(
-                name, revision=source.revision, trust_remote_code=source.trust_remote_code
+                name, revision=source.revision, trust_remote_code=consent.granted(name)
             )
+        refuse_kernels(config, name)
         limit_config(config, source.image_size, name)
         return config
     settings = dict(source.config)
@@ -67,6 +69,7 @@ def load_config(source: ModelConfig) -> Any:
             where=f"config of {kind}",
             mend=CHECK,
         ) from error
+    refuse_kernels(config, f"config of {kind}")
     limit_config(config, source.image_size, kind)
     return config
 
@@ -82,7 +85,10 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
         config = load_config(source)
         with _in_words("config", "model", CHECK):
             model = AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=source.attn_implementation
+                config,
+                dtype=dtype,
+                attn_implementation=source.attn_implementation,
+                trust_remote_code=False,
             )
         return model.eval()
     return load_pretrained(
@@ -90,7 +96,6 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
         dtype=dtype,
         revision=source.revision,
         attn_implementation=source.attn_implementation,
-        trust_remote_code=source.trust_remote_code,
         quantize=quantization_of(source),
         image_size=source.image_size,
     )
@@ -107,7 +112,7 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
     told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
     with torch.device("meta"), _in_words(*told):
         return model_class(config).from_config(
-            config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
+            config, dtype=DTYPES[source.dtype], trust_remote_code=consent.granted(source.model)
         )
 
 
@@ -122,7 +127,6 @@ def load_processor(source: ModelConfig) -> Any:
     return load_pretrained_processor(
         source.processor_source,
         revision=source.revision if source.processor is None else None,
-        trust_remote_code=source.trust_remote_code,
         image_size=source.image_size,
     )
 
@@ -132,6 +136,7 @@ def load_pretrained(
     *,
     quantize: Quantization | None = None,
     image_size: ImageSizeConfig | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
     """A model from a folder or the Hub, every tensor accounted for; safetensors only.
@@ -139,6 +144,8 @@ def load_pretrained(
     Args:
         name: folder or Hub id.
         quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
+        image_size: of pictures, in place of the processor's own.
+        trust_remote_code: run Python code that the model brings; `mmkd.consent` may say so too.
         settings: of transformers' `from_pretrained`.
 
     Raises:
@@ -147,12 +154,15 @@ def load_pretrained(
     """
     if quantize is not None:
         check_quantization(quantize, name, distributed.choose_device("auto"))
-    where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
-    _refuse_pickled(Path(name))
-    with _explained(name, "model"):
-        config = AutoConfig.from_pretrained(name, **where)
+    trusted = trust_remote_code or consent.granted(name)
+    refuse_pickled(Path(name))
+    with _explained(name, "model", trusted):
+        config = AutoConfig.from_pretrained(
+            name, revision=settings.get("revision"), trust_remote_code=trusted
+        )
+    refuse_kernels(config, name)
     limit_config(config, image_size, name)
-    with _explained(name, "model"):
+    with _explained(name, "model", trusted):
         if quantize is not None:
             settings |= _quantized(config, quantize, settings.get("dtype"))
         loaded: Any = model_class(config).from_pretrained(
@@ -161,6 +171,7 @@ def load_pretrained(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in words
+            trust_remote_code=trusted,
             **settings,
         )
     model, info = loaded
@@ -212,11 +223,17 @@ def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any
 
 
 def load_pretrained_processor(
-    name: str, *, image_size: ImageSizeConfig | None = None, **settings: Any
+    name: str,
+    *,
+    image_size: ImageSizeConfig | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
 ) -> Any:
-    """The processor in a model's folder, with image processor and chat template."""
-    with _explained(name, "processor"):
-        processor: Any = AutoProcessor.from_pretrained(name, **settings)
+    """The processor in a model's folder, with image processor and chat template; arguments as in
+    `load_pretrained`."""
+    trusted = trust_remote_code or consent.granted(name)
+    with _explained(name, "processor", trusted):
+        processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=trusted, **settings)
     if not hasattr(processor, "image_processor"):
         raise CheckpointError("the processor reads no images", where=name, mend=SAVE)
     if not getattr(processor, "chat_template", None):
@@ -251,8 +268,9 @@ def _give_pad_token(tokenizer: Any, name: str) -> None:
 
 
 @contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Turn what the libraries raise for a bad folder into one line that names it."""
+def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
+    """Turn what the libraries raise for a bad folder into one line that names it, and let them run
+    no code without consent; `trusted` is the caller's for this folder."""
     folder = Path(name)
     marker = "config.json" if what == "model" else "*.json"
     if folder.is_dir() and not any(folder.glob(marker)):
@@ -261,7 +279,7 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise CheckpointError("no such model folder", where=name, mend=FOLDER)
     if not folder.exists():
         hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
-    with _in_words(name, what):
+    with _in_words(name, what), consent.guard(name, trusted=trusted):
         yield
     if not folder.exists():
         hub.say_if_unreachable(name)
@@ -274,6 +292,8 @@ def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         yield
+    except MmkdError:
+        raise
     except Exception as error:  # a missing file and a broken one raise different types
         raise _nowhere(error, name) or CheckpointError(
             f"cannot load the {what} ({_reason(error)})",
@@ -322,7 +342,7 @@ def _mend(error: BaseException, name: str, what: str) -> str:
     """What to do about what transformers says."""
     causes = _causes(error)
     if "trust_remote_code" in str(error):
-        return "set trust_remote_code to true, if you trust the Python code that it brings"
+        return consent.how(name)
     if AutoModelForImageTextToText.__name__ in str(error):
         return "choose a model that reads images and writes text"
     if "num2words" in str(error):
@@ -353,21 +373,6 @@ def _broken(folder: Path) -> str:
         except ValueError:
             return path.name
     return "a file"
-
-
-def _refuse_pickled(folder: Path) -> None:
-    """Reading pickled weights can run any code: nothing opens them.
-
-    Raises:
-        CheckpointError: a folder has no others.
-    """
-    pickled = sorted(folder.glob("*.bin"))
-    if pickled and not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"its weights are pickled ({pickled[0].name}), which can run code: they are not read",
-            where=str(folder),
-            mend="where you trust them, load them in transformers and save_pretrained safetensors",
-        )
 
 
 def parameter_count(module: torch.nn.Module | None) -> int:

@@ -231,7 +231,6 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
             where=str(out),
             mend="raise --temperature, --samples or --max-new-tokens",
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows, PAIRS), partial, compression="zstd")
-    partial.replace(out)
+    with unfinished(out) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, PAIRS), partial, compression="zstd")
+        partial.replace(out)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from mmkd import distributed, preflight, provenance
+from mmkd import consent, distributed, preflight, provenance
 from mmkd.cache import Store
 from mmkd.checkpoint import check_batch
 from mmkd.errors import CheckpointError
@@ -244,7 +244,9 @@ def _written(member: Member, index: int) -> Path:
 
 
 def _from_folder(config: StudentConfig, folder: Path) -> StudentConfig:
-    """The same settings for a student that a run has written, which has its `image_size`."""
+    """The same settings for a student that a run has written, which has its `image_size`, and the
+    code of its model."""
+    consent.inherit(folder, config.model)
     source = {"model": str(folder), "config": None, "processor": None, "revision": None}
     return config.model_copy(update={**source, "convert": [], "image_size": None})
 

@@ -27,7 +27,9 @@ def load_plugin(name: str) -> None:
     path = Path(name)
     try:
         if path.suffix != ".py":
-            importlib.import_module(name)
+            module = importlib.import_module(name)
+            file = getattr(module, "__file__", None)
+            _files[name] = sha256(Path(file)) if file else "no file"
             return
         if not path.is_file():
             raise MmkdError("no such file", where=where, mend="check the path")
@@ -48,5 +50,5 @@ def load_plugin(name: str) -> None:
 
 
 def plugin_files() -> dict[str, str]:
-    """Files that were run, with their checksums."""
+    """Files and modules that were run, with the checksums of their files."""
     return dict(_files)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mmkd import consent
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
 from mmkd.files import read_json, sha256, write_json
@@ -42,6 +43,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         },
         "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
         "plugins": plugin_files(),
+        "trusted": consent.record(),
         "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
     }
 

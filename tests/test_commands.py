@@ -115,7 +115,7 @@ def test_one_student_that_fails_does_not_lose_the_other(
             raise CheckpointError("broken", where=model)
 
     monkeypatch.setattr(run, "evaluate", evaluate)
-    scores, failed = score_models(asked, None, trust_remote_code=False)
+    scores, failed = score_models(asked, None)
     assert scores == {"other": {"a": {"x": 0.25}}}
     assert [e.what for e in failed] == ["broken", "1 of 2 tasks failed"]
 

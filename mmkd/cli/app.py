@@ -76,9 +76,30 @@ Plugins = Annotated[
 ]
 
 
+def _trust(names: list[str] | None) -> list[str]:
+    from mmkd import consent
+
+    for name in names or []:
+        consent.grant(name)
+    return names or []
+
+
+Trusted = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--trust-remote-code",
+        metavar="NAME",
+        callback=_trust,
+        help="folder or Hub id whose Python code may run: of a model, or of evaluation tasks",
+    ),
+]
+
+
 def named(plugins: list[str] | None) -> list[str]:
-    """Plugins as arguments of a command."""
-    return [word for name in plugins or [] for word in ("--plugin", name)]
+    """Plugins, and whose code is trusted, as arguments of a command."""
+    from mmkd import consent
+
+    return [*(word for name in plugins or [] for word in ("--plugin", name)), *consent.words()]
 
 
 Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]

@@ -8,7 +8,17 @@ from typing import Annotated, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import AsJson, Nproc, Overrides, Plugins, RecipeFile, cache_app, named, notes
+from mmkd.cli.app import (
+    AsJson,
+    Nproc,
+    Overrides,
+    Plugins,
+    RecipeFile,
+    Trusted,
+    cache_app,
+    named,
+    notes,
+)
 from mmkd.errors import AGAIN
 
 
@@ -17,6 +27,7 @@ def build_cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
+    trusted: Trusted = None,
     nproc: Nproc = 1,
 ) -> None:
     """Run the recipe's teacher once over its data. A second call continues where it stopped."""
@@ -51,6 +62,7 @@ def cache_stats(
         typer.Option(help="model folder: compare divergences from it; default: the recipe's"),
     ] = None,
     records: Annotated[int, typer.Option(min=1, help="records to compare on")] = 256,
+    trusted: Trusted = None,
     as_json: AsJson = False,
 ) -> None:
     """Bytes per token and read speed; with a recipe also the error against the teacher itself."""

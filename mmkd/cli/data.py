@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import AsJson, Plugins, data_app, notes
+from mmkd.cli.app import AsJson, Plugins, Trusted, data_app, notes
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.fields import MOST_SEED
 
@@ -47,6 +47,7 @@ def pairs(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     device: str = "auto",
+    trusted: Trusted = None,
 ) -> None:
     """Preference pairs from a model's own answers, scored by the objects that they name."""
     from mmkd.pairs import make_pairs
@@ -76,6 +77,7 @@ def pairs(
 def check(
     target: Annotated[str, typer.Argument(help="recipe, or what data.train may be")],
     plugin: Plugins = None,
+    trusted: Trusted = None,
     images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
     decode: Annotated[bool, typer.Option(help="decode pictures, not only headers")] = False,
     unique_ids: Annotated[bool, typer.Option(help="count ids that come twice")] = False,

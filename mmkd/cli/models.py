@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import app
+from mmkd.cli.app import Trusted, app
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.fields import MOST_SEED
 
@@ -36,7 +36,7 @@ def convert(
     sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of the new weights")] = 42,
-    trust_remote_code: bool = False,
+    trusted: Trusted = None,
 ) -> None:
     """Write a student with Mamba-2 mixers for attention, or experts for feed-forward networks."""
     from mmkd.progress import say
@@ -56,12 +56,11 @@ def convert(
         {
             "model": model,
             "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
             "convert": [mamba] * wants_mamba + [moe] * (experts is not None),
         },
         [f"convert.0.{setting}" for setting in settings or []],
     )
-    report = write_converted(student, out, seed=seed)
+    report = write_converted(student, out, seed=seed, new=True)
     for line in report.lines:
         say(line)
     say(f"wrote {out}: {report.after:,} parameters, {report.before:,} before")
@@ -88,7 +87,7 @@ def evaluate(
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
-    trust_remote_code: bool = False,
+    trusted: Trusted = None,
 ) -> None:
     """Score a run's students, or any model, with lmms-eval."""
     from mmkd.cli.scoring import find_models, score_models
@@ -104,7 +103,6 @@ def evaluate(
         limit=limit,
         device=device,
         revision=revision,
-        trust_remote_code=trust_remote_code,
     )
     if scores:
         print_scores(scores)

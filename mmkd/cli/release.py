@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from mmkd import interrupt
-from mmkd.cli.app import Plugins, app
+from mmkd.cli.app import Plugins, Trusted, app
 from mmkd.errors import AGAIN
 
 
@@ -27,6 +27,7 @@ def release(
     out: Annotated[Optional[Path], typer.Option(help="write this folder, upload nothing")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
     plugin: Plugins = None,
+    trusted: Trusted = None,
 ) -> None:
     """Publish a finished student on the Hub: weights, code, processor, card."""
     from mmkd.release import release as publish

@@ -14,6 +14,7 @@ from mmkd.cli.app import (
     Overrides,
     Plugins,
     RecipeFile,
+    Trusted,
     app,
     named,
     notes,
@@ -27,6 +28,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
+    trusted: Trusted = None,
     nproc: Nproc = 1,
     from_stage: Annotated[
         Optional[str],  # noqa: UP045
@@ -63,6 +65,7 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
+    trusted: Trusted = None,
     nproc: Annotated[Optional[int], typer.Option(min=1, help="number of processes")] = None,  # noqa: UP045
     memory: Annotated[
         Optional[float],  # noqa: UP045
@@ -102,6 +105,7 @@ def bench(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plugin: Plugins = None,
+    trusted: Trusted = None,
     stage: Annotated[Optional[str], typer.Option(help="default: the first")] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
     out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045

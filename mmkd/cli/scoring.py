@@ -23,7 +23,6 @@ class Asked:
     Attributes:
         models: {label: folder or Hub id}.
         is_run: the models are a run's students.
-        trust_remote_code: the run's recipe trusts the student's code.
     """
 
     models: dict[str, str]
@@ -31,7 +30,6 @@ class Asked:
     include: Path | None
     local: Path | None
     is_run: bool = False
-    trust_remote_code: bool = False
 
 
 def find_models(
@@ -75,8 +73,7 @@ def find_models(
         local = local or _found(run, wanted.get("local"))
     if not tasks:
         raise MmkdError("its recipe names no tasks", where=model, mend="name some with --tasks")
-    trusted = bool((run.recipe.get("student") or {}).get("trust_remote_code"))
-    return Asked(_students(run, student), tasks, include, local, True, trusted)
+    return Asked(_students(run, student), tasks, include, local, True)
 
 
 def _found(run: "Run", path: str | None) -> Path | None:
@@ -108,14 +105,13 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
 
 
 def score_models(
-    asked: Asked, out: Path | None, *, trust_remote_code: bool, **settings: Any
+    asked: Asked, out: Path | None, **settings: Any
 ) -> tuple[Scores, list[EvaluationError]]:
     """Scores of each model, and the errors. A model that fails does not stop the others.
 
     Args:
         asked: the models and tasks, from `find_models`.
         out: folder for results; a run's students get one folder each inside.
-        trust_remote_code: run the code in a model's folder.
         settings: further arguments of `mmkd.evaluation.run.evaluate`.
     """
     from mmkd.evaluation.run import evaluate
@@ -133,7 +129,6 @@ def score_models(
                 include_path=asked.include,
                 local=asked.local,
                 out=place,
-                trust_remote_code=trust_remote_code or asked.trust_remote_code,
                 **settings,
             ).scores
         except EvaluationError as error:  # of some of its tasks

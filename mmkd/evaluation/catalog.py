@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import DataError, MmkdError
+from mmkd.evaluation.foreign_tasks import check_name, require_consent
 from mmkd.evaluation.standard import ALIASES, COLUMNS
 from mmkd.task_files import data_files, read_task
 
@@ -81,9 +82,15 @@ def is_submission(metric: Mapping[str, Any]) -> bool:
 @cache
 def bundled() -> Index:
     """lmms-eval's own tasks; empty where it is not installed."""
+    folder = _bundled_folder()
+    return index(folder) if folder.is_dir() else {}
+
+
+def _bundled_folder() -> Path:
+    """Where lmms-eval has its own tasks; a path that is none where it is not installed."""
     spec = importlib.util.find_spec("lmms_eval")
     places = list(spec.submodule_search_locations or []) if spec else []
-    return index(Path(places[0]) / "tasks") if places else {}
+    return Path(places[0]) / "tasks" if places else Path(os.devnull) / "tasks"
 
 
 def index(folder: Path) -> Index:
@@ -131,7 +138,7 @@ def choose(asked: Sequence[str], include: Path | None) -> Chosen:
 
     Raises:
         MmkdError: none is asked for, a name is unknown, or a task needs likelihoods, a judge or a
-            server.
+            server, or its file runs code without consent.
         DataError: `include` or a data file that a task names does not exist.
     """
     if not asked:
@@ -148,6 +155,12 @@ def choose(asked: Sequence[str], include: Path | None) -> Chosen:
         names += known[name].members if known[name].is_tag else [name]
     names = list(dict.fromkeys(names))
     reached = {entry.name: entry for name in names for entry in _reachable(name, known)}
+    for entry in reached.values():
+        check_name(entry.name, entry.path)
+    # All files of the folder: lmms-eval looks a name up itself, and may find it in another one.
+    beside = sorted(include.rglob("*.yaml")) if include is not None else []
+    asked_for = [entry.path for entry in reached.values() if entry.path is not None]
+    require_consent([*beside, *asked_for], _bundled_folder())
     tasks = [entry for entry in reached.values() if not entry.members]
     for task in tasks:
         _refuse_unscored(task, known)

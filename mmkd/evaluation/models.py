@@ -63,7 +63,6 @@ def _evaluate_one(
     running: dict[str, Any] = {
         "device": device,
         "revision": source.revision,
-        "trust_remote_code": source.trust_remote_code,
         "quantize": model["quantize"],
     }
     if source.image_size is not None:

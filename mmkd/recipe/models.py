@@ -70,7 +70,11 @@ class ModelConfig(Strict):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="kernel of attention; `matrix` needs the teacher's eager"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that the model brings")
+    trust_remote_code: bool = Field(
+        False,
+        description="the model brings Python code; it runs where the command says so, by "
+        "--trust-remote-code",
+    )
     image_size: ImageSizeConfig | None = Field(
         None, description="of pictures, in place of the processor's own"
     )

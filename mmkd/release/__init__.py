@@ -59,7 +59,7 @@ def release(
         print_preview(source, settings, files, card, out)
         return
     target = out or source.run.folder / "release" / source.member.label
-    write_release(files, target, trust_remote_code=source.recipe.student.trust_remote_code)
+    write_release(files, target, new=out is not None)
     written = [path for path in target.rglob("*") if path.is_file()]
     size = compact(sum(path.stat().st_size for path in written), "B")
     say(f"wrote {target}: {len(written)} files, {size}")

@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mmkd import consent
 from mmkd.errors import CheckpointError
 from mmkd.files import read_json
 from mmkd.loading import DTYPES, load_pretrained
@@ -52,7 +52,7 @@ def stored_dtype(student: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def write_rounded(student: Path, folder: Path, dtype: str, *, trust_remote_code: bool) -> None:
+def write_rounded(student: Path, folder: Path, dtype: str) -> None:
     """Write config and weights in `dtype`, then load them and compare every tensor.
 
     Parameters that a model class keeps in float32, such as the decay of Mamba layers, stay float32.
@@ -60,11 +60,11 @@ def write_rounded(student: Path, folder: Path, dtype: str, *, trust_remote_code:
     Raises:
         CheckpointError: a weight has no finite value in `dtype`, or what was written differs.
     """
-    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    model = load_pretrained(str(student), dtype=DTYPES[dtype], **trusted)
+    consent.inherit(folder, str(student))
+    model = load_pretrained(str(student), dtype=DTYPES[dtype])
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     _compare(student, folder, DTYPES[dtype])
-    again = load_pretrained(str(folder), dtype="auto", **trusted).state_dict()
+    again = load_pretrained(str(folder), dtype="auto").state_dict()
     for name, tensor in model.state_dict().items():
         _require(name, again[name].dtype == tensor.dtype, folder)
         _require(name, torch.equal(again[name], tensor), folder)

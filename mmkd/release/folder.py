@@ -70,8 +70,7 @@ def settings_text(source: Source) -> str:
     """The student's generation settings with all tokens that end an answer. Older versions of mmkd
     left out the chat template's end of turn."""
     held = read_json(source.student / SETTINGS)
-    trusted = source.recipe.student.trust_remote_code
-    processor = load_pretrained_processor(str(source.student), trust_remote_code=trusted)
+    processor = load_pretrained_processor(str(source.student))
     ends = end_tokens(processor, held.get("eos_token_id"))
     if ends:
         held["eos_token_id"] = ends if len(ends) > 1 else ends[0]
@@ -85,28 +84,28 @@ def size_of(content: Path | str | Rounded) -> int:
     return len(content.encode()) if isinstance(content, str) else content.stat().st_size
 
 
-def write_release(files: Files, out: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the folder, replacing an older one. It gets its name only when it is complete.
+def write_release(files: Files, out: Path, *, new: bool = False) -> None:
+    """Write the folder. It gets its name only when it is complete.
 
     Weights are hard links to the run's own files if the disk allows it.
 
     Args:
         files: the result of `release_files`.
         out: folder to write.
-        trust_remote_code: run the student's own code, to load weights that change their dtype.
+        new: refuse to replace a folder that is there.
 
     Raises:
         CheckpointError: the folder cannot be written, or its weights are not the student's. Nothing
             of it is left.
     """
-    write_folder(out, partial(_write, files, trust_remote_code))
+    write_folder(out, partial(_write, files), new=new)
 
 
-def _write(files: Files, trust_remote_code: bool, folder: Path) -> None:
+def _write(files: Files, folder: Path) -> None:
     rounded = next((c for c in files.values() if isinstance(c, Rounded)), None)
     if rounded is not None:
         student = rounded.source.parent
-        write_rounded(student, folder, rounded.dtype, trust_remote_code=trust_remote_code)
+        write_rounded(student, folder, rounded.dtype)
     for name, content in files.items():
         if isinstance(content, Rounded) or (rounded is not None and name == "config.json"):
             continue

@@ -25,6 +25,7 @@ def write_student(
     lora: LoraConfig | None = None,
     *,
     from_config: bool = False,
+    new: bool = False,
 ) -> None:
     """Config, safetensors and processor, and a converted student's code; whole or not there.
 
@@ -38,6 +39,7 @@ def write_student(
         weights: in place of the student's own, which an engine may have spread over processes.
         lora: what its adapters are; its `adapter` folder keeps them if that says so.
         from_config: the student was made from a config, with random weights.
+        new: do not replace the folder.
     """
     whole = weights if lora is None else merged(student, weights)
     if student.generation_config is not None:
@@ -49,16 +51,19 @@ def write_student(
         if lora is not None and lora.keep:
             save_adapters(student, lora, weights, partial / ADAPTER)
 
-    write_folder(folder, write)
+    write_folder(folder, write, new=new)
 
 
-def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> ConversionReport:
+def write_converted(
+    config: StudentConfig, folder: Path, *, seed: int, new: bool = False
+) -> ConversionReport:
     """Load a model, convert it and write it.
 
     Args:
         config: the model and its conversions.
         folder: to write; replaced if it is there.
         seed: of the weights that the model did not bring.
+        new: do not replace it.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -67,5 +72,5 @@ def write_converted(config: StudentConfig, folder: Path, *, seed: int) -> Conver
     set_seed(seed)
     student, processor = load_model(config), load_processor(config)
     report = convert(student, config.convert)
-    write_student(student, processor, folder, from_config=config.config is not None)
+    write_student(student, processor, folder, from_config=config.config is not None, new=new)
     return report

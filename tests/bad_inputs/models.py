@@ -89,7 +89,7 @@ def unknown_model_type(world: World) -> None:
     KIND,
     "gave a model that brings its own code",
     "model: cannot load the model",
-    "trust_remote_code",
+    "add --trust-remote-code model",
 )
 def code_that_is_not_trusted(world: World) -> None:
     def bring(config: dict[str, Any]) -> None:

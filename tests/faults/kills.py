@@ -151,7 +151,7 @@ class Run:
         """What the run is doing, by its folder."""
         if (self.folder / STAGES[1] / "done.json").exists():
             return "evaluation"
-        if any(self.folder.glob("*/student.partial")):
+        if any(self.folder.glob("*/.student.*.partial")):
             return "stage change"
         if any(self.folder.glob("*/checkpoints/*.partial")):
             return "save"

@@ -1,0 +1,166 @@
+"""Task files from outside of lmms-eval: code, unless they are as harmless as mmkd's own.
+
+A task file runs Python in many ways: by `!function`, by templates of Jinja, by metrics that are
+downloaded, by settings of its data. So it takes consent, but for files that only name functions of
+`mmkd.evaluation.scenes`, local data and numbers.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd import consent
+from mmkd.errors import MmkdError
+from mmkd.task_files import read_task
+
+SCORING = "mmkd.evaluation.scenes"
+FUNCTION = re.compile(rf"{re.escape(SCORING)}\.[a-z][a-z0-9_]*")
+WORD = re.compile(r"\w+")
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq",
+                                                 "map", "merge")}  # fmt: skip
+DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # `datasets` runs none of their code
+FUNCTIONS = ("process_docs", "doc_to_visual", "process_results")
+COLUMNS = ("doc_to_text", "doc_to_target")
+FREE = ("task", "tag", "include", "test_split", "validation_split", "output_type", "metadata",
+        "generation_kwargs")  # fmt: skip
+
+
+def require_consent(paths: Iterable[Path], own: Path) -> None:
+    """Refuse task files whose code may not run.
+
+    Args:
+        paths: files of tasks, groups and what they include.
+        own: the folder of the task files that are installed with lmms-eval.
+
+    Raises:
+        MmkdError: a file runs code, and the command's words do not let its folder.
+    """
+    for path in paths:
+        whole = path.resolve()
+        if whole.is_relative_to(own.resolve()) or consent.granted(path.parent):
+            continue
+        if (why := _runs_code(path)) is not None:
+            raise MmkdError(
+                f"a task file can run Python ({why})",
+                where=str(path),
+                mend=consent.how(path.parent),
+            )
+
+
+def check_name(name: str, path: Path | None) -> None:
+    """A task's name becomes the name of a file.
+
+    Raises:
+        MmkdError: it leads to another folder.
+    """
+    if "/" in name or "\\" in name or not name.isprintable() or name in ("", ".", ".."):
+        raise MmkdError(
+            f"a task has the name {name!r}, which is no name of a file",
+            where=None if path is None else str(path),
+            mend="give it another",
+        )
+
+
+def _runs_code(path: Path) -> str | None:
+    """What of a task file may run code, and of the files that it includes; None for nothing."""
+    if (path.parent / f"{SCORING}.py").exists():  # lmms-eval looks there first
+        return f"{SCORING}.py stands beside it"
+    for file in _with_included(path):
+        if isinstance(file, str):
+            return file
+        if (tag := _strange_tag(file)) is not None:
+            return tag
+    return _strange_key(read_task(path))
+
+
+def _with_included(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Path | str]:
+    """A file and those that it includes; a text in place of one that is not beside it."""
+    yield path
+    try:
+        found = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    for key, value in getattr(found, "value", []) if isinstance(found, yaml.MappingNode) else []:
+        if getattr(key, "value", None) != "include":
+            continue
+        nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for name in [str(node.value) for node in nodes]:
+            inner = path.parent / name
+            elsewhere = Path(name).is_file() and not Path(name).samefile(inner)
+            if Path(name).name != name or elsewhere:  # it may be taken from the working directory
+                yield f"it includes {name}"
+            elif inner.is_file() and inner not in (path, *above):
+                yield from _with_included(inner, (path, *above))
+
+
+def _strange_tag(path: Path) -> str | None:
+    """A tag of YAML in a file that is neither a plain value nor a function of `SCORING`."""
+    try:
+        found = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return f"{path.name} is no YAML"
+    seen: set[int] = set()
+    nodes = [found] if found is not None else []
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.tag == "!function" and isinstance(node, yaml.ScalarNode):
+            if FUNCTION.fullmatch(node.value) is None:
+                return f"!function {node.value}"
+        elif node.tag not in TAGS:
+            return node.tag
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+    return None
+
+
+def _strange_key(config: dict[str, Any]) -> str | None:
+    """A key of a task, files that it includes taken in, with which lmms-eval may do anything."""
+
+    def is_function(value: Any) -> bool:
+        return isinstance(value, str) and FUNCTION.fullmatch(value) is not None
+
+    for key, value in config.items():
+        if key in FREE:
+            known = not _has_template(value)
+        elif key in FUNCTIONS:
+            known = is_function(value)
+        elif key in COLUMNS:
+            known = is_function(value) or _is_word(value)
+        elif key in ("dataset_path", "dataset_name"):
+            known = isinstance(value, str) and DATA_SET.fullmatch(value) is not None
+        elif key == "dataset_kwargs":
+            known = isinstance(value, dict) and set(value) <= {"data_files", "token"}
+        elif key == "metric_list":
+            known = "process_results" in config and all(
+                isinstance(m, dict)
+                and set(m) <= {"metric", "aggregation", "higher_is_better"}
+                and _is_word(m.get("metric"))
+                and is_function(m.get("aggregation"))
+                for m in (value if isinstance(value, list) else [None])
+            )
+        else:
+            known = False
+        if not known:
+            return f"{key}"
+    return None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and WORD.fullmatch(value) is not None
+
+
+def _has_template(value: Any) -> bool:
+    """Whether a text in a value could be a template."""
+    if isinstance(value, dict):
+        return any(_has_template(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_has_template, value))
+    return isinstance(value, str) and "{" in value
