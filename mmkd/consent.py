@@ -106,16 +106,18 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
         if not granted(str(name)) and not (trusted and _key(str(name)) == _key(loaded)):
             refused.append(
                 CheckpointError(
-                    f"its Python code ({module_file}) may not run", where=str(name), mend=how(name)
+                    f"its Python code ({module_file}) may not run",
+                    where=str(name),
+                    mend=how(str(name)),
                 )
             )
             raise refused[-1]
-        path = open_module(name, module_file, *more, **settings)
+        path = open_module(str(name), module_file, *more, **settings)
         _note(str(name), module_file, path)
         return path
 
     def no_adapter(name: str | os.PathLike[str], **settings: Any) -> None:
-        if find_adapter(name, **settings) is not None:
+        if find_adapter(str(name), **settings) is not None:
             refused.append(
                 CheckpointError(
                     "it holds an adapter (adapter_config.json), which is no model of its own",

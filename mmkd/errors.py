@@ -4,6 +4,8 @@ import difflib
 import unicodedata
 from collections.abc import Sequence
 
+from mmkd.redact import redact
+
 AGAIN = "run the same command again to go on"
 FROM_THE_START = "run the same command again, it begins from the start"
 MEND = " -- "
@@ -36,13 +38,14 @@ def _escaped(character: str) -> str:
 def _part(text: str) -> str:
     """A problem, or its place, as a message has it: foreign text cannot begin a second row, nor
     something that looks like a mend."""
-    text = one_row(text).replace(MEND, " - ")
+    text = redact(one_row(text)).replace(MEND, " - ")
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class MmkdError(Exception):
-    """A problem the user can mend. Its text is one line, whatever the parts hold.
+    """A problem the user can mend. Its text is one line without secrets, whatever the parts
+    hold.
 
     Args:
         what: what is wrong, in a few words.
@@ -54,7 +57,7 @@ class MmkdError(Exception):
         self.what, self.where, self.mend = what, where, mend
         parts = [_part(f"{where}: {what}" if where else what)]
         if mend:
-            parts.append(one_row(mend))
+            parts.append(redact(one_row(mend)))
         super().__init__(MEND.join(parts))
 
 

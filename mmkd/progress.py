@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from mmkd.errors import one_row
+from mmkd.redact import redact
 
 console = Console()
 SECONDS_BETWEEN_LINES = 30.0
@@ -27,8 +28,8 @@ WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
 
 def say(text: str) -> None:
     """Print text as it is: without markup and colours, and without breaking lines. Control
-    characters other than line breaks are written as escapes."""
-    text = "\n".join(map(one_row, text.split("\n")))
+    characters other than line breaks are written as escapes, and secrets are left out."""
+    text = "\n".join(map(one_row, redact(text).split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from mmkd.errors import DataError
 from mmkd.files import read_json, sha256, write_json
 from mmkd.plugins import plugin_files
 from mmkd.recipe import HUB, Recipe, SourceConfig
+from mmkd.redact import redact_all
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
             "deepspeed", "numpy", "pillow")  # fmt: skip
@@ -53,7 +54,7 @@ def write(path: Path, recipe: Recipe) -> None:
     replaced."""
     found = read_json(path) if path.exists() else {}
     kept = {key: found[key] for key in ("replaced",) if key in found}
-    write_json(path, collect(recipe) | kept)
+    write_json(path, redact_all(collect(recipe) | kept))
 
 
 def source_facts(config: SourceConfig) -> str:

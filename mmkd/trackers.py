@@ -18,6 +18,7 @@ from mmkd.errors import RecipeError, StoppedError
 from mmkd.files import read_json, write_json
 from mmkd.progress import live, say
 from mmkd.recipe import Recipe, TrackerName, to_yaml
+from mmkd.redact import redact, redact_all
 
 MODULES: dict[TrackerName, str] = {
     "tensorboard": "torch.utils.tensorboard",
@@ -93,7 +94,7 @@ class TensorBoard:
         # What a killed process wrote past its checkpoint is written again.
         self._writer = SummaryWriter(str(folder), purge_step=place.step + 1)
         if place.new:
-            indented = to_yaml(tracked.recipe).replace("\n", "\n    ")
+            indented = redact(to_yaml(tracked.recipe)).replace("\n", "\n    ")
             self._writer.add_text("recipe", f"    {indented}", 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -120,7 +121,7 @@ class WandB:
             id=place.id,
             resume="allow",
             dir=str(tracked.run),
-            config=tracked.recipe.model_dump(mode="json"),
+            config=redact_all(tracked.recipe.model_dump(mode="json")),
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -144,7 +145,7 @@ class Trackio:
                 project=PROJECT,
                 name=tracked.name,
                 group=tracked.recipe.name,
-                config=tracked.recipe.model_dump(mode="json"),
+                config=redact_all(tracked.recipe.model_dump(mode="json")),
                 resume="never" if place.new else "allow",
                 embed=False,
             )

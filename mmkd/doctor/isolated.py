@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mmkd.errors import one_line
 from mmkd.interrupt import begin_worker
+from mmkd.redact import redact
 
 State = Literal["ok", "missing", "broken"]
 SECONDS = 180.0
@@ -79,7 +80,9 @@ def run_isolated(checks: Sequence[Check], seconds: float = SECONDS) -> Iterator[
                 if found.state != "ok":
                     mend = mend or check.mend
                 needed = check.needed if found.needed is None else found.needed
-                yield Row(check.section, name, found.state, found.detail, mend, needed)
+                yield Row(
+                    check.section, name, found.state, redact(found.detail), redact(mend), needed
+                )
             done += 1
 
 

@@ -13,6 +13,7 @@ from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
+from mmkd.redact import find_secret_within
 
 M = TypeVar("M", bound=BaseModel)
 SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}
@@ -124,6 +125,13 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
+    if (found := find_secret_within(raw)) is not None:
+        key, what = found
+        raise RecipeError(
+            f"it seems to be {what}, and recipes are copied into reports and releases",
+            where=f"{where}: {key}",
+            mend="take it out; tokens come from 'hf auth login' or variables such as HF_TOKEN",
+        )
     try:
         return form.model_validate(raw)
     except ValidationError as error:

@@ -12,8 +12,10 @@ from mmkd.data.generation import end_tokens
 from mmkd.files import link_file, read_json, write_folder
 from mmkd.loading import load_pretrained_processor
 from mmkd.recipe import ReleaseConfig
+from mmkd.redact import redact
 from mmkd.release.dtype import Rounded, stored_dtype, write_rounded
 from mmkd.release.scrub import scrub
+from mmkd.release.secrets import refuse_secrets
 from mmkd.release.source import Source
 from mmkd.students.write import ADAPTER
 
@@ -35,6 +37,9 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
         for path in sorted(source.student.rglob("*"))
         if path.is_file() and ADAPTER not in path.relative_to(source.student).parts
     }
+    for path in files.values():
+        assert isinstance(path, Path)
+        refuse_secrets(path, source.student)
     own = {"output_dir": OUTPUT_DIR, "report_to": []}  # for others to choose
     if SETTINGS in files:
         files[SETTINGS] = settings_text(source)
@@ -45,7 +50,7 @@ def release_files(source: Source, settings: ReleaseConfig, card: ModelCard) -> F
     recipe = scrub(source.recipe.model_dump(mode="json") | own)
     provenance = scrub(source.run.provenance)
     return files | {
-        "README.md": f"{str(card).rstrip()}\n",
+        "README.md": redact(f"{str(card).rstrip()}\n"),
         "LICENSE": license_note(settings, source.needs_code),
         "recipe.yaml": yaml.safe_dump(recipe, sort_keys=False),
         "provenance.json": json.dumps(provenance, indent=1, ensure_ascii=False) + "\n",

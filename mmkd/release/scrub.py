@@ -4,17 +4,17 @@ import re
 from pathlib import PureWindowsPath
 from typing import Any
 
+from mmkd.redact import redact
+
 _START = r"(?:file:/+|~[\w.-]*[\\/]|\.\.[\\/]|/(?![/\s]|$)|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(_START)
 _QUOTED = re.compile(rf"(?<=')({_START}[^']*)(?=')|(?<=\")({_START}[^\"]*)(?=\")")
 _WITHIN = re.compile(rf"(?<![\w:/.~\\-]){_START}[^\s'\",;=\[\]{{}}()]*")
-_TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")  # name:password@ of an address
 
 
 def scrub(value: Any) -> Any:
     """A recipe's or provenance's content with the last name of every path outside of the working
-    directory in the path's place, and without the Hub's tokens; keys too."""
+    directory in the path's place, and without secrets; keys too."""
     if isinstance(value, dict):
         scrubbed: dict[str, Any] = {}
         for key, item in value.items():
@@ -31,7 +31,7 @@ def file_name(path: str) -> str:
 
 
 def _text(text: str) -> str:
-    text = _LOGIN.sub("", _TOKEN.sub(r"\1...", text))
+    text = redact(text)
     key, equals, value = text.rpartition("=")
     if _WHOLE.match(value):  # whole, as a path may have spaces
         return key + equals + file_name(value)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mmkd.files import write_text
 from mmkd.progress import say
+from mmkd.redact import redact
 from mmkd.report.decoding import decoding_table
 from mmkd.report.page import render
 from mmkd.report.rundata import read_run
@@ -27,7 +28,7 @@ def write_report(folder: Path, *, use: bool = False) -> Path:
     run = read_run(folder)
     tables = build_tables(run)
     path = folder / "report.html"
-    write_text(path, render(run, tables))
+    write_text(path, redact(render(run, tables)))
     print_tables(tables)
     if decoding := decoding_table(run):
         print_table(decoding)
