@@ -31,6 +31,12 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.mmkd.partial")
 
 
+def _final(path: Path) -> Path:
+    """What is written under the name that `partial_of` gives; other paths as they are."""
+    name = path.name.removeprefix(".").removesuffix(".mmkd.partial")
+    return path.with_name(name) if partial_of(path.with_name(name)) == path else path
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text in one step; of several processes that do, one after another.
 
@@ -238,7 +244,7 @@ def _lock(path: Path, make: Callable[[], None]) -> int:
             os.close(handle)
             raise CheckpointError(
                 "another command is writing there",
-                where=str(path).removesuffix(".partial"),
+                where=str(_final(path)),
                 mend="wait for its end, or stop it",
             ) from error
         except OSError:  # this disk does not support locks

@@ -22,7 +22,7 @@ from mmkd.data.scenes.build import IMAGE, TURNS, conversation
 from mmkd.data.schema import Record
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.scenes import mentioned_objects
-from mmkd.files import locked_file
+from mmkd.files import locked_file, writing
 from mmkd.interrupt import deferred
 from mmkd.loading import load_model, load_processor
 from mmkd.progress import track
@@ -231,6 +231,5 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
             where=str(out),
             mend="raise --temperature, --samples or --max-new-tokens",
         )
-    with unfinished(out) as partial:
+    with writing(out) as partial:
         pq.write_table(pa.Table.from_pylist(rows, PAIRS), partial, compression="zstd")
-        partial.replace(out)

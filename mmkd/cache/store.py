@@ -266,4 +266,10 @@ def _keys(path: Path) -> list[bytes]:
 
 def _shards(folder: Path) -> list[dict[str, Any]]:
     """Of all complete shards, by name."""
-    return [read_json(path) for path in sorted(folder.glob("rows-*.json"))]
+    found = {path: read_json(path) for path in sorted(folder.glob("rows-*.json"))}
+    for path, shard in found.items():
+        if shard["file"] != path.with_suffix(".safetensors").name:
+            raise CheckpointError(
+                f"it names another file ({shard['file']})", where=str(path), mend=REBUILD
+            )
+    return list(found.values())

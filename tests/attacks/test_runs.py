@@ -182,7 +182,7 @@ def test_a_second_command_in_one_folder_is_refused(world, command):
         "eval": ["eval", "model", "--tasks", "scenes_vqa", "--out", "out"],
         "data build": ["data", "build", "scenes", "--out", "out", "--train", "1"],
     }[command]
-    folder = {"run": "runs/tiny", "cache": "cache", "eval": "out"}.get(command, "out.partial")
+    folder = {"run": "runs/tiny", "cache": "cache", "eval": "out"}.get(command, ".out.mmkd.partial")
     with locked(world.folder / folder):
         before = sorted(world.folder.rglob("*"))
         status, message = run(words, world.patch)
