@@ -26,7 +26,7 @@ from mmkd.cache import Store
 from mmkd.checkpoint import check_batch
 from mmkd.errors import CheckpointError
 from mmkd.evaluation.models import evaluate_models
-from mmkd.files import link_folder, write_folder, write_json, write_text
+from mmkd.files import link_folder, read_yaml, write_folder, write_json, write_text
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import Course, console, say
@@ -77,6 +77,7 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
     device = distributed.choose_device(recipe.stages[0].engine.device)
     distributed.connect(device, patience=patience)
     todo = members(recipe)
+    _refuse_foreign(run_folder(recipe))
     restarts = [find_restart(member, from_stage) for member in todo]
     check_stage(from_stage, todo, restarts)
     pending = [r is not None or not _is_trained(m) for r, m in zip(restarts, todo, strict=True)]
@@ -98,6 +99,25 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
             if distributed.rank() == 0:
                 evaluate(recipe, todo)
     return run_folder(recipe)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A run writes recipe.yaml: refuse a folder whose recipe.yaml a person wrote.
+
+    Raises:
+        CheckpointError: it holds one, and no run.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file() or (folder / "provenance.json").exists():
+        return
+    held = read_yaml(path)
+    whole = {"label", "seed", "output_dir", "variants", "seeds", "stages"}  # as a run writes it
+    if not isinstance(held, dict) or not whole <= set(held):
+        raise CheckpointError(
+            "the run's folder holds a recipe.yaml that no run has written",
+            where=str(path),
+            mend="give the run another name or output_dir",
+        )
 
 
 def _check(member: Member, restart: Restart | None) -> None:

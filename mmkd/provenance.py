@@ -79,6 +79,11 @@ def source_facts(config: SourceConfig) -> str:
     return f"{len(files):,} files, sha256 of their {what} {seen.hexdigest()}"
 
 
+def file_hash(path: Path) -> str:
+    """A file's sha256, made once by this process unless it changes."""
+    return _sha256(path, path.stat().st_mtime_ns)
+
+
 @cache
 def _sha256(path: Path, changed: int) -> str:
     # Each stage of a run asks again.

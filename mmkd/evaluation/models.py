@@ -5,6 +5,7 @@ evaluation/<label>/ results.json  request.json  samples/  answers.json  decode.j
 Finished parts are kept. A part that fails is reported at the end and does not stop the others.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
 from mmkd.loading import quantization_of
 from mmkd.progress import console, say
+from mmkd.provenance import file_hash
 from mmkd.recipe import EvaluateConfig, ModelConfig
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
@@ -113,6 +115,7 @@ def _score(
     from mmkd.evaluation.run import evaluate as score
 
     request = {**model, **settings.model_dump(mode="json", exclude={"decode", "samples"})}
+    request["data"] = _data_of(settings)
     if _answered(out, request):
         return
     if twin := _twin(out, request):
@@ -141,7 +144,32 @@ def _score(
 
 def _answered(out: Path, request: dict[str, Any]) -> bool:
     path = out / "request.json"
-    return path.exists() and _asked(path) == request
+    return path.exists() and _same(_asked(path), request)
+
+
+def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether two requests are one. Data of which one of them knows nothing are taken for equal:
+    older versions wrote nothing down, and data that are gone cannot be scored again."""
+    data = found.get("data"), request["data"]
+    return (None in data or data[0] == data[1]) and {**found, "data": request["data"]} == request
+
+
+def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:
+    """{file: sha256} of the local files that the tasks read; None where they are not there."""
+    from mmkd.evaluation.catalog import choose
+    from mmkd.evaluation.local import find_local
+    from mmkd.task_files import data_files
+
+    try:
+        chosen = choose(settings.tasks, Path(settings.include) if settings.include else None)
+        local = find_local(chosen.tasks, Path(settings.local)) if settings.local else {}
+        files = [file for found in local.values() for file in (*found.files, *found.pictures)]
+        for task in chosen.tasks:
+            if task.path is not None and task.name not in local:
+                files += data_files(dict(task.config), task.path.parent)
+        return {os.path.normpath(f): file_hash(f) for f in files if f.is_file()}
+    except (MmkdError, OSError):
+        return None
 
 
 def _asked(path: Path) -> dict[str, Any]:
@@ -157,7 +185,7 @@ def _twin(out: Path, request: dict[str, Any]) -> Path | None:
     if request["weights"] is None:
         return None
     for path in sorted(out.parent.glob("*/request.json")):
-        if path.parent != out and _asked(path) | {"model": request["model"]} == request:
+        if path.parent != out and _same(_asked(path) | {"model": request["model"]}, request):
             return path.parent
     return None
 

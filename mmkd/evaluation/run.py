@@ -33,6 +33,7 @@ from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
 from mmkd.files import locked, read_json, write_json, write_text
 from mmkd.progress import say
+from mmkd.provenance import weights_hash
 from mmkd.recipe import ImageSizeConfig
 from mmkd.task_files import data_files
 
@@ -65,6 +66,7 @@ class EvaluationResult:
             documents that the model could not be asked about. They count as wrong.
         failed: {task: reason}, for tasks without scores.
         samples: {task: [one record per document]}.
+        weights: one hash of the weight files; None for a model without a folder.
     """
 
     model: str
@@ -82,6 +84,7 @@ class EvaluationResult:
     samples: dict[str, list[Sample]] = field(repr=False)
     unanswered: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    weights: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What `results.json` holds: everything but the samples."""
@@ -197,6 +200,7 @@ def evaluate(
         samples=_joined(given, "samples"),
         unanswered=_joined(given, "unanswered"),
         failed={task: one_line(error) for task, error in failed.items()},
+        weights=weights_hash(path),
     )
     if out is not None:
         write_result(result, out)

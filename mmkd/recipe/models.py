@@ -249,6 +249,12 @@ ReportTo = Annotated[
 ]
 
 
+TEACHER = "teacher"
+"""Label of the teacher's scores."""
+FOLDERS = ("evaluation", "release", "replaced", "tensorboard", "wandb", "trackio")
+"""Names in a run's folder that no student's folder may have."""
+
+
 class ReleaseConfig(Strict):
     """How `mmkd release` publishes a finished student on the Hub."""
 
@@ -258,14 +264,26 @@ class ReleaseConfig(Strict):
     )
     private: bool = Field(False, description="private; false leaves it to the Hub's own default")
     license: str | None = Field(
-        None, description="the Hub's name for it, such as apache-2.0, or other"
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        description="the Hub's name for it, such as apache-2.0, or other",
     )
     license_name: str | None = Field(
-        None, description="of a license that the Hub calls other, such as qwen-research"
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,()_+-]*$",
+        description="of a license that the Hub calls other, such as qwen-research",
     )
-    license_link: str | None = Field(None, description="where that license can be read")
-    datasets: list[str] = Field([], description="Hub ids of the data that it was trained on")
-    language: list[str] = Field([], description="ISO 639 codes, such as en")
+    license_link: str | None = Field(
+        None,
+        pattern=r"^(https?://[A-Za-z0-9][^\s<>()\[\]|`\"'\\]*|[A-Za-z0-9][\w.-]*)$",
+        description="where that license can be read",
+    )
+    datasets: list[Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]] = Field(
+        [], description="Hub ids of the data that it was trained on"
+    )
+    language: list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9-]*$")]] = Field(
+        [], description="ISO 639 codes, such as en"
+    )
     tags: list[str] = Field([], description="tags beside mmkd and distillation")
 
     @model_validator(mode="after")
@@ -296,7 +314,11 @@ class ReleaseConfig(Strict):
 class Recipe(Strict):
     """A whole run: teacher, student, data, stages, evaluation, release."""
 
-    name: str = Field(max_length=NAME, pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder")
+    name: str = Field(
+        max_length=NAME,
+        pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$",
+        description="the run's folder",
+    )
     label: str = Field(
         "student", max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables"
     )
@@ -349,9 +371,26 @@ class Recipe(Strict):
                 f"the seed {largest} has no room for {len(self.stages)} stages behind it -- give "
                 f"{MOST_SEED - len(self.stages) + 1} or less"
             )
+        self._check_labels()
         if self.label in self.variants:
             raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self
+
+    def _check_labels(self) -> None:
+        """Labels name folders of the run, and rows beside the teacher's."""
+        labels = [self.label, *self.variants]
+        if self.teacher is not None and self.teacher.model is not None and TEACHER in labels:
+            raise ValueError(
+                f"a student has the label {TEACHER!r}, which its teacher's scores have -- rename it"
+            )
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("two seeds are the same -- give each once")
+        stages = [f"{number:02d}-{stage.name}" for number, stage in enumerate(self.stages, 1)]
+        taken = {*FOLDERS, "00-start", *stages} if self.variants and not self.seeds else set()
+        if found := sorted(taken & {*labels}):
+            raise ValueError(
+                f"a student has the label {found[0]!r}, which a folder of the run has -- rename it"
+            )
 
     def stage_data(self, stage: StageConfig) -> DataConfig:
         return stage.data or self.data

@@ -53,6 +53,7 @@ def release(
         require_access(str(settings.repo))
     if settings.license is None:
         say("no license is given: add license=apache-2.0, or what models and data require")
+    source.check_scores()
     card = make_card(source, settings)
     files = release_files(source, settings, card)
     if dry_run:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -50,7 +51,9 @@ def make_card(source: Source, settings: ReleaseConfig) -> ModelCard:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=cell, compact=compact, heading=heading, task=task)
+    environment.filters.update(
+        cell=cell, within_link=within_link, compact=compact, heading=heading, task=task
+    )
     address = settings.repo or "path/to/this/folder"
     text = environment.get_template("card.md").render(
         title=title(source, settings),
@@ -126,7 +129,7 @@ def license_text(settings: ReleaseConfig) -> str:
     name = settings.license_name or settings.license
     if name is None:
         return "not stated; those of the models above and of the data still hold"
-    return f"[{name}]({settings.license_link})" if settings.license_link else name
+    return f"[{cell(name)}]({settings.license_link})" if settings.license_link else cell(name)
 
 
 def evaluation_results(source: Source) -> list[EvalResult]:
@@ -225,7 +228,7 @@ def model_text(source: Source, config: ModelConfig | None) -> str:
         return "a model whose outputs were stored"
     if not source.on_hub(config.model):
         return "a local model"
-    return f"[{config.model}](https://huggingface.co/{config.model})"
+    return f"[{cell(config.model)}](https://huggingface.co/{within_link(config.model)})"
 
 
 def teacher_text(source: Source) -> str:
@@ -246,9 +249,16 @@ def start_text(source: Source) -> str:
 
 
 def cell(value: Any) -> str:
-    """Text that stays within its cell of a Markdown table, and is no HTML."""
-    text = " ".join(str(value).split())
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """Text that stays within its cell of a Markdown table, and is no link, code or HTML."""
+    text = " ".join(str(value).split()).replace("\\", "&#92;").replace("|", "\\|")
+    for mark, entity in (("<", "&lt;"), ("[", "&#91;"), ("]", "&#93;"), ("`", "&#96;")):
+        text = text.replace(mark, entity)
+    return text
+
+
+def within_link(value: str) -> str:
+    """A Hub id as part of a link's address, which it cannot end."""
+    return quote(str(value), safe="/")
 
 
 def task(column: Column) -> str:
