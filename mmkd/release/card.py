@@ -263,7 +263,7 @@ def within_link(value: str) -> str:
 
 def task(column: Column) -> str:
     """lmms-eval's name of what was asked; empty for costs."""
-    return f"`{column.key[0]}`" if column.key[0] != COST else ""
+    return f"`{cell(column.key[0])}`" if column.key[0] != COST else ""
 
 
 def heading(column: Column) -> str:
