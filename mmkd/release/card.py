@@ -155,10 +155,10 @@ def evaluation_results(source: Source) -> list[EvalResult]:
 
 def gaps(results: dict[str, Any]) -> list[str]:
     """Tasks without scores, and documents that the student could not be asked about."""
-    failed = [f"Task `{name}` failed and has no scores." for name in results.get("failed", {})]
+    failed = [f"Task `{cell(name)}` failed and has no scores." for name in results.get("failed", {})]
     counts = {name: said["documents"] for name, said in results.get("unanswered", {}).items()}
     unanswered = [
-        f"The student could not be asked about {count:,} of the documents of `{name}`; they count "
+        f"The student could not be asked about {count:,} of the documents of `{cell(name)}`; they count "
         "as wrong."
         for name, count in counts.items()
     ]
