@@ -155,11 +155,12 @@ def evaluation_results(source: Source) -> list[EvalResult]:
 
 def gaps(results: dict[str, Any]) -> list[str]:
     """Tasks without scores, and documents that the student could not be asked about."""
-    failed = [f"Task `{cell(name)}` failed and has no scores." for name in results.get("failed", {})]
+    lost = results.get("failed", {})
+    failed = [f"Task `{cell(name)}` failed and has no scores." for name in lost]
     counts = {name: said["documents"] for name, said in results.get("unanswered", {}).items()}
     unanswered = [
-        f"The student could not be asked about {count:,} of the documents of `{cell(name)}`; they count "
-        "as wrong."
+        f"The student could not be asked about {count:,} of the documents of `{cell(name)}`; they "
+        "count as wrong."
         for name, count in counts.items()
     ]
     return failed + unanswered
