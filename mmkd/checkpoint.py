@@ -170,7 +170,7 @@ def check_batch(folder: Path, records_per_step: int) -> None:
         CheckpointError: their steps saw another number of records.
     """
     for path in find_checkpoints(folder):
-        with suppress(OSError, ValueError, KeyError):  # damaged: to be passed over
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: to be passed over
             _refuse_other_batch(path, records_per_step)
 
 
@@ -187,15 +187,19 @@ def _refuse_other_batch(path: Path, records_per_step: int) -> None:
 def _damage(path: Path, engine: Engine) -> str | None:
     """What is wrong with a checkpoint; ranks share the files among them."""
     try:
-        files = read_json(path / STATE)["files"]
-    except (OSError, ValueError, KeyError):
+        state = read_json(path / STATE)
+        files, _ = state["files"], state["records_per_step"] + 0
+        facts = [(name, said["bytes"], said["sha256"]) for name, said in sorted(files.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another shape, too
         return f"{STATE} cannot be read"
-    for number, (name, facts) in enumerate(sorted(files.items())):
+    if not facts:
+        return f"{STATE} names no files"
+    for number, (name, size, checksum) in enumerate(facts):
         if number % engine.world_size == engine.rank:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+            if file.stat().st_size != size or sha256(file) != checksum:
                 return f"{name} is damaged (checksum)"
     return None
 

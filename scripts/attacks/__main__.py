@@ -17,7 +17,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TOLD = (
-    *("damaged", "passed over", "made again", "left out", "cut", "starts again", "skipped", "gone"),
+    *(
+        "damaged",
+        "passed over",
+        "made again",
+        "left out",
+        "cut",
+        "starts again",
+        "skipped",
+        "gone",
+        "lost",
+    ),
     *("already", "not finished", "was killed", "dropped", "no longer"),
 )
 """Words with which a command says that it goes on without something."""
