@@ -4,7 +4,7 @@ Some processors scale a picture's shorter edge to a fixed length and then crop t
 enlarge a long and narrow picture first: 10000 x 2 pixels become 1,680,000 x 336.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkd.errors import DataError
@@ -51,4 +51,29 @@ def check_scaled(size: tuple[int, int], edge: int | None) -> None:
             f"of {size[0]} x {size[1]}",
             mend="crop or drop it; its shorter edge is scaled to a fixed length",
             kind="a picture is too long and narrow for the processor",
+        )
+
+
+MOST_CHARACTERS = 2**23
+"""Of a record's text. A tokenizer takes 350 bytes for each."""
+
+
+def check_text(messages: Sequence[Mapping[str, Any]], max_length: int) -> None:
+    """Check that a conversation is not out of all proportion to what is kept of it.
+
+    Args:
+        messages: with content as parts.
+        max_length: tokens that are kept.
+
+    Raises:
+        DataError: it has more than 2^20 characters, more than 64 for each token that is kept, or
+            more than `MOST_CHARACTERS`.
+    """
+    count = sum(len(part.get("text", "")) for m in messages for part in m["content"])
+    limit = min(max(2**20, 64 * max_length), MOST_CHARACTERS)
+    if count > limit:
+        raise DataError(
+            f"its text has {count:,} characters, at most {limit:,} are read",
+            mend="cut or drop it",
+            kind="too long a text",
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmkd.cache import Store
 from mmkd.data.alignment import ALIGNED, same_processor
 from mmkd.data.batch import Batch, paired
+from mmkd.data.bounds import check_text
 from mmkd.data.chat import (
     Rendered,
     expanded_spans,
@@ -149,6 +150,7 @@ class Encoder:
 
     def _rendered_record(self, record: Record) -> tuple[Rendered, Rendered | None]:
         def rendered(messages: list[Message]) -> Rendered:
+            check_text(messages, self.config.max_length)
             whole = render_chat(self.processor, messages)
             if record.unfinished:
                 cut = (whole.spans[-1][0], whole.said[-1][1])

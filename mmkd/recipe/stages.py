@@ -39,6 +39,9 @@ class ScheduleConfig(Strict):
 SIZE = 8
 
 
+MOST_RECORDS = 10**7  # of an optimizer step: a list of them is made for each
+
+
 class BatchConfig(Strict):
     """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
 
@@ -72,6 +75,11 @@ class BatchConfig(Strict):
             raise ValueError("both of them -- give either 'size' or 'tokens'")
         if self.tokens is not None and self.total is None:
             raise ValueError("'tokens' needs 'total' -- add it, the records of an optimizer step")
+        records = self.total or self.size * self.accumulate
+        if records > MOST_RECORDS:
+            raise ValueError(
+                f"{records:,} records per optimizer step -- give at most {MOST_RECORDS:,}"
+            )
         return self
 
     def records_per_step(self, processes: int) -> int:
