@@ -71,7 +71,7 @@ for name, did, word, *parts in [
         "long_path",
         "named a data file no disk has",
         f"data.train={'d' * 300}.json",
-        "File name too long",
+        "no such data file",
     ),
     ("nul_in_a_path", "put a NUL into a path", 'data.train="a\\0b"', r"'train' is 'a\x00b'"),
     ("device_meta", "asked for the device meta", "stages.0.engine.device=meta", "no meta device"),
