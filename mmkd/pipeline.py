@@ -27,6 +27,7 @@ from mmkd.checkpoint import check_batch
 from mmkd.errors import CheckpointError
 from mmkd.evaluation.models import evaluate_models
 from mmkd.files import link_folder, read_yaml, write_folder, write_json, write_text
+from mmkd.inputs import check_inputs, note_inputs, note_start
 from mmkd.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.progress import Course, console, say
@@ -76,17 +77,9 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
     patience = max(stage.engine.patience for stage in recipe.stages)
     device = distributed.choose_device(recipe.stages[0].engine.device)
     distributed.connect(device, patience=patience)
-    todo = members(recipe)
-    _refuse_foreign(run_folder(recipe))
-    restarts = [find_restart(member, from_stage) for member in todo]
-    check_stage(from_stage, todo, restarts)
-    pending = [r is not None or not _is_trained(m) for r, m in zip(restarts, todo, strict=True)]
-    for member, restart, trains in zip(todo, restarts, pending, strict=True):
-        if trains:
-            _check(member, restart)
-    if recipe.evaluate is not None and any(pending):
-        preflight.check_evaluation(recipe.evaluate, recipe.student)
     with distributed.alone_in(run_folder(recipe)):
+        todo = members(recipe)
+        restarts = _check_all(recipe, todo, from_stage)
         distributed.barrier()
         _start_again(restarts, from_stage)
         course = _course(todo)
@@ -118,6 +111,24 @@ def _refuse_foreign(folder: Path) -> None:
             where=str(path),
             mend="give the run another name or output_dir",
         )
+
+
+def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> list[Restart | None]:
+    """Look through everything before anything is written; from where each member starts again."""
+    _refuse_foreign(run_folder(recipe))
+    restarts = [find_restart(member, from_stage) for member in todo]
+    check_stage(from_stage, todo, restarts)
+    pending = [r is not None or not _is_trained(m) for r, m in zip(restarts, todo, strict=True)]
+    for member, restart, trains in zip(todo, restarts, pending, strict=True):
+        if trains:
+            _check(member, restart)
+    if recipe.evaluate is not None and any(pending):
+        preflight.check_evaluation(recipe.evaluate, recipe.student)
+    restarts = check_inputs(todo, restarts, from_stage)
+    for member, restart, trains in zip(todo, restarts, pending, strict=True):
+        if restart is not None and not trains:
+            _check(member, restart)
+    return restarts
 
 
 def _check(member: Member, restart: Restart | None) -> None:
@@ -178,6 +189,8 @@ def train(member: Member, recipe: Recipe, course: Course | None = None) -> None:
     for index in pending:
         student, processor = _student_before(member, index, recipe)
         describe(member, recipe)
+        if distributed.rank() == 0:
+            note_inputs(member, index)
         place = f"stage {index + 1} of {len(stages)}"
         if distributed.rank() == 0:
             console.rule(f"{member.label}: {place}, {stages[index].name}")
@@ -281,6 +294,8 @@ def _converted(
         for line in report.lines:
             say(line)
         describe(member, recipe)
+        if index == 0:
+            note_start(member)
         write_json(
             folder / "done.json",
             {"before": report.before, "after": report.after, "changes": report.lines},

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -49,12 +50,28 @@ def collect(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+CONTINUED, REPLACED = "continued", "replaced"
+
+
 def write(path: Path, recipe: Recipe) -> None:
-    """Write down where the run's numbers come from, beside what the file says of stages that were
-    replaced."""
+    """Write down where the run's numbers come from.
+
+    What the file says already stays. Where a run goes on in another way than it began, as with
+    another version or on another machine, the keys that differ are added to `continued`.
+    """
     found = read_json(path) if path.exists() else {}
-    kept = {key: found[key] for key in ("replaced",) if key in found}
-    write_json(path, redact_all(collect(recipe) | kept))
+    found = found if isinstance(found, dict) else {}
+    now = redact_all(collect(recipe))
+    if "command" not in found:
+        kept = {REPLACED: found[REPLACED]} if REPLACED in found else {}
+        write_json(path, now | kept)
+        return
+    now = json.loads(json.dumps(now))
+    before = found.get(CONTINUED)
+    before = before if isinstance(before, list) else []
+    differing = {key: value for key, value in now.items() if found.get(key) != value}
+    if differing and differing not in before:
+        write_json(path, {**found, CONTINUED: [*before, differing]})
 
 
 def source_facts(config: SourceConfig) -> str:

@@ -133,7 +133,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
     index = _allowed(index, keys, from_stage, new, names)
     name = (new.stages[index:] or old.stages[index:])[0].name
     found = Restart(member, index, name, keys, names, False)
-    found = Restart(member, index, name, keys, names, any(map(_is_begun, found.folders)))
+    found = Restart(member, index, name, keys, names, any(map(is_begun, found.folders)))
     if found.begun and from_stage is None:
         raise _another(folder, keys, found)
     return found
@@ -191,7 +191,7 @@ def _another(folder: Path, keys: Sequence[str], restart: Restart | None = None) 
     return RecipeError(what, where=str(folder), mend=mend)
 
 
-def _is_begun(stage: Path) -> bool:
+def is_begun(stage: Path) -> bool:
     """Whether a stage's folder holds work that would be lost or mixed with the new stage's."""
     saved = ("done.json", "student", "reference.safetensors", "reference.unfinished.safetensors")
     return any((stage / name).exists() for name in saved) or any(stage.glob("checkpoints/step-*"))
@@ -281,4 +281,4 @@ def _note(run: Path, restart: Restart, target: Path) -> None:
         "folder": target.relative_to(run).as_posix(),
         "provenance": {k: v for k, v in found.items() if k != REPLACED},
     }
-    write_json(path, {**found, REPLACED: [*found.get(REPLACED, []), said]})
+    write_json(path, {REPLACED: [*found.get(REPLACED, []), said]})

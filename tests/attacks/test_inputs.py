@@ -1,0 +1,214 @@
+"""A run goes on only with the data, pictures and models that it began with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from bad_inputs import Given, run, world_in
+from bad_inputs.table import RUN, contents
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mmkd import inputs, stage
+
+
+class BrokenOffError(Exception):
+    pass
+
+
+def train(world, *, until=1, words=RUN):
+    """Run a recipe to a step of its last stage; returns exit status and message."""
+    step = stage.Stage.step
+
+    def some(self, number, batches):
+        if self.config.name == world.raw["stages"][-1]["name"] and number > until:
+            raise BrokenOffError
+        return step(self, number, batches)
+
+    Path("recipe.yaml").write_text(json.dumps(world.raw))
+    world.patch.setattr(stage.Stage, "step", some)
+    try:
+        return run(words, world.patch)
+    except BrokenOffError:
+        return None, ""
+    finally:
+        world.patch.setattr(stage.Stage, "step", step)
+
+
+def losses(folder="runs/tiny/01-mimic"):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def made(tiny_model_dir, tmp_path_factory):
+    """A folder with a run that stopped behind a checkpoint: data, pictures, teacher, student."""
+    given = Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
+    with world_in(given.folder / "begun", given) as world:
+        prepare(world)
+        assert train(world) == (None, "")
+    return given
+
+
+def prepare(world):
+    world.teach()
+    world.raw["data"]["validation"] = "held.json"
+    Path("held.json").write_text(Path("records.json").read_text())
+    world.stage(steps=2, checkpoint={"every": 1})
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    with world_in(tmp_path / "world", made) as world:
+        prepare(world)
+        for path in (made.folder / "begun").iterdir():
+            if path.is_dir():
+                shutil.copytree(path, path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, path.name)
+        yield world
+
+
+def shift(path):
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 0.5}, path, metadata={"format": "pt"})
+
+
+def rewrite(path, old, new):
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+
+
+def twice(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) * 2))
+
+
+def add(path, text):
+    path.write_text(path.read_text() + text)
+
+
+CHANGES = {
+    "an answer": ("records.json", lambda p: rewrite(p, "yes", "no.")),
+    "a held-out answer": ("held.json", lambda p: rewrite(p, "yes", "no.")),
+    "a record more": ("records.json", twice),
+    "a picture": ("picture.png", lambda p: Image.new("RGB", (64, 64), "blue").save(p)),
+    "a picture's name": ("picture.png", lambda p: Image.new("RGB", (32, 32)).save(p, "JPEG")),
+    "the student's frozen weights": ("model/model.safetensors", shift),
+    "the teacher's weights": ("teacher/model.safetensors", shift),
+    "the teacher's settings": ("teacher/config.json", lambda p: rewrite(p, "{", '{"note": 1,')),
+    "the student's template": ("model/chat_template.jinja", lambda p: add(p, " ")),
+    "a file more": ("model/added_tokens.json", lambda p: p.write_text("{}")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_changed_inputs_are_refused_and_nothing_is_written(world, what):
+    name, change = CHANGES[what]
+    path = Path(name)
+    before = path.read_bytes() if path.exists() else None
+    status = path.stat() if path.exists() else None
+    change(path)
+    whole = contents(world.folder)
+    found = train(world)
+    assert found[0] == 2, found
+    assert found[1].startswith(f"mmkd: {name}: it ")
+    assert "--from-stage mimic` trains the stage with it as it is now" in found[1]
+    assert "\n" not in found[1]
+    assert contents(world.folder) == whole
+    if before is None:
+        path.unlink()
+    else:
+        path.write_bytes(before)
+        assert path.stat().st_mtime_ns != status.st_mtime_ns  # its content counts
+    assert train(world, until=2)[0] == 0
+    assert len(losses()) == 2
+
+
+def test_a_picture_that_is_gone_is_named(world):
+    Path("picture.png").rename("other.png")
+    world.raw["data"]["on_bad_sample"] = "stop"
+    status, message = train(world)
+    assert status == 2
+    assert "picture.png" in message
+
+
+def test_with_leave_the_stage_is_trained_again_with_what_is_there_now(world):
+    rewrite("records.json", "yes", "no.")
+    first = json.loads(Path("runs/tiny/provenance.json").read_text())
+    status, message = train(world, until=2, words=[*RUN, "--from-stage", "mimic"])
+    assert status == 0, message
+    assert Path("runs/tiny/replaced/1/01-mimic/inputs.json").exists()
+    found = json.loads(Path("runs/tiny/provenance.json").read_text())
+    assert found["replaced"][0]["differs_in"] == ["records.json"]
+    assert found["replaced"][0]["provenance"] == first
+    assert found["data"]["records.json"] != first["data"]["records.json"]
+    rewrite("records.json", "no.", "yes")
+    assert train(world, until=2)[0] == 0, "a finished run does not read its data again"
+
+
+def test_where_the_run_comes_from_is_not_overwritten(world):
+    path = Path("runs/tiny/provenance.json")
+    first = json.loads(path.read_text())
+    world.patch.setenv("WORLD_SIZE", "1")
+    world.patch.setattr("mmkd.provenance.processor_name", lambda: "another one")
+    assert train(world, until=2)[0] == 0
+    found = json.loads(path.read_text())
+    assert {key: found[key] for key in first} == first
+    (later,) = found["continued"]
+    assert later["machine"]["processor"] == "another one"
+
+
+def test_a_run_that_noted_nothing_goes_on_and_says_so(world):
+    Path("runs/tiny/01-mimic/inputs.json").unlink()
+    rewrite("records.json", "yes", "no.")
+    said = []
+    world.patch.setattr(inputs, "say", said.append)
+    assert train(world, until=2)[0] == 0
+    assert "cannot be checked" in said[0]
+    assert "01-mimic" in said[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', "null"])
+def test_damaged_notes_are_refused(world, text):
+    Path("runs/tiny/01-mimic/inputs.json").write_text(text)
+    status, message = train(world)
+    assert status == 2
+    assert "inputs.json: it is damaged" in message
+
+
+def test_a_stage_that_is_not_begun_reads_what_the_stages_before_read(world):
+    shutil.rmtree("runs")
+    world.raw["stages"].append({**world.raw["stages"][0], "name": "second"})
+    assert train(world, until=0) == (None, "")  # the second stage fails at its first step
+    rewrite("records.json", "yes", "no.")
+    status, message = train(world)
+    assert status == 2
+    assert "records.json: it is not what the run began with (stage second)" in message
+    kept = Path("runs/tiny/01-mimic/student/model.safetensors").read_bytes()
+    assert train(world, until=2, words=[*RUN, "--from-stage", "second"])[0] == 0
+    assert Path("runs/tiny/01-mimic/student/model.safetensors").read_bytes() == kept
+    assert not Path("runs/tiny/replaced").exists()
+
+
+def test_a_student_that_is_not_begun_reads_what_the_others_read(world):
+    shutil.rmtree("runs")
+    world.raw["variants"] = {"slow": ["stages.0.optimizer.lr=1e-5"]}
+    step = stage.Stage.step
+
+    def only_first(self, number, batches):
+        if "slow" in str(self.folder):
+            raise BrokenOffError
+        return step(self, number, batches)
+
+    Path("recipe.yaml").write_text(json.dumps(world.raw))
+    world.patch.setattr(stage.Stage, "step", only_first)
+    with pytest.raises(BrokenOffError):
+        run(RUN, world.patch)
+    world.patch.setattr(stage.Stage, "step", step)
+    shift("teacher/model.safetensors")
+    status, message = run(RUN, world.patch)
+    assert status == 2
+    assert "teacher/model.safetensors: it is not what the run began with" in message
