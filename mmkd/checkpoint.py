@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from mmkd.engines.state import WEIGHTS
 from mmkd.errors import CheckpointError
 from mmkd.files import read_json, sha256, sync_file, sync_folder, write_json
 from mmkd.progress import say
+from mmkd.shapes import State, read_if
 
 STATE = "state.json"
 PART_BYTES = 2**30
@@ -170,7 +170,7 @@ def check_batch(folder: Path, records_per_step: int) -> None:
         CheckpointError: their steps saw another number of records.
     """
     for path in find_checkpoints(folder):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: to be passed over
+        if read_if(State, path / STATE) is not None:  # else it is passed over
             _refuse_other_batch(path, records_per_step)
 
 
@@ -186,20 +186,20 @@ def _refuse_other_batch(path: Path, records_per_step: int) -> None:
 
 def _damage(path: Path, engine: Engine) -> str | None:
     """What is wrong with a checkpoint; ranks share the files among them."""
-    try:
-        state = read_json(path / STATE)
-        files, _ = state["files"], state["records_per_step"] + 0
-        facts = [(name, said["bytes"], said["sha256"]) for name, said in sorted(files.items())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another shape, too
+    state = read_if(State, path / STATE)
+    if state is None:
         return f"{STATE} cannot be read"
-    if not facts:
-        return f"{STATE} names no files"
-    for number, (name, size, checksum) in enumerate(facts):
+    files = state["files"]
+    if state["step"] != step_of(path):
+        return f"{STATE} is of step {state['step']}"
+    if unknown := {f.name for f in path.glob("*.safetensors")} - set(files):
+        return f"{STATE} knows nothing of {min(unknown)}"
+    for number, (name, facts) in enumerate(sorted(files.items())):
         if number % engine.world_size == engine.rank:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != size or sha256(file) != checksum:
+            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
                 return f"{name} is damaged (checksum)"
     return None
 

@@ -47,6 +47,7 @@ from mmkd.resume import (
     run_folder,
     start_again,
 )
+from mmkd.shapes import Done, Started, read_as
 from mmkd.stage_run import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
@@ -54,6 +55,7 @@ from mmkd.timings import common_stages, stage_kind, steps_of
 from mmkd.trackers import Tracked
 
 TEACHER = "teacher"
+DAMAGED = "bring it back, or delete it to make again what its folder holds"
 
 
 def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
@@ -216,7 +218,8 @@ def _tidy(member: Member) -> None:
     """Finished stages need no checkpoints; a run that was killed behind a stage has left some."""
     for index in range(len(member.recipe.stages)):
         folder = member.stage_folder(index)
-        if distributed.rank() == 0 and _is_done(folder):
+        written = any((folder / "student").glob("*.safetensors"))  # else it can be made again
+        if distributed.rank() == 0 and written and _is_done(folder):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -234,7 +237,8 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
     if distributed.rank() == 0:
         folders = ["00-start"] + [member.stage_folder(i).name for i in shared]
         for name in folders:
-            if (source.folder / name).is_dir() and not _is_done(member.folder / name):
+            there = (member.folder / name / "done.json").exists()
+            if (source.folder / name).is_dir() and not there:
                 write_folder(member.folder / name, partial(link_folder, source.folder / name))
         describe(member, recipe)
         names = ", ".join(member.recipe.stages[i].name for i in shared)
@@ -289,7 +293,7 @@ def _converted(
 ) -> Path:
     """Write the from-scratch or converted student that stage `index` starts from; returns its
     folder."""
-    if not _is_done(folder) and distributed.rank() == 0:
+    if not _is_started(folder) and distributed.rank() == 0:
         report = write_converted(config, folder / "student", seed=member.recipe.seed + index)
         for line in report.lines:
             say(line)
@@ -305,7 +309,19 @@ def _converted(
 
 
 def _is_done(folder: Path) -> bool:
-    return (folder / "done.json").exists()
+    """Whether a stage is finished.
+
+    Raises:
+        CheckpointError: its `done.json` is damaged.
+    """
+    path = folder / "done.json"
+    return path.exists() and bool(read_as(Done, path, DAMAGED))
+
+
+def _is_started(folder: Path) -> bool:
+    """Whether a stage's converted student is written; raises as `_is_done`."""
+    path = folder / "done.json"
+    return path.exists() and bool(read_as(Started, path, DAMAGED))
 
 
 def _is_trained(member: Member) -> bool:

@@ -16,10 +16,11 @@ import torch
 from mmkd import consent
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
-from mmkd.files import read_json, sha256, write_json
+from mmkd.files import sha256, write_json
 from mmkd.plugins import plugin_files
 from mmkd.recipe import HUB, Recipe, SourceConfig
 from mmkd.redact import redact_all
+from mmkd.shapes import Provenance, read_if
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
             "deepspeed", "numpy", "pillow")  # fmt: skip
@@ -59,16 +60,14 @@ def write(path: Path, recipe: Recipe) -> None:
     What the file says already stays. Where a run goes on in another way than it began, as with
     another version or on another machine, the keys that differ are added to `continued`.
     """
-    found = read_json(path) if path.exists() else {}
-    found = found if isinstance(found, dict) else {}
+    found = read_if(Provenance, path) or {}
     now = redact_all(collect(recipe))
     if "command" not in found:
         kept = {REPLACED: found[REPLACED]} if REPLACED in found else {}
         write_json(path, now | kept)
         return
     now = json.loads(json.dumps(now))
-    before = found.get(CONTINUED)
-    before = before if isinstance(before, list) else []
+    before = found.get(CONTINUED, [])
     differing = {key: value for key, value in now.items() if found.get(key) != value}
     if differing and differing not in before:
         write_json(path, {**found, CONTINUED: [*before, differing]})

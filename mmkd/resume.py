@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.errors import RecipeError, nearest
-from mmkd.files import read_json, read_yaml, write_json, write_text
+from mmkd.errors import CheckpointError, RecipeError, nearest
+from mmkd.files import read_yaml, write_json, write_text
 from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.shapes import Provenance, read_if
 
 LAYOUT = ("engine", "batch", "checkpoint", "activation_checkpointing")
 """Keys of a stage that may change between its beginning and its end: where and in which pieces it
@@ -114,6 +115,12 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
     if not path.exists() or not started:
         return None
     raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            "it is damaged (no mapping)",
+            where=str(path),
+            mend="bring the file back, or delete the run's folder",
+        )
     try:
         old = load_recipe(raw)  # keys that are new since have their defaults
     except RecipeError as error:
@@ -272,7 +279,7 @@ def _move(source: Path, target: Path) -> None:
 def _note(run: Path, restart: Restart, target: Path) -> None:
     """Write into the run's provenance what was replaced, and where the kept stages come from."""
     path = run / "provenance.json"
-    found = read_json(path) if path.exists() else {}
+    found = read_if(Provenance, path) or {}
     said = {
         "member": restart.member.label,
         "from_stage": restart.stage,

@@ -14,9 +14,10 @@ from mmkd import distributed
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.errors import MmkdError
-from mmkd.files import read_json, write_json
+from mmkd.files import write_json
 from mmkd.provenance import processor_name
 from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.shapes import Shape, read_if
 
 NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",
              "seeds"}  # fmt: skip
@@ -41,13 +42,11 @@ def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:
 
 def seconds_per_step(recipe: Recipe, index: int) -> float | None:
     """Seconds of a step of a stage on this machine; None if it was not timed here."""
-    try:
-        found = read_json(timing_file(recipe, index))
-    except (OSError, ValueError):
+    found = read_if(Shape, timing_file(recipe, index)) or {}
+    seconds = found.get("seconds")
+    if found.get("machine") != _machine(recipe, index) or not isinstance(seconds, int | float):
         return None
-    if found.get("machine") != _machine(recipe, index):
-        return None
-    return float(found["seconds"])
+    return float(seconds)
 
 
 def _key(recipe: Recipe, index: int) -> str:

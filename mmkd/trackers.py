@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmkd.errors import RecipeError, StoppedError
-from mmkd.files import read_json, write_json
+from mmkd.files import write_json
 from mmkd.progress import live, say
 from mmkd.recipe import Recipe, TrackerName, to_yaml
 from mmkd.redact import redact, redact_all
+from mmkd.shapes import Shape, read_if
 
 MODULES: dict[TrackerName, str] = {
     "tensorboard": "torch.utils.tensorboard",
@@ -251,7 +252,9 @@ def flattened(metrics: dict[str, Any], path: str = PREFIX) -> dict[str, float]:
 
 def _place(path: Path, step: int) -> Place:
     # The id belongs to the folder: a run that was deleted and begun again is another one.
-    new = not path.exists()
+    known = (read_if(Shape, path) or {}).get("id")
+    new = not isinstance(known, str)
     if new:
-        write_json(path, {"id": uuid.uuid4().hex})
-    return Place(read_json(path)["id"], new, step)
+        known = uuid.uuid4().hex
+        write_json(path, {"id": known})
+    return Place(str(known), new, step)

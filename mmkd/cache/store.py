@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mmkd.cache.codec import RowCodec
 from mmkd.errors import CheckpointError, DataError
-from mmkd.files import read_json, sha256, write_json, writing
+from mmkd.files import sha256, write_json, writing
+from mmkd.shapes import Manifest, Shape, Shard, read_if
 
 SHARD_ROWS = 2**18
 SHARD_BYTES = 2**30
@@ -46,7 +47,7 @@ class StoreWriter:
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int):
         self.folder, self.rank = folder, rank
         self.settings = {"format": FORMAT, **settings}
-        if (folder / SETTINGS).exists() and read_json(folder / SETTINGS) != self.settings:
+        if (folder / SETTINGS).exists() and read_if(Shape, folder / SETTINGS) != self.settings:
             raise CheckpointError(
                 "the folder holds another teacher's, data's or recipe's rows",
                 where=str(folder),
@@ -113,6 +114,11 @@ def drop_damaged(folder: Path) -> list[str]:
     """Delete shards that are missing, cut or changed, for a writer to make them again; returns
     their names. One process calls it, before there are writers."""
     dropped = []
+    for path in folder.glob("rows-*.json"):
+        shard = read_if(Shard, path)
+        if shard is None or shard["file"] != path.with_suffix(".safetensors").name:
+            path.unlink()
+            dropped.append(path.name)
     for shard in _shards(folder):
         path = folder / shard["file"]
         if not path.is_file() or sha256(path) != shard["sha256"]:
@@ -137,13 +143,12 @@ class Store:
             raise CheckpointError(
                 f"the teacher's cache is {begun}", where=str(folder), mend=REBUILD
             )
-        try:
-            self.manifest = read_json(path)
-            shards, kind = self.manifest["shards"], self.manifest["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError("it cannot be read", where=str(path), mend=REBUILD) from error
+        kind = (read_if(Shape, path) or {}).get("format", FORMAT)
         if kind != FORMAT:
             raise CheckpointError(f"format {kind} is not known", where=str(path), mend=REBUILD)
+        if (manifest := read_if(Manifest, path)) is None:
+            raise CheckpointError("it cannot be read", where=str(path), mend=REBUILD)
+        self.manifest, shards = manifest, manifest["shards"]
         for shard in shards:
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
@@ -266,7 +271,8 @@ def _keys(path: Path) -> list[bytes]:
 
 def _shards(folder: Path) -> list[dict[str, Any]]:
     """Of all complete shards, by name."""
-    found = {path: read_json(path) for path in sorted(folder.glob("rows-*.json"))}
+    read = {path: read_if(Shard, path) for path in sorted(folder.glob("rows-*.json"))}
+    found = {path: shard for path, shard in read.items() if shard is not None}
     for path, shard in found.items():
         if shard["file"] != path.with_suffix(".safetensors").name:
             raise CheckpointError(

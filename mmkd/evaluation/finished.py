@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.files import read_json, write_json
+from mmkd.shapes import Kept, read_if
 
 FOLDER = "unfinished"
 
@@ -29,7 +30,7 @@ class FinishedTasks:
 
     def read(self, task: str, facts: Any) -> dict[str, Any] | None:
         """The results of a task; None if it is not finished or its documents have changed."""
-        found = _read(self._path(task)) if self.folder is not None else None
+        found = read_if(Kept, self._path(task)) if self.folder is not None else None
         return found["given"] if found and found["facts"] == facts else None
 
     def write(self, task: str, facts: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mmkd.loading import quantization_of
 from mmkd.progress import console, say
 from mmkd.provenance import file_hash
 from mmkd.recipe import EvaluateConfig, ModelConfig
+from mmkd.shapes import Decoding, Results, Shape, read_if
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
 """Values of keys that older versions did not write to request.json."""
@@ -144,7 +145,8 @@ def _score(
 
 def _answered(out: Path, request: dict[str, Any]) -> bool:
     path = out / "request.json"
-    return path.exists() and _same(_asked(path), request)
+    sound = read_if(Results, out / "results.json") is not None
+    return sound and path.exists() and _same(_asked(path), request)
 
 
 def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
@@ -177,7 +179,7 @@ def _asked(path: Path) -> dict[str, Any]:
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
     del unset["decode"], unset["samples"]
-    return UNSAID | unset | dict(read_json(path))
+    return UNSAID | unset | (read_if(Shape, path) or {})
 
 
 def _twin(out: Path, request: dict[str, Any]) -> Path | None:
@@ -185,7 +187,9 @@ def _twin(out: Path, request: dict[str, Any]) -> Path | None:
     if request["weights"] is None:
         return None
     for path in sorted(out.parent.glob("*/request.json")):
-        if path.parent != out and _same(_asked(path) | {"model": request["model"]}, request):
+        sound = read_if(Results, path.with_name("results.json")) is not None
+        asked = _asked(path) | {"model": request["model"]}
+        if sound and path.parent != out and _same(asked, request):
             return path.parent
     return None
 
@@ -216,7 +220,7 @@ def _time_decoding(
 
     path = out / "decode.json"
     request = {**model, "contexts": contexts, "device": running["device"]}
-    if path.exists() and UNSAID | read_json(path)["request"] == request:
+    if (found := read_if(Decoding, path)) and UNSAID | found.get("request", {}) == request:
         return
     console.rule(f"{label}: decoding")
     time_folder(model["model"], contexts, path, request=request, **running)

@@ -23,7 +23,7 @@ from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError, one_line
 from mmkd.evaluation.finished import facts_of
 from mmkd.evaluation.refusals import is_of_document
-from mmkd.files import read_json, write_json
+from mmkd.files import write_json
 from mmkd.interrupt import stop_here
 from mmkd.loading import load_pretrained, load_pretrained_processor
 from mmkd.progress import say
@@ -35,6 +35,7 @@ from mmkd.recipe import (
     SamplesConfig,
     SamplingConfig,
 )
+from mmkd.shapes import Answers, read_if
 from mmkd.vocabulary import check_head
 
 FORMAT = 1
@@ -236,11 +237,8 @@ def _known(out: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
 
     A model that could be asked nothing is asked again, so that its failure is reported each time.
     """
-    try:
-        found = read_json(out)
-    except (OSError, ValueError):
-        return []
-    if found.get("request") != request:
+    found = read_if(Answers, out)
+    if found is None or found.get("request") != request:
         return []
     answers: list[dict[str, Any]] = found["answers"]
     return [] if all("unanswered" in answer for answer in answers) else answers

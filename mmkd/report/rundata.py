@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError
-from mmkd.files import read_json, read_yaml
+from mmkd.files import read_yaml
+from mmkd.progress import say
+from mmkd.shapes import (
+    Answered,
+    Answers,
+    Decoding,
+    Done,
+    Provenance,
+    Results,
+    Shape,
+    Started,
+    Written,
+    read_if,
+)
 from mmkd.steplog import read_lines
 
 TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
@@ -145,25 +158,36 @@ def read_run(folder: Path) -> Run:
             where=str(folder),
             mend="give the folder that 'mmkd run' printed, such as runs/NAME",
         )
-    recipe = read_yaml(folder / "recipe.yaml") or {}
+    recipe = _recipe(folder / "recipe.yaml")
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     return Run(
         folder=folder,
         recipe=recipe,
         recipe_text=text,
-        provenance=_json(folder / "provenance.json") or {},
+        provenance=read_if(Provenance, folder / "provenance.json") or {},
         members=_members(folder, recipe),
-        results=_evaluations(folder, "results.json"),
-        decoding={k: v["rows"] for k, v in _evaluations(folder, "decode.json").items()},
-        answers=_evaluations(folder, "answers.json"),
+        results=_evaluations(folder, "results.json", Results),
+        decoding={k: v["rows"] for k, v in _evaluations(folder, "decode.json", Decoding).items()},
+        answers=_evaluations(folder, "answers.json", Answers),
     )
 
 
-def _json(path: Path) -> Any:
+def _recipe(path: Path) -> dict[str, Any]:
+    """A recipe as the run wrote it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    found = read_yaml(path)
     try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
+        Written.model_validate(found)
+    except ValueError as error:
+        raise CheckpointError(
+            "it is damaged: no recipe that a run has written",
+            where=str(path),
+            mend="bring the file back, or run the recipe again",
+        ) from error
+    return dict(found)
 
 
 def _members(folder: Path, recipe: dict[str, Any]) -> list[Member]:
@@ -176,7 +200,7 @@ def _members(folder: Path, recipe: dict[str, Any]) -> list[Member]:
 
 
 def _member(path: Path, alone: bool) -> Member:
-    recipe = read_yaml(path)
+    recipe = _recipe(path)
     folder, group = path.parent, recipe.get("label", "student")
     configs = recipe.get("stages", [])
     folders = [folder / f"{i:02d}-{c['name']}" for i, c in enumerate(configs, 1)]
@@ -191,23 +215,23 @@ def _member(path: Path, alone: bool) -> Member:
         changes=[
             line
             for start in (folder / "00-start", *(f / "start" for f in folders))
-            for line in (_json(start / "done.json") or {}).get("changes", [])
+            for line in (read_if(Started, start / "done.json") or {}).get("changes", [])
         ],
         student=next((s for s in reversed(students) if s.is_dir()), None),
     )
 
 
 def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
-    done = _json(folder / "done.json")
+    done = read_if(Done, folder / "done.json")
     steps = done.get("steps") if done else config.get("steps")
     path = folder / "metrics.jsonl"
     logged = read_lines(path)
     numbers = _numbers(logged)
-    loads = [line["expert_load"] for line in logged if line.get("expert_load")]
+    loads = [line["expert_load"] for line in logged if _is_load(line.get("expert_load"))]
     file = path.stat().st_ino if path.is_file() else 0
     validations = _numbers(read_lines(folder / "validation.jsonl"))
     best = (config.get("validation") or {}).get("keep") == "best"
-    kept = (done or {}).get("validation", {}).get("kept_step") if best else None
+    kept = ((done or {}).get("validation") or {}).get("kept_step") if best else None
     return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept)
 
 
@@ -219,20 +243,36 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _evaluations(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """{label: what this file of its evaluation holds}."""
-    paths = sorted((folder / "evaluation").glob(f"*/{name}"))
-    found = {path.parent.name: _json(path) for path in paths}
-    return {label: held for label, held in found.items() if held}
+def _is_load(value: Any) -> bool:
+    """Whether a line says each expert's share, by layer."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(v, list) and v and all(map(_is_number, v)) for v in value.values())
+
+
+def _evaluations(folder: Path, name: str, shape: type[Shape]) -> dict[str, dict[str, Any]]:
+    """{label: what this file of its evaluation holds}; damaged ones are named and left out."""
+    found = {}
+    for path in sorted((folder / "evaluation").glob(f"*/{name}")):
+        held = read_if(shape, path)
+        if held is None:
+            say(f"{path}: it is damaged, left out; `mmkd run` of the recipe makes it again")
+        else:
+            found[path.parent.name] = held
+    return found
 
 
 def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
-    """A model's answers to one task; empty where they were not kept."""
+    """A model's answers to one task; empty where they were not kept, or are damaged."""
     path = run.folder / "evaluation" / label / "samples" / f"{task}.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        for line in found:
+            Answered.model_validate(line)
+    except (OSError, ValueError, RecursionError):
         return []
+    return found
 
 
 def student_size(folder: Path | None) -> tuple[int, int] | None:

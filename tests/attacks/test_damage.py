@@ -1,0 +1,169 @@
+"""Files of a run's folder that are valid and hold something else, or nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from bad_inputs import Given, run, world_in
+from bad_inputs.table import RUN, contents
+
+from mmkd.build_cache import build_cache
+from mmkd.recipe import load_recipe
+
+TEXTS = ("", "null", "[]", "7", '"text"', "{}", '{"steps": "many", "step": [], "files": {}}', "{\n")
+ROOT = "runs/tiny"
+STAGE = f"{ROOT}/01-mimic"
+
+
+@pytest.fixture(scope="session")
+def made(tiny_model_dir, tmp_path_factory):
+    """A finished, evaluated run, and a teacher's cache."""
+    given = Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
+    with world_in(given.folder / "finished", given) as world:
+        prepare(world)
+        assert run(RUN, world.patch)[0] == 0
+    with world_in(given.folder / "caching", given) as world:
+        world.cache()
+        build_cache(load_recipe(world.raw))
+    return given
+
+
+def prepare(world):
+    world.raw["evaluate"] = {
+        "samples": {"records": "records.json", "count": 1},
+        "decode": [4],
+    }
+    Path("recipe.yaml").write_text(json.dumps(world.raw))
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    with world_in(tmp_path / "world", made) as world:
+        prepare(world)
+        world.take(made.folder / "finished", "runs")
+        yield world
+
+
+def tried(world, words):
+    """A command ends well, or in one line; never in a traceback, which `run` would raise."""
+    status, message = run(words, world.patch)
+    assert status in (0, 2), message
+    said = [line for line in message.splitlines() if line.startswith("mmkd: ")]
+    assert len(said) == (status == 2), message
+    return status, message
+
+
+FILES = [
+    f"{ROOT}/provenance.json",
+    f"{ROOT}/recipe.yaml",
+    f"{ROOT}/training.yaml",
+    f"{STAGE}/done.json",
+    f"{STAGE}/metrics.jsonl",
+    f"{STAGE}/validation.jsonl",
+    f"{STAGE}/inputs.json",
+    f"{ROOT}/evaluation/student/answers.json",
+    f"{ROOT}/evaluation/student/decode.json",
+    f"{ROOT}/evaluation/student/results.json",
+    f"{ROOT}/evaluation/student/request.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_report_release_and_eval_take_damaged_files(world, name):
+    path = Path(name)
+    for text in TEXTS:
+        path.write_text(text)
+        tried(world, ["report", ROOT])
+        status, _ = tried(world, ["release", ROOT, "--out", "out", "--dry-run"])
+        if name.endswith(("done.json", ".yaml")):
+            assert status == 2, text
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_whose_files_are_damaged_loses_no_student(world, name):
+    """It says which file is damaged, or makes it again."""
+    path, student = Path(name), Path(STAGE) / "student" / "model.safetensors"
+    weights = student.read_bytes()
+    for text in TEXTS[::2]:
+        path.write_text(text)
+        status, message = tried(world, RUN)
+        assert student.read_bytes() == weights
+        if status == 2:
+            assert path.name in message or "a run of another recipe" in message
+            assert path.read_text() == text
+    if name.endswith(("done.json", "training.yaml")):
+        assert status == 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stage_with_a_damaged_done_json_keeps_its_checkpoints(made, tmp_path, text):
+    with world_in(tmp_path / "world", made) as world:
+        world.take(made.stopped, "runs")
+        world.stage(steps=2, checkpoint={"every": 1})
+        Path("recipe.yaml").write_text(json.dumps(world.raw))
+        Path(f"{STAGE}/done.json").write_text(text)
+        before = contents(world.folder)
+        status, message = tried(world, RUN)
+        assert status == 2
+        assert "done.json: it is damaged" in message
+        assert contents(world.folder) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *TEXTS,
+        {"step": 9},
+        {"records_per_step": "4"},
+        {"records_per_step": None},
+        {"files": {}},
+        {"files": []},
+        {"files": {"a": 7}},
+        {"files": {"../../x": {"bytes": 1, "sha256": "a"}}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_a_damaged_state_is_passed_over(made, tmp_path, change):
+    with world_in(tmp_path / "world", made) as world:
+        world.take(made.stopped, "runs")
+        world.stage(steps=2, checkpoint={"every": 1})
+        Path("recipe.yaml").write_text(json.dumps(world.raw))
+        path = Path(f"{STAGE}/checkpoints/step-1/state.json")
+        state = json.loads(path.read_text())
+        path.write_text(change if isinstance(change, str) else json.dumps(state | change))
+        assert tried(world, RUN)[0] == 0
+        lines = Path(f"{STAGE}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(made, tmp_path):
+    with world_in(tmp_path / "world", made) as world:
+        world.take(made.stopped, "runs")
+        world.stage(steps=3, checkpoint={"every": 1})
+        Path(f"{STAGE}/checkpoints/step-1").rename(f"{STAGE}/checkpoints/step-2")
+        training = Path(f"{ROOT}/training.yaml")
+        training.write_text(training.read_text().replace("steps: 2", "steps: 3"))
+        Path("recipe.yaml").write_text(json.dumps(world.raw))
+        assert tried(world, RUN)[0] == 0
+        lines = Path(f"{STAGE}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "settings.json", "rows-0-0.json"])
+def test_a_teachers_cache_with_damaged_files_is_refused_or_made_again(made, tmp_path, name):
+    for number, text in enumerate(TEXTS):
+        with world_in(tmp_path / str(number), made) as world:
+            world.cache()
+            Path("recipe.yaml").write_text(json.dumps(world.raw))
+            shutil.copytree(made.folder / "caching" / "cache", "cache")
+            Path("cache", name).write_text(text)
+            if name == "manifest.json":
+                status, message = tried(world, RUN)
+                assert status == 2
+                assert "manifest.json: it cannot be read" in message
+            status, message = tried(world, ["cache", "recipe.yaml"])
+            assert status == (2 if name == "settings.json" else 0), message
+            if status == 0:
+                assert tried(world, ["cache", "stats", "cache"])[0] == 0
