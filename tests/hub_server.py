@@ -158,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, body: bytes) -> None:
         metadata = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-        wrong = ["license must be one of them"] * (metadata.get("license") == "none of these")
+        wrong = ["license must be one of them"] * (metadata.get("license") == "none-of-these")
         status = 400 if wrong else 200
         if self.headers.get("Accept") == "text/plain":
             return self.answer("".join(wrong).encode(), status)

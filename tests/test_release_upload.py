@@ -375,7 +375,7 @@ def test_private(folder, hub):
 
 
 def test_a_card_that_the_hub_refuses(folder, hub):
-    (folder / "README.md").write_text("---\nlicense: none of these\n---\n")
+    (folder / "README.md").write_text("---\nlicense: none-of-these\n---\n")
     with pytest.raises(HubError, match=r"refuses the card's metadata .*one of them.*mend license"):
         upload(folder, SETTINGS)
     assert hub.repos == {}

@@ -383,5 +383,5 @@ def test_keys_of_a_hub_data_set_are_told_where_they_belong():
             ValidationError, match=rf"write sources: \[{{train: ..., {key}: ...}}\]"
         ):
             DataConfig.model_validate({"train": "hub:a/b", key: value})
-    with pytest.raises(ValidationError, match="say how many are read"):
+    with pytest.raises(ValidationError, match="'stream' is true -- give a number"):
         SourceConfig.model_validate({"train": "hub:a/b", "stream": True})

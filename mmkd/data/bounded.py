@@ -202,8 +202,11 @@ class _Watch:
     def _end(thread: int, running: _Running) -> None:
         if running.stopped:
             return
-        late = _cpu_seconds(thread) - running.begun > SECONDS
-        if late or _memory() - running.memory > GROWTH:
+        used = _cpu_seconds(thread) - running.begun
+        late = used > SECONDS
+        # Other threads allocate too. A template that fills this much memory has worked for it.
+        large = used > _LOOK_SECONDS and _memory() - running.memory > GROWTH
+        if late or large:
             running.stopped = "late" if late else "large"
             kind = _TooLongError if late else _TooLargeError
             ctypes.pythonapi.PyThreadState_SetAsyncExc(

@@ -58,13 +58,6 @@ class SourceConfig(Strict):
         "is not needed",
     )
 
-    @field_validator("stream", mode="before")
-    @classmethod
-    def _a_number(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("no number of records -- say how many are read, such as 100000")
-        return value
-
     @model_validator(mode="after")
     def _of_the_hub(self) -> "SourceConfig":
         fields = type(self).model_fields

@@ -95,7 +95,7 @@ def release_to_a_hub_that_is_down(world: World) -> list[str]:
 def release_under_no_license(world: World) -> list[str]:
     world.take(world.given.trained, "runs")
     world.hub()
-    return [*RELEASE, "license=none of these"]
+    return [*RELEASE, "license=none-of-these"]
 
 
 @case(HUB, "named a model that the Hub does not have", "me/nothing: no such", "check the path")

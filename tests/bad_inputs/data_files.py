@@ -126,8 +126,8 @@ def several_cut_tars(world: World) -> None:
 @case(
     KIND,
     "wrote `stream: true`",
-    "data.sources.0.stream: no number of records",
-    "say how many are read",
+    "data.sources.0: 'stream' is true",
+    "give a number",
 )
 def stream_without_a_number(world: World) -> None:
     world.raw["data"] = {"sources": [{"train": "hub:someone/dataset", "stream": True}]}

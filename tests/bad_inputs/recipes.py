@@ -82,7 +82,7 @@ overridden(
     "did you mean 'weight_decay'?",
 )
 overridden(KIND, "wrong_type", "stages.0.steps=many", "stages.0.steps", "integer", "'many'")
-overridden(KIND, "below_its_least", "stages.0.optimizer.lr=-1", "optimizer.lr", "greater than 0")
+overridden(KIND, "below_its_least", "stages.0.optimizer.lr=-1", "optimizer.lr", "greater than")
 overridden(KIND, "no_such_choice", "stages.0.precision=fp8", "stages.0.precision", "'bfloat16'")
 overridden(
     KIND,
