@@ -70,11 +70,11 @@ class Manifest(Shape):
     format: Count
     vocabulary: Count
     k: Count
-    regions: list[str] = []
-    max_length: Count = 0
-    processor: str = ""
-    teacher: dict[str, Any] = {}
-    hidden: Hidden | None = None
+    regions: list[str]
+    max_length: Count
+    processor: str
+    teacher: dict[str, Any]
+    hidden: Hidden | None
     shards: list[Shard]
 
 

@@ -61,6 +61,7 @@ def test_rows_come_back_from_their_bits(vocabulary, k, sharp):
 
 SETTINGS = {
     "vocabulary": 40, "k": 4, "regions": ["response"], "hidden": None, "max_length": 64,
+    "processor": "p", "teacher": {},
 }  # fmt: skip
 
 

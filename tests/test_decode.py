@@ -218,8 +218,14 @@ def test_a_sentence_says_what_decoding_costs_where_all_seeds_were_timed(run_dir)
 
 def test_the_page_says_how_the_structure_changed(run_dir):
     changes = ["decoder: Mamba-2 mixers (mimic) in layers [1], attention in [0]", "  new: A_log"]
-    put(run_dir / "student-seed0" / "00-start" / "done.json", {"changes": changes})
-    put(run_dir / "student-seed1" / "00-start" / "done.json", {"changes": changes})
+    put(
+        run_dir / "student-seed0" / "00-start" / "done.json",
+        {"before": 2, "after": 1, "changes": changes},
+    )
+    put(
+        run_dir / "student-seed1" / "00-start" / "done.json",
+        {"before": 2, "after": 1, "changes": changes},
+    )
     page = write_report(run_dir).read_text()
     assert "in layers [1], attention in [0]; new: A_log" in page
 

@@ -14,6 +14,7 @@ from mmkd import loading, pipeline, preflight
 from mmkd.costs import parameter_bytes, teacher_bytes
 from mmkd.errors import RecipeError
 from mmkd.evaluation import models
+from mmkd.files import write_json
 from mmkd.loading import load_model, skeleton
 from mmkd.recipe import EvaluateConfig, ModelConfig, StudentConfig, TeacherConfig, load_recipe
 from mmkd.teachers import place_teacher
@@ -130,7 +131,12 @@ def test_a_cache_tells_quantized_weights_apart(scenes_dir, tiny_model_dir, tmp_p
 def test_the_teacher_is_scored_as_it_taught(tmp_path, monkeypatch):
     """And scores of the whole model are not taken for its."""
     seen = []
-    monkeypatch.setattr("mmkd.evaluation.run.evaluate", lambda *a, **k: seen.append(k["quantize"]))
+
+    def score(*arguments, quantize, out, **more):
+        seen.append(quantize)
+        write_json(out / "results.json", {"scores": {}})
+
+    monkeypatch.setattr("mmkd.evaluation.run.evaluate", score)
     settings = EvaluateConfig(tasks=["scenes_pope"])
     sources = {
         "teacher": TeacherConfig(model="a/b", quantize="8bit"),

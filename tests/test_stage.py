@@ -1,12 +1,13 @@
 """The training loop: normalisation, distillation signals, failures."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 from recipes import tiny_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmkd import pipeline
 from mmkd.attention import prefer_float32_attention
@@ -203,8 +204,12 @@ def test_activation_checkpointing_changes_nothing(recipe):
     assert [m["loss"] for m in saved] == pytest.approx([m["loss"] for m in plain], rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_samples(recipe, tmp_path):
-    raw = recipe(stage={"optimizer": {"kind": "sgd", "lr": 1e30, "max_grad_norm": 0}, "steps": 9})
+def test_a_loss_that_is_not_finite_stops_with_the_samples(recipe, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = {name: tensor * 1e30 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    raw = recipe(student={"model": str(tmp_path / "model")})
     with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+, samples: train-"):
         train(raw)
     assert not (tmp_path / "tiny" / "01-mimic" / "student").exists()

@@ -1,6 +1,5 @@
 """Names that become paths, and labels that stand for something else."""
 
-import json
 from pathlib import Path
 
 from attacks.on_code import TASK, task
@@ -75,14 +74,3 @@ def recipe_written_over(world):
 def task_named_by_a_path(world):
     task(world, TASK.replace("task: scenes_pope", "task: ../../up"))
     world.raw["evaluate"]["tasks"] = ["../../up"]
-
-
-@attack(THEME, "named a file of the user's as a shard of a cache", "it names another file")
-def shard_of_another_folder(world):
-    world.take(world.given.cached, "cache")
-    world.cache()
-    Path("thesis.txt").write_text("years of work")
-    (shard,) = Path("cache").glob("rows-*.json")
-    held = json.loads(shard.read_text())
-    shard.write_text(json.dumps({**held, "file": "../thesis.txt"}))
-    return ["cache", "recipe.yaml"]

@@ -33,7 +33,7 @@ def endless_names(world):
 
 
 @attack(THEME, "nested a value 900 lists deep", "record 0", "inside each other")
-def deep_record(world):
+def deep_value(world):
     value = []
     for _ in range(900):
         value = [value]

@@ -167,3 +167,19 @@ def test_a_teachers_cache_with_damaged_files_is_refused_or_made_again(made, tmp_
             assert status == (2 if name == "settings.json" else 0), message
             if status == 0:
                 assert tried(world, ["cache", "stats", "cache"])[0] == 0
+
+
+def test_a_cache_that_names_a_users_file_leaves_it_alone(made, tmp_path):
+    with world_in(tmp_path / "world", made) as world:
+        world.cache()
+        Path("recipe.yaml").write_text(json.dumps(world.raw))
+        shutil.copytree(made.folder / "caching" / "cache", "cache")
+        Path("thesis.txt").write_text("years of work")
+        (shard,) = Path("cache").glob("rows-*.json")
+        held = json.loads(shard.read_text())
+        shard.write_text(json.dumps({**held, "file": "../thesis.txt"}))
+        status, message = run(["cache", "recipe.yaml"], world.patch)
+        assert status == 0, message
+        assert Path("thesis.txt").read_text() == "years of work"
+        (shard,) = Path("cache").glob("rows-*.json")
+        assert json.loads(shard.read_text())["sha256"] == held["sha256"]
