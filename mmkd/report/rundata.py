@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mmkd.errors import CheckpointError
 from mmkd.files import read_yaml
 from mmkd.progress import say
@@ -276,16 +278,26 @@ def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
 
 
 def student_size(folder: Path | None) -> tuple[int, int] | None:
-    """Parameters and bytes of a student's safetensors, from their headers alone."""
+    """Parameters and bytes of a student's safetensors, from their headers alone.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     files = sorted(folder.glob("*.safetensors")) if folder else []
     if not files:
         return None
     parameters = 0
     for path in files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = [t["shape"] for name, t in header.items() if name != "__metadata__"]
-        parameters += sum(math.prod(shape) for shape in shapes)
+        try:
+            with safe_open(path, "np") as file:
+                names = file.keys()
+                parameters += sum(math.prod(file.get_slice(n).get_shape()) for n in names)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                "its weights are damaged",
+                where=str(path),
+                mend="bring the file back, or delete the stage's folder to train it again",
+            ) from error
     return parameters, sum(path.stat().st_size for path in files)
 
 

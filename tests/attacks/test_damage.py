@@ -183,3 +183,16 @@ def test_a_cache_that_names_a_users_file_leaves_it_alone(made, tmp_path):
         assert Path("thesis.txt").read_text() == "years of work"
         (shard,) = Path("cache").glob("rows-*.json")
         assert json.loads(shard.read_text())["sha256"] == held["sha256"]
+
+
+def test_damaged_weights_of_a_student_are_one_line(made, tmp_path):
+    with world_in(tmp_path / "world", made) as world:
+        prepare(world)
+        shutil.copytree(made.folder / "finished" / "runs", "runs")
+        weights = Path(STAGE, "student", "model.safetensors")
+        content = weights.read_bytes()
+        weights.write_bytes(content[:8] + b"\x00\x00\x00\xff" + content[12:])
+        status, message = run(["report", ROOT], world.patch)
+        assert status == 2, message
+        assert "model.safetensors: its weights are damaged -- " in message
+        assert "\n" not in message
