@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from mmkd.errors import CheckpointError
 from mmkd.formats import FormatError, parse_json, parse_yaml
@@ -146,6 +146,24 @@ def read_json(path: Path) -> Any:
         FormatError: it is no JSON, cut for example.
     """
     return parse_json(path.read_bytes())
+
+
+def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each tensor of a safetensors file, by name; only its header is read.
+
+    Raises:
+        CheckpointError: the file is damaged or not there.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            "its weights are damaged",
+            where=str(path),
+            mend="bring the file back, or delete the stage's folder to train it again",
+        ) from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,6 +1,5 @@
 """Weights of a release in another dtype than the student's."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mmkd import consent
 from mmkd.errors import CheckpointError
-from mmkd.files import read_json
+from mmkd.files import read_json, tensors_in
 from mmkd.loading import DTYPES, load_pretrained
 from mmkd.students.write import SHARD_SIZE
 
@@ -36,13 +35,10 @@ class Rounded:
     @property
     def size(self) -> int:
         """Bytes of its tensors in that dtype. The few that stay float32 count as that dtype too."""
-        with self.source.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         item = DTYPES[self.dtype].itemsize
         return sum(
-            prod(t["shape"]) * (item if t["dtype"] in _FLOATS else _BYTES.get(t["dtype"], 1))
-            for name, t in header.items()
-            if name != "__metadata__"
+            prod(shape) * (item if dtype in _FLOATS else _BYTES.get(dtype, 1))
+            for dtype, shape in tensors_in(self.source).values()
         )
 
 
