@@ -91,7 +91,8 @@ def test_a_run_whose_files_are_damaged_loses_no_student(world, name):
         status, message = tried(world, RUN)
         assert student.read_bytes() == weights
         if status == 2:
-            assert path.name in message or "a run of another recipe" in message
+            other = path.name == "training.yaml" and text.startswith("{")  # a recipe by its shape
+            assert ("a run of another recipe" if other else path.name) in message
             assert path.read_text() == text
     if name.endswith(("done.json", "training.yaml")):
         assert status == 2
