@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.measure import save
 from mmkd.cache import RowCodec, Store, StoreWriter
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 EXPONENTS = ((1.2, 3.0), (1.5, 4.0), (2.0, 6.0), (3.0, 8.0))
 

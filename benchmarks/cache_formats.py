@@ -26,7 +26,7 @@ from benchmarks.cache import EXPONENTS, made_rows
 from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.cache import RowCodec
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 
 @dataclass(frozen=True)

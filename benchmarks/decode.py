@@ -25,9 +25,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from benchmarks.measure import save
 from mmkd.evaluation.decode import Decoder
-from mmkd.loading import parameter_count
-from mmkd.progress import console
+from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import Every, MambaConversion
+from mmkd.runtime.progress import console
 from mmkd.students import convert
 from mmkd_models.layout import mamba_layers
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.measure import median_seconds, peak_bytes, save
 from benchmarks.peers import Method, peers
 from mmkd.ops import linear_divergence
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 KINDS = ("kl", "reverse_kl", "jsd")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

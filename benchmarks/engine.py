@@ -21,19 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from benchmarks.measure import median_seconds, save
-from mmkd import distributed
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
-from mmkd.loading import load_model, load_processor
+from mmkd.engines.optim import build_optimizer
+from mmkd.engines.zero import Root
+from mmkd.modeling.capture import capture
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Signals, build_objective
-from mmkd.optim import build_optimizer
-from mmkd.progress import console
 from mmkd.recipe import EngineConfig, Recipe, StageConfig, load_recipe
-from mmkd.signals import capture
+from mmkd.runtime import distributed
+from mmkd.runtime.progress import console
 from mmkd.students import convert, set_trainable
-from mmkd.zero import Root
 
 RECIPE = "configs/quickstart.yaml"
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.measure import save
-from mmkd.progress import console, track
+from mmkd.runtime.progress import console, track
 
 RECIPE = "configs/quickstart.yaml"
 RECORDS = 32

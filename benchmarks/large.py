@@ -21,13 +21,13 @@ from rich.table import Table
 
 from benchmarks.measure import save
 from benchmarks.scaling import QWEN2_7B, QWEN2_HALF_B, SIGLIP, STAGE
-from mmkd.bench import prepare, time_stage
+from mmkd.commands.bench import prepare, time_stage
+from mmkd.commands.plan import make_plan
 from mmkd.errors import MmkdError
-from mmkd.loading import parameter_count
-from mmkd.pipeline import load_teacher
-from mmkd.plan import make_plan
-from mmkd.progress import console
+from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import Recipe, load_recipe
+from mmkd.runs.pipeline import load_teacher
+from mmkd.runtime.progress import console
 
 WORDS = 151_936
 # What the models are made of; `tiny` tries this script on a CPU.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from mmkd.files import write_json
-from mmkd.progress import console
+from mmkd.runtime.files import write_json
+from mmkd.runtime.progress import console
 
 
 def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

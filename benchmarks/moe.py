@@ -24,7 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.ops import expert_ffn, route
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 METHODS = ("mmkd", "transformers", "transformers, grouped_mm", "ideal")
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.measure import median_seconds, save
 from mmkd.data.packing import Packing, best_fit_decreasing, bins_of, pack_inputs, pack_targets
 from mmkd.objectives import Targets
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 
 def draw(records: int) -> list[int]:

@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from benchmarks.measure import save
 from mmkd.data.images import load_image
 from mmkd.data.picture_cache import PictureCache
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 SIZE = (640, 480)
 PROCESSORS: dict[str, Callable[[], Any]] = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.objectives import preference_loss
 from mmkd.ops import token_logps
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 BETA = 0.1
 IGNORED = -100

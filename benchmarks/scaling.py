@@ -13,12 +13,12 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.measure import save
-from mmkd import distributed
-from mmkd.costs import Sample
-from mmkd.loading import parameter_count, skeleton
-from mmkd.plan import plan_stage
-from mmkd.progress import console
+from mmkd.commands.plan import plan_stage
+from mmkd.commands.plan.costs import Sample
+from mmkd.modeling.loading import parameter_count, skeleton
 from mmkd.recipe import load_recipe
+from mmkd.runtime import distributed
+from mmkd.runtime.progress import console
 
 RECORDS = 665_000
 TOTAL = 128

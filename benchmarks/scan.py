@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.ops import causal_conv, ssd_scan
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 
 # Out of sight of transformers, which would take them even for CPU tensors.
 HIDDEN_PACKAGES = ("mamba_ssm", "causal_conv1d")

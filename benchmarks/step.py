@@ -19,10 +19,10 @@ import torch
 from rich.table import Table
 
 from benchmarks.measure import median_seconds, save
-from mmkd.bench import floor_of, prepare, teachers_of
-from mmkd.build_cache import build_cache
-from mmkd.progress import console
+from mmkd.commands.bench import floor_of, prepare, teachers_of
+from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import Recipe, load_recipe
+from mmkd.runtime.progress import console
 
 RECIPE = "configs/quickstart.yaml"
 STUDENTS = {"quickstart": [], "teacher": ["student.convert=[]"]}

@@ -25,11 +25,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from benchmarks.measure import median_seconds, peak_bytes, save
-from mmkd.bench import prepare
+from mmkd.commands.bench import prepare
 from mmkd.data.batch import Batch
-from mmkd.progress import console
 from mmkd.recipe import load_recipe
-from mmkd.stage import Stage
+from mmkd.runtime.progress import console
+from mmkd.training.stage import Stage
 
 RECIPE = "configs/quickstart.yaml"
 TEACHER = "assets/scenes_teacher"

@@ -22,19 +22,19 @@ import torch
 import typer
 from PIL import Image
 
-from mmkd import distributed, interrupt
 from mmkd.data.answers import Sampled, generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.images import FORMATS, load_image
 from mmkd.data.journal import Journal
 from mmkd.data.records import GivenRecords
 from mmkd.data.schema import Record
+from mmkd.data.vocabulary import check_head
 from mmkd.errors import AGAIN, DataError, MmkdError, StoppedError
-from mmkd.files import write_text
-from mmkd.loading import load_model, load_processor
-from mmkd.progress import console, track
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
-from mmkd.vocabulary import check_head
+from mmkd.runtime import distributed, interrupt
+from mmkd.runtime.files import write_text
+from mmkd.runtime.progress import console, track
 
 PROMPTS = [
     "Describe this image in detail.",

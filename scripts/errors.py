@@ -18,7 +18,7 @@ def messages(folder: Path) -> dict[str, str]:
     from tiny import write_tiny_model
 
     from mmkd.data.scenes.build import build_scenes
-    from mmkd.progress import track
+    from mmkd.runtime.progress import track
 
     build_scenes(folder / "scenes", seed=0, train=2, validation=2, evaluation=2)
     write_tiny_model(folder / "scenes" / "processor", folder / "model")
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests"))
     from bad_inputs import page
 
-    from mmkd.files import write_text
+    from mmkd.runtime.files import write_text
 
     with TemporaryDirectory() as name:
         write_text(PAGE, page(messages(Path(name))))

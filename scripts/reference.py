@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmkd.files import write_text
-from mmkd.progress import console
 from mmkd.recipe import Recipe
+from mmkd.runtime.files import write_text
+from mmkd.runtime.progress import console
 
 OUT = Path(__file__).parents[1] / "docs" / "reference.md"
 INTRO = """# Recipe reference

@@ -15,7 +15,7 @@ $PIP --no-deps "lmms-eval==0.7.3"
 # build breaks transformers, so it is removed again.
 python() { "$VENV/bin/python" -c "$1"; }
 has_torchvision() { python "import torchvision" 2>/dev/null; }
-PACKAGES="from mmkd.doctor.packages import fitting_torchvision, without_torchvision"
+PACKAGES="from mmkd.commands.doctor.packages import fitting_torchvision, without_torchvision"
 if ! has_torchvision; then
     FITTING="$(python "$PACKAGES; print(fitting_torchvision())")"
     case "$FITTING" in "pip install --no-deps "*)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from mmkd.files import read_json, write_folder, write_json
-from mmkd.loading import load_model, load_processor, parameter_count
-from mmkd.pipeline import members
-from mmkd.progress import console
+from mmkd.modeling.loading import load_model, load_processor, parameter_count
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.runs.pipeline import members
+from mmkd.runtime.files import read_json, write_folder, write_json
+from mmkd.runtime.progress import console
 
 MOST_BYTES = 10_000_000
 

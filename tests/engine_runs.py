@@ -7,10 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from mmkd import distributed, pipeline, stage
 from mmkd.engines import torch_engine
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime import distributed
 from mmkd.teachers import sharded
+from mmkd.training import stage
 
 
 class BrokenOffError(Exception):

@@ -3,7 +3,7 @@
 import os
 import time
 
-from mmkd.doctor.isolated import Finding
+from mmkd.commands.doctor.isolated import Finding
 
 
 def answer():

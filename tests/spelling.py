@@ -8,7 +8,7 @@ from processors import OTHER_WORDS, llava, smolvlm
 
 from mmkd.data.chat import render_chat, special_tokens
 from mmkd.data.chunks import cut_answers, pair_chunks
-from mmkd.vocabulary import same_vocabulary
+from mmkd.data.vocabulary import same_vocabulary
 
 SAID = [
     "There is a red book, two cats and a dog.",

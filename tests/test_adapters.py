@@ -11,11 +11,11 @@ from recipes import tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from mmkd import pipeline
-from mmkd.adapters import adapted_layers, adapters_off, effective_weight, merged
 from mmkd.errors import RecipeError
+from mmkd.modeling.adapters import adapted_layers, adapters_off, effective_weight, merged
+from mmkd.modeling.capture import capture
 from mmkd.recipe import LoraConfig, MambaConversion, MoeConversion, load_recipe
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.students import convert, set_trainable
 from mmkd.students.write import write_student
 
@@ -189,7 +189,7 @@ def test_the_student_without_adapters_is_its_own_teacher(recipe, tiny_model_dir)
 def test_adapters_go_on_where_they_stopped(recipe, monkeypatch):
     lora = {"train": {"lora": {"rank": 4}}}
     want = losses(pipeline.run(recipe("whole", **lora)))
-    from mmkd import stage
+    from mmkd.training import stage
 
     step = stage.Stage.step
 

@@ -9,14 +9,14 @@ from recipes import tiny_recipe
 from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mmkd import pipeline
 from mmkd.data.alignment import align, resized, same_processor
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError, RecipeError
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Targets
 from mmkd.recipe import DataConfig, ModelConfig, load_recipe
+from mmkd.runs import pipeline
 from mmkd.teachers import LiveTeacher
 
 

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd import bench, pipeline
+from mmkd.commands import bench
 from mmkd.errors import RecipeError
-from mmkd.provenance import weights_hash
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime.hashes import weights_hash
 from mmkd.teachers import LiveTeacher, place_teacher
 
 

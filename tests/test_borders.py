@@ -8,14 +8,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ZOO
 
-from mmkd.borders import tell_borders
 from mmkd.data.packing import bins_of
 from mmkd.errors import RecipeError
-from mmkd.packed import check_packing
+from mmkd.modeling.capture import capture
+from mmkd.modeling.packed_rows import tell_borders
 from mmkd.recipe import MambaConversion
-from mmkd.signals import capture
 from mmkd.students import convert
 from mmkd.teachers import LiveTeacher
+from mmkd.training.packing_check import check_packing
 from scripts.families.bench import Workbench
 
 KINDS = ("one", "none", "several", "other", "frames")
@@ -165,7 +165,7 @@ def test_flash_attention_is_told_the_borders(name, batches, flash):
 
 def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model):
     """A stage whose model is not told where records begin."""
-    monkeypatch.setattr("mmkd.stage_run.tell_borders", lambda model: None)
+    monkeypatch.setattr("mmkd.training.build.tell_borders", lambda model: None)
     bench = Workbench(ZOO[name].make, ZOO[name].processor(), tmp_path)
     return bench.stage(change(bench.make(1)), *kinds, batch={"pack": 4096})
 

@@ -13,12 +13,13 @@ import yaml
 from recipes import tiny_recipe
 from tiny import write_tiny_model
 
-from mmkd import build_cache, pipeline
 from mmkd.cache import RowCodec, Store, StoreWriter, store
 from mmkd.cache.codec import OTHERS, REST
-from mmkd.cache_stats import compare, stats
+from mmkd.commands import build_cache
+from mmkd.commands.cache_stats import compare, stats
 from mmkd.errors import CheckpointError, DataError, MmkdError, RecipeError
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
 
 
 def rows(count, vocabulary, k, sharp=3.0, seed=0):

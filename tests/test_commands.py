@@ -16,16 +16,16 @@ from recipes import tiny_recipe
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from mmkd import pipeline
 from mmkd.cli import cache, data, main, models, release, runs, setup  # noqa: F401
 from mmkd.cli.app import ORDER, app
 from mmkd.cli.scoring import find_models
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError
-from mmkd.files import read_json
 from mmkd.recipe import load_recipe
 from mmkd.report import write_report
 from mmkd.report.rundata import read_run
 from mmkd.report.use import how_to_use
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 
 COMMANDS: list[tuple[str, ...]] = []
 

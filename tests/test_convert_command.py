@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmkd.cli import main
-from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd_models.layout import mamba_layers
 
 

@@ -16,18 +16,18 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mmkd import pipeline
-from mmkd.build_cache import build_cache
+from mmkd.commands.build_cache import build_cache
+from mmkd.commands.plan import make_plan
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError, RecipeError
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.capture import capture
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective, score
 from mmkd.objectives.cross_tokenizer import AlmConfig, UldConfig
 from mmkd.objectives.relation import RelationConfig
-from mmkd.plan import make_plan
 from mmkd.recipe import DataConfig, ModelConfig, load_recipe
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.teachers import LiveTeacher
 
 CPU = torch.device("cpu")

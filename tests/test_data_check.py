@@ -10,8 +10,8 @@ from layouts import LAYOUTS, encoded, put, sample, turns, write_tar
 from recipes import tiny_recipe
 from rich.console import Console
 
-from mmkd import data_check
 from mmkd.cli import main
+from mmkd.commands import check_data
 from mmkd.data import check, images
 from mmkd.data.check import Look, check_source
 from mmkd.errors import DataError
@@ -22,7 +22,7 @@ ASKED = turns("<image>\nWhat is it?", "a ball")
 
 def run(monkeypatch, capsys, *words):
     """Exit status, and what is printed on both streams."""
-    monkeypatch.setattr(data_check, "console", Console(width=120))
+    monkeypatch.setattr(check_data, "console", Console(width=120))
     monkeypatch.setattr(sys, "argv", ["mmkd", "data", "check", *map(str, words)])
     with pytest.raises(SystemExit) as caught:
         main()

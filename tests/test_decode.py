@@ -11,16 +11,16 @@ from rich.console import Console
 from test_hybrid import student
 from transformers.cache_utils import DynamicCache
 
-from mmkd import pipeline
 from mmkd.errors import MmkdError, RecipeError
 from mmkd.evaluation.decode import Decoder, measure_decode
-from mmkd.files import read_json
 from mmkd.recipe import load_recipe
 from mmkd.report import tables as tables_module
 from mmkd.report import write_report
 from mmkd.report.decoding import decoding_sentence, decoding_table
 from mmkd.report.rundata import read_run
 from mmkd.report.tables import Value, format_value
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 from mmkd_models.cache import GrowingLayer, HybridCache
 
 CONTEXT, STEPS = 70, 3

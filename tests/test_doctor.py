@@ -13,10 +13,19 @@ import pytest
 import torch
 from misbehaving import answer, crashing, hanging, leaving, raising
 
-from mmkd.doctor import Row, as_json, hindering, machine, packages, peers, places, print_rows
-from mmkd.doctor.checks import all_checks
-from mmkd.doctor.isolated import Check, Finding, run_isolated
-from mmkd.doctor.packages import Wanted
+from mmkd.commands.doctor import (
+    Row,
+    as_json,
+    hindering,
+    machine,
+    packages,
+    peers,
+    places,
+    print_rows,
+)
+from mmkd.commands.doctor.checks import all_checks
+from mmkd.commands.doctor.isolated import Check, Finding, run_isolated
+from mmkd.commands.doctor.packages import Wanted
 from mmkd_models import kernels
 
 
@@ -136,7 +145,7 @@ def test_only_what_is_needed_hinders(capsys):
 
 def test_checks_import_nothing_of_what_they_look_at():
     code = (
-        "import sys; from pathlib import Path; from mmkd.doctor.checks import all_checks;"
+        "import sys; from pathlib import Path; from mmkd.commands.doctor.checks import all_checks;"
         "all_checks(Path('runs')); print({'torch', 'transformers', 'packaging'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -383,7 +392,7 @@ def test_the_hub(monkeypatch):
     (found,) = places.hub()
     assert found.state == "broken"
     assert found.detail.startswith("http://127.0.0.1:9 cannot be reached (")
-    monkeypatch.setattr("mmkd.hub.ask", lambda endpoint: None)
+    monkeypatch.setattr("mmkd.runtime.hub.ask", lambda endpoint: None)
     assert places.hub() == [Finding("ok", "http://127.0.0.1:9 answers")]
 
 

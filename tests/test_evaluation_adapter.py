@@ -11,7 +11,6 @@ from lmms_eval.api.instance import GenerationResult
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmkd.distributed import choose_device
 from mmkd.errors import CheckpointError, DataError, MmkdError
 from mmkd.evaluation.adapter import (
     MmkdModel,
@@ -20,6 +19,7 @@ from mmkd.evaluation.adapter import (
     resolve_dtype,
     split_images,
 )
+from mmkd.runtime.distributed import choose_device
 
 
 def picture(colour: str) -> Image.Image:

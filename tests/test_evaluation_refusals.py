@@ -23,8 +23,8 @@ from mmkd.evaluation.models import evaluate_models
 from mmkd.evaluation.pictures import UnreadablePicture
 from mmkd.evaluation.refusals import HOPELESS, Refusals, Unanswered, describe, is_of_document
 from mmkd.evaluation.run import evaluate
-from mmkd.files import read_json, write_json
 from mmkd.recipe import EvaluateConfig, StudentConfig
+from mmkd.runtime.files import read_json, write_json
 
 GOOD = {"question": "Is there a cat?", "images": [picture("red")]}
 BROKEN = [
@@ -287,8 +287,8 @@ def test_kept_tasks_are_those_of_one_model(
     with pytest.raises(StoppedError):
         evaluate(model, out=tmp_path / "out", **settings)
     if changed == "quantize":
-        monkeypatch.setattr("mmkd.loading.check_quantization", lambda *a: None)
-        monkeypatch.setattr("mmkd.loading._quantized", lambda *a: {})
+        monkeypatch.setattr("mmkd.modeling.loading.check_quantization", lambda *a: None)
+        monkeypatch.setattr("mmkd.modeling.loading._quantized", lambda *a: {})
         settings["quantize"] = "4bit"
     else:
         template = model / "chat_template.jinja"

@@ -16,16 +16,16 @@ from benchmarks_in_small import annotators, pictures, put, scored, texts
 from recipes import tiny_recipe
 from typer.testing import CliRunner
 
-from mmkd import pipeline
 from mmkd.cli.app import app
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.run import check, evaluate
-from mmkd.files import read_json, write_json
 from mmkd.recipe import load_recipe
 from mmkd.report.metrics import HEADLINE
 from mmkd.report.rundata import read_run
 from mmkd.report.samples import choose_samples
 from mmkd.report.tables import build_tables, print_scores, print_tables
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

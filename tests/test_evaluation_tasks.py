@@ -20,8 +20,8 @@ from mmkd.evaluation.local import features
 from mmkd.evaluation.manager import find_tasks
 from mmkd.evaluation.run import check
 from mmkd.evaluation.standard import ALIASES, COLUMNS
-from mmkd.files import write_json
 from mmkd.report.metrics import HEADLINE
+from mmkd.runtime.files import write_json
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

@@ -6,10 +6,10 @@ import pytest
 from transformers.utils import is_torchvision_available
 from zoo import ZOO
 
-from mmkd.doctor.packages import FAMILIES, WANT_TORCHVISION
+from mmkd.commands.doctor.packages import FAMILIES, WANT_TORCHVISION
 from mmkd.errors import CheckpointError
-from mmkd.files import write_json
-from mmkd.loading import load_pretrained_processor
+from mmkd.modeling.loading import load_pretrained_processor
+from mmkd.runtime.files import write_json
 from scripts.families.checks import verdicts
 from scripts.families.table import read
 

@@ -17,7 +17,7 @@ from mmkd.data.schema import Record
 from mmkd.errors import MmkdError
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.evaluation.options import generate_options, stop_strings
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import ModelConfig, SamplingConfig, StudentConfig
 from mmkd.students.write import write_converted, write_student
 
@@ -283,8 +283,8 @@ def test_what_a_task_asks_for_is_honoured_or_refused_by_name():
 
 
 def test_the_students_of_a_run_name_their_ends(scenes_dir, tiny_model_dir, tmp_path):
-    from mmkd import pipeline
     from mmkd.recipe import load_recipe
+    from mmkd.runs import pipeline
 
     raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"steps": 1})
     folder = pipeline.run(load_recipe(raw))

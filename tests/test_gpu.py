@@ -15,10 +15,11 @@ import torch
 from recipes import tiny_recipe
 from recurrences import TOLERANCE
 
-from mmkd import build_cache, pipeline
+from mmkd.commands import build_cache
 from mmkd.evaluation.adapter import MmkdModel
-from mmkd.files import read_json
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 from mmkd_models import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -155,7 +156,7 @@ def test_a_cache_is_the_same_wherever_it_was_built(losses):
 
 def test_a_run_goes_on_where_it_stopped(losses, monkeypatch):
     """To the last bit on the torch engine with the head's losses and experts of these students."""
-    from mmkd import stage
+    from mmkd.training import stage
 
     settings = {"convert": STUDENTS["sparse"], "steps": 6}
     want = losses("whole", "cuda", **settings)

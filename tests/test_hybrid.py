@@ -12,10 +12,10 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.loading import load_model, load_pretrained, skeleton
+from mmkd.modeling.loading import load_model, load_pretrained, skeleton
 from mmkd.recipe import LayersConversion, MambaConversion, ModelConfig
 from mmkd.students import convert, set_trainable
-from mmkd.students.placement import choose, parse
+from mmkd.students.layer_choice import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
 from mmkd_models.configuration_mmkd import MmkdConfig
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText

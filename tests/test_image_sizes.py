@@ -14,8 +14,8 @@ from mmkd.cache import processor_hash
 from mmkd.data.processing import Processing
 from mmkd.errors import RecipeError
 from mmkd.evaluation.adapter import MmkdModel
-from mmkd.image_sizes import limit_config, limit_processor
-from mmkd.loading import load_model, load_pretrained_processor, load_processor
+from mmkd.modeling.image_sizes import limit_config, limit_processor
+from mmkd.modeling.loading import load_model, load_pretrained_processor, load_processor
 from mmkd.recipe import ImageSizeConfig, ModelConfig, load_recipe
 
 SIZE = (200, 190)
@@ -159,7 +159,7 @@ def test_it_reaches_everything_that_loads_a_processor(smolvlm_folder):
 
 
 def test_old_recipes_stay_the_same_and_a_student_of_a_run_has_its_size():
-    from mmkd.pipeline import _from_folder
+    from mmkd.runs.pipeline import _from_folder
 
     raw = {
         "name": "a",

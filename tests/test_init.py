@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmkd import preflight
+from mmkd.commands.starters import METHODS, SCENES, Choices, missing_files, starter, write_starter
 from mmkd.errors import MmkdError
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.starters import METHODS, SCENES, Choices, missing_files, starter, write_starter
+from mmkd.runs import preflight
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd import launch
+from mmkd.cli import launch
 
 BIN = Path(sys.executable).parent
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "launch"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mmkd.layer_projections import PROJECTIONS, as_compared, width_of
+from mmkd.modeling.capture import capture
+from mmkd.modeling.layer_projections import PROJECTIONS, as_compared, width_of
 from mmkd.objectives import Targets, build_objective
 from mmkd.objectives.minilm import MiniLmConfig
 from mmkd.recipe import MambaConversion
-from mmkd.signals import capture
 from mmkd.students import convert
 from mmkd_models.parts import find_parts
 

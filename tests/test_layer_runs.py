@@ -9,9 +9,9 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline
 from mmkd.errors import RecipeError
-from mmkd.layer_signals import LayerPlan, Recorder
+from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_layers import LayerPlan, Recorder
 from mmkd.objectives import LayerSignals, Targets, build_objective, score
 from mmkd.objectives.divergence import DivergenceConfig
 from mmkd.objectives.layerwise import (
@@ -22,7 +22,7 @@ from mmkd.objectives.layerwise import (
 )
 from mmkd.objectives.minilm import MiniLmConfig
 from mmkd.recipe import MambaConversion, load_recipe
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.students import convert
 
 LAYERS = {"layers": [1, 3]}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline, preflight
 from mmkd.errors import RecipeError
-from mmkd.layer_signals import LayerPlan
+from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_layers import LayerPlan
 from mmkd.objectives import REGISTRY, LayerSignals, Layerwise, Signals, Targets, build_objective
 from mmkd.objectives.divergence import DivergenceConfig
 from mmkd.objectives.layerwise import (
@@ -20,7 +20,7 @@ from mmkd.objectives.layerwise import (
     MixerMseConfig,
 )
 from mmkd.recipe import MambaConversion, load_recipe
-from mmkd.signals import capture
+from mmkd.runs import pipeline, preflight
 from mmkd.students import convert
 from mmkd_models.parts import find_parts
 

@@ -7,15 +7,16 @@ import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
-from mmkd import pipeline, stage
+from mmkd.commands.plan import make_plan
 from mmkd.engines import build_engine
 from mmkd.engines.masters import Masters
 from mmkd.engines.state import WEIGHTS
 from mmkd.errors import RecipeError
-from mmkd.loading import load_model
-from mmkd.plan import make_plan
+from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig, StageConfig, load_recipe
+from mmkd.runs import pipeline
 from mmkd.students import set_trainable
+from mmkd.training import stage
 
 CPU = torch.device("cpu")
 STEPS = 12

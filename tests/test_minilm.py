@@ -10,14 +10,14 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline
 from mmkd.errors import RecipeError
-from mmkd.layer_signals import LayerPlan
+from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_layers import LayerPlan
 from mmkd.objectives import LayerSignals, Signals, Targets, build_objective, minilm
 from mmkd.objectives.affinity import AffinityConfig
 from mmkd.objectives.minilm import MiniLmConfig
 from mmkd.recipe import MambaConversion, load_recipe
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.students import convert
 
 B, T = 3, 7

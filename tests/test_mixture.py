@@ -10,16 +10,16 @@ from layouts import put, sample, turns, write_numbers, write_tar
 from processors import FAMILIES
 from recipes import tiny_recipe
 
-from mmkd import pipeline
-from mmkd.build_cache import build_cache
+from mmkd.commands.build_cache import build_cache
+from mmkd.commands.plan import make_plan
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture, draws
 from mmkd.data.records import Records
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError
-from mmkd.files import read_json
-from mmkd.plan import make_plan
 from mmkd.recipe import BatchConfig, DataConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 
 
 def mixture(tmp_path, *sources, seed=3):

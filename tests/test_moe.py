@@ -8,12 +8,12 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline
+from mmkd.commands.plan import make_plan
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.loading import load_model, load_pretrained, parameter_count
+from mmkd.modeling.capture import capture
+from mmkd.modeling.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, Targets, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
-from mmkd.plan import make_plan
 from mmkd.recipe import (
     LayersConversion,
     MambaConversion,
@@ -23,7 +23,7 @@ from mmkd.recipe import (
     load_recipe,
 )
 from mmkd.report.rundata import read_run
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.students import convert, set_trainable
 from mmkd_models.experts import route
 from mmkd_models.moe import SparseFfn

@@ -5,11 +5,11 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmkd.errors import CheckpointError
+from mmkd.modeling.capture import capture, check_supported
 from mmkd.objectives import REGISTRY, Layerwise, Signals, Targets, build_objective
 from mmkd.objectives.divergence import DivergenceConfig, JsdConfig, SkewConfig
 from mmkd.objectives.language_modeling import CrossEntropyConfig
 from mmkd.objectives.token_labels import TokenLabelsConfig
-from mmkd.signals import capture, check_supported
 
 B, T, H, V = 3, 9, 5, 13
 #            img img  prompt   response  pad
@@ -179,7 +179,7 @@ def test_every_kind_of_the_registry_is_tested_here():
 
 
 def test_signals_are_the_models_own(tiny_model_dir):
-    from mmkd.loading import load_model
+    from mmkd.modeling.loading import load_model
     from mmkd.recipe import ModelConfig
 
     model = load_model(ModelConfig(model=str(tiny_model_dir)))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmkd.loading import load_model
+from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "run_0_1.tar.xz"

@@ -9,17 +9,17 @@ from processors import llava, qwen
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
-from mmkd import pipeline
 from mmkd.data.answers import answered, answers_of, asked, sample
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import TorchEngine
 from mmkd.errors import RecipeError
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective
 from mmkd.objectives.divergence import DivergenceConfig
-from mmkd.on_policy import OnPolicy
 from mmkd.recipe import DataConfig, ModelConfig, OnPolicyConfig, SamplingConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.training.on_policy import OnPolicy
 
 TURNS = [("human", "<image>\nTwo cats?"), ("gpt", "a dog"), ("human", "And a hat?"), ("gpt", "No")]
 
@@ -129,20 +129,20 @@ def run(scenes_dir, model_dir, out, name, teacher=None, **stage):
 def test_a_stage_on_policy_resumes_with_the_same_answers(
     scenes_dir, tiny_model_dir, tmp_path, monkeypatch
 ):
-    import mmkd.stage
+    import mmkd.training.stage
 
     whole, weights = run(scenes_dir, tiny_model_dir, tmp_path, "whole")
     assert whole[0]["jsd"] == pytest.approx(0, abs=1e-6)  # the teacher is the student
     assert sum(line["sampled"] for line in whole) > 0
 
-    step = mmkd.stage.Stage.step
+    step = mmkd.training.stage.Stage.step
 
     def stops(self, number, batches):
         if number == 3:
             raise KeyboardInterrupt
         return step(self, number, batches)
 
-    monkeypatch.setattr(mmkd.stage.Stage, "step", stops)
+    monkeypatch.setattr(mmkd.training.stage.Stage, "step", stops)
     with pytest.raises(KeyboardInterrupt):
         run(scenes_dir, tiny_model_dir, tmp_path, "killed", checkpoint={"every": 1})
     monkeypatch.undo()

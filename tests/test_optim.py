@@ -7,10 +7,12 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import distributed, pipeline, stage
 from mmkd.engines import build
-from mmkd.optim import build_optimizer, build_schedule, forward_schedule
+from mmkd.engines.optim import build_optimizer, build_schedule, forward_schedule
 from mmkd.recipe import OptimizerConfig, ScheduleConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime import distributed
+from mmkd.training import stage
 
 
 def adam(weight, gradients, config, decay):

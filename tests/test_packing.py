@@ -8,12 +8,13 @@ import torch
 from processors import llava
 from recipes import tiny_recipe
 
-from mmkd import build_cache, pipeline
+from mmkd.commands import build_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.packing import best_fit_decreasing, even_bins
 from mmkd.data.records import Records
 from mmkd.errors import RecipeError
 from mmkd.recipe import DataConfig, load_recipe
+from mmkd.runs import pipeline
 
 
 def lengths(count, seed=0):

@@ -8,13 +8,13 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from mmkd import pairs
 from mmkd.cli import main
+from mmkd.commands import make_pairs
+from mmkd.commands.make_pairs import Score
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError
-from mmkd.loading import load_processor
-from mmkd.pairs import Score
+from mmkd.modeling.loading import load_processor
 from mmkd.recipe import DataConfig, ModelConfig
 
 TEACHER = "assets/scenes_teacher"
@@ -22,7 +22,7 @@ TEACHER = "assets/scenes_teacher"
 
 @pytest.fixture
 def command(monkeypatch, scenes_dir, tmp_path):
-    def call(*words, out="pairs.parquet", data="captions.parquet"):
+    def call(*words, out="make_pairs.parquet", data="captions.parquet"):
         fixed = ["--data", str(scenes_dir / data), "--out", str(tmp_path / out)]
         monkeypatch.setattr(sys, "argv", ["mmkd", "data", "pairs", TEACHER, *fixed, *words])
         with pytest.raises(SystemExit) as caught:
@@ -45,7 +45,7 @@ def test_the_better_answer_is_chosen(command, scenes_dir, tmp_path, capsys):
     words = ("--limit", "48", "--temperature", "1.3", "--seed", "1")
     assert command(*words) == 0
     assert "pairs of 48 prompts" in capsys.readouterr().out
-    path = tmp_path / "pairs.parquet"
+    path = tmp_path / "make_pairs.parquet"
     rows = pq.read_table(path).to_pylist()
     assert rows
     records = Records(DataConfig(train=str(scenes_dir / "captions.parquet")))
@@ -82,10 +82,10 @@ def test_settings_that_make_no_pairs(command, tmp_path, capsys, words, message):
 def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path, capsys):
     assert command(data="preferences.parquet") == 2
     assert "the records say nothing of objects" in capsys.readouterr().err
-    (tmp_path / "pairs.parquet").write_text("mine")
+    (tmp_path / "make_pairs.parquet").write_text("mine")
     assert command() == 2
     assert "it is there already" in capsys.readouterr().err
-    assert (tmp_path / "pairs.parquet").read_text() == "mine"
+    assert (tmp_path / "make_pairs.parquet").read_text() == "mine"
 
 
 def test_only_one_question_about_one_picture_is_asked(tmp_path):
@@ -103,17 +103,17 @@ def test_only_one_question_about_one_picture_is_asked(tmp_path):
     rows = [{"id": n, "images": i, "conversations": t} for n, (t, i) in cases.items()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     records = Records(DataConfig(train=str(tmp_path / "a.json")))
-    assert len(pairs._prompt(records, 0).messages) == 1
+    assert len(make_pairs._prompt(records, 0).messages) == 1
     for index, name in enumerate(cases):
         if name != "good":
             with pytest.raises(DataError, match=rf"\(id {name}\): .*one question about one image"):
-                pairs._prompt(records, index)
+                make_pairs._prompt(records, index)
 
 
 def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monkeypatch):
     words = ("--limit", "9", "--temperature", "1.3", "--batch-size", "3")
     assert command(*words, out="whole.parquet") == 0
-    asked, answer = [], pairs.sample_answers
+    asked, answer = [], make_pairs.sample_answers
 
     def stopping(*given, seed, **settings):
         asked.append(seed)
@@ -121,13 +121,13 @@ def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return answer(*given, seed=seed, **settings)
 
-    monkeypatch.setattr(pairs, "sample_answers", stopping)
+    monkeypatch.setattr(make_pairs, "sample_answers", stopping)
     assert command(*words) == 0  # as after any SIGTERM
-    assert not (tmp_path / "pairs.parquet").exists()
-    with (tmp_path / "pairs.parquet.answers.jsonl").open("a") as file:
+    assert not (tmp_path / "make_pairs.parquet").exists()
+    with (tmp_path / "make_pairs.parquet.answers.jsonl").open("a") as file:
         file.write('{"records": [1')  # a kill in the middle of a line
     assert command(*words) == 0
     assert asked == [0, 1, 2, 2]
     whole, stopped = (pq.read_table(tmp_path / f"{n}.parquet") for n in ("whole", "pairs"))
     assert stopped.equals(whole)
-    assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "pairs.parquet"}
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "make_pairs.parquet"}

@@ -12,6 +12,7 @@ from PIL import Image
 from processors import FAMILIES
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
+from mmkd.commands.make_pairs import _png
 from mmkd.data.bounds import MOST_PIXELS, check_scaled, scaled_edge
 from mmkd.data.check import Look, check_source
 from mmkd.data.encoder import Encoder
@@ -20,7 +21,6 @@ from mmkd.data.records import Records
 from mmkd.errors import DataError
 from mmkd.evaluation.adapter import MmkdModel, split_images
 from mmkd.evaluation.scenes import images as scene_images
-from mmkd.pairs import _png
 from mmkd.recipe import DataConfig, SourceConfig
 from mmkd.report.samples import _data_uri
 

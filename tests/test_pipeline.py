@@ -13,11 +13,11 @@ import yaml
 from recipes import tiny_recipe
 from tiny import write_tiny_model
 
-from mmkd import pipeline
 from mmkd.errors import RecipeError
-from mmkd.files import read_json
-from mmkd.loading import load_model
+from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 

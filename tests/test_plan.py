@@ -9,8 +9,8 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd.loading import load_model, parameter_count
-from mmkd.plan import human, make_plan
+from mmkd.commands.plan import human, make_plan
+from mmkd.modeling.loading import load_model, parameter_count
 from mmkd.recipe import ModelConfig, load_recipe
 
 

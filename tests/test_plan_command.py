@@ -8,12 +8,13 @@ import yaml
 from recipes import tiny_recipe
 from rich.console import Console
 
-from mmkd import pipeline, preflight, progress, timings
 from mmkd.cli import main
+from mmkd.commands.plan import check_recipe, make_plan, print_plan, show
 from mmkd.errors import MmkdError
-from mmkd.files import write_json
-from mmkd.plan import check_recipe, make_plan, print_plan, show
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline, preflight, timings
+from mmkd.runtime import progress
+from mmkd.runtime.files import write_json
 
 KL = {"objectives": [{"kind": "ce"}, {"kind": "kl"}]}
 
@@ -28,7 +29,7 @@ def world(scenes_dir, tiny_model_dir, tmp_path):
 
 
 def printed(monkeypatch, plan, *, width=80, **settings):
-    from mmkd import progress
+    from mmkd.runtime import progress
 
     console = Console(width=width, color_system=None)
     for module in (show, progress):

@@ -10,7 +10,7 @@ import yaml
 from recipes import tiny_recipe
 
 from mmkd.cli import main
-from mmkd.objectives import REGISTRY, added
+from mmkd.objectives import REGISTRY, registry
 
 DOCS = Path(__file__).parents[1] / "docs" / "extending.md"
 CODE = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.S)
@@ -18,7 +18,7 @@ CODE = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.S)
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    monkeypatch.setattr(added, "_added", {})
+    monkeypatch.setattr(registry, "_added", {})
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     said = json.loads((tmp_path / "tiny" / "provenance.json").read_text())
     assert len(said["plugins"][str(file)]) == 64
 
-    monkeypatch.setattr(added, "_added", {})  # as in a process of its own
+    monkeypatch.setattr(registry, "_added", {})  # as in a process of its own
     out = tmp_path / "released"
     words = ("release", tmp_path / "tiny", "--out", out)
     assert mmkd(monkeypatch, *words) == 2

@@ -11,7 +11,6 @@ from processors import llava, qwen
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
-from mmkd import pipeline
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import DataError, RecipeError
@@ -20,6 +19,7 @@ from mmkd.objectives.language_modeling import CrossEntropyConfig
 from mmkd.objectives.preference import PreferenceConfig
 from mmkd.ops import token_logps
 from mmkd.recipe import DataConfig, load_recipe
+from mmkd.runs import pipeline
 
 KINDS = ("kto_pair", "sigmoid", "ipo", "hinge")
 
@@ -359,7 +359,7 @@ def test_a_teacher_that_is_compared_too_runs_once(run, monkeypatch):
 
 def test_stored_references_are_read_again_or_made_anew(run, scenes_dir, tiny_model_dir, tmp_path):
     from mmkd.data.stream import BatchStream
-    from mmkd.loading import load_model, load_processor
+    from mmkd.modeling.loading import load_model, load_processor
     from mmkd.recipe import BatchConfig, ModelConfig
     from mmkd.teachers import LiveReference, LiveTeacher, store
 

@@ -16,9 +16,9 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.processing import Processing
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError
-from mmkd.layer_checks import check_attention
+from mmkd.modeling.capture import check_supported
 from mmkd.recipe import DataConfig
-from mmkd.signals import check_supported
+from mmkd.runs.preflight_layers import check_attention
 from mmkd_models.parts import find_parts
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mmkd import progress
+from mmkd.runtime import progress
 
 
 class Terminal(io.StringIO):

@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from mmkd import pipeline
-from mmkd.loading import load_config
+from mmkd.modeling.loading import load_config
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.runs import pipeline
 from mmkd_models.layout import mamba_layers, moe_layers
 
 CONFIGS = Path(__file__).parent.parent / "configs"

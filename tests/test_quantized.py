@@ -10,13 +10,14 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import loading, pipeline, preflight
-from mmkd.costs import parameter_bytes, teacher_bytes
+from mmkd.commands.plan.costs import parameter_bytes, teacher_bytes
 from mmkd.errors import RecipeError
 from mmkd.evaluation import models
-from mmkd.files import write_json
-from mmkd.loading import load_model, skeleton
+from mmkd.modeling import loading
+from mmkd.modeling.loading import load_model, skeleton
 from mmkd.recipe import EvaluateConfig, ModelConfig, StudentConfig, TeacherConfig, load_recipe
+from mmkd.runs import pipeline, preflight
+from mmkd.runtime.files import write_json
 from mmkd.teachers import place_teacher
 from mmkd_models.parts import find_parts
 
@@ -94,7 +95,7 @@ def test_only_the_language_models_layers_are_asked_for(bits, tiny_model_dir, mon
 def test_a_packed_teacher_is_never_spread(tiny_model_dir, monkeypatch):
     model = load_model(ModelConfig(model=str(tiny_model_dir)))
     model.is_quantized = True
-    monkeypatch.setattr("mmkd.distributed.memory_of", lambda device: 1)
+    monkeypatch.setattr("mmkd.runtime.distributed.memory_of", lambda device: 1)
     assert not place_teacher(model, "auto", torch.device("cpu")).spread
 
 

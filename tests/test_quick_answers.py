@@ -93,8 +93,8 @@ def test_every_name_of_the_lazy_package_is_there():
 
 def test_settings_and_objectives_belong_together():
     """Each class of settings has one objective, and each objective its settings."""
-    from mmkd.objectives.added import BUILT_IN
     from mmkd.objectives.build import CLASSES, REGISTRY
+    from mmkd.objectives.registry import BUILT_IN
     from mmkd.objectives.settings import SETTINGS
 
     assert [cls.config_class for cls in CLASSES] == list(SETTINGS)

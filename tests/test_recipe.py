@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from mmkd.errors import RecipeError
-from mmkd.pipeline import members
 from mmkd.recipe import Recipe, load_recipe, to_yaml
 from mmkd.recipe.merge import merged, with_key
+from mmkd.runs.pipeline import members
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = {

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd.pipeline import members, run
 from mmkd.recipe import Recipe, load_recipe, to_yaml
 from mmkd.recipe.paths import path_keys
 from mmkd.recipe.sources import HUB, SourceConfig
+from mmkd.runs.pipeline import members, run
 
 WHOLE = {
     "name": "base",

@@ -7,13 +7,13 @@ import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from mmkd import pipeline
 from mmkd.errors import CheckpointError
-from mmkd.files import read_json
-from mmkd.loading import load_pretrained
+from mmkd.modeling.loading import load_pretrained
 from mmkd.recipe import load_recipe
 from mmkd.release import dtype as release_dtype
 from mmkd.release import release
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
 
 CONVERT = [
     {"kind": "mamba", "keep_attention": [0]},

@@ -20,13 +20,13 @@ from hub_server import TOKEN
 from PIL import Image, ImageDraw
 from recipes import tiny_recipe
 
-from mmkd import pipeline
 from mmkd.cli import main
 from mmkd.errors import HubError
-from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import ReleaseConfig, load_recipe
 from mmkd.release import release
 from mmkd.release.upload import AGAIN, TRIES, attempt, upload
+from mmkd.runs import pipeline
 from mmkd.students import write
 
 STUDENTS = {

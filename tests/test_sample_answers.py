@@ -13,15 +13,15 @@ from PIL import Image
 from recipes import tiny_recipe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmkd import pipeline
 from mmkd.data.images import load_image
 from mmkd.errors import DataError, EvaluationError, RecipeError
 from mmkd.evaluation import samples
 from mmkd.evaluation.models import _asked
 from mmkd.evaluation.samples import answer_samples, find_questions
-from mmkd.files import read_json, write_json
 from mmkd.recipe import EvaluateConfig, SamplesConfig, load_recipe, to_yaml
 from mmkd.report import write_report
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json, write_json
 
 MODEL = {"model": "x", "revision": None, "processor": None, "weights": None}
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mmkd import pipeline, preflight
-from mmkd.loading import load_pretrained
+from mmkd.modeling.loading import load_pretrained
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline, preflight
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ["quickstart", *(f"scenes/{n}" for n in ("matvlm", "mmmamba", "llava_mod", "llava_kd",

@@ -22,7 +22,7 @@ from mmkd.data.scenes.vocabulary import (
     held_out_colour,
 )
 from mmkd.errors import DataError, MmkdError
-from mmkd.files import sha256
+from mmkd.runtime.files import sha256
 
 
 def obj(name, box, colour="red"):

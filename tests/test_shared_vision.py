@@ -8,12 +8,13 @@ import torch
 from families import FAMILIES, inputs, make
 from recipes import tiny_recipe
 
-from mmkd import pipeline, stage_run
+from mmkd.modeling.capture import capture
 from mmkd.recipe import load_recipe
-from mmkd.shared_vision import share_vision
-from mmkd.signals import capture
+from mmkd.runs import pipeline
 from mmkd.students import set_trainable
 from mmkd.teachers import LiveTeacher
+from mmkd.training import build
+from mmkd.training.shared_vision import share_vision
 from mmkd_models.parts import find_parts
 
 CPU = torch.device("cpu")
@@ -90,8 +91,8 @@ def test_a_stage_shares_and_its_losses_stay(scenes_dir, tiny_model_dir, tmp_path
         made.append(share_vision(*models))
         return made[-1]
 
-    monkeypatch.setattr(stage_run, "share_vision", share)
+    monkeypatch.setattr(build, "share_vision", share)
     together = losses("together")
     assert made[0] is not None
-    monkeypatch.setattr(stage_run, "share_vision", lambda *_: None)
+    monkeypatch.setattr(build, "share_vision", lambda *_: None)
     assert together == losses("apart")

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from mmkd.data import images
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.data.sources import texts
+from mmkd.data.sources import json_records
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
@@ -131,7 +131,7 @@ def test_a_broken_line_is_one_bad_record_and_a_broken_list_is_named(tmp_path):
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64, 10_000])
 def test_lists_are_read_in_pieces(tmp_path, monkeypatch, piece):
     """Wherever a piece ends: in a character, an escape, a number, between records."""
-    monkeypatch.setattr(texts, "PIECE", piece)
+    monkeypatch.setattr(json_records, "PIECE", piece)
     rows = [{"n": i, "t": 'é\u2028\U0001f600]},\\"' * (i % 4), "in": [[i], {}]} for i in range(30)]
     for written in (
         json.dumps(rows),
@@ -141,20 +141,23 @@ def test_lists_are_read_in_pieces(tmp_path, monkeypatch, piece):
         " [ ] ",
     ):
         (tmp_path / "a.json").write_text(written)
-        found = [texts.parse_object(row["text"]) for row in texts._texts(str(tmp_path / "a.json"))]
+        found = [
+            json_records.parse_object(row["text"])
+            for row in json_records._texts(str(tmp_path / "a.json"))
+        ]
         assert found == json.loads(written.removeprefix("\ufeff"))
     held = []
     with (tmp_path / "a.json").open("wb+") as file:
         file.write(json.dumps(rows * 100).encode())
         file.seek(0)
-        whole = texts._Text(file)
-        for _ in texts._elements(whole):
+        whole = json_records._Text(file)
+        for _ in json_records._elements(whole):
             held.append(len(whole.text))
     assert max(held) < 3 * piece + 400
 
 
 def test_what_is_wrong_far_inside_of_a_file_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "PIECE", 50)
+    monkeypatch.setattr(json_records, "PIECE", 50)
     good = json.dumps({"id": "é", "conversations": turns("?", "yes")}, ensure_ascii=False)
     (tmp_path / "a.json").write_text("[" + f"{good},\n" * 40 + f"{good}\n  x")
     with pytest.raises(

@@ -9,13 +9,13 @@ from PIL import Image
 from recipes import tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from mmkd import pipeline
-from mmkd.attention import prefer_float32_attention
+from mmkd.data.vocabulary import shared_vocabulary
+from mmkd.engines.cpu_attention import prefer_float32_attention
 from mmkd.errors import CheckpointError, NonFiniteLossError, RecipeError
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.ops import head_losses
 from mmkd.recipe import STEP_METRICS, ModelConfig, load_recipe
-from mmkd.vocabulary import shared_vocabulary
+from mmkd.runs import pipeline
 
 
 def train(raw):

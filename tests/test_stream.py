@@ -7,7 +7,7 @@ from processors import FAMILIES
 from written_records import TURNS, conversations, records
 
 from mmkd.data.encoder import Encoder
-from mmkd.data.micro_batches import by_tokens
+from mmkd.data.microbatches import by_tokens
 from mmkd.data.stream import BatchStream
 from mmkd.recipe import BatchConfig, DataConfig
 

@@ -13,12 +13,13 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from pydantic import ValidationError
 from recipes import tiny_recipe
 
-from mmkd import pipeline, stage
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.sources import streamed
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.training import stage
 
 SHARDS, IN_EACH, WINDOW = 3, 25, 10
 WHOLE = SHARDS * IN_EACH

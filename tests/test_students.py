@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmkd.errors import RecipeError
-from mmkd.loading import load_model
+from mmkd.modeling.loading import load_model
 from mmkd.recipe import LayersConversion, MlpConversion, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd_models.parts import find_parts, parameter_groups

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny import write_tiny_model
 from transformers import AutoModelForImageTextToText
 
-from mmkd import pipeline
+from mmkd.commands.plan import make_plan
 from mmkd.errors import RecipeError
-from mmkd.plan import make_plan
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
 from mmkd.teachers import LiveTeacher
 
 

@@ -9,11 +9,12 @@ from types import ModuleType
 import pytest
 from recipes import tiny_recipe
 
-from mmkd import pipeline, trackers
 from mmkd.errors import RecipeError, StoppedError
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.stage import Stage
-from mmkd.trackers import Tracked, Trackers, flattened
+from mmkd.runs import pipeline
+from mmkd.training import trackers
+from mmkd.training.stage import Stage
+from mmkd.training.trackers import Tracked, Trackers, flattened
 
 LINE = {
     "step": 3,

@@ -12,17 +12,18 @@ from recipes import tiny_recipe
 from test_data_check import found, run
 from written_records import conversations, records
 
-from mmkd import data_check, pipeline
-from mmkd.build_cache import build_cache
+from mmkd.commands import check_data
+from mmkd.commands.build_cache import build_cache
+from mmkd.commands.plan import make_plan
 from mmkd.data.answers import Sampled
 from mmkd.data.encoder import Encoder
 from mmkd.data.templates import render
 from mmkd.errors import DataError
 from mmkd.objectives import build_objective
 from mmkd.objectives.entry import AnyObjectiveConfig
-from mmkd.on_policy import OnPolicy
-from mmkd.plan import make_plan
 from mmkd.recipe import DataConfig, OnPolicyConfig, TeacherConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.training.on_policy import OnPolicy
 
 LONG = "How many cats and how many dogs are there ? " * 4
 SHORT_TURNS = [("human", "<image>\ntwo ?"), ("gpt", "two cats")]
@@ -147,7 +148,7 @@ def test_a_student_is_not_asked_for_an_answer_that_has_no_room(folder, pack, mon
         asked.extend(render(processor, p.messages, prompt=True) for p in prompts)
         return [Sampled("two cats and a dog", True)] * len(prompts)
 
-    monkeypatch.setattr("mmkd.on_policy.sample_answers", sampled)
+    monkeypatch.setattr("mmkd.training.on_policy.sample_answers", sampled)
 
     class Engine:
         world_size, rank, device, generate = 1, 0, torch.device("cpu"), None
@@ -212,7 +213,7 @@ def test_check_finds_answers_that_the_teacher_loses(
         def load(source, teacher=teacher):
             return teacher if isinstance(source, TeacherConfig) else student
 
-        monkeypatch.setattr(data_check, "load_processor", load)
+        monkeypatch.setattr(check_data, "load_processor", load)
         status, said = found(monkeypatch, capsys, folder / "recipe.yaml", "--workers", 1)
         assert (status, said["tokens"][0]["without answer"]) == (lost, lost)
 

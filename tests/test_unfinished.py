@@ -12,14 +12,14 @@ from layouts import put, read, turns
 from pages import ROOT
 from processors import END, FAMILIES
 
-from mmkd import pairs as pairs_module
+from mmkd.commands import make_pairs as pairs_module
 from mmkd.data.answers import Sampled
 from mmkd.data.encoder import Encoder
 from mmkd.data.journal import Journal
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError, StoppedError
-from mmkd.on_policy import OnPolicy
 from mmkd.recipe import DataConfig, OnPolicyConfig, SamplingConfig
+from mmkd.training.on_policy import OnPolicy
 
 PLAIN = DataConfig(train="-")
 SAID = ("<image>\nHow many cats?", "two cats", "And dogs?", "a dog and")
@@ -61,7 +61,7 @@ def test_on_policy_answers_that_were_cut_have_no_end(tmp_path, family, finished,
     records = rows(tmp_path)
     encoder = Encoder(records, processor, PLAIN)
     said = [Sampled("a red hat", finished)]
-    monkeypatch.setattr("mmkd.on_policy.sample_answers", lambda *_, **__: said)
+    monkeypatch.setattr("mmkd.training.on_policy.sample_answers", lambda *_, **__: said)
     engine = SimpleNamespace(
         world_size=1, rank=0, generate=None, device=torch.device("cpu"), autocast=torch.no_grad
     )
@@ -86,7 +86,7 @@ def test_on_policy_answers_that_a_template_changes_leave_the_data_sets(tmp_path,
     )
     records = rows(tmp_path)
     said = [Sampled("Hm. </think> two hats", True), Sampled("a red hat", True)]
-    monkeypatch.setattr("mmkd.on_policy.sample_answers", lambda *_, **__: said)
+    monkeypatch.setattr("mmkd.training.on_policy.sample_answers", lambda *_, **__: said)
     engine = SimpleNamespace(
         world_size=1, rank=0, generate=None, device=torch.device("cpu"), autocast=torch.no_grad
     )

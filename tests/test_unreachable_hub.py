@@ -14,13 +14,18 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd import hub
 from mmkd.data.sources import open_rows
 from mmkd.errors import CheckpointError, DataError, HubError, MmkdError
 from mmkd.evaluation.run import check as check_tasks
-from mmkd.loading import load_config, load_pretrained, load_pretrained_processor, load_processor
+from mmkd.modeling.loading import (
+    load_config,
+    load_pretrained,
+    load_pretrained_processor,
+    load_processor,
+)
 from mmkd.recipe import ModelConfig, SourceConfig
 from mmkd.release.upload import require_access
+from mmkd.runtime import hub
 
 REACHED = "the Hub cannot be reached"
 ASKING = {

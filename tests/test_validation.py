@@ -10,13 +10,14 @@ from recipes import tiny_recipe
 from safetensors.torch import load_file
 from tiny import write_tiny_model
 
-from mmkd import pipeline, stage
-from mmkd.build_cache import build_cache
+from mmkd.commands.build_cache import build_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.training import stage
 
 EVERY_KIND = [
     {"kind": "ce"},

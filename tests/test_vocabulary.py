@@ -11,17 +11,17 @@ from recipes import tiny_recipe
 from templates import LLAVA
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmkd import preflight
+from mmkd.commands.make_pairs import make_pairs
 from mmkd.data.chat import prompt_ends_in_blank
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.data.templates import check_processor
+from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.errors import CheckpointError
 from mmkd.evaluation.adapter import MmkdModel
-from mmkd.loading import load_pretrained_processor
-from mmkd.pairs import make_pairs
+from mmkd.modeling.loading import load_pretrained_processor
 from mmkd.recipe import DataConfig, SamplingConfig, load_recipe
-from mmkd.vocabulary import same_vocabulary, shared_vocabulary
+from mmkd.runs import preflight
 
 
 class Words:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mmkd.cache.codec import RowCodec
 from mmkd.errors import CheckpointError, DataError
-from mmkd.files import sha256, write_json, writing
-from mmkd.shapes import Manifest, Shape, Shard, read_if
+from mmkd.runtime.files import sha256, write_json, writing
+from mmkd.runtime.shapes import Manifest, Shape, Shard, read_if
 
 SHARD_ROWS = 2**18
 SHARD_BYTES = 2**30

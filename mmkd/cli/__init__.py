@@ -5,9 +5,9 @@ import os
 import sys
 from typing import NoReturn
 
-from mmkd import interrupt
 from mmkd.cli.once import is_first
 from mmkd.errors import AGAIN, FROM_THE_START, MmkdError, PeerError, StoppedError
+from mmkd.runtime import interrupt
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def _explained(error: Exception) -> MmkdError:
     if isinstance(error, MmkdError):
         return error
     if isinstance(error, ValueError):
-        from mmkd.fields import explained as refused
+        from mmkd.runtime.fields import explained as refused
 
         if (said := refused(error)) is not None:
             return said
     if isinstance(error, OSError | RuntimeError):
-        from mmkd.distributed import explained
-        from mmkd.files import disk_error
+        from mmkd.runtime.distributed import explained
+        from mmkd.runtime.files import disk_error
 
         known = disk_error(error) or explained(error)
         if known is not None:
@@ -71,7 +71,7 @@ def _fail(error: MmkdError) -> NoReturn:
 
 def _end(status: int) -> NoReturn:
     """Exit. Of several processes each exits at once: gloo's threads may abort a slow exit."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as in mmkd.distributed, which imports torch
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # mmkd.runtime.distributed imports torch
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -59,7 +59,7 @@ Overrides = Annotated[
 
 
 def _load_plugins(names: list[str] | None) -> list[str]:
-    from mmkd.plugins import load_plugin
+    from mmkd.runtime.plugins import load_plugin
 
     for name in names or []:
         load_plugin(name)
@@ -77,7 +77,7 @@ Plugins = Annotated[
 
 
 def _trust(names: list[str] | None) -> list[str]:
-    from mmkd import consent
+    from mmkd.runtime import consent
 
     for name in names or []:
         consent.grant(name)
@@ -97,7 +97,7 @@ Trusted = Annotated[
 
 def named(plugins: list[str] | None) -> list[str]:
     """Plugins, and whose code is trusted, as arguments of a command."""
-    from mmkd import consent
+    from mmkd.runtime import consent
 
     return [*(word for name in plugins or [] for word in ("--plugin", name)), *consent.words()]
 

@@ -7,7 +7,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd import interrupt
 from mmkd.cli.app import (
     AsJson,
     Nproc,
@@ -20,6 +19,7 @@ from mmkd.cli.app import (
     notes,
 )
 from mmkd.errors import AGAIN
+from mmkd.runtime import interrupt
 
 
 @cache_app.command(name="build")
@@ -36,13 +36,13 @@ def build_cache(
     interrupt.can_go_on(AGAIN)
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
-        from mmkd.launch import launch
+        from mmkd.cli.launch import launch
 
         words = ["cache", "build", str(recipe), *(overrides or []), *named(plugin)]
         sys.exit(launch(words, nproc))
-    from mmkd import distributed
-    from mmkd.build_cache import build_cache as build
-    from mmkd.cache_stats import print_stats, stats
+    from mmkd.commands.build_cache import build_cache as build
+    from mmkd.commands.cache_stats import print_stats, stats
+    from mmkd.runtime import distributed
 
     store = build(read)
     if distributed.rank() == 0:
@@ -70,7 +70,7 @@ def cache_stats(
 
     read = None if recipe is None else load_recipe(recipe)
     from mmkd.cache import Store
-    from mmkd.cache_stats import compare, print_stats, stats
+    from mmkd.commands.cache_stats import compare, print_stats, stats
 
     with notes(as_json):
         store = Store(folder)

@@ -6,10 +6,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd import interrupt
 from mmkd.cli.app import AsJson, Plugins, Trusted, data_app, notes
 from mmkd.errors import AGAIN, MmkdError
-from mmkd.fields import MOST_SEED
+from mmkd.runtime import interrupt
+from mmkd.runtime.fields import MOST_SEED
 
 
 @data_app.command()
@@ -23,7 +23,7 @@ def build(
 ) -> None:
     """Build a data set from installed packages: real pictures, questions and ground truth."""
     from mmkd.data.scenes.build import build_scenes
-    from mmkd.progress import say, track
+    from mmkd.runtime.progress import say, track
 
     if name != "scenes":
         raise MmkdError(f"unknown data set {name!r}", mend="known: scenes")
@@ -50,9 +50,9 @@ def pairs(
     trusted: Trusted = None,
 ) -> None:
     """Preference pairs from a model's own answers, scored by the objects that they name."""
-    from mmkd.pairs import make_pairs
-    from mmkd.progress import say
+    from mmkd.commands.make_pairs import make_pairs
     from mmkd.recipe import DataConfig, SamplingConfig
+    from mmkd.runtime.progress import say
 
     interrupt.can_go_on(AGAIN)
     made = make_pairs(
@@ -89,8 +89,8 @@ def check(
         from mmkd.recipe import load_recipe
 
         load_recipe(target)  # errors are reported before torch is imported, which takes seconds
+    from mmkd.commands.check_data import check_data, print_check
     from mmkd.data.check import Look, cores
-    from mmkd.data_check import check_data, print_check
 
     with notes(as_json):
         found = check_data(target, images, Look(decode, unique_ids), workers or cores())
@@ -110,7 +110,7 @@ def show(
 ) -> None:
     """A contact sheet: pictures with their questions and answers."""
     from mmkd.data.scenes.show import contact_sheet
-    from mmkd.progress import say
+    from mmkd.runtime.progress import say
 
     path = out or folder / "contact_sheet.png"
     contact_sheet(folder, count).save(path)

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd import interrupt
 from mmkd.cli.app import Trusted, app
 from mmkd.errors import AGAIN, MmkdError
-from mmkd.fields import MOST_SEED
+from mmkd.runtime import interrupt
+from mmkd.runtime.fields import MOST_SEED
 
 
 @app.command()
@@ -39,18 +39,18 @@ def convert(
     trusted: Trusted = None,
 ) -> None:
     """Write a student with Mamba-2 mixers for attention, or experts for feed-forward networks."""
-    from mmkd.progress import say
     from mmkd.recipe import load_student
-    from mmkd.students import placement, write_converted
+    from mmkd.runtime.progress import say
+    from mmkd.students import layer_choice, write_converted
 
     if out.exists():
         raise MmkdError("it is there already", where=str(out), mend="name a new folder")
     mamba: dict[str, Any] = {"kind": "mamba", "init": init}
     for name, text in (("keep_attention", keep_attention), ("layers", layers)):
         if text is not None:
-            mamba[name] = placement.parse(text)
+            mamba[name] = layer_choice.parse(text)
     moe: dict[str, Any] = {"kind": "moe", "experts": experts, "top_k": top_k}
-    moe["layers"] = placement.parse(sparse_layers)
+    moe["layers"] = layer_choice.parse(sparse_layers)
     wants_mamba = experts is None or bool(settings) or len(mamba) > 2
     student = load_student(
         {

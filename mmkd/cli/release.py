@@ -5,9 +5,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd import interrupt
 from mmkd.cli.app import Plugins, Trusted, app
 from mmkd.errors import AGAIN
+from mmkd.runtime import interrupt
 
 
 @app.command()

@@ -7,7 +7,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd import interrupt
 from mmkd.cli.app import (
     AsJson,
     Nproc,
@@ -21,6 +20,7 @@ from mmkd.cli.app import (
     recipe_app,
 )
 from mmkd.errors import AGAIN
+from mmkd.runtime import interrupt
 
 
 @app.command()
@@ -41,14 +41,15 @@ def run(
     interrupt.can_go_on(AGAIN)
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if nproc > 1:
-        from mmkd.launch import launch
+        from mmkd.cli.launch import launch
 
         again = [] if from_stage is None else ["--from-stage", from_stage]
         words = ["run", str(recipe), *(overrides or []), *named(plugin), *again]
         sys.exit(launch(words, nproc))
-    from mmkd import distributed, pipeline
     from mmkd.errors import EvaluationError
     from mmkd.report import write_report
+    from mmkd.runs import pipeline
+    from mmkd.runtime import distributed
 
     try:
         folder = pipeline.run(read, from_stage=from_stage)
@@ -87,8 +88,8 @@ def plan(
     from mmkd.recipe import load_recipe
 
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
-    from mmkd import distributed
-    from mmkd.plan import check_recipe, make_plan, print_plan
+    from mmkd.commands.plan import check_recipe, make_plan, print_plan
+    from mmkd.runtime import distributed
 
     size = None if memory is None else int(memory * 2**30)
     with notes(as_json), distributed.imagined(nproc or distributed.world_size(), size):
@@ -115,11 +116,11 @@ def bench(
     from mmkd.recipe import load_recipe
 
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
-    from mmkd import distributed
-    from mmkd.bench import bench as time_steps
-    from mmkd.bench import keep, plot_bench, print_bench
-    from mmkd.files import write_json
-    from mmkd.progress import say
+    from mmkd.commands.bench import bench as time_steps
+    from mmkd.commands.bench import keep, plot_bench, print_bench
+    from mmkd.runtime import distributed
+    from mmkd.runtime.files import write_json
+    from mmkd.runtime.progress import say
 
     found = time_steps(read, stage, steps)
     if distributed.rank() == 0:

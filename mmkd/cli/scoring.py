@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmkd import interrupt
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError, nearest, one_line
-from mmkd.progress import say
+from mmkd.runtime import interrupt
+from mmkd.runtime.progress import say
 
 if TYPE_CHECKING:
     from mmkd.report.rundata import Run

@@ -20,8 +20,8 @@ def doctor(
 
     Exit status 1 if something that mmkd needs is missing or broken.
     """
-    from mmkd.doctor import as_json as described
-    from mmkd.doctor import examine, hindering, print_rows
+    from mmkd.commands.doctor import as_json as described
+    from mmkd.commands.doctor import examine, hindering, print_rows
 
     rows = examine(output_dir)
     if as_json:
@@ -50,8 +50,8 @@ def init(
     listed: Annotated[bool, typer.Option("--list", help="the methods")] = False,
 ) -> None:
     """Write a commented recipe of a method for a teacher and a student."""
-    from mmkd.progress import say
-    from mmkd.starters import HUB, Choices, missing_files, summaries, write_starter
+    from mmkd.commands.starters import HUB, Choices, missing_files, summaries, write_starter
+    from mmkd.runtime.progress import say
 
     if method is None or listed:
         for name, summary in summaries().items():

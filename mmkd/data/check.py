@@ -12,9 +12,9 @@ from mmkd.data.images import image_size, load_image
 from mmkd.data.records import Source
 from mmkd.data.schema import Record, text_of
 from mmkd.errors import DataError
-from mmkd.interrupt import begin_worker
-from mmkd.progress import Bar
 from mmkd.recipe import SourceConfig
+from mmkd.runtime.interrupt import begin_worker
+from mmkd.runtime.progress import Bar
 
 CHUNK = 256  # records that a process takes at a time
 PLACES = 3

@@ -37,10 +37,10 @@ from mmkd.data.schema import Message, Record
 from mmkd.data.stored import stored_hidden, stored_rows
 from mmkd.data.templates import check_processor, render
 from mmkd.data.truncation import check_answers, needs_answers, tokens_before_answer, truncate
+from mmkd.data.vocabulary import same_vocabulary
 from mmkd.errors import DataError
 from mmkd.objectives import Need, Objective, Region, Targets
 from mmkd.recipe import DataConfig
-from mmkd.vocabulary import same_vocabulary
 
 RENDERED_KEPT = 50_000
 

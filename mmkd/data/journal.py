@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import DataError
-from mmkd.formats import FormatError, parse_json
+from mmkd.runtime.formats import FormatError, parse_json
 
 
 class Journal:

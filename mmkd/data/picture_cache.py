@@ -20,7 +20,7 @@ from mmkd.cache import HASH, picture_hash
 from mmkd.data.content import printable
 from mmkd.data.images import Member, image_size, load_image
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.files import disk_error
+from mmkd.runtime.files import disk_error
 
 NAME = "mmkd_picture"
 """In a picture's `info`: what it is known by."""

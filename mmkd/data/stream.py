@@ -12,12 +12,12 @@ import torch
 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
-from mmkd.data.micro_batches import by_size, by_tokens
+from mmkd.data.microbatches import by_size, by_tokens
 from mmkd.data.mixture import Mixture
-from mmkd.distributed import explained
 from mmkd.errors import MmkdError
-from mmkd.interrupt import begin_worker
 from mmkd.recipe import BatchConfig
+from mmkd.runtime.distributed import explained
+from mmkd.runtime.interrupt import begin_worker
 
 
 class BatchStream:
@@ -25,7 +25,7 @@ class BatchStream:
 
     Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
     epochs, each a `Mixture` of the sources in an order by seed and epoch number, as
-    `mmkd.data.micro_batches` cuts them.
+    `mmkd.data.microbatches` cuts them.
     """
 
     def __init__(

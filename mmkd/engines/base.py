@@ -42,8 +42,8 @@ class Engine(Protocol):
         """What `score` makes of the student's signals, with gradients; opens a micro-step.
 
         Objectives run inside of the forward: only there are all weights that they read, the head's
-        among them, whole on every rank. `layers` are the arguments of `mmkd.signals.capture` that
-        say what is read off the layers.
+        among them, whole on every rank. `layers` are the arguments of
+        `mmkd.modeling.capture.capture` that say what is read off the layers.
         """
         ...
 

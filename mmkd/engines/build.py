@@ -3,16 +3,16 @@
 import torch
 from transformers import PreTrainedModel
 
-from mmkd.attention import prefer_float32_attention
 from mmkd.engines.base import Engine
+from mmkd.engines.cpu_attention import prefer_float32_attention
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.deepspeed_engine import DeepSpeedEngine
 from mmkd.engines.masters import Masters
+from mmkd.engines.optim import build_optimizer, build_schedule
 from mmkd.engines.precision import choose_precision
 from mmkd.engines.torch_engine import TorchEngine
-from mmkd.optim import build_optimizer, build_schedule
+from mmkd.modeling.capture import check_supported
 from mmkd.recipe import StageConfig
-from mmkd.signals import check_supported
 
 
 def build_engine(

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mmkd import distributed
 from mmkd.recipe import Precision
+from mmkd.runtime import distributed
 
 
 class EngineBase:

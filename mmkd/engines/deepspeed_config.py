@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmkd import distributed
 from mmkd.engines.precision import choose_precision
 from mmkd.errors import RecipeError
-from mmkd.files import read_json
 from mmkd.recipe import StageConfig
+from mmkd.runtime import distributed
+from mmkd.runtime.files import read_json
 
 AUTO = "auto"
 ZERO = 2

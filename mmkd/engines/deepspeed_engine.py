@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mmkd.engines.base import Scored, StepResult
 from mmkd.engines.common import EngineBase
+from mmkd.engines.optim import forward_schedule
 from mmkd.engines.state import (
     OPTIMIZER,
     WEIGHTS,
@@ -21,11 +22,10 @@ from mmkd.engines.state import (
     optimizer_tensors,
     saved_buffers,
 )
+from mmkd.engines.zero import Root, gathered, start
+from mmkd.modeling.capture import capture
 from mmkd.objectives import Signals
-from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
-from mmkd.signals import capture
-from mmkd.zero import Root, gathered, start
 
 
 class DeepSpeedEngine(EngineBase):

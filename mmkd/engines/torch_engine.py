@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from mmkd.engines.base import Scored, StepResult
 from mmkd.engines.common import EngineBase
 from mmkd.engines.masters import Masters
+from mmkd.engines.optim import forward_schedule
 from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
+from mmkd.modeling.capture import capture
 from mmkd.objectives import Signals
-from mmkd.optim import forward_schedule
 from mmkd.recipe import Precision
-from mmkd.signals import capture
 
 BUCKET_BYTES = 2**25
 

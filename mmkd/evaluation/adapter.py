@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mmkd import interrupt
 from mmkd.data.bounds import check_scaled, scaled_edge
 from mmkd.data.generation import end_tokens, padding_token
 from mmkd.data.images import load_image, picture_as_rgb, with_eight_bits
 from mmkd.data.processing import drop_appended
 from mmkd.data.records import located
 from mmkd.data.templates import check_template, render
-from mmkd.distributed import choose_device
+from mmkd.data.vocabulary import check_head
 from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.evaluation.pictures import find_picture
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
-from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import ImageSizeConfig, Quantization
-from mmkd.vocabulary import check_head
+from mmkd.runtime import interrupt
+from mmkd.runtime.distributed import choose_device
 
 Message = dict[str, Any]
 
@@ -176,7 +176,7 @@ class MmkdModel(lmms):
         image_size: size of pictures; None is the processor's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
-        quantize: as in `mmkd.loading.load_pretrained`.
+        quantize: as in `mmkd.modeling.loading.load_pretrained`.
 
     Attributes:
         end_tokens: ids that end an answer, see `mmkd.data.generation.end_tokens`.

@@ -16,7 +16,7 @@ from typing import Any
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.foreign_tasks import check_name, require_consent
 from mmkd.evaluation.standard import ALIASES, COLUMNS
-from mmkd.task_files import data_files, read_task
+from mmkd.evaluation.task_files import data_files, read_task
 
 # Names of metrics that a language model's verdicts make: gpt_eval_score, llm_as_judge_eval.
 _JUDGED = re.compile(r"(^|_)(gpt4?|llm|judge)(_|$)")

@@ -23,8 +23,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmkd.data.generation import neutral_settings
 from mmkd.errors import MmkdError
-from mmkd.files import write_json
-from mmkd.loading import load_pretrained
+from mmkd.modeling.loading import load_pretrained
+from mmkd.runtime.files import write_json
 from mmkd_models.cache import HybridCache, MambaLayer, cache_bytes
 from mmkd_models.layout import mamba_layers
 

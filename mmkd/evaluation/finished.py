@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mmkd.files import read_json, write_json
-from mmkd.shapes import Kept, read_if
+from mmkd.runtime.files import read_json, write_json
+from mmkd.runtime.shapes import Kept, read_if
 
 FOLDER = "unfinished"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from mmkd import consent
 from mmkd.errors import MmkdError
-from mmkd.task_files import read_task
+from mmkd.evaluation.task_files import read_task
+from mmkd.runtime import consent
 
 SCORING = "mmkd.evaluation.scenes"
 FUNCTION = re.compile(rf"{re.escape(SCORING)}\.[a-z][a-z0-9_]*")

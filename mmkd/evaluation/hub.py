@@ -8,11 +8,11 @@ from typing import Any
 from datasets import load_dataset, load_dataset_builder
 from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 
-from mmkd import hub
 from mmkd.errors import DataError
 from mmkd.evaluation.catalog import Task
 from mmkd.evaluation.local import BUILDERS, with_pictures
 from mmkd.evaluation.standard import PICTURES
+from mmkd.runtime import hub
 
 OWN = ("video", "From_YouTube", "load_from_disk", "builder_script", "data_files", "data_dir")
 """Settings with which lmms-eval does not load a task's data by name from the Hub."""

@@ -14,7 +14,7 @@ from mmkd.evaluation.catalog import Chosen, choose, is_submission
 from mmkd.evaluation.local import LocalData, find_local
 from mmkd.evaluation.options import generate_options
 from mmkd.evaluation.standard import PAIRED
-from mmkd.task_files import data_files
+from mmkd.evaluation.task_files import data_files
 
 
 class ChosenTasks(TaskManager):

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmkd import distributed, interrupt, provenance
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
-from mmkd.files import disk_error, link_folder, read_json, write_folder, write_json
-from mmkd.loading import quantization_of
-from mmkd.progress import console, say
-from mmkd.provenance import file_hash
+from mmkd.modeling.loading import quantization_of
 from mmkd.recipe import EvaluateConfig, ModelConfig
-from mmkd.shapes import Decoding, Results, Shape, read_if
+from mmkd.runtime import distributed, interrupt
+from mmkd.runtime.files import disk_error, link_folder, read_json, write_folder, write_json
+from mmkd.runtime.hashes import file_hash, weights_hash
+from mmkd.runtime.progress import console, say
+from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
 """Values of keys that older versions did not write to request.json."""
@@ -60,7 +60,7 @@ def _evaluate_one(
         "model": source.model,
         "revision": source.revision,
         "processor": source.processor,
-        "weights": provenance.weights_hash(source.model),
+        "weights": weights_hash(source.model),
         "quantize": quantization_of(source),
     }
     running: dict[str, Any] = {
@@ -160,7 +160,7 @@ def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:
     """{file: sha256} of the local files that the tasks read; None where they are not there."""
     from mmkd.evaluation.catalog import choose
     from mmkd.evaluation.local import find_local
-    from mmkd.task_files import data_files
+    from mmkd.evaluation.task_files import data_files
 
     try:
         chosen = choose(settings.tasks, Path(settings.include) if settings.include else None)

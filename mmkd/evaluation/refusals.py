@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmkd.errors import DataError, MmkdError, one_line
-from mmkd.files import disk_error
+from mmkd.runtime.files import disk_error
 
 HOPELESS = 32
 """Number of refused documents before the first answer from which on the set-up counts as broken."""

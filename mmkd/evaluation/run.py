@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 
-from mmkd import interrupt
 from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.install import INSTALL
@@ -31,11 +30,12 @@ from mmkd.evaluation.isolation import isolated, silent_imports
 from mmkd.evaluation.pictures import allow
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
-from mmkd.files import locked, read_json, write_json, write_text
-from mmkd.progress import say
-from mmkd.provenance import weights_hash
+from mmkd.evaluation.task_files import data_files
 from mmkd.recipe import ImageSizeConfig
-from mmkd.task_files import data_files
+from mmkd.runtime import interrupt
+from mmkd.runtime.files import locked, read_json, write_json, write_text
+from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -141,7 +141,7 @@ def evaluate(
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
-        quantize: as in `mmkd.loading.load_pretrained`, for a model from a folder or the Hub.
+        quantize: as in `load_pretrained`, for a model from a folder or the Hub.
         image_size: size of pictures, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 

@@ -20,13 +20,11 @@ from mmkd.data.records import GivenRecords, Records, located
 from mmkd.data.schema import Record
 from mmkd.data.sources.files import find_files
 from mmkd.data.sources.tables import is_saved
+from mmkd.data.vocabulary import check_head
 from mmkd.errors import DataError, one_line
 from mmkd.evaluation.finished import facts_of
 from mmkd.evaluation.refusals import is_of_document
-from mmkd.files import write_json
-from mmkd.interrupt import stop_here
-from mmkd.loading import load_pretrained, load_pretrained_processor
-from mmkd.progress import say
+from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import (
     HUB,
     DataConfig,
@@ -35,8 +33,10 @@ from mmkd.recipe import (
     SamplesConfig,
     SamplingConfig,
 )
-from mmkd.shapes import Answers, read_if
-from mmkd.vocabulary import check_head
+from mmkd.runtime.files import write_json
+from mmkd.runtime.interrupt import stop_here
+from mmkd.runtime.progress import say
+from mmkd.runtime.shapes import Answers, read_if
 
 FORMAT = 1
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -189,8 +189,7 @@ def answer_samples(
             own.
         batch_size: questions at once.
         device: where the model runs.
-        revision, trust_remote_code, quantize, image_size: as `mmkd.loading.load_pretrained` takes
-            them.
+        revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
 
     Raises:
         DataError: a file or a picture is missing, or no question can be asked.

@@ -7,8 +7,8 @@ needs. Other names are imported when they are first asked for (PEP 562).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmkd.objectives.added import add_objective, find_added
 from mmkd.objectives.entry import AnyObjectiveConfig
+from mmkd.objectives.registry import add_objective, find_added
 from mmkd.objectives.settings import ObjectiveConfig, Region
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mmkd.objectives.minilm import MiniLm
     from mmkd.objectives.preference import Preference, answer_logps, preference_loss
     from mmkd.objectives.relation import visual_relation
-    from mmkd.objectives.together import HeadObjective, Teachers, score
+    from mmkd.objectives.score import HeadObjective, Teachers, score
 
 _MODULES = {
     "balance": ("expert_counts",),

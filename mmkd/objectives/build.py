@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import get_args
 
 from mmkd.errors import RecipeError, nearest
-from mmkd.objectives.added import find_added, kinds_of
 from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ
 from mmkd.objectives.base import Need, Objective
@@ -14,6 +13,7 @@ from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Matrix, MixerMse
 from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference
+from mmkd.objectives.registry import find_added, kinds_of
 from mmkd.objectives.relation import Relation
 from mmkd.objectives.settings import ObjectiveConfig
 from mmkd.objectives.token_labels import TokenLabels

@@ -12,8 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmkd.objectives.base import Need, Targets
+from mmkd.objectives.score import HeadObjective
 from mmkd.objectives.settings import DivergenceConfig, JsdConfig, SkewConfig
-from mmkd.objectives.together import HeadObjective
 from mmkd.ops import HeadLoss
 
 

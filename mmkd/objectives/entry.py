@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
 
-from mmkd.objectives.added import BUILT_IN, find_added
+from mmkd.objectives.registry import BUILT_IN, find_added
 from mmkd.objectives.settings import SETTINGS
 
 

@@ -8,8 +8,8 @@ with M the rows that predict the region's tokens.
 from torch import Tensor
 
 from mmkd.objectives.base import Need, Targets
+from mmkd.objectives.score import HeadObjective
 from mmkd.objectives.settings import CrossEntropyConfig
-from mmkd.objectives.together import HeadObjective
 from mmkd.ops import HeadLoss
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.fields import LEAST_TEMPERATURE, MOST, NAME, Bounded
+from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, Bounded
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 Region = Literal["response", "prompt", "vision", "all"]

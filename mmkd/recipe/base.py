@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from mmkd.fields import Bounded
+from mmkd.runtime.fields import Bounded
 
 
 class Strict(Bounded):

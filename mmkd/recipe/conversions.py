@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mmkd.fields import MOST
 from mmkd.recipe.base import BOTH, Strict
+from mmkd.runtime.fields import MOST
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 

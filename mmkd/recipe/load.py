@@ -7,13 +7,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
-from mmkd.formats import FormatError, parse_yaml
 from mmkd.objectives import find_added
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
 from mmkd.redact import find_secret_within
+from mmkd.runtime.formats import FormatError, parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
 SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}

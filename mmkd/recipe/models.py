@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import MEND, nearest
-from mmkd.fields import MOST, MOST_SEED, NAME, Prose
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
+from mmkd.runtime.fields import MOST, MOST_SEED, NAME, Prose
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]

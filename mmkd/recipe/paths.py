@@ -16,10 +16,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from mmkd.files import from_here
-from mmkd.formats import FormatError, parse_yaml
 from mmkd.recipe.base import PathKey
 from mmkd.recipe.sources import HUB
+from mmkd.runtime.files import from_here
+from mmkd.runtime.formats import FormatError, parse_yaml
 
 RANGE = re.compile(r"\{\d+\.\.\d+\}")
 Key = tuple[str, ...]

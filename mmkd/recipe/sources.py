@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmkd.fields import MOST, NAME, Prose
 from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.runtime.fields import MOST, NAME, Prose
 
 HUB = "hub:"
 PATTERN = set("*?[{")

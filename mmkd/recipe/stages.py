@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.errors import RecipeError
-from mmkd.fields import LEAST_TEMPERATURE, MOST, NAME
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
+from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME
 
 Precision = Literal["float32", "bfloat16", "auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]

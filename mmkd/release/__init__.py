@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.progress import say
 from mmkd.recipe import ReleaseConfig, load_release
 from mmkd.release.card import make_card
 from mmkd.release.folder import release_files, write_release
@@ -12,6 +11,7 @@ from mmkd.release.preview import print_preview
 from mmkd.release.source import Source, choose
 from mmkd.release.upload import require_access, upload
 from mmkd.report.tables import compact
+from mmkd.runtime.progress import say
 
 
 def release(

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mmkd import consent
 from mmkd.errors import CheckpointError
-from mmkd.files import read_json, tensors_in
-from mmkd.loading import DTYPES, load_pretrained
+from mmkd.modeling.loading import DTYPES, load_pretrained
+from mmkd.runtime import consent
+from mmkd.runtime.files import read_json, tensors_in
 from mmkd.students.write import SHARD_SIZE
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}

@@ -9,14 +9,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mmkd.data.generation import end_tokens
-from mmkd.files import link_file, read_json, write_folder
-from mmkd.loading import load_pretrained_processor
+from mmkd.modeling.loading import load_pretrained_processor
 from mmkd.recipe import ReleaseConfig
 from mmkd.redact import redact
 from mmkd.release.dtype import Rounded, stored_dtype, write_rounded
 from mmkd.release.scrub import scrub
 from mmkd.release.secrets import refuse_secrets
 from mmkd.release.source import Source
+from mmkd.runtime.files import link_file, read_json, write_folder
 from mmkd.students.write import ADAPTER
 
 Files = dict[str, Path | str | Rounded]

@@ -7,11 +7,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mmkd.progress import console, say
 from mmkd.recipe import ReleaseConfig
 from mmkd.release.folder import Files, size_of
 from mmkd.release.source import Source
 from mmkd.report.tables import compact
+from mmkd.runtime.progress import console, say
 
 
 def print_preview(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.files import read_json
 from mmkd.objectives import build_objective
-from mmkd.provenance import weights_hash
 from mmkd.recipe import Recipe, load_recipe
 from mmkd.report.rundata import Member, Run, read_run
 from mmkd.report.use import needs_code
+from mmkd.runtime.files import read_json
+from mmkd.runtime.hashes import weights_hash
 
 GO_ON = "run its recipe again: it goes on where it stopped"
 

@@ -17,10 +17,10 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging
 
-from mmkd import hub
 from mmkd.errors import HubError
-from mmkd.progress import live, say
 from mmkd.recipe import ReleaseConfig
+from mmkd.runtime import hub
+from mmkd.runtime.progress import live, say
 
 T = TypeVar("T")
 

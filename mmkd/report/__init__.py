@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from mmkd.files import write_text
-from mmkd.progress import say
 from mmkd.redact import redact
 from mmkd.report.decoding import decoding_table
 from mmkd.report.page import render
@@ -11,6 +9,8 @@ from mmkd.report.rundata import read_run
 from mmkd.report.summary import evaluation_warnings
 from mmkd.report.tables import build_tables, print_table, print_tables
 from mmkd.report.use import how_to_use
+from mmkd.runtime.files import write_text
+from mmkd.runtime.progress import say
 
 
 def write_report(folder: Path, *, use: bool = False) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError
-from mmkd.files import read_yaml, tensors_in
-from mmkd.progress import say
-from mmkd.shapes import (
+from mmkd.runtime.files import read_yaml, tensors_in
+from mmkd.runtime.progress import say
+from mmkd.runtime.shapes import (
     Answered,
     Answers,
     Decoding,
@@ -22,9 +22,9 @@ from mmkd.shapes import (
     Written,
     read_if,
 )
-from mmkd.steplog import read_lines
+from mmkd.runtime.steplog import read_lines
 
-TEACHER = "teacher"  # label of the teacher's scores, as mmkd.pipeline writes it
+TEACHER = "teacher"  # label of the teacher's scores, as mmkd.runs.pipeline writes it
 Scores = Mapping[str, Mapping[str, float]]
 Load = dict[str, list[float]]  # layer -> each expert's share of the choices
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from mmkd.data.images import load_image, thumbnail
 from mmkd.data.sources.files import find_files
 from mmkd.errors import DataError
+from mmkd.evaluation.task_files import data_files, read_task
 from mmkd.report.rundata import TEACHER, Run, read_samples
-from mmkd.task_files import data_files, read_task
 
 PER_TASK = 9
 PER_WORDY_TASK = 6  # where answers are sentences

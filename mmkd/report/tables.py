@@ -13,7 +13,6 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mmkd.progress import console
 from mmkd.report.metrics import (
     COST,
     COSTS,
@@ -28,6 +27,7 @@ from mmkd.report.metrics import (
 )
 from mmkd.report.rundata import TEACHER, Run, Scores, ran_as_long, student_size
 from mmkd.report.sizes import compared
+from mmkd.runtime.progress import console
 
 Role = Literal["teacher", "student", "stage", "baseline", "difference"]
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from mmkd.files import read_json
 from mmkd.report.rundata import Run
+from mmkd.runtime.files import read_json
 
 SNIPPET = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.loading import parameter_count
+from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import (
     Conversion,
     LayersConversion,
@@ -16,11 +16,11 @@ from mmkd.recipe import (
     MlpConversion,
     MoeConversion,
 )
+from mmkd.students.layer_choice import converted_layers
 from mmkd.students.layers import keep_layers
 from mmkd.students.mamba import layout_of, seed
 from mmkd.students.mlp import keep_neurons
 from mmkd.students.moe import upcycle
-from mmkd.students.placement import converted_layers
 from mmkd_models.layout import mamba_layers
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.modeling_mmkd import become_student

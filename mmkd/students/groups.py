@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from mmkd.adapters import adapter_parameters, add_adapters
 from mmkd.errors import RecipeError, nearest
+from mmkd.modeling.adapters import adapter_parameters, add_adapters
 from mmkd.recipe import LoraConfig
 from mmkd_models.parts import parameter_groups
 

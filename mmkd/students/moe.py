@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.recipe import MoeConversion
-from mmkd.students.placement import choose
+from mmkd.students.layer_choice import choose
 from mmkd_models.layout import MoeLayout, moe_layers
 from mmkd_models.modeling_mmkd import become_student
 from mmkd_models.parts import feed_forward, find_parts

@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from mmkd.adapters import merged, save_adapters
 from mmkd.data.generation import set_ends
-from mmkd.files import write_folder
-from mmkd.loading import load_model, load_processor
+from mmkd.modeling.adapters import merged, save_adapters
+from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import LoraConfig, StudentConfig
+from mmkd.runtime.files import write_folder
 from mmkd.students.convert import ConversionReport, convert
 
 SHARD_SIZE = "5GB"

@@ -1,8 +1,8 @@
 """Where teacher signals come from."""
 
+from mmkd.teachers.assign import ask_each, asks_each
+from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
-from mmkd.teachers.own import own_teacher
-from mmkd.teachers.panel import ask_each, asks_each
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
+from mmkd.modeling.capture import capture, check_supported
 from mmkd.objectives import Signals, answer_logps
 from mmkd.ops import CHUNK_BYTES
-from mmkd.signals import capture, check_supported
 
 
 class LiveTeacher:
@@ -36,7 +36,7 @@ class LiveTeacher:
     @torch.no_grad()
     def signals(self, batch: Batch, **layers: Any) -> Signals:
         """The teacher's signals on a batch, one per student token; `layers` as in
-        `mmkd.signals.capture`."""
+        `mmkd.modeling.capture.capture`."""
         own = self.own_signals(batch, **layers)
         if batch.alignment is None:
             return own

@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from mmkd import distributed
 from mmkd.recipe import TeacherPlacement
+from mmkd.runtime import distributed
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.sharded import ShardedTeacher
 

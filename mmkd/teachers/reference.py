@@ -17,17 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmkd import distributed
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
-from mmkd.files import writing
-from mmkd.interrupt import asked, deferred
 from mmkd.objectives import Objective, Preference
 from mmkd.ops import CHUNK_BYTES
-from mmkd.progress import Bar
+from mmkd.runtime import distributed
+from mmkd.runtime.files import writing
+from mmkd.runtime.interrupt import asked, deferred
+from mmkd.runtime.progress import Bar
 from mmkd.teachers.live import LiveTeacher
 
 FILE = "reference.safetensors"

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
+from mmkd.engines.zero import Root, gathered, start
+from mmkd.modeling.capture import capture
 from mmkd.objectives import Signals
-from mmkd.signals import capture
 from mmkd.teachers.live import LiveTeacher
-from mmkd.zero import Root, gathered, start
 
 WHOLE_BELOW = 100_000
 """Elements of a weight below which every process keeps it whole."""

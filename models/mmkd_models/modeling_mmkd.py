@@ -3,8 +3,8 @@
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
 needs torch and transformers alone: the folder brings these files, and transformers runs them. After
-`import mmkd_models`, which `import mmkd.loading` does too, the installed package is used instead,
-and nothing in the folder is run.
+`import mmkd_models`, which `import mmkd.modeling.loading` does too, the installed package is used
+instead, and nothing in the folder is run.
 """
 
 from typing import Any

@@ -129,7 +129,9 @@ def main() -> None:
         }
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         import mmkd.cli  # noqa: F401, here, so that no attack waits for the imports
-        from mmkd import bench, build_cache, cache_stats, data_check, pipeline, plan, report  # noqa: F401
+        from mmkd.commands import (
+            plan,  # noqa: F401
+        )
         from mmkd.evaluation import samples  # noqa: F401
         from scripts.attacks.worlds import Worlds
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoo import ZOO
 
-from mmkd.progress import console
+from mmkd.runtime.progress import console
 from scripts.families.checks import verdicts
 from scripts.families.table import write
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.capture import capture
+from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import DataConfig, StageConfig
-from mmkd.signals import capture
-from mmkd.stage import Stage
-from mmkd.stage_run import build_stage
 from mmkd.students import write_student
 from mmkd.teachers import LiveTeacher
+from mmkd.training.build import build_stage
+from mmkd.training.stage import Stage
 
 SAID = ("two cats and a dog", "No hat: none at all.")
 SIZES = ((40, 24), (24, 50), (64, 64), (33, 33))

@@ -12,8 +12,8 @@ import torch
 
 from mmkd.data.batch import Batch
 from mmkd.errors import MmkdError
+from mmkd.modeling.capture import capture, check_supported
 from mmkd.recipe import MambaConversion, MoeConversion
-from mmkd.signals import capture, check_supported
 from mmkd.students import convert
 from scripts.families.bench import SAID, CheckError, Workbench, hidden, same
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmkd.checkpoint import _damage, check_batch
+from mmkd.training.checkpoint import _damage, check_batch
 
 GOOD = {"records_per_step": 4, "files": {"a.safetensors": {"bytes": 1, "sha256": "x"}}}
 

@@ -8,7 +8,7 @@ import pytest
 from bad_inputs import Given, run, world_in
 from bad_inputs.table import RUN, contents
 
-from mmkd.build_cache import build_cache
+from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import load_recipe
 
 TEXTS = ("", "null", "[]", "7", '"text"', "{}", '{"steps": "many", "step": [], "files": {}}', "{\n")

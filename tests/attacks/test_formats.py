@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mmkd.errors import MmkdError
-from mmkd.formats import MOST_DEPTH, FormatError, parse_json, parse_yaml
+from mmkd.runtime.formats import MOST_DEPTH, FormatError, parse_json, parse_yaml
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -10,7 +10,8 @@ from bad_inputs.table import RUN, contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmkd import inputs, stage
+from mmkd.runs import inputs
+from mmkd.training import stage
 
 
 class BrokenOffError(Exception):
@@ -153,7 +154,7 @@ def test_where_the_run_comes_from_is_not_overwritten(world):
     path = Path("runs/tiny/provenance.json")
     first = json.loads(path.read_text())
     world.patch.setenv("WORLD_SIZE", "1")
-    world.patch.setattr("mmkd.provenance.processor_name", lambda: "another one")
+    world.patch.setattr("mmkd.runs.provenance.processor_name", lambda: "another one")
     assert train(world, until=2)[0] == 0
     found = json.loads(path.read_text())
     assert {key: found[key] for key in first} == first

@@ -10,11 +10,12 @@ import torch
 from bad_inputs import Given, run, world_in
 from bad_inputs.table import RUN
 
-from mmkd import files, pipeline, stage_run
 from mmkd.cache import StoreWriter
 from mmkd.errors import CheckpointError
-from mmkd.files import locked, locked_file, write_folder, write_text
-from mmkd.steplog import StepLog, read_lines
+from mmkd.runs import pipeline
+from mmkd.runtime import files
+from mmkd.runtime.files import locked, locked_file, write_folder, write_text
+from mmkd.runtime.steplog import StepLog, read_lines
 
 LINES = [{"step": n, "loss": n / 7} for n in (1, 2, 3)]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
@@ -239,12 +240,14 @@ def in_callback(*words, **settings):
 @pytest.mark.parametrize("how", [swallowing, turning, in_callback])
 @pytest.mark.parametrize("place", ["processor", "skeleton", "model", "evaluation"])
 def test_a_stop_that_a_library_swallows_or_turns_into_its_own_error(world, capsys, place, how):
-    from mmkd import loading, preflight
+    from mmkd.modeling import loading
+    from mmkd.runs import preflight
+    from mmkd.training import build
 
     owner, name = {
         "processor": (loading.AutoProcessor, "from_pretrained"),
         "skeleton": (preflight, "check_supported"),
-        "model": (stage_run, "set_trainable"),
+        "model": (build, "set_trainable"),
         "evaluation": (pipeline, "evaluate"),
     }[place]
     real = getattr(owner, name)

@@ -6,9 +6,9 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from mmkd.fields import TEXT, Bounded, ProseKey, _kinds
 from mmkd.objectives.settings import SETTINGS
 from mmkd.recipe import Recipe
+from mmkd.runtime.fields import TEXT, Bounded, ProseKey, _kinds
 
 STAGE: dict[str, Any] = {"name": "s", "steps": 1, "objectives": [{"kind": "ce"}]}
 DATA = {"train": "a.json"}

@@ -21,9 +21,11 @@ from PIL import Image, ImageFile
 from recipes import tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from mmkd import build_cache, pipeline, stage
 from mmkd.cli import main
+from mmkd.commands import build_cache
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.training import stage
 
 RECORD: dict[str, Any] = {
     "id": "r1",

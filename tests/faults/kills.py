@@ -30,8 +30,8 @@ from recipes import tiny_recipe
 from rich.table import Table
 from tiny import write_tiny_model
 
-from mmkd.files import read_json, write_json
-from mmkd.progress import console
+from mmkd.runtime.files import read_json, write_json
+from mmkd.runtime.progress import console
 
 ENGINES: dict[str, tuple[dict[str, Any], int]] = {
     "torch x1": ({"kind": "torch"}, 1),

@@ -13,10 +13,11 @@ import yaml
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
-from mmkd import checkpoint, pipeline, stage
-from mmkd.checkpoint import find_checkpoints
 from mmkd.errors import CheckpointError
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.training import checkpoint, stage
+from mmkd.training.checkpoint import find_checkpoints
 
 
 class BrokenOffError(Exception):

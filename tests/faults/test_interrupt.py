@@ -14,7 +14,7 @@ import pytest
 import yaml
 from recipes import tiny_recipe
 
-from mmkd.checkpoint import find_checkpoints
+from mmkd.training.checkpoint import find_checkpoints
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 MMKD = (sys.executable, "-m", "mmkd.cli")

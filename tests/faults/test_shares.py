@@ -12,8 +12,8 @@ import yaml
 from recipes import tiny_recipe
 from safetensors import safe_open
 
-from mmkd import distributed
 from mmkd.cache import Store
+from mmkd.runtime import distributed
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 

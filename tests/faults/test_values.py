@@ -6,10 +6,11 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from mmkd import pipeline, stage
-from mmkd.checkpoint import find_checkpoints
 from mmkd.errors import NonFiniteLossError
 from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from mmkd.training import stage
+from mmkd.training.checkpoint import find_checkpoints
 
 ENGINES = {
     "torch": {"kind": "torch"},

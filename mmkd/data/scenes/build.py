@@ -32,8 +32,8 @@ from mmkd.data.scenes.questions import Question, Statistics
 from mmkd.data.scenes.render import asset_hashes, png_bytes, render
 from mmkd.data.scenes.scene import CANVAS, SPLITS, Scene, sample_scene, scene_rng
 from mmkd.errors import DataError
-from mmkd.files import read_json, sha256, write_folder
-from mmkd.formats import FormatError
+from mmkd.runtime.files import read_json, sha256, write_folder
+from mmkd.runtime.formats import FormatError
 
 EDITION = 2  # of the files' content
 POPE_CATEGORIES = ("random", "popular", "adversarial")

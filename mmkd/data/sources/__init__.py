@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmkd.data.sources.files import find_files, kind_of
+from mmkd.data.sources.json_records import JsonRows
 from mmkd.data.sources.shards import ShardRows
 from mmkd.data.sources.streamed import StreamedRows
 from mmkd.data.sources.tables import hub_rows, is_saved, parquet_rows, saved_rows
-from mmkd.data.sources.texts import JsonRows
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 from mmkd.data.content import printable
 from mmkd.data.images import Member
 from mmkd.data.schema import ANSWERS
-from mmkd.data.sources.kept import keep, of_each_file, stamps
-from mmkd.data.sources.texts import parse_object
+from mmkd.data.sources.arrow_index import keep, of_each_file, stamps
+from mmkd.data.sources.json_records import parse_object
 from mmkd.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")

@@ -19,13 +19,13 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from mmkd import hub
-from mmkd.data.sources.kept import keep
+from mmkd.data.sources.arrow_index import keep
 from mmkd.data.sources.tables import not_loaded, undecoded
 from mmkd.errors import DataError
-from mmkd.files import read_json, write_json
-from mmkd.progress import track
 from mmkd.recipe import HUB, SourceConfig
+from mmkd.runtime import hub
+from mmkd.runtime.files import read_json, write_json
+from mmkd.runtime.progress import track
 
 BYTES = "__bytes__"
 LOOKS = 512
@@ -252,7 +252,7 @@ def _read(
 
 def _command(*asked: Any) -> list[str]:
     run = (
-        "import sys; from mmkd.interrupt import end_with; end_with(int(sys.argv[2]));"
+        "import sys; from mmkd.runtime.interrupt import end_with; end_with(int(sys.argv[2]));"
         f"import {__name__} as streamed; streamed.main(sys.argv[1])"
     )
     return [sys.executable, "-c", run, json.dumps(asked), str(os.getpid())]

@@ -8,11 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmkd import hub
+from mmkd.data.sources.arrow_index import unreadable
 from mmkd.data.sources.files import exact
-from mmkd.data.sources.kept import unreadable
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
+from mmkd.runtime import hub
 
 
 class TableRows:

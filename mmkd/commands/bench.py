@@ -1,0 +1,362 @@
+"""`mmkd bench`: where the time of a recipe's steps goes, against what the models alone take.
+
+The floor is what no trainer can leave out, measured bare on the same batches: each teacher's body
+and head, the student's body forward and backward, and the three products of its head, on the rows
+that the objectives cover.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from mmkd.data.batch import Batch
+from mmkd.errors import RecipeError
+from mmkd.modeling.capture import capture
+from mmkd.modeling.loading import load_model, load_processor
+from mmkd.objectives import Signals
+from mmkd.recipe import Recipe
+from mmkd.runs import preflight
+from mmkd.runs.pipeline import load_others, load_teacher, members
+from mmkd.runs.timings import keep_timing
+from mmkd.runtime import distributed
+from mmkd.runtime.progress import Bar, console
+from mmkd.students import convert
+from mmkd.teachers import LiveReference, LiveTeacher
+from mmkd.training.build import build_stage
+from mmkd.training.shared_vision import SharedVision
+from mmkd.training.stage import Stage
+
+PARTS = ("data", "teacher", "student forward", "objectives", "backward", "optimizer", "rest")
+WARM_UP = 2
+COLOURS = ("#c9b8a0", "#8fb4d9", "#b7d3a8", "#f0d58c", "#9cc58b", "#d9a3a3", "#cccccc", "#a9cd9a")
+
+
+class Clock:
+    """Seconds by part of the step that is running; parts inside of others are told apart."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str, *, inside: str | None = None) -> Iterator[None]:
+        """Time what is inside; `inside` is the part that must not count it too."""
+        started = self._time()
+        try:
+            yield
+        finally:
+            taken = self._time() - started
+            self._now[name] += taken
+            if inside is not None:
+                self._now[inside] -= taken
+
+    def close_step(self) -> None:
+        self.steps.append(dict(self._now))
+        self._now.clear()
+
+    def _time(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each part over the steps behind the first ones."""
+        kept = self.steps[WARM_UP:] or self.steps
+        names = {name for step in kept for name in step}
+        return {name: statistics.median(s.get(name, 0.0) for s in kept) for name in names}
+
+
+class _TimedEngine:
+    """An engine whose parts are timed."""
+
+    def __init__(self, engine: Any, clock: Clock):
+        self._engine, self._clock = engine, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, inputs: Any, score: Callable[[Signals], Any], **layers: Any) -> Any:
+        def timed(signals: Signals) -> Any:
+            with self._clock.part("objectives", inside="student forward"):
+                return score(signals)
+
+        with self._clock.part("student forward"):
+            return self._engine.forward(inputs, timed, **layers)
+
+    def backward(self, loss: Tensor, **which: Any) -> None:
+        with self._clock.part("backward"):
+            self._engine.backward(loss, **which)
+
+    def step(self) -> Any:
+        with self._clock.part("optimizer"):
+            return self._engine.step()
+
+
+class _TimedTeacher:
+    def __init__(self, teacher: Any, clock: Clock):
+        self._teacher, self._clock = teacher, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def signals(self, batch: Batch, **layers: Any) -> Any:
+        with self._clock.part("teacher"):
+            return self._teacher.signals(batch, **layers)
+
+    def answer_logps(self, *batch: Any, **settings: Any) -> Any:
+        with self._clock.part("teacher"):
+            return self._teacher.answer_logps(*batch, **settings)
+
+
+def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
+    """Time some steps of a stage, and its floor after each of them.
+
+    Args:
+        recipe: whose first student, teacher and data are taken.
+        stage_name: the stage; the first if None.
+        steps: to time; two more warm up.
+
+    Raises:
+        RecipeError: no such stage.
+    """
+    names = [s.name for s in recipe.stages]
+    if stage_name is not None and stage_name not in names:
+        raise RecipeError(
+            f"no stage {stage_name!r}", where="stages", mend=f"there are {', '.join(names)}"
+        )
+    index = 0 if stage_name is None else names.index(stage_name)
+    with TemporaryDirectory() as folder:
+        made = prepare(members(recipe)[0].recipe, index, Path(folder))
+        return time_stage(*made, recipe.name, steps)
+
+
+def keep(recipe: Recipe, found: dict[str, Any]) -> Path:
+    """Keep what `bench` found in the run's folder, where `mmkd plan` looks for it."""
+    first = members(recipe)[0].recipe
+    index = [s.name for s in first.stages].index(found["stage"])
+    return keep_timing(first, index, found)
+
+
+def prepare(
+    recipe: Recipe, index: int, folder: Path, teacher: tuple[Any, Any] | None = None
+) -> tuple[Stage, PreTrainedModel]:
+    """A stage with its student as it is before any training.
+
+    Args:
+        recipe: whose models and data are taken.
+        index: of the stage.
+        folder: for what the stage stores.
+        teacher: one that is loaded already and its processor; the recipe's if None.
+    """
+    config = recipe.stages[index]
+    device = distributed.choose_device(config.engine.device)
+    distributed.connect(device, patience=config.engine.patience)
+    preflight.check(recipe)
+    set_seed(recipe.seed)
+    student, processor = load_model(recipe.student), load_processor(recipe.student)
+    changes = [recipe.student.convert, *(s.convert for s in recipe.stages[: index + 1])]
+    for conversions in changes:
+        convert(student, conversions)
+    placed, teacher_processor = load_teacher(recipe, [config]) if teacher is None else teacher
+    stage = build_stage(
+        config,
+        student=student,
+        processor=processor,
+        teacher=placed,
+        teacher_processor=teacher_processor,
+        teachers=recipe.teachers,
+        others=load_others(recipe, [config]),
+        data=recipe.stage_data(config),
+        folder=folder,
+        seed=recipe.seed + index,
+    )
+    return stage, student
+
+
+def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:
+    """Time some steps of what `prepare` made, and its floor after each of them."""
+    clock = Clock(stage.engine.device)
+    floors: list[dict[str, float]] = []
+    teachers = teachers_of(stage)
+    stage.engine = cast(Any, _TimedEngine(stage.engine, clock))
+    _time_teachers(stage, clock)
+    count = steps + WARM_UP
+    stream = stage.stream
+    tokens, peaks = [], []
+    with Bar("bench", count, quiet=distributed.rank() > 0) as bar:
+        for number in range(count):
+            with clock.part("whole"):
+                with clock.part("data"):
+                    batches = stream.batches(number)
+                _reset_peak(stage.engine.device)
+                metrics = stage.step(number + 1, batches)
+            clock.close_step()
+            peaks.append(_peak(stage.engine.device))
+            tokens.append(metrics["supervised_tokens"])
+            if stage.config.engine.kind == "torch":  # else the weights are the engine's
+                floors.append(floor_of(stage, student, teachers, batches))
+            bar.advance()
+    found = clock.medians()
+    whole = found.pop("whole")
+    found["rest"] = whole - sum(found.values())
+    kept = floors[WARM_UP:] or [{}]
+    floor = {k: statistics.median(f[k] for f in kept) for k in kept[0]}
+    bare = sum(floor.values())
+    return {
+        "recipe": name,
+        "stage": stage.config.name,
+        "processes": distributed.world_size(),
+        "device": str(stage.engine.device),
+        "steps": steps,
+        "seconds": whole,
+        "parts": {name: found.get(name, 0.0) for name in PARTS},
+        "floor": floor,
+        "floor_seconds": bare,
+        "without_data_over_floor": (whole - found["data"]) / bare if bare else None,
+        "supervised_tokens_per_second": statistics.median(tokens[WARM_UP:]) / whole,
+        "peak_bytes": max(peaks),
+    }
+
+
+def teachers_of(stage: Stage) -> dict[str, Any]:
+    """The teachers that a stage asks, by name, the first one first."""
+    first = {} if stage.teacher is None else {stage.lead: stage.teacher}
+    return {**first, **stage.others}
+
+
+def _time_teachers(stage: Stage, clock: Clock) -> None:
+    """Put timed teachers in the places of a stage's own; one that is in two places stays one."""
+    timed: dict[int, Any] = {}
+
+    def wrap(teacher: Any) -> Any:
+        return timed.setdefault(id(teacher), _TimedTeacher(teacher, clock))
+
+    if stage.teacher is not None:
+        stage.teacher = wrap(stage.teacher)
+    stage.others = {name: wrap(teacher) for name, teacher in stage.others.items()}
+    if isinstance(stage.reference, LiveReference):
+        stage.reference.model = wrap(stage.reference.model)
+
+
+def floor_of(
+    stage: Stage, student: Any, teachers: Mapping[str, Any], batches: list[Batch]
+) -> dict[str, float]:
+    """Seconds of the models' own work on a step's batches: `teacher`, all of them together, and
+    `student`.
+
+    Args:
+        stage: of the batches.
+        student: its student.
+        teachers: as in `teachers_of`.
+        batches: of one step.
+    """
+    device = stage.engine.device
+    clock = Clock(device)
+    heads = [o for o in stage.objectives if "distribution" in o.needs]
+    for batch in (b.to(device) for b in batches):
+        rows = torch.zeros_like(batch.targets.attention)
+        compared = {name: torch.zeros_like(rows) for name in teachers}
+        for objective in heads:
+            covered = objective.rows(batch.targets.of(objective.sources))
+            rows |= covered
+            asked = objective.teacher or stage.lead
+            if "teacher" in objective.needs and asked in compared:
+                compared[asked] |= covered
+        with stage.engine.autocast():
+            for name, teacher in teachers.items():
+                if not isinstance(teacher, LiveTeacher):
+                    continue
+                if stage.asks(name, teacher, batch, stage.objectives):
+                    vision = stage.vision if name == stage.lead else None
+                    _bare_teacher(clock, teacher, batch, compared[name], vision)
+            with clock.part("student"):
+                seen = stage.vision.replaying() if stage.vision else nullcontext()
+                with seen:
+                    signals = capture(student, batch.inputs).first(len(rows))
+                hidden = signals.hidden[rows]
+                weight = signals.head_weight.to(hidden.dtype)
+                logits = hidden.detach() @ weight.detach().t()
+                gradient = logits @ weight.detach()
+                if signals.head_weight.requires_grad:
+                    logits.t() @ hidden.detach()
+        with clock.part("student"):
+            hidden.backward(gradient * 0)
+        student.zero_grad(set_to_none=True)
+    clock.close_step()
+    return clock.steps[0]
+
+
+@torch.no_grad()
+def _bare_teacher(
+    clock: Clock, teacher: LiveTeacher, batch: Batch, rows: Tensor, vision: SharedVision | None
+) -> None:
+    with clock.part("teacher"), vision.recording() if vision else nullcontext():
+        signals = teacher.signals(batch).first(len(rows))
+        hidden = signals.hidden[rows]
+        hidden @ signals.head_weight.to(hidden.dtype).t()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int:
+    """Most memory that a step had in use on a GPU, or this process's resident size so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['recipe']}, stage {found['stage']}: a step")
+    for name in ("", "ms", "share"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, seconds in found["parts"].items():
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / found['seconds']:.0%}")
+    table.add_section()
+    table.add_row("step", f"{1e3 * found['seconds']:.1f}", "100%")
+    for name, seconds in found["floor"].items():
+        table.add_row(f"floor: {name}", f"{1e3 * seconds:.1f}", f"{seconds / found['seconds']:.0%}")
+    if found["floor"]:
+        table.add_row("without data, of the floor", f"{found['without_data_over_floor']:.2f}x", "")
+    table.add_row("supervised tokens/s", f"{found['supervised_tokens_per_second']:,.0f}", "")
+    table.add_row("peak memory", f"{found['peak_bytes'] / 1e6:,.0f} MB", "")
+    console.print(table)
+
+
+def plot_bench(found: dict[str, Any], path: Path) -> None:
+    """Two bars, the step's parts and the floor's, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip((*PARTS, "student"), COLOURS, strict=True))
+    for row, parts in enumerate((found["floor"], found["parts"])):
+        left = 0.0
+        for name, seconds in parts.items():
+            width = 1e3 * max(seconds, 0.0)
+            axes.barh(row, width, left=left, color=colours[name], edgecolor="white")
+            if width > 0.07 * 1e3 * found["seconds"]:
+                text = f"{name}\n{width:.0f}"
+                axes.text(left + width / 2, row, text, ha="center", va="center", fontsize=7)
+            left += width
+    axes.set_yticks([0, 1], ["floor", "step"])
+    axes.set_xlabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{found['recipe']}, stage {found['stage']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,250 @@
+"""What a run would cost, computed from configs and a sample of the data, without weights."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mmkd.commands.plan.costs import (
+    Sample,
+    flops_per_record,
+    idle_parameters,
+    memory,
+    parameter_bytes,
+)
+from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
+from mmkd.data.records import Records
+from mmkd.data.sources import is_there
+from mmkd.modeling.loading import load_processor, parameter_count, skeleton
+from mmkd.objectives import Objective, build_objective
+from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
+from mmkd.runs import preflight, timings
+from mmkd.runs.pipeline import Member, members
+from mmkd.runtime import distributed
+from mmkd.students import convert, set_trainable
+from mmkd.teachers import choose_placement
+from mmkd_models.layout import mamba_layers
+
+SAMPLED_RECORDS = 48
+MANY_EPOCHS = 100
+"""Number of passes over the data from which on a plan warns."""
+
+
+def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
+    """Raise the errors that `mmkd run` would raise before its first step.
+
+    Args:
+        recipe: with its variants.
+        without_data: do not check the data and the evaluation's tasks, which may not exist yet.
+
+    Raises:
+        MmkdError: see `mmkd.runs.preflight`.
+    """
+    seen: list[dict[str, Any]] = []
+    for member in members(recipe):
+        if (content := _content(member.recipe)) not in seen:
+            preflight.check(member.recipe, data=not without_data)
+            seen.append(content)
+    if recipe.evaluate is not None and not without_data:
+        preflight.check_evaluation(recipe.evaluate, recipe.student)
+
+
+def make_plan(recipe: Recipe) -> dict[str, Any]:
+    """The plan of every member and stage, as JSON values.
+
+    Members that differ in their seed only are planned once. If the data do not exist yet, sequences
+    of `max_length` tokens are assumed.
+    """
+    processor = load_processor(recipe.student)
+    teacher = None
+    if recipe.teacher is not None and recipe.teacher.source == "live":
+        teacher = skeleton(recipe.teacher)
+    planned: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    found: dict[str, dict[str, Any]] = {}
+    trained = members(recipe)
+    for number, member in enumerate(trained):
+        content = _content(member.recipe)
+        stages = next((made for known, made in planned if known == content), None)
+        if stages is None:
+            stages = [
+                plan_stage(member.recipe, stage, processor, teacher)
+                for stage in member.recipe.stages
+            ]
+            planned.append((content, stages))
+        found[member.label] = {
+            "differs": recipe.variants.get(member.recipe.label, []),
+            "seed": member.recipe.seed,
+            "shared_stages": _shared(member, trained[:number]),
+            "stages": stages,
+            "total": _sum(stages),
+        }
+    alone = [stage for m in found.values() for stage in m["stages"][m["shared_stages"] :]]
+    return {
+        "name": recipe.name,
+        "processes": distributed.world_size(),
+        "teacher": None if teacher is None else {"parameters": parameter_count(teacher)},
+        "members": found,
+        "total": _sum(alone),
+        "warnings": _warnings(found),
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a plan depends on."""
+    return recipe.model_dump(mode="json", exclude={"label", "name", "seed", "output_dir"})
+
+
+def _shared(member: Member, before: list[Member]) -> int:
+    """Number of stages that a run takes over from an earlier member."""
+    return max((timings.common_stages(member.recipe, o.recipe) for o in before), default=0)
+
+
+def _sum(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of steps, tokens, FLOPs and seconds; seconds are None if a stage was not timed."""
+    seconds = [stage["seconds"] for stage in stages]
+    return {
+        **{key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")},
+        "seconds": None if None in seconds else sum(seconds),
+    }
+
+
+def _warnings(found: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each stage whose length is very large or unknown."""
+    lines = {
+        f"stage {stage['stage']} passes over its {stage['records']:,} records "
+        f"{stage['epochs']:,.0f} times ({stage['steps']:,} steps)": None
+        for member in found.values()
+        for stage in member["stages"]
+        if stage["records"] and stage["epochs"] >= MANY_EPOCHS
+    }
+    lines |= {
+        f"stage {stage['stage']} is given in epochs, and its data do not exist yet: its steps are "
+        "not known, and the totals count one": None
+        for member in found.values()
+        for stage in member["stages"]
+        if not stage["records"] and stage["settings"]["steps"] is None
+    }
+    return list(lines)
+
+
+def plan_stage(
+    recipe: Recipe,
+    stage: StageConfig,
+    processor: Any,
+    teacher: PreTrainedModel | None,
+    sampled: tuple[Sample, int] | None = None,
+) -> dict[str, Any]:
+    """One stage's plan.
+
+    Args:
+        recipe: of one student.
+        stage: of this recipe.
+        processor: the student's.
+        teacher: without weights; None if there is no live one.
+        sampled: a mean record and the number of records of an epoch; None reads them from the data.
+    """
+    student = skeleton(recipe.student)
+    until = recipe.stages.index(stage) + 1
+    for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
+        convert(student, conversions)
+    trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
+    mamba = mamba_layers(student.config)
+    objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
+    if recipe.teacher is not None and recipe.teacher.source == "self":
+        teacher = student
+    teacher = teacher if any("teacher" in o.needs for o in objectives) else None
+    others = [skeleton(t) for t in recipe.more_teachers] if teacher is not None else []
+    if sampled is None:
+        sampled = sample_data(recipe.stage_data(stage), processor, objectives)
+    sample, records = sampled
+    processes = distributed.world_size()
+    device = distributed.choose_device(stage.engine.device)
+    per_step = stage.batch.records_per_step(processes)
+    steps = timings.steps_over(stage, records)
+    trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
+    placement: TeacherPlacement = "replicated"
+    quantize = None
+    if teacher is not None and recipe.teacher is not None:
+        quantize, wanted = recipe.teacher.quantize, recipe.teacher.placement
+        if quantize is None:
+            placement = choose_placement(wanted, parameter_bytes(teacher), device)
+    flops = {
+        k: round(v * per_step)
+        for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
+    }
+    second = timings.seconds_per_step(recipe, recipe.stages.index(stage))
+    return {
+        "stage": stage.name,
+        "settings": stage.model_dump(mode="json"),
+        "parameters": parameter_count(student),
+        "active_parameters": parameter_count(student) - idle_parameters(student),
+        "trainable": trained,
+        "trainable_share": round(trained / parameter_count(student), 4),
+        "records": records,
+        "records_per_step": per_step,
+        "steps": steps,
+        "epochs": round(steps * per_step / max(records, 1), 3),
+        "tokens_per_step": round(sample.length * per_step),
+        "supervised_tokens_per_step": round(sample.supervised * per_step),
+        "vision_tokens_per_step": round(sample.vision * per_step),
+        "flops_per_step": flops,
+        "tokens": round(sample.length * per_step) * steps,
+        "flops": flops["total"] * steps,
+        "seconds": None if second is None else second * steps,
+        "memory_bytes": _with_others(
+            memory(student, trained, teacher, stage, sample, placement, quantize), others
+        ),
+        "device_memory_bytes": distributed.memory_of(device),
+        "teacher_placement": _placement(recipe, objectives, placement),
+    }
+
+
+def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[str, int]:
+    """Adds the weights of further teachers, which are whole on every process."""
+    if not others:
+        return memory
+    weights = sum(map(parameter_bytes, others))
+    return {**memory, "other_teachers_weights": weights, "total": memory["total"] + weights}
+
+
+def _placement(
+    recipe: Recipe, objectives: list[Objective], placement: TeacherPlacement
+) -> str | None:
+    if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
+        return None
+    said = {"cache": "read from its cache", "self": "the student itself"}
+    return said.get(recipe.teacher.source, placement)
+
+
+def sample_data(
+    data: DataConfig, processor: Any, objectives: list[Objective]
+) -> tuple[Sample, int]:
+    """Mean token counts of some records, and the number of records of an epoch. If the data do not
+    exist yet: sequences of `max_length` tokens, and 0 records."""
+    if not all(map(is_there, data.parts)):
+        length = float(data.max_length)
+        rows = {o.name: length for o in objectives}
+        return Sample(length, length, length, 0.0, 0.0, rows), 0
+    records = Records(data)
+    encoder = Encoder.of(objectives, data, processor, records=records)
+    mixture = Mixture(records, seed=0)
+    chosen = mixture.sample(SAMPLED_RECORDS)
+    count, batch = len(chosen), encoder.encode(chosen)
+    targets = batch.targets
+    pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
+    return (
+        Sample(
+            length=float(targets.attention.sum()) / count,
+            sequence=float(targets.attention.sum()) / len(targets.attention),
+            supervised=float(targets.response.sum()) / count,
+            vision=float(targets.vision.sum()) / count,
+            patches=pixels / count,
+            rows={
+                o.name: float(o.rows(targets).sum()) / count
+                for o in objectives
+                if "distribution" in o.needs
+            },
+        ),
+        len(mixture),
+    )

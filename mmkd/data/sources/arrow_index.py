@@ -1,0 +1,106 @@
+"""Tables that `datasets` keeps on disk, mapped into memory by every process."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.content import printable
+from mmkd.errors import DataError
+from mmkd.runtime.files import disk_error
+from mmkd.runtime.progress import track
+
+Stamp = tuple[str, int, int]
+"""Path, bytes and time of change of a file."""
+
+# Part of what a kept table is known by: raise it when what one holds changes.
+VERSION = 2
+MOST_NAMED = 20
+
+
+def keep(
+    make: Callable[..., Iterable[dict[str, Any]]],
+    features: Any,
+    where: str,
+    *,
+    at_once: int = 1000,
+    **arguments: Any,
+) -> Any:
+    """The rows that `make(**arguments)` yields, made once and then read from the disk.
+
+    Args:
+        make: a function of a module, called only where the same arguments are not kept yet.
+        features: the table's `datasets.Features`.
+        where: what messages call it.
+        at_once: rows in memory before they are written.
+        arguments: what the rows depend on; files as their `stamps`.
+
+    Raises:
+        DataError: of `make`.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    arguments = {"make": make, "version": VERSION, "arguments": arguments}
+    try:
+        return datasets.Dataset.from_generator(
+            _rows, features=features, gen_kwargs=arguments, writer_batch_size=at_once
+        )
+    except Exception as error:
+        raise unreadable(error, where) from error
+
+
+def _rows(make: Callable[..., Iterable[dict[str, Any]]], version: int, arguments: dict) -> Any:
+    yield from make(**arguments)
+
+
+def unreadable(error: Exception, where: str) -> DataError:
+    """What `datasets` raised, in one line; a problem of the data that caused it as it is."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, DataError):
+        cause = cause.__cause__
+    if isinstance(cause, DataError):
+        return cause
+    known = disk_error(cause) if isinstance(cause, Exception) else None
+    if known is not None:
+        return DataError(known.what, where=known.where or where, mend=known.mend)
+    reason = printable(" ".join(str(cause).split()), 200)
+    if "corresponds to no data" in reason:
+        return DataError("the data set is empty", where=where, mend="add records")
+    return DataError(f"cannot read: {reason}", where=where, mend="mend the file")
+
+
+def stamps(files: list[Path]) -> list[Stamp]:
+    """What a kept table knows its files by."""
+    found = []
+    for file in files:
+        facts = file.stat()
+        found.append((str(file.absolute()), facts.st_size, facts.st_mtime_ns))
+    return found
+
+
+def of_each_file(
+    files: list[Stamp], read: Callable[[str], Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of all files, each with the number of its file.
+
+    Args:
+        files: their stamps.
+        read: gives the rows of a file by its path.
+
+    Raises:
+        DataError: some files cannot be read; all of them are named.
+    """
+    broken: list[DataError] = []
+    for number, (name, _, _) in enumerate(track(files, "files", len(files), quiet=len(files) < 2)):
+        try:
+            for row in read(name):
+                if not broken:
+                    yield {"file": number, **row}
+        except DataError as error:
+            broken.append(error.at(name))
+    if broken:
+        first, *others = broken
+        names = ", ".join(str(error.where) for error in others[:MOST_NAMED])
+        more = ", ..." if len(others) > MOST_NAMED else ""
+        also = f"; {len(others):,} more cannot be read: {names}{more}" if others else ""
+        raise DataError(first.what + also, where=first.where, mend=first.mend)

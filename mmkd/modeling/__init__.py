@@ -1,0 +1,1 @@
+"""Models of transformers: loading, adapters, the capture of signals, packed rows."""

@@ -1,0 +1,126 @@
+"""Read what objectives need off any Hugging Face vision-language model, in one forward.
+
+Logits are never built here: objectives project final hidden states through the head in chunks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmkd.errors import CheckpointError
+from mmkd.modeling.adapters import effective_weight
+from mmkd.modeling.capture_layers import LayerPlan, record_layers
+from mmkd.objectives import LayerSignals, RouterSignals, Signals
+from mmkd_models.moe import SparseFfn
+from mmkd_models.parts import feed_forward, find_parts
+
+# Settings that change logits behind the head: projecting hidden states alone would miss them.
+AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def check_supported(model: PreTrainedModel, role: str) -> None:
+    """Refuse models whose logits are not head(hidden), or whose parts are not found.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} has no body apart from its head")
+        find_parts(model)
+    except ValueError as error:
+        raise CheckpointError(
+            str(error), where=role, mend="choose a family of docs/families.md"
+        ) from error
+    text = model.config.get_text_config()
+    for name in AFTER_HEAD:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise CheckpointError(
+                f"{type(model).__name__} changes its logits behind the head ({name})",
+                where=role,
+                mend="choose a model without it",
+            )
+
+
+def capture(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    *,
+    layers: Sequence[int] = (),
+    matrices: bool = False,
+    projections: bool = False,
+    forced: dict[int, LayerSignals] | None = None,
+    plan: LayerPlan | None = None,
+) -> Signals:
+    """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, the
+    head they go through, what goes through its layers, and what its routers say.
+
+    Args:
+        model: teacher or student.
+        inputs: what it is called with.
+        layers: decoder layers to record.
+        matrices: record mixing matrices too.
+        projections: record queries, keys and values too.
+        forced: the teacher's signals by student layer, to be fed to the student's layers.
+        plan: how `forced` is done.
+    """
+    entering: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entering.append(kwargs["inputs_embeds"])
+
+    with ExitStack() as stack:
+        stack.enter_context(_hooked(find_parts(model).decoder, keep))
+        routers = stack.enter_context(_record_routers(model))
+        recorder = stack.enter_context(
+            record_layers(
+                model,
+                layers,
+                matrices=matrices,
+                projections=projections,
+                teacher=forced,
+                plan=plan,
+            )
+        )
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    return Signals(
+        hidden,
+        effective_weight(head),
+        getattr(head, "bias", None),
+        entering[0],
+        recorder.signals("free"),
+        recorder.signals("mixer"),
+        recorder.signals("block"),
+        routers,
+    )
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _record_routers(model: PreTrainedModel) -> Iterator[dict[int, RouterSignals]]:
+    """What the routers of sparse layers say in the forward inside, by layer."""
+    found: dict[int, RouterSignals] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(find_parts(model).decoder_layers):
+            sparse = feed_forward(layer)[1]
+            if not isinstance(sparse, SparseFfn):
+                continue
+
+            def keep(module: Any, args: Any, logits: Tensor, index: int = index) -> None:
+                # The first run: a layer that is run beside the student's own comes second.
+                found.setdefault(index, RouterSignals(logits, module.top_k))
+
+            stack.callback(sparse.router.register_forward_hook(keep).remove)
+        yield found

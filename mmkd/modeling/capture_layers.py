@@ -1,0 +1,316 @@
+"""Read, and for teacher forcing replace, what goes through a decoder's layers.
+
+One forward through the student's root module holds up to three runs of each layer:
+
+    free      the layer runs as it is
+    mixer     its mixer gets what entered the teacher's mixer
+    block     the whole layer gets what entered the teacher's layer
+
+A signal is filed under the run that made it, so that no run overwrites another. Where nothing needs
+the free run, a forced run takes its place: the layer passes on the teacher's output, so that the
+stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2). Otherwise the forced run
+comes second, beside the first (MaTVLM, arXiv 2503.13440).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmkd.errors import RecipeError
+from mmkd.modeling.layer_projections import PROJECTIONS, as_compared
+from mmkd.objectives import LayerSignals, Layerwise
+from mmkd_models.mixer import Mamba2Mixer
+from mmkd_models.parts import find_parts
+
+Run = Literal["free", "mixer", "block"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers a stage's objectives read, and how the student runs.
+
+    Attributes:
+        pairs: student layer -> teacher layer.
+        recorded: student layers whose free run is read.
+        free: the student's free run is needed.
+        forced_mixers: student layers whose mixer is fed with what entered the teacher's.
+        forced_blocks: student layers that are fed with what entered the teacher's layer.
+        matrices: mixing matrices are needed.
+        projections: queries, keys and values are needed.
+    """
+
+    pairs: dict[int, int] = field(default_factory=dict)
+    recorded: frozenset[int] = frozenset()
+    free: bool = True
+    forced_mixers: frozenset[int] = frozenset()
+    forced_blocks: frozenset[int] = frozenset()
+    matrices: bool = False
+    projections: bool = False
+
+    @property
+    def forced(self) -> frozenset[int]:
+        """Student layers that some objective feeds with the teacher's tensors."""
+        return self.forced_mixers | self.forced_blocks
+
+    @classmethod
+    def of(cls, objectives: Sequence[Any]) -> "LayerPlan":
+        """
+        Raises:
+            RecipeError: two objectives pair one student layer with different teacher layers.
+        """
+        layerwise = [o for o in objectives if isinstance(o, Layerwise)]
+        pairs: dict[int, int] = {}
+        for objective in layerwise:
+            for mine, theirs in objective.pairs:
+                if pairs.setdefault(mine, theirs) != theirs:
+                    raise RecipeError(
+                        f"student layer {mine} is paired with teacher layers {pairs[mine]} and "
+                        f"{theirs}",
+                        where=f"objective {objective.name}",
+                        mend="pair it with one of them",
+                    )
+
+        def layers(run: Run) -> frozenset[int]:
+            return frozenset(mine for o in layerwise if _run_of(o) == run for mine, _ in o.pairs)
+
+        forced = [o for o in layerwise if o.config.teacher_forced]
+        return cls(
+            pairs,
+            recorded=layers("free"),
+            free=len(forced) < len(layerwise) or any("distribution" in o.needs for o in objectives),
+            forced_mixers=layers("mixer"),
+            forced_blocks=layers("block"),
+            matrices=any("matrices" in o.needs for o in objectives),
+            projections=any("projections" in o.needs for o in objectives),
+        )
+
+
+def _run_of(objective: Layerwise) -> Run:
+    """The run whose signals an objective compares."""
+    if not objective.config.teacher_forced:
+        return "free"
+    return "block" if objective.compares_blocks else "mixer"
+
+
+@dataclass
+class Recorder:
+    """The tensors of a model's layers in one forward, filed by the run that made them.
+
+    Attributes:
+        matrices: record mixing matrices too.
+        projections: record what the projections of queries, keys and values return too.
+        first: by layer, the run that it makes when the model calls it; layers that are not listed
+            are not recorded then.
+        beside: the additional run that is going on now, if any.
+        off: record nothing for now.
+        found: the tensors by run, layer and name.
+        mixers: the layers' attentions or mixers, for `signals`.
+    """
+
+    matrices: bool = False
+    projections: bool = False
+    first: dict[int, Run] = field(default_factory=dict)
+    beside: Run | None = None
+    off: bool = False
+    found: dict[Run, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    mixers: dict[int, nn.Module] = field(default_factory=dict)
+
+    def keep(self, layer: int, **tensors: Tensor | None) -> None:
+        """File tensors under the layer's present run.
+
+        Raises:
+            RecipeError: the run made one of them already: the model runs the layer twice.
+        """
+        run = self.beside or self.first.get(layer)
+        if run is None or self.off:
+            return
+        kept = self.found.setdefault(run, {}).setdefault(layer, {})
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if name in kept:
+                raise RecipeError(
+                    f"the model runs decoder layer {layer} more than once in a forward",
+                    where="layer-wise objectives",
+                    mend="compare other layers, or the models' outputs",
+                )
+            kept[name] = tensor
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep nothing of what runs inside."""
+        self.off = True
+        try:
+            yield
+        finally:
+            self.off = False
+
+    def signals(self, run: Run) -> dict[int, LayerSignals]:
+        """A run's signals by layer.
+
+        Call it after the forward: norms of queries and keys are applied here, outside of what
+        activation checkpointing runs again.
+        """
+        made = {}
+        for layer, tensors in self.found.get(run, {}).items():
+            compared = {
+                kind: as_compared(self.mixers[layer], kind, tensors[kind])
+                for kind in PROJECTIONS
+                if kind in tensors
+            }
+            made[layer] = LayerSignals(**{**tensors, **compared})
+        return made
+
+
+@contextmanager
+def record_layers(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    matrices: bool = False,
+    projections: bool = False,
+    teacher: dict[int, LayerSignals] | None = None,
+    plan: LayerPlan | None = None,
+) -> Iterator[Recorder]:
+    """Keep what goes through decoder layers in the forward inside, and force some of them.
+
+    Args:
+        model: teacher or student.
+        layers: whose free run is kept.
+        matrices, projections: kept too.
+        teacher: the teacher's signals by student layer, for the plan's forced layers.
+        plan: which layers are forced, and whether the free run is needed; None forces none.
+    """
+    plan = LayerPlan() if plan is None or not teacher else plan
+    teacher = teacher or {}
+    recorder = Recorder(matrices, projections)
+    recorder.first = dict.fromkeys(layers, "free")
+    if not plan.free:
+        recorder.first |= dict.fromkeys(plan.forced_mixers, "mixer")
+        recorder.first |= dict.fromkeys(plan.forced_blocks, "block")
+    modules: Any = find_parts(model).decoder_layers
+    with ExitStack() as stack:
+        for index in sorted({*layers, *plan.forced}):
+            layer, first = modules[index], recorder.first.get(index)
+            handles = _record(layer, index, recorder)
+            for run, forced in (("mixer", plan.forced_mixers), ("block", plan.forced_blocks)):
+                if index in forced:
+                    handles += _force(layer, teacher[index], run, first == run, recorder)
+            for handle in handles:
+                stack.callback(handle.remove)
+        yield recorder
+
+
+def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
+    """Hooks that keep a layer's tensors."""
+
+    def block_in(module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.keep(index, block_input=_hidden(args, kwargs))
+
+    def block_out(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        recorder.keep(index, block_output=_first(output))
+
+    def mixer_out(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        entering = _hidden(args, kwargs)
+        recorder.keep(index, mixer_input=entering, mixer_output=_first(output))
+        if recorder.matrices:
+            with recorder.paused():  # a mixer projects once more
+                matrix = _matrix(module, entering, kwargs, output)
+            recorder.keep(index, matrix=matrix)
+
+    def heads(module: nn.Module, args: Any) -> None:
+        recorder.keep(index, mixer_heads=args[0])
+
+    def projected(kind: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            recorder.keep(index, **{kind: output})
+
+        return keep
+
+    handles = [
+        layer.register_forward_pre_hook(block_in, with_kwargs=True),
+        layer.register_forward_hook(block_out, with_kwargs=True),
+        layer.self_attn.register_forward_hook(mixer_out, with_kwargs=True),
+        layer.self_attn.o_proj.register_forward_pre_hook(heads),
+    ]
+    if recorder.projections:
+        recorder.mixers[index] = layer.self_attn
+        handles += [
+            getattr(layer.self_attn, name).register_forward_hook(projected(kind))
+            for kind, name in PROJECTIONS.items()
+            if isinstance(getattr(layer.self_attn, name, None), nn.Module)
+        ]
+    return handles
+
+
+def _force(
+    layer: Any, theirs: LayerSignals, run: str, in_place: bool, recorder: Recorder
+) -> list[Any]:
+    """Hooks that feed a layer, or its mixer, with the teacher's tensors: when the model calls it
+    (`in_place`), or in an additional run after that."""
+    if run == "block":
+        module, entering, leaving = layer, theirs.block_input, theirs.block_output
+    else:
+        module, entering, leaving = layer.self_attn, theirs.mixer_input, theirs.mixer_output
+    if not in_place:
+        return [_run_beside(module, entering, run, recorder)]
+
+    assert entering is not None
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _with_hidden(args, kwargs, entering)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
+
+    # Recording hooks, which are there already, see the teacher's input and the student's output.
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _run_beside(module: nn.Module, entering: Any, run: Any, recorder: Recorder) -> Any:
+    """A hook that runs a module once more, on the teacher's input."""
+
+    def again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if recorder.beside is not None:
+            return  # this is such a run, of the module or of the layer around it
+        recorder.beside = run
+        try:
+            args, kwargs = _with_hidden(args, kwargs, entering)
+            module(*args, **kwargs)
+        finally:
+            recorder.beside = None
+
+    return module.register_forward_hook(again, with_kwargs=True)
+
+
+def _matrix(module: Any, entering: Tensor, kwargs: Any, output: Any) -> Tensor:
+    if isinstance(module, Mamba2Mixer):
+        return module.matrix(entering, kwargs.get("position_embeddings"))
+    if output[1] is None:
+        raise RecipeError(
+            "the teacher's attention keeps no probabilities",
+            where="objective matrix",
+            mend="set teacher.attn_implementation to eager",
+        )
+    return output[1]
+
+
+def _hidden(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(args: Any, kwargs: Any, hidden: Tensor) -> tuple[Any, Any]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

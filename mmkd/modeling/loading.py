@@ -1,0 +1,381 @@
+"""Models and processors from a folder, from the Hub, or from a config with random weights."""
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_torchvision_available
+from transformers.utils import logging as transformers_logging
+
+from mmkd.errors import CheckpointError, MmkdError, RecipeError
+from mmkd.modeling.foreign_models import refuse_kernels, refuse_pickled
+from mmkd.modeling.image_sizes import limit_config, limit_processor
+from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
+from mmkd.runtime import consent, distributed, hub
+from mmkd_models.configuration_mmkd import StudentConfigMixin
+from mmkd_models.modeling_mmkd import MmkdForImageTextToText
+from mmkd_models.parts import find_parts
+
+# transformers imports DeepSpeed where it is installed, and DeepSpeed prints that it found no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
+
+FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
+CHECK = "check model_type and its settings"
+SAVE = "save the processor into the model's folder (processor.save_pretrained)"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(source: ModelConfig) -> Any:
+    """The architecture's config, without weights."""
+    if source.config is None:
+        name = source.model or ""
+        with _explained(name, "model"):
+            config = AutoConfig.from_pretrained(
+                name, revision=source.revision, trust_remote_code=consent.granted(name)
+            )
+        refuse_kernels(config, name)
+        limit_config(config, source.image_size, name)
+        return config
+    settings = dict(source.config)
+    kind = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"no such architecture ({_reason(error)})",
+            where=f"config of {kind}",
+            mend=CHECK,
+        ) from error
+    refuse_kernels(config, f"config of {kind}")
+    limit_config(config, source.image_size, kind)
+    return config
+
+
+def load_model(source: ModelConfig) -> PreTrainedModel:
+    """The model of a recipe, in its dtype and in eval mode.
+
+    Raises:
+        CheckpointError: the folder is none, or its weights do not fit its config.
+    """
+    dtype = DTYPES[source.dtype]
+    if source.config is not None:
+        config = load_config(source)
+        with _in_words("config", "model", CHECK):
+            model = AutoModelForImageTextToText.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=source.attn_implementation,
+                trust_remote_code=False,
+            )
+        return model.eval()
+    return load_pretrained(
+        source.model or "",
+        dtype=dtype,
+        revision=source.revision,
+        attn_implementation=source.attn_implementation,
+        quantize=quantization_of(source),
+        image_size=source.image_size,
+    )
+
+
+def quantization_of(source: ModelConfig) -> Quantization | None:
+    """The bits in which a model is loaded; None if its `dtype` decides."""
+    return source.quantize if isinstance(source, TeacherConfig) else None
+
+
+def skeleton(source: ModelConfig) -> PreTrainedModel:
+    """The model without storage for its weights: parameters are on torch's `meta` device."""
+    config = load_config(source)
+    told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
+    with torch.device("meta"), _in_words(*told):
+        return model_class(config).from_config(
+            config, dtype=DTYPES[source.dtype], trust_remote_code=consent.granted(source.model)
+        )
+
+
+def model_class(config: Any) -> Any:
+    """What loads a model of this config: transformers, or for a student mmkd's own class."""
+    student = isinstance(config, StudentConfigMixin)
+    return MmkdForImageTextToText if student else AutoModelForImageTextToText
+
+
+def load_processor(source: ModelConfig) -> Any:
+    """The processor of a recipe's model, with its chat template."""
+    return load_pretrained_processor(
+        source.processor_source,
+        revision=source.revision if source.processor is None else None,
+        image_size=source.image_size,
+    )
+
+
+def load_pretrained(
+    name: str,
+    *,
+    quantize: Quantization | None = None,
+    image_size: ImageSizeConfig | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A model from a folder or the Hub, every tensor accounted for; safetensors only.
+
+    Args:
+        name: folder or Hub id.
+        quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
+        image_size: of pictures, in place of the processor's own.
+        trust_remote_code: run Python code that the model brings, as consent does
+            (`mmkd.runtime.consent`).
+        settings: of transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder is none, or its weights do not fit its config.
+        RecipeError: this machine cannot load quantized models.
+    """
+    if quantize is not None:
+        check_quantization(quantize, name, distributed.choose_device("auto"))
+    trusted = trust_remote_code or consent.granted(name)
+    refuse_pickled(Path(name))
+    with _explained(name, "model", trusted):
+        config = AutoConfig.from_pretrained(
+            name, revision=settings.get("revision"), trust_remote_code=trusted
+        )
+    refuse_kernels(config, name)
+    limit_config(config, image_size, name)
+    with _explained(name, "model", trusted):
+        if quantize is not None:
+            settings |= _quantized(config, quantize, settings.get("dtype"))
+        loaded: Any = model_class(config).from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
+            trust_remote_code=trusted,
+            **settings,
+        )
+    model, info = loaded
+    lost: list[str] = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    lost += sorted(key for key, *_ in info["mismatched_keys"])
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} weights are missing, left over or of another shape, first {lost[0]}",
+            where=name,
+            mend="use the config that belongs to the weights",
+        )
+    return model.eval()
+
+
+def check_quantization(quantize: Quantization, where: str, device: torch.device) -> None:
+    """Check that this machine can load a quantized model.
+
+    Raises:
+        RecipeError: it has no GPU, or a package is missing.
+    """
+    missing = [p for p in ("bitsandbytes", "accelerate") if find_spec(p) is None]
+    if device.type != "cuda":
+        problem, mend = "a quantized model needs a GPU", "leave 'quantize' out"
+    elif missing:
+        problem, mend = f"{missing[0]} is not installed", f"pip install {missing[0]}"
+    else:
+        return
+    raise RecipeError(f"cannot load a model in {quantize} ({problem})", where=where, mend=mend)
+
+
+def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any]:
+    """Settings of `from_pretrained` for a quantized model. The head is not quantized, since
+    objectives read its weight; nor are the vision tower and the connector, which are small."""
+    with torch.device("meta"):
+        shell: Any = model_class(config).from_config(config)
+    parts = find_parts(shell)
+    inside = {id(m) for m in parts.decoder.modules()} - {id(parts.head)}
+    whole = [n for n, m in shell.named_modules() if type(m) is nn.Linear and id(m) not in inside]
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    found = BitsAndBytesConfig(
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=whole,
+    )
+    device = distributed.choose_device("auto")
+    return {"quantization_config": found, "device_map": {"": str(device)}}
+
+
+def load_pretrained_processor(
+    name: str,
+    *,
+    image_size: ImageSizeConfig | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Any:
+    """The processor in a model's folder, with image processor and chat template; arguments as in
+    `load_pretrained`."""
+    trusted = trust_remote_code or consent.granted(name)
+    with _explained(name, "processor", trusted):
+        processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=trusted, **settings)
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError("the processor reads no images", where=name, mend=SAVE)
+    if not getattr(processor, "chat_template", None):
+        raise CheckpointError(
+            "the processor has no chat template",
+            where=name,
+            mend="add chat_template.jinja to its folder",
+        )
+    _give_pad_token(processor.tokenizer, name)
+    limit_processor(processor, image_size, name)
+    return processor
+
+
+def _give_pad_token(tokenizer: Any, name: str) -> None:
+    """Give a tokenizer without a pad token another special token to pad with. Any will do: padding
+    is masked.
+
+    Raises:
+        CheckpointError: the tokenizer has no special token at all.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    known = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    token = next((t for t in known if t is not None), None)
+    if token is None:
+        raise CheckpointError(
+            "the tokenizer has no pad token, and no special token to use instead",
+            where=name,
+            mend="set pad_token in its tokenizer_config.json",
+        )
+    tokenizer.pad_token = token
+
+
+@contextmanager
+def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
+    """Turn what the libraries raise for a bad folder into one line that names it, and let them run
+    no code without consent; `trusted` is the caller's for this folder."""
+    folder = Path(name)
+    marker = "config.json" if what == "model" else "*.json"
+    if folder.is_dir() and not any(folder.glob(marker)):
+        raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
+    if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
+        raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+    if not folder.exists():
+        hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
+    with _in_words(name, what), consent.guard(name, trusted=trusted):
+        yield
+    if not folder.exists():
+        hub.say_if_unreachable(name)
+
+
+@contextmanager
+def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
+    """Turn what the libraries raise into one line, and leave out what they log about it."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    except MmkdError:
+        raise
+    except Exception as error:  # a missing file and a broken one raise different types
+        raise _nowhere(error, name) or CheckpointError(
+            f"cannot load the {what} ({_reason(error)})",
+            where=name,
+            mend=mend or _mend(error, name, what),
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
+    """The error for a name that is neither a folder nor on the Hub; None for other errors."""
+    causes = _causes(error)
+    offline = LocalEntryNotFoundError | OfflineModeIsEnabled
+    if any(isinstance(e, offline) for e in causes) and (reason := hub.unreachable()):
+        return CheckpointError(
+            f"no such folder, and the Hub cannot be reached ({reason})",
+            where=name,
+            mend=hub.hint("check the path"),
+        )
+    if any(type(e) is RepositoryNotFoundError for e in causes):
+        return CheckpointError(
+            "no such folder, and no such model on the Hub",
+            where=name,
+            mend="check the path or the id; 'hf auth login' for what is private",
+        )
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An exception and what it was raised from."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what a library says: often it goes on with advice of its own."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    sentence = lines[0].partition(". ")[0].removesuffix(".")
+    return textwrap.shorten(sentence, 200, placeholder=" ...")
+
+
+def _mend(error: BaseException, name: str, what: str) -> str:
+    """What to do about what transformers says."""
+    causes = _causes(error)
+    if "trust_remote_code" in str(error):
+        return consent.how(name)
+    if AutoModelForImageTextToText.__name__ in str(error):
+        return "choose a model that reads images and writes text"
+    if "num2words" in str(error):
+        return "pip install num2words"
+    wants = ["video processor", "torchvision"]
+    if (Path(name) / "preprocessor_config.json").is_file():
+        wants.append("image processor")  # it is there, and its class cannot be imported
+    if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
+        return "install the torchvision that fits your torch: `mmkd doctor` has the command"
+    if isinstance(error, ImportError):
+        return "install what is missing, or set attn_implementation to sdpa"
+    if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):
+        return f"{_broken(Path(name))} is cut or changed: copy or download it again"
+    if not Path(name).exists():
+        if any(isinstance(e, GatedRepoError) for e in causes):
+            return "ask for access on the model's page, then 'hf auth login'"
+        if (reason := hub.unreachable()) is not None:
+            return hub.hint(f"give a folder: the Hub cannot be reached ({reason})")
+        return "check the id on the Hub; 'hf auth login' for what is private or gated"
+    return SAVE if what == "processor" else FOLDER
+
+
+def _broken(folder: Path) -> str:
+    """The file of a folder that is no JSON, if one is."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return path.name
+    return "a file"
+
+
+def parameter_count(module: torch.nn.Module | None) -> int:
+    """Parameters of a model or a part of it, shared ones counted once; 0 for None."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -1,0 +1,386 @@
+"""What a stage reads from the disk, noted when it begins, so that it goes on with nothing else.
+
+<stage>/inputs.json
+  files     {path: {bytes, sha256, stamp}}: data, some of their pictures, models, processors
+  sources   {data source: its files}
+  caches    {folder: {what: checksum}}: of a teacher's cache the settings and each shard
+  commits   {Hub id: commit}
+
+A file whose size and stamp (times and number) are as noted is not read again. Read whole are data
+files and models; of tar files of more than `WHOLE_BYTES` some pieces; of the pictures in files of
+their own those of `PICTURES` records, evenly spread. What `hub:` data sets hold is not noted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from mmkd.runtime import distributed
+from mmkd.cache.store import MANIFEST
+from mmkd.data.records import Source
+from mmkd.data.sources import find_files
+from mmkd.errors import CheckpointError, DataError
+from mmkd.runtime.files import read_json, sha256, write_json
+from mmkd.objectives import build_objective
+from mmkd.runtime.progress import say
+from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
+from mmkd.runs.resume import REPLACED, Member, Restart, is_begun
+
+FILE = "inputs.json"
+FORMAT = 1
+PICTURES = 2_000
+WHOLE_BYTES = 2**30
+PIECES, PIECE_BYTES = 1_000, 2**16
+OF_MODELS = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
+
+Notes = dict[str, dict[str, Any]]
+"""What inputs.json holds: by section, facts by name."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a stage reads; nothing of it was read whole yet.
+
+    Attributes:
+        files: paths.
+        sources: names of each data source's files.
+        caches: checksums of each teacher's cache.
+        commits: of each model from the Hub that is on this machine.
+    """
+
+    files: frozenset[str]
+    sources: dict[str, list[str]]
+    caches: dict[str, dict[str, str]]
+    commits: dict[str, str]
+
+
+def check_inputs(
+    todo: Sequence[Member], restarts: Sequence[Restart | None], from_stage: str | None
+) -> list[Restart | None]:
+    """Compare what unfinished stages read with what they, or stages before them, began with.
+
+    Args:
+        todo: the run's members.
+        restarts: from where each starts again because the recipe has changed.
+        from_stage: the stage from which on other inputs may be used, and earlier work replaced.
+
+    Returns:
+        From where each member starts again. Every rank calls it; the first one reads.
+
+    Raises:
+        CheckpointError: on all ranks: something has changed.
+    """
+    said: list[str] = []
+    _data_files.cache_clear()
+    if distributed.rank() == 0:
+        try:
+            found = [_check(m, r, todo, restarts, from_stage) for m, r in _pairs(todo, restarts)]
+            said = [json.dumps([found, None])]
+        except CheckpointError as error:
+            said = [json.dumps([[], [error.what, error.where, error.mend]])]
+    found, problem = json.loads(distributed.gather(said)[0])
+    if problem is not None:
+        what, where, mend = problem
+        raise CheckpointError(what, where=where, mend=mend)
+    return [_again(m, r, f) for (m, r), f in zip(_pairs(todo, restarts), found, strict=True)]
+
+
+def _pairs(
+    todo: Sequence[Member], restarts: Sequence[Restart | None]
+) -> list[tuple[Member, Restart | None]]:
+    return list(zip(todo, restarts, strict=True))
+
+
+def _again(member: Member, restart: Restart | None, found: list[Any] | None) -> Restart | None:
+    if found is None:
+        return restart
+    index, names = found
+    stages = [s.name for s in member.recipe.stages]
+    keys = names if restart is None else [*restart.keys, *names]
+    return Restart(member, index, stages[index], keys, stages, True)
+
+
+def _check(
+    member: Member,
+    restart: Restart | None,
+    todo: Sequence[Member],
+    restarts: Sequence[Restart | None],
+    from_stage: str | None,
+) -> list[Any] | None:
+    """The stage that a member starts again from because its inputs have changed, and which have."""
+    names = [s.name for s in member.recipe.stages]
+    kept = len(names) if restart is None else restart.index
+    allowed = names.index(from_stage) if from_stage in names else len(names)
+    done = [(member.stage_folder(i) / "done.json").exists() for i in range(len(names))]
+    changed: list[str] = []
+    for index in range(len(names)):
+        folder = member.stage_folder(index)
+        begun = index < kept and is_begun(folder)
+        if (done[index] and index < kept and index < allowed) or (not begun and index >= allowed):
+            continue
+        if begun:
+            difference = _since(folder, member, index)
+        else:
+            difference = _beside(member, index, todo, restarts)
+        if difference is None:
+            continue
+        if index < allowed:
+            raise _refusal(difference, names[index])
+        changed.append(difference[0])
+    return [allowed, changed[:3]] if changed else None
+
+
+def _refusal(difference: tuple[str, str], stage: str) -> CheckpointError:
+    where, what = difference
+    return CheckpointError(
+        f"{what} (stage {stage})",
+        where=where,
+        mend=f"bring it back as it was, or `mmkd run RECIPE --from-stage {stage}` trains the stage "
+        f"with it as it is now, and moves earlier work of the stage to {REPLACED}/",
+    )
+
+
+def _since(folder: Path, member: Member, index: int) -> tuple[str, str] | None:
+    """What has changed since a stage began."""
+    notes = read_notes(folder)
+    if notes is None:
+        say(
+            f"{member.label}: stage {folder.name} was begun by a version that did not note what it "
+            "reads: whether its data and models are the same as then cannot be checked"
+        )
+        return None
+    now = reads_of(member.recipe, index, start_of(member, index))
+    if (found := _differing(notes, now)) is not None:
+        return found
+    new = sorted(set(now.files) - set(notes["files"]))
+    return (new[0], "it was not there when the run began") if new else None
+
+
+def _beside(
+    member: Member, index: int, todo: Sequence[Member], restarts: Sequence[Restart | None]
+) -> tuple[str, str] | None:
+    """What a stage would read that has changed since another stage of the run read it."""
+    others = [*todo, member]  # the member's own notes count before those of others
+    limits = {m.label: None if r is None else r.index for m, r in _pairs(todo, restarts)}
+    merged: Notes = {"files": {}, "sources": {}, "caches": {}, "commits": {}}
+    for other in others:
+        folders = [other.folder / "00-start"]
+        folders += [other.stage_folder(i) for i in range(len(other.recipe.stages))]
+        last = index + 1 if other is member else len(folders)
+        limit = limits[other.label]
+        kept = folders[: last if limit is None else min(last, limit + 1)]
+        for notes in map(read_notes, filter(is_begun, kept)):
+            for section, facts in (notes or {}).items():
+                merged[section] |= facts
+    if not any(merged.values()):
+        return None
+    now = reads_of(member.recipe, index, start_of(member, index))
+    return _differing(merged, now, only_read=True)
+
+
+def _differing(notes: Notes, now: Reads, *, only_read: bool = False) -> tuple[str, str] | None:
+    """The first name whose facts are others than noted, and how."""
+    changed = "it is not what the run began with"
+    for name, files in notes["sources"].items():
+        if name in now.sources and now.sources[name] != files:
+            return name, "it names other files than when the run began"
+    for name, facts in notes["files"].items():
+        if only_read and name not in now.files:
+            continue
+        path = Path(name)
+        if not path.is_file():
+            return name, "it is gone, and the run began with it"
+        if not _is_same(path, facts):
+            return name, changed
+    for name, sums in notes["caches"].items():
+        new = now.caches.get(name) or {}
+        if any(new[what] != checksum for what, checksum in sums.items() if what in new):
+            return name, changed
+    for name, commit in notes["commits"].items():
+        if now.commits.get(name, commit) != commit:
+            return name, f"{changed}, commit {commit}"
+    return None
+
+
+# What a stage reads
+
+
+def start_of(member: Member, index: int) -> ModelConfig:
+    """The model that a stage starts from; of an earlier stage's it may not be there yet."""
+    student, stage = member.recipe.student, member.recipe.stages[index]
+    folder: Path | None = None
+    if stage.convert:
+        folder = member.stage_folder(index) / "start" / "student"
+    elif index > 0:
+        folder = member.stage_folder(index - 1) / "student"
+    elif student.config is not None or student.convert:
+        folder = member.folder / "00-start" / "student"
+    if folder is None or (index == 0 and not folder.is_dir()):
+        return student
+    return ModelConfig(model=str(folder))
+
+
+def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
+    """What a stage reads."""
+    stage = recipe.stages[index]
+    models = [start]
+    caches = {}
+    if any("teacher" in build_objective(o).needs for o in stage.objectives):
+        for teacher in recipe.teachers:
+            if teacher.source == "live":
+                models.append(teacher)
+            elif teacher.source == "cache" and teacher.cache is not None:
+                caches[teacher.cache.folder] = _cache_sums(Path(teacher.cache.folder))
+    data = recipe.stage_data(stage)
+    files, sources, commits = set[str](), {}, {}
+    for part in [*data.parts, *data.validation_parts]:
+        named, pictures = _data_files(part.model_dump_json())
+        if not part.train.startswith(HUB):
+            sources[part.train] = named
+        files |= {*named, *pictures}
+    for model in models:
+        for name in {model.model, model.processor} - {None}:
+            assert name is not None
+            if Path(name).is_dir():
+                files |= {str(p) for p in _model_files(Path(name))}
+            elif commit := _commit(name, model.revision):
+                commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
+    return Reads(frozenset(files), sources, caches, commits)
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.iterdir()) if p.suffix in OF_MODELS and p.is_file())
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Of a model of the Hub that is on this machine."""
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no Hub id
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _cache_sums(folder: Path) -> dict[str, str]:
+    try:
+        manifest = read_json(folder / MANIFEST)
+        sums = {shard["file"]: shard["sha256"] for shard in manifest.pop("shards")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # refused elsewhere
+        return {}
+    text = json.dumps(manifest, sort_keys=True)
+    return sums | {"settings": hashlib.sha256(text.encode()).hexdigest()}
+
+
+@cache
+def _data_files(config: str) -> tuple[list[str], list[str]]:
+    """A source's files, and those of its pictures that are looked at."""
+    part = SourceConfig.model_validate_json(config)
+    if part.train.startswith(HUB):
+        return [], []
+    path = Path(part.train)
+    try:
+        if path.is_dir() and not any(p.suffix in (".parquet", ".tar") for p in path.iterdir()):
+            files = [p for p in sorted(path.iterdir()) if p.is_file()]  # or a saved data set
+        else:
+            files = find_files(part.train)
+        records = Source(part)
+    except DataError:  # refused elsewhere
+        return [], []
+    pictures = set()
+    count = min(PICTURES, len(records))
+    for number in range(count):
+        try:
+            record = records[number * len(records) // count]
+        except DataError:  # a bad one
+            continue
+        for ref in record.images:
+            if isinstance(ref, str) and (found := (record.root or Path()) / ref).is_file():
+                pictures.add(str(found))
+    return [str(file) for file in files], sorted(pictures)
+
+
+# Facts
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _is_same(path: Path, facts: dict[str, Any]) -> bool:
+    if path.stat().st_size != facts.get("bytes"):
+        return False
+    return _stamp(path) == facts.get("stamp") or _facts(path)["sha256"] == facts.get("sha256")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    size, stamp = path.stat().st_size, _stamp(path)
+    return {"bytes": size, "sha256": _content(path, size, tuple(stamp)), "stamp": stamp}
+
+
+@cache
+def _content(path: Path, size: int, stamp: tuple[int, ...]) -> str:
+    # Members of a run have most inputs in common.
+    if path.suffix != ".tar" or size <= WHOLE_BYTES:
+        return sha256(path)
+    seen = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(PIECES):
+            file.seek(number * (size - PIECE_BYTES) // (PIECES - 1))
+            seen.update(file.read(PIECE_BYTES))
+    return seen.hexdigest()
+
+
+def read_notes(folder: Path) -> Notes | None:
+    """What a stage's folder says of its inputs; None if it was begun without notes.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+        notes = {name: found[name] for name in ("files", "sources", "caches", "commits")}
+        sound = all(isinstance(v, dict) for v in [*notes.values(), *notes["files"].values()])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            "it is damaged, and does not say any more what the stage began with",
+            where=str(path),
+            mend="bring it back, or delete it to go on without this check",
+        )
+    return notes
+
+
+def note_inputs(member: Member, index: int) -> None:
+    """Write down what a stage reads, before it begins; what is noted already stays."""
+    folder = member.stage_folder(index)
+    if is_begun(folder) and (folder / FILE).is_file():
+        return
+    _write(folder, reads_of(member.recipe, index, start_of(member, index)))
+
+
+def note_start(member: Member) -> None:
+    """Write down the model that the run's first student is made from."""
+    first = reads_of(member.recipe, 0, member.recipe.student)
+    models = frozenset(n for n in first.files if _is_of(n, member.recipe.student))
+    _write(member.folder / "00-start", replace(first, files=models, sources={}, caches={}))
+
+
+def _is_of(name: str, model: ModelConfig) -> bool:
+    return str(Path(name).parent) in {str(Path(m)) for m in (model.model, model.processor) if m}
+
+
+def _write(folder: Path, reads: Reads) -> None:
+    files = {n: _facts(Path(n)) for n in sorted(reads.files) if Path(n).is_file()}
+    said = {"files": files, "sources": reads.sources, "caches": reads.caches}
+    write_json(folder / FILE, {"format": FORMAT, **said, "commits": reads.commits})

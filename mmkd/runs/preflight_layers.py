@@ -1,0 +1,113 @@
+"""What layer-wise objectives need of student and teacher, looked at before anything runs."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mmkd.errors import RecipeError
+from mmkd.modeling.layer_projections import PROJECTIONS, width_of
+from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.objectives import Layerwise, MiniLm, Objective
+from mmkd.recipe import Recipe, StageConfig
+from mmkd_models.parts import find_parts
+
+
+def check_layers(
+    recipe: Recipe,
+    stage: StageConfig,
+    objectives: list[Objective],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+) -> None:
+    """Layer-wise objectives compare layers that are there and have the same width.
+
+    Raises:
+        RecipeError: they do not, or need what the stage or the teacher does not give.
+    """
+    plan = LayerPlan.of(objectives)
+    if stage.activation_checkpointing and (plan.forced or plan.matrices):
+        # The backward pass runs layers again, then without the teacher's inputs.
+        raise RecipeError(
+            "teacher forcing and activation checkpointing do not go together",
+            where=f"stage {stage.name}",
+            mend="set activation_checkpointing to false, or teacher_forced",
+        )
+    mine, theirs = (find_parts(m).decoder_layers for m in (student, teacher))
+    for objective in objectives:
+        if not isinstance(objective, Layerwise):
+            continue
+        where = f"stage {stage.name}: objective {objective.name}"
+        if not objective.pairs:
+            raise RecipeError(
+                "the student has no Mamba layers to compare", where=where, mend="name 'layers'"
+            )
+        for s, t in objective.pairs:
+            if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
+                raise RecipeError(
+                    f"there is no pair of student layer {s} (of {len(mine)}) and teacher layer {t} "
+                    f"(of {len(theirs)})",
+                    where=where,
+                    mend="set 'layers' and 'teacher_layers'",
+                )
+            check_attention(where, {f"student layer {s}": mine[s], f"teacher layer {t}": theirs[t]})
+            if isinstance(objective, MiniLm):
+                _check_heads(objective, where, {"student": mine[s], "teacher": theirs[t]})
+            widths = [_widths(layer) for layer in (mine[s], theirs[t])]
+            if objective.compares_widths and widths[0] != widths[1]:
+                raise RecipeError(
+                    f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
+                    where=where,
+                    mend="compare layers of one width (stream, heads)",
+                )
+        assert recipe.teacher is not None
+        if "matrices" in objective.needs and recipe.teacher.attn_implementation != "eager":
+            raise RecipeError(
+                "it needs the teacher's attention probabilities",
+                where=where,
+                mend="set teacher.attn_implementation to eager",
+            )
+
+
+def check_attention(where: str, layers: dict[str, Any]) -> None:
+    """What is compared is read off an attention, or what took its place.
+
+    Args:
+        where: the objective, for the message.
+        layers: by what a message calls them.
+
+    Raises:
+        RecipeError: a layer has none.
+    """
+    for name, layer in layers.items():
+        if not hasattr(getattr(layer, "self_attn", None), "o_proj"):
+            raise RecipeError(
+                f"{name} has no self_attn with an o_proj to compare",
+                where=where,
+                mend="name layers that have attention",
+            )
+
+
+def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
+    """Queries, keys and values can be told apart, and relation heads divide their widths."""
+    for role, layer in layers.items():
+        for relation in objective.config.relations:
+            try:
+                width = width_of(layer.self_attn, relation)
+            except ValueError as error:
+                raise RecipeError(
+                    f"it cannot read the {role}'s {relation}: {error}",
+                    where=where,
+                    mend="choose other layers or 'relations', or another objective",
+                ) from error
+            if width % objective.config.heads:
+                raise RecipeError(
+                    f"{objective.config.heads} relation heads do not divide the {role}'s "
+                    f"{PROJECTIONS[relation]} of width {width}",
+                    where=where,
+                    mend="choose 'heads' that divides all widths, or other 'relations'",
+                )
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Of the residual stream, and of the heads together."""
+    return layer.self_attn.o_proj.out_features, layer.self_attn.o_proj.in_features

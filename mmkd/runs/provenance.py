@@ -1,0 +1,126 @@
+"""Where a run's numbers come from: versions, code, machine, data."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd.runtime import consent
+from mmkd.data.sources import find_files
+from mmkd.errors import DataError
+from mmkd.runtime.files import write_json
+from mmkd.runtime.hashes import file_hash
+from mmkd.runtime.plugins import plugin_files
+from mmkd.recipe import HUB, Recipe, SourceConfig
+from mmkd.redact import redact_all
+from mmkd.runtime.shapes import Provenance, read_if
+
+PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
+            "deepspeed", "numpy", "pillow")  # fmt: skip
+
+
+def collect(recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides the run's losses, as JSON."""
+    data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
+    program = Path(sys.argv[0]).name
+    models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
+    return {
+        "command": ["mmkd" if program == "__main__.py" else program, *sys.argv[1:]],
+        "seeds": recipe.seeds or [recipe.seed],
+        "versions": {"python": platform.python_version(), **_versions()},
+        "git": _git(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor_name(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        },
+        "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
+        "plugins": plugin_files(),
+        "trusted": consent.record(),
+        "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
+    }
+
+
+CONTINUED, REPLACED = "continued", "replaced"
+
+
+def write(path: Path, recipe: Recipe) -> None:
+    """Write down where the run's numbers come from.
+
+    What the file says already stays. Where a run goes on in another way than it began, as with
+    another version or on another machine, the keys that differ are added to `continued`.
+    """
+    found = read_if(Provenance, path) or {}
+    now = redact_all(collect(recipe))
+    if "command" not in found:
+        kept = {REPLACED: found[REPLACED]} if REPLACED in found else {}
+        write_json(path, now | kept)
+        return
+    now = json.loads(json.dumps(now))
+    before = found.get(CONTINUED, [])
+    differing = {key: value for key, value in now.items() if found.get(key) != value}
+    if differing and differing not in before:
+        write_json(path, {**found, CONTINUED: [*before, differing]})
+
+
+def source_facts(config: SourceConfig) -> str:
+    """What tells a source's content from another's, in words."""
+    if config.train.startswith(HUB):
+        told = {k: getattr(config, k) for k in ("subset", "split", "revision", "stream")}
+        return ", ".join(f"{k} {v}" for k, v in told.items() if v is not None)
+    try:
+        files = find_files(config.train)
+    except DataError:
+        return "not there"
+    if len(files) == 1 and files[0].suffix != ".tar":
+        return f"sha256 {file_hash(files[0])}"
+    # Shards hold the pictures too: hashing them would take longer than many a stage.
+    shards = files[0].suffix == ".tar"
+    seen = hashlib.sha256()
+    for file in files:
+        content = file.stat().st_size if shards else file_hash(file)
+        seen.update(f"{file.name} {content}\n".encode())
+    what = "names and sizes" if shards else "names and sha256"
+    return f"{len(files):,} files, sha256 of their {what} {seen.hexdigest()}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), "")

@@ -1,0 +1,291 @@
+"""The members of a run, and which of its stages are kept when the recipe has changed.
+
+A stage is kept, finished or not, if it and all stages before it are the same in the recipe that the
+folder holds. The run starts again from the first stage that has changed:
+
+<member>/replaced/N/     what was trained before, with the files that described it
+  training.yaml  recipe.yaml  provenance.json  report.html
+  02-<stage>/ ...  evaluation/<label>/ ...  release/<label>/  tensorboard/02-<stage>/
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import CheckpointError, RecipeError, nearest
+from mmkd.runtime.files import read_yaml, write_json, write_text
+from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.runtime.shapes import Provenance, read_if
+
+LAYOUT = ("engine", "batch", "checkpoint", "activation_checkpointing")
+"""Keys of a stage that may change between its beginning and its end: where and in which pieces it
+runs. How many records a step sees is for the checkpoint to tell."""
+
+REPLACED = "replaced"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a run: the recipe or one of its variants, with one seed."""
+
+    label: str
+    recipe: Recipe
+    folder: Path
+
+    def stage_folder(self, index: int) -> Path:
+        return self.folder / f"{index + 1:02d}-{self.recipe.stages[index].name}"
+
+    @property
+    def student(self) -> Path:
+        """The finished student."""
+        return self.stage_folder(len(self.recipe.stages) - 1) / "student"
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / recipe.name
+
+
+def members(recipe: Recipe) -> list[Member]:
+    """The recipe and its variants, each once per seed, in a fixed order."""
+    alone = not recipe.variants and not recipe.seeds
+    found = []
+    for seed in recipe.seeds or [recipe.seed]:
+        for label, overrides in {recipe.label: [], **recipe.variants}.items():
+            raw = recipe.model_dump(mode="json")
+            raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
+            raw |= {"seed": seed, "label": label}
+            name = f"{label}-seed{seed}" if recipe.seeds else label
+            folder = run_folder(recipe) if alone else run_folder(recipe) / name
+            found.append(Member(name, load_recipe(raw, overrides), folder))
+    return found
+
+
+@dataclass(frozen=True)
+class Restart:
+    """The stage from which a member starts again.
+
+    Attributes:
+        member: under the recipe as it is now.
+        index: of the first stage that is not kept; the number of stages if the last ones were
+            dropped.
+        stage: its name; its old name if it was dropped.
+        keys: the dotted keys in which the recipe differs.
+        names: of the old recipe's stages.
+        begun: stages that are not kept hold work already.
+    """
+
+    member: Member
+    index: int
+    stage: str
+    keys: list[str]
+    names: list[str]
+    begun: bool
+
+    @property
+    def folders(self) -> list[Path]:
+        """The stages' folders that are not kept."""
+        found = self.member.folder.glob("[0-9][0-9]-*")
+        return sorted(f for f in found if f.is_dir() and int(f.name[:2]) > self.index)
+
+    def __str__(self) -> str:
+        kept = ", ".join(self.names[: self.index])
+        keys = ", ".join(self.keys)
+        said = f"{self.member.label}: starts again from stage {self.stage}, it differs in {keys}"
+        return said + (f"; {kept} kept" if kept else "")
+
+
+def find_restart(member: Member, from_stage: str | None = None) -> Restart | None:
+    """The stage from which a member has to start again; None if it keeps everything in its folder.
+
+    Args:
+        member: under the recipe as it is now.
+        from_stage: the stage from which on earlier work may be replaced.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe, or replacing work was not allowed;
+            the keys that differ are named.
+        CheckpointError: the folder does not say any more which recipe it was.
+    """
+    folder = member.folder
+    path = folder / "training.yaml"
+    started = any(folder.glob("*/done.json")) or any(folder.glob("*/checkpoints/*"))
+    if not path.exists() or not started:
+        return None
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            "it is damaged (no mapping)",
+            where=str(path),
+            mend="bring the file back, or delete the run's folder",
+        )
+    try:
+        old = load_recipe(raw)  # keys that are new since have their defaults
+    except RecipeError as error:
+        new_raw = member.recipe.model_dump(mode="json")
+        raise _another(folder, _differences(raw, {**raw, **new_raw})) from error
+    new = member.recipe
+    said = [_whole(r.model_dump(mode="json")) for r in (old, new)]
+    if keys := _differences(said[0], said[1]):
+        raise _another(folder, keys)
+    stages = [[_effective(r, i) for i in range(len(r.stages))] for r in (old, new)]
+    same = [a == b for a, b in zip(*stages, strict=False)]
+    index = same.index(False) if False in same else len(same)
+    if index == len(old.stages) == len(new.stages):
+        return None
+    keys = _changed_keys(old, new, index)
+    names = [s.name for s in old.stages]
+    index = _allowed(index, keys, from_stage, new, names)
+    name = (new.stages[index:] or old.stages[index:])[0].name
+    found = Restart(member, index, name, keys, names, False)
+    found = Restart(member, index, name, keys, names, any(map(is_begun, found.folders)))
+    if found.begun and from_stage is None:
+        raise _another(folder, keys, found)
+    return found
+
+
+def _allowed(
+    index: int, keys: list[str], from_stage: str | None, recipe: Recipe, old: list[str]
+) -> int:
+    """The stage to start from, where the first one that has changed is `index`."""
+    if from_stage is None:
+        return index
+    names = [s.name for s in recipe.stages]
+    names += old[len(names) :]
+    where = f"--from-stage {from_stage}"
+    if from_stage not in names:
+        raise RecipeError("no such stage", where=where, mend=nearest(from_stage, names))
+    if (wanted := names.index(from_stage)) > index:
+        raise RecipeError(
+            f"stage {names[index]} before it has changed too, in {', '.join(keys)}",
+            where=where,
+            mend=f"give --from-stage {names[index]}, or change it back",
+        )
+    return wanted
+
+
+def check_stage(
+    from_stage: str | None, todo: Sequence[Member], restarts: Sequence[Restart | None]
+) -> None:
+    """Refuse the name of a stage that no member has, where nothing has changed either.
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+    names = [stage.name for member in todo for stage in member.recipe.stages]
+    if from_stage is not None and from_stage not in names and not any(restarts):
+        raise RecipeError(
+            "no such stage",
+            where=f"--from-stage {from_stage}",
+            mend=nearest(from_stage, list(dict.fromkeys(names))),
+        )
+
+
+def _another(folder: Path, keys: Sequence[str], restart: Restart | None = None) -> RecipeError:
+    mend = "give the run another name, or delete the folder"
+    if restart is not None:
+        kept = ", ".join(restart.names[: restart.index])
+        mend = (
+            f"`mmkd run RECIPE --from-stage {restart.stage}` "
+            + (f"keeps {kept}, starts again from there" if kept else "starts again from there")
+            + f" and moves the old work to {REPLACED}/; or give the run another name"
+        )
+    what = f"the folder holds a run of another recipe, it differs in {', '.join(keys)}"
+    if restart is not None:
+        what += f" (stage {restart.stage})"
+    return RecipeError(what, where=str(folder), mend=mend)
+
+
+def is_begun(stage: Path) -> bool:
+    """Whether a stage's folder holds work that would be lost or mixed with the new stage's."""
+    saved = ("done.json", "student", "reference.safetensors", "reference.unfinished.safetensors")
+    return any((stage / name).exists() for name in saved) or any(stage.glob("checkpoints/step-*"))
+
+
+def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings of all stages together, without the data: a stage may have its own."""
+    return {k: v for k, v in recipe.items() if k not in ("stages", "data", "report_to")}
+
+
+def _effective(recipe: Recipe, index: int) -> dict[str, Any]:
+    """The settings that determine a stage's result, beside those of `_whole`."""
+    stage = recipe.stages[index]
+    said = stage.model_dump(mode="json", exclude=set(LAYOUT))
+    return {**said, "data": recipe.stage_data(stage).model_dump(mode="json")}
+
+
+def _changed_keys(old: Recipe, new: Recipe, index: int) -> list[str]:
+    """The dotted keys in which stage `index` differs, three at most."""
+    if index in (len(old.stages), len(new.stages)):
+        return [f"stages.{index}"]
+    keys = _differences(_effective(old, index), _effective(new, index))
+    inherited = old.stages[index].data is None and new.stages[index].data is None
+    at = f"stages.{index}."
+    return [k if inherited and k.startswith("data.") else at + k for k in keys]
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """The dotted keys in which two recipes differ, three at most."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs = [(k, a.get(k), b.get(k)) for k in {**a, **b}]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return [path] if a != b else []
+    inner = [d for k, x, y in pairs for d in _differences(x, y, f"{path}.{k}" if path else k)]
+    return inner[:3]
+
+
+def start_again(restart: Restart) -> Path:
+    """Move the stages that a member does not keep to `replaced/N`, with their scores, report,
+    release and charts, so that none of these is taken for the new student's. One process calls it.
+
+    A kill in the middle loses nothing: the same command moves the rest.
+
+    Returns:
+        The folder that has it now.
+    """
+    member, run = restart.member, run_folder(restart.member.recipe)
+    earlier = member.folder / REPLACED
+    taken = [int(f.name) for f in earlier.glob("*") if re.fullmatch(r"\d+", f.name)]
+    target = earlier / str(max(taken, default=0) + 1)
+    target.mkdir(parents=True)
+    shutil.copy2(member.folder / "training.yaml", target)
+    for name in ("recipe.yaml", "provenance.json"):
+        if (run / name).exists():
+            shutil.copy2(run / name, target)
+    labels = [member.label, *(f"{member.label}@{name}" for name in restart.names[restart.index :])]
+    inside = member.folder.relative_to(run)
+    for label in labels:
+        _move(run / "evaluation" / label, target / "evaluation" / label)
+    _move(run / "report.html", target / "report.html")
+    _move(run / "release" / member.label, target / "release" / member.label)
+    for folder in reversed(restart.folders):
+        _move(run / "tensorboard" / inside / folder.name, target / "tensorboard" / folder.name)
+        _move(folder, target / folder.name)
+    _note(run, restart, target)
+    write_text(member.folder / "training.yaml", to_yaml(member.recipe))
+    return target
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+
+
+def _note(run: Path, restart: Restart, target: Path) -> None:
+    """Write into the run's provenance what was replaced, and where the kept stages come from."""
+    path = run / "provenance.json"
+    found = read_if(Provenance, path) or {}
+    said = {
+        "member": restart.member.label,
+        "from_stage": restart.stage,
+        "differs_in": restart.keys,
+        "kept_stages": restart.names[: restart.index],
+        "folder": target.relative_to(run).as_posix(),
+        "provenance": {k: v for k, v in found.items() if k != REPLACED},
+    }
+    write_json(path, {REPLACED: [*found.get(REPLACED, []), said]})

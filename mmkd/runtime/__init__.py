@@ -1,0 +1,1 @@
+"""Files, processes, signals, progress and plugins: what needs neither models nor recipes."""

@@ -1,0 +1,167 @@
+"""Consent: whose Python code may run beside mmkd's own and that of installed packages.
+
+Only a command's words give it, by name: `--trust-remote-code NAME`. A recipe, a model's folder and
+a run's folder never do, whatever stands in them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mmkd.errors import CheckpointError, MmkdError
+from mmkd.runtime.files import sha256
+
+OPTION = "--trust-remote-code"
+CODE = (".py", ".yaml", ".yml")
+"""Files of a trusted folder whose checksums are kept: code, and task files, which name code."""
+
+_granted: dict[str, str] = {}  # key -> the name as it was given
+_ran: dict[str, dict[str, str]] = {}  # name -> {file: sha256} of modules that were run
+
+
+def grant(name: str) -> None:
+    """Let the code of a model, a processor or a task folder run.
+
+    Args:
+        name: folder or Hub id. A folder stands for the folders in it.
+    """
+    _granted.setdefault(_key(name), name)
+
+
+def granted(name: str | Path | None) -> bool:
+    """Whether the code of this folder or Hub id may run."""
+    if not name:
+        return False
+    key = _key(str(name))
+    if key in _granted:
+        return True
+    return os.path.isabs(key) and any(str(p) in _granted for p in Path(key).parents)
+
+
+def inherit(name: str | Path, source: str | None) -> None:
+    """Let the code of a folder run where that of the model that it was written from may."""
+    if granted(source):
+        grant(str(name))
+
+
+def withdraw() -> None:
+    """Forget all consent, and what has run by it."""
+    _granted.clear()
+    _ran.clear()
+
+
+def words() -> list[str]:
+    """The consent as words of a command, for processes that this one starts."""
+    return [word for name in _granted.values() for word in (OPTION, name)]
+
+
+def how(name: str | Path) -> str:
+    """How to give consent, for the end of a message."""
+    return f"read that code; if you trust it, add {OPTION} {name} to the command"
+
+
+def record() -> dict[str, dict[str, str]]:
+    """{name: {file: sha256}} of all that consent was given to, for a run's provenance."""
+    found: dict[str, dict[str, str]] = {}
+    for key, name in _granted.items():
+        found[name] = dict(_ran.get(key, {}))
+        folder = Path(key)
+        if folder.is_dir() and os.path.isabs(key):
+            files = sorted(p for p in folder.rglob("*") if p.suffix in CODE and p.is_file())
+            found[name] |= {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+    return found
+
+
+@contextmanager
+def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
+    """Inside, transformers runs no code without consent, and opens no pickled weights and no
+    adapter, which names another model.
+
+    It looks where code and weights are opened, not at what a config says about them: a config may
+    name the code of another repository.
+
+    Args:
+        loaded: the folder or Hub id that is loaded.
+        trusted: the caller lets its code run.
+
+    Raises:
+        CheckpointError: something asked for it; also where the library has swallowed the refusal
+            and failed for want of what was refused.
+    """
+    from transformers import dynamic_module_utils
+    from transformers.generation import utils as generation
+    from transformers.integrations import peft
+    from transformers.models.auto import auto_factory
+
+    open_module, find_adapter = (
+        dynamic_module_utils.get_cached_module_file,
+        peft.find_adapter_config_file,
+    )
+    refused: list[CheckpointError] = []
+
+    def checked(name: str | os.PathLike[str], module_file: str, *more: Any, **settings: Any) -> str:
+        if not granted(str(name)) and not (trusted and _key(str(name)) == _key(loaded)):
+            refused.append(
+                CheckpointError(
+                    f"its Python code ({module_file}) may not run",
+                    where=str(name),
+                    mend=how(str(name)),
+                )
+            )
+            raise refused[-1]
+        path = open_module(str(name), module_file, *more, **settings)
+        _note(str(name), module_file, path)
+        return path
+
+    def no_adapter(name: str | os.PathLike[str], **settings: Any) -> None:
+        if find_adapter(str(name), **settings) is not None:
+            refused.append(
+                CheckpointError(
+                    "it holds an adapter (adapter_config.json), which is no model of its own",
+                    where=str(name),
+                    mend="merge it into its model and save that, or take the adapter's files away",
+                )
+            )
+            raise refused[-1]
+
+    def no_pickle(*_: Any, **__: Any) -> Any:
+        refused.append(
+            CheckpointError(
+                "a file of its weights is pickled, which can run code: it is not read",
+                where=loaded,
+                mend="give weights as safetensors",
+            )
+        )
+        raise refused[-1]
+
+    with ExitStack() as stack:
+        for module in (dynamic_module_utils, generation):
+            stack.enter_context(mock.patch.object(module, "get_cached_module_file", checked))
+        for module in (auto_factory, peft):
+            stack.enter_context(mock.patch.object(module, "find_adapter_config_file", no_adapter))
+        stack.enter_context(mock.patch("torch.load", no_pickle))
+        try:
+            yield
+        except MmkdError:
+            raise
+        except Exception as error:
+            if refused:
+                raise refused[0] from error
+            raise
+
+
+def _note(name: str, module_file: str, path: str) -> None:
+    """Keep the checksum of a module that is about to run."""
+    from transformers.utils import HF_MODULES_CACHE
+
+    whole = Path(HF_MODULES_CACHE) / path
+    if whole.is_file():
+        _ran.setdefault(_key(name), {})[module_file] = sha256(whole)
+
+
+def _key(name: str) -> str:
+    """What a name is known by: a folder by its real path, however it is written."""
+    return os.path.realpath(name) if os.path.isdir(name) else name

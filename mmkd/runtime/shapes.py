@@ -1,0 +1,212 @@
+"""The JSON files of a run's folder: what each has to hold at least.
+
+A file that was cut, emptied or written by something else is found when it is read, and not where
+its content is used. Keys that are not named here are left as they are.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mmkd.errors import CheckpointError
+from mmkd.runtime.files import read_json
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Texts = dict[str, str]
+
+
+class Shape(BaseModel):
+    """A JSON object with these keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Done(Shape):
+    """done.json of a finished stage."""
+
+    steps: Count
+    metrics: dict[str, Any] = {}
+    validation: dict[str, Any] | None = None
+
+
+class Started(Shape):
+    """done.json of a converted student that a stage starts from."""
+
+    before: Count
+    after: Count
+    changes: list[str]
+
+
+class FileFacts(Shape):
+    bytes: Count
+    sha256: str
+
+
+class State(Shape):
+    """state.json of a checkpoint."""
+
+    step: Count
+    records_per_step: Count
+    files: Annotated[dict[str, FileFacts], Field(min_length=1)]
+
+
+class Shard(FileFacts):
+    """rows-RANK-NUMBER.json of a teacher's cache."""
+
+    file: str
+    records: Count
+    rows: Count
+
+
+class Hidden(Shape):
+    regions: list[str]
+    width: Count
+
+
+class Manifest(Shape):
+    """manifest.json of a teacher's cache."""
+
+    format: Count
+    vocabulary: Count
+    k: Count
+    regions: list[str]
+    max_length: Count
+    processor: str
+    teacher: dict[str, Any]
+    hidden: Hidden | None
+    shards: list[Shard]
+
+
+class Results(Shape):
+    """results.json of an evaluation."""
+
+    scores: dict[str, dict[str, float]]
+    data: dict[str, list[str]] = {}
+    failed: Texts = {}
+    unanswered: dict[str, dict[str, Any]] = {}
+    limit: Count | None = None
+    batch_size: Count | None = None
+    seconds: float | None = None
+    parameters: float | None = None
+    weights_bytes: float | None = None
+    tokens_per_second: float | None = None
+
+
+class DecodeRow(Shape):
+    context: Count
+    milliseconds: float
+    cache_bytes: float
+
+
+class Decoding(Shape):
+    """decode.json of an evaluation."""
+
+    request: dict[str, Any] = {}
+    rows: list[DecodeRow]
+
+
+class Answer(Shape):
+    question: str
+    truth: str
+    answer: str
+    picture: str | None
+
+
+class Answers(Shape):
+    """answers.json of an evaluation."""
+
+    request: dict[str, Any] = {}
+    expected: Count
+    answers: list[Answer]
+
+
+class Task(Shape):
+    """What a finished task of an unfinished evaluation gave."""
+
+    scores: dict[str, dict[str, float]]
+    samples: dict[str, list[dict[str, Any]]]
+    unanswered: dict[str, dict[str, Any]]
+    tokens: float
+    generation_seconds: float
+    seconds: float
+
+
+class Kept(Shape):
+    facts: Any
+    given: Task
+
+
+class Answered(Shape):
+    """A line of an evaluation's samples/TASK.jsonl."""
+
+    doc_id: Count
+    question: Any
+    answer: Any
+
+
+class Named(Shape):
+    name: str
+    objectives: list[dict[str, Any]] = []
+
+
+class Written(Shape):
+    """recipe.yaml and training.yaml of a run."""
+
+    name: str
+    label: str = "student"
+    seed: Count = 0
+    seeds: list[Count] = []
+    stages: list[Named]
+    variants: dict[str, Any] = {}
+    student: dict[str, Any] = {}
+    teacher: dict[str, Any] | None = None
+    more_teachers: list[dict[str, Any]] = []
+    evaluate: dict[str, Any] | None = None
+
+
+class Provenance(Shape):
+    """provenance.json of a run."""
+
+    command: list[Any] = []
+    seeds: list[Any] = []
+    versions: dict[str, Any] = {}
+    git: dict[str, Any] | None = None
+    machine: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    plugins: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    replaced: list[dict[str, Any]] = []
+    continued: list[dict[str, Any]] = []
+
+
+def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
+    """What a JSON file says.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another shape; `mend` says what to do.
+    """
+    try:
+        found = read_json(path)
+        shape.model_validate(found)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"it is damaged ({_reason(error)})", where=str(path), mend=mend
+        ) from error
+    return dict(found)
+
+
+def read_if(shape: type[Shape], path: Path) -> dict[str, Any] | None:
+    """What a JSON file says; None if it is not there, cannot be read or has another shape."""
+    try:
+        return read_as(shape, path, "")
+    except CheckpointError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        return f"{key}: {first['msg'].lower()}" if key else "no JSON object"
+    return " ".join(str(error).split())[:200]

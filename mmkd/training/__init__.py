@@ -1,0 +1,1 @@
+"""One stage: its parts, its steps, its checkpoints and its validation."""

@@ -1,0 +1,367 @@
+"""One stage: the training loop.
+
+    for each step:
+        rows_o <- rows that objective o covers, summed over micro-batches and ranks
+        for each micro-batch:
+            s <- student(batch);  t <- teacher(batch)
+            loss <- sum_o weight_o * (1/rows_o) * sum over this micro-batch's rows of o(s, t)
+            backward(loss)
+        clip, update
+
+so that every objective is a mean per covered token of the global batch.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd.data.batch import Batch
+from mmkd.data.stream import BatchStream
+from mmkd.engines import Engine, StepResult
+from mmkd.errors import AGAIN, DataError, NonFiniteLossError, StoppedError
+from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.objectives import (
+    Objective,
+    Signals,
+    Teachers,
+    TeacherSignals,
+    answer_logps,
+    expert_counts,
+    score,
+)
+from mmkd.recipe import StageConfig
+from mmkd.runtime import distributed
+from mmkd.runtime.interrupt import asked, deferred
+from mmkd.runtime.progress import Bar, say
+from mmkd.runtime.steplog import StepLog
+from mmkd.teachers import (
+    LiveReference,
+    LiveTeacher,
+    Reference,
+    Teacher,
+)
+from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.training.on_policy import OnPolicy
+from mmkd.training.shared_vision import SharedVision
+from mmkd.training.trackers import Tracked, Trackers
+from mmkd.training.validation import Validation
+
+Metrics = dict[str, Any]
+"""Numbers by name; the shares of tokens that experts get are lists by layer."""
+
+BARREN_STEPS = 50
+"""After so many steps in a row in which no objective covers a token, a stage stops."""
+
+
+@dataclass
+class Stage:
+    """Everything one stage works with; `build_stage` makes it.
+
+    Attributes:
+        barren: the last steps in a row in which no objective covered a token.
+    """
+
+    config: StageConfig
+    engine: Engine
+    teacher: Teacher | None
+    others: dict[str, LiveTeacher]
+    vision: SharedVision | None
+    reference: Reference | None
+    on_policy: OnPolicy | None
+    objectives: list[Objective]
+    stream: BatchStream
+    steps: int
+    folder: Path
+    lead: str = ""
+    tracked: Tracked | None = None
+    validation: Validation | None = None
+    barren: int = 0
+
+    def train(self) -> Metrics:
+        """Run to the last step, from the newest checkpoint if there is one."""
+        saved = self.folder / "checkpoints"
+        records = self.stream.records_per_step
+        first = load_checkpoint(saved, self.engine, records_per_step=records)
+        active = self.engine.rank == 0
+        if self.validation is not None:
+            self.validation.begin(first, active=active)
+        log = StepLog(self.folder / "metrics.jsonl", first, active=active)
+        skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
+        metrics: Metrics = log.last
+        self._tell_lost(log, first)
+        quiet = self.engine.rank > 0
+        charts = Trackers(self.tracked, step=first, written=log.written, active=active)
+        bar = Bar(self.config.name, self.steps, done=first, quiet=quiet, part=True)
+        with deferred(), charts, bar:
+            for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
+                started = time.monotonic()
+                metrics = self.step(step, batches)
+                seconds = time.monotonic() - started
+                line = {**metrics, "seconds": round(seconds, 4)}
+                measured = self._validate(step)
+                log.write(line)
+                charts.log(line, measured)
+                if metrics["skipped"]:
+                    for reason in distributed.gather([r for b in batches for r in b.skipped]):
+                        skipped.write({"step": step, "reason": reason})
+                speed = metrics["supervised_tokens"] / seconds
+                bar.advance(f"loss {metrics['loss']:.4f}, {speed:,.0f} supervised tokens/s")
+                if self.validation is not None and self.validation.exhausted:
+                    break
+                stop = asked(self.engine.device)
+                if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
+                    keep = self.config.checkpoint.keep
+                    log.sync()
+                    skipped.sync()
+                    save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
+                    if self.validation is not None and active:
+                        self.validation.prune()
+                if stop and step < self.steps:
+                    raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
+            log.sync()
+            skipped.sync()
+        return metrics
+
+    def _tell_lost(self, log: StepLog, first: int) -> None:
+        """Say which lines are gone of steps that are not trained again, and count the last steps
+        without anything to learn."""
+        self.barren = len(list(takewhile(_is_barren, reversed(log.found))))
+        lost = log.missing(first)
+        if lost and log.active:
+            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            say(f"{log.path}: the lines of {len(lost)} steps are lost ({some}); training goes on")
+
+    def _validate(self, step: int) -> Metrics | None:
+        """The line of a validation, where the step is followed by one."""
+        validation = self.validation
+        if validation is None or not validation.due(step, self.steps):
+            return None
+        started = time.monotonic()
+        each = {o.name: 1.0 for o in validation.objectives}
+
+        def losses(batch: Batch) -> dict[str, torch.Tensor]:
+            sums = self._losses(batch, each, validation.objectives, self.engine.evaluate)[0]
+            return {name: value for name, value in sums.items() if name != "loss"}
+
+        means = validation.measure(losses, self.engine)
+        line = {"step": step, **means, "seconds": round(time.monotonic() - started, 4)}
+        return validation.note(line, self.engine, self.steps)
+
+    def step(self, step: int, batches: list[Batch]) -> Metrics:
+        """One optimizer step over the global batch."""
+        batches = [b.to(self.engine.device) for b in batches]
+        batches, sampled = self._sampled(step, batches)
+        rows = self._rows(batches)
+        self._require_rows(rows)
+        sums: dict[str, torch.Tensor] = {}
+        load: dict[int, torch.Tensor] = {}
+        for number, batch in enumerate(batches, 1):
+            losses, counts = self._losses(batch, rows, self.objectives, self.engine.forward)
+            self.engine.backward(losses["loss"], last=number == len(batches))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+            load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
+        means = self.engine.total(torch.stack(list(sums.values()))).tolist()
+        metrics = dict(zip(sums, means, strict=True))
+        self._check_finite(step, metrics, batches)
+        result = self.engine.step()
+        if not math.isfinite(result.grad_norm):
+            self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
+        described = self._describe(step, metrics, result, batches)
+        return {**described, **sampled, **self._sources(batches), **self._shares(load)}
+
+    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
+        """The batches with the student's own answers where the recipe wants them."""
+        if self.on_policy is None:
+            return batches, {}
+        made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
+        count = torch.tensor(float(sum(n for _, n in made)), device=self.engine.device)
+        return [batch for batch, _ in made], {"sampled": float(self.engine.total(count))}
+
+    def _rows(self, batches: list[Batch]) -> dict[str, float]:
+        counts = torch.tensor(
+            [
+                sum(int(o.rows(b.targets.of(o.sources)).sum()) for b in batches)
+                for o in self.objectives
+            ],
+            dtype=torch.float64,
+            device=self.engine.device,
+        )
+        names = [o.name for o in self.objectives]
+        return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
+
+    def _require_rows(self, rows: dict[str, float]) -> None:
+        """Refuse to go on where no objective has had a token for many steps, or in all steps.
+
+        Raises:
+            DataError: on all ranks.
+        """
+        self.barren = 0 if any(rows.values()) else self.barren + 1
+        if self.barren >= min(BARREN_STEPS, self.steps):
+            raise DataError(
+                f"no record of {self.barren} steps in a row has a token to learn from",
+                where=f"stage {self.config.name}",
+                mend="look at the records with `mmkd data check`, and at data.max_length and the "
+                "objectives' regions",
+            )
+
+    def _losses(
+        self,
+        batch: Batch,
+        rows: dict[str, float],
+        objectives: list[Objective],
+        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]],
+    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        """The loss, each objective's part of it and its metrics, and how often each expert was
+        chosen, by layer.
+
+        Args:
+            batch: on the engine's device.
+            rows: what each objective's sum is divided by.
+            objectives: the stage's, or those of its validation.
+            forward: of the engine, with or without gradients.
+        """
+        targets = batch.targets
+        counts = {name: max(count, 1.0) for name, count in rows.items()}
+        plan = LayerPlan.of(objectives)
+        with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
+            teacher = None
+            if self.teacher is not None and self.asks(self.lead, self.teacher, batch, objectives):
+                teacher = self.teacher.signals(batch, **_teacher_layers(plan))
+            others = self._others(batch, objectives)
+            if self.reference is not None:
+                targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
+
+        def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+            student = student.first(len(targets.input_ids))
+            first = None if teacher is None else teacher.first(len(targets.input_ids))
+            theirs: TeacherSignals | Teachers | None = first
+            if self.others:
+                asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
+                theirs = asked if first is None else {self.lead: first, **asked}
+            if not torch.is_grad_enabled():
+                student = student.detached()
+            total, said = score(objectives, student, theirs, targets, counts)
+            return {"loss": total, **said}, expert_counts(student, targets)
+
+        with self.vision.replaying() if self.vision else nullcontext():
+            return forward(batch.inputs, compare, **_student_layers(plan, teacher))
+
+    def asks(self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]) -> bool:
+        """Whether an objective compares a batch's records with a teacher, or all processes have to
+        run it together."""
+        needing = [o for o in objectives if "teacher" in o.needs]
+        if name == self.lead and any(o.teacher is None for o in needing):
+            return True
+        asking = [o for o in needing if o.teacher == name]
+        rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
+        return teacher.spread or any(bool(r.any()) for r in rows)
+
+    def _others(self, batch: Batch, objectives: list[Objective]) -> dict[str, Signals]:
+        """Signals of the further teachers that are asked about a batch; they see the student's
+        tokens, whatever the first one sees."""
+        own = replace(batch, teacher=None, alignment=None)
+        return {
+            name: teacher.signals(own)
+            for name, teacher in self.others.items()
+            if self.asks(name, teacher, batch, objectives)
+        }
+
+    def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
+        reference = self.reference
+        assert reference is not None
+        if (
+            isinstance(reference, LiveReference)
+            and reference.model is self.teacher
+            and isinstance(teacher, Signals)
+            and batch.alignment is None
+        ):
+            # It ran already.
+            return answer_logps(teacher, batch.targets, reference.vocabulary, reference.memory)
+        return reference.logps(batch)
+
+    def _sources(self, batches: list[Batch]) -> Metrics:
+        """How many of the global batch's records each source of a mixture gave."""
+        records = self.stream.encoder.records
+        if len(records.sources) == 1:
+            return {}
+        counts = torch.zeros(len(records.sources), dtype=torch.float64, device=self.engine.device)
+        for index in (i for batch in batches for i in batch.indices):
+            counts[records.source_of(index)] += 1
+        names = [s.config.label for s in records.sources]
+        return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
+
+    def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
+        """The share of the global batch's tokens that each expert of each sparse layer got."""
+        if not load:
+            return {}
+        counts = self.engine.total(torch.stack(list(load.values())))  # [layers, E]
+        shares = (counts / counts.sum(1, keepdim=True)).tolist()
+        rounded = [[round(share, 4) for share in layer] for layer in shares]
+        return {"expert_load": dict(zip(map(str, load), rounded, strict=True))}
+
+    def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            ids = ", ".join(i for b in batches for i in b.ids)
+            raise NonFiniteLossError(
+                f"{', '.join(broken)} not finite at step {step}, samples: {ids}",
+                where=f"stage {self.config.name}",
+                mend="lower the learning rate, or look at these samples; "
+                "nothing of this step was saved",
+            )
+
+    def _describe(
+        self, step: int, losses: Metrics, result: StepResult, batches: list[Batch]
+    ) -> Metrics:
+        tokens = torch.tensor(
+            [
+                [b.targets.attention.sum() for b in batches],
+                [b.targets.response.sum() for b in batches],
+                [len(b.skipped) for b in batches],
+                [b.targets.attention.numel() for b in batches],
+            ],
+            dtype=torch.float64,
+            device=self.engine.device,
+        )
+        real, supervised, skipped, places = self.engine.total(tokens.sum(1)).tolist()
+        return {
+            "step": step,
+            **losses,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": real,
+            "supervised_tokens": supervised,
+            "skipped": skipped,
+            "padding": round(1 - real / places, 4),
+        }
+
+
+def _is_barren(line: Metrics) -> bool:
+    """Whether a step's line says that nothing was learned in it."""
+    return line.get("loss") == 0 and line.get("supervised_tokens") == 0
+
+
+def _teacher_layers(plan: LayerPlan) -> dict[str, Any]:
+    """What is read off the teacher's layers."""
+    return {"layers": sorted(set(plan.pairs.values())), **_recorded(plan)}
+
+
+def _student_layers(plan: LayerPlan, teacher: TeacherSignals | None) -> dict[str, Any]:
+    """What is read off the student's layers, and which of them get the teacher's tensors."""
+    wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **_recorded(plan)}
+    if plan.forced and isinstance(teacher, Signals):
+        forced = {mine: teacher.layers[plan.pairs[mine]] for mine in plan.forced}
+        wanted |= {"forced": forced, "plan": plan}
+    return wanted
+
+
+def _recorded(plan: LayerPlan) -> dict[str, bool]:
+    return {"matrices": plan.matrices, "projections": plan.projections}

@@ -1,0 +1,403 @@
+"""A stage's losses on held-out records (`data.validation`), measured every few steps of training.
+
+    validation.jsonl            a line for each validation: step, each objective's mean, and more
+    checkpoints/best/step-N     weights of the best one, with `validation.keep: best`
+
+Every objective is a mean per covered token over all held-out records, as in training: neither the
+batch layout nor the number of processes changes it, unless the objective compares the records of a
+micro-batch. Training is not affected: a validation has no gradients and no dropout, and afterwards
+random generators continue as if it had drawn nothing. Two metrics are measured whatever the
+objectives are, so that stages with different objectives can be compared: `answer_ce`, the
+cross-entropy of the records' answers, and `teacher_kl`, the KL divergence from the teacher on them,
+where the stage has a teacher of the same vocabulary.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from mmkd.cache import Store
+from mmkd.data.alignment import same_processor
+from mmkd.data.batch import Batch
+from mmkd.data.encoder import Encoder
+from mmkd.data.microbatches import by_size, by_tokens
+from mmkd.data.records import Records
+from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
+from mmkd.engines import Engine
+from mmkd.errors import NonFiniteLossError, RecipeError, nearest
+from mmkd.objectives import Objective, ObjectiveConfig, Preference, build_objective
+from mmkd.objectives.settings import CrossEntropyConfig, DivergenceConfig
+from mmkd.recipe import (
+    ANSWER_CE,
+    TEACHER_KL,
+    DataConfig,
+    StageConfig,
+    TeacherConfig,
+    ValidationConfig,
+)
+from mmkd.runtime import distributed
+from mmkd.runtime.steplog import StepLog
+from mmkd.teachers import ask_each, asks_each
+from mmkd.training.checkpoint import (
+    find_checkpoints,
+    load_weights,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+    step_of,
+)
+
+FILE, BEST = "validation.jsonl", "best"
+
+
+class Validation:
+    """The held-out records of a stage, and what was measured on them.
+
+    Args:
+        config: the stage.
+        objectives: the stage's, then the metrics that are measured beside them.
+        encoder: of the held-out records.
+        folder: the stage's.
+        seed: of the stage, for objectives that draw.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        objectives: Sequence[Objective],
+        encoder: Encoder,
+        folder: Path,
+        seed: int,
+    ):
+        self.stage, self.config = config, config.validation
+        self.objectives, self.encoder = list(objectives), encoder
+        self.folder, self.seed = folder, seed
+        self.best: tuple[int, float] | None = None
+        self.worse_since = 0
+        self._log: StepLog | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the best weights are kept."""
+        return self.folder / "checkpoints" / BEST
+
+    @cached_property
+    def plan(self) -> list[list[int]]:
+        """The micro-batches of all processes together."""
+        batch, length = self.stage.batch, self.encoder.length
+        lengths = {index: length(index) for index in chosen(self.encoder, self.config.records)}
+        order = sorted(lengths, key=lengths.__getitem__)  # alike in length: little padding
+        if self.config.size is None and batch.tokens is not None:
+            return by_tokens(order, lengths, batch.tokens, 1, packed=batch.pack is not None)
+        return by_size(order, self.config.size or batch.size)
+
+    def batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This process's micro-batches, and whether each counts. All processes have to take part in
+        each forward of a model that is spread over them: a process that has no micro-batch left
+        repeats the last one, which then does not count."""
+        for share in distributed.equal_shares(self.plan, 1):
+            yield self.encoder.encode(share[0] if share else self.plan[-1]), bool(share)
+
+    def begin(self, step: int, *, active: bool) -> None:
+        """Read what was measured up to the step that the stage resumes at.
+
+        Args:
+            step: of the checkpoint.
+            active: whether this process writes.
+        """
+        self._log = StepLog(self.folder / FILE, step, active=active)
+        for line in self._log.found:
+            if isinstance(line.get(self.config.metric), int | float):
+                self._remember(line)
+        for path in find_checkpoints(self.checkpoints) if active else []:
+            if step_of(path) > step:  # of steps that are trained again
+                shutil.rmtree(path)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether a step is followed by a validation."""
+        return self.config.every is not None and (step % self.config.every == 0 or step == last)
+
+    def measure(self, losses: Callable[[Batch], dict[str, torch.Tensor]], engine: Engine) -> Any:
+        """Means over all held-out records, by name; every process calls it.
+
+        Args:
+            losses: each objective's sum over a batch's rows, and its metrics.
+            engine: of the stage.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        facts = torch.zeros(3 + len(self.objectives), dtype=torch.float64)
+        with undisturbed(self.seed):
+            for batch, counts in self.batches():
+                batch = batch.to(engine.device)
+                for name, value in losses(batch).items():
+                    value = value.detach().double() if counts else torch.zeros_like(value).double()
+                    sums[name] = sums.get(name, 0) + value
+                if counts:
+                    facts += self._facts(batch)
+        values = torch.stack(list(sums.values())).double()
+        found = engine.total(torch.cat([values, facts.to(values.device)])).tolist()
+        totals, (records, supervised, skipped, *rows) = found[: len(sums)], found[len(sums) :]
+        names = [o.name for o in self.objectives]
+        counts_of = {n: max(c, 1.0) for n, c in zip(names, rows, strict=True)}
+        means = {
+            name: total / counts_of[name.partition("/")[0]]
+            for name, total in zip(sums, totals, strict=True)
+        }
+        loss = sum(o.config.weight * means[o.name] for o in self.objectives)
+        facts_said = {"records": records, "supervised_tokens": supervised, "skipped": skipped}
+        return {"loss": loss, **means, **facts_said}
+
+    def _facts(self, batch: Batch) -> torch.Tensor:
+        """Records, supervised tokens, skipped records and each objective's rows."""
+        targets = batch.targets
+        rows = [int(o.rows(targets.of(o.sources)).sum()) for o in self.objectives]
+        facts = [len(batch.ids), int(targets.response.sum()), len(batch.skipped), *rows]
+        return torch.tensor(facts, dtype=torch.float64)
+
+    def note(self, line: dict[str, Any], engine: Engine, last: int) -> dict[str, Any]:
+        """Write down a validation's line, and keep the student's weights if they are the best so
+        far and more steps follow; every process calls it.
+
+        Raises:
+            NonFiniteLossError: a value is infinite or no number.
+            CheckpointError: the weights cannot be written.
+        """
+        step = line["step"]
+        broken = [n for n, v in line.items() if not math.isfinite(v)]
+        if broken:
+            raise NonFiniteLossError(
+                f"{', '.join(broken)} not finite in the validation at step {step}",
+                where=f"stage {self.stage.name}",
+                mend="lower the learning rate, or look at the records of data.validation",
+            )
+        value = line[self.config.metric]
+        better = torch.tensor(float(self.best is None or value < self.best[1]))
+        # The first process decides: sums may round differently on the others.
+        better = better if engine.rank == 0 else torch.zeros_like(better)
+        better = engine.total(better.to(engine.device))
+        line = {**line, "best": bool(better)}
+        self._remember(line)
+        if line["best"] and self.config.keep == "best" and step < last:
+            save_checkpoint(
+                self.checkpoints,
+                step,
+                engine,
+                records_per_step=self.stage.batch.records_per_step(engine.world_size),
+                keep=None,
+                only_weights=True,
+            )
+            if engine.rank == 0:
+                self.prune()
+        assert self._log is not None
+        self._log.write(line)
+        self._log.sync()
+        return line
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if line.get("best"):
+            self.best, self.worse_since = (line["step"], line[self.config.metric]), 0
+        else:
+            self.worse_since += 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether none of the last `patience` validations was better than the best before them."""
+        return self.config.patience is not None and self.worse_since >= self.config.patience
+
+    def prune(self) -> None:
+        """Delete weights that are no longer the best, except those that the stage would need if it
+        resumed from one of its checkpoints. One process calls it."""
+        found = {step_of(path): path for path in find_checkpoints(self.checkpoints)}
+        resumed = map(step_of, find_checkpoints(self.checkpoints.parent))
+        needed = {max((b for b in found if b <= step), default=0) for step in resumed}
+        for step in set(found) - needed - {max(found, default=0)}:
+            shutil.rmtree(found[step])
+
+    def finish(self, engine: Engine, step: int) -> dict[str, Any]:
+        """Give the student the weights that the recipe keeps, after the stage's last step; returns
+        what is kept, for `done.json`. Every process calls it.
+
+        Raises:
+            CheckpointError: the best weights are gone or damaged.
+        """
+        assert self.best is not None
+        best, value = self.best
+        if self.config.keep == "best" and best != step:
+            load_weights(self.checkpoints, best, engine)
+        kept = best if self.config.keep == "best" else step
+        return {"metric": self.config.metric, "best_step": best, "best": value, "kept_step": kept}
+
+
+def chosen(encoder: Encoder, most: int | None) -> list[int]:
+    """Records of a validation, evenly spread over those that are held out."""
+    count = len(encoder.records)
+    some = count if most is None else min(count, most)
+    return [i * count // some for i in range(some)]
+
+
+@contextmanager
+def undisturbed(seed: int) -> Iterator[None]:
+    """Inside, random generators begin at `seed`; afterwards they go on as if nothing had been
+    drawn."""
+    states = random_states()
+    set_seed(seed)
+    try:
+        yield
+    finally:
+        restore_random_states(states)
+
+
+def build_validation(
+    config: StageConfig,
+    objectives: Sequence[Objective],
+    *,
+    data: DataConfig,
+    processor: Any,
+    teacher_processor: Any,
+    teachers: Sequence[TeacherConfig],
+    stored: Store | None,
+    filler: bool,
+    folder: Path,
+    seed: int,
+) -> Validation | None:
+    """What measures a stage's losses on held-out records; None where the recipe holds none out.
+
+    Args:
+        config: the stage.
+        objectives: of the stage, before there is one for each of several teachers.
+        data: of the stage.
+        processor: the student's.
+        teacher_processor: the teacher's, or None.
+        teachers: of the recipe.
+        stored: the teacher's cache, if the objectives read it.
+        filler: models see a blank picture beside records without one, as in training.
+        folder: the stage's.
+        seed: of the stage.
+
+    Raises:
+        RecipeError: the stage wants validation in a way that cannot be.
+        DataError: the held-out records cannot be opened.
+    """
+    if not _measures(config, objectives, data):
+        return None
+    named = data.model_copy(update={"train": None, "sources": data.validation_parts})
+    asked = _asked(objectives, processor, teacher_processor, teachers, stored, named)
+    _check_metric(config, asked)
+    encoder = Encoder.of(
+        asked,
+        data,
+        processor,
+        teacher_processor=teacher_processor,
+        records=Records(data, held_out=True),
+        filler=filler,
+        store=stored,
+        pack=config.batch.pack,
+    )
+    return Validation(config, asked, encoder, folder, seed)
+
+
+def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataConfig) -> bool:
+    """Whether a stage measures held-out records.
+
+    Raises:
+        RecipeError: it should, and cannot.
+    """
+    where = f"stage {config.name}: validation"
+    if config.validation.every is None:
+        return False
+    if data.validation is None:
+        if config.validation == ValidationConfig():
+            return False
+        raise RecipeError(
+            "no records are held out", where=where, mend="add 'validation' to data, a file or 0.05"
+        )
+    references = [o.config for o in objectives if isinstance(o, Preference)]
+    if any(r.reference != "none" and r.reference_logps == "once" for r in references):
+        raise RecipeError(
+            "the reference of preferences runs once, over the training records only",
+            where=where,
+            mend="set reference_logps to live, or validation.every to null",
+        )
+    return True
+
+
+def _asked(
+    objectives: Sequence[Objective],
+    processor: Any,
+    teacher_processor: Any,
+    teachers: Sequence[TeacherConfig],
+    stored: Store | None,
+    held_out: DataConfig,
+) -> list[Objective]:
+    """What is measured: a stage's objectives and the metrics beside them, for each teacher that the
+    stage asks.
+
+    Args:
+        objectives, processor, teacher_processor, teachers, stored: as in `build_validation`.
+        held_out: the records that are held out.
+
+    Raises:
+        RecipeError: a teacher is asked about a source that the held-out records do not have.
+    """
+    alone = [*objectives, *_beside(objectives, processor, teacher_processor, stored)]
+    if not any(map(asks_each, objectives)):
+        return alone  # the stage runs its first teacher only
+    try:
+        return ask_each(alone, teachers, held_out)
+    except RecipeError as error:
+        where = f"{error.where}, for data.validation"
+        raise RecipeError(error.what, where=where, mend=error.mend) from error
+
+
+def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
+    names = ["loss", *(o.name for o in measured)]
+    if config.validation.metric not in names:
+        raise RecipeError(
+            f"no metric {config.validation.metric!r}",
+            where=f"stage {config.name}: validation.metric",
+            mend=nearest(config.validation.metric, names),
+        )
+
+
+def _beside(
+    objectives: Sequence[Objective], processor: Any, teacher_processor: Any, stored: Store | None
+) -> list[Objective]:
+    """The metrics that are measured beside a stage's objectives, with weight 0."""
+    settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
+    shared = None
+    compared = [o for o in objectives if "teacher" in o.needs and not isinstance(o, Preference)]
+    by_token = any("chunks" not in o.needs for o in compared)
+    if compared and (stored is None or "response" in stored.manifest["regions"]):
+        theirs = processor if stored is not None else teacher_processor
+        words = processor.tokenizer, theirs.tokenizer
+        if same_vocabulary(*words) and (by_token or same_processor(processor, theirs)):
+            shared = shared_vocabulary(*words)
+            settings.append(DivergenceConfig(kind="kl", name=TEACHER_KL, weight=0))
+    memory, backend = objectives[0].head_memory, objectives[0].head_backend
+    return [
+        build_objective(s, shared_vocabulary=shared, head_memory=memory, head_backend=backend)
+        for s in settings
+    ]
+
+
+def check_held_out(validation: Validation, store: Store | None) -> None:
+    """Check that held-out records can be encoded: with a teacher's cache all that a validation
+    reads, which the cache has to hold, else the first one of each source.
+
+    Raises:
+        DataError: one cannot be encoded, or is not in the cache.
+    """
+    encoder = validation.encoder
+    for first in encoder.records.starts if store is None else []:
+        batch = encoder.encode([first])
+        for objective in validation.objectives:
+            objective.rows(batch.targets)
+    for index in chosen(encoder, validation.config.records) if store is not None else []:
+        encoder.encode([index])
