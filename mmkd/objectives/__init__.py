@@ -1,7 +1,7 @@
 """Objectives by kind. Each module holds one family: its equation and its code.
 
-Importing this package does not import torch: `settings`, `added` and `entry` are all that a recipe
-needs. Other names are imported when they are first asked for (PEP 562).
+Importing this package does not import torch: a recipe needs `settings`, `registry` and `entry`
+alone. Other names are imported when they are first asked for (PEP 562).
 """
 
 import importlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mmkd.objectives.minilm import MiniLm
     from mmkd.objectives.preference import Preference, answer_logps, preference_loss
     from mmkd.objectives.relation import visual_relation
-    from mmkd.objectives.score import HeadObjective, Teachers, score
+    from mmkd.objectives.scoring import HeadObjective, Teachers, score
 
 _MODULES = {
     "balance": ("expert_counts",),
@@ -53,7 +53,7 @@ _MODULES = {
     "minilm": ("MiniLm",),
     "preference": ("Preference", "answer_logps", "preference_loss"),
     "relation": ("visual_relation",),
-    "together": ("HeadObjective", "Teachers", "score"),
+    "scoring": ("HeadObjective", "Teachers", "score"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

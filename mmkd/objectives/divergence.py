@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmkd.objectives.base import Need, Targets
-from mmkd.objectives.score import HeadObjective
+from mmkd.objectives.scoring import HeadObjective
 from mmkd.objectives.settings import DivergenceConfig, JsdConfig, SkewConfig
 from mmkd.ops import HeadLoss
 

@@ -8,7 +8,7 @@ with M the rows that predict the region's tokens.
 from torch import Tensor
 
 from mmkd.objectives.base import Need, Targets
-from mmkd.objectives.score import HeadObjective
+from mmkd.objectives.scoring import HeadObjective
 from mmkd.objectives.settings import CrossEntropyConfig
 from mmkd.ops import HeadLoss
 
