@@ -1,10 +1,9 @@
-"""Write docs/errors.md: run every bad input of tests/bad_inputs and note what mmkd says.
+"""Write docs/errors.md: run every bad input of tests/support/bad_inputs and note what mmkd says.
 
 python -m scripts.errors
 """
 
 import os
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,11 +13,10 @@ PAGE = ROOT / "docs" / "errors.md"
 
 def messages(folder: Path) -> dict[str, str]:
     """What mmkd says, by the name of the case."""
-    from bad_inputs import CASES, Given, outcome, world_in
-    from tiny import write_tiny_model
-
     from mmkd.data.scenes.build import build_scenes
     from mmkd.runtime.progress import track
+    from tests.support.bad_inputs import CASES, Given, outcome, world_in
+    from tests.support.tiny import write_tiny_model
 
     build_scenes(folder / "scenes", seed=0, train=2, validation=2, evaluation=2)
     write_tiny_model(folder / "scenes" / "processor", folder / "model")
@@ -32,10 +30,8 @@ def messages(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"  # as in the tests
-    sys.path.insert(0, str(ROOT / "tests"))
-    from bad_inputs import page
-
     from mmkd.runtime.files import write_text
+    from tests.support.bad_inputs import page
 
     with TemporaryDirectory() as name:
         write_text(PAGE, page(messages(Path(name))))

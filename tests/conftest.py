@@ -49,7 +49,7 @@ def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA model (0.1 M weights, float32) and the scenes' processor."""
-    from tiny import write_tiny_model
+    from tests.support.tiny import write_tiny_model
 
     out = tmp_path_factory.mktemp("models") / "tiny"
     write_tiny_model(scenes_dir / "processor", out)
@@ -59,7 +59,7 @@ def tiny_model_dir(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A finished study: two students, three seeds, a teacher, scores and samples."""
-    from written_runs import put_study
+    from tests.support.written_runs import put_study
 
     return put_study(tmp_path)
 

@@ -119,7 +119,6 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="this one only")
     parser.add_argument("--keep", type=Path, help="keep the folders of those that break here")
     asked = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
     with TemporaryDirectory() as name:
         home = Path(name).resolve()
         os.environ |= {

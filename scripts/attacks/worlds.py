@@ -114,10 +114,9 @@ class Worlds:
                 raise SystemExit(f"cannot make the good worlds: {ended.err}")
 
     def _prepare(self) -> None:
-        from bad_inputs import Given, world_in
-        from tiny import write_tiny_model
-
         from mmkd.data.scenes.build import build_scenes
+        from tests.support.bad_inputs import Given, world_in
+        from tests.support.tiny import write_tiny_model
 
         build_scenes(self.home / "scenes", seed=0, train=2, validation=2, evaluation=2)
         write_tiny_model(self.home / "scenes" / "processor", self.home / "model")

@@ -9,11 +9,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from zoo import ZOO
-
 from mmkd.runtime.progress import console
 from scripts.families.checks import verdicts
 from scripts.families.table import write
+from tests.support.zoo import ZOO
 
 SEEN = ("torch", "transformers", "torchvision", "num2words")
 

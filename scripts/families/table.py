@@ -14,7 +14,7 @@ tiny random models of their real classes, with their real processors and their d
 templates around a small tokenizer; no published weights were loaded. Each cell is a run of mmkd's
 own path; what does not work is refused in one line, whose words are below the table.
 `python -m scripts.families --write docs/families.md` writes this page, and
-`tests/test_families_table.py` fails where it no longer holds.
+`tests/documents/test_families_table.py` fails where it no longer holds.
 
 - **teacher**: its distributions over responses and image tokens teach a student of the family.
 - **dense**, **MoE**, **hybrid**, **LoRA**: a student as it is, with experts for all feed-forward

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from attacks.table import attack
+from tests.attacks.table import attack
 
 THEME = "code"
 EVIL = "open('ran', 'w').close()\n"

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from bad_inputs.table import RECORD
-
-from attacks.table import attack
+from tests.attacks.table import attack
+from tests.support.bad_inputs.table import RECORD
 
 THEME = "records"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from attacks.on_code import TASK, task
-from attacks.table import attack
+from tests.attacks.on_code import TASK, task
+from tests.attacks.table import attack
 
 THEME = "paths"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from attacks.table import attack
+from tests.attacks.table import attack
 
 THEME = "recipes"
 

@@ -1,8 +1,7 @@
 """Records and batches that try to stop a run, or the machine."""
 
-from bad_inputs.table import record
-
-from attacks.table import attack
+from tests.attacks.table import attack
+from tests.support.bad_inputs.table import record
 
 THEME = "records"
 

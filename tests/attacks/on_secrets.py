@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from attacks.table import attack
+from tests.attacks.table import attack
 
 THEME = "secrets"
 TOKENS = {

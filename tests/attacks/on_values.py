@@ -1,9 +1,8 @@
 """Values that a recipe's keys could hold, and that nothing can compute with."""
 
-from bad_inputs import Case
-from bad_inputs.table import RUN
-
-from attacks.table import ATTACKS, attack
+from tests.attacks.table import ATTACKS, attack
+from tests.support.bad_inputs import Case
+from tests.support.bad_inputs.table import RUN
 
 THEME = "values"
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bad_inputs import Case
+from tests.support.bad_inputs import Case
 
 ATTACKS: list[Case] = []
 

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_inputs import Given, run, world_in
-from bad_inputs.table import RUN, contents
 
 from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import load_recipe
+from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs.table import RUN, contents
 
 TEXTS = ("", "null", "[]", "7", '"text"', "{}", '{"steps": "many", "step": [], "files": {}}', "{\n")
 ROOT = "runs/tiny"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from recipes import tiny_recipe
 from safetensors.torch import load_file, save_file
 
 from mmkd.errors import NonFiniteLossError
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
+from tests.support.recipes import tiny_recipe
 
 
 def test_sampling_of_a_diverged_model_is_one_line(scenes_dir, tiny_model_dir, tmp_path):

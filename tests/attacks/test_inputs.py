@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_inputs import Given, run, world_in
-from bad_inputs.table import RUN, contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmkd.runs import inputs
 from mmkd.training import stage
+from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs.table import RUN, contents
 
 
 class BrokenOffError(Exception):

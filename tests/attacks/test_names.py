@@ -8,7 +8,6 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layouts import turns
 
 from mmkd.data.records import Source
 from mmkd.data.sources import find_files
@@ -16,6 +15,7 @@ from mmkd.errors import DataError
 from mmkd.evaluation.local import read_parquet
 from mmkd.evaluation.manager import _meant
 from mmkd.recipe import SourceConfig
+from tests.support.layouts import turns
 
 ODD = ("a[1]", "a[!b]", "b*", "x?", "{a}", "q'\"#%20 ä", "c[", "d]", "-e", "f:g", "~", "$5")
 KINDS = ("parquet", "json", "jsonl", "tar")

@@ -5,9 +5,7 @@ import json
 
 import pytest
 import torch
-from layouts import turns
 from PIL import Image
-from processors import FAMILIES
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,6 +14,8 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError
 from mmkd.recipe import DataConfig
+from tests.support.layouts import turns
+from tests.support.processors import FAMILIES
 
 FAMILY = ["llava", "qwen"]
 

@@ -23,8 +23,8 @@ from mmkd.evaluation.run import evaluate
 from mmkd.evaluation.samples import find_questions
 from mmkd.recipe import SamplesConfig, SourceConfig
 from mmkd.report.samples import _data_uri
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 8 8
 %%EndComments

@@ -11,9 +11,7 @@ import struct
 import zlib
 
 import pytest
-from layouts import turns
 from PIL import Image
-from processors import FAMILIES
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
@@ -21,6 +19,8 @@ from mmkd.data.schema import parse_record, record_id
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, PeerError
 from mmkd.recipe import BatchConfig, DataConfig
+from tests.support.layouts import turns
+from tests.support.processors import FAMILIES
 
 ASKED, ANSWERED = turns("<image>\nq", "a")
 GOOD = [

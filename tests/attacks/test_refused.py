@@ -4,12 +4,12 @@ import importlib
 from pathlib import Path
 
 import pytest
-from bad_inputs import Given, outcome, world_in
 
-from attacks import ATTACKS
+from tests.attacks import ATTACKS
+from tests.support.bad_inputs import Given, outcome, world_in
 
 for module in sorted(Path(__file__).parent.glob("on_*.py")):
-    importlib.import_module(f"attacks.{module.stem}")
+    importlib.import_module(f"tests.attacks.{module.stem}")
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,6 @@ import signal
 
 import pytest
 import torch
-from bad_inputs import Given, run, world_in
-from bad_inputs.table import RUN
 
 from mmkd.cache import StoreWriter
 from mmkd.errors import CheckpointError
@@ -16,6 +14,8 @@ from mmkd.runs import pipeline
 from mmkd.runtime import files
 from mmkd.runtime.files import locked, locked_file, write_folder, write_text
 from mmkd.runtime.steplog import StepLog, read_lines
+from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs.table import RUN
 
 LINES = [{"step": n, "loss": n / 7} for n in (1, 2, 3)]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)

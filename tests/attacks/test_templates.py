@@ -5,11 +5,11 @@ import threading
 import time
 
 import pytest
-from processors import FAMILIES
 
 from mmkd.data.bounded import BoundedEnvironment, TemplateBoundError, bounded
 from mmkd.data.templates import PROBE, check_template, render
 from mmkd.errors import CheckpointError, DataError
+from tests.support.processors import FAMILIES
 
 BODY = (
     "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"

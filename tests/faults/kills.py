@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from recipes import tiny_recipe
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from rich.table import Table
-from tiny import write_tiny_model
 
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.progress import console
+from tests.support.recipes import tiny_recipe
+from tests.support.tiny import write_tiny_model
 
 ENGINES: dict[str, tuple[dict[str, Any], int]] = {
     "torch x1": ({"kind": "torch"}, 1),

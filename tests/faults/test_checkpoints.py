@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 import yaml
-from recipes import tiny_recipe
 from safetensors.torch import load_file
 
 from mmkd.errors import CheckpointError
@@ -18,6 +17,7 @@ from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.training import checkpoint, stage
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support.recipes import tiny_recipe
 
 
 class BrokenOffError(Exception):

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import yaml
-from recipes import tiny_recipe
+
+from tests.support.recipes import tiny_recipe
 
 CHECKPOINT, STUDENT = 300_000, 250_000  # bytes: less than one file of a checkpoint, of a student
 

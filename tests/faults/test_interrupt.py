@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from recipes import tiny_recipe
 
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support.recipes import tiny_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 MMKD = (sys.executable, "-m", "mmkd.cli")

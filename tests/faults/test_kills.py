@@ -4,12 +4,13 @@ import random
 import shutil
 
 import pytest
-from kills import ENGINES, torment
+
+from tests.faults.kills import ENGINES, torment
 
 
 @pytest.mark.parametrize("engine", ["torch x1", "ZeRO 2 x2"])
 def test_killed_runs_end_like_quiet_ones(scenes_dir, tmp_path, engine):
-    from tiny import write_tiny_model
+    from tests.support.tiny import write_tiny_model
 
     shutil.copytree(scenes_dir, tmp_path / "scenes")
     write_tiny_model(scenes_dir / "processor", tmp_path / "model", dropout=0.2)

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 import yaml
-from recipes import tiny_recipe
+
+from tests.support.recipes import tiny_recipe
 
 ENGINES = {"torch": {"kind": "torch"}, "zero2": {"kind": "deepspeed", "zero": 2}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}

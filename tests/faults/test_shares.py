@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from recipes import tiny_recipe
 from safetensors import safe_open
 
 from mmkd.cache import Store
 from mmkd.runtime import distributed
+from tests.support.recipes import tiny_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from recipes import tiny_recipe
 
 from mmkd.errors import NonFiniteLossError
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.training import stage
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support.recipes import tiny_recipe
 
 ENGINES = {
     "torch": {"kind": "torch"},

@@ -1,0 +1,152 @@
+"""Objectives from outside of the package: a file named by the command, an installed package."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmkd.cli import main
+from mmkd.objectives import REGISTRY, registry
+from tests.support.places import DOCS
+from tests.support.recipes import tiny_recipe
+
+PAGE = DOCS / "extending.md"
+CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.setattr(registry, "_added", {})
+
+
+@pytest.fixture
+def recipe(scenes_dir, tiny_model_dir, tmp_path):
+    def written(**objective):
+        raw = tiny_recipe(
+            scenes_dir, tiny_model_dir, tmp_path,
+            teacher={"model": str(tiny_model_dir)},
+            stage={"objectives": [{"kind": "ce"}, {"kind": "hidden_cosine", **objective}]},
+        )  # fmt: skip
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return written
+
+
+def mmkd(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["mmkd", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
+
+
+def cosines(folder):
+    lines = (folder / "tiny" / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["hidden_cosine"] for line in lines]
+
+
+def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "my_objective.py"
+    file.write_text(CODE.group(1))
+    words = ("run", recipe(region="vision", weight=0.5), "--plugin", file)
+    assert mmkd(monkeypatch, *words) in (0, None)
+    found = cosines(tmp_path)
+    assert abs(found[0]) < 1e-5  # the student begins as its teacher
+    assert found[-1] > 1e-4
+    said = json.loads((tmp_path / "tiny" / "provenance.json").read_text())
+    assert len(said["plugins"][str(file)]) == 64
+
+    monkeypatch.setattr(registry, "_added", {})  # as in a process of its own
+    out = tmp_path / "released"
+    words = ("release", tmp_path / "tiny", "--out", out)
+    assert mmkd(monkeypatch, *words) == 2
+    assert mmkd(monkeypatch, *words, "--plugin", file) in (0, None)
+    assert "hidden_cosine" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "provenance.json").read_text()
+    assert "hidden_cosine" in yaml.safe_dump(
+        yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text())
+    )
+    assert "hidden_cosine" not in REGISTRY
+
+
+def install(tmp_path, monkeypatch, code):
+    """A package with an entry point, on the path of modules."""
+    monkeypatch.delitem(sys.modules, "outside_objectives", raising=False)
+    (tmp_path / "outside_objectives.py").write_text(code)
+    info = tmp_path / "outside_objectives-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-objectives\nVersion: 1\n")
+    entry = "[mmkd.objectives]\nhidden_cosine = outside_objectives:Cosine\n"
+    (info / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, CODE.group(1))
+    assert mmkd(monkeypatch, "run", recipe()) in (0, None)
+    assert len(cosines(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "objective", "said"),
+    [
+        (["--plugin", "none.py"], None, {}, "--plugin none.py: no such file"),
+        (["--plugin", "no.such.module"], None, {}, "cannot be loaded (ModuleNotFoundError"),
+        (["--plugin", "my.py"], "1 / 0", {}, "cannot be loaded (ZeroDivisionError"),
+        (["--plugin", "my.py"], "raise SystemExit(0)", {}, "cannot be loaded (SystemExit"),
+        (["--plugin", "my.py"], CODE.group(1), {"regoin": "all"},
+         "stages.0.objectives.1.regoin: unknown key -- did you mean 'region'?"),
+        (["--plugin", "my.py"], CODE.group(1), {"region": "al"},
+         "stages.0.objectives.1.region: got 'al' -- input should be 'response', 'vision' or 'all'"),
+        (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "kl"), {},
+         "two objectives have the kind 'kl'"),
+        (["--plugin", "my.py"], CODE.group(1).replace('Literal["hidden_cosine"]', "str"), {},
+         "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
+        (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
+         "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
+        (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
+         "unknown kind 'hidden_cosine'"),
+        ([], None, {}, "unknown kind 'hidden_cosine'"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_one_line(
+    recipe, tmp_path, monkeypatch, capsys, words, code, objective, said
+):
+    monkeypatch.chdir(tmp_path)
+    if code is not None:
+        Path("my.py").write_text(code)
+    assert mmkd(monkeypatch, "run", recipe(**objective), *words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("class Cosine: pass", "TypeError: it is no objective"),
+        (CODE.group(1).replace("hidden_cosine", "other"), "it is not of the kind 'hidden_cosine'"),
+    ],
+)
+def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
+    install(tmp_path, monkeypatch, code)
+    assert mmkd(monkeypatch, "run", recipe()) == 2
+    error = capsys.readouterr().err
+    assert "the entry point outside_objectives:Cosine cannot be used (" in error
+    assert said in error
+    assert error.endswith(" -- mend its package, or uninstall it\n")
+    assert error.count("\n") == 1
+
+
+def test_two_objectives_of_one_kind_are_refused(recipe, tmp_path, monkeypatch, capsys):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(CODE.group(1))
+    words = ("--plugin", tmp_path / "a.py", "--plugin", tmp_path / "b.py")
+    assert mmkd(monkeypatch, "run", recipe(), *words) == 2
+    assert "two objectives have the kind 'hidden_cosine'" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""What users get wrong: one table of cases, and the page that is made of it."""
+
+from tests.support.bad_inputs import (  # noqa: F401
+    commands,
+    data_files,
+    evaluations,
+    held_out,
+    models,
+    pictures,
+    recipes,
+    records,
+    runs,
+    stages,
+)
+from tests.support.bad_inputs.page import in_order, page, row
+from tests.support.bad_inputs.table import Case, Given, Outcome, World, outcome, run, world_in
+
+CASES = in_order()
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Given",
+    "Outcome",
+    "World",
+    "outcome",
+    "page",
+    "row",
+    "run",
+    "world_in",
+]

@@ -1,0 +1,162 @@
+"""Files of records that cannot be read."""
+
+import tarfile
+from pathlib import Path
+
+from tests.support.bad_inputs.table import World, case, overridden, record
+
+KIND = "file"
+
+overridden(
+    KIND, "no_data_file", "data.train=none.json", "none.json: no such data file", "data.train"
+)
+overridden(
+    KIND,
+    "pattern_of_nothing",
+    "data.train=parts/*.parquet",
+    "parts/*.parquet: no such data file",
+    "data.train",
+)
+overridden(
+    KIND,
+    "range_with_a_gap",
+    "data.train='part-{00..01}.tar'",
+    "part-00.tar: no such data file",
+    "check data.train",
+)
+overridden(
+    KIND,
+    "data_on_the_web",
+    "data.train=https://example.org/part-{00..09}.tar",
+    "part-00.tar: no such data file",
+    "download it",
+)
+overridden(
+    KIND,
+    "hub_name_alone",
+    "data.train=liuhaotian/LLaVA-Pretrain",
+    "LLaVA-Pretrain: no such data file",
+    "hub:liuhaotian/LLaVA-Pretrain",
+)
+overridden(KIND, "unknown_suffix", "data.train=picture.png", "picture.png: unknown kind", ".jsonl")
+
+
+@case(
+    KIND, "named a folder without data files", "parts: the folder holds no data files", "put .json"
+)
+def folder_of_nothing(world: World) -> None:
+    Path("parts").mkdir()
+    world.raw["data"] = {"train": "parts"}
+
+
+@case(KIND, "gave a list that breaks off", "records.json: cannot read", "mend the file")
+def broken_json(world: World) -> None:
+    Path("records.json").write_text('[{"id": "r1", "conv')
+
+
+@case(
+    KIND, "gave lines that are no JSON", "records.jsonl: cannot read: ", "line 1 ", "mend the file"
+)
+def broken_lines(world: World) -> None:
+    Path("records.jsonl").write_text('{"id": "r1", }\n')
+    world.raw["data"] = {"train": "records.jsonl"}
+
+
+@case(
+    KIND,
+    "gave text of another encoding",
+    "records.json: cannot read: no UTF-8 at byte 10",
+    "mend the file",
+)
+def another_encoding(world: World) -> None:
+    Path("records.json").write_bytes('[{"id": "r\xe9"}]'.encode("latin-1"))
+
+
+@case(KIND, "gave a parquet file that was cut", "part.parquet: cannot read", "mend the file")
+def broken_parquet(world: World) -> None:
+    Path("part.parquet").write_bytes(b"PAR1" + bytes(40))
+    world.raw["data"] = {"train": "part.parquet"}
+
+
+@case(KIND, "named something else .tar", "part.tar: cannot read", "name tars without compression")
+def no_tar(world: World) -> None:
+    Path("part.tar").write_bytes(b"something else " * 100)
+    world.raw["data"] = {"train": "part.tar"}
+
+
+@case(KIND, "put a link into a shard", "part.tar: 1.jpg is no plain file", "pack plain files only")
+def link_in_a_tar(world: World) -> None:
+    with tarfile.open("part.tar", "w") as tar:
+        member = tarfile.TarInfo("1.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+    world.raw["data"] = {"train": "part.tar"}
+
+
+@case(
+    KIND,
+    "packed videos into a shard",
+    "part.tar: record 0: the sample has the file 1.mp4, which is not read",
+    "read are json, txt and jpg",
+)
+def video_in_a_shard(world: World) -> None:
+    with tarfile.open("part.tar", "w") as tar:
+        for name in ("1.mp4", "1.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    world.raw["data"] = {"train": "part.tar"}
+
+
+@case(
+    KIND,
+    "gave several tars that are cut",
+    "a.tar: cannot read",
+    "parts/b.tar, parts/c.tar",
+    "copy or",
+)
+def several_cut_tars(world: World) -> None:
+    Path("parts").mkdir()
+    for name in "abc":
+        with tarfile.open(f"parts/{name}.tar", "w") as tar:
+            tar.add("picture.png")
+        content = Path(f"parts/{name}.tar").read_bytes()
+        Path(f"parts/{name}.tar").write_bytes(content[:1700])
+    world.raw["data"] = {"train": "parts/*.tar"}
+
+
+@case(
+    KIND,
+    "wrote `stream: true`",
+    "data.sources.0: 'stream' is true",
+    "give a number",
+)
+def stream_without_a_number(world: World) -> None:
+    world.raw["data"] = {"sources": [{"train": "hub:someone/dataset", "stream": True}]}
+
+
+@case(
+    KIND,
+    "gave a key of a source beside `train`",
+    "data: 'split' is a key of a source",
+    "write sources: [{train: ..., split: ...}]",
+)
+def key_of_a_source(world: World) -> None:
+    world.raw["data"] = {"train": "hub:someone/dataset", "split": "test"}
+
+
+overridden(
+    KIND,
+    "train_and_sources",
+    "data.sources=[{train: more.json}]",
+    "data: both of them or neither -- give either 'train' (one source) or 'sources' (a mixture)",
+)
+
+
+@case(KIND, "gave no records", "records.json: the data set is empty", "add records")
+def empty_data(world: World) -> None:
+    world.records()
+
+
+@case(KIND, "let all records be skipped", "records.json: every record is bad", "data check")
+def every_record_is_bad(world: World) -> None:
+    world.records(record(image=None))
+    world.raw["data"]["on_bad_sample"] = "skip"

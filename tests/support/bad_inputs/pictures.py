@@ -1,0 +1,136 @@
+"""Pictures that cannot be used."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.support.bad_inputs.table import FIRST, World, case, record
+
+KIND = "image"
+
+
+def picture(name: str) -> dict[str, Any]:
+    return record(image=name)
+
+
+@case(KIND, "named a picture that is not there", FIRST + "no such image: gone.png", "data.images")
+def missing_image(world: World) -> None:
+    world.records(picture("gone.png"))
+
+
+@case(
+    KIND,
+    "named a picture on the web",
+    FIRST + "https://example.org/a.png is a web address",
+    "download it",
+)
+def image_on_the_web(world: World) -> None:
+    world.records(picture("https://example.org/a.png"))
+
+
+@case(
+    KIND,
+    "gave LLaVA-1.5 a picture of 10000 x 2 pixels",
+    FIRST + "the processor would make",
+    "pixels of a picture of 10000 x 2",
+    "crop or drop it",
+)
+def image_that_a_processor_blows_up(world: World) -> None:
+    Image.new("1", (10_000, 2)).save("wide.png")
+    path = Path("model/processor_config.json")
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["size"] = {"shortest_edge": 336}
+    path.write_text(json.dumps(settings))
+    world.records(picture("wide.png"))
+
+
+@case(KIND, "named a folder", FIRST + "model is not a file", "check data.images")
+def image_is_a_folder(world: World) -> None:
+    world.records(picture("model"))
+
+
+@case(
+    KIND,
+    "gave bytes that are no picture",
+    FIRST + "broken.png is not a readable image",
+    "replace",
+)
+def broken_image(world: World) -> None:
+    Path("broken.png").write_bytes(b"\x89PNG but not really")
+    world.records(picture("broken.png"))
+
+
+@case(KIND, "gave a picture that was cut", FIRST + "cut.jpg is not a readable image", "replace")
+def cut_image(world: World) -> None:
+    Image.effect_noise((200, 200), 50).save("cut.jpg")
+    content = Path("cut.jpg").read_bytes()
+    Path("cut.jpg").write_bytes(content[: len(content) // 2])
+    world.records(picture("cut.jpg"))
+
+
+@case(
+    KIND,
+    "gave a format that is not read",
+    FIRST + "picture.eps is not a readable image",
+    "JPEG, PNG",
+)
+def format_that_is_not_read(world: World) -> None:
+    Image.new("RGB", (64, 64)).save("picture.eps")
+    world.records(picture("picture.eps"))
+
+
+@case(
+    KIND,
+    "gave a small file of 900 million pixels",
+    FIRST + "bomb.png is too large to decode",
+    "shrink or drop it",
+)
+def decompression_bomb(world: World) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    Path("bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    world.records(picture("bomb.png"))
+
+
+@case(
+    KIND,
+    "gave a picture of 32 bits a pixel",
+    FIRST + "depth.tif has numbers of 32 bits",
+    "8 or 16 bits",
+)
+def image_of_32_bits(world: World) -> None:
+    Image.new("F", (64, 64), 0.5).save("depth.tif")
+    world.records(picture("depth.tif"))
+
+
+@case(
+    KIND,
+    "named a picture above the folder",
+    FIRST + "../picture.png lies outside of",
+    "keep images below",
+)
+def image_above(world: World) -> None:
+    Path("images").mkdir()
+    world.records(picture("../picture.png"))
+    world.raw["data"]["images"] = "images"
+
+
+@case(KIND, "named a file of the machine", FIRST + "/etc/passwd lies outside of", "keep images")
+def image_by_an_absolute_path(world: World) -> None:
+    world.records(picture("/etc/passwd"))
+
+
+@case(KIND, "linked to a picture elsewhere", FIRST + "link.png lies outside of", "links' targets")
+def image_behind_a_link(world: World) -> None:
+    Path("images").mkdir()
+    Path("images/link.png").symlink_to("../picture.png")
+    world.records(picture("link.png"))
+    world.raw["data"]["images"] = "images"

@@ -1,0 +1,184 @@
+"""Stages with settings that do not fit together."""
+
+import json
+from typing import Any
+
+from tests.support.bad_inputs.table import World, case, change_json, overridden, write
+
+KIND = "stage"
+
+overridden(
+    KIND,
+    "unknown_objective",
+    "stages.0.objectives=[{kind: reverse-kl}]",
+    "stages.0.objectives.0: unknown kind 'reverse-kl'",
+    "did you mean 'reverse_kl'?",
+)
+overridden(
+    KIND,
+    "objectives_of_one_name",
+    "stages.0.objectives=[{kind: ce}, {kind: ce}]",
+    "stages.0: two objectives have the same name",
+    "give each a 'name'",
+)
+overridden(
+    KIND,
+    "steps_and_epochs",
+    "stages.0.epochs=1",
+    "stages.0: both of them or neither -- give either 'steps' or 'epochs'",
+)
+overridden(
+    KIND,
+    "size_and_tokens",
+    "stages.0.batch={size: 4, tokens: 4096, total: 4}",
+    "stages.0.batch: both of them -- give either 'size' or 'tokens'",
+)
+overridden(
+    KIND,
+    "tokens_for_no_record",
+    "stages.0.batch={tokens: 512, total: 4}",
+    "stage mimic: batch.tokens: ",
+    "512 tokens cannot hold",
+    "lower data.max_length",
+)
+overridden(
+    KIND,
+    "total_that_does_not_divide",
+    "stages.0.batch={size: 4, total: 6}",
+    "stages.batch: total 6 is no multiple of size 4",
+    "change one of them",
+)
+overridden(
+    KIND,
+    "warmup_into_decay",
+    "stages.0.schedule={kind: wsd, warmup: 0.6, decay: 0.6}",
+    "stage mimic: schedule: warmup 0.6 and decay 0.6 take more than all steps",
+    "lower one of them",
+)
+
+
+@case(
+    KIND,
+    "compared records in micro-batches of one record",
+    "stage mimic: objective affinity: it compares the records of a micro-batch",
+    "set batch.size to 2 or more",
+)
+def one_record_to_compare(world: World) -> None:
+    world.teach({"kind": "affinity"})
+    world.stage(batch={"size": 1})
+
+
+overridden(KIND, "no_groups", "stages.0.train=[]", "stages.0.train: nothing trains", "name groups")
+overridden(
+    KIND,
+    "unknown_group",
+    "stages.0.train=[visoin]",
+    "stages.train: unknown group 'visoin'",
+    "did you mean 'vision'?",
+)
+overridden(
+    KIND,
+    "group_of_nothing",
+    "stages.0.train=[mamba]",
+    "stages.train: the student has no parameters in 'mamba'",
+    "leave it out",
+)
+overridden(
+    KIND,
+    "adapters_without_layers",
+    "stages.0.train={lora: {groups: [embeddings]}}",
+    "stages.train.lora: no linear layers in embeddings",
+    "language_model",
+)
+overridden(
+    KIND,
+    "adapter_with_dropout_on_the_head",
+    "stages.0.train={lora: {groups: [head], dropout: 0.1}}",
+    "stages.0.train.lora: the head's adapter takes no dropout",
+)
+
+
+@case(
+    KIND,
+    "gave the head an adapter that has the embeddings' weight",
+    "stages.train.lora: the head shares its weight",
+    "leave 'head' out",
+)
+def adapter_on_a_tied_head(world: World) -> None:
+    def tie(config: Any) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+
+    change_json("model/config.json", tie)
+    world.stage(train={"lora": {"groups": ["head"]}})
+
+
+overridden(
+    KIND,
+    "zero_without_deepspeed",
+    "stages.0.engine.zero=2",
+    "stages.0.engine: 'zero' is of kind deepspeed, and the engine's kind is torch",
+)
+overridden(
+    KIND,
+    "no_deepspeed_file",
+    "stages.0.engine={kind: deepspeed, config: zero.json}",
+    "zero.json: cannot read the DeepSpeed file",
+    "configs/deepspeed/zero2.json",
+)
+
+
+@case(
+    KIND,
+    "gave a DeepSpeed file that says otherwise",
+    "engine.config zero.json",
+    "gradient_clipping is 0.5, the recipe says 1.0",
+    "write auto",
+)
+def deepspeed_file_that_contradicts(world: World) -> None:
+    write(json.dumps({"gradient_clipping": 0.5}), "zero.json")
+    world.stage(engine={"kind": "deepspeed", "config": "zero.json", "device": "cpu"})
+
+
+overridden(
+    KIND,
+    "device_of_no_kind",
+    "stages.0.engine.device=gpu",
+    "device: unknown device 'gpu'",
+    "use auto",
+)
+overridden(
+    KIND,
+    "no_teacher",
+    "stages.0.objectives=[{kind: kl}]",
+    "stage mimic: objective kl needs a teacher",
+    "add 'teacher' to the recipe",
+)
+overridden(
+    KIND,
+    "no_experts",
+    "stages.0.objectives=[{kind: ce}, {kind: balance}]",
+    "stage mimic: objective balance needs a student with experts",
+    "student.convert",
+)
+
+
+@case(
+    KIND,
+    "packed rows for an objective that relates tokens",
+    "stage mimic: batch.pack",
+    "objective relation relates the tokens of a row",
+    "set it to null",
+)
+def packed_relations(world: World) -> None:
+    world.teach({"kind": "relation"})
+    world.stage(batch={"size": 4, "pack": 2048})
+
+
+@case(
+    KIND,
+    "sampled the student's answers for cross-entropy",
+    "stage mimic: objective ce: with 'on_policy'",
+    "distil with kl",
+)
+def cross_entropy_on_policy(world: World) -> None:
+    world.stage(on_policy={})
