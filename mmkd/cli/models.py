@@ -1,11 +1,11 @@
-"""Models: convert and score them."""
+"""Models: convert them, score them, ask them."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd.cli.app import Trusted, app
+from mmkd.cli.app import AsJson, Trusted, app, notes
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -108,3 +108,51 @@ def evaluate(
         print_scores(scores)
     if failed:
         raise failed[0]
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a run's folder, a model's folder or a Hub id")],
+    question: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="one question; without it, a conversation in the terminal"),
+    ] = None,
+    image: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="picture that comes with the question; give it again for more"),
+    ] = None,
+    compare: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODEL", help="a second model, such as the teacher, that answers too"),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="label of one of the run's students"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token always")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of sampled answers")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+    trusted: Trusted = None,
+) -> None:
+    """Ask a student about pictures: one question, or a conversation."""
+    from mmkd.cli.scoring import find_student
+    from mmkd.commands.chat import Chat
+    from mmkd.recipe import SamplingConfig
+
+    if as_json and question is None:
+        raise MmkdError("--json prints one answer", mend="add a question to the command")
+    models = find_student(model, student)
+    if compare is not None:
+        models[compare] = compare
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)
+    with notes(as_json):
+        chat = Chat(models, sampling, seed=seed, device=device, revision=revision)
+    if question is None:
+        chat.converse(image or [])
+    elif as_json:
+        chat.ask_as_json(question, image or [])
+    else:
+        chat.ask(question, image or [])

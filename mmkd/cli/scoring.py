@@ -51,13 +51,8 @@ def find_models(
     Raises:
         MmkdError: no tasks are named, or the run has no such student or no finished one.
     """
-    if not (Path(model) / "recipe.yaml").is_file() or (Path(model) / "config.json").is_file():
-        if student is not None:
-            raise MmkdError(
-                "not a run's folder, and --student names a student of one",
-                where=model,
-                mend="leave --student out",
-            )
+    if not _is_run(model):
+        _refuse_label(model, student)
         if tasks is None:
             raise MmkdError(
                 "no tasks to evaluate", where=model, mend="name some, such as --tasks pope"
@@ -74,6 +69,45 @@ def find_models(
     if not tasks:
         raise MmkdError("its recipe names no tasks", where=model, mend="name some with --tasks")
     return Asked(_students(run, student), tasks, include, local, True)
+
+
+def find_student(model: str, label: str | None) -> dict[str, str]:
+    """{label: folder or Hub id} of one finished student of a run's folder, or of the model itself.
+
+    Args:
+        model: a run's folder, a model's folder or a Hub id.
+        label: of one of the run's students.
+
+    Raises:
+        MmkdError: the run has no such student, no finished one, or several.
+    """
+    if not _is_run(model):
+        _refuse_label(model, label)
+        return {model: model}
+    from mmkd.report.rundata import read_run
+
+    found = _students(read_run(Path(model)), label)
+    if len(found) > 1:
+        raise MmkdError(
+            f"the run has {len(found)} finished students",
+            where=model,
+            mend=f"choose one with --student: {', '.join(found)}",
+        )
+    return found
+
+
+def _is_run(model: str) -> bool:
+    folder = Path(model)
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+
+
+def _refuse_label(model: str, label: str | None) -> None:
+    if label is not None:
+        raise MmkdError(
+            "not a run's folder, and --student names a student of one",
+            where=model,
+            mend="leave --student out",
+        )
 
 
 def _found(run: "Run", path: str | None) -> Path | None:
