@@ -91,9 +91,10 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> " if terminal else "")
+            line.encode()  # Python may read other bytes as lone surrogates
         except EOFError:
             return
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise MmkdError("it is not UTF-8", where="standard input", mend="send UTF-8") from error
         if line.strip():
             yield line.strip()

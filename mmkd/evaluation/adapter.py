@@ -29,15 +29,13 @@ from mmkd.data.images import load_image, picture_as_rgb, with_eight_bits
 from mmkd.data.processing import drop_appended
 from mmkd.data.records import located
 from mmkd.data.templates import check_template, render
-from mmkd.data.vocabulary import check_head
 from mmkd.errors import CheckpointError, DataError
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.evaluation.pictures import find_picture
 from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
-from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.conversation import load_answering
 from mmkd.recipe import ImageSizeConfig, Quantization
 from mmkd.runtime import interrupt
-from mmkd.runtime.distributed import choose_device
 
 Message = dict[str, Any]
 
@@ -69,12 +67,10 @@ class Prompt:
     images: list[Any]
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    """`None` means the checkpoint's own type, but float32 on a CPU, where bfloat16 is slow."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
+    """The type by its name; `None` and "auto" stay as they are."""
+    if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise CheckpointError(
@@ -203,26 +199,16 @@ class MmkdModel(lmms):
         if model is None:
             if pretrained is None:
                 raise CheckpointError("no model given", mend="say pretrained=FOLDER")
-            path, place = str(pretrained), choose_device(str(device or "auto"))
-            # the processor first: its absence shows before gigabytes of weights are read
-            if processor is None or isinstance(processor, str):
-                processor = load_pretrained_processor(
-                    processor or path,
-                    revision=None if processor else revision,
-                    trust_remote_code=trust_remote_code,
-                    image_size=image_size,
-                )
-            model = load_pretrained(
-                path,
-                dtype=resolve_dtype(dtype, place),
+            model, processor = load_answering(
+                str(pretrained),
+                device=device or "auto",
+                dtype=resolve_dtype(dtype),
+                processor=processor,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 quantize=quantize,
                 image_size=image_size,
             )
-            nn.Module.to(model, place)  # transformers' own refuses quantized models
-            words: Any = processor
-            check_head(model, words.tokenizer, path)
         if processor is None or isinstance(processor, str):
             raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
         self.model, self.processor = model, processor

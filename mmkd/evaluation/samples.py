@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmkd.data.answers import answers_of, asked, generate_of, sample
 from mmkd.data.encoder import Encoder
@@ -20,11 +19,10 @@ from mmkd.data.records import GivenRecords, Records, located
 from mmkd.data.schema import Record
 from mmkd.data.sources.files import find_files
 from mmkd.data.sources.tables import is_saved
-from mmkd.data.vocabulary import check_head
 from mmkd.errors import DataError, one_line
 from mmkd.evaluation.finished import facts_of
 from mmkd.evaluation.refusals import is_of_document
-from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.conversation import load_answering
 from mmkd.recipe import (
     HUB,
     DataConfig,
@@ -205,23 +203,15 @@ def answer_samples(
     answers = _known(out, request)
     if len(answers) == len(questions):
         return
-    own = model["processor"]
-    processor = load_pretrained_processor(
-        own or source,
-        revision=None if own else revision,  # the revision is one of the model's repository
-        trust_remote_code=trust_remote_code,
-        image_size=image_size,
-    )
-    network: Any = load_pretrained(
+    network, processor = load_answering(
         source,
-        dtype=torch.float32 if device.type == "cpu" else "auto",  # bfloat16 is slow on a CPU
+        device=device,
+        processor=model["processor"],
         revision=revision,
         trust_remote_code=trust_remote_code,
         quantize=quantize,
         image_size=image_size,
     )
-    check_head(network, processor.tokenizer, source)
-    nn.Module.to(network, device)  # transformers' own refuses quantized models
     asking = _Asking(network, _encoder(processor), config.max_new_tokens, device)
     for start in range(len(answers), len(questions), batch_size):
         stop_here()

@@ -165,7 +165,7 @@ def load_answering(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
-    processor: str | None = None,
+    processor: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantize: Quantization | None = None,
@@ -177,7 +177,7 @@ def load_answering(
         name: folder or Hub id.
         device: `auto` is the GPU if there is one.
         dtype: None is float32 on a CPU, where bfloat16 is slow, and the checkpoint's own elsewhere.
-        processor: folder or Hub id of one that is not the model's own.
+        processor: one that is loaded, or folder or Hub id of one that is not the model's own.
         revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
 
     Raises:
@@ -185,12 +185,13 @@ def load_answering(
     """
     place = choose_device(str(device))
     # The processor first: its absence shows before gigabytes of weights are read.
-    words = load_pretrained_processor(
-        processor or name,
-        revision=None if processor else revision,  # the revision is one of the model's repository
-        trust_remote_code=trust_remote_code,
-        image_size=image_size,
-    )
+    if processor is None or isinstance(processor, str):
+        processor = load_pretrained_processor(
+            processor or name,
+            revision=None if processor else revision,  # it is one of the model's repository
+            trust_remote_code=trust_remote_code,
+            image_size=image_size,
+        )
     model: Any = load_pretrained(
         name,
         dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"),
@@ -200,5 +201,5 @@ def load_answering(
         image_size=image_size,
     )
     nn.Module.to(model, place)  # transformers' own refuses quantized models
-    check_head(model, words.tokenizer, name)
-    return model, words
+    check_head(model, processor.tokenizer, name)
+    return model, processor

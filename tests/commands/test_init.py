@@ -204,7 +204,7 @@ def test_the_package_brings_its_files():
     declared = {path for pattern in patterns for path in package.glob(pattern)}
     there = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert there - declared == set()
-    assert {package / "starters" / f"{method}.yaml" for method in METHODS} <= declared
+    assert {package / "commands" / "starters" / f"{method}.yaml" for method in METHODS} <= declared
 
 
 @pytest.mark.parametrize("key", ["teacher", "student"])

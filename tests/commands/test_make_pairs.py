@@ -22,7 +22,7 @@ TEACHER = "assets/scenes_teacher"
 
 @pytest.fixture
 def command(monkeypatch, scenes_dir, tmp_path):
-    def call(*words, out="make_pairs.parquet", data="captions.parquet"):
+    def call(*words, out="pairs.parquet", data="captions.parquet"):
         fixed = ["--data", str(scenes_dir / data), "--out", str(tmp_path / out)]
         monkeypatch.setattr(sys, "argv", ["mmkd", "data", "pairs", TEACHER, *fixed, *words])
         with pytest.raises(SystemExit) as caught:
@@ -45,7 +45,7 @@ def test_the_better_answer_is_chosen(command, scenes_dir, tmp_path, capsys):
     words = ("--limit", "48", "--temperature", "1.3", "--seed", "1")
     assert command(*words) == 0
     assert "pairs of 48 prompts" in capsys.readouterr().out
-    path = tmp_path / "make_pairs.parquet"
+    path = tmp_path / "pairs.parquet"
     rows = pq.read_table(path).to_pylist()
     assert rows
     records = Records(DataConfig(train=str(scenes_dir / "captions.parquet")))
@@ -82,10 +82,10 @@ def test_settings_that_make_no_pairs(command, tmp_path, capsys, words, message):
 def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path, capsys):
     assert command(data="preferences.parquet") == 2
     assert "the records say nothing of objects" in capsys.readouterr().err
-    (tmp_path / "make_pairs.parquet").write_text("mine")
+    (tmp_path / "pairs.parquet").write_text("mine")
     assert command() == 2
     assert "it is there already" in capsys.readouterr().err
-    assert (tmp_path / "make_pairs.parquet").read_text() == "mine"
+    assert (tmp_path / "pairs.parquet").read_text() == "mine"
 
 
 def test_only_one_question_about_one_picture_is_asked(tmp_path):
@@ -123,11 +123,11 @@ def test_a_stopped_command_goes_on_with_the_same_answers(command, tmp_path, monk
 
     monkeypatch.setattr(make_pairs, "sample_answers", stopping)
     assert command(*words) == 0  # as after any SIGTERM
-    assert not (tmp_path / "make_pairs.parquet").exists()
-    with (tmp_path / "make_pairs.parquet.answers.jsonl").open("a") as file:
+    assert not (tmp_path / "pairs.parquet").exists()
+    with (tmp_path / "pairs.parquet.answers.jsonl").open("a") as file:
         file.write('{"records": [1')  # a kill in the middle of a line
     assert command(*words) == 0
     assert asked == [0, 1, 2, 2]
     whole, stopped = (pq.read_table(tmp_path / f"{n}.parquet") for n in ("whole", "pairs"))
     assert stopped.equals(whole)
-    assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "make_pairs.parquet"}
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "pairs.parquet"}

@@ -16,7 +16,6 @@ from mmkd.evaluation.adapter import (
     MmkdModel,
     answer_length,
     cut_at,
-    resolve_dtype,
     split_images,
 )
 from mmkd.runtime.distributed import choose_device
@@ -250,13 +249,13 @@ def test_devices() -> None:
             choose_device("cuda")
 
 
-def test_numbers_on_a_cpu_are_float32_unless_asked() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert resolve_dtype(None, cpu) is torch.float32
-    assert resolve_dtype(None, gpu) == "auto"
-    assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
+def test_numbers_on_a_cpu_are_float32_unless_asked(tiny_model_dir: Path) -> None:
+    for asked in (None, "float32"):
+        assert MmkdModel(tiny_model_dir, device="cpu", dtype=asked).model.dtype is torch.float32
+    found = MmkdModel(tiny_model_dir, device="cpu", dtype="bfloat16")
+    assert found.model.dtype is torch.bfloat16
     with pytest.raises(CheckpointError, match="unknown dtype 'bfloat'"):
-        resolve_dtype("bfloat", cpu)
+        MmkdModel(tiny_model_dir, device="cpu", dtype="bfloat")
 
 
 # Folders that cannot be used

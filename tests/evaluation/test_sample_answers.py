@@ -17,6 +17,7 @@ from mmkd.errors import DataError, EvaluationError, RecipeError
 from mmkd.evaluation import samples
 from mmkd.evaluation.models import _asked
 from mmkd.evaluation.samples import answer_samples, find_questions
+from mmkd.modeling import conversation
 from mmkd.recipe import EvaluateConfig, SamplesConfig, load_recipe, to_yaml
 from mmkd.report import write_report
 from mmkd.runs import pipeline
@@ -145,13 +146,13 @@ def test_a_revision_is_one_of_the_model_and_not_of_another_processor(
 ) -> None:
     config = SamplesConfig(images=str(photos), count=1, max_new_tokens=1)
     asked: list[tuple[str, Any]] = []
-    load = samples.load_pretrained_processor
+    load = conversation.load_pretrained_processor
 
     def watched(name: str, **settings: Any) -> Any:
         asked.append((name, settings["revision"]))
         return load(name, **settings)
 
-    monkeypatch.setattr(samples, "load_pretrained_processor", watched)
+    monkeypatch.setattr(conversation, "load_pretrained_processor", watched)
     for number, own in enumerate((None, str(tiny_model_dir))):
         answer_samples(
             str(tiny_model_dir),

@@ -191,13 +191,13 @@ def test_a_signal_behind_the_last_step_does_not_lose_it(long_run, tmp_path):
     plugin = tmp_path / "slow.py"
     plugin.write_text(
         "import os, signal, time\n"
-        "from mmkd import stage_run\n"
-        "write = stage_run.write_student\n"
+        "from mmkd.training import build\n"
+        "write = build.write_student\n"
         "def slow(*words):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(0.2)\n"
         "    write(*words)\n"
-        "stage_run.write_student = slow\n"
+        "build.write_student = slow\n"
     )
     status, output = finish(start(*MMKD, "run", recipe, "--plugin", plugin))
     assert status == 130, output
@@ -213,7 +213,7 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(long_run, tmp_path):
     plugin = tmp_path / "slow.py"
     plugin.write_text(
         "import os, signal, time\n"
-        "from mmkd import checkpoint\n"
+        "from mmkd.training import checkpoint\n"
         "save = checkpoint.save_file\n"
         "def slow(*words):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -259,7 +259,7 @@ def test_a_second_ctrl_c_ends_at_once(long_run, tmp_path):
     plugin = tmp_path / "hang.py"
     plugin.write_text(
         "import time\n"
-        "from mmkd import stage\n"
+        "from mmkd.training import stage\n"
         "step = stage.Stage.step\n"
         "def slow(self, number, batches):\n"
         "    if number == 3: time.sleep(600)\n"

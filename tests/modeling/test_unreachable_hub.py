@@ -141,7 +141,7 @@ def test_what_is_downloaded_is_used_all_the_same(requests, tiny_model_dir, tmp_p
 
 def test_processes_that_it_starts_say_the_same(requests):
     reason = hub.unreachable()
-    asked = "from mmkd import hub; print(hub.unreachable()); print(hub.hint('check it'))"
+    asked = "from mmkd.runtime import hub; print(hub.unreachable()); print(hub.hint('check it'))"
     told = subprocess.run(
         [sys.executable, "-c", asked], capture_output=True, text=True, check=True
     ).stdout.splitlines()

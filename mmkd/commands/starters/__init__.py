@@ -162,7 +162,7 @@ def _scenes(choices: Choices) -> dict[str, Any]:
 
 def _shipped_teacher() -> str:
     """The folder of the scene teacher that the repository brings."""
-    folder = Path(__file__).parents[2] / "assets" / "scenes_teacher"
+    folder = Path(__file__).parents[3] / "assets" / "scenes_teacher"
     if not folder.is_dir():
         raise MmkdError(
             "the scene teacher comes with mmkd's repository, not with the package",
