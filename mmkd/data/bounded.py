@@ -128,7 +128,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-_unbounded = chat_template_utils._compile_jinja_template.__wrapped__
+_transformers_own = chat_template_utils._compile_jinja_template
+_compiling = threading.Lock()
+_inside = threading.local()
 
 
 @lru_cache(maxsize=32)
@@ -136,8 +138,16 @@ def _compiled(template: str) -> Any:
     sandbox = mock.patch.object(
         chat_template_utils, "ImmutableSandboxedEnvironment", BoundedEnvironment
     )
-    with sandbox:
-        return _unbounded(template)
+    with _compiling, sandbox:
+        return _transformers_own.__wrapped__(template)
+
+
+def _compile(template: str) -> Any:
+    return (_compiled if getattr(_inside, "bounded", False) else _transformers_own)(template)
+
+
+# Once and for good, since threads that patch and restore by turns would undo each other.
+chat_template_utils._compile_jinja_template = _compile
 
 
 @dataclass
@@ -250,6 +260,9 @@ def bounded() -> Iterator[None]:
     Raises:
         TemplateBoundError: one passed them.
     """
-    compiling = mock.patch.object(chat_template_utils, "_compile_jinja_template", _compiled)
-    with compiling, _watch.over():
-        yield
+    _inside.bounded = True
+    try:
+        with _watch.over():
+            yield
+    finally:
+        _inside.bounded = False

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from mmkd.data.bounded import BoundedEnvironment, TemplateBoundError, bounded
 from mmkd.data.templates import PROBE, check_template, render
@@ -125,6 +126,31 @@ def test_templates_run_in_threads_too(with_template):
     for thread in threads:
         thread.join()
     assert sorted(found) == ["stopped", "well", "well"]
+
+
+def test_a_thread_that_ends_leaves_the_bounds_of_others(with_template):
+    inside, ended, found = threading.Event(), threading.Event(), []
+
+    def first():
+        with bounded():
+            inside.wait()
+        ended.set()
+
+    def second():
+        with bounded():
+            inside.set()
+            ended.wait()
+            compiled = chat_template_utils._compile_jinja_template("{# new #}" + TAKES["product"])
+            found.append(isinstance(compiled.environment, BoundedEnvironment))
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True]
+    plain = chat_template_utils._compile_jinja_template("{# outside #}")
+    assert not isinstance(plain.environment, BoundedEnvironment)
 
 
 def test_ordinary_operations_are_as_in_the_plain_sandbox():
