@@ -72,6 +72,11 @@ class Source:
         """Of a stream, how many records from multiples of it on are read together."""
         return self._rows.window if isinstance(self._rows, StreamedRows) else None
 
+    @property
+    def commit(self) -> str | None:
+        """Of a data set from the Hub; None for others, and where the Hub cannot be asked."""
+        return getattr(self._rows, "commit", None)
+
     def id(self, index: int) -> str:
         """What a record calls itself; "" where it does not, or cannot be read."""
         try:

@@ -4,11 +4,12 @@
   files     {path: {bytes, sha256, stamp}}: data, some of their pictures, models, processors
   sources   {data source: its files}
   caches    {folder: {what: checksum}}: of a teacher's cache the settings and each shard
-  commits   {Hub id: commit}
+  commits   {Hub id of a model, or data source: commit}
 
 A file whose size and stamp (times and number) are as noted is not read again. Read whole are data
 files and models; of tar files of more than `WHOLE_BYTES` some pieces; of the pictures in files of
-their own those of `PICTURES` records, evenly spread. What `hub:` data sets hold is not noted.
+their own those of `PICTURES` records, evenly spread. Of what comes from the Hub the commits are
+noted.
 """
 
 import hashlib
@@ -51,7 +52,7 @@ class Reads:
         files: paths.
         sources: names of each data source's files.
         caches: checksums of each teacher's cache.
-        commits: of each model from the Hub that is on this machine.
+        commits: of each model and each data source from the Hub.
     """
 
     files: frozenset[str]
@@ -77,7 +78,7 @@ def check_inputs(
         CheckpointError: on all ranks: something has changed.
     """
     said: list[str] = []
-    _data_files.cache_clear()
+    _data_read.cache_clear()
     if distributed.rank() == 0:
         try:
             found = [_check(m, r, todo, restarts, from_stage) for m, r in _pairs(todo, restarts)]
@@ -240,10 +241,12 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
     data = recipe.stage_data(stage)
     files, sources, commits = set[str](), {}, {}
     for part in [*data.parts, *data.validation_parts]:
-        named, pictures = _data_files(part.model_dump_json())
+        read = _data_read(part.model_dump_json())
         if not part.train.startswith(HUB):
-            sources[part.train] = named
-        files |= {*named, *pictures}
+            sources[part.train] = read.files
+        files |= {*read.files, *read.pictures}
+        if read.commit is not None:
+            commits[_named(part)] = read.commit
     for model in models:
         for name in {model.model, model.processor} - {None}:
             assert name is not None
@@ -277,21 +280,37 @@ def _cache_sums(folder: Path) -> dict[str, str]:
     return sums | {"settings": hashlib.sha256(text.encode()).hexdigest()}
 
 
+@dataclass(frozen=True)
+class _DataRead:
+    """What a data source reads: its files, those of its pictures that are noted, its commit."""
+
+    files: list[str]
+    pictures: list[str]
+    commit: str | None = None
+
+
+def _named(part: SourceConfig) -> str:
+    """A Hub data set's name, with what chooses a part of it."""
+    return " ".join([part.train, *filter(None, (part.subset, part.split, part.revision))])
+
+
 @cache
-def _data_files(config: str) -> tuple[list[str], list[str]]:
-    """A source's files, and those of its pictures that are looked at."""
+def _data_read(config: str) -> _DataRead:
     part = SourceConfig.model_validate_json(config)
-    if part.train.startswith(HUB):
-        return [], []
-    path = Path(part.train)
+    path = Path(part.train.removeprefix(HUB))
+    from_hub = part.train.startswith(HUB)
     try:
-        if path.is_dir() and not any(p.suffix in (".parquet", ".tar") for p in path.iterdir()):
+        if from_hub:
+            files = [p for p in sorted(path.rglob("*")) if p.is_file()]  # of a local folder
+        elif path.is_dir() and not any(p.suffix in (".parquet", ".tar") for p in path.iterdir()):
             files = [p for p in sorted(path.iterdir()) if p.is_file()]  # or a saved data set
         else:
             files = find_files(part.train)
         records = Source(part)
     except DataError:  # refused elsewhere
-        return [], []
+        return _DataRead([], [])
+    if from_hub:
+        return _DataRead([str(file) for file in files], [], records.commit)
     pictures = set()
     count = min(PICTURES, len(records))
     for number in range(count):
@@ -302,7 +321,7 @@ def _data_files(config: str) -> tuple[list[str], list[str]]:
         for ref in record.images:
             if isinstance(ref, str) and (found := (record.root or Path()) / ref).is_file():
                 pictures.add(str(found))
-    return [str(file) for file in files], sorted(pictures)
+    return _DataRead([str(file) for file in files], sorted(pictures))
 
 
 # Facts

@@ -18,6 +18,7 @@ from mmkd.errors import DataError
 from mmkd.runtime.files import write_json
 from mmkd.runtime.hashes import file_hash
 from mmkd.runtime.plugins import plugin_files
+from mmkd.runtime.progress import say
 from mmkd.recipe import HUB, Recipe, SourceConfig
 from mmkd.redact import redact_all
 from mmkd.runtime.shapes import Provenance, read_if
@@ -58,7 +59,8 @@ def write(path: Path, recipe: Recipe) -> None:
     """Write down where the run's numbers come from.
 
     What the file says already stays. Where a run goes on in another way than it began, as with
-    another version or on another machine, the keys that differ are added to `continued`.
+    another version or on another machine, the keys that differ are added to `continued`. Plugins
+    that differ are also named in a line.
     """
     found = read_if(Provenance, path) or {}
     now = redact_all(collect(recipe))
@@ -69,6 +71,10 @@ def write(path: Path, recipe: Recipe) -> None:
     now = json.loads(json.dumps(now))
     before = found.get(CONTINUED, [])
     differing = {key: value for key, value in now.items() if found.get(key) != value}
+    if "plugins" in differing:
+        names = {*found.get("plugins", {}), *now["plugins"]}
+        other = [n for n in sorted(names) if found.get("plugins", {}).get(n) != now["plugins"].get(n)]
+        say(f"{', '.join(other)}: not the plugins that the run began with, see {path}")
     if differing and differing not in before:
         write_json(path, {**found, CONTINUED: [*before, differing]})
 

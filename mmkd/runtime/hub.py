@@ -10,7 +10,8 @@ import os
 import sys
 import threading
 
-from huggingface_hub import constants
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import get_session
 
 from mmkd.runtime.progress import say
@@ -54,6 +55,21 @@ def say_if_unreachable(name: str) -> None:
     if reason not in (None, OFFLINE, *_said):
         _said.add(str(reason))
         say(f"the Hub cannot be reached ({reason}): using an earlier download of {name}")
+
+
+def data_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a data set on the Hub; None if the Hub does not tell.
+
+    Args:
+        name: Hub id.
+        revision: commit, tag or branch; None is the main branch.
+    """
+    if unreachable() is not None:
+        return None
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=SECONDS).sha
+    except (HTTPError, OSError):
+        return None
 
 
 def ask(endpoint: str) -> str | None:

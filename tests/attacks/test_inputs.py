@@ -4,14 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmkd.runs import inputs
+from mmkd.runs import inputs, provenance
+from mmkd.runtime.files import sha256
 from mmkd.training import stage
+from tests.support import hub_server
 from tests.support.bad_inputs import Given, run, world_in
-from tests.support.bad_inputs.table import RUN, contents
+from tests.support.bad_inputs.table import RECORD, RUN, contents
 
 
 class BrokenOffError(Exception):
@@ -91,6 +94,14 @@ def add(path, text):
     path.write_text(path.read_text() + text)
 
 
+def write_lines(path, answer):
+    """The record without its picture, as JSONL."""
+    record = {k: v for k, v in RECORD.items() if k != "image"}
+    record["conversations"] = [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]
+    Path(path).write_text(json.dumps(record) + "\n")
+    return Path(path)
+
+
 CHANGES = {
     "an answer": ("records.json", lambda p: rewrite(p, "yes", "no.")),
     "a held-out answer": ("held.json", lambda p: rewrite(p, "yes", "no.")),
@@ -160,6 +171,61 @@ def test_where_the_run_comes_from_is_not_overwritten(world):
     assert {key: found[key] for key in first} == first
     (later,) = found["continued"]
     assert later["machine"]["processor"] == "another one"
+
+
+@pytest.mark.parametrize("stream", [None, 1])
+def test_a_folder_that_is_read_as_a_hub_data_set_is_noted(world, datasets_cache, stream):
+    shutil.rmtree("runs")
+    Path("data").mkdir()
+    write_lines("data/train.jsonl", "yes")
+    world.raw["data"] = {"sources": [{"train": "hub:data", "stream": stream}]}
+    assert train(world) == (None, "")
+    write_lines("data/train.jsonl", "no.")
+    status, message = train(world)
+    assert status == 2
+    assert message.startswith("mmkd: data/train.jsonl: it is not what the run began with")
+    write_lines("data/train.jsonl", "yes")
+    assert train(world, until=2)[0] == 0
+
+
+@pytest.mark.parametrize("stream", [None, 1])
+def test_another_commit_of_a_hub_data_set_is_refused(world, datasets_cache, stream):
+    hub = world.hub()
+    world.patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    world.patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    held = hub.repos["me/data"] = hub_server.Repo(False)
+    shutil.rmtree("runs")
+    held.files["train.jsonl"] = write_lines("train.jsonl", "yes").read_bytes()
+    world.raw["data"] = {"sources": [{"train": "hub:me/data", "stream": stream}]}
+    assert train(world) == (None, "")
+    first = held.sha
+    notes = json.loads(Path("runs/tiny/01-mimic/inputs.json").read_text())
+    assert notes["commits"] == {"hub:me/data train": first}
+    held.commits += 1
+    status, message = train(world)
+    assert status == 2
+    assert message.startswith("mmkd: hub:me/data train: it is not what the run began with, commit ")
+    assert first in message
+    held.commits -= 1
+    assert train(world, until=2)[0] == 0
+
+
+def test_another_plugin_is_named_and_recorded(world, capsys):
+    plugin = Path("mine.py")
+    shutil.rmtree("runs")
+    plugin.write_text("FIRST = 1\n")
+    words = [*RUN, "--plugin", "mine.py"]
+    assert train(world, words=words) == (None, "")
+    plugin.write_text("SECOND = 2\n")
+    said = []
+    world.patch.setattr(provenance, "say", said.append)
+    assert train(world, until=2, words=words)[0] == 0
+    assert said == [
+        "mine.py: not the plugins that the run began with, see runs/tiny/provenance.json"
+    ]
+    found = json.loads(Path("runs/tiny/provenance.json").read_text())
+    assert found["continued"][0]["plugins"] == {"mine.py": sha256(plugin)}
+    assert found["plugins"]["mine.py"] != sha256(plugin)
 
 
 def test_a_run_that_noted_nothing_goes_on_and_says_so(world):

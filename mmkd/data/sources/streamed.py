@@ -41,6 +41,7 @@ class StreamedRows:
 
     Attributes:
         window: rows that are read together, the first of them at multiples of it.
+        commit: of the data set; None where the Hub cannot be asked.
 
     Raises:
         DataError: the first window cannot be read, or is empty.
@@ -57,6 +58,8 @@ class StreamedRows:
             "split": config.split,
             "revision": config.revision,
         }
+        local = Path(self._source["name"]).exists()
+        self.commit = None if local else hub.data_commit(self._source["name"], config.revision)
         self._tables: dict[int, Any] = {}
         self._asked_for: Counter[int] = Counter()  # rows, by window
         self._length = config.stream

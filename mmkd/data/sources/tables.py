@@ -23,10 +23,15 @@ class TableRows:
         table: the data set.
         folder: what image paths are relative to.
         files: for messages: where the rows come from, with the number of rows until each one's end.
+
+    Attributes:
+        commit: of a data set from the Hub; None for others.
     """
 
-    def __init__(self, table: Any, folder: Path | None, files: dict[str, int]):
-        self.folder = folder
+    def __init__(
+        self, table: Any, folder: Path | None, files: dict[str, int], commit: str | None = None
+    ):
+        self.folder, self.commit = folder, commit
         self._features = undecoded(table.features)
         self._table = table.with_format("arrow")
         self._names, self._ends = list(files), list(files.values())
@@ -112,7 +117,14 @@ def hub_rows(config: SourceConfig) -> TableRows:
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None:
         hub.say_if_unreachable(name)
-    return TableRows(table, folder, {config.train: len(table)})
+    commit = _commit(table) if folder is None else None
+    return TableRows(table, folder, {config.train: len(table)}, commit)
+
+
+def _commit(table: Any) -> str | None:
+    """The commit of a data set from the Hub: `datasets` keeps each in a folder called by it."""
+    kept = table.cache_files
+    return Path(kept[0]["filename"]).parent.name if kept else None
 
 
 def not_loaded(error: Exception, where: str) -> DataError:
