@@ -12,7 +12,6 @@ from mmkd.runtime import interrupt
 
 def main() -> None:
     """Entry point of `mmkd`."""
-    _leave_working_directory()
     interrupt.end_with_launcher()
     # For a stop before the command itself runs: these two always continue.
     words = sys.argv[1:3]  # launchers put --local_rank before the command
@@ -27,20 +26,6 @@ def main() -> None:
             if (stop := interrupt.broken_off()) is not None:
                 _stopped(stop)
             _fail(_explained(error))
-
-
-def _leave_working_directory() -> None:
-    """Take the working directory off Python's path, here and in processes that this one starts.
-
-    `python -m` puts it first, before the standard library. A file `torch.py` in a folder of data
-    would run. A repository that is not installed is left on the path: mmkd itself lies there.
-    """
-    here = os.path.realpath(os.curdir)
-    if here == os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))):
-        return
-    os.environ["PYTHONSAFEPATH"] = "1"
-    if not sys.flags.safe_path and os.path.realpath(sys.path[0]) == here:
-        del sys.path[0]
 
 
 def _explained(error: Exception) -> MmkdError:
