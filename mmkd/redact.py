@@ -42,7 +42,7 @@ KINDS = {
 
 _EDGE = r"(?<![A-Za-z0-9_])"
 _ANY = re.compile(f"{_EDGE}(?:{'|'.join(KINDS.values())})")
-_LOGIN = re.compile(r"(?<=://)[^/\s@'\"]+@")  # name:password@ of an address
+_LOGIN = re.compile(r"(?<=://)[^/\s?#'\"]+@")  # name:p@ssword@ of an address
 _NAMED = re.compile(
     r"(?P<name>(?<![A-Za-z0-9])(?:access[_-]?token|auth[_-]?token|api[_-]?token|[a-z]*api[_-]?key|"
     r"access[_-]?key(?:[_-]?id)?|client[_-]?secret|secret(?:[_-]?key)?|password|passwd|"
@@ -73,10 +73,19 @@ def redact(text: str) -> str:
 def redact_all(value: Any) -> Any:
     """The same for all texts in lists and mappings, keys too."""
     if isinstance(value, dict):
-        return {redact_all(key): redact_all(item) for key, item in value.items()}
+        return {redact_all(key): _redact_item(key, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_all(item) for item in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def _redact_item(key: Any, value: Any) -> Any:
+    """The value of a key, which may say by its name that the value is a secret."""
+    return "..." if _is_named_secret(key, value) else redact_all(value)
+
+
+def _is_named_secret(key: Any, value: Any) -> bool:
+    return isinstance(value, str) and _NAMED.fullmatch(f"{key}={value}") is not None
 
 
 def find_secret(text: str, *, named: bool = True) -> str | None:
@@ -105,6 +114,9 @@ def find_secret_within(value: Any) -> tuple[str, str] | None:
         for key, _ in pairs:
             if (what := find_secret(key)) is not None:
                 return redact(key), what
+        for key, item in pairs:
+            if _is_named_secret(key, item):
+                return key, "a password or a key"
     elif isinstance(value, list | tuple):
         pairs = [(str(index), item) for index, item in enumerate(value)]
     else:
@@ -129,7 +141,12 @@ def _of_this_machine() -> list[str]:
     found = [v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k.upper())]
     found.append(_stored_token())
     plain = (v.strip() for v in found)
-    return [v for v in plain if len(v) >= LEAST and "/" not in v and not v.isalpha()]
+    # CREDENTIALS often names a file; AWS's keys have slashes inside.
+    return [
+        v
+        for v in plain
+        if len(v) >= LEAST and not v.isalpha() and not v.startswith(("/", "~", "."))
+    ]
 
 
 def _stored_token() -> str:

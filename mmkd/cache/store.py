@@ -105,9 +105,14 @@ class StoreWriter:
         with writing(path) as partial:
             save_file({k: v.contiguous() for k, v in parts.items()}, partial)
 
-    def finish(self) -> None:
-        """Say that the cache is complete, when all processes have flushed."""
-        write_json(self.folder / MANIFEST, {**self.settings, "shards": _shards(self.folder)})
+    def finish(self, **facts: Any) -> None:
+        """Say that the cache is complete, when all processes have flushed.
+
+        Args:
+            facts: more to keep in the manifest, which decide nothing.
+        """
+        shards = _shards(self.folder)
+        write_json(self.folder / MANIFEST, {**self.settings, **facts, "shards": shards})
 
 
 def drop_damaged(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from mmkd.runtime import interrupt
 
 def main() -> None:
     """Entry point of `mmkd`."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes of libraries import nothing from this folder
     interrupt.end_with_launcher()
     # For a stop before the command itself runs: these two always continue.
     words = sys.argv[1:3]  # launchers put --local_rank before the command
@@ -71,7 +72,9 @@ def _fail(error: MmkdError) -> NoReturn:
 
 def _end(status: int) -> NoReturn:
     """Exit. Of several processes each exits at once: gloo's threads may abort a slow exit."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # mmkd.runtime.distributed imports torch
+    if (
+        int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ):  # as in mmkd.runtime.distributed, which imports torch
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

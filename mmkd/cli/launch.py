@@ -101,7 +101,7 @@ def _start(arguments: list[str], processes: int) -> list[subprocess.Popen]:
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "mmkd.cli", *arguments],
+            [sys.executable, "-P", "-m", "mmkd.cli", *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(processes)

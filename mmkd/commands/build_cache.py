@@ -29,7 +29,8 @@ from mmkd.objectives import Objective, Region, Signals, build_objective
 from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
 from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherConfig
-from mmkd.runtime import distributed
+from mmkd.redact import redact_all
+from mmkd.runtime import consent, distributed
 from mmkd.runtime.hashes import weights_hash
 from mmkd.runtime.interrupt import asked, deferred
 from mmkd.runtime.progress import Bar, say
@@ -96,7 +97,8 @@ def build_cache(recipe: Recipe) -> Store:
         writer.flush()
         distributed.barrier()
         if distributed.rank() == 0:
-            writer.finish()
+            trusted = redact_all(consent.record())
+            writer.finish(**{"trusted": trusted} if trusted else {})
         distributed.barrier()
     return Store(folder)
 

@@ -12,19 +12,22 @@ from typing import Any
 
 import yaml
 
+from mmkd.data.content import printable
 from mmkd.errors import MmkdError
-from mmkd.evaluation.task_files import read_task
+from mmkd.evaluation.task_files import included, read_own_keys, read_task
 from mmkd.runtime import consent
+from mmkd.runtime.formats import FormatError, decoded
 
 SCORING = "mmkd.evaluation.scenes"
 FUNCTION = re.compile(rf"{re.escape(SCORING)}\.[a-z][a-z0-9_]*")
 WORD = re.compile(r"\w+")
 TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq",
                                                  "map", "merge")}  # fmt: skip
-DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # `datasets` runs none of their code
+DATA_SET = re.compile(r"(?!pandas$)\w[\w.-]*(/\w[\w.-]*)?")
+"""`datasets` runs no code of these; its builder `pandas` opens pickled files in some versions."""
 FUNCTIONS = ("process_docs", "doc_to_visual", "process_results")
 COLUMNS = ("doc_to_text", "doc_to_target")
-FREE = ("task", "tag", "include", "test_split", "validation_split", "output_type", "metadata",
+FREE = ("tag", "include", "test_split", "validation_split", "output_type", "metadata",
         "generation_kwargs")  # fmt: skip
 
 
@@ -77,31 +80,33 @@ def _runs_code(path: Path) -> str | None:
 
 
 def _with_included(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Path | str]:
-    """A file and those that it includes; a text in place of one that is not beside it."""
-    yield path
+    """A file and those that it includes; a text in place of one that mmkd cannot read, or that is
+    not beside it."""
     try:
-        found = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_own_keys(path)
+    except FormatError as error:  # lmms-eval may read it all the same
+        yield f"{path.name}: {error}"
         return
-    for key, value in getattr(found, "value", []) if isinstance(found, yaml.MappingNode) else []:
-        if getattr(key, "value", None) != "include":
-            continue
-        nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        for name in [str(node.value) for node in nodes]:
-            inner = path.parent / name
-            elsewhere = Path(name).is_file() and not Path(name).samefile(inner)
-            if Path(name).name != name or elsewhere:  # it may be taken from the working directory
-                yield f"it includes {name}"
-            elif inner.is_file() and inner not in (path, *above):
-                yield from _with_included(inner, (path, *above))
+    yield path
+    names = included(config)
+    if "include" in config and config["include"] not in (names, *names):
+        yield "include"
+    for name in names:
+        inner = path.parent / name
+        elsewhere = Path(name).is_file() and not (inner.is_file() and Path(name).samefile(inner))
+        if Path(name).name != name or elsewhere:  # it may be taken from the working directory
+            yield f"it includes {printable(name)}"
+        elif inner in (path, *above):
+            yield f"it includes {name}, which includes it"
+        elif not inner.is_file():
+            yield f"it includes {printable(name)}, which is not there"
+        else:
+            yield from _with_included(inner, (path, *above))
 
 
 def _strange_tag(path: Path) -> str | None:
     """A tag of YAML in a file that is neither a plain value nor a function of `SCORING`."""
-    try:
-        found = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return f"{path.name} is no YAML"
+    found = yaml.compose(decoded(path.read_bytes()), Loader=yaml.SafeLoader)
     seen: set[int] = set()
     nodes = [found] if found is not None else []
     while nodes:
@@ -128,8 +133,10 @@ def _strange_key(config: dict[str, Any]) -> str | None:
         return isinstance(value, str) and FUNCTION.fullmatch(value) is not None
 
     for key, value in config.items():
-        if key in FREE:
-            known = not _has_template(value)
+        if key == "task":
+            known = all(isinstance(v, str) for v in (value if isinstance(value, list) else [value]))
+        elif key in FREE:
+            known = not _has(value, "{")
         elif key in FUNCTIONS:
             known = is_function(value)
         elif key in COLUMNS:
@@ -138,6 +145,7 @@ def _strange_key(config: dict[str, Any]) -> str | None:
             known = isinstance(value, str) and DATA_SET.fullmatch(value) is not None
         elif key == "dataset_kwargs":
             known = isinstance(value, dict) and set(value) <= {"data_files", "token"}
+            known = known and not _has(value, "://")
         elif key == "metric_list":
             known = "process_results" in config and all(
                 isinstance(m, dict)
@@ -157,10 +165,10 @@ def _is_word(value: Any) -> bool:
     return isinstance(value, str) and WORD.fullmatch(value) is not None
 
 
-def _has_template(value: Any) -> bool:
-    """Whether a text in a value could be a template."""
+def _has(value: Any, part: str) -> bool:
+    """Whether a text in a value holds a part, such as the brace of a template."""
     if isinstance(value, dict):
-        return any(_has_template(part) for pair in value.items() for part in pair)
+        return any(_has(item, part) for pair in value.items() for item in pair)
     if isinstance(value, list):
-        return any(map(_has_template, value))
-    return isinstance(value, str) and "{" in value
+        return any(_has(item, part) for item in value)
+    return isinstance(value, str) and part in value

@@ -31,9 +31,10 @@ from mmkd.evaluation.pictures import allow
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import Sample, collect_scores, sample_of, simple_evaluate
 from mmkd.evaluation.task_files import data_files
+from mmkd.modeling.foreign_models import INDEX, indexed_files
 from mmkd.recipe import ImageSizeConfig
 from mmkd.runtime import interrupt
-from mmkd.runtime.files import locked, read_json, write_json, write_text
+from mmkd.runtime.files import locked, write_json, write_text
 from mmkd.runtime.hashes import weights_hash
 from mmkd.runtime.progress import say
 
@@ -141,7 +142,7 @@ def evaluate(
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
-        quantize: as in `load_pretrained`, for a model from a folder or the Hub.
+        quantize: as in `mmkd.modeling.loading.load_pretrained`, for a model from a folder or the Hub.
         image_size: size of pictures, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 
@@ -362,11 +363,11 @@ def _weights_bytes(path: str | None, revision: str | None, model: nn.Module) -> 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a model loads. Some folders hold the same weights twice."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = indexed_files(index)
         return [folder / name for name in names if (folder / name).is_file()]
     return sorted(folder.glob("*.safetensors"))
 

@@ -187,7 +187,8 @@ def answer_samples(
             own.
         batch_size: questions at once.
         device: where the model runs.
-        revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
+        revision, trust_remote_code, quantize, image_size: as `mmkd.modeling.loading.load_pretrained` takes
+            them.
 
     Raises:
         DataError: a file or a picture is missing, or no question can be asked.

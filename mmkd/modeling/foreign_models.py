@@ -1,10 +1,76 @@
-"""What a model's folder may not ask for: code from elsewhere, and pickled weights."""
+"""What a model's folder may not ask for: code from elsewhere, and pickled weights; and its files of
+settings, which others have written."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError
+from mmkd.runtime.shapes import Shape, read_as
+
+INDEX = "model.safetensors.index.json"
+SETTINGS = ("*config.json", "special_tokens_map.json", "chat_template.json", INDEX)
+"""Files that hold a mapping, which libraries read as if it were one."""
+Ids = int | list[int] | None
+
+
+class _Config(Shape):
+    """config.json."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+
+class _Generation(Shape):
+    """generation_config.json."""
+
+    bos_token_id: Ids = None
+    eos_token_id: Ids = None
+    pad_token_id: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+
+
+class _Tokenizer(Shape):
+    """tokenizer_config.json and processor_config.json."""
+
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
+
+
+class _Index(Shape):
+    """The index of weights in several files."""
+
+    weight_map: dict[str, str]
+
+
+_SHAPES: dict[str, type[Shape]] = {
+    "config.json": _Config,
+    "generation_config.json": _Generation,
+    "tokenizer_config.json": _Tokenizer,
+    "processor_config.json": _Tokenizer,
+    INDEX: _Index,
+}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a file of settings in a model's folder says.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another shape.
+    """
+    return read_as(_SHAPES.get(path.name, Shape), path, "copy or download it again")
+
+
+def check_settings(folder: Path) -> None:
+    """Check that a model's folder has no file of settings that is damaged.
+
+    Raises:
+        CheckpointError: it has one.
+    """
+    for path in sorted({path for name in SETTINGS for path in folder.glob(name)}):
+        read_settings(path)
 
 
 def refuse_kernels(config: Any, name: str) -> None:
@@ -33,9 +99,9 @@ def refuse_pickled(folder: Path) -> None:
         CheckpointError: a folder has no others, its index names other files than safetensors in
             the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        for name in _indexed(index):
+        for name in indexed_files(index):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
                     f"it names a file that is no safetensors of this folder ({name})",
@@ -51,10 +117,10 @@ def refuse_pickled(folder: Path) -> None:
         )
 
 
-def _indexed(index: Path) -> list[str]:
-    """The files that an index of weights names."""
-    try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, TypeError, KeyError, AttributeError):
-        named = [""]
-    return sorted({str(name) for name in named})
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return sorted({*read_settings(index)["weight_map"].values()})

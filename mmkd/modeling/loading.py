@@ -29,10 +29,11 @@ from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from mmkd.errors import CheckpointError, MmkdError, RecipeError
-from mmkd.modeling.foreign_models import refuse_kernels, refuse_pickled
+from mmkd.modeling.foreign_models import check_settings, refuse_kernels, refuse_pickled
 from mmkd.modeling.image_sizes import limit_config, limit_processor
 from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd.runtime import consent, distributed, hub
+from mmkd.runtime.files import read_json
 from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 from mmkd_models.parts import find_parts
@@ -145,8 +146,7 @@ def load_pretrained(
         name: folder or Hub id.
         quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
         image_size: of pictures, in place of the processor's own.
-        trust_remote_code: run Python code that the model brings, as consent does
-            (`mmkd.runtime.consent`).
+        trust_remote_code: run Python code that the model brings; `mmkd.runtime.consent` may say so too.
         settings: of transformers' `from_pretrained`.
 
     Raises:
@@ -278,6 +278,7 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
         raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
     if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
         raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+    check_settings(folder)
     if not folder.exists():
         hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
     with _in_words(name, what), consent.guard(name, trusted=trusted):
@@ -370,8 +371,8 @@ def _broken(folder: Path) -> str:
     """The file of a folder that is no JSON, if one is."""
     for path in sorted(folder.glob("*.json")):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            read_json(path)
+        except (OSError, ValueError):
             return path.name
     return "a file"
 

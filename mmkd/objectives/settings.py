@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, Bounded
+from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED, Bounded
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 Region = Literal["response", "prompt", "vision", "all"]
@@ -24,7 +24,7 @@ class ObjectiveConfig(Bounded):
     name: str | None = Field(
         None,
         max_length=NAME,
-        pattern=r"^[A-Za-z0-9_-]+$",
+        pattern=NAMED,
         description="name in metrics; the kind if left out",
     )
 

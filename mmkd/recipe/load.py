@@ -13,6 +13,7 @@ from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
 from mmkd.redact import find_secret_within
+from mmkd.runtime.fields import wanted
 from mmkd.runtime.formats import FormatError, parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
@@ -154,7 +155,7 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
             mend = nearest(str(context["tag"]), known)
         elif not mend:
             given = first["input"]
-            mend = message[:1].lower() + message[1:]
+            mend = wanted(first)
             message = f"got {_shown(given)}"
         raise RecipeError(message, where=f"{where}: {key}", mend=mend or None) from error
 

@@ -9,7 +9,19 @@ from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
-from mmkd.runtime.fields import MOST, MOST_SEED, NAME, Prose
+from mmkd.runtime.fields import (
+    DATA_SET,
+    FOLDER,
+    LANGUAGE,
+    LICENSE,
+    LICENSE_LINK,
+    LICENSE_NAME,
+    MOST,
+    MOST_SEED,
+    NAME,
+    NAMED,
+    Prose,
+)
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]
@@ -116,7 +128,7 @@ class TeacherConfig(ModelConfig):
     name: str = Field(
         "teacher",
         max_length=NAME,
-        pattern=r"^[A-Za-z0-9_-]+$",
+        pattern=NAMED,
         description="of one of several, in metrics",
     )
     weight: float = Field(1.0, gt=0, le=1e6, description="factor of the objectives on its outputs")
@@ -228,7 +240,7 @@ class EvaluateConfig(Strict):
         return self
 
 
-Label = Annotated[str, Field(max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$")]
+Label = Annotated[str, Field(max_length=NAME, pattern=NAMED)]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -265,23 +277,23 @@ class ReleaseConfig(Strict):
     private: bool = Field(False, description="private; false leaves it to the Hub's own default")
     license: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        pattern=LICENSE,
         description="the Hub's name for it, such as apache-2.0, or other",
     )
     license_name: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,()_+-]*$",
+        pattern=LICENSE_NAME,
         description="of a license that the Hub calls other, such as qwen-research",
     )
     license_link: str | None = Field(
         None,
-        pattern=r"^(https?://[A-Za-z0-9][^\s<>()\[\]|`\"'\\]*|[A-Za-z0-9][\w.-]*)$",
+        pattern=LICENSE_LINK,
         description="where that license can be read",
     )
-    datasets: list[Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]] = Field(
+    datasets: list[Annotated[str, Field(pattern=DATA_SET)]] = Field(
         [], description="Hub ids of the data that it was trained on"
     )
-    language: list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9-]*$")]] = Field(
+    language: list[Annotated[str, Field(pattern=LANGUAGE)]] = Field(
         [], description="ISO 639 codes, such as en"
     )
     tags: list[str] = Field([], description="tags beside mmkd and distillation")
@@ -316,12 +328,10 @@ class Recipe(Strict):
 
     name: str = Field(
         max_length=NAME,
-        pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$",
+        pattern=FOLDER,
         description="the run's folder",
     )
-    label: str = Field(
-        "student", max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$", description="name in the tables"
-    )
+    label: str = Field("student", max_length=NAME, pattern=NAMED, description="name in the tables")
     seed: int = Field(
         42, ge=0, le=MOST_SEED, description="decides data order, new weights and sampling"
     )

@@ -9,7 +9,7 @@ from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import Conversion
 from mmkd.recipe.sources import DataConfig
-from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME
+from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED
 
 Precision = Literal["float32", "bfloat16", "auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -309,9 +309,7 @@ class TrainConfig(Strict):
 class StageConfig(Strict):
     """One training run: what trains, on which data, against which objectives."""
 
-    name: str = Field(
-        max_length=NAME, pattern=r"^[A-Za-z0-9_-]+$", description="its folder is NN-name"
-    )
+    name: str = Field(max_length=NAME, pattern=NAMED, description="its folder is NN-name")
     convert: list[Conversion] = Field([], description="changes of the student's structure before")
     train: TrainConfig = Field(
         TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"

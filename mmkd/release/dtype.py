@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmkd.errors import CheckpointError
+from mmkd.modeling.foreign_models import read_settings
 from mmkd.modeling.loading import DTYPES, load_pretrained
 from mmkd.runtime import consent
-from mmkd.runtime.files import read_json, tensors_in
+from mmkd.runtime.files import tensors_in
 from mmkd.students.write import SHARD_SIZE
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -43,9 +44,19 @@ class Rounded:
 
 
 def stored_dtype(student: Path) -> str:
-    """The dtype in the config of a student's folder."""
-    config = read_json(student / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    """The dtype in the config of a student's folder.
+
+    Raises:
+        CheckpointError: the config is damaged, or names a dtype that no student has.
+    """
+    path = student / "config.json"
+    config = read_settings(path)
+    found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if found not in DTYPES:
+        raise CheckpointError(
+            f"it is damaged (dtype {found!r})", where=str(path), mend=f"write {', '.join(DTYPES)}"
+        )
+    return found
 
 
 def write_rounded(student: Path, folder: Path, dtype: str) -> None:

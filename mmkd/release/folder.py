@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mmkd.data.generation import end_tokens
+from mmkd.modeling.foreign_models import INDEX, read_settings
 from mmkd.modeling.loading import load_pretrained_processor
 from mmkd.recipe import ReleaseConfig
 from mmkd.redact import redact
@@ -16,13 +17,12 @@ from mmkd.release.dtype import Rounded, stored_dtype, write_rounded
 from mmkd.release.scrub import scrub
 from mmkd.release.secrets import refuse_secrets
 from mmkd.release.source import Source
-from mmkd.runtime.files import link_file, read_json, write_folder
+from mmkd.runtime.files import link_file, write_folder
 from mmkd.students.write import ADAPTER
 
 Files = dict[str, Path | str | Rounded]
 """Name in the release -> a file to copy, text to write, or weights to write in another dtype."""
 SETTINGS = "generation_config.json"
-INDEX = "model.safetensors.index.json"
 OUTPUT_DIR = "runs"
 
 
@@ -74,7 +74,7 @@ def license_note(settings: ReleaseConfig, code: bool) -> str:
 def settings_text(source: Source) -> str:
     """The student's generation settings with all tokens that end an answer. Older versions of mmkd
     left out the chat template's end of turn."""
-    held = read_json(source.student / SETTINGS)
+    held = read_settings(source.student / SETTINGS)
     processor = load_pretrained_processor(str(source.student))
     ends = end_tokens(processor, held.get("eos_token_id"))
     if ends:

@@ -1,10 +1,13 @@
 """What of a student's folder must not be published."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmkd.errors import CheckpointError
 from mmkd.redact import find_secret
 
+ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 HEADER = 2**26
 """Bytes of a safetensors' header that are read: its free texts stand in front of the tensors."""
 
@@ -27,7 +30,11 @@ def refuse_secrets(path: Path, student: Path) -> None:
             where=str(student),
             mend="take it away, or put the file itself there",
         )
-    what = find_secret(name, named=False) or find_secret(_text(path), named=False)
+    # `password = ...` stands in programs and tokenizers too, but hidden files are neither.
+    hidden = any(part.startswith(".") for part in path.relative_to(student).parts)
+    what = find_secret(name, named=False)
+    for text in _texts(path):
+        what = what or find_secret(text, named=hidden)
     if what is not None:
         raise CheckpointError(
             f"{name} seems to hold {what}, and a release publishes it",
@@ -36,10 +43,17 @@ def refuse_secrets(path: Path, student: Path) -> None:
         )
 
 
-def _text(path: Path) -> str:
-    """A file's bytes as text; of weights, the header."""
+def _texts(path: Path) -> Iterator[str]:
+    """A file's bytes as text, and as they read without the forms in which a secret can hide; of
+    weights, the header."""
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            return file.read().decode("latin-1")
-        size = int.from_bytes(file.read(8), "little")
-        return file.read(min(size, HEADER)).decode("latin-1")
+        if path.suffix == ".safetensors":
+            size = int.from_bytes(file.read(8), "little")
+            content = file.read(min(size, HEADER))
+        else:
+            content = file.read()
+    yield (text := content.decode("latin-1"))
+    if "\0" in text[:HEADER]:  # UTF-16, for example
+        yield text.replace("\0", "")
+    if "\\u" in text:
+        yield ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)

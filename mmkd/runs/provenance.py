@@ -113,8 +113,10 @@ def _versions() -> dict[str, str]:
 def _git() -> dict[str, Any] | None:
     def git(*words: str) -> str:
         here = Path(__file__).parent
+        # A project that mmkd is installed in may name a program in its settings.
+        command = ["git", "-c", "core.fsmonitor=false", *words]
         return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=20
+            command, cwd=here, capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
 
     try:

@@ -24,6 +24,24 @@ TEXT = 20_000
 """Characters of any text."""
 
 
+NAMED = r"^[A-Za-z0-9_-]+$"
+FOLDER = r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
+LICENSE = r"^[A-Za-z0-9][A-Za-z0-9.+-]*$"
+LICENSE_NAME = r"^[A-Za-z0-9][A-Za-z0-9 .,()_+-]*$"
+LICENSE_LINK = r"^(https?://[A-Za-z0-9][^\s<>()\[\]|`\"'\\]*|[A-Za-z0-9][\w.-]*)$"
+DATA_SET = r"^[\w.-]+(/[\w.-]+)?$"
+LANGUAGE = r"^[A-Za-z][A-Za-z0-9-]*$"
+_IN_WORDS = {
+    NAMED: "use letters A-Z and a-z, digits, _ and -",
+    FOLDER: "use letters A-Z and a-z, digits, _, - and ., of which not all are dots",
+    LICENSE: "give the Hub's name of a license, such as apache-2.0 or other",
+    LICENSE_NAME: "use letters A-Z and a-z, digits, spaces and . , ( ) _ + -",
+    LICENSE_LINK: "give an address that begins with https://, or the name of a file",
+    DATA_SET: "give a Hub id, such as me/data",
+    LANGUAGE: "give an ISO 639 code, such as en",
+}
+
+
 @dataclass(frozen=True)
 class ProseKey:
     """Marks the type of a key that holds prose, which may have several lines."""
@@ -86,11 +104,25 @@ def _types(annotation: Any) -> set[Any]:
     return found.union(marks, *(_types(a) for a in inner))
 
 
+def wanted(problem: Any) -> str:
+    """What a key takes, in words.
+
+    Args:
+        problem: one of the `errors` of a ValidationError.
+    """
+    said = str(problem["msg"])
+    if problem["type"] == "string_pattern_mismatch":
+        return _IN_WORDS.get(problem["ctx"]["pattern"], said[:1].lower() + said[1:])
+    return said[:1].lower() + said[1:]
+
+
 def explained(error: ValueError) -> RecipeError | None:
     """What settings refuse that a command's words gave, in one line; None for other errors."""
     if not isinstance(error, ValidationError):
         return None
     first = error.errors()[0]
     said = first["msg"].removeprefix("Value error, ")
-    what, mend = said.rsplit(MEND, 1) if MEND in said else (f"got {first['input']!r}", said)
+    what, mend = (
+        said.rsplit(MEND, 1) if MEND in said else (f"got {first['input']!r}", wanted(first))
+    )
     return RecipeError(what, where=".".join(map(str, first["loc"])) or None, mend=mend)

@@ -244,7 +244,7 @@ def index_of_an_absolute_path(world):
     return ["convert", "model", "--layers", "0", "--out", "converted"]
 
 
-@attack(THEME, "wrote an index that is none", NO_SAFETENSORS)
+@attack(THEME, "wrote an index that is none", "index.json: it is damaged")
 def index_of_another_shape(world):
     sharded("x")
     Path("model/model.safetensors.index.json").write_text("[]")
@@ -269,6 +269,20 @@ def data_set_with_a_script(world):
     Path("evil").mkdir()
     Path("evil/evil.py").write_text(EVIL)
     world.raw["data"] = {"train": "hub:evil"}
+
+
+def pickled_data(name, data):
+    def prepare(world):
+        Path("records.pkl").write_bytes(b"cbuiltins\nexec\n(S'" + EVIL.strip().encode() + b"'\ntR.")
+        world.raw["data"] = data
+
+    prepare.__name__ = name
+    attack(THEME, f"had pickled data opened ({name})", "hub:pandas: ", "pickled")(prepare)
+
+
+PICKLED = {"train": "hub:pandas"}
+pickled_data("pickled_data", PICKLED)
+pickled_data("pickled_data_as_a_stream", {"sources": [{**PICKLED, "stream": 4}]})
 
 
 FUNCTION = "!function mmkd.evaluation.scenes."
@@ -386,3 +400,55 @@ def task_of_the_same_name(world):
 @attack(THEME, "wrote a task as a class", *CODE)
 def task_of_a_class(world):
     task(world, "task: scenes_pope\nclass: !function own.run\n")
+
+
+def hidden_in(name, did, text, *, base=None):
+    """A second task of the same name, whose text hides code from a reader of its keys."""
+
+    def prepare(world):
+        task(world, TASK)
+        Path("tasks/z.yaml").write_text(text)
+        if base is not None:
+            Path("tasks/base").write_text(base)
+
+    prepare.__name__ = f"task_{name}"
+    attack(THEME, did, "tasks/z.yaml: a task file can run Python", CODE[1])(prepare)
+
+
+INLINE = "{task: a, dataset_path: json, metric_list: [{metric: own/own}]}"
+TOO_LARGE = "metadata: 99999999999999999999999\n"
+WITHOUT = TASK.replace("doc_to_text: question\n", "")
+hidden_in(
+    *("that_merges_an_include", "hid code in a task file that a merge key includes"),
+    TASK + "<<: {include: base}\n",
+    base="metadata: !function own.run\n",
+)
+hidden_in(
+    *("that_merges_a_list_of_includes", "hid code behind merge keys and a list of includes"),
+    TASK + "<<: [{tag: a}, {include: [base]}]\n",
+    base="metadata: !function own.run\n",
+)
+hidden_in("within_a_task", "wrote a task inside of a task", f"task: [{INLINE}]\n")
+hidden_in("within_a_merge", "merged a task into a task", f"<<: {{task: {INLINE}}}\n" + TASK[18:])
+hidden_in(
+    *("beside_a_large_number", "hid a template beside a number that mmkd does not read"),
+    WITHOUT + TOO_LARGE + "doc_to_text: '{{ cycler.__init__ }}'\n",
+)
+hidden_in(
+    *("that_includes_a_large_number", "hid a template in a file with such a number"),
+    WITHOUT + "include: base\n",
+    base=TOO_LARGE + "doc_to_text: '{{ cycler.__init__ }}'\n",
+)
+hidden_in("too_deep", "nested a task's settings", TASK + f"metadata: {'[' * 4000}{']' * 4000}\n")
+hidden_in("that_includes_itself", "let a task include itself", TASK + "include: z.yaml\n")
+hidden_in("that_includes_a_number", "let a task include a number", TASK + "include: 5\n")
+hidden_in("that_includes_nothing", "let a task include nothing", TASK + "include:\n")
+hidden_in("of_a_nameless_file", "let a task include a NUL", TASK + 'include: "\\0"\n')
+hidden_in(
+    *("with_data_on_the_web", "had a task's data fetched from the web"),
+    TASK.replace("../records.json", "http://localhost:1/a.json"),
+)
+hidden_in(
+    *("with_pickled_data", "had a task's pickled data opened"),
+    TASK.replace("dataset_path: json", "dataset_path: pandas"),
+)

@@ -65,6 +65,22 @@ def value_of_a_variable(world):
     world.raw["label"] = "x0123456789abcdef0123456789abcdef"
 
 
+@attack(THEME, "put the value of a variable with slashes into a recipe", SEEMS + "a secret of this")
+def value_with_slashes(world):
+    world.patch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG/bPxRfi0123456789")
+    world.raw["data"] = {"train": "x/wJalrXUtnFEMI/K7MDENG/bPxRfi0123456789"}
+
+
+@attack(THEME, "named a value as a password", "config.password", SEEMS + "a password or a key")
+def value_of_a_named_key(world):
+    world.raw["student"] = {"config": {"model_type": "llava", "password": "correct-horse"}}
+
+
+@attack(THEME, "put an @ into a login", "data.train", SEEMS + "the login of an address")
+def login_with_an_at(world):
+    world.raw["data"] = {"train": "https://me:wo@rd@host/records.json"}
+
+
 def released(world):
     """A finished run, and the command that releases it."""
     world.take(world.given.trained, "runs")
@@ -108,6 +124,30 @@ def token_as_a_files_name(world):
     return words
 
 
+def hidden(name, did, file, content, seems="seems to hold a token"):
+    def prepare(world):
+        student, words = released(world)
+        (student / file).write_bytes(content)
+        return words
+
+    prepare.__name__ = name
+    attack(THEME, did, f"{file} {seems}", PUBLISHES)(prepare)
+
+
+TOKEN = TOKENS["hugging_face"]
+hidden("token_in_utf16", "left a token in UTF-16", "notes.txt", TOKEN.encode("utf-16"))
+hidden("token_in_utf32", "left a token in UTF-32", "notes.txt", TOKEN.encode("utf-32-be"))
+hidden(
+    *("token_that_is_escaped", "left a token with an escaped character", "notes.json"),
+    json.dumps({"a": TOKEN}).replace("f_", "\\u0066\\u005F").encode(),
+)
+hidden(
+    *("password_in_a_hidden_file", "left a password in a hidden file", ".env"),
+    b"DB_PASSWORD=correct-horse",
+    "seems to hold a password or a key",
+)
+
+
 @attack(THEME, "linked a private file into a student's folder", "id is a link to a file outside")
 def link_out_of_a_students_folder(world):
     student, words = released(world)
@@ -122,20 +162,21 @@ def token_in_a_releases_settings(world):
     return [*words, f"tags=[{TOKENS['aws']}]"]
 
 
-def fields(name, setting, key):
+def fields(name, setting, key, wanted):
     def prepare(world):
         return [*released(world)[1], setting]
 
     prepare.__name__ = name
-    attack("cards", f"released with `{setting}`", f"release: {key}: ")(prepare)
+    attack("cards", f"released with `{setting}`", f"release: {key}: ", f" -- {wanted}")(prepare)
 
 
-fields("license_with_html", "license=<script>", "license")
-fields("license_name_with_a_link", "license_name='[x](http://evil)'", "license_name")
-fields("license_link_to_a_script", "license_link='javascript:alert(1)'", "license_link")
-fields("license_link_that_ends", "license_link='http://x) ![](http://evil'", "license_link")
-fields("data_set_with_a_link", "datasets=['me/x](http://evil)']", "datasets.0")
-fields("language_with_html", "language=['<b>']", "language.0")
+NAMES, LINKS = "use letters A-Z", "give an address that begins with https://"
+fields("license_with_html", "license=<script>", "license", "give the Hub's name of a license")
+fields("license_name_with_a_link", "license_name='[x](http://evil)'", "license_name", NAMES)
+fields("license_link_to_a_script", "license_link='javascript:alert(1)'", "license_link", LINKS)
+fields("license_link_that_ends", "license_link='http://x) ![](http://evil'", "license_link", LINKS)
+fields("data_set_with_a_link", "datasets=['me/x](http://evil)']", "datasets.0", "give a Hub id")
+fields("language_with_html", "language=['<b>']", "language.0", "give an ISO 639 code")
 
 
 @attack(THEME, "wrote other weights under old scores", "its scores are of other weights")

@@ -65,7 +65,7 @@ for name, did, word, *parts in [
         f"variants={{{'v' * 300}: []}}",
         "at most 100",
     ),
-    ("variant_above", "named a variant ..", "variants={../up: []}", "variants", "should match"),
+    ("variant_above", "named a variant ..", "variants={../up: []}", "variants", "use letters A-Z"),
     (
         "long_path",
         "named a data file no disk has",

@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from mmkd.data.sources.arrow_index import keep
-from mmkd.data.sources.tables import not_loaded, undecoded
+from mmkd.data.sources.tables import hub_name, not_loaded, undecoded
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
 from mmkd.runtime import hub
@@ -53,7 +53,7 @@ class StreamedRows:
         self.folder: Path | None = None
         self.window = min(config.window, config.stream)
         self._source = {
-            "name": config.train.removeprefix(HUB),
+            "name": hub_name(config),
             "subset": config.subset,
             "split": config.split,
             "revision": config.revision,
@@ -258,7 +258,7 @@ def _command(*asked: Any) -> list[str]:
         "import sys; from mmkd.runtime.interrupt import end_with; end_with(int(sys.argv[2]));"
         f"import {__name__} as streamed; streamed.main(sys.argv[1])"
     )
-    return [sys.executable, "-c", run, json.dumps(asked), str(os.getpid())]
+    return [sys.executable, "-P", "-c", run, json.dumps(asked), str(os.getpid())]
 
 
 def main(said: str) -> None:

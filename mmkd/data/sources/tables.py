@@ -100,12 +100,8 @@ def hub_rows(config: SourceConfig) -> TableRows:
     """
     import datasets
 
-    name = config.train.removeprefix(HUB)
+    name = hub_name(config)
     datasets.disable_progress_bars()
-    if glob.has_magic(name):  # `datasets` would take a folder's name for a pattern
-        raise DataError(
-            "a data set's name with *, ? or [ in it", where=config.train, mend="rename its folder"
-        )
     if not Path(name).exists():
         hub.unreachable()  # asked here, once: the libraries would retry for minutes
     try:
@@ -125,6 +121,27 @@ def _commit(table: Any) -> str | None:
     """The commit of a data set from the Hub: `datasets` keeps each in a folder called by it."""
     kept = table.cache_files
     return Path(kept[0]["filename"]).parent.name if kept else None
+
+
+def hub_name(config: SourceConfig) -> str:
+    """The name that `datasets` is given.
+
+    Raises:
+        DataError: it would take the name for something else.
+    """
+    name = config.train.removeprefix(HUB)
+    if glob.has_magic(name):
+        raise DataError(
+            "a data set's name with *, ? or [ in it", where=config.train, mend="rename its folder"
+        )
+    if name == "pandas":
+        raise DataError(
+            "`datasets` has a reader of this name, which opens pickled files, and these can run "
+            "code",
+            where=config.train,
+            mend="name files, or write hub:OWNER/NAME",
+        )
+    return name
 
 
 def not_loaded(error: Exception, where: str) -> DataError:

@@ -75,7 +75,7 @@ def no_config(world: World) -> None:
     os.remove("model/config.json")
 
 
-@case(KIND, "broke config.json", "model: cannot load the processor", "config.json is cut")
+@case(KIND, "broke config.json", "model/config.json: it is damaged", "copy or download it again")
 def broken_config(world: World) -> None:
     Path("model/config.json").write_text("{")
 
