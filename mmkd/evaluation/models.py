@@ -15,7 +15,7 @@ from mmkd.modeling.loading import quantization_of
 from mmkd.recipe import EvaluateConfig, ModelConfig
 from mmkd.runtime import distributed, interrupt
 from mmkd.runtime.files import disk_error, link_folder, read_json, write_folder, write_json
-from mmkd.runtime.hashes import file_hash
+from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.progress import console, say
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
 

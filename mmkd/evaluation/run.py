@@ -142,7 +142,7 @@ def evaluate(
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
-        quantize: as in `mmkd.modeling.loading.load_pretrained`, for a model from a folder or the Hub.
+        quantize: as in `load_pretrained`, for a model from a folder or the Hub.
         image_size: size of pictures, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 

@@ -187,8 +187,7 @@ def answer_samples(
             own.
         batch_size: questions at once.
         device: where the model runs.
-        revision, trust_remote_code, quantize, image_size: as `mmkd.modeling.loading.load_pretrained` takes
-            them.
+        revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
 
     Raises:
         DataError: a file or a picture is missing, or no question can be asked.

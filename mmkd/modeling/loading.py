@@ -146,7 +146,8 @@ def load_pretrained(
         name: folder or Hub id.
         quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
         image_size: of pictures, in place of the processor's own.
-        trust_remote_code: run Python code that the model brings; `mmkd.runtime.consent` may say so too.
+        trust_remote_code: run Python code that the model brings, as consent does
+            (`mmkd.runtime.consent`).
         settings: of transformers' `from_pretrained`.
 
     Raises:

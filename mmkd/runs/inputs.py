@@ -22,16 +22,16 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from mmkd.runtime import distributed
 from mmkd.cache.store import MANIFEST
 from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.errors import CheckpointError, DataError
-from mmkd.runtime.files import read_json, sha256, write_json
 from mmkd.objectives import build_objective
-from mmkd.runtime.progress import say
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
 from mmkd.runs.resume import REPLACED, Member, Restart, is_begun
+from mmkd.runtime import distributed
+from mmkd.runtime.files import read_json, sha256, write_json
+from mmkd.runtime.progress import say
 
 FILE = "inputs.json"
 FORMAT = 1

@@ -21,19 +21,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from mmkd.runtime import consent
-from mmkd.runtime import distributed
-from mmkd.runs import preflight
-from mmkd.runs import provenance
 from mmkd.cache import Store
-from mmkd.training.checkpoint import check_batch
 from mmkd.errors import CheckpointError
 from mmkd.evaluation.models import evaluate_models
-from mmkd.runtime.files import link_folder, read_yaml, write_folder, write_json, write_text
-from mmkd.runs.inputs import check_inputs, note_inputs, note_start
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective
-from mmkd.runtime.progress import Course, console, say
 from mmkd.recipe import (
     ModelConfig,
     Recipe,
@@ -41,6 +33,8 @@ from mmkd.recipe import (
     StudentConfig,
     to_yaml,
 )
+from mmkd.runs import preflight, provenance
+from mmkd.runs.inputs import check_inputs, note_inputs, note_start
 from mmkd.runs.resume import (
     Member,
     Restart,
@@ -50,11 +44,15 @@ from mmkd.runs.resume import (
     run_folder,
     start_again,
 )
+from mmkd.runs.timings import common_stages, stage_kind, steps_of
+from mmkd.runtime import consent, distributed
+from mmkd.runtime.files import link_folder, read_yaml, write_folder, write_json, write_text
+from mmkd.runtime.progress import Course, console, say
 from mmkd.runtime.shapes import Done, Started, read_as
-from mmkd.training.build import OWN, run_stage
 from mmkd.students import write_converted
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
-from mmkd.runs.timings import common_stages, stage_kind, steps_of
+from mmkd.training.build import OWN, run_stage
+from mmkd.training.checkpoint import check_batch
 from mmkd.training.trackers import Tracked
 
 TEACHER = "teacher"
@@ -72,8 +70,8 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
     Args:
         recipe: to run.
         from_stage: a stage's name: work of this stage and those behind it may be replaced where the
-            recipe has changed. It is moved away, see `mmkd.runs.resume`. Without it such a recipe is
-            refused.
+            recipe has changed. It is moved away, see `mmkd.runs.resume`. Without it such a recipe
+            is refused.
 
     Raises:
         MmkdError: in one line, what is wrong with recipe, models or data.

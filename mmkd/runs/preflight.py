@@ -5,31 +5,31 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mmkd.runtime import distributed
-from mmkd.modeling.adapters import targets as adapter_targets
 from mmkd.cache import Store, processor_hash
 from mmkd.data.alignment import ALIGNED, same_processor
 from mmkd.data.chat import prompt_ends_in_blank
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.templates import check_processor
+from mmkd.data.vocabulary import check_head, shared_vocabulary
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.precision import check_dtype
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
-from mmkd.runs.preflight_layers import check_layers
+from mmkd.modeling.adapters import targets as adapter_targets
+from mmkd.modeling.capture import check_supported
 from mmkd.modeling.loading import check_quantization, load_processor, skeleton
 from mmkd.objectives import CrossEntropy, Objective, Preference, build_objective
-from mmkd.runtime.progress import say_once
-from mmkd.runtime.hashes import weights_hash
 from mmkd.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, StageConfig
-from mmkd.modeling.capture import check_supported
+from mmkd.runs.preflight_layers import check_layers
+from mmkd.runtime import distributed
+from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.progress import say_once
 from mmkd.students import check_groups, convert
 from mmkd.teachers import ask_each, check_storable
 from mmkd.training.trackers import check_trackers
 from mmkd.training.validation import build_validation, check_held_out
-from mmkd.data.vocabulary import check_head, shared_vocabulary
 from mmkd_models.layout import mamba_layers, moe_layers
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.modeling.layer_projections import PROJECTIONS, width_of
 from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.modeling.layer_projections import PROJECTIONS, width_of
 from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd_models.parts import find_parts

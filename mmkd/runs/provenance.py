@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from mmkd.runtime import consent
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
+from mmkd.recipe import HUB, Recipe, SourceConfig
+from mmkd.redact import redact_all
+from mmkd.runtime import consent
 from mmkd.runtime.files import write_json
 from mmkd.runtime.hashes import file_hash
 from mmkd.runtime.plugins import plugin_files
 from mmkd.runtime.progress import say
-from mmkd.recipe import HUB, Recipe, SourceConfig
-from mmkd.redact import redact_all
 from mmkd.runtime.shapes import Provenance, read_if
 
 PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetensors", "lmms-eval",
@@ -73,7 +73,9 @@ def write(path: Path, recipe: Recipe) -> None:
     differing = {key: value for key, value in now.items() if found.get(key) != value}
     if "plugins" in differing:
         names = {*found.get("plugins", {}), *now["plugins"]}
-        other = [n for n in sorted(names) if found.get("plugins", {}).get(n) != now["plugins"].get(n)]
+        other = [
+            n for n in sorted(names) if found.get("plugins", {}).get(n) != now["plugins"].get(n)
+        ]
         say(f"{', '.join(other)}: not the plugins that the run began with, see {path}")
     if differing and differing not in before:
         write_json(path, {**found, CONTINUED: [*before, differing]})

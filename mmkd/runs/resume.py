@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError, nearest
-from mmkd.runtime.files import read_yaml, write_json, write_text
 from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.runtime.files import read_yaml, write_json, write_text
 from mmkd.runtime.shapes import Provenance, read_if
 
 LAYOUT = ("engine", "batch", "checkpoint", "activation_checkpointing")

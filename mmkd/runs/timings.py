@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mmkd.runtime import distributed
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.errors import MmkdError
-from mmkd.runtime.files import write_json
-from mmkd.runs.provenance import processor_name
 from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.runs.provenance import processor_name
+from mmkd.runtime import distributed
+from mmkd.runtime.files import write_json
 from mmkd.runtime.shapes import Shape, read_if
 
 NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",

@@ -5,13 +5,11 @@ hybrid student and a cached teacher, stopped by SIGTERM after step 5 of 8 of its
 the metrics of the same recipe without the interruption.
 """
 
-from tests.support.places import FIXTURES, ROOT
 import json
 import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig
+from tests.support.places import FIXTURES, ROOT
 
 ARCHIVE = FIXTURES / "run_0_1.tar.xz"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}

@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 import yaml
-from tests.support.recipes import tiny_recipe
-from tests.support.tiny import write_tiny_model
 
-from mmkd.runs import pipeline
 from mmkd.errors import RecipeError
-from mmkd.runtime.files import read_json
 from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.runtime.files import read_json
+from tests.support.recipes import tiny_recipe
+from tests.support.tiny import write_tiny_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import yaml
-from tests.support.recipes import tiny_recipe
 
-from mmkd.runs import pipeline
 from mmkd.commands.build_cache import build_cache
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.runtime.files import locked, read_json, read_yaml
 from mmkd.recipe import load_recipe
 from mmkd.report import write_report
+from mmkd.runs import pipeline
+from mmkd.runtime.files import locked, read_json, read_yaml
+from tests.support.recipes import tiny_recipe
 
 STAGES = ("one", "two", "three")
 FOLDERS = [f"{i:02d}-{name}" for i, name in enumerate(STAGES, 1)]
