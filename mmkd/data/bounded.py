@@ -128,7 +128,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-_transformers_own = chat_template_utils._compile_jinja_template
+_transformers_own: Any = chat_template_utils._compile_jinja_template
 _compiling = threading.Lock()
 _inside = threading.local()
 
@@ -147,7 +147,7 @@ def _compile(template: str) -> Any:
 
 
 # Once and for good, since threads that patch and restore by turns would undo each other.
-chat_template_utils._compile_jinja_template = _compile
+chat_template_utils._compile_jinja_template = _compile  # type: ignore[assignment]
 
 
 @dataclass

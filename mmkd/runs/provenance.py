@@ -72,10 +72,8 @@ def write(path: Path, recipe: Recipe) -> None:
     before = found.get(CONTINUED, [])
     differing = {key: value for key, value in now.items() if found.get(key) != value}
     if "plugins" in differing:
-        names = {*found.get("plugins", {}), *now["plugins"]}
-        other = [
-            n for n in sorted(names) if found.get("plugins", {}).get(n) != now["plugins"].get(n)
-        ]
+        first, later = found.get("plugins", {}), now["plugins"]
+        other = [n for n in sorted({*first, *later}) if first.get(n) != later.get(n)]
         say(f"{', '.join(other)}: not the plugins that the run began with, see {path}")
     if differing and differing not in before:
         write_json(path, {**found, CONTINUED: [*before, differing]})
