@@ -52,14 +52,14 @@ class StreamedRows:
         self.name = config.train
         self.folder: Path | None = None
         self.window = min(config.window, config.stream)
+        name = hub_name(config)
+        self.commit = None if Path(name).exists() else hub.data_commit(name, config.revision)
         self._source = {
-            "name": hub_name(config),
+            "name": name,
             "subset": config.subset,
             "split": config.split,
             "revision": config.revision,
         }
-        local = Path(self._source["name"]).exists()
-        self.commit = None if local else hub.data_commit(self._source["name"], config.revision)
         self._tables: dict[int, Any] = {}
         self._asked_for: Counter[int] = Counter()  # rows, by window
         self._length = config.stream
