@@ -42,7 +42,6 @@ def run(monkeypatch, capsys, *words, typed=None):
     monkeypatch.setattr(sys, "argv", ["mmkd", "chat", *map(str, words)])
     if typed is not None:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    monkeypatch.setattr(chat_module.console, "file", sys.stdout)
     with pytest.raises(SystemExit) as end:
         main()
     said = capsys.readouterr()
@@ -154,8 +153,7 @@ def test_a_picture_of_the_command_comes_with_the_first_question(
     assert out.splitlines()[::2] == [reply.text for reply in said]
 
 
-def test_control_characters_of_an_answer_are_escaped(monkeypatch, capsys):
-    monkeypatch.setattr(chat_module.console, "file", sys.stdout)
+def test_control_characters_of_an_answer_are_escaped(capsys):
     chat_module._write("red\x1b[2Jgreen\nblue")
     assert capsys.readouterr().out == "red\\x1b[2Jgreen\nblue"
 
