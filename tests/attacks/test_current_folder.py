@@ -17,6 +17,7 @@ MODULES = (
     *("mmkd_models", "typing", "random", "subprocess", "multiprocessing", "tempfile"),
     *("sitecustomize", "json"),
 )  # fmt: skip
+BIN = Path(sys.executable).parent
 MMKD = (sys.executable, "-m", "mmkd.cli")
 
 
@@ -56,6 +57,25 @@ def test_a_command_imports_nothing_from_its_folder(world, words):
     write(json.dumps(world.raw))
     done = started(*MMKD, *words)
     assert (done.returncode, ran()) == (0, []), done.stderr
+
+
+TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "-m")
+DEEPSPEED = (BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29439", "--module")
+
+
+# deepspeed's own launcher imports from the folder, before mmkd does anything.
+@pytest.mark.parametrize(
+    ("launcher", "environment"),
+    [(TORCHRUN, {}), (DEEPSPEED, {"PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"})],
+    ids=["torchrun", "deepspeed"],
+)
+def test_processes_of_a_launcher_import_nothing_from_their_folder(world, launcher, environment):
+    world.stage(batch={"size": 1, "total": 2})
+    write(json.dumps(world.raw))
+    words = (*launcher, "mmkd.cli", "run", "recipe.yaml")
+    done = started(*words, OMP_NUM_THREADS="1", **environment)
+    assert (done.returncode, ran()) == (0, []), done.stderr
+    assert Path("runs/tiny/01-mimic/done.json").exists()
 
 
 def test_the_doctors_processes_import_nothing_from_their_folder(world):
