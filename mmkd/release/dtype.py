@@ -13,7 +13,8 @@ from torch import Tensor
 from mmkd.errors import CheckpointError
 from mmkd.modeling.loading import DTYPES, load_pretrained
 from mmkd.runtime import consent
-from mmkd.runtime.files import read_json, tensors_in
+from mmkd.runtime.files import tensors_in
+from mmkd.runtime.shapes import read_settings
 from mmkd.students.write import SHARD_SIZE
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -43,8 +44,12 @@ class Rounded:
 
 
 def stored_dtype(student: Path) -> str:
-    """The dtype in the config of a student's folder."""
-    config = read_json(student / "config.json")
+    """The dtype in the config of a student's folder.
+
+    Raises:
+        CheckpointError: its config.json is damaged.
+    """
+    config = read_settings(student)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 

@@ -16,7 +16,8 @@ from mmkd.release.dtype import Rounded, stored_dtype, write_rounded
 from mmkd.release.scrub import scrub
 from mmkd.release.secrets import refuse_secrets
 from mmkd.release.source import Source
-from mmkd.runtime.files import link_file, read_json, write_folder
+from mmkd.runtime.files import link_file, write_folder
+from mmkd.runtime.shapes import read_settings
 from mmkd.students.write import ADAPTER
 
 Files = dict[str, Path | str | Rounded]
@@ -74,7 +75,7 @@ def license_note(settings: ReleaseConfig, code: bool) -> str:
 def settings_text(source: Source) -> str:
     """The student's generation settings with all tokens that end an answer. Older versions of mmkd
     left out the chat template's end of turn."""
-    held = read_json(source.student / SETTINGS)
+    held = read_settings(source.student, SETTINGS)
     processor = load_pretrained_processor(str(source.student))
     ends = end_tokens(processor, held.get("eos_token_id"))
     if ends:

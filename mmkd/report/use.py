@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mmkd.report.rundata import Run
-from mmkd.runtime.files import read_json
+from mmkd.runtime.shapes import read_settings
 
 SNIPPET = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -44,7 +44,7 @@ def how_to_use(run: Run) -> str | None:
 
 def needs_code(folder: Path) -> bool:
     """Whether a student's classes are not in transformers. Their code is then in its folder."""
-    return "auto_map" in read_json(folder / "config.json")
+    return "auto_map" in read_settings(folder)
 
 
 def snippet(name: str, *, needs_code: bool) -> str:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from mmkd.errors import CheckpointError
 from mmkd.runtime.formats import FormatError, parse_json, parse_yaml
 
+STUDENT_AGAIN = "bring the file back, or delete the stage's folder to train it again"
+"""What to do about a damaged file of a student."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -162,7 +164,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise CheckpointError(
             "its weights are damaged",
             where=str(path),
-            mend="bring the file back, or delete the stage's folder to train it again",
+            mend=STUDENT_AGAIN,
         ) from error
 
 

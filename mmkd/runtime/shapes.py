@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmkd.errors import CheckpointError
-from mmkd.runtime.files import read_json
+from mmkd.runtime.files import STUDENT_AGAIN, read_json
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Texts = dict[str, str]
@@ -180,6 +180,12 @@ class Provenance(Shape):
     continued: list[dict[str, Any]] = []
 
 
+class Settings(Shape):
+    """config.json and generation_config.json of a student."""
+
+    eos_token_id: Count | list[Count] | None = None
+
+
 def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
     """What a JSON file says.
 
@@ -194,6 +200,19 @@ def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
             f"it is damaged ({_reason(error)})", where=str(path), mend=mend
         ) from error
     return dict(found)
+
+
+def read_settings(student: Path, name: str = "config.json") -> dict[str, Any]:
+    """The content of a settings file of a student's folder.
+
+    Args:
+        student: the folder.
+        name: of the file.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or is no JSON object.
+    """
+    return read_as(Settings, student / name, STUDENT_AGAIN)
 
 
 def read_if(shape: type[Shape], path: Path) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ def mutated(draw: random.Random, value: Any) -> Any:
 
 def damaged(draw: random.Random, content: bytes) -> bytes:
     """Bytes that are cut, emptied, overwritten, doubled, or have something put in."""
-    at = draw.randrange(len(content) + 1)
+    at = draw.randrange(max(1, len(content)))
     match draw.randrange(7):
         case 0:
             return content[:at]
