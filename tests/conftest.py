@@ -56,6 +56,14 @@ def tiny_model_dir(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+@pytest.fixture(scope="session")
+def given(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Good worlds for `tests.support.bad_inputs.world_in`, each made at its first use."""
+    from tests.support.bad_inputs import Given
+
+    return Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A finished study: two students, three seeds, a teacher, scores and samples."""

@@ -33,8 +33,10 @@ TOLD = (
 """Words with which a command says that it goes on without something."""
 
 
-def attack(worlds: Any, seed: int, number: int, folder: Path) -> tuple[str, list[str]]:
-    """Attack `number` of a seed.
+def attack(
+    worlds: Any, seed: int, number: int, folder: Path, asked: str | None = None
+) -> tuple[str, list[str]]:
+    """Attack `number` of a seed, of the kind that is asked for or drawn.
 
     Returns:
         What was done, and what broke.
@@ -42,23 +44,24 @@ def attack(worlds: Any, seed: int, number: int, folder: Path) -> tuple[str, list
     from mmkd.recipe import Recipe
     from scripts.attacks.kinds import KINDS
     from scripts.attacks.mutate import Schema
-    from scripts.attacks.worlds import command, contents, forked
+    from scripts.attacks.worlds import command, forked
+    from tests.support.bad_inputs.table import contents
 
     draw = random.Random(f"{seed} {number}")
-    kind = draw.choice([*KINDS, "folders", "recipes"])
-    spoil, names = KINDS[kind]
-    name = draw.choice(names)
+    drawn = draw.choices([*KINDS], [k.weight for k in KINDS.values()])[0]
+    kind = asked or drawn
+    name = draw.choice(KINDS[kind].worlds)
     worlds.copy(name, folder / "world")
     here = Path.cwd()
     os.chdir(folder / "world")
     try:
-        words = spoil(draw, Schema(Recipe.model_json_schema()))
+        words = KINDS[kind].spoil(draw, Schema(Recipe.model_json_schema()))
         before = contents(Path())
-        ended = forked(command(words), folder)
+        ended = forked(command(words), folder, KINDS[kind].seconds)
         after = contents(Path())
         broken = judged(ended, words, before, after)
-        if not broken and ended.status == 0 and kind == "folders" and words[0] == "run":
-            broken = silent(ended, worlds.reference(name))
+        if not broken and ended.status == 0 and kind in ("folders", "scores", "releases"):
+            broken = silent(ended, words, worlds.reference(name))
     finally:
         os.chdir(here)
     said = (ended.err.strip() or ended.out.strip()).splitlines()[-1:]
@@ -88,27 +91,42 @@ def judged(
         found.append("a terminal's control characters")
     if partial := [p for p in after if ".partial" in p and p not in before]:
         found.append(f"half-written: {partial[0]}")
-    written = ("runs/", "cache/", "report")
-    gone = [p for p in before if after.get(p) != before[p] and not p.startswith(written)]
-    if gone:
+    written = written_by(words)
+    changed = sorted(p for p in {*before, *after} if after.get(p) != before.get(p))
+    if gone := [p for p in changed if p in before and not p.startswith(written)]:
         found.append(f"an input has changed: {gone[0]}")
     reading = words[0] in ("plan", "data") or words[:2] == ["cache", "stats"]
-    if reading and (new := [p for p in after if after[p] != before.get(p)]):
-        found.append(f"a command that only looks has written {new[0]}")
+    reading |= words[:1] in (["release"], ["convert"]) and (
+        ended.status != 0 or "--dry-run" in words
+    )
+    if reading and changed:
+        found.append(f"a command that leaves the disk alone has changed {changed[0]}")
     return found
 
 
-def silent(ended: Any, reference: dict[str, Any]) -> list[str]:
-    """Whether a run that went on has other results than an undamaged one, and does not say so."""
+def written_by(words: list[str]) -> tuple[str, ...]:
+    """Beginnings of the paths that a command may change."""
+    if "--out" in words:
+        return (f"{words[words.index('--out') + 1]}/",)
+    return ("runs/", "cache/", "report")
+
+
+def silent(ended: Any, words: list[str], reference: dict[str, Any]) -> list[str]:
+    """Whether a command that went on has other results than in an undamaged folder, and does not
+    say so."""
     from scripts.attacks.worlds import losses, student
 
     if any(word in ended.out + ended.err for word in TOLD):
         return []
     found = []
-    if losses(Path()) != reference["losses"]:
-        found.append(f"other losses, and no word of it: {losses(Path())[:3]}")
-    if student(Path()) != reference["student"]:
-        found.append("another student, and no word of it")
+    if words[0] == "run":
+        if losses(Path()) != reference["losses"]:
+            found.append(f"other losses, and no word of it: {losses(Path())[:3]}")
+        if student(Path()) != reference["student"]:
+            found.append("another student, and no word of it")
+    as_they_are = words[0] == "release" and not {"--dry-run", "dtype=bfloat16"} & {*words}
+    if as_they_are and student(Path(), "released") != reference["student"]:
+        found.append("other weights are released, and no word of it")
     return found
 
 
@@ -118,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="this one only")
     parser.add_argument("--keep", type=Path, help="keep the folders of those that break here")
+    parser.add_argument("--kind", help="draw attacks of this kind only")
     asked = parser.parse_args()
     with TemporaryDirectory() as name:
         home = Path(name).resolve()
@@ -147,13 +166,15 @@ def run(worlds: Any, home: Path, asked: argparse.Namespace) -> tuple[int, Counte
     while time.monotonic() < end:
         folder = home / f"attack-{number}"
         folder.mkdir()
-        did, found = attack(worlds, asked.seed, number, folder)
+        did, found = attack(worlds, asked.seed, number, folder, asked.kind)
         count[did.partition(" ")[0]] += 1
         if found or asked.case is not None:
             print(f"{number}: {'; '.join(found) or 'holds'}\n    {did}", flush=True)
         if found:
             broken += 1
-            print(f"    python -m scripts.attacks --seed {asked.seed} --case {number}", flush=True)
+            kind = f" --kind {asked.kind}" if asked.kind else ""
+            repeat = f"python -m scripts.attacks --seed {asked.seed} --case {number}{kind}"
+            print(f"    {repeat}", flush=True)
         if asked.keep is not None and (found or asked.case is not None):
             shutil.copytree(folder, asked.keep / folder.name, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

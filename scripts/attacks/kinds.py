@@ -5,6 +5,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import yaml
 from PIL import Image
 
 from mmkd.recipe import load_recipe, to_yaml
-from scripts.attacks.mutate import Schema, damaged, hostile, mutated
+from scripts.attacks import folders
+from scripts.attacks.mutate import Schema, damaged, mutated
+from scripts.attacks.worlds import SECONDS
 
 RUN = ["run", "recipe.yaml"]
 LOOK = (RUN, ["plan", "recipe.yaml"], ["data", "check", "recipe.yaml", "--workers", "1"])
-TEMPLATE = [
+TEMPLATES = [
     "{% for i in range(10 ** 9) %}{% for j in range(10 ** 9) %}{% endfor %}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     *("{{ raise_exception('a\nb') }}", "{{ messages[99].x.y }}", "{{ 1 / 0 }}"),
@@ -26,11 +29,6 @@ TEMPLATE = [
     *("{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{% include 'x' %}"),
     *("{{ messages | tojson }}", "\x1b[2J"),
 ]
-WORDS = {
-    "trained": (RUN, ["report", "runs/tiny"], ["eval", "runs/tiny"], ["plan", "recipe.yaml"]),
-    "stopped": (RUN, RUN, ["report", "runs/tiny"]),
-    "cached": (RUN, ["cache", "recipe.yaml"], ["cache", "stats", "cache"]),
-}
 
 
 def recipes(draw: random.Random, schema: Schema) -> list[str]:
@@ -127,37 +125,17 @@ def templates(draw: random.Random, schema: Schema) -> list[str]:
     text = path.read_text() if path.exists() else ""
     at, end = sorted(draw.randrange(len(text) + 1) for _ in range(2))
     if draw.random() < 0.6:
-        text = text[:at] + draw.choice(TEMPLATE) + text[at:]
+        text = text[:at] + draw.choice(TEMPLATES) + text[at:]
     else:
         text = text[:at] + text[end:]
     path.write_text(text)
     return draw.choice(LOOK[:2])
 
 
-def folders(draw: random.Random, schema: Schema) -> list[str]:
-    """A run's or a cache's folder with a file that is damaged, of another shape, gone or a link."""
-    world = "cached" if Path("cache").exists() else "stopped"
-    if any(Path("runs").glob("*/*/done.json")):
-        world = "trained"
-    top = Path("cache" if world == "cached" else "runs")
-    files = sorted(p for p in top.rglob("*") if p.is_file())
-    small = [p for p in files if p.suffix in (".json", ".jsonl", ".yaml")]
-    path = draw.choice(small if draw.random() < 0.7 else files)
-    content = path.read_bytes()
-    match draw.randrange(6):
-        case 0:
-            path.unlink()
-        case 1:
-            path.unlink()
-            path.mkdir()
-        case 2 | 3 if path.suffix in (".json", ".yaml"):
-            said = yaml.safe_load(content)
-            changed = mutated(draw, said) if isinstance(said, dict | list) else hostile(draw)
-            dump: Callable[[Any], str] = yaml.safe_dump if path.suffix == ".yaml" else json.dumps
-            path.write_text(dump(changed), errors="replace")
-        case _:
-            path.write_bytes(damaged(draw, content))
-    return draw.choice(WORDS[world])
+def processes(draw: random.Random, schema: Schema) -> list[str]:
+    """A recipe or records as above, for a run of two processes."""
+    draw.choice([recipes, records])(draw, schema)
+    return [*RUN, "--nproc", "2"]
 
 
 def _change(**parts: Any) -> None:
@@ -165,11 +143,31 @@ def _change(**parts: Any) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump({**raw, **parts}))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of attack.
+
+    Attributes:
+        spoil: spoils the world that is the working directory; returns the words of a command.
+        worlds: names of the worlds that it can spoil.
+        weight: how often it is drawn, relative to the others.
+        seconds: the time limit of its command.
+    """
+
+    spoil: Callable[[random.Random, Schema], list[str]]
+    worlds: tuple[str, ...]
+    weight: float = 1.0
+    seconds: float = SECONDS
+
+
 KINDS = {
-    "recipes": (recipes, ("good",)),
-    "records": (records, ("good",)),
-    "pictures": (pictures, ("good",)),
-    "templates": (templates, ("good",)),
-    "folders": (folders, ("trained", "stopped", "cached")),
+    "recipes": Kind(recipes, ("good",), 2.0),
+    "records": Kind(records, ("good",)),
+    "pictures": Kind(pictures, ("good",)),
+    "templates": Kind(templates, ("good",)),
+    "folders": Kind(folders.runs, ("trained", "stopped", "cached"), 2.0),
+    "releases": Kind(folders.releases, ("scored",)),
+    "scores": Kind(folders.scores, ("scored",)),
+    "converted": Kind(folders.converted, ("converted",)),
+    "processes": Kind(processes, ("good",), 0.3, 240.0),
 }
-"""How each kind spoils a world, and which worlds it takes."""

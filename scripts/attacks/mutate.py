@@ -74,7 +74,7 @@ def mutated(draw: random.Random, value: Any) -> Any:
         case 2:
             del node[last]
         case 3:
-            node[last] = draw.choice([[node[last]], {"a": node[last]}, str(node[last])])
+            node[last] = draw.choice([[node[last]], {"a": node[last]}, repr(node[last])])
         case 4 if isinstance(node, list):
             node += [copy.deepcopy(node[last])] * draw.choice([1, 3, 200])
         case 5 if isinstance(node, dict):
@@ -86,7 +86,7 @@ def mutated(draw: random.Random, value: Any) -> Any:
 
 def damaged(draw: random.Random, content: bytes) -> bytes:
     """Bytes that are cut, emptied, overwritten, doubled, or have something put in."""
-    at = draw.randrange(len(content) + 1)
+    at = draw.randrange(max(1, len(content)))
     match draw.randrange(7):
         case 0:
             return content[:at]

@@ -97,13 +97,17 @@ def command(words: list[str]) -> Callable[[], None]:
 
 
 class Worlds:
-    """Folders to copy: `good`, and with runs and a cache `trained`, `stopped`, `cached`.
+    """Folders to copy.
+
+    `good` has a recipe and what it reads; `trained` a finished run as well, `stopped` one that was
+    broken off, `cached` a teacher's cache, `scored` a finished run of a hybrid student with scores
+    and answers, `converted` a hybrid that the recipe starts from.
 
     Args:
         home: where they are made.
     """
 
-    NAMES = ("good", "trained", "stopped", "cached")
+    NAMES = ("good", "trained", "stopped", "cached", "scored", "converted")
 
     def __init__(self, home: Path):
         self.home, self.bases = home, home / "bases"
@@ -131,8 +135,21 @@ class Worlds:
                 elif name == "cached":
                     world.cache()
                     world.take(given.cached, "cache")
-                world.raw["evaluate"] = {"samples": {"images": ["picture.png"]}}
+                elif name in ("scored", "converted"):
+                    self._with_tasks(world, name)
+                world.raw.setdefault("evaluate", {})["samples"] = {"images": ["picture.png"]}
                 Path("recipe.yaml").write_text(yaml.safe_dump(world.raw))
+
+    def _with_tasks(self, world: Any, name: str) -> None:
+        for part in ("tasks", "eval"):
+            shutil.copytree(self.home / "scenes" / part, part)
+        if name == "scored":
+            world.raw["student"]["convert"] = [{"kind": "mamba", "layers": "all"}]
+            world.raw["evaluate"] = {"tasks": ["scenes_pope"], "include": "tasks"}
+            return
+        with suppress(SystemExit):
+            command(["convert", "model", "--out", "hybrid", "--keep-attention", "none"])()
+        world.raw["student"] = {"model": "hybrid"}
 
     def _finish(self, name: str) -> Callable[[], None]:
         """Run a copy to its end, and note what comes out where nothing is spoilt."""
@@ -146,7 +163,7 @@ class Worlds:
             except SystemExit as end:
                 if end.code:
                     raise
-            if name == "trained":
+            if name in ("trained", "scored"):
                 shutil.copytree(folder, self.bases / name, symlinks=True, dirs_exist_ok=True)
             text = json.dumps({"losses": losses(folder), "student": student(folder)})
             (self.home / f"{name}.{REFERENCE}").write_text(text)
@@ -173,19 +190,7 @@ def losses(folder: Path) -> list[Any]:
     return found
 
 
-def student(folder: Path) -> str:
+def student(folder: Path, place: str = "runs/*/*/student") -> str:
     """The checksum of the finished student's weights; "" where there is none."""
-    found = sorted(folder.glob("runs/*/*/student/model.safetensors"))
+    found = sorted(folder.glob(f"{place}/model.safetensors"))
     return hashlib.sha256(found[-1].read_bytes()).hexdigest() if found else ""
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Checksums of all files, and the targets of links."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found

@@ -1,5 +1,5 @@
 """Hostile inputs: one table of attacks that a command refuses in one line."""
 
-from tests.attacks.table import ATTACKS, attack
+from tests.attacks.table import attacks
 
-__all__ = ["ATTACKS", "attack"]
+__all__ = ["attacks"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from tests.attacks.table import attack
+from tests.support.bad_inputs.table import change_json
 
 THEME = "code"
 EVIL = "open('ran', 'w').close()\n"
@@ -21,7 +22,7 @@ NAMED = "--trust-remote-code"
 
 def change(path, **keys):
     """Set keys of a JSON file."""
-    Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), **keys}))
+    change_json(path, lambda found: found.update(keys))
 
 
 def bring(folder="model", file="config.json", source="", **keys):

@@ -3,19 +3,9 @@
 from pathlib import Path
 
 from tests.attacks.on_code import TASK, task
-from tests.attacks.table import attack
+from tests.attacks.table import add, attack, by_recipe
 
 THEME = "paths"
-
-
-def named(name, value):
-    """An attack by a recipe's name."""
-
-    def prepare(world):
-        world.raw["name"] = value
-
-    prepare.__name__ = name
-    attack(THEME, f"named a run {value!r}", "recipe.yaml: ", "name")(prepare)
 
 
 for name, value in {
@@ -29,7 +19,7 @@ for name, value in {
     "name_with_a_row": "a\nb",
     "name_of_home": "~",
 }.items():
-    named(name, value)
+    by_recipe(THEME, name, f"named a run {value!r}", {"name": value}, "recipe.yaml: ", "name")
 
 
 def labelled(name, label, *parts):
@@ -39,8 +29,7 @@ def labelled(name, label, *parts):
         world.teach()
         world.raw["variants"] = {label: []}
 
-    prepare.__name__ = name
-    attack(THEME, f"called a variant `{label}`", "recipe.yaml", *parts)(prepare)
+    add(THEME, name, f"called a variant `{label}`", ("recipe.yaml", *parts), prepare)
 
 
 for reserved in ("evaluation", "release", "replaced", "tensorboard", "wandb", "trackio"):

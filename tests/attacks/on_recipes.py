@@ -1,10 +1,9 @@
 """Recipes that try to stop or mislead their reader."""
 
-from pathlib import Path
-
 import yaml
 
 from tests.attacks.table import attack
+from tests.support.bad_inputs.table import write
 
 THEME = "recipes"
 
@@ -14,10 +13,6 @@ def good(world, *, changed=("", ""), more=""):
     text = yaml.safe_dump(world.raw, sort_keys=False)
     assert changed[0] in text
     return text.replace(*changed, 1) + more
-
-
-def write(text):
-    Path("recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 @attack(THEME, "gave a key twice, so that a reader sees the other value", "recipe.yaml", "twice")

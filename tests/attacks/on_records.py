@@ -2,18 +2,14 @@
 
 from tests.attacks.table import attack
 from tests.support.bad_inputs.table import record
+from tests.support.layouts import turns
 
 THEME = "records"
 
 
-def said(text):
-    asked = {"from": "human", "value": "<image>\nIs there a cat?"}
-    return [asked, {"from": "gpt", "value": text}]
-
-
 @attack(THEME, "gave an answer of 12 MB", "record 0 (id r1)", "12,000,015 characters", "drop it")
 def endless_answer(world):
-    world.records(record(conversations=said("word " * 2_400_000)))
+    world.records(record(conversations=turns("<image>\nIs there a cat?", "word " * 2_400_000)))
 
 
 @attack(THEME, "asked for 10^12 records in a step", "1,000,000,000,000 records", "at most")

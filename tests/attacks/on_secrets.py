@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.attacks.table import attack
+from tests.attacks.table import add, attack, by_recipe
 
 THEME = "secrets"
 TOKENS = {
@@ -27,16 +27,10 @@ TOKENS = {
 SEEMS = "it seems to be "
 
 
-def carried(name, token):
-    def prepare(world):
-        world.raw["release"] = {"tags": [f"x {token}"]}
-
-    prepare.__name__ = f"tag_with_a_token_{name}"
-    attack(THEME, f"put a token into the tags ({name})", "release.tags.0", SEEMS)(prepare)
-
-
 for name, token in TOKENS.items():
-    carried(name, token)
+    keys = {"release": {"tags": [f"x {token}"]}}
+    did = f"put a token into the tags ({name})"
+    by_recipe(THEME, f"tag_with_a_token_{name}", did, keys, "release.tags.0", SEEMS)
 
 
 @attack(THEME, "typed a token as `key=value`", "student.revision", SEEMS + "a token (GitHub)")
@@ -163,11 +157,9 @@ def token_in_a_releases_settings(world):
 
 
 def fields(name, setting, key, wanted):
-    def prepare(world):
-        return [*released(world)[1], setting]
-
-    prepare.__name__ = name
-    attack("cards", f"released with `{setting}`", f"release: {key}: ", f" -- {wanted}")(prepare)
+    """An attack by a setting of a release."""
+    did, parts = f"released with `{setting}`", (f"release: {key}: ", f" -- {wanted}")
+    add("cards", name, did, parts, lambda world: [*released(world)[1], setting])
 
 
 NAMES, LINKS = "use letters A-Z", "give an address that begins with https://"

@@ -1,15 +1,8 @@
 """Values that a recipe's keys could hold, and that nothing can compute with."""
 
-from tests.attacks.table import ATTACKS, attack
-from tests.support.bad_inputs import Case
-from tests.support.bad_inputs.table import RUN
+from tests.attacks.table import attack, by_override
 
 THEME = "values"
-
-
-def overridden(name, did, word, *parts):
-    """An attack by one override of a good recipe."""
-    ATTACKS.append(Case(THEME, name, did, parts, lambda world: [*RUN, word]))
 
 
 for name, did, word, *parts in [
@@ -120,7 +113,7 @@ for name, did, word, *parts in [
         "cannot be divided by",
     ),
 ]:
-    overridden(name, did, word, *parts)
+    by_override(THEME, name, did, word, *parts)
 
 
 @attack(THEME, "wrote a prompt that clears the terminal", "'prompts' is", "take the character")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmkd.data.sources import streamed
-from tests.support.bad_inputs import Given, world_in
+from tests.support.bad_inputs import world_in
 from tests.support.bad_inputs.table import write
 
 MODULES = (
@@ -19,11 +19,6 @@ MODULES = (
 )  # fmt: skip
 BIN = Path(sys.executable).parent
 MMKD = (sys.executable, "-m", "mmkd.cli")
-
-
-@pytest.fixture(scope="session")
-def given(tiny_model_dir, tmp_path_factory):
-    return Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import load_recipe
-from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs import run, world_in
 from tests.support.bad_inputs.table import RUN, contents
 
 TEXTS = ("", "null", "[]", "7", '"text"', "{}", '{"steps": "many", "step": [], "files": {}}', "{\n")
@@ -17,9 +17,8 @@ STAGE = f"{ROOT}/01-mimic"
 
 
 @pytest.fixture(scope="session")
-def made(tiny_model_dir, tmp_path_factory):
+def made(given):
     """A finished, evaluated run, and a teacher's cache."""
-    given = Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
     with world_in(given.folder / "finished", given) as world:
         prepare(world)
         assert run(RUN, world.patch)[0] == 0
@@ -66,6 +65,8 @@ FILES = [
     f"{ROOT}/evaluation/student/decode.json",
     f"{ROOT}/evaluation/student/results.json",
     f"{ROOT}/evaluation/student/request.json",
+    f"{STAGE}/student/config.json",
+    f"{STAGE}/student/generation_config.json",
 ]
 
 
@@ -79,6 +80,16 @@ def test_report_release_and_eval_take_damaged_files(world, name):
         if name.endswith(("done.json", ".yaml")):
             assert status == 2, text
         assert path.read_text() == text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_report_release_and_eval_take_missing_files(world, name):
+    Path(name).unlink()
+    tried(world, ["report", ROOT])
+    tried(world, ["release", ROOT, "--out", "out", "--dry-run"])
+    Path(name).mkdir()
+    tried(world, ["report", ROOT])
+    tried(world, ["release", ROOT, "--out", "out", "--dry-run"])
 
 
 @pytest.mark.parametrize("name", FILES)

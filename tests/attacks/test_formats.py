@@ -9,6 +9,7 @@ import yaml
 
 from mmkd.errors import MmkdError
 from mmkd.runtime.formats import MOST_DEPTH, FormatError, parse_json, parse_yaml
+from scripts.attacks.mutate import damaged
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -34,9 +35,11 @@ def test_damaged_text_reads_or_is_refused_in_one_line(seed, parse):
     draw = random.Random(seed)
     value = random_value(draw, 5)
     text = yaml.safe_dump(value) if parse is parse_yaml else json.dumps(value)
-    said = ""
+    content, said = text.encode(), ""
     try:
-        parse(damaged(draw, text.encode()))
+        for _ in range(draw.randrange(1, 4)):
+            content = damaged(draw, content)
+        parse(content)
     except FormatError as error:
         said = str(MmkdError(str(error)))
     assert "\n" not in said
@@ -87,24 +90,3 @@ def random_value(draw, depth):
         return [random_value(draw, depth - 1) for _ in range(draw.randrange(4))]
     keys = {"".join(draw.choice(string.ascii_letters) for _ in range(3)) for _ in range(3)}
     return {key: random_value(draw, depth - 1) for key in sorted(keys)}
-
-
-def damaged(draw, content):
-    signs = [
-        b"{",
-        b"[",
-        b"&a ",
-        b"*a",
-        b"!!int ",
-        b"!x ",
-        b"\0",
-        b"\xff",
-        b'"',
-        b"<<: ",
-        b"? ",
-        b"---",
-    ]
-    for _ in range(draw.randrange(1, 4)):
-        at = draw.randrange(len(content) + 1)
-        content = content[:at] + draw.choice([b"", *signs]) + content[at + draw.randrange(3) :]
-    return content

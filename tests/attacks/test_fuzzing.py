@@ -8,8 +8,10 @@ import yaml
 
 from mmkd.recipe import Recipe, load_recipe
 from scripts.attacks.__main__ import judged, silent
+from scripts.attacks.folders import spoil_file
+from scripts.attacks.kinds import KINDS
 from scripts.attacks.mutate import Schema, damaged, mutated
-from scripts.attacks.worlds import Ended
+from scripts.attacks.worlds import Ended, Worlds
 
 RECIPE = {
     "name": "a",
@@ -63,11 +65,45 @@ def test_what_a_command_leaves_is_seen():
     assert judged(ended, ["run", "recipe.yaml"], {"a": "1"}, {"a": "1"}) == []
     assert "half-written" in judged(ended, ["run", "r.yaml"], {}, {"runs/x.partial": "1"})[0]
     assert "an input has changed: a" in judged(ended, ["run", "r.yaml"], {"a": "1"}, {})[0]
-    assert "only looks" in judged(ended, ["plan", "r.yaml"], {}, {"new": "1"})[0]
+    assert "leaves the disk alone" in judged(ended, ["plan", "r.yaml"], {}, {"new": "1"})[0]
+
+
+def test_what_a_release_may_write_is_its_folder():
+    words = ["release", "runs/tiny", "--out", "released"]
+    well, refused = Ended(0, "", "", 1.0), Ended(2, "", "mmkd: a: b -- c", 1.0)
+    new = {"released/config.json": "1"}
+    assert judged(well, words, {}, new) == []
+    assert "leaves the disk alone" in judged(refused, words, {}, new)[0]
+    assert "leaves the disk alone" in judged(well, [*words, "--dry-run"], {}, new)[0]
+    changed = judged(well, words, {"runs/tiny/recipe.yaml": "1"}, {"runs/tiny/recipe.yaml": "2"})
+    assert changed == ["an input has changed: runs/tiny/recipe.yaml"]
+
+
+def test_other_weights_in_a_release_are_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released" / "model.safetensors").write_bytes(b"other")
+    words, ended = ["release", "runs/tiny", "--out", "released"], Ended(0, "", "", 1.0)
+    assert "other weights" in silent(ended, words, {"losses": [], "student": "0"})[0]
+    assert silent(ended, [*words, "--dry-run"], {"losses": [], "student": "0"}) == []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_way_to_spoil_a_file_changes_it(tmp_path, seed):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RECIPE))
+    spoil_file(random.Random(seed), path)
+    assert not path.is_file() or path.read_text(errors="replace") != json.dumps(RECIPE)
+
+
+def test_every_kind_has_a_world_and_is_drawn():
+    assert {name for kind in KINDS.values() for name in kind.worlds} == {*Worlds.NAMES}
+    assert all(kind.weight > 0 for kind in KINDS.values())
 
 
 def test_a_silent_change_is_seen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reference = {"losses": [[1, 0.5]], "student": ""}
-    assert "other losses" in silent(Ended(0, "", "", 1.0), reference)[0]
-    assert silent(Ended(0, "step-1: damaged; passed over", "", 1.0), reference) == []
+    words = ["run", "recipe.yaml"]
+    assert "other losses" in silent(Ended(0, "", "", 1.0), words, reference)[0]
+    assert silent(Ended(0, "step-1: damaged; passed over", "", 1.0), words, reference) == []

@@ -11,33 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from mmkd.runs import inputs, provenance
 from mmkd.runtime.files import sha256
-from mmkd.training import stage
 from tests.support import hub_server
-from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs import run, world_in
 from tests.support.bad_inputs.table import RECORD, RUN, contents
-
-
-class BrokenOffError(Exception):
-    pass
+from tests.support.breaking import broken_off
 
 
 def train(world, *, until=1, words=RUN):
     """Run a recipe to a step of its last stage; returns exit status and message."""
-    step = stage.Stage.step
-
-    def some(self, number, batches):
-        if self.config.name == world.raw["stages"][-1]["name"] and number > until:
-            raise BrokenOffError
-        return step(self, number, batches)
-
+    last = world.raw["stages"][-1]["name"]
     Path("recipe.yaml").write_text(json.dumps(world.raw))
-    world.patch.setattr(stage.Stage, "step", some)
-    try:
+    with broken_off(lambda stage, number: stage.config.name == last and number > until):
         return run(words, world.patch)
-    except BrokenOffError:
-        return None, ""
-    finally:
-        world.patch.setattr(stage.Stage, "step", step)
+    return None, ""
 
 
 def losses(folder="runs/tiny/01-mimic"):
@@ -46,9 +32,8 @@ def losses(folder="runs/tiny/01-mimic"):
 
 
 @pytest.fixture(scope="session")
-def made(tiny_model_dir, tmp_path_factory):
+def made(given):
     """A folder with a run that stopped behind a checkpoint: data, pictures, teacher, student."""
-    given = Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
     with world_in(given.folder / "begun", given) as world:
         prepare(world)
         assert train(world) == (None, "")
@@ -263,18 +248,9 @@ def test_a_stage_that_is_not_begun_reads_what_the_stages_before_read(world):
 def test_a_student_that_is_not_begun_reads_what_the_others_read(world):
     shutil.rmtree("runs")
     world.raw["variants"] = {"slow": ["stages.0.optimizer.lr=1e-5"]}
-    step = stage.Stage.step
-
-    def only_first(self, number, batches):
-        if "slow" in str(self.folder):
-            raise BrokenOffError
-        return step(self, number, batches)
-
     Path("recipe.yaml").write_text(json.dumps(world.raw))
-    world.patch.setattr(stage.Stage, "step", only_first)
-    with pytest.raises(BrokenOffError):
-        run(RUN, world.patch)
-    world.patch.setattr(stage.Stage, "step", step)
+    with broken_off(lambda stage, number: "slow" in str(stage.folder)):
+        pytest.fail(f"it is not broken off: {run(RUN, world.patch)}")
     shift("teacher/model.safetensors")
     status, message = run(RUN, world.patch)
     assert status == 2

@@ -19,15 +19,10 @@ from mmkd.runs.pipeline import run as train
 from mmkd.runtime import consent
 from mmkd.training import trackers
 from mmkd.training.trackers import Place, Tracked
-from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs import run, world_in
 from tests.support.bad_inputs.table import RECORD, RUN, contents
 
 SECRET = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture(scope="session")
-def given(tiny_model_dir, tmp_path_factory):
-    return Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import struct
-import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from mmkd.evaluation.run import evaluate
 from mmkd.evaluation.samples import find_questions
 from mmkd.recipe import SamplesConfig, SourceConfig
 from mmkd.report.samples import _data_uri
+from tests.support.drawn_pictures import png
 from tests.support.places import ROOT
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -32,21 +32,6 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 showpage
 %%EOF
 """
-
-
-def png(width, height):
-    """A black picture of one bit a pixel, of which only a header may lie."""
-
-    def chunk(kind, data):
-        whole = kind + data
-        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    row = b"\0" * (1 + (width + 7) // 8)
-    pixels = zlib.compress(row * min(height, 10), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
 
 
 def saved(kind):

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import struct
-import zlib
 
 import pytest
 from PIL import Image
@@ -19,6 +17,8 @@ from mmkd.data.schema import parse_record, record_id
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, PeerError
 from mmkd.recipe import BatchConfig, DataConfig
+from scripts.attacks.mutate import places
+from tests.support.drawn_pictures import png
 from tests.support.layouts import turns
 from tests.support.processors import FAMILIES
 
@@ -68,14 +68,6 @@ KEYS = [
 ]
 
 
-def places(value, path=()):
-    yield path
-    if not isinstance(value, dict | list):
-        return
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from places(inner, (*path, key))
-
-
 def put(value, path, new):
     if not path:
         return new
@@ -90,7 +82,7 @@ def at(value, path):
 
 def spoilt(good):
     """The record with one odd value, or one odd key beside others."""
-    for path in places(good):
+    for path in [(), *places(good)]:
         for odd in ODD:
             if path:
                 yield put(good, path, odd)
@@ -137,21 +129,10 @@ def test_lines_that_are_no_records_spoil_themselves_only(tmp_path, line):
     assert records.usable(1, records.__getitem__, skipped).id in ("0", "2")
 
 
-def long_png(width):
-    def chunk(kind, data):
-        whole = kind + data
-        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
-
-    header = struct.pack(">IIBBBBB", width, 1, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes(1 + width // 8), 9)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
 @pytest.fixture
 def stream(tmp_path):
     """Batches of four records, of which the second has a picture of 80,000,000 x 1 pixels."""
-    (tmp_path / "long.png").write_bytes(long_png(80_000_000))
+    (tmp_path / "long.png").write_bytes(png(80_000_000, 1))
     Image.new("RGB", (40, 24), "red").save(tmp_path / "a.png")
     rows = [
         {

@@ -14,16 +14,11 @@ from mmkd.runs import pipeline
 from mmkd.runtime import files
 from mmkd.runtime.files import locked, locked_file, write_folder, write_text
 from mmkd.runtime.steplog import StepLog, read_lines
-from tests.support.bad_inputs import Given, run, world_in
+from tests.support.bad_inputs import run, world_in
 from tests.support.bad_inputs.table import RUN
 
 LINES = [{"step": n, "loss": n / 7} for n in (1, 2, 3)]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
-
-
-@pytest.fixture(scope="session")
-def given(tiny_model_dir, tmp_path_factory):
-    return Given(tmp_path_factory.mktemp("given"), tiny_model_dir)
 
 
 @pytest.fixture

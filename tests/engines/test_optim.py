@@ -11,7 +11,7 @@ from mmkd.engines.optim import build_optimizer, build_schedule, forward_schedule
 from mmkd.recipe import OptimizerConfig, ScheduleConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.runtime import distributed
-from mmkd.training import stage
+from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
 
 
@@ -93,9 +93,6 @@ def test_fused_adam_under_offload_goes_on_where_it_stopped(
     """What GPUs use, here with the states on the CPU."""
     pytest.importorskip("deepspeed")
 
-    class BrokenOffError(Exception):
-        pass
-
     def run(name, stop=None):
         settings = {
             "steps": 6,
@@ -104,21 +101,11 @@ def test_fused_adam_under_offload_goes_on_where_it_stopped(
         }
         raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name=name, stage=settings)
 
-        def watched(self, number, batches):
-            if number == stop:
-                raise BrokenOffError
-            return step(self, number, batches)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(stage.Stage, "step", watched)
-            try:
-                pipeline.run(load_recipe(raw))
-            except BrokenOffError:
-                return None
+        with broken_off(lambda stage, number: number == stop):
+            pipeline.run(load_recipe(raw))
         lines = (tmp_path / name / "01-mimic" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    step = stage.Stage.step
     plain = run("plain")
     make = build.build_optimizer
     monkeypatch.setattr(build, "build_optimizer", lambda *args, **_: make(*args, fused=True))

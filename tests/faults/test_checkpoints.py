@@ -15,19 +15,15 @@ from safetensors.torch import load_file
 from mmkd.errors import CheckpointError
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
-from mmkd.training import checkpoint, stage
+from mmkd.training import checkpoint
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
-
-
-class BrokenOffError(Exception):
-    pass
 
 
 @pytest.fixture
 def begun(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
     """A recipe of eight steps; `begun(name, stop)` runs it and breaks off before a step."""
-    train = stage.Stage.step
 
     def make(name, stop=None, **changes):
         raw = tiny_recipe(
@@ -38,16 +34,9 @@ def begun(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
             stage={"steps": 8, "checkpoint": {"every": 2, "keep": 2}, **changes},
         )
 
-        def watched(self, number, batches):
-            if number == stop:
-                raise BrokenOffError
-            return train(self, number, batches)
-
-        monkeypatch.setattr(stage.Stage, "step", watched)
-        try:
-            folder = pipeline.run(load_recipe(raw))
-        except BrokenOffError:
-            folder = pipeline.run_folder(load_recipe(raw))
+        with broken_off(lambda stage, number: number == stop):
+            pipeline.run(load_recipe(raw))
+        folder = pipeline.run_folder(load_recipe(raw))
         return folder / "01-mimic"
 
     return make

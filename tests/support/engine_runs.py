@@ -12,29 +12,16 @@ from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.runtime import distributed
 from mmkd.teachers import sharded
-from mmkd.training import stage
-
-
-class BrokenOffError(Exception):
-    pass
+from tests.support.breaking import broken_off
 
 
 def main(path: str) -> None:
     sharded.WHOLE_BELOW = 0  # tiny weights are spread too
     torch_engine.BUCKET_BYTES = 50_000  # their gradients take several messages
-    step = stage.Stage.step
     for raw, stop in json.loads(Path(path).read_text()):
-
-        def watched(self, number, batches, stop=stop):
-            if number == stop:
-                raise BrokenOffError
-            return step(self, number, batches)
-
-        stage.Stage.step = watched
-        try:
+        with broken_off(lambda stage, number, stop=stop: number == stop):
             pipeline.run(load_recipe(raw))
-        except BrokenOffError:
-            distributed.barrier()
+        distributed.barrier()
     distributed.disconnect()
 
 

@@ -13,7 +13,16 @@ from tests.support.bad_inputs import (  # noqa: F401
     stages,
 )
 from tests.support.bad_inputs.page import in_order, page, row
-from tests.support.bad_inputs.table import Case, Given, Outcome, World, outcome, run, world_in
+from tests.support.bad_inputs.table import (
+    Case,
+    Given,
+    Outcome,
+    World,
+    outcome,
+    refused,
+    run,
+    world_in,
+)
 
 CASES = in_order()
 
@@ -25,6 +34,7 @@ __all__ = [
     "World",
     "outcome",
     "page",
+    "refused",
     "row",
     "run",
     "world_in",

@@ -1,14 +1,13 @@
 """Pictures that cannot be used."""
 
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from tests.support.bad_inputs.table import FIRST, World, case, record
+from tests.support.drawn_pictures import png
 
 KIND = "image"
 
@@ -90,13 +89,7 @@ def format_that_is_not_read(world: World) -> None:
     "shrink or drop it",
 )
 def decompression_bomb(world: World) -> None:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    Path("bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    Path("bomb.png").write_bytes(png(30_000, 30_000, rows=0))
     world.records(picture("bomb.png"))
 
 

@@ -23,8 +23,8 @@ from mmkd.cli import main
 from mmkd.commands import build_cache
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
-from mmkd.training import stage
 from tests.support import hub_server
+from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
 
 RECORD: dict[str, Any] = {
@@ -46,9 +46,9 @@ def record(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in {**RECORD, **changes}.items() if v is not None}
 
 
-def write(text: str, name: str = "recipe.yaml") -> None:
+def write(content: str | bytes, name: str = "recipe.yaml") -> None:
     """Write a file of the world."""
-    Path(name).write_text(text)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def change_json(path: str, change: Any) -> None:
@@ -130,20 +130,9 @@ class Given:
     def stopped(self) -> Path:
         """A folder with a run that was broken off behind its first checkpoint."""
 
-        class BrokenOffError(Exception):
-            pass
-
-        step = stage.Stage.step
-
-        def once(self: stage.Stage, number: int, batches: Any) -> Any:
-            if number > 1:
-                raise BrokenOffError
-            return step(self, number, batches)
-
         with self._copy("stopped") as world:
-            world.patch.setattr(stage.Stage, "step", once)
             world.stage(steps=2, checkpoint={"every": 1})
-            with pytest.raises(BrokenOffError):
+            with broken_off(lambda stage, number: number > 1):
                 pipeline.run(load_recipe(world.raw))
         return world.folder
 
@@ -251,6 +240,19 @@ def outcome(case: Case, world: World) -> Outcome:
     changed = [p for p in before.keys() | after.keys() if before.get(p) != after.get(p)]
     kept = [p for p in changed if case.leaves is None or not p.startswith(case.leaves)]
     return Outcome(status, message, sorted(kept))
+
+
+def refused(case: Case, world: World) -> str:
+    """The message of a case, which is one line, and after which nothing on disk has changed."""
+    found = outcome(case, world)
+    assert found.status == 2, found.message
+    assert found.message.startswith("mmkd: ")
+    assert "\n" not in found.message
+    assert found.message.count(" -- ") == 1, "what is wrong, and what to do about it"
+    for part in case.parts:
+        assert part in found.message
+    assert found.changed == []
+    return found.message
 
 
 def run(words: list[str], patch: pytest.MonkeyPatch) -> tuple[Any, str]:
