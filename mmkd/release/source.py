@@ -8,10 +8,9 @@ from typing import Any
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.report.rundata import Member, Run, read_run
+from mmkd.report.rundata import TEACHER, Member, Run, read_run
 from mmkd.report.use import needs_code
-from mmkd.runtime.files import read_json
-from mmkd.runtime.hashes import weights_hash
+from mmkd.report.weights import other_weights
 
 GO_ON = "run its recipe again: it goes on where it stopped"
 
@@ -59,36 +58,18 @@ class Source:
         Raises:
             CheckpointError: a student's or the teacher's scores are of other weights.
         """
-        seeds = [m for m in self.run.members if m.group == self.member.group]
-        found = {m.label: m.student for m in seeds}
-        teacher = self.recipe.teacher
-        if self.run.teacher is not None and teacher is not None and teacher.model:
-            found["teacher"] = Path(teacher.model)
-        for label, folder in found.items():
-            if label not in self.run.results:
-                continue
-            where = self.run.folder / "evaluation" / label
-            told = self.run.results[label].get("weights") or _asked_weights(where)
-            held = weights_hash(folder)
-            if None not in (told, held) and told != held:
+        labels = [TEACHER, *(m.label for m in self.run.members if m.group == self.member.group)]
+        for label in other_weights(self.run):
+            if label in labels:
                 raise CheckpointError(
                     "its scores are of other weights than the run holds now",
-                    where=str(where),
+                    where=str(self.run.folder / "evaluation" / label),
                     mend="run its recipe again, which scores them, or delete that folder",
                 )
 
     def on_hub(self, model: str) -> bool:
         """The model came from the Hub, not from a folder."""
         return self.run.provenance.get("models", {}).get(model) == "Hub"
-
-
-def _asked_weights(folder: Path) -> str | None:
-    """The weights that an evaluation was asked about; None where nothing says so."""
-    try:
-        found = read_json(folder / "request.json")
-    except (OSError, ValueError):
-        return None
-    return found.get("weights") if isinstance(found, dict) else None
 
 
 def choose(folder: Path, label: str | None = None, seed: int | None = None) -> Source:

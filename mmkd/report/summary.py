@@ -7,6 +7,7 @@ from mmkd.report.decoding import decoding_sentence
 from mmkd.report.metrics import COST, VQA_OVERALL, Column
 from mmkd.report.rundata import Member, Run, StageLog
 from mmkd.report.tables import Row, Tables, compact, format_value
+from mmkd.report.weights import other_weights
 
 _SETTINGS = {
     "loss": "loss",
@@ -57,8 +58,13 @@ def _complete(answers: dict[str, Any] | None) -> bool:
 
 
 def evaluation_warnings(run: Run) -> list[str]:
-    """Tasks without scores, and documents that models could not be asked about."""
-    found = []
+    """Scores of other weights, tasks without scores, and documents that models could not be asked
+    about."""
+    found = [
+        f"{label}: its scores are of other weights than the run holds now; `mmkd run` of the "
+        "recipe scores these."
+        for label in other_weights(run)
+    ]
     for label, results in run.results.items():
         for task, reason in results.get("failed", {}).items():
             found.append(f"{label}: task {task} has no scores ({reason}).")

@@ -30,7 +30,8 @@ from mmkd.objectives import build_objective
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
 from mmkd.runs.resume import REPLACED, Member, Restart, is_begun
 from mmkd.runtime import distributed
-from mmkd.runtime.files import read_json, sha256, write_json
+from mmkd.runtime.files import read_json, write_json
+from mmkd.runtime.hashes import file_hash
 from mmkd.runtime.progress import say
 
 FILE = "inputs.json"
@@ -347,7 +348,7 @@ def _facts(path: Path) -> dict[str, Any]:
 def _content(path: Path, size: int, stamp: tuple[int, ...]) -> str:
     # Members of a run have most inputs in common.
     if path.suffix != ".tar" or size <= WHOLE_BYTES:
-        return sha256(path)
+        return file_hash(path)  # provenance and evaluations want it too
     seen = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         for number in range(PIECES):

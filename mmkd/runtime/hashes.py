@@ -30,4 +30,4 @@ def weights_hash(model: str | Path | None) -> str | None:
     files = sorted(Path(model).glob("*.safetensors")) if model else []
     if not files:
         return None
-    return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()

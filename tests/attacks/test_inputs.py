@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmkd.runs import inputs, provenance
+from mmkd.runtime import hashes
 from mmkd.runtime.files import sha256
 from tests.support import hub_server
 from tests.support.bad_inputs import run, world_in
@@ -255,3 +256,14 @@ def test_a_student_that_is_not_begun_reads_what_the_others_read(world):
     status, message = run(RUN, world.patch)
     assert status == 2
     assert "teacher/model.safetensors: it is not what the run began with" in message
+
+
+def test_a_file_is_read_whole_once_for_inputs_and_provenance(world):
+    shutil.rmtree("runs")
+    read = []
+    real = hashes.sha256
+    world.patch.setattr(hashes, "sha256", lambda path: read.append(str(path)) or real(path))
+    hashes._sha256.cache_clear()
+    inputs._content.cache_clear()
+    assert train(world, until=2)[0] == 0
+    assert read.count("records.json") == read.count("teacher/model.safetensors") == 1

@@ -1,0 +1,41 @@
+"""Whether a run's scores are of the weights that it holds now."""
+
+from pathlib import Path
+
+from mmkd.errors import CheckpointError
+from mmkd.report.rundata import TEACHER, Run
+from mmkd.runtime.files import read_json
+from mmkd.runtime.hashes import weights_hash
+
+
+def other_weights(run: Run) -> list[str]:
+    """Labels of the models whose scores are of other weights than the run holds now.
+
+    Models without weights on this machine, and evaluations that do not tell their weights, are
+    left out.
+    """
+    return [label for label, folder in _models(run).items() if _differ(run, label, folder)]
+
+
+def _models(run: Run) -> dict[str, Path]:
+    """The folder of each model that has scores."""
+    found = {m.label: m.student for m in run.members}
+    teacher = run.recipe.get("teacher") or {}
+    if run.teacher is not None and teacher.get("model"):
+        found[TEACHER] = run.find(str(teacher["model"]))
+    return {k: path for k, path in found.items() if k in run.results and path is not None}
+
+
+def _differ(run: Run, label: str, folder: Path) -> bool:
+    scored = run.results[label].get("weights") or _requested(run.folder / "evaluation" / label)
+    held = weights_hash(folder)
+    return None not in (scored, held) and scored != held
+
+
+def _requested(folder: Path) -> str | None:
+    """The weights that an evaluation was asked to score; None where nothing tells."""
+    try:
+        found = read_json(folder / "request.json")
+    except (OSError, ValueError, CheckpointError):
+        return None
+    return found.get("weights") if isinstance(found, dict) else None
