@@ -1,4 +1,4 @@
-"""What of a student's folder must not be published."""
+"""Refuses files of a student's folder that must not be published."""
 
 from pathlib import Path
 
@@ -6,38 +6,38 @@ from mmkd.errors import CheckpointError
 from mmkd.redact import find_secret
 
 HEADER = 2**26
-"""Bytes of a safetensors' header that are read: its free texts stand in front of the tensors."""
+"""Most bytes of a safetensors file's header that are searched; its metadata is in the header."""
 
 
 def refuse_secrets(path: Path, student: Path) -> None:
-    """Refuse a file that would leave this machine with a secret, or from outside of the folder.
+    """Refuse a file that seems to contain a secret, or that is a link to another folder.
 
     Args:
         path: the file.
         student: the folder that is published.
 
     Raises:
-        CheckpointError: it looks like it holds a token, a key or a login, or is a link that leads
-            out of the folder.
+        CheckpointError: its name or content seems to contain a token, a key or a login, or it is a
+            link to a file outside the folder.
     """
     name = path.relative_to(student).as_posix()
     if not path.resolve().is_relative_to(student.resolve()):
         raise CheckpointError(
-            f"{name} is a link to a file outside of the student's folder",
+            f"{name} is a link to a file outside the student's folder",
             where=str(student),
-            mend="take it away, or put the file itself there",
+            mend="remove the link, or put the file itself there",
         )
     what = find_secret(name, named=False) or find_secret(_text(path), named=False)
     if what is not None:
         raise CheckpointError(
             f"{name} seems to hold {what}, and a release publishes it",
             where=str(student),
-            mend="take it out of the file, and revoke it if it was published before",
+            mend="remove it, and revoke it if it was published before",
         )
 
 
 def _text(path: Path) -> str:
-    """A file's bytes as text; of weights, the header."""
+    """The content of a file as text; of a safetensors file, its header."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             return file.read().decode("latin-1")
