@@ -1,5 +1,6 @@
-"""Tokens, keys and passwords in texts: found by their form, and by what this machine's environment
-holds.
+"""Finds and removes tokens, keys and passwords in text.
+
+A secret is recognized by its form, or because an environment variable of this machine holds it.
 
     redact("hf_abc... of https://me:word@host/x")  # "hf_... of https://host/x"
 """
@@ -38,7 +39,7 @@ KINDS = {
     "JSON Web Token": r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=\s]*",
 }
-"""What secrets look like, by who gives them out."""
+"""Regular expressions of secrets, by the service that issues them."""
 
 _EDGE = r"(?<![A-Za-z0-9_])"
 _ANY = re.compile(f"{_EDGE}(?:{'|'.join(KINDS.values())})")
@@ -55,11 +56,12 @@ _SECRET_VARIABLE = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|CREDENTIALS?)$"
 )
 LEAST = 12
-"""Characters of a variable's value that is taken for a secret; shorter ones stand in many texts."""
+"""Fewest characters of a variable's value that counts as a secret. Shorter values occur in ordinary
+text."""
 
 
 def redact(text: str) -> str:
-    """A text without what looks like a secret: the beginning of each stays, and three dots."""
+    """The text with each secret replaced by its first characters and three dots."""
     for value in _of_this_machine():
         text = text.replace(value, "...")
     text = _ANY.sub(lambda found: found[0][: _shown(found[0])] + "...", text)
@@ -71,7 +73,7 @@ def redact(text: str) -> str:
 
 
 def redact_all(value: Any) -> Any:
-    """The same for all texts in lists and mappings, keys too."""
+    """The value with `redact` applied to every text in its lists and mappings, keys included."""
     if isinstance(value, dict):
         return {redact_all(key): _redact_item(key, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -89,11 +91,12 @@ def _is_named_secret(key: Any, value: Any) -> bool:
 
 
 def find_secret(text: str, *, named: bool = True) -> str | None:
-    """What a text seems to hold, in words; None if nothing in it looks like a secret.
+    """A description of the first secret in a text, such as "a token (GitHub)", or None.
 
     Args:
-        text: to search.
-        named: look for `password=...` and the like, too, which stand in programs and tokenizers.
+        text: the text to search.
+        named: also search for `password=...` and similar. Set it to False for programs and
+            tokenizers, which contain such text without secrets.
     """
     if any(value in text for value in _of_this_machine()):
         return "a secret of this machine's environment"
@@ -108,7 +111,11 @@ def find_secret(text: str, *, named: bool = True) -> str | None:
 
 
 def find_secret_within(value: Any) -> tuple[str, str] | None:
-    """(dotted key, what) of the first text in lists and mappings that looks like a secret."""
+    """The dotted key and the description of the first secret in nested lists and mappings.
+
+    Returns:
+        (key, description), or None if there is no secret. The key is "" for a plain text.
+    """
     if isinstance(value, dict):
         pairs = [(str(key), item) for key, item in value.items()]
         for key, _ in pairs:
@@ -129,7 +136,7 @@ def find_secret_within(value: Any) -> tuple[str, str] | None:
 
 
 def _shown(secret: str) -> int:
-    """How much of a secret tells its kind."""
+    """The number of first characters that show the kind of a secret and nothing else."""
     if secret.startswith("-----"):
         return 10
     end = max(secret.rfind(mark, 0, 12) for mark in "_-.")
@@ -137,7 +144,7 @@ def _shown(secret: str) -> int:
 
 
 def _of_this_machine() -> list[str]:
-    """Values of variables that are named like secrets, and the token of `hf auth login`."""
+    """Values of environment variables with the names of secrets, and the `hf auth login` token."""
     found = [v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k.upper())]
     found.append(_stored_token())
     plain = (v.strip() for v in found)

@@ -1,4 +1,4 @@
-"""One message of several processes that all fail in the same way, whoever has launched them."""
+"""Prints an error once if several processes of one launch fail in the same way."""
 
 import fcntl
 import hashlib
@@ -13,10 +13,13 @@ OLD_SECONDS = 3600.0
 
 
 def is_first(message: str) -> bool:
-    """Whether no other process of this launch on this machine has printed a message.
+    """Whether this process is the first of its launch on this machine to print a message.
 
-    The processes of one launch have one parent. Each that comes here with the same message is
-    counted in a small file of the system's temporary folder, which the last one removes.
+    The processes of a launch have the same parent process. A small file in the system's temporary
+    folder counts the processes that call this with the same message. The last one removes it.
+
+    Args:
+        message: the error line.
     """
     count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or count < 2:
@@ -30,7 +33,7 @@ def is_first(message: str) -> bool:
 
 
 def _count(path: Path, most: int) -> int:
-    """How many processes have come to a file, this one included."""
+    """Count this process in a file; the number of processes so far, this one included."""
     _clean(path.parent)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     try:
@@ -45,7 +48,7 @@ def _count(path: Path, most: int) -> int:
 
 
 def _clean(folder: Path) -> None:
-    """Remove what launches have left of which some processes were killed."""
+    """Remove the files of earlier launches in which a process was killed."""
     for path in folder.glob(f"{PREFIX}*"):
         with suppress(OSError):
             status = path.stat()
@@ -54,7 +57,7 @@ def _clean(folder: Path) -> None:
 
 
 def _begun(process: int) -> str:
-    """When a process began, which tells it from an earlier one with the same number."""
+    """The start time of a process, which distinguishes it from an earlier one with the same id."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:  # not Linux

@@ -1,7 +1,8 @@
-"""Chat templates run with bounds: they come with models, and a template is a program.
+"""Runs chat templates with limits of time and memory.
 
-`transformers` runs them in Jinja's sandbox, which bounds neither time nor memory. A template could
-loop for days, or ask for a string of terabytes in one call.
+A chat template is a program that comes with a model. `transformers` runs it in Jinja's sandbox,
+which limits neither time nor memory: a template could loop for days, or create a string of
+terabytes in one call.
 """
 
 import ctypes
@@ -20,12 +21,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 SECONDS = 10.0
-"""CPU time for one rendering. Templates of published models take milliseconds."""
+"""Most CPU time of one rendering, in seconds. Templates of published models take milliseconds."""
 LONGEST = 2**26
-"""Most characters or items of what one operation of a template makes, and of its text."""
-MOST_BITS = 2**16  # of a number
+"""Most characters or items of one value that a template creates, and of the text that it writes."""
+MOST_BITS = 2**16
+"""Most bits of an integer that a template computes."""
 GROWTH = 2**30
-"""Bytes by which a process may grow while a template runs."""
+"""Most bytes by which the process may grow while a template runs."""
 _LOOK_SECONDS = 0.05
 WIDTH = re.compile(r"[%:.][-+ #0<>=^,_]*(\d+)")
 NESTED = re.compile(r":[^{}]*\{")
@@ -38,7 +40,7 @@ _MULTIPLIES = ("replace", "join", "translate")
 
 
 class TemplateBoundError(Exception):
-    """A template ran for too long, or made too much."""
+    """A template ran for too long, or needed too much memory."""
 
 
 def size(value: Any) -> int:
@@ -155,9 +157,9 @@ class _Running:
     """A template that is running.
 
     Attributes:
-        begun: CPU time of its thread, in seconds.
-        memory: of this process, in bytes.
-        stopped: why it was, empty as long as it was not.
+        begun: CPU time of its thread at the start, in seconds.
+        memory: of this process at the start, in bytes.
+        stopped: the reason why it was stopped; "" if it was not.
     """
 
     begun: float
@@ -166,7 +168,7 @@ class _Running:
 
 
 class _Watch:
-    """Ends templates that take too long, from a thread of its own."""
+    """A thread that stops templates which exceed a limit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -176,9 +178,9 @@ class _Watch:
 
     @contextmanager
     def over(self) -> Iterator[None]:
-        """Raise `TemplateBoundError` inside of what takes too long.
+        """Raise `TemplateBoundError` in the block if it takes too long.
 
-        The same thread enters it once at a time.
+        A thread must not enter a second block inside the first.
         """
         if self._process != os.getpid():  # a forked worker has no thread of its parent's
             self.__init__()  # type: ignore[misc]
@@ -238,14 +240,14 @@ _watch = _Watch()
 
 
 def _cpu_seconds(thread: int) -> float:
-    """Of a thread of this process, so that a busy machine stops nothing."""
+    """CPU time of a thread, in seconds. Unlike wall time, it does not grow while others run."""
     if hasattr(time, "pthread_getcpuclockid"):
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
     return time.monotonic()
 
 
 def _memory() -> int:
-    """Bytes of this process in memory; 0 where nobody says."""
+    """Bytes of memory that this process uses; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -255,10 +257,10 @@ def _memory() -> int:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, this thread's chat templates run with bounds.
+    """Limit the chat templates that this thread runs in the block.
 
     Raises:
-        TemplateBoundError: one passed them.
+        TemplateBoundError: a template exceeded a limit.
     """
     _inside.bounded = True
     try:

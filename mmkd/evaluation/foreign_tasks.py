@@ -1,8 +1,8 @@
-"""Task files from outside of lmms-eval: code, unless they are as harmless as mmkd's own.
+"""Consent to the code of task files that are not installed with lmms-eval.
 
-A task file runs Python in many ways: by `!function`, by templates of Jinja, by metrics that are
-downloaded, by settings of its data. So it takes consent, but for files that only name functions of
-`mmkd.evaluation.scenes`, local data and numbers.
+A task file can run Python in many ways: by `!function`, by Jinja templates, by downloaded metrics,
+by settings of its data. It therefore needs consent. A file needs none if it contains only functions
+of `mmkd.evaluation.scenes`, local data and plain values.
 """
 
 import re
@@ -32,14 +32,14 @@ FREE = ("tag", "include", "test_split", "validation_split", "output_type", "meta
 
 
 def require_consent(paths: Iterable[Path], own: Path) -> None:
-    """Refuse task files whose code may not run.
+    """Refuse task files that can run code without consent.
 
     Args:
         paths: files of tasks, groups and what they include.
-        own: the folder of the task files that are installed with lmms-eval.
+        own: the folder of the task files that are installed with lmms-eval; they need no consent.
 
     Raises:
-        MmkdError: a file runs code, and the command's words do not let its folder.
+        MmkdError: a file can run code, and its folder has no consent.
     """
     for path in paths:
         whole = path.resolve()
@@ -54,23 +54,27 @@ def require_consent(paths: Iterable[Path], own: Path) -> None:
 
 
 def check_name(name: str, path: Path | None) -> None:
-    """A task's name becomes the name of a file.
+    """Check that a task's name can be used as a file name.
+
+    Args:
+        name: of the task.
+        path: its file, for the message.
 
     Raises:
-        MmkdError: it leads to another folder.
+        MmkdError: the name is empty, has a slash or an unprintable character, or is `.` or `..`.
     """
     if "/" in name or "\\" in name or not name.isprintable() or name in ("", ".", ".."):
         raise MmkdError(
-            f"a task has the name {name!r}, which is no name of a file",
+            f"the task's name {name!r} cannot be a file name",
             where=None if path is None else str(path),
-            mend="give it another",
+            mend="give it another name",
         )
 
 
 def _runs_code(path: Path) -> str | None:
-    """What of a task file may run code, and of the files that it includes; None for nothing."""
+    """The part of a task file, or of an included file, that can run code; None if none can."""
     if (path.parent / f"{SCORING}.py").exists():  # lmms-eval looks there first
-        return f"{SCORING}.py stands beside it"
+        return f"{SCORING}.py is in the same folder"
     for file in _with_included(path):
         if isinstance(file, str):
             return file
@@ -80,8 +84,8 @@ def _runs_code(path: Path) -> str | None:
 
 
 def _with_included(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Path | str]:
-    """A file and those that it includes; a text in place of one that mmkd cannot read, or that is
-    not beside it."""
+    """A file and the files that it includes. A file that mmkd cannot read, or that is in another
+    folder, is given as a text that describes it."""
     try:
         config = read_own_keys(path)
     except FormatError as error:  # lmms-eval may read it all the same
@@ -105,7 +109,7 @@ def _with_included(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Path | 
 
 
 def _strange_tag(path: Path) -> str | None:
-    """A tag of YAML in a file that is neither a plain value nor a function of `SCORING`."""
+    """The first YAML tag of a file that is neither a plain type nor a function of `SCORING`."""
     found = yaml.compose(decoded(path.read_bytes()), Loader=yaml.SafeLoader)
     seen: set[int] = set()
     nodes = [found] if found is not None else []
@@ -127,7 +131,7 @@ def _strange_tag(path: Path) -> str | None:
 
 
 def _strange_key(config: dict[str, Any]) -> str | None:
-    """A key of a task, files that it includes taken in, with which lmms-eval may do anything."""
+    """The first key of a task, with its included files, that could make lmms-eval run code."""
 
     def is_function(value: Any) -> bool:
         return isinstance(value, str) and FUNCTION.fullmatch(value) is not None

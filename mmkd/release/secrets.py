@@ -1,4 +1,4 @@
-"""What of a student's folder must not be published."""
+"""Refuses files of a student's folder that must not be published."""
 
 import re
 from collections.abc import Iterator
@@ -9,26 +9,26 @@ from mmkd.redact import find_secret
 
 ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 HEADER = 2**26
-"""Bytes of a safetensors' header that are read: its free texts stand in front of the tensors."""
+"""Most bytes of a safetensors file's header that are searched; its metadata is in the header."""
 
 
 def refuse_secrets(path: Path, student: Path) -> None:
-    """Refuse a file that would leave this machine with a secret, or from outside of the folder.
+    """Refuse a file that seems to contain a secret, or that is a link to another folder.
 
     Args:
         path: the file.
         student: the folder that is published.
 
     Raises:
-        CheckpointError: it looks like it holds a token, a key or a login, or is a link that leads
-            out of the folder.
+        CheckpointError: its name or content seems to contain a token, a key or a login, or it is a
+            link to a file outside the folder.
     """
     name = path.relative_to(student).as_posix()
     if not path.resolve().is_relative_to(student.resolve()):
         raise CheckpointError(
-            f"{name} is a link to a file outside of the student's folder",
+            f"{name} is a link to a file outside the student's folder",
             where=str(student),
-            mend="take it away, or put the file itself there",
+            mend="remove the link, or put the file itself there",
         )
     # `password = ...` stands in programs and tokenizers too, but hidden files are neither.
     hidden = any(part.startswith(".") for part in path.relative_to(student).parts)
@@ -39,13 +39,13 @@ def refuse_secrets(path: Path, student: Path) -> None:
         raise CheckpointError(
             f"{name} seems to hold {what}, and a release publishes it",
             where=str(student),
-            mend="take it out of the file, and revoke it if it was published before",
+            mend="remove it, and revoke it if it was published before",
         )
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """A file's bytes as text, and as they read without the forms in which a secret can hide; of
-    weights, the header."""
+    """The content of a file as text, then decoded in each way in which a secret can be encoded; of
+    a safetensors file, its header."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""What a stage reads from the disk, noted when it begins, so that it goes on with nothing else.
+"""Notes of what a stage reads from the disk, so that it resumes with the same inputs only.
 
 <stage>/inputs.json
   files     {path: {bytes, sha256, stamp}}: data, some of their pictures, models, processors
@@ -6,10 +6,10 @@
   caches    {folder: {what: checksum}}: of a teacher's cache the settings and each shard
   commits   {Hub id of a model, or data source: commit}
 
-A file whose size and stamp (times and number) are as noted is not read again. Read whole are data
-files and models; of tar files of more than `WHOLE_BYTES` some pieces; of the pictures in files of
-their own those of `PICTURES` records, evenly spread. Of what comes from the Hub the commits are
-noted.
+A file is not read again if its size and stamp (modification time, change time, inode) are as noted.
+Data files and models are read whole. Of a tar file larger than `WHOLE_BYTES`, pieces are read. Of
+pictures in separate files, those of `PICTURES` records are read, evenly spread over the source. Of
+data sets and models from the Hub, the commits are noted.
 """
 
 import hashlib
@@ -47,13 +47,13 @@ Notes = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Reads:
-    """What a stage reads; nothing of it was read whole yet.
+    """The inputs of a stage, before their content is read.
 
     Attributes:
-        files: paths.
-        sources: names of each data source's files.
-        caches: checksums of each teacher's cache.
-        commits: of each model and each data source from the Hub.
+        files: paths of data, pictures, models and processors.
+        sources: {data source: paths of its files}.
+        caches: {folder of a teacher's cache: {shard or "settings": SHA-256}}.
+        commits: {Hub id of a model, or data source: commit}.
     """
 
     files: frozenset[str]
@@ -65,18 +65,20 @@ class Reads:
 def check_inputs(
     todo: Sequence[Member], restarts: Sequence[Restart | None], from_stage: str | None
 ) -> list[Restart | None]:
-    """Compare what unfinished stages read with what they, or stages before them, began with.
+    """Compare the inputs of unfinished stages with the inputs that the run began with.
+
+    All ranks must call it. Rank 0 reads the files.
 
     Args:
         todo: the run's members.
-        restarts: from where each starts again because the recipe has changed.
-        from_stage: the stage from which on other inputs may be used, and earlier work replaced.
+        restarts: for each member, where it starts again because the recipe has changed, or None.
+        from_stage: from this stage on, changed inputs are allowed; its earlier work is replaced.
 
     Returns:
-        From where each member starts again. Every rank calls it; the first one reads.
+        For each member, where it starts again, or None.
 
     Raises:
-        CheckpointError: on all ranks: something has changed.
+        CheckpointError: an input has changed; raised on all ranks.
     """
     said: list[str] = []
     _data_read.cache_clear()
@@ -143,31 +145,31 @@ def _refusal(difference: tuple[str, str], stage: str) -> CheckpointError:
     return CheckpointError(
         f"{what} (stage {stage})",
         where=where,
-        mend=f"bring it back as it was, or `mmkd run RECIPE --from-stage {stage}` trains the stage "
-        f"with it as it is now, and moves earlier work of the stage to {REPLACED}/",
+        mend=f"bring it back as it was, or train the stage with the change: "
+        f"`mmkd run RECIPE --from-stage {stage}`, which moves its earlier work to {REPLACED}/",
     )
 
 
 def _since(folder: Path, member: Member, index: int) -> tuple[str, str] | None:
-    """What has changed since a stage began."""
+    """An input that has changed since a stage began, and how."""
     notes = read_notes(folder)
     if notes is None:
         say(
-            f"{member.label}: stage {folder.name} was begun by a version that did not note what it "
-            "reads: whether its data and models are the same as then cannot be checked"
+            f"{member.label}: an earlier version of mmkd began stage {folder.name} and did not "
+            "note its inputs: whether its data and models have changed cannot be checked"
         )
         return None
     now = reads_of(member.recipe, index, start_of(member, index))
     if (found := _differing(notes, now)) is not None:
         return found
     new = sorted(set(now.files) - set(notes["files"]))
-    return (new[0], "it was not there when the run began") if new else None
+    return (new[0], "it did not exist when the run began") if new else None
 
 
 def _beside(
     member: Member, index: int, todo: Sequence[Member], restarts: Sequence[Restart | None]
 ) -> tuple[str, str] | None:
-    """What a stage would read that has changed since another stage of the run read it."""
+    """An input of a stage that has changed since another stage of the run read it, and how."""
     others = [*todo, member]  # the member's own notes count before those of others
     limits = {m.label: None if r is None else r.index for m, r in _pairs(todo, restarts)}
     merged: Notes = {"files": {}, "sources": {}, "caches": {}, "commits": {}}
@@ -187,17 +189,17 @@ def _beside(
 
 
 def _differing(notes: Notes, now: Reads, *, only_read: bool = False) -> tuple[str, str] | None:
-    """The first name whose facts are others than noted, and how."""
-    changed = "it is not what the run began with"
+    """The first input that differs from its notes, and the difference; None if all are equal."""
+    changed = "it has changed since the run began"
     for name, files in notes["sources"].items():
         if name in now.sources and now.sources[name] != files:
-            return name, "it names other files than when the run began"
+            return name, "it matches other files than when the run began"
     for name, facts in notes["files"].items():
         if only_read and name not in now.files:
             continue
         path = Path(name)
         if not path.is_file():
-            return name, "it is gone, and the run began with it"
+            return name, "it is missing, and the run began with it"
         if not _is_same(path, facts):
             return name, changed
     for name, sums in notes["caches"].items():
@@ -206,7 +208,7 @@ def _differing(notes: Notes, now: Reads, *, only_read: bool = False) -> tuple[st
             return name, changed
     for name, commit in notes["commits"].items():
         if now.commits.get(name, commit) != commit:
-            return name, f"{changed}, commit {commit}"
+            return name, f"{changed} with commit {commit}"
     return None
 
 
@@ -214,7 +216,7 @@ def _differing(notes: Notes, now: Reads, *, only_read: bool = False) -> tuple[st
 
 
 def start_of(member: Member, index: int) -> ModelConfig:
-    """The model that a stage starts from; of an earlier stage's it may not be there yet."""
+    """The model that a stage starts from. It may not exist yet if an earlier stage writes it."""
     student, stage = member.recipe.student, member.recipe.stages[index]
     folder: Path | None = None
     if stage.convert:
@@ -229,7 +231,13 @@ def start_of(member: Member, index: int) -> ModelConfig:
 
 
 def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
-    """What a stage reads."""
+    """The inputs of a stage.
+
+    Args:
+        recipe: the member's recipe.
+        index: number of the stage, from 0.
+        start: the model that the stage starts from.
+    """
     stage = recipe.stages[index]
     models = [start]
     caches = {}
@@ -358,10 +366,10 @@ def _content(path: Path, size: int, stamp: tuple[int, ...]) -> str:
 
 
 def read_notes(folder: Path) -> Notes | None:
-    """What a stage's folder says of its inputs; None if it was begun without notes.
+    """The notes in a stage's folder; None if the stage began without notes.
 
     Raises:
-        CheckpointError: its file is damaged.
+        CheckpointError: inputs.json is damaged.
     """
     path = folder / FILE
     if not path.is_file():
@@ -374,15 +382,20 @@ def read_notes(folder: Path) -> Notes | None:
         sound = False
     if not sound:
         raise CheckpointError(
-            "it is damaged, and does not say any more what the stage began with",
+            "it is damaged and no longer lists what the stage began with",
             where=str(path),
-            mend="bring it back, or delete it to go on without this check",
+            mend="bring it back, or delete it to continue without this check",
         )
     return notes
 
 
 def note_inputs(member: Member, index: int) -> None:
-    """Write down what a stage reads, before it begins; what is noted already stays."""
+    """Write the notes of a stage before it begins. Existing notes are kept.
+
+    Args:
+        member: the run's member that the stage belongs to.
+        index: number of the stage, from 0.
+    """
     folder = member.stage_folder(index)
     if is_begun(folder) and (folder / FILE).is_file():
         return
@@ -390,7 +403,7 @@ def note_inputs(member: Member, index: int) -> None:
 
 
 def note_start(member: Member) -> None:
-    """Write down the model that the run's first student is made from."""
+    """Write the notes of the model that the run's first student is made from."""
     first = reads_of(member.recipe, 0, member.recipe.student)
     models = frozenset(n for n in first.files if _is_of(n, member.recipe.student))
     _write(member.folder / "00-start", replace(first, files=models, sources={}, caches={}))

@@ -1,7 +1,7 @@
-"""Consent: whose Python code may run beside mmkd's own and that of installed packages.
+"""Consent: which folders and Hub repositories may run their Python code.
 
-Only a command's words give it, by name: `--trust-remote-code NAME`. A recipe, a model's folder and
-a run's folder never do, whatever stands in them.
+Only the option `--trust-remote-code NAME` of a command gives consent. Nothing in a recipe, a
+model's folder or a run's folder gives it. Code of mmkd and of installed packages needs none.
 """
 
 import os
@@ -16,7 +16,7 @@ from mmkd.runtime.files import sha256
 
 OPTION = "--trust-remote-code"
 CODE = (".py", ".yaml", ".yml")
-"""Files of a trusted folder whose checksums are kept: code, and task files, which name code."""
+"""Suffixes of the files of a trusted folder whose checksums are kept: code and task files."""
 
 _granted: dict[str, str] = {}  # key -> the name as it was given
 _ran: dict[str, dict[str, str]] = {}  # name -> {file: sha256} of modules that were run
@@ -26,7 +26,7 @@ def grant(name: str) -> None:
     """Let the code of a model, a processor or a task folder run.
 
     Args:
-        name: folder or Hub id. A folder stands for the folders in it.
+        name: folder or Hub id. Consent to a folder includes the folders in it.
     """
     _granted.setdefault(_key(name), name)
 
@@ -42,19 +42,24 @@ def granted(name: str | Path | None) -> bool:
 
 
 def inherit(name: str | Path, source: str | None) -> None:
-    """Let the code of a folder run where that of the model that it was written from may."""
+    """Give a folder the consent of the model that it was written from.
+
+    Args:
+        name: the folder.
+        source: folder or Hub id of that model; without consent to it nothing is granted.
+    """
     if granted(source):
         grant(str(name))
 
 
 def withdraw() -> None:
-    """Forget all consent, and what has run by it."""
+    """Remove all consent, and the notes of which code has run."""
     _granted.clear()
     _ran.clear()
 
 
 def words() -> list[str]:
-    """The consent as words of a command, for processes that this one starts."""
+    """The consent as command-line options, for processes that this one starts."""
     return [word for name in _granted.values() for word in (OPTION, name)]
 
 
@@ -64,7 +69,7 @@ def how(name: str | Path) -> str:
 
 
 def record() -> dict[str, dict[str, str]]:
-    """{name: {file: sha256}} of all that consent was given to, for a run's provenance."""
+    """The code that consent was given to, for a run's provenance: {name: {file: SHA-256}}."""
     found: dict[str, dict[str, str]] = {}
     for key, name in _granted.items():
         found[name] = dict(_ran.get(key, {}))
@@ -77,19 +82,18 @@ def record() -> dict[str, dict[str, str]]:
 
 @contextmanager
 def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
-    """Inside, transformers runs no code without consent, and opens no pickled weights and no
-    adapter, which names another model.
+    """Refuse code without consent, pickled weights and adapters while transformers loads a model.
 
-    It looks where code and weights are opened, not at what a config says about them: a config may
-    name the code of another repository.
+    The check is made where transformers opens code and weights. The config is not enough: it may
+    name the code of another repository, and an adapter names another model.
 
     Args:
         loaded: the folder or Hub id that is loaded.
-        trusted: the caller lets its code run.
+        trusted: let the code of `loaded` run without consent.
 
     Raises:
-        CheckpointError: something asked for it; also where the library has swallowed the refusal
-            and failed for want of what was refused.
+        CheckpointError: transformers tried to open one of them. It is also raised if transformers
+            caught this error itself and then failed with another one.
     """
     from transformers import dynamic_module_utils
     from transformers.generation import utils as generation
@@ -120,9 +124,9 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
         if find_adapter(str(name), **settings) is not None:
             refused.append(
                 CheckpointError(
-                    "it holds an adapter (adapter_config.json), which is no model of its own",
+                    "it holds an adapter (adapter_config.json), not a complete model",
                     where=str(name),
-                    mend="merge it into its model and save that, or take the adapter's files away",
+                    mend="merge it into its model and save that, or remove the adapter's files",
                 )
             )
             raise refused[-1]
@@ -130,7 +134,7 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
     def no_pickle(*_: Any, **__: Any) -> Any:
         refused.append(
             CheckpointError(
-                "a file of its weights is pickled, which can run code: it is not read",
+                "one of its weight files is pickled; such a file can run code and is not read",
                 where=loaded,
                 mend="give weights as safetensors",
             )
@@ -163,5 +167,5 @@ def _note(name: str, module_file: str, path: str) -> None:
 
 
 def _key(name: str) -> str:
-    """What a name is known by: a folder by its real path, however it is written."""
+    """The key of a name: the real path of a folder, or the Hub id."""
     return os.path.realpath(name) if os.path.isdir(name) else name

@@ -1,7 +1,7 @@
-"""What all settings have in common: unknown keys are errors, and every value has bounds.
+"""The base class of all settings: unknown keys are errors, and every value has bounds.
 
-A number is finite and no truth value; a text has an end and no control characters. A key says its
-own bounds beside that (`Field(ge=1, le=MOST)`), so that the JSON schema has them.
+A number must be finite, and `true` is not a number. A text has a maximum length and no control
+characters. Each key adds its own bounds (`Field(ge=1, le=MOST)`), which the JSON schema contains.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from mmkd.errors import MEND, RecipeError, is_control
 
 MOST = 10**9
-"""Of anything that is counted."""
+"""Upper bound of all counts."""
 LEAST_TEMPERATURE = 1e-3
-"""Logits that are divided by less are no numbers any more."""
+"""Smallest temperature. Logits divided by less overflow."""
 MOST_SEED = 2**32 - 1
-"""numpy takes no larger one."""
+"""Largest seed that numpy accepts."""
 NAME = 100
-"""Characters of a name that folders are called by: they hold several names, and disks take 255."""
+"""Most characters of a name that becomes part of a folder's name. File systems allow 255 bytes."""
 TEXT = 20_000
-"""Characters of any text."""
+"""Most characters of any text."""
 
 
 NAMED = r"^[A-Za-z0-9_-]+$"
@@ -44,7 +44,7 @@ _IN_WORDS = {
 
 @dataclass(frozen=True)
 class ProseKey:
-    """Marks the type of a key that holds prose, which may have several lines."""
+    """Marks the type of a key whose text may have several lines."""
 
 
 Prose = Annotated[str, ProseKey()]
@@ -57,22 +57,22 @@ class Bounded(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _are_plain(cls, said: Any) -> Any:
-        for name, value in said.items() if isinstance(said, dict) else ():
+    def _are_plain(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
             if name in cls.model_fields:
                 _check(name, value, _kinds(cls, name))
-        return said
+        return given
 
 
 def _check(name: str, value: Any, kinds: frozenset[Any]) -> None:
     """
     Raises:
-        ValueError: a truth value where a number is wanted, or a text with control characters.
+        ValueError: a boolean in place of a number, or a text with control characters.
     """
     if Any in kinds:
         return
     if isinstance(value, dict):
-        # A mapping that is no `dict` is settings of its own, which look after themselves.
+        # A mapping for a nested model is checked by that model.
         value = [*value.values()] if dict in kinds else []
     if isinstance(value, list | tuple):
         for item in value:
@@ -83,7 +83,7 @@ def _check(name: str, value: Any, kinds: frozenset[Any]) -> None:
         allowed = "\n\t" if ProseKey in kinds else ""
         odd = next((c for c in value if is_control(c) and c not in allowed), None)
         if odd is not None:
-            raise ValueError(f"{name!r} is {value[:80]!r} -- take the character {odd!a} out")
+            raise ValueError(f"{name!r} is {value[:80]!r} -- remove the character {odd!a}")
 
 
 @cache
@@ -117,7 +117,11 @@ def wanted(problem: Any) -> str:
 
 
 def explained(error: ValueError) -> RecipeError | None:
-    """What settings refuse that a command's words gave, in one line; None for other errors."""
+    """The one-line error for settings that a command was given; None for other errors.
+
+    Args:
+        error: a `ValidationError` of pydantic, or another error.
+    """
     if not isinstance(error, ValidationError):
         return None
     first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write beside, flush to disk, then rename."""
+"""Writes files and folders in one step: under a temporary name, flushed to disk, then renamed."""
 
 import errno
 import fcntl
@@ -24,24 +24,24 @@ FORBIDDEN = (
 
 
 def partial_of(path: Path) -> Path:
-    """The name under which a file or folder is written until it is complete.
+    """The temporary name of a file or folder while it is written.
 
-    It is mmkd's alone: `conv.partial` beside `--out conv` may be the user's.
+    No user's file has such a name; `conv.partial` next to `--out conv` may be a user's.
     """
     return path.with_name(f".{path.name}.mmkd.partial")
 
 
 def _final(path: Path) -> Path:
-    """What is written under the name that `partial_of` gives; other paths as they are."""
+    """The final path of a temporary path of `partial_of`; any other path unchanged."""
     name = path.name.removeprefix(".").removesuffix(".mmkd.partial")
     return path.with_name(name) if partial_of(path.with_name(name)) == path else path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one step; of several processes that do, one after another.
+    """Replace a file's text in one step. Several processes that call it take turns.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: it cannot be written; the file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
@@ -85,10 +85,13 @@ def _is_at(handle: int, path: Path) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Write a file under the path that this gives; it takes its name at the end of the block.
+    """Write a file under a temporary path; it is renamed at the end of the block.
+
+    Yields:
+        The temporary path, which the block must write.
 
     Raises:
-        CheckpointError: it cannot be written; nothing is left of it.
+        CheckpointError: it cannot be written; the temporary file is deleted.
     """
     partial = partial_of(path)
     try:
@@ -112,7 +115,7 @@ def _not_written(path: Path, error: Exception) -> CheckpointError:
 
 
 def disk_error(error: Exception) -> CheckpointError | None:
-    """What an exception says of a disk that takes no more, or of a path that cannot be used."""
+    """The one-line error for a full disk or a path that cannot be used; None for other errors."""
     if not isinstance(error, OSError):
         return None
     if error.errno in FULL:
@@ -125,25 +128,32 @@ def disk_error(error: Exception) -> CheckpointError | None:
 
 
 def from_here(path: Path) -> str:
-    """An absolute path, relative to the working directory if it is below it."""
+    """A path relative to the working directory if it is in it, else unchanged.
+
+    Args:
+        path: an absolute path.
+    """
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says.
+    """The content of a JSON file.
 
     Raises:
-        FormatError: it is no JSON, cut for example.
+        OSError: it cannot be read.
+        FormatError: it is not JSON, because it was cut for example.
     """
     return parse_json(path.read_bytes())
 
@@ -152,7 +162,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape of each tensor of a safetensors file, by name; only its header is read.
 
     Raises:
-        CheckpointError: the file is damaged or not there.
+        CheckpointError: the file is damaged or missing.
     """
     try:
         with safe_open(path, "np") as file:
@@ -167,10 +177,11 @@ def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file of a run says.
+    """The content of a YAML file of a run.
 
     Raises:
-        CheckpointError: it is no YAML, cut for example.
+        OSError: it cannot be read.
+        CheckpointError: it is not YAML, because it was cut for example.
     """
     try:
         return parse_yaml(path.read_bytes())
@@ -183,16 +194,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_folder(path: Path, write: Callable[[Path], None], *, new: bool = False) -> None:
-    """Fill a folder through `write`; it takes its name only when it is complete.
+    """Write a folder under a temporary name and rename it when it is complete.
 
     Args:
-        path: the folder.
-        write: fills the folder that it is given.
-        new: refuse to replace what has taken the name meanwhile.
+        path: the folder. An existing folder is replaced.
+        write: a function that writes into the folder that it is given.
+        new: refuse to replace a folder that exists when the writing is finished.
 
     Raises:
-        CheckpointError: it cannot be written, and nothing is left of it; or another command is
-            writing it.
+        CheckpointError: it cannot be written, and the temporary folder is deleted; or another
+            command is writing it.
     """
     partial = partial_of(path)
     with locked(partial):
@@ -218,10 +229,10 @@ def write_folder(path: Path, write: Callable[[Path], None], *, new: bool = False
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which is made if it does not exist. A process that ends releases it.
+    """Hold a lock on a folder, which is created if it does not exist.
 
-    Some network disks do not support locks; there is no lock then. Folders that were made for the
-    lock and are still empty at the end are removed.
+    The lock ends with the block or with the process. Some network disks do not support locks; there
+    is no lock then. Folders that were created for the lock are removed if they are still empty.
 
     Raises:
         CheckpointError: another process holds the lock.
@@ -239,7 +250,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """As `locked`, of a file that is made if it is not there. The block may delete it."""
+    """Hold a lock on a file, which is created if it does not exist. The block may delete it.
+
+    Raises:
+        CheckpointError: another process holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _lock(path, lambda: path.open("ab").close())
     try:
@@ -263,7 +278,7 @@ def _lock(path: Path, make: Callable[[], None]) -> int:
             raise CheckpointError(
                 "another command is writing there",
                 where=str(_final(path)),
-                mend="wait for its end, or stop it",
+                mend="wait for it to end, or stop it",
             ) from error
         except OSError:  # this disk does not support locks
             pass
@@ -273,7 +288,7 @@ def _lock(path: Path, make: Callable[[], None]) -> int:
 
 
 def link_file(source: str | Path, target: str | Path) -> None:
-    """The same file under a second name where the disk allows it, else a copy."""
+    """Create a hard link to a file, or a copy where the disk does not support links."""
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links
@@ -281,7 +296,7 @@ def link_file(source: str | Path, target: str | Path) -> None:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """The same files in a second folder, by `link_file`."""
+    """Create a folder with the same files, each by `link_file`."""
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=link_file)
 
 

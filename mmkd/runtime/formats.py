@@ -1,13 +1,13 @@
-"""YAML and JSON as mmkd reads them: plain values, each key once, of a size that ends.
+"""Readers of YAML and JSON that return plain values and have limits.
 
-All YAML of the package comes through `parse_yaml`, and all JSON that others write through
-`parse_json`. Both raise `FormatError`, whose text is one line, and nothing else:
+mmkd reads all YAML with `parse_yaml`, and all JSON from other programs with `parse_json`. They
+raise only `FormatError`, whose text is one line.
 
-- YAML gives mappings, lists, texts, numbers, booleans and null. A date is a text. Other tags are
-  refused, those that would build an object among them.
-- A key that stands twice in one mapping is refused. The libraries keep the last one.
-- Depth is bounded, and so is what aliases expand to. A kilobyte of YAML can describe a billion
-  values.
+- YAML becomes mappings, lists, text, numbers, booleans and null. A date becomes text. All other
+  tags are refused, so that no Python object is created.
+- A key that appears twice in one mapping is refused. The libraries would use the last one.
+- The depth and the number of values are limited. A kilobyte of YAML with aliases can describe a
+  billion values.
 """
 
 import codecs
@@ -19,14 +19,14 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**22
-"""Of a YAML file. Reading a megabyte takes seconds."""
+"""Largest YAML file, in bytes. Reading a megabyte takes seconds."""
 MOST_DEPTH = 100
-"""Mappings and lists inside each other."""
+"""Most levels of nested mappings and lists."""
 MOST_VALUES = 200_000
-"""Values of a YAML file, where each alias counts as all that it stands for."""
-_TOO_DEEP = f"more than {MOST_DEPTH} mappings or lists inside each other"
+"""Most values of a YAML file, after aliases are expanded."""
+_TOO_DEEP = f"mappings or lists are nested more than {MOST_DEPTH} deep"
 MOST_BITS = 64
-"""Of a whole number in YAML, so that other libraries can take it."""
+"""Most bits of an integer in YAML, so that other libraries can use it."""
 _TAG = "tag:yaml.org,2002:"
 _KEYS = ("str", "int", "merge", "timestamp", "value")
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
@@ -34,19 +34,19 @@ _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class FormatError(ValueError):
-    """A text is no YAML or JSON that mmkd reads; what it says fits on one line."""
+    """A text is not YAML or JSON that mmkd reads. Its message is one line."""
 
 
 def parse_yaml(text: str | bytes, *, task: bool = False) -> Any:
     """The value of a YAML document; None where it is empty.
 
     Args:
-        text: bytes are UTF-8, with a byte order mark or without.
-        task: read an lmms-eval task file: `!function utils.score` is the text utils.score, and of a
-            key that stands twice the last one counts, as in lmms-eval.
+        text: the document. Bytes must be UTF-8, with or without a byte order mark.
+        task: read an lmms-eval task file. `!function utils.score` becomes the text "utils.score",
+            and the last of two equal keys is used, as in lmms-eval.
 
     Raises:
-        FormatError: what is wrong, with line and column.
+        FormatError: the text cannot be read. The message has the line and the column.
     """
     if len(text) > MOST_BYTES:
         raise FormatError(f"longer than {MOST_BYTES // 2**20} MiB")
@@ -58,10 +58,14 @@ def parse_yaml(text: str | bytes, *, task: bool = False) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. NaN and Infinity are numbers, as Python writes them.
+    """The value of a JSON text. NaN and Infinity are read as numbers, as Python writes them.
+
+    Args:
+        text: the document. Bytes must be UTF-8, with or without a byte order mark.
 
     Raises:
-        FormatError: what is wrong, with line and column where they are known.
+        FormatError: the text cannot be read. The message has the line and the column if they are
+            known.
     """
     if isinstance(text, bytes):
         text = decoded(text)
@@ -83,13 +87,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 as text, without its byte order mark.
+    """The text of UTF-8 bytes, without a byte order mark.
 
     Raises:
-        FormatError: it is another encoding.
+        FormatError: the bytes are not UTF-8.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise FormatError("UTF-16, only UTF-8 is read")
+        raise FormatError("the encoding is UTF-16, and only UTF-8 is read")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,7 +105,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise FormatError(f"the key {twice[:40]!r} stands twice")
+        raise FormatError(f"the key {twice[:40]!r} appears twice")
     return found
 
 
@@ -120,7 +124,7 @@ def _half(character: str) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """What a YAML reader stumbled over, and where, in one line."""
+    """The problem of a YAML document and its place, in one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     mark = error.problem_mark
@@ -128,10 +132,10 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses what the module says.
+    """A SafeLoader with the limits of this module.
 
-    PyYAML builds a tree of nodes first, in which an alias is the node that it names, and then the
-    values. The tree is checked before anything is expanded.
+    PyYAML first builds a tree of nodes, in which an alias is the node that it refers to, and then
+    the values. The limits are checked on the tree, before aliases are expanded.
     """
 
     def __init__(self, text: str):
@@ -149,12 +153,12 @@ class _Loader(yaml.SafeLoader):
         if not alias:
             self._sizes[id(node)] = self._measured(node)
         elif id(node) not in self._sizes:
-            raise _problem("an alias inside of what it stands for", mark)
+            raise _problem("an alias refers to a value that contains it", mark)
         values, depth = self._sizes[id(node)]
         if self._depth + depth > MOST_DEPTH:
             raise _problem(_TOO_DEEP, mark)
         if values > MOST_VALUES:
-            raise _problem(f"more than {MOST_VALUES:,} values, with what aliases stand for", mark)
+            raise _problem(f"more than {MOST_VALUES:,} values after aliases are expanded", mark)
         return node
 
     def _measured(self, node: Any) -> tuple[int, int]:
@@ -170,15 +174,15 @@ class _Loader(yaml.SafeLoader):
         found = set()
         for key, _ in node.value:
             if key.tag.removeprefix(_TAG) not in _KEYS or not isinstance(key, yaml.ScalarNode):
-                raise _problem(f"a key that is no text{_quoted(key)}", key.start_mark)
+                raise _problem(f"a key is not text{_quoted(key)}", key.start_mark)
             name = key.value if key.tag != f"{_TAG}int" else self.construct_object(key)
             if name in found and not self.twice:
-                raise _problem(f"the key {key.value[:40]!r} stands twice", key.start_mark)
+                raise _problem(f"the key {key.value[:40]!r} appears twice", key.start_mark)
             found.add(name)
         return node
 
     twice = False
-    """Whether a key may stand twice."""
+    """Whether a key may appear twice."""
 
     def text(self, node: Any) -> str:
         found = str(self.construct_scalar(node))
@@ -208,7 +212,7 @@ def _problem(what: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _guarded(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A constructor whose own mistakes (`!!int x` is a ValueError) have their place in the file."""
+    """A constructor whose errors, such as the ValueError of `!!int x`, have a place in the file."""
 
     def constructed(loader: Any, node: Any) -> Any:
         try:
@@ -217,13 +221,15 @@ def _guarded(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             raise
         except Exception as error:
             kind = node.tag.removeprefix(_TAG)
-            raise _problem(f"no value of the kind {kind[:40]!r}", node.start_mark) from error
+            raise _problem(f"not a value of type {kind[:40]!r}", node.start_mark) from error
 
     return constructed
 
 
 def _refuse(loader: Any, node: Any) -> Any:
-    raise _problem(f"the tag {node.tag.removeprefix(_TAG)[:80]!r} is not read", node.start_mark)
+    raise _problem(
+        f"the tag {node.tag.removeprefix(_TAG)[:80]!r} is not supported", node.start_mark
+    )
 
 
 _Loader.yaml_constructors = {

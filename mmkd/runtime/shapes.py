@@ -1,7 +1,7 @@
-"""The JSON files of a run's folder: what each has to hold at least.
+"""The JSON files of a run's folder, and the keys that each must have.
 
-A file that was cut, emptied or written by something else is found when it is read, and not where
-its content is used. Keys that are not named here are left as they are.
+A file that was cut, emptied or written by another program is refused when it is read. Keys that are
+not listed here are kept.
 """
 
 from pathlib import Path
@@ -122,7 +122,7 @@ class Answers(Shape):
 
 
 class Task(Shape):
-    """What a finished task of an unfinished evaluation gave."""
+    """The results of a finished task in an unfinished evaluation."""
 
     scores: dict[str, dict[str, float]]
     samples: dict[str, list[dict[str, Any]]]
@@ -181,10 +181,15 @@ class Provenance(Shape):
 
 
 def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
-    """What a JSON file says.
+    """The content of a JSON file.
+
+    Args:
+        shape: the keys that it must have.
+        path: the file.
+        mend: the hint of the error.
 
     Raises:
-        CheckpointError: it cannot be read, or has another shape; `mend` says what to do.
+        CheckpointError: the file cannot be read, or has the wrong structure.
     """
     try:
         found = read_json(path)
@@ -197,7 +202,7 @@ def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
 
 
 def read_if(shape: type[Shape], path: Path) -> dict[str, Any] | None:
-    """What a JSON file says; None if it is not there, cannot be read or has another shape."""
+    """The content of a JSON file; None where `read_as` would raise."""
     try:
         return read_as(shape, path, "")
     except CheckpointError:
@@ -208,5 +213,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        return f"{key}: {first['msg'].lower()}" if key else "no JSON object"
+        return f"{key}: {first['msg'].lower()}" if key else "not a JSON object"
     return " ".join(str(error).split())[:200]

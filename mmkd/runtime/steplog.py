@@ -1,4 +1,4 @@
-"""JSON lines about a stage's steps, cut back to where the stage resumes."""
+"""Log files of a stage: one JSON line per step. Lines after the step of a resume are dropped."""
 
 import json
 import math
@@ -12,10 +12,10 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects with a `step` in a file of lines; empty if there is no such file.
+    """The JSON objects with a `step` in a log file; an empty list if there is no such file.
 
-    What a kill or a power failure has cut off, or left as zero bytes, is passed over; two objects
-    in one line are both read.
+    Incomplete lines and zero bytes, which a kill or a power failure leaves, are ignored. If a line
+    has two objects, both are read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -45,20 +45,23 @@ def _has_step(line: Any) -> bool:
 
 
 class StepLog:
-    """One file of lines with a `step` each, written by one rank.
+    """A log file with a line for each step, written by one rank.
 
     Attributes:
-        last: the newest line that is kept; empty if there is none.
+        last: the newest line that was kept; empty if there is none.
         found: the lines that were kept.
-        written: the last step of the file as it was found, redone or not.
+        written: the last step in the file before lines were dropped.
     """
 
     def __init__(self, path: Path, step: int, *, active: bool = True):
         """
         Args:
-            path: the file; lines past `step` are dropped, they will be written again.
-            step: where the stage resumes.
+            path: the file. Lines after `step` are dropped; the stage writes them again.
+            step: the step that the stage resumes after.
             active: whether this rank writes.
+
+        Raises:
+            OSError: the file cannot be written without the dropped lines.
         """
         self.path, self.active = path, active
         lines = read_lines(path)
@@ -77,7 +80,7 @@ class StepLog:
         """Add a line.
 
         Raises:
-            OSError: it cannot be written; nothing of it stays in the file.
+            OSError: it cannot be written; the file is unchanged.
         """
         if not self.active:
             return
@@ -94,7 +97,7 @@ class StepLog:
                 raise
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk: a checkpoint of their step must not outlive them in
-        a power failure."""
+        """Wait until all lines are on the disk, so that a power failure never leaves a checkpoint
+        without the lines before it."""
         if self.active and self.path.exists():
             sync_file(self.path)

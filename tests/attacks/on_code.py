@@ -339,7 +339,7 @@ def task_with_a_function_of_os(world):
     task(world, TASK.replace(f"{FUNCTION}images", "!function os.system"))
 
 
-@attack(THEME, "wrote a module over that of mmkd", "mmkd.evaluation.scenes.py stands beside it")
+@attack(THEME, "wrote a module over that of mmkd", "scenes.py is in the same folder")
 def task_with_a_shadow(world):
     task(world, TASK)
     Path("tasks/mmkd.evaluation.scenes.py").write_text(EVIL)

@@ -15,19 +15,19 @@ def write(text):
     return ["run", "recipe.yaml", "data.train=new.json"]
 
 
-@attack(THEME, "gave a record two pictures under one key", "the key 'image' stands twice")
+@attack(THEME, "gave a record two pictures under one key", "the key 'image' appears twice")
 def picture_given_twice(world):
     text = json.dumps(RECORD).replace('"image"', '"image": "other.png", "image"')
     return write(text)
 
 
-@attack(THEME, "gave an answer twice inside of a turn", "the key 'value' stands twice")
+@attack(THEME, "gave an answer twice inside of a turn", "the key 'value' appears twice")
 def answer_given_twice(world):
     text = json.dumps(RECORD).replace('"value": "yes"', '"value": "no", "value": "yes"')
     return write(text)
 
 
-@attack(THEME, "nested a record's metadata five hundred times", "inside each other")
+@attack(THEME, "nested a record's metadata five hundred times", "nested more than 100 deep")
 def deep_record(world):
     deep = "[" * 500 + "]" * 500
     return write(json.dumps(RECORD)[:-1] + f', "more": {deep}}}')
@@ -43,7 +43,7 @@ def endless_number_in_a_record(world):
     return write(json.dumps(RECORD)[:-1] + f', "score": {"9" * 5000}}}')
 
 
-@attack("values", "gave a DeepSpeed file a key twice", "zero.json: cannot read", "stands twice")
+@attack("values", "gave a DeepSpeed file a key twice", "zero.json: cannot read", "appears twice")
 def deepspeed_key_given_twice(world):
     Path("zero.json").write_text('{"gradient_clipping": "auto", "gradient_clipping": 0.5}')
     world.stage(engine={"kind": "deepspeed", "config": "zero.json", "device": "cpu"})

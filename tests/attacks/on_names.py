@@ -59,7 +59,7 @@ def recipe_written_over(world):
     world.raw |= {"output_dir": ".", "name": "mine"}
 
 
-@attack(THEME, "named a task by a path", "a task has the name '../../up'")
+@attack(THEME, "named a task by a path", "the task's name '../../up'")
 def task_named_by_a_path(world):
     task(world, TASK.replace("task: scenes_pope", "task: ../../up"))
     world.raw["evaluate"]["tasks"] = ["../../up"]

@@ -20,12 +20,12 @@ def key_given_twice(world):
     write("name: good\nname: other\n")
 
 
-@attack(THEME, "gave a key twice inside of a mapping", "the key 'model' stands twice", "line 2")
+@attack(THEME, "gave a key twice inside of a mapping", "the key 'model' appears twice", "line 2")
 def inner_key_given_twice(world):
     write("name: good\nstudent: {model: model, 'model': other}\n")
 
 
-@attack(THEME, "spelt one number twice as a key", "the key '0x1' stands twice")
+@attack(THEME, "spelt one number twice as a key", "the key '0x1' appears twice")
 def number_given_twice(world):
     write("student: {config: {id2label: {1: a, 0x1: b}}}\n")
 
@@ -51,25 +51,23 @@ def merge_bomb(world):
     write(f"b0: &b0 {{k: 1}}\n{merges}")
 
 
-@attack(THEME, "put a value into itself", "an alias inside of what it stands for")
+@attack(THEME, "put a value into itself", "an alias refers to a value that contains it")
 def alias_of_itself(world):
     write(good(world, more="variants: &v {a: *v}\n"))
 
 
-@attack(THEME, "opened fifty thousand lists", "more than 100 mappings or lists inside each other")
+@attack(THEME, "opened fifty thousand lists", "mappings or lists are nested more than 100 deep")
 def deep_lists(world):
     write(good(world, more="tags: " + "[" * 50_000))
 
 
-@attack(THEME, "nested mappings by aliases", "more than 100 mappings or lists inside each other")
+@attack(THEME, "nested mappings by aliases", "mappings or lists are nested more than 100 deep")
 def deep_aliases(world):
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 200)]
     write("\n".join(lines))
 
 
-@attack(
-    THEME, "nested mappings in an override", "more than 100 mappings or lists inside each other"
-)
+@attack(THEME, "nested mappings in an override", "mappings or lists are nested more than 100 deep")
 def deep_override(world):
     return ["run", "recipe.yaml", "student.config=" + "{a: " * 2000]
 
@@ -109,27 +107,27 @@ def half_of_a_character(world):
     write(good(world, changed=("model: model", 'model: "\\ud800"')))
 
 
-@attack(THEME, "asked for bytes by a tag", "the tag 'binary' is not read")
+@attack(THEME, "asked for bytes by a tag", "the tag 'binary' is not supported")
 def binary(world):
     write(good(world, changed=("name: tiny", "name: !!binary aGVsbG8=")))
 
 
-@attack(THEME, "named a Python object by a tag", "the tag 'python/name:os.system' is not read")
+@attack(THEME, "named a Python object by a tag", "the tag 'python/name:os.system' is not supported")
 def python_name(world):
     write(good(world, changed=("name: tiny", "name: !!python/name:os.system x")))
 
 
-@attack(THEME, "named a function as task files do", "the tag '!function' is not read")
+@attack(THEME, "named a function as task files do", "the tag '!function' is not supported")
 def function(world):
     write(good(world, changed=("name: tiny", "name: !function os.getcwd")))
 
 
-@attack(THEME, "called a word a number", "no value of the kind 'int' (line ")
+@attack(THEME, "called a word a number", "not a value of type 'int' (line ")
 def word_with_a_tag(world):
     write(good(world, changed=("steps: 1", "steps: !!int many")))
 
 
-@attack(THEME, "called nothing a number", "no value of the kind 'int' (line ")
+@attack(THEME, "called nothing a number", "not a value of type 'int' (line ")
 def nothing_with_a_tag(world):
     write(good(world, changed=("steps: 1", "steps: !!int ''")))
 
@@ -144,22 +142,22 @@ def endless_number_in_base_16(world):
     write(good(world, changed=("steps: 1", "steps: 0x" + "f" * 60_000)))
 
 
-@attack(THEME, "used a truth value as a key", "a key that is no text: quote 'on'")
+@attack(THEME, "used a truth value as a key", "a key is not text: quote 'on'")
 def key_that_is_true(world):
     write(good(world, more="on: 1\n"))
 
 
-@attack(THEME, "used a list as a key", "a key that is no text")
+@attack(THEME, "used a list as a key", "a key is not text")
 def key_that_is_a_list(world):
     write(good(world, more="? [a, b]\n: 1\n"))
 
 
-@attack(THEME, "used no number as a key", "a key that is no text: quote '.nan'")
+@attack(THEME, "used no number as a key", "a key is not text: quote '.nan'")
 def key_that_is_no_number(world):
     write(good(world, more=".nan: 1\n"))
 
 
-@attack(THEME, "saved the recipe in UTF-16", "UTF-16, only UTF-8 is read")
+@attack(THEME, "saved the recipe in UTF-16", "UTF-16, and only UTF-8 is read")
 def utf_16(world):
     write(good(world).encode("utf-16"))
 

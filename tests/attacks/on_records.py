@@ -27,7 +27,7 @@ def endless_names(world):
     world.raw["data"] = {"train": "{0..99999}{0..99999}.json"}
 
 
-@attack(THEME, "nested a value 900 lists deep", "record 0", "inside each other")
+@attack(THEME, "nested a value 900 lists deep", "record 0", "nested more than 100 deep")
 def deep_value(world):
     value = []
     for _ in range(900):

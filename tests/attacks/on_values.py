@@ -116,7 +116,7 @@ for name, did, word, *parts in [
     by_override(THEME, name, did, word, *parts)
 
 
-@attack(THEME, "wrote a prompt that clears the terminal", "'prompts' is", "take the character")
+@attack(THEME, "wrote a prompt that clears the terminal", "'prompts' is", "remove the character")
 def prompt_with_escapes(world):
     world.raw["evaluate"] = {"samples": {"images": ["picture.png"], "prompts": ["a\x1b[2J"]}}
 

@@ -57,10 +57,10 @@ def test_dates_are_texts():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
-        ('[{"b": {"a": 1, "a": 1}}]', "the key 'a' stands twice"),
-        ("[" * (MOST_DEPTH + 1) + "]" * (MOST_DEPTH + 1), "inside each other"),
-        ("[" * 100_000, "inside each other"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
+        ('[{"b": {"a": 1, "a": 1}}]', "the key 'a' appears twice"),
+        ("[" * (MOST_DEPTH + 1) + "]" * (MOST_DEPTH + 1), "nested more than 100 deep"),
+        ("[" * 100_000, "nested more than 100 deep"),
         ("9" * 5000, "4300 digits"),
         (r'{"a": "\ud800"}', r"half of a character, \ud800"),
         (r'{"\udfff": 1}', r"half of a character, \udfff"),

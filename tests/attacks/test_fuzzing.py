@@ -68,6 +68,16 @@ def test_what_a_command_leaves_is_seen():
     assert "leaves the disk alone" in judged(ended, ["plan", "r.yaml"], {}, {"new": "1"})[0]
 
 
+def test_the_others_of_several_processes_may_say_that_they_lost_one():
+    words, lost = ["run", "recipe.yaml", "--nproc", "2"], "mmkd: process 1 lost another one -- see"
+    for err, found in [
+        (f"mmkd: a: b -- c\n{lost}", []),
+        (lost, []),
+        (f"mmkd: a: b -- c\nmmkd: a: b -- c\n{lost}", ["2 lines on stderr"]),
+    ]:
+        assert judged(Ended(2, "", err, 1.0), words, {}, {}) == found
+
+
 def test_what_a_release_may_write_is_its_folder():
     words = ["release", "runs/tiny", "--out", "released"]
     well, refused = Ended(0, "", "", 1.0), Ended(2, "", "mmkd: a: b -- c", 1.0)

@@ -113,7 +113,7 @@ def test_changed_inputs_are_refused_and_nothing_is_written(world, what):
     found = train(world)
     assert found[0] == 2, found
     assert found[1].startswith(f"mmkd: {name}: it ")
-    assert "--from-stage mimic` trains the stage with it as it is now" in found[1]
+    assert "train the stage with the change: `mmkd run RECIPE --from-stage mimic`" in found[1]
     assert "\n" not in found[1]
     assert contents(world.folder) == whole
     if before is None:
@@ -169,7 +169,7 @@ def test_a_folder_that_is_read_as_a_hub_data_set_is_noted(world, datasets_cache,
     write_lines("data/train.jsonl", "no.")
     status, message = train(world)
     assert status == 2
-    assert message.startswith("mmkd: data/train.jsonl: it is not what the run began with")
+    assert message.startswith("mmkd: data/train.jsonl: it has changed since the run began")
     write_lines("data/train.jsonl", "yes")
     assert train(world, until=2)[0] == 0
 
@@ -190,8 +190,8 @@ def test_another_commit_of_a_hub_data_set_is_refused(world, datasets_cache, stre
     held.commits += 1
     status, message = train(world)
     assert status == 2
-    assert message.startswith("mmkd: hub:me/data train: it is not what the run began with, commit ")
-    assert first in message
+    changed = f"it has changed since the run began with commit {first}"
+    assert message.startswith(f"mmkd: hub:me/data train: {changed} ")
     held.commits -= 1
     assert train(world, until=2)[0] == 0
 
@@ -239,7 +239,7 @@ def test_a_stage_that_is_not_begun_reads_what_the_stages_before_read(world):
     rewrite("records.json", "yes", "no.")
     status, message = train(world)
     assert status == 2
-    assert "records.json: it is not what the run began with (stage second)" in message
+    assert "records.json: it has changed since the run began (stage second)" in message
     kept = Path("runs/tiny/01-mimic/student/model.safetensors").read_bytes()
     assert train(world, until=2, words=[*RUN, "--from-stage", "second"])[0] == 0
     assert Path("runs/tiny/01-mimic/student/model.safetensors").read_bytes() == kept
@@ -255,7 +255,7 @@ def test_a_student_that_is_not_begun_reads_what_the_others_read(world):
     shift("teacher/model.safetensors")
     status, message = run(RUN, world.patch)
     assert status == 2
-    assert "teacher/model.safetensors: it is not what the run began with" in message
+    assert "teacher/model.safetensors: it has changed since the run began" in message
 
 
 def test_a_file_is_read_whole_once_for_inputs_and_provenance(world):

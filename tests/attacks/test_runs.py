@@ -137,7 +137,7 @@ def test_a_full_disk_under_a_teachers_cache_is_one_line(world, file):
 
 # Two commands in one place
 
-BUSY = "another command is writing there -- wait for its end, or stop it"
+BUSY = "another command is writing there -- wait for it to end, or stop it"
 
 
 def test_two_that_write_one_folder_do_not_meet(tmp_path):

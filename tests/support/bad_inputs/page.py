@@ -24,16 +24,16 @@ TEXT = """# What mmkd says to bad input
 Exit status 2 and one line on stderr:
 
 ```
-mmkd: WHERE: WHAT IS WRONG -- WHAT MENDS IT
+mmkd: WHERE: WHAT IS WRONG -- WHAT TO DO
 ```
 
-Nothing on disk is new or changed then, but for a release whose upload failed: its folder is whole,
-and the same command sends it.
+Nothing on the disk has changed. There is one exception: if the upload of a release fails, its
+complete folder stays on the disk, and the same command uploads it.
 
-`tests/cli/test_bad_input.py` runs all {count} below and compares them with this page, which
-`python -m scripts.errors` writes. What stands in parentheses is often a library's own sentence and
-changes with its version. Commands and options that do not exist (`mmkd runn`) get status 2 and the
-usage, on several lines.
+`tests/cli/test_bad_input.py` runs all {count} below and compares them with this page.
+`python -m scripts.errors` writes it. Text in parentheses often comes from a library and changes
+with its version. For commands and options that do not exist (`mmkd runn`), mmkd prints the usage on several
+lines, with status 2.
 """
 
 
