@@ -84,7 +84,7 @@ def test_report_release_and_eval_take_damaged_files(world, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_report_release_and_eval_take_missing_files(world, name):
-    Path(name).unlink()
+    Path(name).unlink(missing_ok=True)
     tried(world, ["report", ROOT])
     tried(world, ["release", ROOT, "--out", "out", "--dry-run"])
     Path(name).mkdir()

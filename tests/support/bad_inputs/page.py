@@ -27,13 +27,13 @@ Exit status 2 and one line on stderr:
 mmkd: WHERE: WHAT IS WRONG -- WHAT TO DO
 ```
 
-Nothing on the disk has changed. There is one exception: if the upload of a release fails, its complete
-folder stays on the disk, and the same command uploads it.
+Nothing on the disk has changed. There is one exception: if the upload of a release fails, its
+complete folder stays on the disk, and the same command uploads it.
 
 `tests/cli/test_bad_input.py` runs all {count} below and compares them with this page, which
-`python -m scripts.errors` writes. Text in parentheses often comes from a library and changes with its
-version. For commands and options that do not exist (`mmkd runn`), mmkd prints the usage on several
-lines, with status 2.
+`python -m scripts.errors` writes. Text in parentheses often comes from a library and changes with
+its version. For commands and options that do not exist (`mmkd runn`), mmkd prints the usage on
+several lines, with status 2.
 """
 
 
