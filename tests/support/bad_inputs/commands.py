@@ -47,7 +47,7 @@ def release_with_a_wrong_token(world: World) -> list[str]:
 
 @case(
     HUB,
-    "released into somebody else's name",
+    "released to a repository of somebody else",
     "cannot create the repository (403",
     "hf auth login",
     leaves=RELEASED,
@@ -60,7 +60,7 @@ def release_to_another(world: World) -> list[str]:
 
 @case(
     HUB,
-    "released while the repository was deleted",
+    "released to a repository that was deleted meanwhile",
     "cannot upload (404",
     "check the repository",
     leaves=RELEASED,
@@ -149,7 +149,10 @@ def release_of_an_unknown_student(world: World) -> list[str]:
 
 
 @case(
-    COMMAND, "`mmkd release` to no repository", "release.repo: no repository is named", "--out DIR"
+    COMMAND,
+    "`mmkd release` without a repository",
+    "release.repo: no repository is named",
+    "--out DIR",
 )
 def release_to_nowhere(world: World) -> list[str]:
     world.take(world.given.trained, "runs")
@@ -192,7 +195,7 @@ def stats_of_no_cache(world: World) -> list[str]:
 
 @case(
     COMMAND,
-    "`mmkd convert` into a folder that is there",
+    "`mmkd convert` into a folder that exists",
     "teacher: it is there already",
     "name a new folder",
 )

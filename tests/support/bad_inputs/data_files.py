@@ -49,13 +49,13 @@ def folder_of_nothing(world: World) -> None:
     world.raw["data"] = {"train": "parts"}
 
 
-@case(KIND, "gave a list that breaks off", "records.json: cannot read", "mend the file")
+@case(KIND, "gave a JSON list that was cut", "records.json: cannot read", "mend the file")
 def broken_json(world: World) -> None:
     Path("records.json").write_text('[{"id": "r1", "conv')
 
 
 @case(
-    KIND, "gave lines that are no JSON", "records.jsonl: cannot read: ", "line 1 ", "mend the file"
+    KIND, "gave lines that are not JSON", "records.jsonl: cannot read: ", "line 1 ", "mend the file"
 )
 def broken_lines(world: World) -> None:
     Path("records.jsonl").write_text('{"id": "r1", }\n')
@@ -64,7 +64,7 @@ def broken_lines(world: World) -> None:
 
 @case(
     KIND,
-    "gave text of another encoding",
+    "gave a file that is not UTF-8",
     "records.json: cannot read: no UTF-8 at byte 10",
     "mend the file",
 )
@@ -78,7 +78,12 @@ def broken_parquet(world: World) -> None:
     world.raw["data"] = {"train": "part.parquet"}
 
 
-@case(KIND, "named something else .tar", "part.tar: cannot read", "name tars without compression")
+@case(
+    KIND,
+    "gave another kind of file the suffix .tar",
+    "part.tar: cannot read",
+    "name tars without compression",
+)
 def no_tar(world: World) -> None:
     Path("part.tar").write_bytes(b"something else " * 100)
     world.raw["data"] = {"train": "part.tar"}
@@ -135,7 +140,7 @@ def stream_without_a_number(world: World) -> None:
 
 @case(
     KIND,
-    "gave a key of a source beside `train`",
+    "gave a key of a source next to `train`",
     "data: 'split' is a key of a source",
     "write sources: [{train: ..., split: ...}]",
 )

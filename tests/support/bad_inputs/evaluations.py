@@ -136,7 +136,7 @@ def sample_folder_empty(world: World) -> None:
 
 @case(
     KIND,
-    "wrote the processor's placeholder in a sample's prompt",
+    "wrote the image placeholder in a sample's prompt",
     "picture.png: the text of turn 0 contains <image>",
 )
 def sample_that_is_refused(world: World) -> None:

@@ -69,13 +69,16 @@ def empty_folder(world: World) -> None:
 
 
 @case(
-    KIND, "lost config.json", "model: the folder holds no model", "give a folder with config.json"
+    KIND,
+    "deleted config.json",
+    "model: the folder holds no model",
+    "give a folder with config.json",
 )
 def no_config(world: World) -> None:
     os.remove("model/config.json")
 
 
-@case(KIND, "broke config.json", "model/config.json: it is damaged", "copy or download it again")
+@case(KIND, "damaged config.json", "model/config.json: it is damaged", "copy or download it again")
 def broken_config(world: World) -> None:
     Path("model/config.json").write_text("{")
 
@@ -130,7 +133,13 @@ def cut_weights_to_convert(world: World) -> None:
     os.truncate(WEIGHTS, 2000)
 
 
-@case(KIND, "lost a tensor", "model: 1 weights are missing", "mlp.down_proj", "use the config that")
+@case(
+    KIND,
+    "gave weights that lack a tensor",
+    "model: 1 weights are missing",
+    "mlp.down_proj",
+    "use the config that",
+)
 def lost_tensor(world: World) -> None:
     tensors = load_file(WEIGHTS)
     tensors.pop(next(n for n in tensors if n.endswith("mlp.down_proj.weight")))
@@ -158,7 +167,7 @@ def pickled_weights(world: World) -> None:
         pickle.dump(Touch(), file)
 
 
-@case(KIND, "lost weights of several files", "model: cannot load the model", "00002-of-00002")
+@case(KIND, "deleted one of several weight files", "model: cannot load the model", "00002-of-00002")
 def lost_shard(world: World) -> None:
     tensors = load_file(WEIGHTS)
     names = {"00001": list(tensors)[:10], "00002": list(tensors)[10:]}

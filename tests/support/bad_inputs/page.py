@@ -30,10 +30,10 @@ mmkd: WHERE: WHAT IS WRONG -- WHAT TO DO
 Nothing on the disk has changed. There is one exception: if the upload of a release fails, its
 complete folder stays on the disk, and the same command uploads it.
 
-`tests/cli/test_bad_input.py` runs all {count} below and compares them with this page.
-`python -m scripts.errors` writes it. Text in parentheses often comes from a library and changes
-with its version. For commands and options that do not exist (`mmkd runn`), mmkd prints the usage
-on several lines, with status 2.
+`tests/cli/test_bad_input.py` runs all {count} below and compares them with this page, which
+`python -m scripts.errors` writes. Text in parentheses often comes from a library and changes with
+its version. For commands and options that do not exist (`mmkd runn`), mmkd prints the usage on
+several lines, with status 2.
 """
 
 

@@ -54,7 +54,7 @@ def image_is_a_folder(world: World) -> None:
 
 @case(
     KIND,
-    "gave bytes that are no picture",
+    "gave bytes that are not a picture",
     FIRST + "broken.png is not a readable image",
     "replace",
 )
@@ -95,7 +95,7 @@ def decompression_bomb(world: World) -> None:
 
 @case(
     KIND,
-    "gave a picture of 32 bits a pixel",
+    "gave a picture with 32 bits per pixel",
     FIRST + "depth.tif has numbers of 32 bits",
     "8 or 16 bits",
 )
@@ -106,7 +106,7 @@ def image_of_32_bits(world: World) -> None:
 
 @case(
     KIND,
-    "named a picture above the folder",
+    "named a picture outside the folder",
     FIRST + "../picture.png lies outside of",
     "keep images below",
 )
@@ -116,12 +116,22 @@ def image_above(world: World) -> None:
     world.raw["data"]["images"] = "images"
 
 
-@case(KIND, "named a file of the machine", FIRST + "/etc/passwd lies outside of", "keep images")
+@case(
+    KIND,
+    "named a picture by an absolute path",
+    FIRST + "/etc/passwd lies outside of",
+    "keep images",
+)
 def image_by_an_absolute_path(world: World) -> None:
     world.records(picture("/etc/passwd"))
 
 
-@case(KIND, "linked to a picture elsewhere", FIRST + "link.png lies outside of", "links' targets")
+@case(
+    KIND,
+    "linked to a picture outside the folder",
+    FIRST + "link.png lies outside of",
+    "links' targets",
+)
 def image_behind_a_link(world: World) -> None:
     Path("images").mkdir()
     Path("images/link.png").symlink_to("../picture.png")

@@ -12,7 +12,7 @@ def no_recipe(world: World) -> list[str]:
     return ["run", "recipes.yaml"]
 
 
-@case(KIND, "wrote a bracket too few", "recipe.yaml: not YAML", "line 3", "mend the syntax")
+@case(KIND, "left out a closing bracket", "recipe.yaml: not YAML", "line 3", "mend the syntax")
 def no_yaml(world: World) -> None:
     write("name: tiny\nstages: [\n")
 
@@ -159,7 +159,7 @@ def quantized_teacher_on_a_cpu(world: World) -> None:
 
 @case(
     KIND,
-    "spread a 4-bit teacher over processes",
+    "sharded a 4-bit teacher over processes",
     "placement sharded does not work with 'quantize'",
     "leave one of them out",
 )

@@ -69,7 +69,7 @@ def more_images_than_placeholders(world: World) -> None:
     world.records(record(image=["picture.png", "picture.png"]))
 
 
-@case(KIND, "gave a turn to a robot", FIRST + "unknown role 'robot'", "known: human, gpt")
+@case(KIND, "gave a turn the role `robot`", FIRST + "unknown role 'robot'", "known: human, gpt")
 def unknown_role(world: World) -> None:
     world.records(record(conversations=[{"from": "robot", "value": "?"}, *TURNS]))
 
@@ -86,7 +86,7 @@ def conversation_of_text(world: World) -> None:
 
 @case(
     KIND,
-    "gave an answer that is a number",
+    "gave a number as an answer",
     FIRST + "a turn of 'gpt' has no text",
     "give it a value",
 )
@@ -96,7 +96,7 @@ def answer_of_a_number(world: World) -> None:
 
 @case(
     KIND,
-    "used keys of no known schema",
+    "used keys that no schema has",
     "record 0",
     "neither 'conversations' nor 'messages'",
     "use one of the schemas",
@@ -126,7 +126,10 @@ def no_rejected_answer(world: World) -> None:
 
 
 @case(
-    KIND, "gave a pair of one answer", FIRST + "chosen and rejected are the same", "drop the record"
+    KIND,
+    "gave a preference pair with two equal answers",
+    FIRST + "chosen and rejected are the same",
+    "drop the record",
 )
 def equal_pair(world: World) -> None:
     world.records({"id": "r1", "question": "Is there a cat?", "chosen": "no", "rejected": "no"})

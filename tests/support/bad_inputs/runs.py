@@ -65,7 +65,7 @@ def checkpoint_of_another_batch(world: World) -> None:
     world.stage(steps=2, checkpoint={"every": 1}, batch={"size": 2})
 
 
-@case("run", "broke a run's training.yaml", "training.yaml", "delete")
+@case("run", "damaged a run's training.yaml", "training.yaml", "delete")
 def broken_training(world: World) -> None:
     world.take(world.given.stopped, "runs")
     Path("runs/tiny/training.yaml").write_text("stages: [")
@@ -129,7 +129,7 @@ def cache_that_is_not_complete(world: World) -> None:
     os.remove("cache/manifest.json")
 
 
-@case("cache", "broke the cache's manifest", "cache/manifest.json: it cannot be read", "build it")
+@case("cache", "damaged the cache's manifest", "cache/manifest.json: it cannot be read", "build it")
 def broken_manifest(world: World) -> None:
     cached(world)
     Path("cache/manifest.json").write_text("{")
@@ -224,7 +224,7 @@ def cache_into_another(world: World) -> list[str]:
 
 @case(
     "cache",
-    "built one without saying where",
+    "built a cache without naming its folder",
     "teacher.cache: the recipe does not say where to",
     "add 'teacher:",
 )
@@ -235,7 +235,7 @@ def cache_of_no_folder(world: World) -> list[str]:
 
 @case(
     "cache",
-    "built one that no objective reads",
+    "built a cache that no objective reads",
     "stages: no stage has an objective that reads a teacher",
     "add",
 )

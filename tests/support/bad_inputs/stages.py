@@ -100,7 +100,7 @@ overridden(
 
 @case(
     KIND,
-    "gave the head an adapter that has the embeddings' weight",
+    "gave an adapter to a head that shares the embeddings' weight",
     "stages.train.lora: the head shares its weight",
     "leave 'head' out",
 )
@@ -129,7 +129,7 @@ overridden(
 
 @case(
     KIND,
-    "gave a DeepSpeed file that says otherwise",
+    "gave a DeepSpeed file with a setting that differs from the recipe's",
     "engine.config zero.json",
     "gradient_clipping is 0.5, the recipe says 1.0",
     "write auto",
@@ -164,7 +164,7 @@ overridden(
 
 @case(
     KIND,
-    "packed rows for an objective that relates tokens",
+    "packed records for an objective that relates tokens",
     "stage mimic: batch.pack",
     "objective relation relates the tokens of a row",
     "set it to null",
@@ -176,7 +176,7 @@ def packed_relations(world: World) -> None:
 
 @case(
     KIND,
-    "sampled the student's answers for cross-entropy",
+    "used cross-entropy on answers that the student samples",
     "stage mimic: objective ce: with 'on_policy'",
     "distil with kl",
 )
