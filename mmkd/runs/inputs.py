@@ -303,6 +303,12 @@ def _named(part: SourceConfig) -> str:
     return " ".join([part.train, *filter(None, (part.subset, part.split, part.revision))])
 
 
+def _visible(folder: Path) -> list[Path]:
+    """The files below a folder, without hidden ones such as those of git and of caches."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+
+
 @cache
 def _data_read(config: str) -> _DataRead:
     part = SourceConfig.model_validate_json(config)
@@ -310,7 +316,7 @@ def _data_read(config: str) -> _DataRead:
     from_hub = part.train.startswith(HUB)
     try:
         if from_hub:
-            files = [p for p in sorted(path.rglob("*")) if p.is_file()]  # of a local folder
+            files = _visible(path)  # of a local folder
         elif path.is_dir() and not any(p.suffix in (".parquet", ".tar") for p in path.iterdir()):
             files = [p for p in sorted(path.iterdir()) if p.is_file()]  # or a saved data set
         else:

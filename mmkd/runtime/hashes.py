@@ -9,11 +9,12 @@ from mmkd.runtime.files import sha256
 
 def file_hash(path: Path) -> str:
     """A file's sha256, made once by this process unless it changes."""
-    return _sha256(path, path.stat().st_mtime_ns)
+    facts = path.stat()
+    return _sha256(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
 
 
 @cache
-def _sha256(path: Path, changed: int) -> str:
+def _sha256(path: Path, *facts: int) -> str:
     # Each stage of a run asks again.
     return sha256(path)
 

@@ -1,6 +1,7 @@
 """A run goes on only with the data, pictures and models that it began with."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,8 @@ def test_a_folder_that_is_read_as_a_hub_data_set_is_noted(world, datasets_cache,
     assert status == 2
     assert message.startswith("mmkd: data/train.jsonl: it has changed since the run began")
     write_lines("data/train.jsonl", "yes")
+    Path("data/.git").mkdir()
+    Path("data/.git/index").write_text("not data")
     assert train(world, until=2)[0] == 0
 
 
@@ -267,3 +270,13 @@ def test_a_file_is_read_whole_once_for_inputs_and_provenance(world):
     inputs._content.cache_clear()
     assert train(world, until=2)[0] == 0
     assert read.count("records.json") == read.count("teacher/model.safetensors") == 1
+
+
+def test_a_file_that_is_replaced_under_its_old_time_is_hashed_again(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("one")
+    before = hashes.file_hash(path)
+    other.write_text("two")
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    assert hashes.file_hash(path) == sha256(path) != before
