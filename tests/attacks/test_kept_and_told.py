@@ -80,6 +80,7 @@ def test_files_of_the_user_beside_an_output_stay(world, out, scenes_dir):
 
 
 def test_a_caches_manifest_names_whose_code_was_let_run(world):
+    consent.withdraw()
     world.cache()
     Path("teacher/own.py").write_text("")
     build_cache(load_recipe(world.raw))

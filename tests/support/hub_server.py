@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             r"POST /([\w-]+/[\w-]+)\.git/info/lfs/objects/batch": self.batch,
             r"POST /api/models/([\w-]+/[\w-]+)/preupload/main": self.preupload,
             r"POST /api/models/([\w-]+/[\w-]+)/commit/main": self.commit,
-            r"GET /api/(?:models|datasets)/([\w-]+/[\w-]+)/tree/\w+(?:/[\w/-]+)?": self.tree,
+            r"GET /api/(?:models|datasets)/([\w-]+/[\w-]+)/tree/\w+": self.tree,
             r"GET /api/models/([\w-]+/[\w-]+)/xet-write-token/main": self.xet_token,
             r"GET /api/(?:models|datasets)/([\w-]+/[\w-]+)(?:/revision/\w+)?": self.info,
             r"(?:GET|HEAD) (?:/datasets)?/([\w-]+/[\w-]+)/resolve/\w+/(.+)": self.resolve,
