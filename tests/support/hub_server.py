@@ -143,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             r"POST /api/models/([\w-]+/[\w-]+)/preupload/main": self.preupload,
             r"POST /api/models/([\w-]+/[\w-]+)/commit/main": self.commit,
             r"GET /api/(?:models|datasets)/([\w-]+/[\w-]+)/tree/\w+": self.tree,
+            r"GET /api/datasets/([\w-]+/[\w-]+)/tree/\w+/.+": self.no_entry,
             r"GET /api/models/([\w-]+/[\w-]+)/xet-write-token/main": self.xet_token,
             r"GET /api/(?:models|datasets)/([\w-]+/[\w-]+)(?:/revision/\w+)?": self.info,
             r"(?:GET|HEAD) (?:/datasets)?/([\w-]+/[\w-]+)/resolve/\w+/(.+)": self.resolve,
@@ -236,6 +237,10 @@ class Handler(BaseHTTPRequestHandler):
         files = self.hub.repos[name].files.items()
         self.answer([{"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
                      for path, content in files])  # fmt: skip
+
+    def no_entry(self, body: bytes, name: str) -> None:
+        """The data sets here have no folders."""
+        self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
 
     def resolve(self, body: bytes, name: str, path: str) -> None:
         repo = self.hub.repos[name]
