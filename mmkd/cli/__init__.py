@@ -72,9 +72,7 @@ def _fail(error: MmkdError) -> NoReturn:
 
 def _end(status: int) -> NoReturn:
     """Exit. Of several processes each exits at once: gloo's threads may abort a slow exit."""
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):  # as in mmkd.runtime.distributed, which imports torch
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # mmkd.runtime.distributed imports torch
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,12 +1,19 @@
 """The groups of commands, and arguments that several commands share."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 import typer.core
+
+from mmkd.errors import AGAIN
+from mmkd.runtime import interrupt
+
+if TYPE_CHECKING:
+    from mmkd.recipe import Recipe
 
 
 class RecipeGroup(typer.core.TyperGroup):
@@ -104,6 +111,36 @@ def named(plugins: list[str] | None) -> list[str]:
 
 Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def begin(
+    command: list[str],
+    recipe: Path,
+    overrides: list[str] | None,
+    plugins: list[str] | None,
+    processes: int,
+    options: Sequence[str] = (),
+) -> "Recipe":
+    """Load the recipe of a command that resumes when it is called again.
+
+    For several processes, the command is launched in each of them, and this process exits with
+    their status.
+
+    Args:
+        command: the command's name.
+        recipe, overrides, plugins, processes: arguments of the command.
+        options: further arguments, for the processes that are launched.
+    """
+    from mmkd.recipe import load_recipe
+
+    interrupt.can_go_on(AGAIN)
+    loaded = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
+    if processes > 1:
+        from mmkd.cli.launch import launch
+
+        words = [*command, str(recipe), *(overrides or []), *named(plugins), *options]
+        sys.exit(launch(words, processes))
+    return loaded
 
 
 def notes(as_json: bool) -> AbstractContextManager[Any]:

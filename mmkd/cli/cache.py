@@ -1,7 +1,6 @@
 """A teacher's cache: build it, and describe it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -14,12 +13,10 @@ from mmkd.cli.app import (
     Plugins,
     RecipeFile,
     Trusted,
+    begin,
     cache_app,
-    named,
     notes,
 )
-from mmkd.errors import AGAIN
-from mmkd.runtime import interrupt
 
 
 @cache_app.command(name="build")
@@ -31,15 +28,7 @@ def build_cache(
     nproc: Nproc = 1,
 ) -> None:
     """Run the recipe's teacher once over its data. A second call continues where it stopped."""
-    from mmkd.recipe import load_recipe
-
-    interrupt.can_go_on(AGAIN)
-    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
-    if nproc > 1:
-        from mmkd.cli.launch import launch
-
-        words = ["cache", "build", str(recipe), *(overrides or []), *named(plugin)]
-        sys.exit(launch(words, nproc))
+    read = begin(["cache", "build"], recipe, overrides, plugin, nproc)
     from mmkd.commands.build_cache import build_cache as build
     from mmkd.commands.cache_stats import print_stats, stats
     from mmkd.runtime import distributed

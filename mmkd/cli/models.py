@@ -144,12 +144,14 @@ def chat(
 
     if as_json and question is None:
         raise MmkdError("--json prints one answer", mend="add a question to the command")
-    models = find_student(model, student)
+    models = {k: (name, revision) for k, name in find_student(model, student).items()}
+    if compare in models:
+        raise MmkdError("it is the model itself", where="--compare", mend="name another one")
     if compare is not None:
-        models[compare] = compare
+        models[compare] = (compare, None)
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)
     with notes(as_json):
-        chat = Chat(models, sampling, seed=seed, device=device, revision=revision)
+        chat = Chat(models, sampling, seed=seed, device=device)
     if question is None:
         chat.converse(image or [])
     elif as_json:

@@ -1,7 +1,6 @@
 """Recipes: run them, plan them, time their steps, report their results."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,12 +14,10 @@ from mmkd.cli.app import (
     RecipeFile,
     Trusted,
     app,
-    named,
+    begin,
     notes,
     recipe_app,
 )
-from mmkd.errors import AGAIN
-from mmkd.runtime import interrupt
 
 
 @app.command()
@@ -36,16 +33,8 @@ def run(
     ] = None,
 ) -> None:
     """Train, evaluate and report; a second call continues where the first stopped."""
-    from mmkd.recipe import load_recipe
-
-    interrupt.can_go_on(AGAIN)
-    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
-    if nproc > 1:
-        from mmkd.cli.launch import launch
-
-        again = [] if from_stage is None else ["--from-stage", from_stage]
-        words = ["run", str(recipe), *(overrides or []), *named(plugin), *again]
-        sys.exit(launch(words, nproc))
+    again = [] if from_stage is None else ["--from-stage", from_stage]
+    read = begin(["run"], recipe, overrides, plugin, nproc, again)
     from mmkd.errors import EvaluationError
     from mmkd.report import write_report
     from mmkd.runs import pipeline

@@ -20,16 +20,24 @@ class Chat:
     """Conversations with one model, or with several side by side.
 
     Args:
-        models: {label: folder or Hub id}.
+        models: {label: (folder or Hub id, revision)}.
         sampling: how answers are sampled.
         seed: decides sampled answers.
-        loading: further arguments of `load_answering`.
+        device: where the models run; `auto` is the GPU if there is one.
     """
 
     def __init__(
-        self, models: dict[str, str], sampling: SamplingConfig, *, seed: int, **loading: Any
+        self,
+        models: dict[str, tuple[str, str | None]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        device: str,
     ):
-        self._models = {label: load_answering(name, **loading) for label, name in models.items()}
+        self._models = {
+            label: load_answering(name, device=device, revision=revision)
+            for label, (name, revision) in models.items()
+        }
         self._sampling, self._seed = sampling, seed
         self.begin()
 

@@ -174,7 +174,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._running: dict[int, _Running] = {}
         self._wake = threading.Event()
-        self._process = 0
+        self._thread: threading.Thread | None = None
 
     @contextmanager
     def over(self) -> Iterator[None]:
@@ -182,10 +182,10 @@ class _Watch:
 
         A thread must not enter a second block inside the first.
         """
-        if self._process != os.getpid():  # a forked worker has no thread of its parent's
-            self.__init__()  # type: ignore[misc]
-            self._process = os.getpid()
-            threading.Thread(target=self._look, daemon=True).start()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread.start()
         thread = threading.get_ident()
         running = _Running(_cpu_seconds(thread), _memory())
         with self._lock:
@@ -237,6 +237,15 @@ class _TooLargeError(TemplateBoundError):
 
 
 _watch = _Watch()
+
+
+def _begin_again() -> None:
+    """Give a forked process locks that nobody holds; it has no thread of its parent's."""
+    global _compiling, _watch
+    _compiling, _watch = threading.Lock(), _Watch()
+
+
+os.register_at_fork(after_in_child=_begin_again)
 
 
 def _cpu_seconds(thread: int) -> float:

@@ -21,6 +21,8 @@ from mmkd.data.content import printable
 from mmkd.errors import DataError
 
 # Pillow opens more; some of those (EPS) start other programs.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Of files that hold pictures."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEMBER_BYTES = 2**28
 MOST_PIXELS = 89_478_485  # Pillow's own default, which other libraries change

@@ -14,7 +14,7 @@ import torch
 
 from mmkd.data.answers import answers_of, asked, generate_of, sample
 from mmkd.data.encoder import Encoder
-from mmkd.data.images import load_image, thumbnail
+from mmkd.data.images import SUFFIXES, load_image, thumbnail
 from mmkd.data.records import GivenRecords, Records, located
 from mmkd.data.schema import Record
 from mmkd.data.sources.files import find_files
@@ -37,7 +37,6 @@ from mmkd.runtime.progress import say
 from mmkd.runtime.shapes import Answers, read_if
 
 FORMAT = 1
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,10 @@ def _in_folder(folder: Path) -> list[Path]:
         raise DataError(
             "no such folder of pictures", where=str(folder), mend="check evaluate.samples.images"
         )
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise DataError(
-            "no pictures in it", where=str(folder), mend=f"read are {', '.join(PICTURES)}"
+            "no pictures in it", where=str(folder), mend=f"read are {', '.join(SUFFIXES)}"
         )
     return paths
 

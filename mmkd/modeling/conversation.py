@@ -128,10 +128,10 @@ class _Timed:
             options["streamer"] = _Streamer(self._tokenizer, self._on_text)
         begun = time.perf_counter()
         ids = self._generate(inputs, **options)
-        self.tokens = ids.shape[1] - inputs["input_ids"].shape[1]  # .shape waits for no GPU
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
         self.seconds = time.perf_counter() - begun
+        self.tokens = ids.shape[1] - inputs["input_ids"].shape[1]
         return ids
 
 

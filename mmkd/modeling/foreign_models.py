@@ -1,5 +1,5 @@
-"""What a model's folder may not ask for: code from elsewhere, and pickled weights; and its files of
-settings, which others have written."""
+"""Checks of a model's folder: settings files that are damaged, code from other places, pickled
+weights."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from mmkd.runtime.shapes import Shape, read_as
 
 INDEX = "model.safetensors.index.json"
 SETTINGS = ("*config.json", "special_tokens_map.json", "chat_template.json", INDEX)
-"""Files that hold a mapping, which libraries read as if it were one."""
+"""Settings files. Libraries assume that each holds a JSON object."""
 Ids = int | list[int] | None
 
 
@@ -55,19 +55,19 @@ _SHAPES: dict[str, type[Shape]] = {
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a file of settings in a model's folder says.
+    """The content of a settings file in a model's folder.
 
     Raises:
-        CheckpointError: it cannot be read, or has another shape.
+        CheckpointError: it cannot be read, or has the wrong structure.
     """
     return read_as(_SHAPES.get(path.name, Shape), path, "copy or download it again")
 
 
 def check_settings(folder: Path) -> None:
-    """Check that a model's folder has no file of settings that is damaged.
+    """Check the settings files of a model's folder.
 
     Raises:
-        CheckpointError: it has one.
+        CheckpointError: one of them is damaged.
     """
     for path in sorted({path for name in SETTINGS for path in folder.glob(name)}):
         read_settings(path)

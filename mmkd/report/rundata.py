@@ -88,6 +88,15 @@ class Member:
         return f"{len(self.stages):02d}-{self.stages[-1].name}"
 
     @property
+    def stage_students(self) -> dict[str, Path]:
+        """The folder of the student that each stage writes, by the stage's name."""
+        if self.student is None:
+            return {}
+        home = self.student.parent.parent
+        names = [stage.name for stage in self.stages]
+        return {n: home / f"{i:02d}-{n}" / "student" for i, n in enumerate(names, 1)}
+
+    @property
     def finished_student(self) -> Path | None:
         """The folder that its last stage wrote; None if it is not finished or was deleted."""
         if not self.done or self.student is None or self.student.parent.name != self.last:

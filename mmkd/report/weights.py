@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from mmkd.errors import CheckpointError
 from mmkd.report.rundata import TEACHER, Run
-from mmkd.runtime.files import read_json
 from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.shapes import Shape, read_if
 
 
 def other_weights(run: Run) -> list[str]:
@@ -20,6 +19,8 @@ def other_weights(run: Run) -> list[str]:
 def _models(run: Run) -> dict[str, Path]:
     """The folder of each model that has scores."""
     found = {m.label: m.student for m in run.members}
+    for member in run.members:
+        found |= {f"{member.label}@{name}": path for name, path in member.stage_students.items()}
     teacher = run.recipe.get("teacher") or {}
     if run.teacher is not None and teacher.get("model"):
         found[TEACHER] = run.find(str(teacher["model"]))
@@ -34,8 +35,4 @@ def _differ(run: Run, label: str, folder: Path) -> bool:
 
 def _requested(folder: Path) -> str | None:
     """The weights that an evaluation was asked to score; None where nothing tells."""
-    try:
-        found = read_json(folder / "request.json")
-    except (OSError, ValueError, CheckpointError):
-        return None
-    return found.get("weights") if isinstance(found, dict) else None
+    return (read_if(Shape, folder / "request.json") or {}).get("weights")

@@ -8,58 +8,34 @@
 
 A file is not read again if its size and stamp (modification time, change time, inode) are as noted.
 Data files and models are read whole. Of a tar file larger than `WHOLE_BYTES`, pieces are read. Of
-pictures in separate files, those of `PICTURES` records are read, evenly spread over the source. Of
-data sets and models from the Hub, the commits are noted.
+pictures in separate files, those of `reads.PICTURES` records are read, evenly spread over the
+source. Of data sets and models from the Hub, the commits are noted.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
-from mmkd.cache.store import MANIFEST
-from mmkd.data.records import Source
-from mmkd.data.sources import find_files
-from mmkd.errors import CheckpointError, DataError
-from mmkd.objectives import build_objective
-from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
+from mmkd.errors import CheckpointError
+from mmkd.recipe import ModelConfig
+from mmkd.runs.reads import Reads, forget_sources, reads_of, start_of
 from mmkd.runs.resume import REPLACED, Member, Restart, is_begun
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
-from mmkd.runtime.hashes import file_hash
+from mmkd.runtime.hashes import file_hash, remember
 from mmkd.runtime.progress import say
 
 FILE = "inputs.json"
 FORMAT = 1
-PICTURES = 2_000
 WHOLE_BYTES = 2**30
 PIECES, PIECE_BYTES = 1_000, 2**16
-OF_MODELS = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
 
 Notes = dict[str, dict[str, Any]]
 """What inputs.json holds: by section, facts by name."""
-
-
-@dataclass(frozen=True)
-class Reads:
-    """The inputs of a stage, before their content is read.
-
-    Attributes:
-        files: paths of data, pictures, models and processors.
-        sources: {data source: paths of its files}.
-        caches: {folder of a teacher's cache: {shard or "settings": SHA-256}}.
-        commits: {Hub id of a model, or data source: commit}.
-    """
-
-    files: frozenset[str]
-    sources: dict[str, list[str]]
-    caches: dict[str, dict[str, str]]
-    commits: dict[str, str]
 
 
 def check_inputs(
@@ -81,7 +57,7 @@ def check_inputs(
         CheckpointError: an input has changed; raised on all ranks.
     """
     said: list[str] = []
-    _data_read.cache_clear()
+    forget_sources()
     if distributed.rank() == 0:
         try:
             found = [_check(m, r, todo, restarts, from_stage) for m, r in _pairs(todo, restarts)]
@@ -212,133 +188,6 @@ def _differing(notes: Notes, now: Reads, *, only_read: bool = False) -> tuple[st
     return None
 
 
-# What a stage reads
-
-
-def start_of(member: Member, index: int) -> ModelConfig:
-    """The model that a stage starts from. It may not exist yet if an earlier stage writes it."""
-    student, stage = member.recipe.student, member.recipe.stages[index]
-    folder: Path | None = None
-    if stage.convert:
-        folder = member.stage_folder(index) / "start" / "student"
-    elif index > 0:
-        folder = member.stage_folder(index - 1) / "student"
-    elif student.config is not None or student.convert:
-        folder = member.folder / "00-start" / "student"
-    if folder is None or (index == 0 and not folder.is_dir()):
-        return student
-    return ModelConfig(model=str(folder))
-
-
-def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
-    """The inputs of a stage.
-
-    Args:
-        recipe: the member's recipe.
-        index: number of the stage, from 0.
-        start: the model that the stage starts from.
-    """
-    stage = recipe.stages[index]
-    models = [start]
-    caches = {}
-    if any("teacher" in build_objective(o).needs for o in stage.objectives):
-        for teacher in recipe.teachers:
-            if teacher.source == "live":
-                models.append(teacher)
-            elif teacher.source == "cache" and teacher.cache is not None:
-                caches[teacher.cache.folder] = _cache_sums(Path(teacher.cache.folder))
-    data = recipe.stage_data(stage)
-    files, sources, commits = set[str](), {}, {}
-    for part in [*data.parts, *data.validation_parts]:
-        read = _data_read(part.model_dump_json())
-        if not part.train.startswith(HUB):
-            sources[part.train] = read.files
-        files |= {*read.files, *read.pictures}
-        if read.commit is not None:
-            commits[_named(part)] = read.commit
-    for model in models:
-        for name in {model.model, model.processor} - {None}:
-            assert name is not None
-            if Path(name).is_dir():
-                files |= {str(p) for p in _model_files(Path(name))}
-            elif commit := _commit(name, model.revision):
-                commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
-    return Reads(frozenset(files), sources, caches, commits)
-
-
-def _model_files(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.iterdir()) if p.suffix in OF_MODELS and p.is_file())
-
-
-def _commit(name: str, revision: str | None) -> str | None:
-    """Of a model of the Hub that is on this machine."""
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no Hub id
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-def _cache_sums(folder: Path) -> dict[str, str]:
-    try:
-        manifest = read_json(folder / MANIFEST)
-        sums = {shard["file"]: shard["sha256"] for shard in manifest.pop("shards")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # refused elsewhere
-        return {}
-    text = json.dumps(manifest, sort_keys=True)
-    return sums | {"settings": hashlib.sha256(text.encode()).hexdigest()}
-
-
-@dataclass(frozen=True)
-class _DataRead:
-    """What a data source reads: its files, those of its pictures that are noted, its commit."""
-
-    files: list[str]
-    pictures: list[str]
-    commit: str | None = None
-
-
-def _named(part: SourceConfig) -> str:
-    """A Hub data set's name, with what chooses a part of it."""
-    return " ".join([part.train, *filter(None, (part.subset, part.split, part.revision))])
-
-
-def _visible(folder: Path) -> list[Path]:
-    """The files below a folder, without hidden ones such as those of git and of caches."""
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
-
-
-@cache
-def _data_read(config: str) -> _DataRead:
-    part = SourceConfig.model_validate_json(config)
-    path = Path(part.train.removeprefix(HUB))
-    from_hub = part.train.startswith(HUB)
-    try:
-        if from_hub:
-            files = _visible(path)  # of a local folder
-        elif path.is_dir() and not any(p.suffix in (".parquet", ".tar") for p in path.iterdir()):
-            files = [p for p in sorted(path.iterdir()) if p.is_file()]  # or a saved data set
-        else:
-            files = find_files(part.train)
-        records = Source(part)
-    except DataError:  # refused elsewhere
-        return _DataRead([], [])
-    if from_hub:
-        return _DataRead([str(file) for file in files], [], records.commit)
-    pictures = set()
-    count = min(PICTURES, len(records))
-    for number in range(count):
-        try:
-            record = records[number * len(records) // count]
-        except DataError:  # a bad one
-            continue
-        for ref in record.images:
-            if isinstance(ref, str) and (found := (record.root or Path()) / ref).is_file():
-                pictures.add(str(found))
-    return _DataRead([str(file) for file in files], sorted(pictures))
-
-
 # Facts
 
 
@@ -350,19 +199,27 @@ def _stamp(path: Path) -> list[int]:
 def _is_same(path: Path, facts: dict[str, Any]) -> bool:
     if path.stat().st_size != facts.get("bytes"):
         return False
-    return _stamp(path) == facts.get("stamp") or _facts(path)["sha256"] == facts.get("sha256")
+    if _stamp(path) != facts.get("stamp"):
+        return bool(_facts(path)["sha256"] == facts.get("sha256"))
+    if not _in_pieces(path) and isinstance(facts.get("sha256"), str):
+        remember(path, facts["sha256"])  # provenance wants it too
+    return True
 
 
 def _facts(path: Path) -> dict[str, Any]:
     size, stamp = path.stat().st_size, _stamp(path)
-    return {"bytes": size, "sha256": _content(path, size, tuple(stamp)), "stamp": stamp}
+    content = _pieces_hash(path, size, tuple(stamp)) if _in_pieces(path) else file_hash(path)
+    return {"bytes": size, "sha256": content, "stamp": stamp}
+
+
+def _in_pieces(path: Path) -> bool:
+    """Whether a file is too large to be read whole."""
+    return path.suffix == ".tar" and path.stat().st_size > WHOLE_BYTES
 
 
 @cache
-def _content(path: Path, size: int, stamp: tuple[int, ...]) -> str:
+def _pieces_hash(path: Path, size: int, stamp: tuple[int, ...]) -> str:
     # Members of a run have most inputs in common.
-    if path.suffix != ".tar" or size <= WHOLE_BYTES:
-        return file_hash(path)  # provenance and evaluations want it too
     seen = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         for number in range(PIECES):

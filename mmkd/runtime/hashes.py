@@ -1,22 +1,34 @@
-"""Checksums of files and of a model's weights."""
+"""Checksums of files and of a model's weights, computed once by a process unless a file changes."""
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 from mmkd.runtime.files import sha256
 
+_known: dict[tuple[Path, int, int, int, int], str] = {}
+
 
 def file_hash(path: Path) -> str:
-    """A file's sha256, made once by this process unless it changes."""
-    facts = path.stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+    """The SHA-256 of a file, in hexadecimal."""
+    key = _key(path)
+    if key not in _known:
+        _known[key] = sha256(path)
+    return _known[key]
 
 
-@cache
-def _sha256(path: Path, *facts: int) -> str:
-    # Each stage of a run asks again.
-    return sha256(path)
+def remember(path: Path, checksum: str) -> None:
+    """Note the SHA-256 of a file as it is now, known from an earlier process."""
+    _known[_key(path)] = checksum
+
+
+def forget() -> None:
+    """Forget all checksums."""
+    _known.clear()
+
+
+def _key(path: Path) -> tuple[Path, int, int, int, int]:
+    status = path.stat()
+    return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def weights_hash(model: str | Path | None) -> str | None:

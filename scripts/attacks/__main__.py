@@ -5,6 +5,7 @@ python -m scripts.attacks --seed 0 --case 17 --keep /tmp/seen    # one of them a
 """
 
 import argparse
+import importlib
 import os
 import random
 import shutil
@@ -16,6 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 LOST = "lost another one"
+USED = (
+    *("mmkd.cli", "mmkd.report", "mmkd.evaluation.samples", "mmkd.runs.pipeline"),
+    *("mmkd.commands.bench", "mmkd.commands.build_cache", "mmkd.commands.cache_stats"),
+    *("mmkd.commands.check_data", "mmkd.commands.plan", "mmkd.release"),
+)
+"""Modules that the commands import."""
 ROOT = Path(__file__).parents[2]
 TOLD = (
     *(
@@ -149,11 +156,8 @@ def main() -> None:
             "COLUMNS": "200",
         }
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        import mmkd.cli  # noqa: F401, here, so that no attack waits for the imports
-        from mmkd.commands import (
-            plan,  # noqa: F401
-        )
-        from mmkd.evaluation import samples  # noqa: F401
+        for name in USED:  # so that no attack waits for the imports
+            importlib.import_module(name)
         from scripts.attacks.worlds import Worlds
 
         worlds = Worlds(home / "worlds")

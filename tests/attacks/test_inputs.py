@@ -177,6 +177,34 @@ def test_a_folder_that_is_read_as_a_hub_data_set_is_noted(world, datasets_cache,
     assert train(world, until=2)[0] == 0
 
 
+def test_a_picture_in_a_folder_that_is_read_as_a_hub_data_set_is_noted(world, datasets_cache):
+    shutil.rmtree("runs")
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text(json.dumps(RECORD) + "\n")
+    Image.new("RGB", (64, 64), "red").save("data/picture.png")
+    Image.new("RGB", (64, 64), "red").save("data/unused.png")
+    world.raw["data"] = {"sources": [{"train": "hub:data"}]}
+    assert train(world) == (None, "")
+    Image.new("RGB", (64, 64), "blue").save("data/unused.png")
+    assert train(world, until=1)[0] is None
+    Image.new("RGB", (64, 64), "blue").save("data/picture.png")
+    status, message = train(world)
+    assert status == 2
+    assert message.startswith("mmkd: data/picture.png: it has changed since the run began")
+
+
+def test_files_that_a_folder_of_data_does_not_name_are_not_noted(world):
+    shutil.rmtree("runs")
+    Path("data").mkdir()
+    shutil.copy("records.json", "data/records.json")
+    shutil.copy("picture.png", "data/picture.png")
+    Path("data/README.md").write_text("first")
+    world.raw["data"] = {"train": "data"}
+    assert train(world) == (None, "")
+    Path("data/README.md").write_text("second")
+    assert train(world, until=2)[0] == 0
+
+
 @pytest.mark.parametrize("stream", [None, 1])
 def test_another_commit_of_a_hub_data_set_is_refused(world, datasets_cache, stream):
     hub = world.hub()
@@ -266,10 +294,13 @@ def test_a_file_is_read_whole_once_for_inputs_and_provenance(world):
     read = []
     real = hashes.sha256
     world.patch.setattr(hashes, "sha256", lambda path: read.append(str(path)) or real(path))
-    hashes._sha256.cache_clear()
-    inputs._content.cache_clear()
-    assert train(world, until=2)[0] == 0
+    hashes.forget()
+    assert train(world) == (None, "")
     assert read.count("records.json") == read.count("teacher/model.safetensors") == 1
+    hashes.forget()  # as another process, which knows the notes
+    read.clear()
+    assert train(world, until=2)[0] == 0
+    assert "records.json" not in read
 
 
 def test_a_file_that_is_replaced_under_its_old_time_is_hashed_again(tmp_path):

@@ -1,6 +1,7 @@
 """Scores of weights that a run no longer holds are named by its report, and never published."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def student(given, tmp_path):
             recipe = yaml.safe_load(path.read_text())
             path.write_text(yaml.safe_dump({**recipe, "teacher": {"model": "teacher"}}))
         yield student, world
+
+
+def test_the_report_names_scores_of_a_stages_other_weights(student, capsys):
+    _, _ = student
+    of_stage = Path("runs/tiny/evaluation/student@mimic")
+    shutil.copytree("runs/tiny/evaluation/student", of_stage)
+    _, printed = reported(capsys)
+    assert WARNING not in printed
+    (of_stage / "request.json").write_text(json.dumps({"weights": "0" * 64}))
+    _, printed = reported(capsys)
+    assert f"student@mimic: {WARNING}" in printed
+    assert f"student: {WARNING}" not in printed
 
 
 def reported(capsys):

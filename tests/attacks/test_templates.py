@@ -1,12 +1,15 @@
 """Chat templates that come with a model are bounded in what they raise, take and write."""
 
 import copy
+import multiprocessing
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from transformers.utils import chat_template_utils
 
+from mmkd.data import bounded as data_bounded
 from mmkd.data.bounded import BoundedEnvironment, TemplateBoundError, bounded
 from mmkd.data.templates import PROBE, check_template, render
 from mmkd.errors import CheckpointError, DataError
@@ -151,6 +154,52 @@ def test_a_thread_that_ends_leaves_the_bounds_of_others(with_template):
     assert found == [True]
     plain = chat_template_utils._compile_jinja_template("{# outside #}")
     assert not isinstance(plain.environment, BoundedEnvironment)
+
+
+def test_a_forked_process_runs_templates_while_its_parent_compiles_one():
+    found = multiprocessing.get_context("fork").Queue()
+
+    def render_there():
+        with bounded():
+            template = chat_template_utils._compile_jinja_template("{# in the fork #}well")
+            found.put(template.render())
+
+    with bounded(), compiling():
+        process = multiprocessing.get_context("fork").Process(target=render_there)
+        process.start()
+        try:
+            assert found.get(timeout=60) == "well"
+        finally:
+            process.kill()
+
+
+@contextmanager
+def compiling():
+    """Hold the lock as a thread that compiles a template does."""
+    held = data_bounded._compiling
+    with held:
+        yield
+
+
+def test_the_first_templates_of_two_threads_are_both_watched(monkeypatch):
+    watch = data_bounded._Watch()
+    both, inside = threading.Barrier(2), []
+
+    def enter():
+        both.wait()
+        with watch.over():
+            both.wait()
+            inside.append(len(watch._running))
+            both.wait()
+
+    for _ in range(20):
+        watch._thread = None
+        threads = [threading.Thread(target=enter) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(inside) == {2}
 
 
 def test_ordinary_operations_are_as_in_the_plain_sandbox():

@@ -126,6 +126,19 @@ def test_two_models_side_by_side(monkeypatch, capsys, picture, tiny_model_dir):
     assert out.count(" tokens/s") == 2
 
 
+def test_a_revision_is_one_of_the_first_model(monkeypatch, capsys, picture, teacher):
+    loaded = []
+
+    def load(name, **settings):
+        loaded.append((name, settings["revision"]))
+        return teacher
+
+    monkeypatch.setattr(chat_module, "load_answering", load)
+    words = (TEACHER, ASK, "--image", picture, "--compare", "another", "--revision", "v2")
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    assert loaded == [(TEACHER, "v2"), ("another", None)]
+
+
 def test_as_json_stdout_is_json_alone(monkeypatch, capsys, picture):
     _, out, _ = run(monkeypatch, capsys, TEACHER, ASK, "--image", picture, "--json")
     reply = json.loads(out)[TEACHER]
@@ -167,6 +180,7 @@ def test_control_characters_of_an_answer_are_escaped(capsys):
         ([TEACHER, "?", "--image", "none.png"], "none.png: no such picture -- check the path"),
         ([TEACHER, "?", "--temperature", "1e-9"], "temperature: got 1e-09, which logits cannot"),
         ([TEACHER, "?", "--compare", "nothing"], "nothing: no such model folder -- "),
+        ([TEACHER, "?", "--compare", TEACHER], "--compare: it is the model itself -- name another"),
     ],
 )
 def test_a_command_that_is_wrong_is_one_line(monkeypatch, capsys, words, message):

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.data.content import printable
-from mmkd.data.images import Member
+from mmkd.data.images import SUFFIXES, Member
 from mmkd.data.schema import ANSWERS
 from mmkd.data.sources.arrow_index import keep, of_each_file, stamps
 from mmkd.data.sources.json_records import parse_object
 from mmkd.errors import DataError
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 UNREAD = frozenset(
     {"mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "mp3", "wav", "flac",

@@ -1,0 +1,178 @@
+"""What a stage reads: its data and models, found without reading their content."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from mmkd.cache.store import MANIFEST
+from mmkd.data.images import SUFFIXES
+from mmkd.data.records import Source
+from mmkd.data.sources import find_files
+from mmkd.data.sources.tables import is_saved
+from mmkd.errors import DataError
+from mmkd.objectives import build_objective
+from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
+from mmkd.runs.resume import Member
+from mmkd.runtime.files import read_json
+
+PICTURES = 2_000
+"""Records of a source whose pictures are noted."""
+OF_MODELS = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The inputs of a stage, before their content is read.
+
+    Attributes:
+        files: paths of data, pictures, models and processors.
+        sources: {data source: paths of its files}.
+        caches: {folder of a teacher's cache: {shard or "settings": SHA-256}}.
+        commits: {Hub id of a model, or data source: commit}.
+    """
+
+    files: frozenset[str]
+    sources: dict[str, list[str]]
+    caches: dict[str, dict[str, str]]
+    commits: dict[str, str]
+
+
+def start_of(member: Member, index: int) -> ModelConfig:
+    """The model that a stage starts from. It may not exist yet if an earlier stage writes it."""
+    student, stage = member.recipe.student, member.recipe.stages[index]
+    folder: Path | None = None
+    if stage.convert:
+        folder = member.stage_folder(index) / "start" / "student"
+    elif index > 0:
+        folder = member.stage_folder(index - 1) / "student"
+    elif student.config is not None or student.convert:
+        folder = member.folder / "00-start" / "student"
+    if folder is None or (index == 0 and not folder.is_dir()):
+        return student
+    return ModelConfig(model=str(folder))
+
+
+def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
+    """The inputs of a stage.
+
+    Args:
+        recipe: the member's recipe.
+        index: number of the stage, from 0.
+        start: the model that the stage starts from.
+    """
+    stage = recipe.stages[index]
+    models = [start]
+    caches = {}
+    if any("teacher" in build_objective(o).needs for o in stage.objectives):
+        for teacher in recipe.teachers:
+            if teacher.source == "live":
+                models.append(teacher)
+            elif teacher.source == "cache" and teacher.cache is not None:
+                caches[teacher.cache.folder] = _cache_sums(Path(teacher.cache.folder))
+    data = recipe.stage_data(stage)
+    files, sources, commits = set[str](), {}, {}
+    for part in [*data.parts, *data.validation_parts]:
+        read = _data_read(part.model_dump_json())
+        if not part.train.startswith(HUB):
+            sources[part.train] = read.files
+        files |= {*read.files, *read.pictures}
+        if read.commit is not None:
+            commits[_named(part)] = read.commit
+    for model in models:
+        for name in {model.model, model.processor} - {None}:
+            assert name is not None
+            if Path(name).is_dir():
+                files |= {str(p) for p in _model_files(Path(name))}
+            elif commit := _commit(name, model.revision):
+                commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
+    return Reads(frozenset(files), sources, caches, commits)
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.iterdir()) if p.suffix in OF_MODELS and p.is_file())
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Of a model of the Hub that is on this machine."""
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no Hub id
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _cache_sums(folder: Path) -> dict[str, str]:
+    try:
+        manifest = read_json(folder / MANIFEST)
+        sums = {shard["file"]: shard["sha256"] for shard in manifest.pop("shards")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # refused elsewhere
+        return {}
+    text = json.dumps(manifest, sort_keys=True)
+    return sums | {"settings": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def forget_sources() -> None:
+    """Forget what is known of data sources: they are looked at again."""
+    _data_read.cache_clear()
+
+
+@dataclass(frozen=True)
+class _DataRead:
+    """What a data source reads: its files, those of its pictures that are noted, its commit."""
+
+    files: list[str]
+    pictures: list[str]
+    commit: str | None = None
+
+
+def _named(part: SourceConfig) -> str:
+    """A Hub data set's name, with what chooses a part of it."""
+    return " ".join([part.train, *filter(None, (part.subset, part.split, part.revision))])
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files below a folder, without hidden ones such as those of git and of caches."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+
+
+@cache
+def _data_read(config: str) -> _DataRead:
+    part = SourceConfig.model_validate_json(config)
+    path = Path(part.train.removeprefix(HUB))
+    from_hub = part.train.startswith(HUB)
+    try:
+        if from_hub:
+            files = _visible(path)  # of a local folder
+        elif is_saved(path):
+            files = [p for p in sorted(path.iterdir()) if p.is_file()]
+        else:
+            files = find_files(part.train)
+        records = Source(part)
+    except DataError:  # refused elsewhere
+        return _DataRead([], [])
+    # Records of the Hub hold their pictures, and those of a stream are in windows far apart.
+    if part.stream is not None or (from_hub and not path.is_dir()):
+        return _DataRead([str(file) for file in files], [], records.commit)
+    files = [file for file in files if file.suffix.lower() not in SUFFIXES]
+    return _DataRead([str(file) for file in files], _pictures(records), records.commit)
+
+
+def _pictures(records: Source) -> list[str]:
+    """The picture files of some records, evenly spread over a source."""
+    pictures = set()
+    count = min(PICTURES, len(records))
+    for number in range(count):
+        try:
+            record = records[number * len(records) // count]
+        except DataError:  # a bad one
+            continue
+        for ref in record.images:
+            if isinstance(ref, str) and (found := (record.root or Path()) / ref).is_file():
+                pictures.add(str(found))
+    return sorted(pictures)
