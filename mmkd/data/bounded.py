@@ -148,7 +148,7 @@ def _compile(template: str) -> Any:
     return (_compiled if getattr(_inside, "bounded", False) else _transformers_own)(template)
 
 
-# Once and for good, since threads that patch and restore by turns would undo each other.
+# Patched once: threads that patch and restore in turn would undo each other's patches.
 chat_template_utils._compile_jinja_template = _compile  # type: ignore[assignment]
 
 
@@ -240,7 +240,7 @@ _watch = _Watch()
 
 
 def _begin_again() -> None:
-    """Give a forked process locks that nobody holds; it has no thread of its parent's."""
+    """Create new locks and a new watch in a forked process, which has no thread of its parent."""
     global _compiling, _watch
     _compiling, _watch = threading.Lock(), _Watch()
 

@@ -61,8 +61,8 @@ def evaluation_warnings(run: Run) -> list[str]:
     """Scores of other weights, tasks without scores, and documents that models could not be asked
     about."""
     found = [
-        f"{label}: its scores are of other weights than the run holds now; `mmkd run` of the "
-        "recipe scores these."
+        f"{label}: its scores are of other weights than the run holds now; run the recipe "
+        "again to score these weights."
         for label in other_weights(run)
     ]
     for label, results in run.results.items():

@@ -74,7 +74,7 @@ def write(path: Path, recipe: Recipe) -> None:
     if "plugins" in differing:
         first, later = found.get("plugins", {}), now["plugins"]
         other = [n for n in sorted({*first, *later}) if first.get(n) != later.get(n)]
-        say(f"{', '.join(other)}: not the plugins that the run began with, see {path}")
+        say(f"{', '.join(other)}: changed since the run began; {path} has both checksums")
     if differing and differing not in before:
         write_json(path, {**found, CONTINUED: [*before, differing]})
 

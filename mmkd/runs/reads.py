@@ -117,7 +117,7 @@ def _cache_sums(folder: Path) -> dict[str, str]:
 
 
 def forget_sources() -> None:
-    """Forget what is known of data sources: they are looked at again."""
+    """Clear the cache of data sources, so that they are read again."""
     _data_read.cache_clear()
 
 

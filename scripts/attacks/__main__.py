@@ -23,7 +23,6 @@ USED = (
     *("mmkd.commands.check_data", "mmkd.commands.plan", "mmkd.release"),
 )
 """Modules that the commands import."""
-ROOT = Path(__file__).parents[2]
 TOLD = (
     *(
         "damaged",

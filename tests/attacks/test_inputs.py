@@ -238,7 +238,7 @@ def test_another_plugin_is_named_and_recorded(world, capsys):
     world.patch.setattr(provenance, "say", said.append)
     assert train(world, until=2, words=words)[0] == 0
     assert said == [
-        "mine.py: not the plugins that the run began with, see runs/tiny/provenance.json"
+        "mine.py: changed since the run began; runs/tiny/provenance.json has both checksums"
     ]
     found = json.loads(Path("runs/tiny/provenance.json").read_text())
     assert found["continued"][0]["plugins"] == {"mine.py": sha256(plugin)}
