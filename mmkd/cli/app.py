@@ -110,6 +110,8 @@ def named(plugins: list[str] | None) -> list[str]:
 
 
 Nproc = Annotated[int, typer.Option(min=1, help="processes on this machine")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Revision = Annotated[Optional[str], typer.Option(help="of a Hub id")]  # noqa: UP045
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

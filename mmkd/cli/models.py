@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Trusted, app, notes
+from mmkd.cli.app import AsJson, Device, Revision, Trusted, app, notes
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -85,8 +85,8 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
+    device: Device = "auto",
+    revision: Revision = None,
     trusted: Trusted = None,
 ) -> None:
     """Score a run's students, or any model, with lmms-eval."""
@@ -132,8 +132,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token always")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of sampled answers")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    revision: Annotated[Optional[str], typer.Option(help="of a Hub id")] = None,  # noqa: UP045
+    device: Device = "auto",
+    revision: Revision = None,
     as_json: AsJson = False,
     trusted: Trusted = None,
 ) -> None:
