@@ -4,6 +4,8 @@ weights."""
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from mmkd.errors import CheckpointError
 from mmkd.runtime.shapes import Shape, read_as
 
@@ -21,6 +23,12 @@ class _Config(Shape):
     auto_map: dict[str, Any] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _names_a_class(self) -> "_Config":
+        if not self.model_type and not self.auto_map:
+            raise ValueError("it has no model_type")
+        return self
 
 
 class _Generation(Shape):

@@ -212,6 +212,8 @@ def read_if(shape: type[Shape], path: Path) -> dict[str, Any] | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
+        if first["type"] == "value_error":
+            return first["msg"].removeprefix("Value error, ")
         key = ".".join(map(str, first["loc"]))
         return f"{key}: {first['msg'].lower()}" if key else "not a JSON object"
     return " ".join(str(error).split())[:200]

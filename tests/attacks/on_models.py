@@ -15,10 +15,11 @@ TEXTS = {
     "nothing": "",
     "deep": f'{{"a": {DEEP}}}',
     "in_utf16": '{"a": 1}'.encode("utf-16").decode("latin-1"),
+    "an_empty_object": "{}",
     "twice": '{"model_type": "a", "model_type": "b"}',
 }
 FILES = {
-    "config.json": ("cut", "a_list", "deep", "twice"),
+    "config.json": ("cut", "a_list", "deep", "twice", "an_empty_object"),
     "generation_config.json": ("a_list", "a_number", "in_utf16"),
     "processor_config.json": ("cut", "a_list", "deep"),
     "preprocessor_config.json": ("a_number", "deep"),
