@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.places import SUPPORT
+from tests.support.places import ROOT
 from tests.support.recipes import tiny_recipe
 
 pytest.importorskip("deepspeed")
@@ -149,7 +149,8 @@ class Runs:
         torchrun = ["-m", "torch.distributed.run", "--standalone"]
         launcher = [*torchrun, f"--nproc_per_node={processes}"] if processes > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(SUPPORT / "engine_runs.py"), str(path)],
+            [sys.executable, *launcher, "-m", "tests.support.engine_runs", str(path)],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -18,7 +18,7 @@ from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.runtime.files import read_json
 from mmkd_models import kernels
-from tests.support.places import SUPPORT
+from tests.support.places import ROOT
 from tests.support.recipes import tiny_recipe
 from tests.support.recurrences import TOLERANCE
 
@@ -195,7 +195,8 @@ def launched(losses, tmp_path):
         path = tmp_path / "runs.json"
         path.write_text(json.dumps([(recipe, None) for recipe in made]))
         done = subprocess.run(
-            [sys.executable, str(SUPPORT / "engine_runs.py"), str(path)],
+            [sys.executable, "-m", "tests.support.engine_runs", str(path)],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "4", "NVIDIA_TF32_OVERRIDE": "0"},
             capture_output=True,
             text=True,
