@@ -16,6 +16,7 @@ from mmkd.recipe import EvaluateConfig, ModelConfig
 from mmkd.runtime import distributed, interrupt
 from mmkd.runtime.files import disk_error, link_folder, read_json, write_folder, write_json
 from mmkd.runtime.hashes import file_hash, weights_hash
+from mmkd.runtime.hub import model_commit
 from mmkd.runtime.progress import console, say
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
 
@@ -68,6 +69,8 @@ def _evaluate_one(
         "revision": source.revision,
         "quantize": model["quantize"],
     }
+    if source.model is not None and (commit := model_commit(source.model, source.revision)):
+        model["commit"] = commit
     if source.image_size is not None:
         model["image_size"] = source.image_size.model_dump(exclude_none=True)
         running["image_size"] = source.image_size

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from mmkd.cache.store import MANIFEST
 from mmkd.data.images import SUFFIXES
 from mmkd.data.records import Source
@@ -19,6 +17,7 @@ from mmkd.objectives import build_objective
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
 from mmkd.runs.resume import Member
 from mmkd.runtime.files import read_json
+from mmkd.runtime.hub import model_commit
 
 PICTURES = 2_000
 """Records of a source whose pictures are noted."""
@@ -88,22 +87,13 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
             assert name is not None
             if Path(name).is_dir():
                 files |= {str(p) for p in _model_files(Path(name))}
-            elif commit := _commit(name, model.revision):
+            elif commit := model_commit(name, model.revision):
                 commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
     return Reads(frozenset(files), sources, caches, commits)
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.iterdir()) if p.suffix in OF_MODELS and p.is_file())
-
-
-def _commit(name: str, revision: str | None) -> str | None:
-    """Of a model of the Hub that is on this machine."""
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no Hub id
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _cache_sums(folder: Path) -> dict[str, str]:

@@ -9,9 +9,11 @@ and everything else fails at once.
 import os
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
 from mmkd.runtime.progress import say
@@ -55,6 +57,27 @@ def say_if_unreachable(name: str) -> None:
     if reason not in (None, OFFLINE, *_said):
         _said.add(str(reason))
         say(f"the Hub cannot be reached ({reason}): using an earlier download of {name}")
+
+
+def model_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model on the Hub that loading it would use now; None for a folder.
+
+    Args:
+        name: folder or Hub id.
+        revision: commit, tag or branch; None is the main branch.
+
+    Returns:
+        The Hub's answer; if it cannot be reached, the commit of an earlier download, or None.
+    """
+    if Path(name).exists() or name.count("/") != 1:
+        return None
+    if unreachable() is None:
+        with suppress(HTTPError, OSError):
+            return HfApi().model_info(name, revision=revision, timeout=SECONDS).sha
+    with suppress(ValueError):  # not a Hub id
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        return Path(found).parent.name if isinstance(found, str) else None
+    return None
 
 
 def data_commit(name: str, revision: str | None) -> str | None:

@@ -14,11 +14,12 @@ from mmkd.commands.build_cache import build_cache
 from mmkd.commands.doctor import places
 from mmkd.commands.doctor.isolated import Check, run_isolated
 from mmkd.evaluation import models
-from mmkd.recipe import EvaluateConfig, load_recipe
+from mmkd.recipe import EvaluateConfig, ModelConfig, load_recipe
 from mmkd.runs.pipeline import run as train
 from mmkd.runtime import consent
 from mmkd.training import trackers
 from mmkd.training.trackers import Place, Tracked
+from tests.support import hub_server
 from tests.support.bad_inputs import run, world_in
 from tests.support.bad_inputs.table import RECORD, RUN, contents
 
@@ -180,4 +181,28 @@ def test_changed_data_of_a_task_starts_its_evaluation_again(world, scenes_dir, m
     (data,) = models._data_of(settings)
     with open(data, "ab") as file:
         file.write(b"\n")
+    assert (evaluated(), evaluated()) == (1, 0)
+
+
+def test_another_commit_of_a_model_from_the_hub_starts_its_evaluation_again(world, monkeypatch):
+    hub = world.hub()
+    hub.repos["me/model"] = hub_server.Repo(False)
+    settings = EvaluateConfig(tasks=["scenes_pope"])
+    scored = []
+
+    def score(*words, **more):
+        scored.append(words)
+        more["out"].mkdir(exist_ok=True)
+        (more["out"] / "results.json").write_text(json.dumps({"scores": {}}))
+
+    monkeypatch.setattr("mmkd.evaluation.run.evaluate", score)
+
+    def evaluated():
+        scored.clear()
+        source = ModelConfig(model="me/model")
+        models._evaluate_one("teacher", source, settings, Path("out"), "cpu")
+        return len(scored)
+
+    assert (evaluated(), evaluated()) == (1, 0)
+    hub.repos["me/model"].commits += 1
     assert (evaluated(), evaluated()) == (1, 0)
