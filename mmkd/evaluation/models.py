@@ -14,11 +14,20 @@ from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
 from mmkd.modeling.loading import quantization_of
 from mmkd.recipe import EvaluateConfig, ModelConfig
 from mmkd.runtime import distributed, interrupt
-from mmkd.runtime.files import disk_error, link_folder, read_json, write_folder, write_json
+from mmkd.runtime.files import (
+    disk_error,
+    link_file,
+    link_folder,
+    read_json,
+    write_folder,
+    write_json,
+)
 from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.hub import model_commit
 from mmkd.runtime.progress import console, say
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
+
+ANSWERS, DECODING = "answers.json", "decode.json"
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
 """Values of keys that older versions did not write to request.json."""
@@ -123,7 +132,7 @@ def _score(
     if _answered(out, request):
         return
     if twin := _twin(out, request):
-        write_folder(out, partial(link_folder, twin))
+        write_folder(out, partial(_with_scores_of, twin, out))
         results = read_json(twin / "results.json")
         write_json(out / "results.json", {**results, "model": model["model"]})
         write_json(out / "request.json", request)
@@ -144,6 +153,15 @@ def _score(
         **running,
     )
     write_json(out / "request.json", request)
+
+
+def _with_scores_of(twin: Path, out: Path, folder: Path) -> None:
+    """Fill a folder with a twin's files, and with those of other parts that `out` has already."""
+    link_folder(twin, folder)
+    for name in (ANSWERS, DECODING):
+        if (out / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            link_file(out / name, folder / name)
 
 
 def _answered(out: Path, request: dict[str, Any]) -> bool:
@@ -208,7 +226,7 @@ def _answer_samples(
     answer_samples(
         model["model"],
         settings.samples,
-        out / "answers.json",
+        out / ANSWERS,
         model=model,
         batch_size=settings.batch_size,
         device=distributed.choose_device(running["device"]),
@@ -221,7 +239,7 @@ def _time_decoding(
 ) -> None:
     from mmkd.evaluation.decode import time_folder
 
-    path = out / "decode.json"
+    path = out / DECODING
     request = {**model, "contexts": contexts, "device": running["device"]}
     if (found := read_if(Decoding, path)) and UNSAID | found.get("request", {}) == request:
         return

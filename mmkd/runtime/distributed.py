@@ -154,10 +154,12 @@ def explained(error: BaseException) -> PeerError | None:
         )
     if not (isinstance(error, dist.DistError) or any(word in said for word in GONE)):
         return None
-    again = "see what the others said; the same command goes on from the newest checkpoint"
+    again = "see the errors of the others; the same command goes on from the newest checkpoint"
     if any(word in said.lower() for word in LATE):
-        return PeerError(f"process {rank()} waits for another one that does not answer", mend=again)
-    return PeerError(f"process {rank()} lost another one", mend=again)
+        what = "waits for another process that does not answer"
+    else:
+        what = "lost the connection to another process"
+    return PeerError(f"process {rank()} {what}", mend=again)
 
 
 def barrier() -> None:

@@ -52,6 +52,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
             partial.replace(path)
+            sync_folder(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             error.filename = error.filename or str(path)
@@ -99,6 +100,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield partial
         sync_file(partial)
         partial.replace(path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise _not_written(path, error) from error
@@ -225,6 +227,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, new: bool = False
             raise CheckpointError("it is there already", where=str(path), mend="name a new folder")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -307,9 +310,12 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names in a folder are on the disk, where the disk can do this."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks
+            raise
     finally:
         os.close(handle)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-LOST = "lost another one"
+LOST = "lost the connection to another process"
 USED = (
     *("mmkd.cli", "mmkd.report", "mmkd.evaluation.samples", "mmkd.runs.pipeline"),
     *("mmkd.commands.bench", "mmkd.commands.build_cache", "mmkd.commands.cache_stats"),

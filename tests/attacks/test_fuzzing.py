@@ -69,7 +69,8 @@ def test_what_a_command_leaves_is_seen():
 
 
 def test_the_others_of_several_processes_may_say_that_they_lost_one():
-    words, lost = ["run", "recipe.yaml", "--nproc", "2"], "mmkd: process 1 lost another one -- see"
+    words = ["run", "recipe.yaml", "--nproc", "2"]
+    lost = "mmkd: process 1 lost the connection to another process -- see"
     for err, found in [
         (f"mmkd: a: b -- c\n{lost}", []),
         (lost, []),

@@ -86,7 +86,7 @@ def test_a_killed_process_ends_the_others(disturbed):
     status, output, losses, expected = disturbed(signal.SIGKILL)
     assert status == 128 + signal.SIGKILL
     assert "process 1 was killed (SIGKILL) -- run the same command again to go on" in output
-    assert "mmkd: process 0 lost another one -- see what the others said" in output
+    assert "mmkd: process 0 lost the connection to another process -- see the errors" in output
     assert "Traceback" not in output
     assert losses == expected
 
@@ -94,7 +94,7 @@ def test_a_killed_process_ends_the_others(disturbed):
 def test_a_hanging_process_is_waited_for_and_then_named(disturbed):
     status, output, losses, expected = disturbed(signal.SIGSTOP)
     assert status == 2
-    assert "mmkd: process 0 waits for another one that does not answer" in output
+    assert "mmkd: process 0 waits for another process that does not answer" in output
     assert "Traceback" not in output
     assert losses == expected
 
