@@ -19,6 +19,7 @@ def main() -> None:
     hint = AGAIN if "run" in words or "cache" in words else FROM_THE_START
     with interrupt.listening(hint):
         try:
+            interrupt.hear()
             _run()
         except StoppedError as end:
             _stopped(end)

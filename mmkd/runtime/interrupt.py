@@ -3,9 +3,13 @@
 Ctrl-C (SIGINT) and SIGTERM stop a command without losing work:
 
     with interrupt.listening():                # mmkd's own commands are inside of it already
-        for part in parts:
-            with interrupt.deferred():         # a signal waits for the end of this block
-                write(compute(part))
+        try:
+            interrupt.hear()
+            for part in parts:
+                with interrupt.deferred():     # a signal waits for the end of this block
+                    write(compute(part))
+        except StoppedError:
+            ...
 
 The first signal raises `StoppedError`, inside `deferred` at its end. A second Ctrl-C ends the
 process at once. This module imports nothing that is slow to import.
@@ -74,7 +78,8 @@ _state = _State()
 
 @contextmanager
 def listening(hint: str = FROM_THE_START) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise `StoppedError`; the handlers from before come back after.
+    """Inside, from `hear` on, SIGINT and SIGTERM raise `StoppedError`; earlier handlers come
+    back after.
 
     A signal that is ignored outside, as SIGINT is in a shell's background jobs, stays ignored.
     Only the main thread can listen.
@@ -84,11 +89,11 @@ def listening(hint: str = FROM_THE_START) -> Iterator[None]:
     """
     global _state
     outer, _state = _state, _State(os.getpid(), hint)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     before = {}
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, _on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `held` by who started this process
     hook, sys.unraisablehook = sys.unraisablehook, _on_unraisable
     try:
         yield
@@ -97,6 +102,15 @@ def listening(hint: str = FROM_THE_START) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _state = outer
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def hear() -> None:
+    """Raise `StoppedError` for signals from here on, and for those since `listening` began.
+
+    Signals wait before it, so that none comes where nothing catches the exception yet.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def can_go_on(hint: str) -> None:

@@ -155,6 +155,32 @@ def test_a_signal_while_libraries_and_models_are_loaded(long_run, number, second
     assert "Traceback" not in output
 
 
+AT_ONCE = """
+import os, signal, sys
+from mmkd import cli
+from mmkd.runtime import interrupt
+
+install = signal.signal
+
+def at_once(number, handler):
+    before = install(number, handler)
+    if handler is interrupt._on_signal:
+        os.kill(os.getpid(), int(sys.argv.pop()))
+    return before
+
+signal.signal = at_once
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_when_the_handlers_are_installed(number):
+    process = start(sys.executable, "-c", AT_ONCE, "run", "recipe.yaml", int(number), int(number))
+    status, output = finish(process)
+    assert status == (130 if number == signal.SIGINT else 0), output
+    assert output == "mmkd: stopped -- run the same command again to go on\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(long_run, number):
     """They feed the step that ends, and are gone with the run."""
