@@ -236,7 +236,7 @@ def comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def _budget(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in recipe.items() if k not in ("label", "name", "teacher")}
-    kept["student"] = {k: v for k, v in recipe["student"].items() if k != "convert"}
+    kept["student"] = {k: v for k, v in recipe.get("student", {}).items() if k != "convert"}
     stages = recipe.get("stages", [])
     return kept | {"stages": [{**s, "objectives": None, "convert": None} for s in stages]}
 

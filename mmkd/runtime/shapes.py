@@ -145,9 +145,39 @@ class Answered(Shape):
     answer: Any
 
 
-class Named(Shape):
+class WrittenSource(Shape):
+    train: str | None = None
+
+
+class WrittenData(WrittenSource):
+    sources: list[WrittenSource] | None = None
+
+
+class WrittenValidation(Shape):
+    metric: str | None = None
+    patience: Count | None = None
+
+
+class WrittenStage(Shape):
     name: str
     objectives: list[dict[str, Any]] = []
+    data: WrittenData | None = None
+    validation: WrittenValidation | None = None
+
+
+class WrittenTeacher(Shape):
+    model: str | None = None
+    source: str | None = None
+
+
+class WrittenSamples(Shape):
+    records: str | None = None
+
+
+class WrittenEvaluation(Shape):
+    include: str | None = None
+    tasks: list[str] | None = None
+    samples: WrittenSamples | None = None
 
 
 class Written(Shape):
@@ -157,12 +187,14 @@ class Written(Shape):
     label: str = "student"
     seed: Count = 0
     seeds: list[Count] = []
-    stages: list[Named]
+    stages: list[WrittenStage]
     variants: dict[str, Any] = {}
+    data: WrittenData | None = None
     student: dict[str, Any] = {}
-    teacher: dict[str, Any] | None = None
-    more_teachers: list[dict[str, Any]] = []
-    evaluate: dict[str, Any] | None = None
+    teacher: WrittenTeacher | None = None
+    more_teachers: list[WrittenTeacher] = []
+    evaluate: WrittenEvaluation | None = None
+    release: dict[str, Any] | None = None
 
 
 class Provenance(Shape):

@@ -1,10 +1,12 @@
 """Files of a run's folder that are valid and hold something else, or nothing."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import load_recipe
@@ -80,6 +82,35 @@ def test_report_release_and_eval_take_damaged_files(world, name):
         if name.endswith(("done.json", ".yaml")):
             assert status == 2, text
         assert path.read_text() == text
+
+
+KEYS = (
+    *("label", "seed", "seeds", "variants", "student", "data", "data.train", "data.sources"),
+    *("teacher", "teacher.model", "teacher.source", "more_teachers", "release"),
+    *("stages", "stages.0", "stages.0.name", "stages.0.objectives", "stages.0.objectives.0"),
+    *("stages.0.data", "stages.0.validation", "stages.0.validation.patience"),
+    *("evaluate", "evaluate.include", "evaluate.tasks"),
+    *("evaluate.samples", "evaluate.samples.records"),
+)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "training.yaml"])
+@pytest.mark.parametrize("key", KEYS)
+def test_report_and_release_take_a_value_of_another_kind(world, name, key):
+    path = Path(ROOT) / name
+    whole = yaml.safe_load(path.read_text())
+    for value in ("text", 7, [7], {"text": 7}, [["text"]], None):
+        *parents, last = key.split(".")
+        raw = copy.deepcopy(whole)
+        holder = raw
+        for parent in parents:
+            holder = holder[int(parent)] if isinstance(holder, list) else holder.get(parent)
+            if holder is None:
+                return
+        holder[int(last) if isinstance(holder, list) else last] = value
+        path.write_text(yaml.safe_dump(raw))
+        tried(world, ["report", ROOT])
+        tried(world, ["release", ROOT, "--out", "out", "--dry-run"])
 
 
 @pytest.mark.parametrize("name", FILES)
