@@ -4,9 +4,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmkd.runtime.files import sync_file, write_text
+from mmkd.runtime.progress import say
 
 _decode = json.JSONDecoder().raw_decode
 
@@ -41,7 +42,11 @@ def _has_step(line: Any) -> bool:
     if not isinstance(line, dict):
         return False
     step = line.get("step")
-    return isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step < math.inf
+    return _is_number(step) and 0 <= step < math.inf
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class StepLog:
@@ -53,18 +58,21 @@ class StepLog:
         written: the last step in the file before lines were dropped.
     """
 
-    def __init__(self, path: Path, step: int, *, active: bool = True):
+    def __init__(self, path: Path, step: int, *, active: bool = True, key: str | None = None):
         """
         Args:
             path: the file. Lines after `step` are dropped; the stage writes them again.
             step: the step that the stage resumes after.
             active: whether this rank writes.
+            key: a number that each line must have; lines without it are dropped.
 
         Raises:
             OSError: the file cannot be written without the dropped lines.
         """
         self.path, self.active = path, active
         lines = read_lines(path)
+        if key is not None:
+            lines = [line for line in lines if _is_number(line.get(key))]
         self.found = [line for line in lines if line["step"] <= step]
         self.written = int(max((line["step"] for line in lines), default=0))
         self.last: dict[str, Any] = self.found[-1] if self.found else {}
@@ -72,9 +80,16 @@ class StepLog:
         if active and path.exists() and path.read_bytes() != text.encode():
             write_text(path, text)
 
-    def missing(self, step: int) -> list[int]:
-        """Steps up to `step` that have no line."""
-        return sorted(set(range(1, step + 1)) - {line["step"] for line in self.found})
+    def missing(self, step: int, every: int = 1) -> list[int]:
+        """Multiples of `every` up to `step` that have no line."""
+        return sorted(set(range(every, step + 1, every)) - {line["step"] for line in self.found})
+
+    def say_missing(self, step: int, every: int = 1) -> None:
+        """Tell the user which lines are lost; arguments as in `missing`."""
+        lost = self.missing(step, every)
+        if lost and self.active:
+            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            say(f"{self.path}: the lines of {len(lost)} steps are lost ({some}); training goes on")
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line.

@@ -39,7 +39,7 @@ from mmkd.objectives import (
 from mmkd.recipe import StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.interrupt import asked, deferred
-from mmkd.runtime.progress import Bar, say
+from mmkd.runtime.progress import Bar
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import (
     LiveReference,
@@ -92,10 +92,11 @@ class Stage:
         active = self.engine.rank == 0
         if self.validation is not None:
             self.validation.begin(first, active=active)
-        log = StepLog(self.folder / "metrics.jsonl", first, active=active)
+        log = StepLog(self.folder / "metrics.jsonl", first, active=active, key="loss")
         skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
         metrics: Metrics = log.last
-        self._tell_lost(log, first)
+        log.say_missing(first)
+        self.barren = len(list(takewhile(_is_barren, reversed(log.found))))
         quiet = self.engine.rank > 0
         charts = Trackers(self.tracked, step=first, written=log.written, active=active)
         bar = Bar(self.config.name, self.steps, done=first, quiet=quiet, part=True)
@@ -128,15 +129,6 @@ class Stage:
             log.sync()
             skipped.sync()
         return metrics
-
-    def _tell_lost(self, log: StepLog, first: int) -> None:
-        """Say which lines are gone of steps that are not trained again, and count the last steps
-        without anything to learn."""
-        self.barren = len(list(takewhile(_is_barren, reversed(log.found))))
-        lost = log.missing(first)
-        if lost and log.active:
-            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
-            say(f"{log.path}: the lines of {len(lost)} steps are lost ({some}); training goes on")
 
     def _validate(self, step: int) -> Metrics | None:
         """The line of a validation, where the step is followed by one."""

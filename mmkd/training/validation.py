@@ -112,10 +112,11 @@ class Validation:
             step: of the checkpoint.
             active: whether this process writes.
         """
-        self._log = StepLog(self.folder / FILE, step, active=active)
+        self._log = StepLog(self.folder / FILE, step, active=active, key=self.config.metric)
+        if self.config.every is not None:
+            self._log.say_missing(step, self.config.every)
         for line in self._log.found:
-            if isinstance(line.get(self.config.metric), int | float):
-                self._remember(line)
+            self._remember(line)
         for path in find_checkpoints(self.checkpoints) if active else []:
             if step_of(path) > step:  # of steps that are trained again
                 shutil.rmtree(path)

@@ -65,6 +65,19 @@ def test_lines_beside_or_within_others_are_told_apart(tmp_path, text):
     assert path.read_text() == TEXT
 
 
+@pytest.mark.parametrize("loss", ['"lossq": 1.0', '"loss": null', '"loss": "1.0"', '"loss": true'])
+def test_lines_without_their_number_are_lost(tmp_path, loss, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(TEXT.replace("\n", '\n{"step": 9}\n', 1) + '{"step": 4, ' + loss + "}\n")
+    log = StepLog(path, 4, key="loss")
+    assert log.found == LINES
+    assert log.missing(4) == [4]
+    log.say_missing(4)
+    assert "the lines of 1 steps are lost (4); training goes on" in capsys.readouterr().out
+    assert log.missing(4, every=2) == [4]
+    assert path.read_text() == TEXT
+
+
 def test_a_log_of_bytes_that_are_no_text_is_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\xff\xfe\x80\n" + TEXT.encode())
