@@ -11,30 +11,32 @@ import torch
 
 from mmkd.modeling.loading import load_model, load_processor, parameter_count
 from mmkd.recipe import ModelConfig, load_recipe
-from mmkd.runs.pipeline import members
+from mmkd.runs.members import members
 from mmkd.runtime.files import read_json, write_folder, write_json
 from mmkd.runtime.progress import console
+from mmkd.runtime.run_folder import RunFolder
 
 MOST_BYTES = 10_000_000
 
 
 def ship(run: Path, out: Path) -> None:
     """Write `out` from the only member of `run`."""
-    recipe = load_recipe(run / "recipe.yaml")
+    files = RunFolder(run)
+    recipe = load_recipe(files.recipe)
     (member,) = members(recipe)
     source = ModelConfig(model=str(member.student))
     model, processor = load_model(source), load_processor(source)
-    results = read_json(run / "evaluation" / member.label / "results.json")
+    results = read_json(files.evaluation(member.label).results)
     record = {
         "parameters": parameter_count(model),
         "scores": results["scores"],
-        "provenance": read_json(run / "provenance.json"),
+        "provenance": read_json(files.provenance),
     }
 
     def write(folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
         processor.save_pretrained(folder)
-        shutil.copy(run / "recipe.yaml", folder / "recipe.yaml")
+        shutil.copy(files.recipe, folder)
         write_json(folder / "training.json", record)
 
     write_folder(out, write)

@@ -43,7 +43,7 @@ def run(
     try:
         folder = pipeline.run(read, from_stage=from_stage)
     except EvaluationError:
-        write_report(pipeline.run_folder(read))  # without the scores that failed
+        write_report(pipeline.run_folder(read).path)  # without the scores that failed
         raise
     if distributed.rank() == 0:
         write_report(folder, use=True)

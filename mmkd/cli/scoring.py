@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError, nearest, one_line
 from mmkd.runtime import interrupt
 from mmkd.runtime.progress import say
+from mmkd.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from mmkd.report.rundata import Run
@@ -97,8 +98,7 @@ def find_student(model: str, label: str | None) -> dict[str, str]:
 
 
 def _is_run(model: str) -> bool:
-    folder = Path(model)
-    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+    return RunFolder(Path(model)).recipe.is_file() and not Path(model, "config.json").is_file()
 
 
 def _refuse_label(model: str, label: str | None) -> None:
@@ -119,7 +119,9 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
     if not members and label is not None:
         known = list(dict.fromkeys(name for m in run.members for name in (m.group, m.label)))
         raise MmkdError(
-            f"the run has no student {label!r}", where=str(run.folder), mend=nearest(label, known)
+            f"the run has no student {label!r}",
+            where=str(run.folder.path),
+            mend=nearest(label, known),
         )
     found = {m.label: str(m.finished_student) for m in members if m.finished_student is not None}
     for member in members:
@@ -130,7 +132,7 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
         gone = any(member.done for member in members)
         raise CheckpointError(
             "its students are gone" if gone else "no student of this run is finished",
-            where=str(run.folder),
+            where=str(run.folder.path),
             mend="bring the last stage's folder back"
             if gone
             else "run its recipe again: it goes on where it stopped",

@@ -17,20 +17,21 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.loading import load_model, load_processor
+from mmkd.modeling.loading import load_processor
 from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
-from mmkd.runs.pipeline import load_others, load_teacher, members
+from mmkd.runs.members import members
+from mmkd.runs.pipeline import load_others, load_teacher
 from mmkd.runs.timings import keep_timing
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
-from mmkd.students import convert
+from mmkd.students import student_at
 from mmkd.teachers import LiveReference, LiveTeacher
 from mmkd.training.build import build_stage
 from mmkd.training.shared_vision import SharedVision
@@ -163,11 +164,7 @@ def prepare(
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, patience=config.engine.patience)
     preflight.check(recipe)
-    set_seed(recipe.seed)
-    student, processor = load_model(recipe.student), load_processor(recipe.student)
-    changes = [recipe.student.convert, *(s.convert for s in recipe.stages[: index + 1])]
-    for conversions in changes:
-        convert(student, conversions)
+    student, processor = student_at(recipe, index), load_processor(recipe.student)
     placed, teacher_processor = load_teacher(recipe, [config]) if teacher is None else teacher
     stage = build_stage(
         config,

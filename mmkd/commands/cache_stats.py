@@ -17,10 +17,10 @@ from mmkd.modeling.capture import capture
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Objective, Signals, build_objective
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
-from mmkd.recipe import Recipe, StudentConfig
+from mmkd.recipe import ModelConfig, Recipe
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
-from mmkd.students import convert
+from mmkd.students import student_at
 from mmkd.teachers import place_teacher
 
 READ = 512
@@ -68,9 +68,7 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
         )
     device = distributed.choose_device(stage.engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
-    source = recipe.student if student is None else StudentConfig(model=student)
-    model = load_model(source)
-    convert(model, source.convert)
+    model = student_at(recipe, 0) if student is None else load_model(ModelConfig(model=student))
     torch.nn.Module.to(model, device)
     objectives: list[Objective] = [build_objective(o) for o in stage.objectives]
     processor = load_processor(recipe.student)

@@ -1,7 +1,5 @@
 """Evaluation of a run's models, one after another.
 
-evaluation/<label>/ results.json  request.json  samples/  answers.json  decode.json
-
 Finished parts are kept. A part that fails is reported at the end and does not stop the others.
 """
 
@@ -25,9 +23,8 @@ from mmkd.runtime.files import (
 from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.hub import model_commit
 from mmkd.runtime.progress import console, say
+from mmkd.runtime.run_folder import EvaluationFolder
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
-
-ANSWERS, DECODING = "answers.json", "decode.json"
 
 UNSAID = {"revision": None, "processor": None, "quantize": None}
 """Values of keys that older versions did not write to request.json."""
@@ -41,7 +38,7 @@ def evaluate_models(
     Args:
         sources: the models by label.
         settings: the recipe's `evaluate`.
-        folder: a folder for each label is written here.
+        folder: an `EvaluationFolder` for each label is written here.
         device: where they run.
 
     Raises:
@@ -51,7 +48,7 @@ def evaluate_models(
     for label, source in sources.items():
         interrupt.stop_here()
         try:
-            _evaluate_one(label, source, settings, folder / label, device)
+            _evaluate_one(label, source, settings, EvaluationFolder(folder / label), device)
         except Exception as error:
             interrupt.stop_here()
             if disk_error(error) is not None:
@@ -62,7 +59,7 @@ def evaluate_models(
 
 
 def _evaluate_one(
-    label: str, source: ModelConfig, settings: EvaluateConfig, out: Path, device: str
+    label: str, source: ModelConfig, settings: EvaluateConfig, out: EvaluationFolder, device: str
 ) -> None:
     """Scores, sample answers and decoding times of one model. One that fails does not stop the
     others."""
@@ -123,7 +120,11 @@ def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
 
 
 def _score(
-    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
+    label: str,
+    model: dict[str, Any],
+    settings: EvaluateConfig,
+    out: EvaluationFolder,
+    running: dict[str, Any],
 ) -> None:
     from mmkd.evaluation.run import evaluate as score
 
@@ -132,42 +133,41 @@ def _score(
     if _answered(out, request):
         return
     if twin := _twin(out, request):
-        write_folder(out, partial(_with_scores_of, twin, out))
-        results = read_json(twin / "results.json")
-        write_json(out / "results.json", {**results, "model": model["model"]})
-        write_json(out / "request.json", request)
-        say(f"{label}: scores of the same weights as {twin.name}")
+        write_folder(out.path, partial(_with_scores_of, twin, out))
+        results = read_json(twin.results)
+        write_json(out.results, {**results, "model": model["model"]})
+        write_json(out.request, request)
+        say(f"{label}: scores of the same weights as {twin.path.name}")
         return
     console.rule(f"{label}: evaluation")
     # Tasks that fail leave results of this request: they must not pass for those of an older one.
-    (out / "request.json").unlink(missing_ok=True)
+    out.request.unlink(missing_ok=True)
     score(
         model["model"],
         processor=model["processor"],
         tasks=settings.tasks,
         include_path=Path(settings.include) if settings.include else None,
         local=Path(settings.local) if settings.local else None,
-        out=out,
+        out=out.path,
         batch_size=settings.batch_size,
         limit=settings.limit,
         **running,
     )
-    write_json(out / "request.json", request)
+    write_json(out.request, request)
 
 
-def _with_scores_of(twin: Path, out: Path, folder: Path) -> None:
+def _with_scores_of(twin: EvaluationFolder, out: EvaluationFolder, folder: Path) -> None:
     """Fill a folder with a twin's files, and with those of other parts that `out` has already."""
-    link_folder(twin, folder)
-    for name in (ANSWERS, DECODING):
-        if (out / name).is_file():
-            (folder / name).unlink(missing_ok=True)
-            link_file(out / name, folder / name)
+    link_folder(twin.path, folder)
+    for part in (out.answers, out.decoding):
+        if part.is_file():
+            (folder / part.name).unlink(missing_ok=True)
+            link_file(part, folder / part.name)
 
 
-def _answered(out: Path, request: dict[str, Any]) -> bool:
-    path = out / "request.json"
-    sound = read_if(Results, out / "results.json") is not None
-    return sound and path.exists() and _same(_asked(path), request)
+def _answered(out: EvaluationFolder, request: dict[str, Any]) -> bool:
+    sound = read_if(Results, out.results) is not None
+    return sound and out.request.exists() and _same(_asked(out.request), request)
 
 
 def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
@@ -203,20 +203,26 @@ def _asked(path: Path) -> dict[str, Any]:
     return UNSAID | unset | (read_if(Shape, path) or {})
 
 
-def _twin(out: Path, request: dict[str, Any]) -> Path | None:
+def _twin(out: EvaluationFolder, request: dict[str, Any]) -> EvaluationFolder | None:
     """A finished evaluation of the same weights on the same tasks under another label."""
     if request["weights"] is None:
         return None
-    for path in sorted(out.parent.glob("*/request.json")):
-        sound = read_if(Results, path.with_name("results.json")) is not None
-        asked = _asked(path) | {"model": request["model"]}
-        if sound and path.parent != out and _same(asked, request):
-            return path.parent
+    for path in sorted(out.path.parent.glob("*")):
+        other = EvaluationFolder(path)
+        if other == out or not other.request.exists():
+            continue
+        sound = read_if(Results, other.results) is not None
+        if sound and _same(_asked(other.request) | {"model": request["model"]}, request):
+            return other
     return None
 
 
 def _answer_samples(
-    label: str, model: dict[str, Any], settings: EvaluateConfig, out: Path, running: dict[str, Any]
+    label: str,
+    model: dict[str, Any],
+    settings: EvaluateConfig,
+    out: EvaluationFolder,
+    running: dict[str, Any],
 ) -> None:
     from mmkd.evaluation.samples import answer_samples
 
@@ -226,7 +232,7 @@ def _answer_samples(
     answer_samples(
         model["model"],
         settings.samples,
-        out / ANSWERS,
+        out.answers,
         model=model,
         batch_size=settings.batch_size,
         device=distributed.choose_device(running["device"]),
@@ -235,11 +241,15 @@ def _answer_samples(
 
 
 def _time_decoding(
-    label: str, model: dict[str, Any], contexts: list[int], out: Path, running: dict[str, Any]
+    label: str,
+    model: dict[str, Any],
+    contexts: list[int],
+    out: EvaluationFolder,
+    running: dict[str, Any],
 ) -> None:
     from mmkd.evaluation.decode import time_folder
 
-    path = out / DECODING
+    path = out.decoding
     request = {**model, "contexts": contexts, "device": running["device"]}
     if (found := read_if(Decoding, path)) and UNSAID | found.get("request", {}) == request:
         return

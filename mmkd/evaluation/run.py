@@ -37,6 +37,7 @@ from mmkd.runtime import interrupt
 from mmkd.runtime.files import locked, write_json, write_text
 from mmkd.runtime.hashes import weights_hash
 from mmkd.runtime.progress import say
+from mmkd.runtime.run_folder import EvaluationFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -385,8 +386,9 @@ def _folder(path: str, revision: str | None) -> Path | None:
 def write_result(result: EvaluationResult, out: Path) -> None:
     """Write the samples, then `results.json`. An older `results.json` is deleted first, so that it
     never stands beside samples of another evaluation."""
-    (out / "results.json").unlink(missing_ok=True)
+    folder = EvaluationFolder(out)
+    folder.results.unlink(missing_ok=True)
     for task, samples in result.samples.items():
         lines = [json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples]
-        write_text(out / "samples" / f"{task}.jsonl", "".join(lines))
-    write_json(out / "results.json", result.summary())
+        write_text(folder.samples(task), "".join(lines))
+    write_json(folder.results, result.summary())

@@ -22,6 +22,7 @@ from mmkd.runtime.fields import (
     NAMED,
     Prose,
 )
+from mmkd.runtime.run_folder import RESERVED, START, TEACHER, stage_name
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]
@@ -261,12 +262,6 @@ ReportTo = Annotated[
 ]
 
 
-TEACHER = "teacher"
-"""Label of the teacher's scores."""
-FOLDERS = ("evaluation", "release", "replaced", "tensorboard", "wandb", "trackio")
-"""Names in a run's folder that no student's folder may have."""
-
-
 class ReleaseConfig(Strict):
     """How `mmkd release` publishes a finished student on the Hub."""
 
@@ -395,8 +390,8 @@ class Recipe(Strict):
             )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("two seeds are the same -- give each once")
-        stages = [f"{number:02d}-{stage.name}" for number, stage in enumerate(self.stages, 1)]
-        taken = {*FOLDERS, "00-start", *stages} if self.variants and not self.seeds else set()
+        stages = [stage_name(index, stage.name) for index, stage in enumerate(self.stages)]
+        taken = {*RESERVED, START, *stages} if self.variants and not self.seeds else set()
         if found := sorted(taken & {*labels}):
             raise ValueError(
                 f"a student has the label {found[0]!r}, which a folder of the run has -- rename it"

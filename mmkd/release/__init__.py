@@ -59,7 +59,7 @@ def release(
     if dry_run:
         print_preview(source, settings, files, card, out)
         return
-    target = out or source.run.folder / "release" / source.member.label
+    target = out or source.run.folder.release(source.member.label)
     write_release(files, target, new=out is not None)
     written = [path for path in target.rglob("*") if path.is_file()]
     size = compact(sum(path.stat().st_size for path in written), "B")

@@ -8,9 +8,10 @@ from typing import Any
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.report.rundata import TEACHER, Member, Run, read_run
+from mmkd.report.rundata import MemberLog, Run, read_run
 from mmkd.report.use import needs_code
 from mmkd.report.weights import other_weights
+from mmkd.runtime.run_folder import TEACHER
 
 GO_ON = "run its recipe again: it goes on where it stopped"
 
@@ -24,7 +25,7 @@ class Source:
     """
 
     run: Run
-    member: Member
+    member: MemberLog
     student: Path
 
     @property
@@ -63,7 +64,7 @@ class Source:
             if label in labels:
                 raise CheckpointError(
                     "its scores are of other weights than the run holds now",
-                    where=str(self.run.folder / "evaluation" / label),
+                    where=str(self.run.folder.evaluation(label).path),
                     mend="run its recipe again, which scores them, or delete that folder",
                 )
 
@@ -104,7 +105,7 @@ def choose(folder: Path, label: str | None = None, seed: int | None = None) -> S
     return Source(run, member, _finished(member, folder))
 
 
-def _finished(member: Member, folder: Path) -> Path:
+def _finished(member: MemberLog, folder: Path) -> Path:
     """The folder that the member's last stage wrote."""
     open_stages = [stage.name for stage in member.stages if not stage.done]
     if open_stages:
@@ -116,7 +117,7 @@ def _finished(member: Member, folder: Path) -> Path:
     student = member.finished_student
     if student is None or not any(student.glob("*.safetensors")):
         raise CheckpointError(
-            f"the student of stage {member.last} is gone",
+            f"the student of stage {member.last.path.name} is gone",
             where=str(folder),
             mend="bring its folder back, or train it again under another name",
         )

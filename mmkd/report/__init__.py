@@ -27,7 +27,7 @@ def write_report(folder: Path, *, use: bool = False) -> Path:
     """
     run = read_run(folder)
     tables = build_tables(run)
-    path = folder / "report.html"
+    path = run.folder.report
     write_text(path, redact(render(run, tables)))
     print_tables(tables)
     if decoding := decoding_table(run):

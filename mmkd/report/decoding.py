@@ -3,8 +3,9 @@
 from statistics import fmean
 
 from mmkd.report.metrics import Column, Unit
-from mmkd.report.rundata import TEACHER, Run, Scores
+from mmkd.report.rundata import Run, Scores
 from mmkd.report.tables import Scored, Table, compact
+from mmkd.runtime.run_folder import TEACHER
 
 # Times are listed, not ranked: equal models differ in them by noise alone.
 KINDS: list[tuple[str, str, Unit]] = [

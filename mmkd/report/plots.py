@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mmkd.recipe import ANSWER_CE, STEP_METRICS, TEACHER_KL
 from mmkd.report.experts import busiest
-from mmkd.report.rundata import Member, Run, StageLog
+from mmkd.report.rundata import MemberLog, Run, StageLog
 
 BUSIEST = "busiest_expert"
 TITLES = {
@@ -103,7 +103,7 @@ def _has_total(stage: StageLog) -> bool:
     return len(objectives) != 1 or objectives[0].get("weight", 1.0) != 1.0
 
 
-def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[Member, StageLog]]) -> Panel:
+def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[MemberLog, StageLog]]) -> Panel:
     curves = []
     for member, log in logs:
         points = _points(log, metric)
@@ -128,7 +128,7 @@ def _points(log: StageLog, metric: str) -> list[tuple[float, float]]:
     return [(line["step"], line[metric]) for line in log.lines if metric in line]
 
 
-def style_of(run: Run, member: Member) -> tuple[int, int]:
+def style_of(run: Run, member: MemberLog) -> tuple[int, int]:
     """Colour by label, dash by seed."""
     seeds = [m.seed for m in run.members if m.group == member.group]
     return run.groups.index(member.group) % SERIES, seeds.index(member.seed) % len(DASHES)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,13 @@ from typing import Any
 from mmkd.errors import CheckpointError
 from mmkd.runtime.files import read_yaml, tensors_in
 from mmkd.runtime.progress import say
+from mmkd.runtime.run_folder import (
+    TEACHER,
+    EvaluationFolder,
+    MemberFolder,
+    RunFolder,
+    StageFolder,
+)
 from mmkd.runtime.shapes import (
     Answered,
     Answers,
@@ -24,7 +31,6 @@ from mmkd.runtime.shapes import (
 )
 from mmkd.runtime.steplog import read_lines
 
-TEACHER = "teacher"  # label of the teacher's scores, as mmkd.runs.pipeline writes it
 Scores = Mapping[str, Mapping[str, float]]
 Load = dict[str, list[float]]  # layer -> each expert's share of the choices
 
@@ -62,10 +68,11 @@ class StageLog:
 
 
 @dataclass(frozen=True)
-class Member:
+class MemberLog:
     """One student: a label that its seeds share, a seed, and its stages.
 
     Attributes:
+        folder: its own in the run.
         changes: what its conversions did, one line for each.
         student: the newest folder of a student that it has written, of any stage.
     """
@@ -73,6 +80,7 @@ class Member:
     label: str
     group: str
     seed: int
+    folder: MemberFolder
     recipe: dict[str, Any]
     stages: list[StageLog]
     changes: list[str]
@@ -83,25 +91,19 @@ class Member:
         return all(stage.done for stage in self.stages)
 
     @property
-    def last(self) -> str:
-        """Name of its last stage's folder."""
-        return f"{len(self.stages):02d}-{self.stages[-1].name}"
+    def stage_folders(self) -> dict[str, StageFolder]:
+        """The folder of each stage, by the stage's name."""
+        return {s.name: self.folder.stage(i, s.name) for i, s in enumerate(self.stages)}
 
     @property
-    def stage_students(self) -> dict[str, Path]:
-        """The folder of the student that each stage writes, by the stage's name."""
-        if self.student is None:
-            return {}
-        home = self.student.parent.parent
-        names = [stage.name for stage in self.stages]
-        return {n: home / f"{i:02d}-{n}" / "student" for i, n in enumerate(names, 1)}
+    def last(self) -> StageFolder:
+        """The folder of its last stage."""
+        return self.stage_folders[self.stages[-1].name]
 
     @property
     def finished_student(self) -> Path | None:
         """The folder that its last stage wrote; None if it is not finished or was deleted."""
-        if not self.done or self.student is None or self.student.parent.name != self.last:
-            return None
-        return self.student
+        return self.student if self.done and self.student == self.last.student else None
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ class Run:
         answers: {label: what its answers.json holds}, as `mmkd.evaluation.samples` writes it.
     """
 
-    folder: Path
+    folder: RunFolder
     recipe: dict[str, Any]
     recipe_text: str
     provenance: dict[str, Any]
-    members: list[Member]
+    members: list[MemberLog]
     results: dict[str, dict[str, Any]]
     decoding: dict[str, list[dict[str, float]]]
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Run:
         It is relative to the folder in which the recipe was run. That is the working directory, or
         else probably the folder that holds `output_dir`.
         """
-        places = (Path(), self.folder.resolve().parent.parent)
+        places = (Path(), self.folder.path.resolve().parent.parent)
         return next((p / path for p in places if (p / path).exists()), Path(path))
 
     @property
@@ -155,29 +157,30 @@ class Run:
         return self.results.get(TEACHER) if self.is_teacher(TEACHER) else None
 
 
-def read_run(folder: Path) -> Run:
+def read_run(path: Path) -> Run:
     """Read a run's folder.
 
     Raises:
         CheckpointError: the folder holds no run, or its recipe is broken.
     """
-    if not (folder / "recipe.yaml").is_file():
+    folder = RunFolder(path)
+    if not folder.recipe.is_file():
         raise CheckpointError(
             "not a run: it has no recipe.yaml",
-            where=str(folder),
+            where=str(path),
             mend="give the folder that 'mmkd run' printed, such as runs/NAME",
         )
-    recipe = _recipe(folder / "recipe.yaml")
-    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = _recipe(folder.recipe)
+    decoding = _evaluations(folder, lambda files: files.decoding, Decoding)
     return Run(
         folder=folder,
         recipe=recipe,
-        recipe_text=text,
-        provenance=read_if(Provenance, folder / "provenance.json") or {},
+        recipe_text=folder.recipe.read_text(encoding="utf-8"),
+        provenance=read_if(Provenance, folder.provenance) or {},
         members=_members(folder, recipe),
-        results=_evaluations(folder, "results.json", Results),
-        decoding={k: v["rows"] for k, v in _evaluations(folder, "decode.json", Decoding).items()},
-        answers=_evaluations(folder, "answers.json", Answers),
+        results=_evaluations(folder, lambda files: files.results, Results),
+        decoding={label: held["rows"] for label, held in decoding.items()},
+        answers=_evaluations(folder, lambda files: files.answers, Answers),
     )
 
 
@@ -199,46 +202,45 @@ def _recipe(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _members(folder: Path, recipe: dict[str, Any]) -> list[Member]:
-    alone = folder / "training.yaml"
-    paths = [alone] if alone.is_file() else sorted(folder.glob("*/training.yaml"))
-    found = [_member(path, path == alone) for path in paths]
+def _members(folder: RunFolder, recipe: dict[str, Any]) -> list[MemberLog]:
+    found = [_member(member, member == folder.only_member) for member in folder.members()]
     groups = [recipe.get("label", "student"), *recipe.get("variants", {})]
     order = {name: i for i, name in enumerate(groups)}
     return sorted(found, key=lambda m: (order.get(m.group, len(order)), m.group, m.seed))
 
 
-def _member(path: Path, alone: bool) -> Member:
-    recipe = _recipe(path)
-    folder, group = path.parent, recipe.get("label", "student")
+def _member(folder: MemberFolder, alone: bool) -> MemberLog:
+    recipe = _recipe(folder.training)
+    group = recipe.get("label", "student")
     configs = recipe.get("stages", [])
-    folders = [folder / f"{i:02d}-{c['name']}" for i, c in enumerate(configs, 1)]
+    folders = [folder.stage(i, c["name"]) for i, c in enumerate(configs)]
     stages = [_stage(f, c) for f, c in zip(folders, configs, strict=True)]
-    students = [f / "student" for f in (folder / "00-start", *folders)]
-    return Member(
-        label=group if alone else folder.name,
+    students = [f.student for f in (folder.start, *folders)]
+    return MemberLog(
+        label=group if alone else folder.path.name,
         group=group,
         seed=int(recipe.get("seed", 0)),
+        folder=folder,
         recipe=recipe,
         stages=stages,
         changes=[
             line
-            for start in (folder / "00-start", *(f / "start" for f in folders))
-            for line in (read_if(Started, start / "done.json") or {}).get("changes", [])
+            for start in (folder.start, *(f.start for f in folders))
+            for line in (read_if(Started, start.done) or {}).get("changes", [])
         ],
         student=next((s for s in reversed(students) if s.is_dir()), None),
     )
 
 
-def _stage(folder: Path, config: dict[str, Any]) -> StageLog:
-    done = read_if(Done, folder / "done.json")
+def _stage(folder: StageFolder, config: dict[str, Any]) -> StageLog:
+    done = read_if(Done, folder.done)
     steps = done.get("steps") if done else config.get("steps")
-    path = folder / "metrics.jsonl"
+    path = folder.metrics
     logged = read_lines(path)
     numbers = _numbers(logged)
     loads = [line["expert_load"] for line in logged if _is_load(line.get("expert_load"))]
     file = path.stat().st_ino if path.is_file() else 0
-    validations = _numbers(read_lines(folder / "validation.jsonl"))
+    validations = _numbers(read_lines(folder.validation))
     best = (config.get("validation") or {}).get("keep") == "best"
     kept = ((done or {}).get("validation") or {}).get("kept_step") if best else None
     return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept)
@@ -259,21 +261,26 @@ def _is_load(value: Any) -> bool:
     return all(isinstance(v, list) and v and all(map(_is_number, v)) for v in value.values())
 
 
-def _evaluations(folder: Path, name: str, shape: type[Shape]) -> dict[str, dict[str, Any]]:
+def _evaluations(
+    folder: RunFolder, file: Callable[[EvaluationFolder], Path], shape: type[Shape]
+) -> dict[str, dict[str, Any]]:
     """{label: what this file of its evaluation holds}; damaged ones are named and left out."""
     found = {}
-    for path in sorted((folder / "evaluation").glob(f"*/{name}")):
+    for label, files in folder.every_evaluation():
+        path = file(files)
+        if not path.exists():
+            continue
         held = read_if(shape, path)
         if held is None:
             say(f"{path}: it is damaged, left out; `mmkd run` of the recipe makes it again")
         else:
-            found[path.parent.name] = held
+            found[label] = held
     return found
 
 
 def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
     """A model's answers to one task; empty where they were not kept, or are damaged."""
-    path = run.folder / "evaluation" / label / "samples" / f"{task}.jsonl"
+    path = run.folder.evaluation(label).samples(task)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
@@ -299,7 +306,7 @@ def student_size(folder: Path | None) -> tuple[int, int] | None:
     return parameters, sum(path.stat().st_size for path in files)
 
 
-def ran_as_long(a: Member, b: Member) -> bool:
+def ran_as_long(a: MemberLog, b: MemberLog) -> bool:
     """Whether both ran the same number of steps: `patience` may have stopped one of them early."""
     return all(
         len(x.lines) == len(y.lines) or not (x.config.get("validation") or {}).get("patience")

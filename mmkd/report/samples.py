@@ -13,7 +13,8 @@ from mmkd.data.images import load_image, thumbnail
 from mmkd.data.sources.files import find_files
 from mmkd.errors import DataError
 from mmkd.evaluation.task_files import data_files, read_task
-from mmkd.report.rundata import TEACHER, Run, read_samples
+from mmkd.report.rundata import Run, read_samples
+from mmkd.runtime.run_folder import TEACHER
 
 PER_TASK = 9
 PER_WORDY_TASK = 6  # where answers are sentences

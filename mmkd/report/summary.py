@@ -5,7 +5,7 @@ from typing import Any
 
 from mmkd.report.decoding import decoding_sentence
 from mmkd.report.metrics import COST, VQA_OVERALL, Column
-from mmkd.report.rundata import Member, Run, StageLog
+from mmkd.report.rundata import MemberLog, Run, StageLog
 from mmkd.report.tables import Row, Tables, compact, format_value
 from mmkd.report.weights import other_weights
 
@@ -93,7 +93,7 @@ def held_out_notes(run: Run) -> list[str]:
     return found
 
 
-def _kept(member: Member, stage: StageLog) -> str:
+def _kept(member: MemberLog, stage: StageLog) -> str:
     """kd-seed0 step 400 of 600 of stage mimic (loss 1.23)."""
     if stage.kept is None:
         return ""
@@ -183,7 +183,7 @@ def _seconds(stage: StageLog) -> float:
     return stage.total("seconds") + sum(v.get("seconds", 0.0) for v in stage.validations)
 
 
-def _steps(member: Member) -> int:
+def _steps(member: MemberLog) -> int:
     return sum(len(stage.lines) for stage in member.stages)
 
 
@@ -222,7 +222,7 @@ def _difference(tables: Tables, column: Column) -> list[str]:
     return found
 
 
-def _unfinished(member: Member) -> str:
+def _unfinished(member: MemberLog) -> str:
     for stage in member.stages:
         if not stage.done:
             at = int(stage.lines[-1]["step"]) if stage.lines else 0

@@ -25,9 +25,10 @@ from mmkd.report.metrics import (
     headline_columns,
     vqa_kinds,
 )
-from mmkd.report.rundata import TEACHER, Run, Scores, ran_as_long, student_size
+from mmkd.report.rundata import Run, Scores, ran_as_long, student_size
 from mmkd.report.sizes import compared
 from mmkd.runtime.progress import console
+from mmkd.runtime.run_folder import TEACHER
 
 Role = Literal["teacher", "student", "stage", "baseline", "difference"]
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from mmkd.report.rundata import TEACHER, Run
+from mmkd.report.rundata import Run
 from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.run_folder import TEACHER, EvaluationFolder
 from mmkd.runtime.shapes import Shape, read_if
 
 
@@ -20,7 +21,8 @@ def _models(run: Run) -> dict[str, Path]:
     """The folder of each model that has scores."""
     found = {m.label: m.student for m in run.members}
     for member in run.members:
-        found |= {f"{member.label}@{name}": path for name, path in member.stage_students.items()}
+        folders = member.stage_folders
+        found |= {f"{member.label}@{name}": folder.student for name, folder in folders.items()}
     teacher = run.recipe.get("teacher") or {}
     if run.teacher is not None and teacher.get("model"):
         found[TEACHER] = run.find(str(teacher["model"]))
@@ -28,11 +30,11 @@ def _models(run: Run) -> dict[str, Path]:
 
 
 def _differ(run: Run, label: str, folder: Path) -> bool:
-    scored = run.results[label].get("weights") or _requested(run.folder / "evaluation" / label)
+    scored = run.results[label].get("weights") or _requested(run.folder.evaluation(label))
     held = weights_hash(folder)
     return None not in (scored, held) and scored != held
 
 
-def _requested(folder: Path) -> str | None:
+def _requested(folder: EvaluationFolder) -> str | None:
     """The weights that an evaluation was asked to score; None where nothing tells."""
-    return (read_if(Shape, folder / "request.json") or {}).get("weights")
+    return (read_if(Shape, folder.request) or {}).get("weights")

@@ -22,14 +22,15 @@ from typing import Any
 
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
+from mmkd.runs.members import Member
 from mmkd.runs.reads import Reads, forget_sources, reads_of, start_of
-from mmkd.runs.resume import REPLACED, Member, Restart, is_begun
+from mmkd.runs.resume import Restart
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.hashes import file_hash, remember
 from mmkd.runtime.progress import say
+from mmkd.runtime.run_folder import REPLACED, StudentFolder
 
-FILE = "inputs.json"
 FORMAT = 1
 WHOLE_BYTES = 2**30
 PIECES, PIECE_BYTES = 1_000, 2**16
@@ -97,12 +98,10 @@ def _check(
     names = [s.name for s in member.recipe.stages]
     kept = len(names) if restart is None else restart.index
     allowed = names.index(from_stage) if from_stage in names else len(names)
-    done = [(member.stage_folder(i) / "done.json").exists() for i in range(len(names))]
     changed: list[str] = []
-    for index in range(len(names)):
-        folder = member.stage_folder(index)
-        begun = index < kept and is_begun(folder)
-        if (done[index] and index < kept and index < allowed) or (not begun and index >= allowed):
+    for index, folder in enumerate(member.stages):
+        begun, done = index < kept and folder.is_begun(), folder.done.exists()
+        if (done and index < kept and index < allowed) or (not begun and index >= allowed):
             continue
         if begun:
             difference = _since(folder, member, index)
@@ -126,13 +125,13 @@ def _refusal(difference: tuple[str, str], stage: str) -> CheckpointError:
     )
 
 
-def _since(folder: Path, member: Member, index: int) -> tuple[str, str] | None:
+def _since(folder: StudentFolder, member: Member, index: int) -> tuple[str, str] | None:
     """An input that has changed since a stage began, and how."""
     notes = read_notes(folder)
     if notes is None:
         say(
-            f"{member.label}: an earlier version of mmkd began stage {folder.name} and did not "
-            "note its inputs: whether its data and models have changed cannot be checked"
+            f"{member.label}: an earlier version of mmkd began stage {folder.path.name} and did "
+            "not note its inputs: whether its data and models have changed cannot be checked"
         )
         return None
     now = reads_of(member.recipe, index, start_of(member, index))
@@ -150,12 +149,11 @@ def _beside(
     limits = {m.label: None if r is None else r.index for m, r in _pairs(todo, restarts)}
     merged: Notes = {"files": {}, "sources": {}, "caches": {}, "commits": {}}
     for other in others:
-        folders = [other.folder / "00-start"]
-        folders += [other.stage_folder(i) for i in range(len(other.recipe.stages))]
+        folders = [other.folder.start, *other.stages]
         last = index + 1 if other is member else len(folders)
         limit = limits[other.label]
         kept = folders[: last if limit is None else min(last, limit + 1)]
-        for notes in map(read_notes, filter(is_begun, kept)):
+        for notes in map(read_notes, (f for f in kept if f.is_begun())):
             for section, facts in (notes or {}).items():
                 merged[section] |= facts
     if not any(merged.values()):
@@ -228,13 +226,13 @@ def _pieces_hash(path: Path, size: int, stamp: tuple[int, ...]) -> str:
     return seen.hexdigest()
 
 
-def read_notes(folder: Path) -> Notes | None:
-    """The notes in a stage's folder; None if the stage began without notes.
+def read_notes(folder: StudentFolder) -> Notes | None:
+    """The notes in a folder of a run; None if its student was begun without notes.
 
     Raises:
         CheckpointError: inputs.json is damaged.
     """
-    path = folder / FILE
+    path = folder.inputs
     if not path.is_file():
         return None
     try:
@@ -259,8 +257,8 @@ def note_inputs(member: Member, index: int) -> None:
         member: the run's member that the stage belongs to.
         index: number of the stage, from 0.
     """
-    folder = member.stage_folder(index)
-    if is_begun(folder) and (folder / FILE).is_file():
+    folder = member.stages[index]
+    if folder.is_begun() and folder.inputs.is_file():
         return
     _write(folder, reads_of(member.recipe, index, start_of(member, index)))
 
@@ -269,14 +267,14 @@ def note_start(member: Member) -> None:
     """Write the notes of the model that the run's first student is made from."""
     first = reads_of(member.recipe, 0, member.recipe.student)
     models = frozenset(n for n in first.files if _is_of(n, member.recipe.student))
-    _write(member.folder / "00-start", replace(first, files=models, sources={}, caches={}))
+    _write(member.folder.start, replace(first, files=models, sources={}, caches={}))
 
 
 def _is_of(name: str, model: ModelConfig) -> bool:
     return str(Path(name).parent) in {str(Path(m)) for m in (model.model, model.processor) if m}
 
 
-def _write(folder: Path, reads: Reads) -> None:
+def _write(folder: StudentFolder, reads: Reads) -> None:
     files = {n: _facts(Path(n)) for n in sorted(reads.files) if Path(n).is_file()}
     said = {"files": files, "sources": reads.sources, "caches": reads.caches}
-    write_json(folder / FILE, {"format": FORMAT, **said, "commits": reads.commits})
+    write_json(folder.inputs, {"format": FORMAT, **said, "commits": reads.commits})

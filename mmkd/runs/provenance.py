@@ -14,10 +14,11 @@ import torch
 
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
-from mmkd.recipe import HUB, Recipe, SourceConfig
+from mmkd.recipe import HUB, Recipe, SourceConfig, to_yaml
 from mmkd.redact import redact_all
-from mmkd.runtime import consent
-from mmkd.runtime.files import write_json
+from mmkd.runs.members import Member, run_folder
+from mmkd.runtime import consent, distributed
+from mmkd.runtime.files import write_json, write_text
 from mmkd.runtime.hashes import file_hash
 from mmkd.runtime.plugins import plugin_files
 from mmkd.runtime.progress import say
@@ -53,6 +54,15 @@ def collect(recipe: Recipe) -> dict[str, Any]:
 
 
 CONTINUED, REPLACED = "continued", "replaced"
+
+
+def describe(member: Member, recipe: Recipe) -> None:
+    """Write down what a member trains, on what and where; `recipe` is the whole run's."""
+    if distributed.rank() == 0:
+        folder = run_folder(recipe)
+        write_text(folder.recipe, to_yaml(recipe))
+        write(folder.provenance, recipe)
+        write_text(member.folder.training, to_yaml(member.recipe))
 
 
 def write(path: Path, recipe: Recipe) -> None:

@@ -15,9 +15,10 @@ from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError
 from mmkd.objectives import build_objective
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
-from mmkd.runs.resume import Member
+from mmkd.runs.members import Member
 from mmkd.runtime.files import read_json
 from mmkd.runtime.hub import model_commit
+from mmkd.students import start_folder
 
 PICTURES = 2_000
 """Records of a source whose pictures are noted."""
@@ -43,16 +44,9 @@ class Reads:
 
 def start_of(member: Member, index: int) -> ModelConfig:
     """The model that a stage starts from. It may not exist yet if an earlier stage writes it."""
-    student, stage = member.recipe.student, member.recipe.stages[index]
-    folder: Path | None = None
-    if stage.convert:
-        folder = member.stage_folder(index) / "start" / "student"
-    elif index > 0:
-        folder = member.stage_folder(index - 1) / "student"
-    elif student.config is not None or student.convert:
-        folder = member.folder / "00-start" / "student"
+    folder = start_folder(member.recipe, index, member.folder)
     if folder is None or (index == 0 and not folder.is_dir()):
-        return student
+        return member.recipe.student
     return ModelConfig(model=str(folder))
 
 

@@ -1,4 +1,4 @@
-"""The members of a run, and which of its stages are kept when the recipe has changed.
+"""Which stages of a run are kept when its recipe has changed.
 
 A stage is kept, finished or not, if it and all stages before it are the same in the recipe that the
 folder holds. The run starts again from the first stage that has changed:
@@ -17,50 +17,14 @@ from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError, nearest
 from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.runs.members import Member, run_folder
 from mmkd.runtime.files import read_yaml, write_json, write_text
+from mmkd.runtime.run_folder import REPLACED, MemberFolder, RunFolder, StageFolder
 from mmkd.runtime.shapes import Provenance, read_if
 
 LAYOUT = ("engine", "batch", "checkpoint", "activation_checkpointing")
 """Keys of a stage that may change between its beginning and its end: where and in which pieces it
 runs. How many records a step sees is for the checkpoint to tell."""
-
-REPLACED = "replaced"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One student of a run: the recipe or one of its variants, with one seed."""
-
-    label: str
-    recipe: Recipe
-    folder: Path
-
-    def stage_folder(self, index: int) -> Path:
-        return self.folder / f"{index + 1:02d}-{self.recipe.stages[index].name}"
-
-    @property
-    def student(self) -> Path:
-        """The finished student."""
-        return self.stage_folder(len(self.recipe.stages) - 1) / "student"
-
-
-def run_folder(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir) / recipe.name
-
-
-def members(recipe: Recipe) -> list[Member]:
-    """The recipe and its variants, each once per seed, in a fixed order."""
-    alone = not recipe.variants and not recipe.seeds
-    found = []
-    for seed in recipe.seeds or [recipe.seed]:
-        for label, overrides in {recipe.label: [], **recipe.variants}.items():
-            raw = recipe.model_dump(mode="json")
-            raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
-            raw |= {"seed": seed, "label": label}
-            name = f"{label}-seed{seed}" if recipe.seeds else label
-            folder = run_folder(recipe) if alone else run_folder(recipe) / name
-            found.append(Member(name, load_recipe(raw, overrides), folder))
-    return found
 
 
 @dataclass(frozen=True)
@@ -85,10 +49,9 @@ class Restart:
     begun: bool
 
     @property
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[StageFolder]:
         """The stages' folders that are not kept."""
-        found = self.member.folder.glob("[0-9][0-9]-*")
-        return sorted(f for f in found if f.is_dir() and int(f.name[:2]) > self.index)
+        return self.member.folder.stages_from(self.index)
 
     def __str__(self) -> str:
         kept = ", ".join(self.names[: self.index])
@@ -110,9 +73,8 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
         CheckpointError: the folder does not say any more which recipe it was.
     """
     folder = member.folder
-    path = folder / "training.yaml"
-    started = any(folder.glob("*/done.json")) or any(folder.glob("*/checkpoints/*"))
-    if not path.exists() or not started:
+    path = folder.training
+    if not path.exists() or not folder.is_started():
         return None
     raw = read_yaml(path)
     if not isinstance(raw, dict):
@@ -140,7 +102,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
     index = _allowed(index, keys, from_stage, new, names)
     name = (new.stages[index:] or old.stages[index:])[0].name
     found = Restart(member, index, name, keys, names, False)
-    found = Restart(member, index, name, keys, names, any(map(is_begun, found.folders)))
+    found = Restart(member, index, name, keys, names, any(f.is_begun() for f in found.folders))
     if found.begun and from_stage is None:
         raise _another(folder, keys, found)
     return found
@@ -183,7 +145,9 @@ def check_stage(
         )
 
 
-def _another(folder: Path, keys: Sequence[str], restart: Restart | None = None) -> RecipeError:
+def _another(
+    folder: MemberFolder, keys: Sequence[str], restart: Restart | None = None
+) -> RecipeError:
     mend = "give the run another name, or delete the folder"
     if restart is not None:
         kept = ", ".join(restart.names[: restart.index])
@@ -195,13 +159,7 @@ def _another(folder: Path, keys: Sequence[str], restart: Restart | None = None) 
     what = f"the folder holds a run of another recipe, it differs in {', '.join(keys)}"
     if restart is not None:
         what += f" (stage {restart.stage})"
-    return RecipeError(what, where=str(folder), mend=mend)
-
-
-def is_begun(stage: Path) -> bool:
-    """Whether a stage's folder holds work that would be lost or mixed with the new stage's."""
-    saved = ("done.json", "student", "reference.safetensors", "reference.unfinished.safetensors")
-    return any((stage / name).exists() for name in saved) or any(stage.glob("checkpoints/step-*"))
+    return RecipeError(what, where=str(folder.path), mend=mend)
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -248,25 +206,27 @@ def start_again(restart: Restart) -> Path:
         The folder that has it now.
     """
     member, run = restart.member, run_folder(restart.member.recipe)
-    earlier = member.folder / REPLACED
+    earlier = member.folder.replaced
     taken = [int(f.name) for f in earlier.glob("*") if re.fullmatch(r"\d+", f.name)]
     target = earlier / str(max(taken, default=0) + 1)
     target.mkdir(parents=True)
-    shutil.copy2(member.folder / "training.yaml", target)
-    for name in ("recipe.yaml", "provenance.json"):
-        if (run / name).exists():
-            shutil.copy2(run / name, target)
+    shutil.copy2(member.folder.training, target)
+    for path in (run.recipe, run.provenance):
+        if path.exists():
+            shutil.copy2(path, target)
     labels = [member.label, *(f"{member.label}@{name}" for name in restart.names[restart.index :])]
-    inside = member.folder.relative_to(run)
+    moved = RunFolder(target)
+    inside = member.folder.path.relative_to(run.path)
     for label in labels:
-        _move(run / "evaluation" / label, target / "evaluation" / label)
-    _move(run / "report.html", target / "report.html")
-    _move(run / "release" / member.label, target / "release" / member.label)
+        _move(run.evaluation(label).path, moved.evaluation(label).path)
+    _move(run.report, moved.report)
+    _move(run.release(member.label), moved.release(member.label))
     for folder in reversed(restart.folders):
-        _move(run / "tensorboard" / inside / folder.name, target / "tensorboard" / folder.name)
-        _move(folder, target / folder.name)
+        name = folder.path.name
+        _move(run.tensorboard / inside / name, moved.tensorboard / name)
+        _move(folder.path, target / name)
     _note(run, restart, target)
-    write_text(member.folder / "training.yaml", to_yaml(member.recipe))
+    write_text(member.folder.training, to_yaml(member.recipe))
     return target
 
 
@@ -276,16 +236,16 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
 
 
-def _note(run: Path, restart: Restart, target: Path) -> None:
+def _note(run: RunFolder, restart: Restart, target: Path) -> None:
     """Write into the run's provenance what was replaced, and where the kept stages come from."""
-    path = run / "provenance.json"
+    path = run.provenance
     found = read_if(Provenance, path) or {}
     said = {
         "member": restart.member.label,
         "from_stage": restart.stage,
         "differs_in": restart.keys,
         "kept_stages": restart.names[: restart.index],
-        "folder": target.relative_to(run).as_posix(),
+        "folder": target.relative_to(run.path).as_posix(),
         "provenance": {k: v for k, v in found.items() if k != REPLACED},
     }
     write_json(path, {REPLACED: [*found.get(REPLACED, []), said]})

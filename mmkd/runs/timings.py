@@ -14,6 +14,7 @@ from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.errors import MmkdError
 from mmkd.recipe import DataConfig, Recipe, StageConfig
+from mmkd.runs.members import run_folder
 from mmkd.runs.provenance import processor_name
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
@@ -30,7 +31,7 @@ def timing_file(recipe: Recipe, index: int) -> Path:
     """The file with the timing of a stage. Different recipes with one run's name have different
     files."""
     name = f"{recipe.stages[index].name}-{_key(recipe, index)}.json"
-    return Path(recipe.output_dir) / recipe.name / "bench" / name
+    return run_folder(recipe).timings / name
 
 
 def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:

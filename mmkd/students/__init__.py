@@ -2,6 +2,7 @@
 
 from mmkd.students.convert import ConversionReport, convert
 from mmkd.students.groups import check_groups, set_trainable
+from mmkd.students.start import start_folder, student_at, written_config
 from mmkd.students.write import write_converted, write_student
 
 __all__ = [
@@ -9,6 +10,9 @@ __all__ = [
     "check_groups",
     "convert",
     "set_trainable",
+    "start_folder",
+    "student_at",
     "write_converted",
     "write_student",
+    "written_config",
 ]

@@ -19,6 +19,7 @@ from mmkd.recipe import Recipe, TrackerName, to_yaml
 from mmkd.redact import redact, redact_all
 from mmkd.runtime.files import write_json
 from mmkd.runtime.progress import live, say
+from mmkd.runtime.run_folder import RunFolder
 from mmkd.runtime.shapes import Shape, read_if
 
 MODULES: dict[TrackerName, str] = {
@@ -91,7 +92,7 @@ class TensorBoard:
     def __init__(self, tracked: Tracked, place: Place):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = tracked.run / "tensorboard" / tracked.path
+        folder = RunFolder(tracked.run).tensorboard / tracked.path
         # What a killed process wrote past its checkpoint is written again.
         self._writer = SummaryWriter(str(folder), purge_step=place.step + 1)
         if place.new:

@@ -36,7 +36,7 @@ def begun(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
 
         with broken_off(lambda stage, number: number == stop):
             pipeline.run(load_recipe(raw))
-        folder = pipeline.run_folder(load_recipe(raw))
+        folder = pipeline.run_folder(load_recipe(raw)).path
         return folder / "01-mimic"
 
     return make

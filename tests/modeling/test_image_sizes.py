@@ -159,7 +159,7 @@ def test_it_reaches_everything_that_loads_a_processor(smolvlm_folder):
 
 
 def test_old_recipes_stay_the_same_and_a_student_of_a_run_has_its_size():
-    from mmkd.runs.pipeline import _from_folder
+    from mmkd.students import written_config
 
     raw = {
         "name": "a",
@@ -170,6 +170,6 @@ def test_old_recipes_stay_the_same_and_a_student_of_a_run_has_its_size():
     }
     recipe = load_recipe(json.loads(json.dumps(raw)))
     assert (recipe.teacher.image_size.max_patches, recipe.student.image_size.max_pixels) == (3, 900)
-    assert _from_folder(recipe.student, SimpleNamespace()).image_size is None
+    assert written_config(recipe.student, SimpleNamespace()).image_size is None
     del raw["teacher"]["image_size"], raw["student"]["image_size"]
     assert load_recipe(raw).student.image_size is None

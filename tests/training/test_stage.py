@@ -100,7 +100,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(recipe, tiny_model_d
 def test_training_lowers_every_objective(recipe, tiny_model_dir):
     teacher = recipe(name="teacher", stage={"steps": 30, "optimizer": {"lr": 1e-2}})
     train(teacher)
-    folder = pipeline.run_folder(load_recipe(teacher)) / "01-mimic" / "student"
+    folder = pipeline.run_folder(load_recipe(teacher)).path / "01-mimic" / "student"
     raw = recipe(
         teacher={"model": str(folder)},
         stage={

@@ -288,7 +288,7 @@ def test_weights_that_a_resumed_stage_needs_are_kept(worsening, monkeypatch):
         break_off(patch, 4)
         with pytest.raises(Broken):
             run(raw)
-    saved = pipeline.run_folder(load_recipe(raw)) / "01-mimic" / "checkpoints"
+    saved = pipeline.run_folder(load_recipe(raw)).path / "01-mimic" / "checkpoints"
     kept = sorted(p.name for p in (saved / "best").glob("step-*"))
     bests = [line["step"] for line in lines(saved.parent.parent) if line["best"]]
     assert kept == [f"step-{s}" for s in bests if s >= max(b for b in bests if b <= 2)]
@@ -305,7 +305,7 @@ def test_only_the_best_weights_and_those_of_a_checkpoint_are_on_the_disk(worseni
         break_off(patch, 8)
         with pytest.raises(Broken):
             run(raw)
-    folder = pipeline.run_folder(load_recipe(raw))
+    folder = pipeline.run_folder(load_recipe(raw)).path
     assert [line["best"] for line in lines(folder)] == [True] * 7
     best = folder / "01-mimic" / "checkpoints" / "best"
     assert sorted(path.name for path in best.iterdir()) == ["step-4", "step-7"]
@@ -328,7 +328,7 @@ def test_damaged_best_weights_are_an_error(worsening, monkeypatch):
         break_off(patch, 6)
         with pytest.raises(Broken):
             run(raw)
-    folder = pipeline.run_folder(load_recipe(raw)) / "01-mimic" / "checkpoints" / "best"
+    folder = pipeline.run_folder(load_recipe(raw)).path / "01-mimic" / "checkpoints" / "best"
     for path in folder.glob("step-*/tensors*"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"best.*damaged.*delete the stage"):
@@ -501,7 +501,7 @@ def test_a_run_of_before_goes_on_without_validation(recipe, monkeypatch):
         break_off(patch, 2)
         with pytest.raises(Broken):
             run(raw)
-    path = pipeline.run_folder(load_recipe(raw)) / "training.yaml"
+    path = pipeline.run_folder(load_recipe(raw)).path / "training.yaml"
     said = yaml.safe_load(path.read_text())
     del said["data"]["validation"], said["stages"][0]["validation"]
     path.write_text(yaml.safe_dump(said))

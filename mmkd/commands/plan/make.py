@@ -19,9 +19,9 @@ from mmkd.modeling.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
 from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
 from mmkd.runs import preflight, timings
-from mmkd.runs.pipeline import Member, members
+from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
-from mmkd.students import convert, set_trainable
+from mmkd.students import set_trainable, student_at
 from mmkd.teachers import choose_placement
 from mmkd_models.layout import mamba_layers
 
@@ -144,10 +144,8 @@ def plan_stage(
         teacher: without weights; None if there is no live one.
         sampled: a mean record and the number of records of an epoch; None reads them from the data.
     """
-    student = skeleton(recipe.student)
-    until = recipe.stages.index(stage) + 1
-    for conversions in (recipe.student.convert, *(s.convert for s in recipe.stages[:until])):
-        convert(student, conversions)
+    index = recipe.stages.index(stage)
+    student = student_at(recipe, index, meta=True)
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
@@ -173,7 +171,7 @@ def plan_stage(
         k: round(v * per_step)
         for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
     }
-    second = timings.seconds_per_step(recipe, recipe.stages.index(stage))
+    second = timings.seconds_per_step(recipe, index)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
