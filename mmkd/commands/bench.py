@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.modeling.loading import load_processor
 from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
@@ -87,13 +88,15 @@ class _TimedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward(self, inputs: Any, score: Callable[[Signals], Any], **layers: Any) -> Any:
+    def forward(
+        self, inputs: Any, score: Callable[[Signals], Any], request: CaptureRequest = OUTPUTS_ONLY
+    ) -> Any:
         def timed(signals: Signals) -> Any:
             with self._clock.part("objectives", inside="student forward"):
                 return score(signals)
 
         with self._clock.part("student forward"):
-            return self._engine.forward(inputs, timed, **layers)
+            return self._engine.forward(inputs, timed, request)
 
     def backward(self, loss: Tensor, **which: Any) -> None:
         with self._clock.part("backward"):
@@ -111,9 +114,9 @@ class _TimedTeacher:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)
 
-    def signals(self, batch: Batch, **layers: Any) -> Any:
+    def signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Any:
         with self._clock.part("teacher"):
-            return self._teacher.signals(batch, **layers)
+            return self._teacher.signals(batch, request)
 
     def answer_logps(self, *batch: Any, **settings: Any) -> Any:
         with self._clock.part("teacher"):

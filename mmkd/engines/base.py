@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
 
 Scored = TypeVar("Scored")
@@ -37,18 +38,23 @@ class Engine(Protocol):
         ...
 
     def forward(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         """What `score` makes of the student's signals, with gradients; opens a micro-step.
 
         Objectives run inside of the forward: only there are all weights that they read, the head's
-        among them, whole on every rank. `layers` are the arguments of
-        `mmkd.modeling.capture.capture` that say what is read off the layers.
+        among them, whole on every rank. `request` says what is read off the decoder's layers.
         """
         ...
 
     def evaluate(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         """What `score` makes of the student's signals in evaluation mode, without gradients;
         between micro-steps. Every rank calls it equally often. Arguments as in `forward`."""

@@ -24,6 +24,7 @@ from mmkd.engines.state import (
 )
 from mmkd.engines.zero import Root, gathered, start
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
 from mmkd.recipe import Precision
 
@@ -66,25 +67,31 @@ class DeepSpeedEngine(EngineBase):
             buffer.data = buffers[name].to(device)  # weights in bfloat16, positions not
 
     def forward(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         self._begin()
 
         def run(model: PreTrainedModel) -> Scored:
             with self.autocast():
-                return score(capture(model, inputs, **layers))
+                return score(capture(model, inputs, request))
 
         return self.engine(run)
 
     @torch.no_grad()
     def evaluate(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         self._between()
 
         def run(model: PreTrainedModel) -> Scored:
             with self.autocast():
-                return score(capture(model, inputs, **layers))
+                return score(capture(model, inputs, request))
 
         self.engine.eval()
         try:

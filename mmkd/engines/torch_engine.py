@@ -16,6 +16,7 @@ from mmkd.engines.masters import Masters
 from mmkd.engines.optim import forward_schedule
 from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
 from mmkd.recipe import Precision
 
@@ -58,21 +59,27 @@ class TorchEngine(EngineBase):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def forward(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         self._begin()
         with self.autocast():
-            return score(capture(self.model, inputs, **layers))
+            return score(capture(self.model, inputs, request))
 
     @torch.no_grad()
     def evaluate(
-        self, inputs: dict[str, Tensor], score: Callable[[Signals], Scored], **layers: Any
+        self,
+        inputs: dict[str, Tensor],
+        score: Callable[[Signals], Scored],
+        request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         self._between()
         self.model.eval()
         try:
             with self.autocast():
-                return score(capture(self.model, inputs, **layers))
+                return score(capture(self.model, inputs, request))
         finally:
             self.model.train()
 

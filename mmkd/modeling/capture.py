@@ -3,7 +3,7 @@
 Logits are never built here: objectives project final hidden states through the head in chunks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import CheckpointError
 from mmkd.modeling.adapters import effective_weight
-from mmkd.modeling.capture_layers import LayerPlan, record_layers
-from mmkd.objectives import LayerSignals, RouterSignals, Signals
+from mmkd.modeling.capture_layers import record_layers
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
+from mmkd.objectives import RouterSignals, Signals
 from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import feed_forward, find_parts
 
@@ -46,14 +47,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
 
 
 def capture(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    *,
-    layers: Sequence[int] = (),
-    matrices: bool = False,
-    projections: bool = False,
-    forced: dict[int, LayerSignals] | None = None,
-    plan: LayerPlan | None = None,
+    model: PreTrainedModel, inputs: dict[str, Tensor], request: CaptureRequest = OUTPUTS_ONLY
 ) -> Signals:
     """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, the
     head they go through, what goes through its layers, and what its routers say.
@@ -61,11 +55,7 @@ def capture(
     Args:
         model: teacher or student.
         inputs: what it is called with.
-        layers: decoder layers to record.
-        matrices: record mixing matrices too.
-        projections: record queries, keys and values too.
-        forced: the teacher's signals by student layer, to be fed to the student's layers.
-        plan: how `forced` is done.
+        request: what is recorded of its decoder layers, and which of them get other tensors.
     """
     entering: list[Tensor] = []
 
@@ -75,16 +65,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
-        recorder = stack.enter_context(
-            record_layers(
-                model,
-                layers,
-                matrices=matrices,
-                projections=projections,
-                teacher=forced,
-                plan=plan,
-            )
-        )
+        recorder = stack.enter_context(record_layers(model, request))
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     return Signals(

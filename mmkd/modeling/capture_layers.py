@@ -12,88 +12,20 @@ stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2). Otherwis
 comes second, beside the first (MaTVLM, arXiv 2503.13440).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.modeling.capture_request import CaptureRequest, Run
 from mmkd.modeling.layer_projections import PROJECTIONS, as_compared
-from mmkd.objectives import LayerSignals, Layerwise
+from mmkd.objectives import LayerSignals
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
-
-Run = Literal["free", "mixer", "block"]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Which layers a stage's objectives read, and how the student runs.
-
-    Attributes:
-        pairs: student layer -> teacher layer.
-        recorded: student layers whose free run is read.
-        free: the student's free run is needed.
-        forced_mixers: student layers whose mixer is fed with what entered the teacher's.
-        forced_blocks: student layers that are fed with what entered the teacher's layer.
-        matrices: mixing matrices are needed.
-        projections: queries, keys and values are needed.
-    """
-
-    pairs: dict[int, int] = field(default_factory=dict)
-    recorded: frozenset[int] = frozenset()
-    free: bool = True
-    forced_mixers: frozenset[int] = frozenset()
-    forced_blocks: frozenset[int] = frozenset()
-    matrices: bool = False
-    projections: bool = False
-
-    @property
-    def forced(self) -> frozenset[int]:
-        """Student layers that some objective feeds with the teacher's tensors."""
-        return self.forced_mixers | self.forced_blocks
-
-    @classmethod
-    def of(cls, objectives: Sequence[Any]) -> "LayerPlan":
-        """
-        Raises:
-            RecipeError: two objectives pair one student layer with different teacher layers.
-        """
-        layerwise = [o for o in objectives if isinstance(o, Layerwise)]
-        pairs: dict[int, int] = {}
-        for objective in layerwise:
-            for mine, theirs in objective.pairs:
-                if pairs.setdefault(mine, theirs) != theirs:
-                    raise RecipeError(
-                        f"student layer {mine} is paired with teacher layers {pairs[mine]} and "
-                        f"{theirs}",
-                        where=f"objective {objective.name}",
-                        mend="pair it with one of them",
-                    )
-
-        def layers(run: Run) -> frozenset[int]:
-            return frozenset(mine for o in layerwise if _run_of(o) == run for mine, _ in o.pairs)
-
-        forced = [o for o in layerwise if o.config.teacher_forced]
-        return cls(
-            pairs,
-            recorded=layers("free"),
-            free=len(forced) < len(layerwise) or any("distribution" in o.needs for o in objectives),
-            forced_mixers=layers("mixer"),
-            forced_blocks=layers("block"),
-            matrices=any("matrices" in o.needs for o in objectives),
-            projections=any("projections" in o.needs for o in objectives),
-        )
-
-
-def _run_of(objective: Layerwise) -> Run:
-    """The run whose signals an objective compares."""
-    if not objective.config.teacher_forced:
-        return "free"
-    return "block" if objective.compares_blocks else "mixer"
 
 
 @dataclass
@@ -167,39 +99,30 @@ class Recorder:
 
 
 @contextmanager
-def record_layers(
-    model: PreTrainedModel,
-    layers: Sequence[int],
-    *,
-    matrices: bool = False,
-    projections: bool = False,
-    teacher: dict[int, LayerSignals] | None = None,
-    plan: LayerPlan | None = None,
-) -> Iterator[Recorder]:
+def record_layers(model: PreTrainedModel, request: CaptureRequest) -> Iterator[Recorder]:
     """Keep what goes through decoder layers in the forward inside, and force some of them.
 
     Args:
         model: teacher or student.
-        layers: whose free run is kept.
-        matrices, projections: kept too.
-        teacher: the teacher's signals by student layer, for the plan's forced layers.
-        plan: which layers are forced, and whether the free run is needed; None forces none.
+        request: what is kept, and which layers are forced.
     """
-    plan = LayerPlan() if plan is None or not teacher else plan
-    teacher = teacher or {}
-    recorder = Recorder(matrices, projections)
-    recorder.first = dict.fromkeys(layers, "free")
-    if not plan.free:
-        recorder.first |= dict.fromkeys(plan.forced_mixers, "mixer")
-        recorder.first |= dict.fromkeys(plan.forced_blocks, "block")
+    forced_runs: list[tuple[Run, Mapping[int, LayerSignals]]] = [
+        ("mixer", request.forced_mixers),
+        ("block", request.forced_blocks),
+    ]
+    recorder = Recorder(request.matrices, request.projections)
+    recorder.first = dict.fromkeys(request.layers, "free")
+    if not request.free:
+        for run, forced in forced_runs:
+            recorder.first |= dict.fromkeys(forced, run)
     modules: Any = find_parts(model).decoder_layers
     with ExitStack() as stack:
-        for index in sorted({*layers, *plan.forced}):
+        for index in sorted({*request.layers, *request.forced_mixers, *request.forced_blocks}):
             layer, first = modules[index], recorder.first.get(index)
             handles = _record(layer, index, recorder)
-            for run, forced in (("mixer", plan.forced_mixers), ("block", plan.forced_blocks)):
+            for run, forced in forced_runs:
                 if index in forced:
-                    handles += _force(layer, teacher[index], run, first == run, recorder)
+                    handles += _force(layer, forced[index], run, first == run, recorder)
             for handle in handles:
                 stack.callback(handle.remove)
         yield recorder
@@ -248,7 +171,7 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
 
 
 def _force(
-    layer: Any, theirs: LayerSignals, run: str, in_place: bool, recorder: Recorder
+    layer: Any, theirs: LayerSignals, run: Run, in_place: bool, recorder: Recorder
 ) -> list[Any]:
     """Hooks that feed a layer, or its mixer, with the teacher's tensors: when the model calls it
     (`in_place`), or in an additional run after that."""
@@ -274,7 +197,7 @@ def _force(
     ]
 
 
-def _run_beside(module: nn.Module, entering: Any, run: Any, recorder: Recorder) -> Any:
+def _run_beside(module: nn.Module, entering: Any, run: Run, recorder: Recorder) -> Any:
     """A hook that runs a module once more, on the teacher's input."""
 
     def again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import PROJECTIONS, width_of
 from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe import Recipe, StageConfig

@@ -1,13 +1,13 @@
 """The student as it was before a stage, as its teacher."""
 
 import copy
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.modeling.adapters import adapters_off
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
 from mmkd.teachers.live import LiveTeacher
 
@@ -19,12 +19,12 @@ class WithoutAdapters(LiveTeacher):
         return torch.nn.Module.to(model, self.device)
 
     @torch.no_grad()
-    def own_signals(self, batch: Batch, **layers: Any) -> Signals:
+    def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         training = self.model.training
         self.model.eval()
         try:
             with adapters_off(self.model):
-                return super().own_signals(batch, **layers)
+                return super().own_signals(batch, request)
         finally:
             self.model.train(training)
 

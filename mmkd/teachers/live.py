@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.modeling.capture import capture, check_supported
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals, answer_logps
 from mmkd.ops import CHUNK_BYTES
 
@@ -34,19 +34,19 @@ class LiveTeacher:
         return torch.nn.Module.to(model, self.device)
 
     @torch.no_grad()
-    def signals(self, batch: Batch, **layers: Any) -> Signals:
-        """The teacher's signals on a batch, one per student token; `layers` as in
-        `mmkd.modeling.capture.capture`."""
-        own = self.own_signals(batch, **layers)
+    def signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
+        """The teacher's signals on a batch, one per student token; `request` says what is
+        read off its decoder's layers."""
+        own = self.own_signals(batch, request)
         if batch.alignment is None:
             return own
         aligned = batch.alignment(own.hidden)
         return replace(own, hidden=aligned, own_hidden=own.hidden, embeddings=None)
 
     @torch.no_grad()
-    def own_signals(self, batch: Batch, **layers: Any) -> Signals:
+    def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         """The teacher's signals on its own tokens."""
-        return capture(self.model, (batch.teacher or batch).inputs, **layers)
+        return capture(self.model, (batch.teacher or batch).inputs, request)
 
     @torch.no_grad()
     def answer_logps(

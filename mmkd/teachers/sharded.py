@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from mmkd.data.batch import Batch
 from mmkd.engines.zero import Root, gathered, start
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
 from mmkd.teachers.live import LiveTeacher
 
@@ -67,12 +68,12 @@ class ShardedTeacher(LiveTeacher):
         return model
 
     @torch.no_grad()
-    def own_signals(self, batch: Batch, **layers: Any) -> Signals:
+    def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         inputs, precision = (batch.teacher or batch).inputs, self._precision()
 
         def run(model: PreTrainedModel) -> Signals:
             with precision:  # DeepSpeed closes the one outside
-                return capture(model, inputs, **layers)
+                return capture(model, inputs, request)
 
         return self.engine(run)
 

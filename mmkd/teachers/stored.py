@@ -1,11 +1,11 @@
 """A teacher whose outputs were stored before; its weights are not needed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mmkd.cache import Store
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import HeadObjective, Objective, Signals, StoredSignals
 from mmkd.recipe import StageConfig
 
@@ -24,7 +24,7 @@ class StoredTeacher:
     def __init__(self, store: Store):
         self.store = store
 
-    def signals(self, batch: Batch, **layers: Any) -> StoredSignals:
+    def signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> StoredSignals:
         """The distributions of a batch's rows; nothing of layers."""
         if batch.stored is None:
             raise ValueError("the batch was encoded without the teacher's cache")

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmkd.data.batch import Batch
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine, StepResult
 from mmkd.errors import AGAIN, DataError, NonFiniteLossError, StoppedError
-from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import (
     Objective,
     Signals,
@@ -55,6 +56,12 @@ from mmkd.training.validation import Validation
 
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
+
+Scored = tuple[dict[str, Tensor], dict[int, Tensor]]
+"""The loss and its parts by name, and how often each expert was chosen by layer."""
+
+Forward = Callable[[dict[str, Tensor], Callable[[Signals], Scored], CaptureRequest], Scored]
+"""A forward of the student, with or without gradients; see `mmkd.engines.Engine`."""
 
 BARREN_STEPS = 50
 """After so many steps in a row in which no objective covers a token, a stage stops."""
@@ -138,7 +145,7 @@ class Stage:
         started = time.monotonic()
         each = {o.name: 1.0 for o in validation.objectives}
 
-        def losses(batch: Batch) -> dict[str, torch.Tensor]:
+        def losses(batch: Batch) -> dict[str, Tensor]:
             sums = self._losses(batch, each, validation.objectives, self.engine.evaluate)[0]
             return {name: value for name, value in sums.items() if name != "loss"}
 
@@ -152,8 +159,8 @@ class Stage:
         batches, sampled = self._sampled(step, batches)
         rows = self._rows(batches)
         self._require_rows(rows)
-        sums: dict[str, torch.Tensor] = {}
-        load: dict[int, torch.Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        load: dict[int, Tensor] = {}
         for number, batch in enumerate(batches, 1):
             losses, counts = self._losses(batch, rows, self.objectives, self.engine.forward)
             self.engine.backward(losses["loss"], last=number == len(batches))
@@ -209,8 +216,8 @@ class Stage:
         batch: Batch,
         rows: dict[str, float],
         objectives: list[Objective],
-        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]],
-    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        forward: Forward,
+    ) -> Scored:
         """The loss, each objective's part of it and its metrics, and how often each expert was
         chosen, by layer.
 
@@ -226,12 +233,12 @@ class Stage:
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
             teacher = None
             if self.teacher is not None and self.asks(self.lead, self.teacher, batch, objectives):
-                teacher = self.teacher.signals(batch, **_teacher_layers(plan))
+                teacher = self.teacher.signals(batch, plan.teacher_request())
             others = self._others(batch, objectives)
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
 
-        def compare(student: Signals) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        def compare(student: Signals) -> Scored:
             student = student.first(len(targets.input_ids))
             first = None if teacher is None else teacher.first(len(targets.input_ids))
             theirs: TeacherSignals | Teachers | None = first
@@ -244,7 +251,8 @@ class Stage:
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
-            return forward(batch.inputs, compare, **_student_layers(plan, teacher))
+            layers = teacher.layers if isinstance(teacher, Signals) else {}
+            return forward(batch.inputs, compare, plan.student_request(layers))
 
     def asks(self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]) -> bool:
         """Whether an objective compares a batch's records with a teacher, or all processes have to
@@ -266,7 +274,7 @@ class Stage:
             if self.asks(name, teacher, batch, objectives)
         }
 
-    def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> torch.Tensor:
+    def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> Tensor:
         reference = self.reference
         assert reference is not None
         if (
@@ -290,7 +298,7 @@ class Stage:
         names = [s.config.label for s in records.sources]
         return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
 
-    def _shares(self, load: dict[int, torch.Tensor]) -> Metrics:
+    def _shares(self, load: dict[int, Tensor]) -> Metrics:
         """The share of the global batch's tokens that each expert of each sparse layer got."""
         if not load:
             return {}
@@ -339,21 +347,3 @@ class Stage:
 def _is_barren(line: Metrics) -> bool:
     """Whether a step's line says that nothing was learned in it."""
     return line.get("loss") == 0 and line.get("supervised_tokens") == 0
-
-
-def _teacher_layers(plan: LayerPlan) -> dict[str, Any]:
-    """What is read off the teacher's layers."""
-    return {"layers": sorted(set(plan.pairs.values())), **_recorded(plan)}
-
-
-def _student_layers(plan: LayerPlan, teacher: TeacherSignals | None) -> dict[str, Any]:
-    """What is read off the student's layers, and which of them get the teacher's tensors."""
-    wanted: dict[str, Any] = {"layers": sorted(plan.recorded), **_recorded(plan)}
-    if plan.forced and isinstance(teacher, Signals):
-        forced = {mine: teacher.layers[plan.pairs[mine]] for mine in plan.forced}
-        wanted |= {"forced": forced, "plan": plan}
-    return wanted
-
-
-def _recorded(plan: LayerPlan) -> dict[str, bool]:
-    return {"matrices": plan.matrices, "projections": plan.projections}

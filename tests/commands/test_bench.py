@@ -83,10 +83,10 @@ class Slow(LiveTeacher):
         self.inner, self.seconds, self.calls = inner, seconds, 0
         super().__init__(inner.model, inner.device)
 
-    def own_signals(self, batch, **layers):
+    def own_signals(self, batch, *request):
         self.calls += 1
         time.sleep(self.seconds)
-        return super().own_signals(batch, **layers)
+        return super().own_signals(batch, *request)
 
 
 def timed(raw, monkeypatch, seconds):

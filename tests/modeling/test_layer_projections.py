@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import CaptureRequest
 from mmkd.modeling.layer_projections import PROJECTIONS, as_compared, width_of
 from mmkd.objectives import Targets, build_objective
 from mmkd.objectives.minilm import MiniLmConfig
@@ -26,10 +27,10 @@ def twins(family):
 
 
 def relations(objective, student, teacher, batch):
-    recorded = {"layers": [0, 1], "projections": True}
-    mine = capture(student, batch, **recorded)
+    request = CaptureRequest(frozenset({0, 1}), projections=True)
+    mine = capture(student, batch, request)
     with torch.no_grad():
-        theirs = capture(teacher, batch, **recorded)
+        theirs = capture(teacher, batch, request)
     real = batch["attention_mask"].bool()
     targets = Targets(batch["input_ids"], real, real, torch.zeros_like(real))
     return objective(mine, theirs, targets, 10.0).loss

@@ -9,7 +9,8 @@ import torch
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.capture_layers import LayerPlan, Recorder
+from mmkd.modeling.capture_layers import Recorder
+from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import LayerSignals, Targets, build_objective, score
 from mmkd.objectives.divergence import DivergenceConfig
 from mmkd.objectives.layerwise import (
@@ -68,17 +69,9 @@ def losses(teacher, student, batch, kinds):
     """Each objective's value, and the gradient of their sum."""
     objectives = [build_objective(KINDS[k]) for k in kinds]
     plan = LayerPlan.of(objectives)
-    recorded = {"matrices": plan.matrices, "projections": plan.projections}
     with torch.no_grad():
-        theirs = capture(teacher, batch, layers=sorted({*plan.pairs.values()}), **recorded)
-    mine = capture(
-        student,
-        batch,
-        layers=sorted(plan.recorded),
-        forced={s: theirs.layers[plan.pairs[s]] for s in plan.forced},
-        plan=plan,
-        **recorded,
-    )
+        theirs = capture(teacher, batch, plan.teacher_request())
+    mine = capture(student, batch, plan.student_request(theirs.layers))
     real = batch["attention_mask"].bool()
     targets = Targets(batch["input_ids"], real, real, batch["input_ids"] == families.IMAGE_TOKEN)
     total, said = score(objectives, mine, theirs, targets, {o.name: 20.0 for o in objectives})
@@ -160,6 +153,23 @@ def test_only_the_layers_that_objectives_force_are_forced():
     assert plan.forced_mixers == {1, 3}
     assert plan.recorded == {1, 2}
     assert not LayerPlan.of(objectives[:2]).free
+
+
+def test_a_plan_asks_the_teacher_and_then_the_student():
+    objectives = [build_objective(KINDS[k]) for k in ("block", "mixer_mse", "minilm")]
+    plan = LayerPlan.of(objectives)
+    assert plan.teacher_request() == CaptureRequest(frozenset({1, 3}), projections=True)
+    x = torch.zeros(1)
+    theirs = {layer: LayerSignals(x, x, x) for layer in (1, 3)}
+    request = plan.student_request(theirs)
+    assert request.layers == {1, 3}
+    assert request.projections
+    assert not request.matrices
+    assert request.free
+    assert request.forced_blocks == {1: theirs[1]}
+    assert request.forced_mixers == theirs
+    without = plan.student_request({})  # the teacher did not run on this batch
+    assert without == CaptureRequest(frozenset({1, 3}), projections=True)
 
 
 def test_a_run_is_never_written_twice():

@@ -8,7 +8,7 @@ import torch
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.modeling.capture_request import LayerPlan
 from mmkd.objectives import REGISTRY, LayerSignals, Layerwise, Signals, Targets, build_objective
 from mmkd.objectives.divergence import DivergenceConfig
 from mmkd.objectives.layerwise import (
@@ -137,19 +137,8 @@ def run(teacher, student, objectives, batch, eager=False):
     if eager:
         teacher.set_attn_implementation("eager")
     with torch.no_grad():
-        theirs = capture(
-            teacher, batch, layers=sorted(set(plan.pairs.values())), matrices=plan.matrices
-        )
-    forced = {s: theirs.layers[t] for s, t in plan.pairs.items()} if plan.forced else None
-    mine = capture(
-        student,
-        batch,
-        layers=sorted(plan.recorded),
-        matrices=plan.matrices,
-        forced=forced,
-        plan=plan,
-    )
-    return theirs, mine
+        theirs = capture(teacher, batch, plan.teacher_request())
+    return theirs, capture(student, batch, plan.student_request(theirs.layers))
 
 
 @pytest.mark.parametrize("kind", ["mixer_mse", "layer_l2", "mixer", "matrix"])

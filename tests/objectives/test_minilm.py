@@ -10,7 +10,7 @@ import torch
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.capture_layers import LayerPlan
+from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import LayerSignals, Signals, Targets, build_objective, minilm
 from mmkd.objectives.affinity import AffinityConfig
 from mmkd.objectives.minilm import MiniLmConfig
@@ -119,9 +119,10 @@ def test_what_a_model_projects_is_read(tmp_path):
     objective = build_objective(MiniLmConfig(kind="minilm", layers=[0, 1], heads=2))
     plan = LayerPlan.of([objective])
     assert plan.projections
-    recorded = {"layers": [0, 1], "projections": True}
+    request = plan.teacher_request()
+    assert request == CaptureRequest(frozenset({0, 1}), projections=True)
     with torch.no_grad():
-        found = [capture(m, batch, **recorded) for m in (student, teacher)]
+        found = [capture(m, batch, request) for m in (student, teacher)]
     targets = Targets(
         batch["input_ids"],
         batch["attention_mask"].bool(),
@@ -136,7 +137,7 @@ def test_what_a_model_projects_is_read(tmp_path):
     want = attention.q_proj(found[1].layers[0].mixer_input)
     torch.testing.assert_close(found[1].layers[0].queries, want)
     with torch.no_grad():
-        assert capture(teacher, batch, layers=[0]).layers[0].queries is None
+        assert capture(teacher, batch, CaptureRequest(frozenset({0}))).layers[0].queries is None
 
 
 def test_a_row_of_one_token_has_no_relations_and_does_not_count():

@@ -9,6 +9,7 @@ import torch
 from mmkd.commands.plan import make_plan
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import CaptureRequest
 from mmkd.modeling.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, Targets, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
@@ -276,7 +277,7 @@ def test_a_network_with_another_activation_is_refused():
 def test_captured_routers_are_the_layers_own():
     model = spread(converted("llava", MOE))
     batch = families.inputs("llava", [5, 9], side="right")
-    found = capture(model, batch, layers=[0])
+    found = capture(model, batch, CaptureRequest(frozenset({0})))
     assert sorted(found.routers) == [0, 2]
     layer = find_parts(model).decoder_layers[0]
     normed = layer.post_attention_layernorm(

@@ -101,9 +101,9 @@ def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch, first)
     ran = []
     signals = LiveTeacher.signals
 
-    def watched(self, batch, **layers):
+    def watched(self, batch, *request):
         ran.append(self)
-        return signals(self, batch, **layers)
+        return signals(self, batch, *request)
 
     monkeypatch.setattr(LiveTeacher, "signals", watched)
     both = [one(world, "chat", sources=first), one(world, "ocr", sources=["letters"])]
@@ -121,9 +121,9 @@ def test_one_teacher_can_be_routed_too(world, monkeypatch):
     ran = []
     signals = LiveTeacher.signals
 
-    def watched(self, batch, **layers):
+    def watched(self, batch, *request):
         ran.append(batch)
-        return signals(self, batch, **layers)
+        return signals(self, batch, *request)
 
     monkeypatch.setattr(LiveTeacher, "signals", watched)
     lines, _ = trained(world("one", one(world, "ocr", sources=["letters"]), batch={"size": 1}))
