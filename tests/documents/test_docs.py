@@ -14,7 +14,7 @@ from mmkd.recipe import Recipe, StageConfig, load_recipe
 from scripts import reference
 from tests.support.pages import FENCE, ROOT, blocks, pages
 
-SITE = ("mkdocs", "material", "latex2mathml", "ziamath", "fontTools")
+SITE = ("mkdocs", "material", "mkdocstrings", "latex2mathml", "ziamath", "fontTools")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
 STAGE = {"name": "only", "objectives": [{"kind": "ce"}]}
 RECIPE = {
