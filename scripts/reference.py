@@ -14,17 +14,18 @@ from mmkd.runtime.progress import console
 OUT = Path(__file__).parents[1] / "docs" / "reference.md"
 INTRO = """# Recipe reference
 
-Made from the models that read a recipe (`python -m scripts.reference`); `mmkd recipe schema` prints
-the same as a JSON schema, and [Concepts](concepts.md) says what the parts are for. A key without a
-default has to be given; unknown keys are errors. Every number has an upper bound too: the page has
-those below 100,000, the schema has all.
+Look up here every key of a recipe, with its type, default and meaning. [Concepts](concepts.md)
+explains how the parts work together. A key without a default is required. Unknown keys are errors.
+Every number also has an upper bound; the page shows those below 100,000, and the JSON schema that
+`mmkd recipe schema` prints shows all. `python -m scripts.reference` writes this page from the code
+that reads a recipe.
 """
 CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
 GROUPS = {
     CONVERSIONS: "Entries of `convert`, by `kind`.",
-    OBJECTIVES: "Entries of `objectives`, by `kind`; others can come "
-    "[from outside](extending.md#an-objective).",
-    FORMS: "Mappings that a key takes beside other values.",
+    OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
+    "[your own](extending.md#an-objective).",
+    FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.
 KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES}
@@ -32,7 +33,7 @@ WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 MOST_TOLD = 10**5
 """Bounds from here on only keep out what no machine can compute: the page leaves them out."""
-HEAD = ["| key | type | default | what |", "|---|---|---|---|"]
+HEAD = ["| key | type | default | meaning |", "|---|---|---|---|"]
 Schema = dict[str, Any]
 
 

@@ -155,10 +155,10 @@ CHECKS: dict[str, Callable[[Workbench], None]] = {
     "hybrid": hybrid,
     "LoRA": lora,
     "packing": packing,
-    "several pictures": several,
-    "no picture": without,
+    "several images": several,
+    "no image": without,
     "video frames": frames,
-    "picture cache": picture_cache,
+    "image cache": picture_cache,
 }
 
 

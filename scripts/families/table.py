@@ -9,23 +9,25 @@ from scripts.families.checks import CHECKS, Verdict
 COLUMNS = list(CHECKS)
 HEAD = """# Families
 
-What mmkd does with families of vision-language models that transformers ships, seen on a CPU on
-tiny random models of their real classes, with their real processors and their documented chat
-templates around a small tokenizer; no published weights were loaded. Each cell is a run of mmkd's
-own path; what does not work is refused in one line, whose words are below the table.
-`python -m scripts.families --write docs/families.md` writes this page, and
-`tests/documents/test_families_table.py` fails where it no longer holds.
+This page shows which families of vision-language models in transformers you can use as teacher or
+student, and with which features. The results are from tiny random models of the real classes on a
+CPU, with their real processors and documented chat templates and a small tokenizer. No published
+weights were loaded. Each cell is the result of running mmkd. Combinations that do not work are
+refused with one line, which is quoted below the table. `python -m scripts.families --write
+docs/families.md` writes this page, and `tests/documents/test_families_table.py` fails if it is out
+of date.
 
-- **teacher**: its distributions over responses and image tokens teach a student of the family.
-- **dense**, **MoE**, **hybrid**, **LoRA**: a student as it is, with experts for all feed-forward
-  networks, with Mamba-2 for one layer's attention, with adapters: one step; the folder loads as the
-  student that was trained.
-- **packing**: `batch.pack`; losses and gradient are those of the same records apart.
-- **several pictures**, **no picture**, **video frames**: such records alone and in a batch:
-  responses and image tokens are marked to the token, other records change no hidden state, lengths
-  are foreseen. Frames are a record's pictures in their order; a family's own video inputs are not
-  used.
-- **picture cache**: `data.picture_cache` gives the same inputs bit by bit.
+- **teacher**: a model of the family teaches a student with its distributions over responses and
+  image tokens.
+- **dense**, **MoE**, **hybrid**, **LoRA**: a student without changes, with experts for all
+  feed-forward networks, with Mamba-2 for one layer's attention, or with adapters is trained for one
+  step. The written folder loads as the same student.
+- **packing**: with `batch.pack`, losses and gradients are those of the same records without it.
+- **several images**, **no image**, **video frames**: such records work alone and in a batch. Masks
+  of responses and image tokens are exact to the token, other records in the batch do not change the
+  hidden states, and lengths are predicted correctly. Frames are a record's images in their order; a
+  family's own video inputs are not used.
+- **image cache**: `data.picture_cache` gives the same inputs bit for bit.
 - **needs**: packages without which transformers does not load the family's processor.
 """
 
@@ -52,7 +54,7 @@ def write(results: Mapping[str, tuple[Any, Mapping[str, Verdict]]], versions: st
         rows.append([member.title, *cells, ", ".join(member.needs) or "-"])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join([HEAD, *lines, "", "Why not:", "", *notes, "", f"Seen with {versions}.", ""])
+    return "\n".join([HEAD, *lines, "", "Reasons:", "", *notes, "", f"Tested with {versions}.", ""])
 
 
 def read(page: str) -> dict[str, dict[str, Verdict]]:

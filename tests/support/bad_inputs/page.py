@@ -19,9 +19,10 @@ KINDS = {
     "hub": "The Hub",
     "command": "Other commands",
 }
-TEXT = """# What mmkd says to bad input
+TEXT = """# Error messages
 
-Exit status 2 and one line on stderr:
+Look up here what a message of mmkd means and what caused it. Bad input ends with exit
+status 2 and one line on stderr:
 
 ```
 mmkd: WHERE: WHAT IS WRONG -- WHAT TO DO
