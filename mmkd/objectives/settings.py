@@ -25,7 +25,7 @@ class ObjectiveConfig(Bounded):
         None,
         max_length=NAME,
         pattern=NAMED,
-        description="name in metrics; the kind if left out",
+        description="name in metrics; the kind by default",
     )
 
 
@@ -67,13 +67,15 @@ class AlmConfig(ObjectiveConfig):
     """Likelihoods of pieces of responses, for any two tokenizers."""
 
     kind: Literal["alm"]
-    divergence: BinaryKind = Field("kl", description="of the chances that a piece is said or not")
+    divergence: BinaryKind = Field(
+        "kl", description="between the probabilities that a piece is generated or not"
+    )
     temperature: float = Field(
         100.0,
         ge=LEAST_TEMPERATURE,
         le=1e6,
-        description="tau, likelihoods are taken to the power of 1/tau; a large one makes the loss "
-        "small, as 1/tau",
+        description="tau: likelihoods are raised to the power of 1/tau, and the loss is "
+        "proportional to 1/tau",
     )
 
 
@@ -87,21 +89,24 @@ class RelationConfig(ObjectiveConfig):
     """Cosine between the token-to-token similarities of student and teacher."""
 
     kind: Literal["relation"]
-    region: Region = Field("vision", description="tokens that it relates")
+    region: Region = Field("vision", description="tokens that are compared with each other")
     features: Literal["logits", "hidden"] = Field(
-        "logits", description="of a token: its logits (LLaVA-KD), or its final hidden state"
+        "logits",
+        description="features of a token: its logits (LLaVA-KD), or its final hidden state",
     )
     center: bool = Field(True, description="subtract the tokens' mean; the paper does not")
-    normalize: bool = Field(False, description="tokens to unit length")
-    diagonal: bool = Field(True, description="count a token's similarity to itself")
+    normalize: bool = Field(False, description="scale the features of each token to length 1")
+    diagonal: bool = Field(True, description="include a token's similarity to itself")
 
 
 class LayerwiseConfig(ObjectiveConfig):
     """Compare decoder layers of student and teacher."""
 
-    layers: list[Layer] | None = Field(None, description="student layers; its Mamba layers if none")
+    layers: list[Layer] | None = Field(
+        None, description="student layers; by default its Mamba layers"
+    )
     teacher_layers: list[Layer] | None = Field(
-        None, description="one for each; the same if left out"
+        None, description="teacher layers, one for each student layer; the same numbers by default"
     )
     teacher_forced: bool = Field(True, description="student layers get the teacher's input")
     region: Region = Field("all", description="tokens that it covers")
@@ -123,18 +128,20 @@ class LayerL2Config(LayerwiseConfig):
     """Euclidean distance of the outputs."""
 
     kind: Literal["layer_l2"]
-    at: Literal["block", "mixer"] = Field("block", description="whole layer, or its mixer alone")
+    at: Literal["block", "mixer"] = Field(
+        "block", description="compare whole layers, or only their mixers"
+    )
 
 
 class HiddenMseConfig(LayerwiseConfig):
-    """Mean squared error of the residual streams after each layer."""
+    """Mean squared error of the hidden states after each layer."""
 
     kind: Literal["hidden_mse"]
     teacher_forced: bool = Field(False, description="student layers get the teacher's input")
 
 
 class MatrixConfig(LayerwiseConfig):
-    """Distance of attention's probabilities and the mixer's matrix; quadratic in tokens."""
+    """Distance between attention probabilities and the mixer's matrix; quadratic in tokens."""
 
     kind: Literal["matrix"]
 
@@ -151,7 +158,7 @@ class MiniLmConfig(LayerwiseConfig):
         8, ge=1, le=10**6, description="relation heads; divides all widths of both models"
     )
     relations: list[Projection] = Field(
-        ["queries", "keys", "values"], min_length=1, description="whose self-relations"
+        ["queries", "keys", "values"], min_length=1, description="which of the three are compared"
     )
     teacher_forced: Literal[False] = Field(False, description="not for this objective")
 
@@ -161,19 +168,23 @@ class AffinityConfig(ObjectiveConfig):
 
     kind: Literal["affinity"]
     temperature: float = Field(0.1, ge=LEAST_TEMPERATURE, le=1e6, description="tau")
-    center: bool = Field(True, description="subtract the batch's mean from pictures and answers")
+    center: bool = Field(True, description="subtract the batch's mean from images and answers")
 
 
 class TokenLabelsConfig(ObjectiveConfig):
     """Cross-entropy of image tokens against the word of the object they show."""
 
     kind: Literal["token_labels"] = "token_labels"
-    at: Literal["connector", "decoder"] = Field("connector", description="whose output is labelled")
-    background: bool = Field(False, description="tokens without object say the end-of-turn token")
+    at: Literal["connector", "decoder"] = Field(
+        "connector", description="the module whose output predicts the label"
+    )
+    background: bool = Field(
+        False, description="tokens without an object predict the end-of-turn token"
+    )
 
 
 class BalanceConfig(ObjectiveConfig):
-    """Experts should be chosen equally often; 1 a layer where they are."""
+    """Uneven use of experts; the minimum is 1 per layer, if all are chosen equally often."""
 
     kind: Literal["balance"]
     weight: float = Field(
@@ -182,7 +193,7 @@ class BalanceConfig(ObjectiveConfig):
 
 
 class RouterZConfig(ObjectiveConfig):
-    """Routers' logits should stay small."""
+    """Size of the routers' logits."""
 
     kind: Literal["router_z"]
     weight: float = Field(
@@ -194,12 +205,16 @@ PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
 
 
 class PreferenceConfig(ObjectiveConfig):
-    """Chosen answers above rejected ones, measured from a reference."""
+    """Preference of chosen over rejected answers, relative to a reference."""
 
     kind: Literal["preference"]
     loss: PreferenceKind = Field("kto_pair", description="sigmoid is DPO")
     beta: float = Field(
-        0.1, ge=1e-6, le=1e3, description="how fast a lead over the reference is enough"
+        0.1,
+        ge=1e-6,
+        le=1e3,
+        description="inverse temperature of the log-ratios; larger values keep the student "
+        "closer to the reference",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of wrong labels that `sigmoid` expects"

@@ -14,8 +14,8 @@ class LayersConversion(Strict):
     """Keep a subset of the layers, in the given order; the width stays."""
 
     kind: Literal["layers"]
-    decoder: list[Layer] | None = Field(None, description="decoder layers to keep; all if left out")
-    vision: list[Layer] | None = Field(None, description="vision layers to keep; all if left out")
+    decoder: list[Layer] | None = Field(None, description="decoder layers to keep; all by default")
+    vision: list[Layer] | None = Field(None, description="vision layers to keep; all by default")
 
 
 class MlpConversion(Strict):
@@ -82,16 +82,18 @@ class MambaConversion(Strict):
     kind: Literal["mamba"]
     keep_attention: Placement | None = Field(None, description="layers that keep their attention")
     layers: Placement | None = Field(None, description="layers that become Mamba")
-    init: MambaInit = Field("mimic", description="what the mixer starts from")
-    d_conv: int | None = Field(None, ge=1, le=256, description="taps of the convolution")
+    init: MambaInit = Field("mimic", description="initialisation of the mixer")
+    d_conv: int | None = Field(None, ge=1, le=256, description="width of the convolution")
     d_state: int | None = Field(
-        None, ge=1, le=10**5, description="state size; the head size if left out"
+        None, ge=1, le=10**5, description="state size; the head size by default"
     )
-    activation: Literal["silu", "none"] | None = Field(None, description="behind the convolution")
+    activation: Literal["silu", "none"] | None = Field(
+        None, description="activation after the convolution"
+    )
     norm: Literal["head_rms", "none"] | None = Field(None, description="of what the state gives")
     gate: Literal["silu", "none"] | None = Field(None, description="of what the state gives")
     norm_before_gate: bool | None = Field(None, description="false: the gate comes first")
-    rope: bool | None = Field(None, description="rotate keys and queries as the attention did")
+    rope: bool | None = Field(None, description="apply the attention's rotary positions to C and B")
     state: Literal["query", "kv"] | None = Field(
         None, description="one state per query head, or one per key-value head"
     )
@@ -106,15 +108,15 @@ class MambaConversion(Strict):
 class RouterConfig(Strict):
     """The linear map that scores the experts; float32, without bias."""
 
-    std: float = Field(0.02, gt=0, le=100, description="standard deviation of its first weights")
+    std: float = Field(0.02, gt=0, le=100, description="standard deviation of its initial weights")
 
 
 class MoeConversion(Strict):
-    """Feed-forward networks of some decoder layers become experts that start as copies of them."""
+    """Feed-forward networks of some decoder layers become experts, which start as copies of it."""
 
     kind: Literal["moe"]
     experts: int = Field(4, ge=2, le=4096, description="experts per layer")
-    top_k: int = Field(2, ge=1, le=4096, description="experts that a token meets")
+    top_k: int = Field(2, ge=1, le=4096, description="experts per token")
     layers: Placement = Field("even", description="layers that become sparse")
     router: RouterConfig = RouterConfig()
 

@@ -33,10 +33,16 @@ class ImageSizeConfig(Strict):
     A family has some of these settings; the others are refused."""
 
     max_pixels: int | None = Field(
-        None, ge=1, le=MOST, description="of a picture after resizing (Qwen-VL and its kin)"
+        None,
+        ge=1,
+        le=MOST,
+        description="of an image after resizing (Qwen-VL and similar processors)",
     )
     min_pixels: int | None = Field(
-        None, ge=1, le=MOST, description="of a picture after resizing (Qwen-VL and its kin)"
+        None,
+        ge=1,
+        le=MOST,
+        description="of an image after resizing (Qwen-VL and similar processors)",
     )
     longest_edge: int | None = Field(
         None,
@@ -48,13 +54,13 @@ class ImageSizeConfig(Strict):
         None,
         ge=1,
         le=1024,
-        description="tiles of a picture (InternVL, LFM2-VL, LLaVA-NeXT, -OneVision)",
+        description="tiles of an image (InternVL, LFM2-VL, LLaVA-NeXT, -OneVision)",
     )
     min_patches: int | None = Field(
-        None, ge=1, le=1024, description="tiles of a picture (InternVL, LFM2-VL)"
+        None, ge=1, le=1024, description="tiles of an image (InternVL, LFM2-VL)"
     )
     split: bool | None = Field(
-        None, description="cut pictures into tiles (Idefics3, SmolVLM, LFM2-VL)"
+        None, description="cut images into tiles (Idefics3, SmolVLM, LFM2-VL)"
     )
 
     @model_validator(mode="after")
@@ -76,20 +82,22 @@ class ModelConfig(Strict):
         None, description="a Hugging Face config (with model_type) to start from random weights"
     )
     processor: LocalPath | None = Field(
-        None, description="folder or Hub id; the model's own if left out"
+        None, description="folder or Hub id; the model's own by default"
     )
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="data type of the weights"
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="kernel of attention; `matrix` needs the teacher's eager"
+        "sdpa", description="attention implementation; `matrix` needs eager for the teacher"
     )
     trust_remote_code: bool = Field(
         False,
-        description="the model brings Python code; it runs where the command says so, by "
-        "--trust-remote-code",
+        description="says that the model contains Python code; it runs only with "
+        "--trust-remote-code on the command line",
     )
     image_size: ImageSizeConfig | None = Field(
-        None, description="of pictures, in place of the processor's own"
+        None, description="size of images, instead of the processor's own"
     )
 
     @model_validator(mode="after")
@@ -116,42 +124,52 @@ class CacheConfig(Strict):
 
     folder: LocalPath = Field(description="where `mmkd cache` writes")
     k: int = Field(
-        34, ge=1, le=10**7, description="tokens kept of each distribution, and the rest's mass"
+        34,
+        ge=1,
+        le=10**7,
+        description="most likely tokens that are stored of each distribution, with the "
+        "total probability of all others",
     )
     hidden: bool = Field(
-        False, description="keep final hidden states too, for relation and affinity, in 16 bits"
+        False, description="also store final hidden states in 16 bits, for relation and affinity"
     )
 
 
 class TeacherConfig(ModelConfig):
-    """The frozen model that signals come from."""
+    """The frozen model that the student learns from."""
 
     name: str = Field(
         "teacher",
         max_length=NAME,
         pattern=NAMED,
-        description="of one of several, in metrics",
+        description="name in metrics, if there are several",
     )
-    weight: float = Field(1.0, gt=0, le=1e6, description="factor of the objectives on its outputs")
+    weight: float = Field(
+        1.0, gt=0, le=1e6, description="factor of the objectives on this teacher's outputs"
+    )
     sources: list[str] = Field(
-        [], description="names of the data sources that it is asked about; all if left out"
+        [], description="names of the data sources that it teaches on; all by default"
     )
     source: Literal["live", "cache", "self"] = Field(
         "live",
-        description="live: resident beside the student; cache: read from what `mmkd cache` stored; "
-        "self: the student as it was before the stage, with adapters the student without them",
+        description="live: it runs in every step; cache: its outputs are read from what "
+        "`mmkd cache` stored; self: the student as it was before the stage "
+        "(with adapters, the student without them)",
     )
-    cache: CacheConfig | None = Field(None, description="where `mmkd cache` stores, and how much")
+    cache: CacheConfig | None = Field(
+        None, description="where `mmkd cache` stores the outputs, and what it stores"
+    )
     placement: TeacherPlacement = Field(
         "auto",
-        description="replicated: whole on every process; sharded: spread over them; offload: on "
-        "the CPU, each layer fetched when it runs (both need DeepSpeed); auto: by size",
+        description="replicated: whole on every process; sharded: split over the processes; "
+        "offload: on the CPU, each layer is copied when it runs (both need "
+        "DeepSpeed); auto: chosen by size",
     )
 
     quantize: Quantization | None = Field(
         None,
-        description="load its language model's linear layers in 4 (NF4) or 8 (LLM.int8) bits; "
-        "needs a GPU and bitsandbytes",
+        description="load the linear layers of its language model in 4 (NF4) or 8 "
+        "(LLM.int8) bits; needs a GPU and bitsandbytes",
     )
 
     def _check_source(self) -> None:
@@ -176,19 +194,23 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
-    convert: list[Conversion] = Field([], description="changes of its structure, in order")
+    convert: list[Conversion] = Field(
+        [], description="changes of its structure, applied in this order"
+    )
 
 
 class SamplesConfig(Strict):
-    """Questions about a few pictures; the report shows the answers."""
+    """Questions about a few images; the report shows the answers."""
 
     records: LocalPath | None = Field(
         None,
-        description="records that are not trained on, as data.train; the first question of each is "
-        "asked",
+        description="records that are not trained on, written as in data.train; the first "
+        "question of each is asked",
     )
     images: list[LocalPath] | LocalPath | None = Field(
-        None, description="pictures, or a folder of them; beside 'records', as data.images"
+        None,
+        description="images, or a folder of them; with 'records', the folder that image "
+        "paths are relative to",
     )
     prompts: list[Prose] = Field(
         ["Describe the image."], min_length=1, description="questions about each of 'images'"
@@ -197,9 +219,11 @@ class SamplesConfig(Strict):
         12,
         ge=1,
         le=10**6,
-        description="number of records or pictures, spread over all that there are",
+        description="number of records or images, evenly spread",
     )
-    max_new_tokens: int = Field(128, ge=1, le=10**6, description="longest answer")
+    max_new_tokens: int = Field(
+        128, ge=1, le=10**6, description="largest number of tokens of an answer"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "SamplesConfig":
@@ -216,20 +240,24 @@ class SamplesConfig(Strict):
 
 
 class EvaluateConfig(Strict):
-    """lmms-eval and sample answers of the finished students and the teacher."""
+    """Evaluation of the finished students and the teacher: lmms-eval and sample answers."""
 
     tasks: list[str] = Field([], description="names of lmms-eval tasks")
     samples: SamplesConfig | None = Field(
-        None, description="held-out pictures whose answers the report shows; needs no lmms-eval"
+        None,
+        description="held-out images with questions, whose answers the report shows; does "
+        "not need lmms-eval",
     )
     include: LocalPath | None = Field(None, description="folder of lmms-eval task files")
     local: LocalPath | None = Field(
-        None, description="folder with the tasks' data as parquet files, in place of the Hub"
+        None, description="folder with the tasks' data as parquet files, instead of the Hub"
     )
-    batch_size: int = Field(32, ge=1, le=10**6, description="questions at once")
+    batch_size: int = Field(32, ge=1, le=10**6, description="questions answered together")
     limit: int | None = Field(None, ge=1, le=MOST, description="documents per task")
-    teacher: bool = Field(True, description="score the teacher too")
-    every_stage: bool = Field(False, description="score what each stage made, not only the last")
+    teacher: bool = Field(True, description="evaluate the teacher too")
+    every_stage: bool = Field(
+        False, description="evaluate the student of every stage, not only of the last"
+    )
     decode: list[Annotated[int, Field(ge=1, le=10**7)]] = Field(
         [], description="context lengths at which decoding is timed, with the cache's size"
     )
@@ -267,7 +295,7 @@ class ReleaseConfig(Strict):
 
     repo: str | None = Field(None, description="repository on the Hub, such as me/student")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="of the released weights; as they were trained if left out"
+        None, description="of the released weights; by default as they were trained"
     )
     private: bool = Field(False, description="private; false leaves it to the Hub's own default")
     license: str | None = Field(
@@ -291,7 +319,7 @@ class ReleaseConfig(Strict):
     language: list[Annotated[str, Field(pattern=LANGUAGE)]] = Field(
         [], description="ISO 639 codes, such as en"
     )
-    tags: list[str] = Field([], description="tags beside mmkd and distillation")
+    tags: list[str] = Field([], description="tags in addition to mmkd and distillation")
 
     @model_validator(mode="after")
     def _other_license(self) -> "ReleaseConfig":
@@ -332,20 +360,24 @@ class Recipe(Strict):
     )
     output_dir: str = Field("runs", description="the run is written to output_dir/name")
     report_to: ReportTo = Field(
-        [], description="charts beside metrics.jsonl: tensorboard, wandb, trackio, a list or none"
+        [],
+        description="trackers that also get the numbers of metrics.jsonl: tensorboard, "
+        "wandb, trackio, a list of these, or none",
     )
-    teacher: TeacherConfig | None = Field(None, description="or a list of several")
-    more_teachers: list[TeacherConfig] = Field([], description="the others of a list")
+    teacher: TeacherConfig | None = Field(None, description="the teacher, or a list of several")
+    more_teachers: list[TeacherConfig] = Field(
+        [], description="further teachers; write them as a list under 'teacher'"
+    )
     student: StudentConfig
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1, max_length=1000)
     evaluate: EvaluateConfig | None = None
     release: ReleaseConfig | None = None
     variants: dict[Label, list[str]] = Field(
-        {}, description="label -> overrides; each is trained beside the recipe, from the same start"
+        {}, description="label -> overrides; each is trained in the same run, from the same start"
     )
     seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field(
-        [], description="train everything once per seed; [seed] if left out"
+        [], description="train everything once per seed; [seed] by default"
     )
 
     @model_validator(mode="before")

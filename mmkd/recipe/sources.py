@@ -13,7 +13,7 @@ PATTERN = set("*?[{")
 
 
 class SourceConfig(Strict):
-    """Where records come from, and how many of them an epoch holds."""
+    """Where records come from, and how many of them are in an epoch."""
 
     train: LocalPath = Field(
         description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
@@ -23,16 +23,17 @@ class SourceConfig(Strict):
         None,
         min_length=1,
         max_length=NAME * 2,
-        description="in metrics and messages; made of 'train' if left out",
+        description="name in metrics and messages; by default made from 'train'",
     )
     weight: float | None = Field(
         None,
         gt=0,
         le=1e9,
-        description="share of an epoch, relative to the other sources; as many as there are "
-        "records if left out",
+        description="share of an epoch, relative to the other sources; by default all records once",
     )
-    cap: int | None = Field(None, ge=1, le=MOST, description="most records of it in an epoch")
+    cap: int | None = Field(
+        None, ge=1, le=MOST, description="largest number of its records in an epoch"
+    )
     subset: str | None = Field(None, description="configuration of a Hub data set")
     split: str = Field("train", description="of a Hub data set")
     revision: str | None = Field(None, description="of a Hub data set: commit, tag or branch")
@@ -40,22 +41,23 @@ class SourceConfig(Strict):
         None,
         ge=1,
         le=MOST,
-        description="train on the first so many records of a Hub data set while they arrive",
+        description="train on this many first records of a Hub data set while they are downloaded",
     )
     window: int = Field(
         10_000,
         ge=1,
         le=MOST,
-        description="records of a stream that are read together, and shuffled among each other",
+        description="records of a stream that are read together and shuffled",
     )
     prompt: Prose = Field(
-        "Describe the image.", description="what a caption answers (KEY.txt of a tar shard)"
+        "Describe the image.",
+        description="the question for captions without one (KEY.txt of a tar shard)",
     )
 
     ignore: list[str] = Field(
         [],
-        description="keys of records, and of their turns, that are left out, such as a video that "
-        "is not needed",
+        description="keys of records and turns that are left out, such as a video that is "
+        "not needed",
     )
 
     @model_validator(mode="after")
@@ -90,9 +92,12 @@ class HeldOutConfig(Strict):
     written_short: ClassVar[str] = "sources"
 
     share: float | None = Field(
-        None, gt=0, lt=1, description="of each training source's records, the same in every run"
+        None,
+        gt=0,
+        lt=1,
+        description="share of each training source's records, the same records in every run",
     )
-    sources: list[SourceConfig] = Field([], description="other records, in place of a share")
+    sources: list[SourceConfig] = Field([], description="other records, instead of a share")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "HeldOutConfig":
@@ -122,19 +127,21 @@ class DataConfig(Strict):
         None, description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
     )
     images: LocalPath | None = Field(None, description="folder that image paths are relative to")
-    sources: list[SourceConfig] = Field([], description="a mixture, in place of 'train'")
+    sources: list[SourceConfig] = Field([], description="a mixture, instead of 'train'")
     validation: HeldOutConfig | None = Field(
         None,
         description="held-out records: as 'train', a share of the training records such as 0.05, "
         "or a list of sources",
     )
     max_length: int = Field(
-        2048, ge=8, le=10**7, description="longest sequence in tokens, images included"
+        2048, ge=8, le=10**7, description="largest number of tokens of a sequence, images included"
     )
-    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="skip: take another one")
+    on_bad_sample: Literal["stop", "skip"] = Field(
+        "stop", description="what to do with a record that cannot be used; skip: use another one"
+    )
     workers: int = Field(0, ge=0, le=256, description="processes that prepare batches ahead")
     picture_cache: LocalPath | None = Field(
-        None, description="folder that keeps what the processors make of pictures"
+        None, description="folder in which the outputs of the image processors are stored"
     )
 
     @model_validator(mode="before")

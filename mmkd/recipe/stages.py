@@ -16,15 +16,19 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
-    """How weights change in a step; vectors (norms and biases) do not decay."""
+    """The optimizer; weight decay applies to matrices, not to norms and biases."""
 
     kind: Literal["adamw", "adam", "sgd", "adafactor"] = Field("adamw", description="algorithm")
-    lr: float = Field(2e-5, ge=1e-12, le=100, description="learning rate, the schedule's highest")
+    lr: float = Field(
+        2e-5, ge=1e-12, le=100, description="learning rate, the highest of the schedule"
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of adamw and adam")
     eps: float = Field(1e-8, ge=1e-20, le=1, description="of adamw and adam")
     weight_decay: float = Field(0.0, ge=0, le=100, description="of matrices")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="0 switches clipping off")
+    max_grad_norm: float = Field(
+        1.0, ge=0, le=1e9, description="gradients are clipped to this norm; 0: no clipping"
+    )
 
 
 class ScheduleConfig(Strict):
@@ -33,7 +37,7 @@ class ScheduleConfig(Strict):
     kind: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     decay: float = Field(0.2, ge=0, lt=1, description="share of the steps at the end, for wsd")
-    min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / lr")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate, divided by lr")
 
 
 SIZE = 8
@@ -43,28 +47,31 @@ MOST_RECORDS = 10**7  # of an optimizer step: a list of them is made for each
 
 
 class BatchConfig(Strict):
-    """One optimizer step sees size x accumulate x processes records, or `total` on any number."""
+    """A step has size x accumulate x processes records, or `total` on any number of processes."""
 
-    size: int = Field(SIZE, ge=1, le=10**6, description="records per process and micro-step")
-    accumulate: int = Field(1, ge=1, le=10**6, description="micro-steps per optimizer step")
+    size: int = Field(SIZE, ge=1, le=10**6, description="records of a micro-batch on one process")
+    accumulate: int = Field(
+        1, ge=1, le=10**6, description="micro-batches per optimizer step and process"
+    )
     group_by_length: bool = Field(
-        True, description="put a step's records of alike length into one micro-batch"
+        True, description="put records of similar length into the same micro-batch of a step"
     )
     pack: int | None = Field(
         None,
         ge=1,
         le=10**7,
-        description="records of a micro-batch lie one behind another in rows of at most so many "
-        "tokens, and none sees another",
+        description="concatenate the records of a micro-batch into rows of at most this "
+        "many tokens; records do not see each other",
     )
     total: int | None = Field(
-        None, ge=1, le=MOST, description="records per optimizer step; in place of accumulate"
+        None, ge=1, le=MOST, description="records per optimizer step; instead of accumulate"
     )
     tokens: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="in place of size, with total: tokens of a micro-batch at most, padding too",
+        description="largest number of tokens of a micro-batch, padding included; with "
+        "total, instead of size",
     )
 
     @model_validator(mode="after")
@@ -115,26 +122,30 @@ class CheckpointConfig(Strict):
     """When a stage saves what it needs to resume."""
 
     every: int = Field(200, ge=1, le=MOST, description="steps")
-    keep: int = Field(1, ge=1, le=MOST, description="newest checkpoints that stay on disk")
+    keep: int = Field(1, ge=1, le=MOST, description="number of newest checkpoints that are kept")
 
 
 class ValidationConfig(Strict):
     """When a stage measures its losses on `data.validation`, and how it uses them."""
 
     every: int | None = Field(
-        200, ge=1, le=MOST, description="steps, and after the last one; null: never in this stage"
+        200,
+        ge=1,
+        le=MOST,
+        description="steps between validations, with one after the last step; null: no "
+        "validation in this stage",
     )
     records: int | None = Field(
         512,
         ge=1,
         le=MOST,
-        description="most records, evenly spread and the same each time; null: all",
+        description="largest number of records, evenly spread and the same each time; null: all",
     )
     size: int | None = Field(
         None,
         ge=1,
         le=10**6,
-        description="records per process and forward; as the stage's batch if left out",
+        description="records per process and forward; by default as in the stage's batch",
     )
     metric: str = Field(
         "loss",
@@ -149,7 +160,7 @@ class ValidationConfig(Strict):
         None,
         ge=1,
         le=MOST,
-        description="validations in a row without a better one that stop the stage",
+        description="stop the stage after this many validations in a row without a new best value",
     )
 
     @model_validator(mode="after")
@@ -165,36 +176,37 @@ class ValidationConfig(Strict):
 
 
 class EngineConfig(Strict):
-    """What runs forward, backward and step."""
+    """The library that runs forward, backward and step, and its settings."""
 
     kind: Literal["torch", "deepspeed"] = Field("torch", description="library")
     device: str = Field("auto", max_length=NAME, description="auto, cpu, cuda, cuda:1, ...")
     zero: int | None = Field(
-        None, ge=0, le=3, description="ZeRO stage of deepspeed; its file's, or 2, if left out"
+        None, ge=0, le=3, description="ZeRO stage of deepspeed; by default that of its file, else 2"
     )
     offload: Literal["none", "optimizer", "all"] = Field(
-        "none", description="keep optimizer states (zero >= 1), or weights too (zero 3), on the CPU"
+        "none",
+        description="keep optimizer states (zero >= 1), or also weights (zero 3), on the CPU",
     )
     config: LocalPath | None = Field(
-        None, description="a DeepSpeed file; the recipe fills in the rest"
+        None, description="a DeepSpeed file; missing values come from the recipe"
     )
     head_memory: int = Field(
         112,
         ge=1,
         le=10**6,
-        description="MiB for the logits of a chunk of rows, and what is made of them",
+        description="MiB for the logits of a chunk of rows and the tensors computed from them",
     )
     head_backend: Literal["auto", "torch"] = Field(
         "auto",
-        description="of cross-entropies and divergences on the head's output; auto: a Triton "
-        "kernel on CUDA",
+        description="implementation of cross-entropy and divergences on the head's output; "
+        "auto: a Triton kernel on CUDA",
     )
     patience: float = Field(
         1800.0,
         gt=0,
         le=1e7,
-        description="seconds that a process waits for the others before it gives up; the largest "
-        "of all stages counts",
+        description="seconds that a process waits for the others before it stops; the "
+        "largest value of all stages is used",
     )
 
     @model_validator(mode="after")
@@ -235,9 +247,16 @@ VALIDATION_METRICS = frozenset({ANSWER_CE, TEACHER_KL, "records", "best"})
 class SamplingConfig(Strict):
     """How answers are sampled from a model."""
 
-    max_new_tokens: int = Field(128, ge=1, le=10**6, description="longest answer")
-    temperature: float = Field(1.0, ge=0, le=1e3, description="0: the likeliest token always")
-    top_p: float = Field(1.0, gt=0, le=1, description="share of the mass that is sampled from")
+    max_new_tokens: int = Field(
+        128, ge=1, le=10**6, description="largest number of tokens of an answer"
+    )
+    temperature: float = Field(1.0, ge=0, le=1e3, description="0: greedy decoding")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: total probability of the tokens that are sampled from",
+    )
     top_k: int = Field(0, ge=0, le=MOST, description="0: all tokens")
 
     @field_validator("temperature")
@@ -252,26 +271,31 @@ class SamplingConfig(Strict):
 
 
 class OnPolicyConfig(SamplingConfig):
-    """A share of the responses is the student's own (GKD)."""
+    """A share of the responses is sampled from the student (GKD)."""
 
-    lmbda: float = Field(0.5, ge=0, le=1, description="share of responses that it samples")
+    lmbda: float = Field(
+        0.5, ge=0, le=1, description="share of responses that are sampled from the student"
+    )
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters beside the linear layers of some groups, whose own weights stay as they
-    are."""
+    """Low-rank adapters for the linear layers of some groups, whose own weights are frozen."""
 
     groups: list[str] = Field(
         ["language_model"],
         min_length=1,
-        description="whose layers get one, but those that train whole; the head only by its name",
+        description="parameter groups whose linear layers get adapters; fully trained "
+        "groups are skipped, and the output head must be named explicitly",
     )
-    rank: int = Field(16, ge=1, le=10**6, description="of an adapter's product")
-    alpha: int = Field(32, ge=1, le=10**6, description="adapters count alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what enters adapters")
-    dora: bool = Field(False, description="train each output's scale apart (DoRA)")
+    rank: int = Field(16, ge=1, le=10**6, description="rank of the adapters")
+    alpha: int = Field(
+        32, ge=1, le=10**6, description="the adapters' output is scaled by alpha / rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the adapters' inputs")
+    dora: bool = Field(False, description="also train the magnitude of each output (DoRA)")
     keep: bool = Field(
-        False, description="write the adapters too, in peft's format, beside the merged student"
+        False,
+        description="also write the adapters in peft's format, in addition to the merged student",
     )
 
     @model_validator(mode="after")
@@ -285,10 +309,10 @@ class LoraConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """What trains: groups of parameters, whole, and adapters. A list names groups."""
+    """What trains: parameter groups and adapters. A list names groups."""
 
-    groups: list[str] = Field([], description="groups of parameters that train whole")
-    lora: LoraConfig | None = Field(None, description="adapters in place of more of them")
+    groups: list[str] = Field([], description="parameter groups of which all weights train")
+    lora: LoraConfig | None = Field(None, description="adapters for further groups")
 
     @model_validator(mode="after")
     def _something(self) -> "TrainConfig":
@@ -307,16 +331,23 @@ class TrainConfig(Strict):
 
 
 class StageConfig(Strict):
-    """One training run: what trains, on which data, against which objectives."""
+    """One training run: which parameters train, on which data, with which objectives."""
 
     name: str = Field(max_length=NAME, pattern=NAMED, description="its folder is NN-name")
-    convert: list[Conversion] = Field([], description="changes of the student's structure before")
-    train: TrainConfig = Field(
-        TrainConfig(groups=["all"]), description="groups of parameters by name, or with adapters"
+    convert: list[Conversion] = Field(
+        [], description="changes of the student's structure before this stage"
     )
-    data: DataConfig | None = Field(None, description="the recipe's data if left out")
-    objectives: list[AnyObjectiveConfig] = Field(min_length=1, description="summed by weight")
-    on_policy: OnPolicyConfig | None = Field(None, description="train on the student's answers")
+    train: TrainConfig = Field(
+        TrainConfig(groups=["all"]),
+        description="parameter groups that train, by name or with adapters",
+    )
+    data: DataConfig | None = Field(
+        None, description="data of this stage; the recipe's data by default"
+    )
+    objectives: list[AnyObjectiveConfig] = Field(
+        min_length=1, description="losses; their weighted sum is minimised"
+    )
+    on_policy: OnPolicyConfig | None = Field(None, description="train on the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
@@ -328,9 +359,13 @@ class StageConfig(Strict):
         None, gt=0, le=1e6, description="passes over the data; or give steps"
     )
     precision: Precision = Field(
-        "float32", description="of matrix products; auto: bfloat16 where the device multiplies it"
+        "float32",
+        description="of matrix products; auto: bfloat16 if the device has hardware for it, "
+        "else float32",
     )
-    activation_checkpointing: bool = Field(False, description="recompute layers to save memory")
+    activation_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass to save memory"
+    )
 
     @field_validator("train", mode="before")
     @classmethod
