@@ -1,4 +1,4 @@
-"""A teacher's output distributions on disk: bits, shards, keys."""
+"""A teacher's output distributions on disk: encoding of rows, shards, keys of records."""
 
 from mmkd.cache.codec import RowCodec
 from mmkd.cache.keys import HASH, picture_hash, processor_hash, record_key

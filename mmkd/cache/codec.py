@@ -1,4 +1,4 @@
-"""One row of a cache in bits: the k likeliest tokens, their log-probabilities, the rest's mass.
+"""Encoding of a row: the k most likely tokens, their log-probabilities, the others' probability.
 
     k ids          ceil(log2 V) bits each, the likeliest token first
     k - 1 logs     -log p of the others in 12 bits: 3 of exponent, 9 of mantissa
@@ -55,11 +55,11 @@ REST = Float(low=-10, exponent_bits=4, mantissa_bits=12)
 
 @dataclass(frozen=True)
 class RowCodec:
-    """How rows over a vocabulary are written.
+    """Encodes and decodes rows.
 
     Attributes:
-        vocabulary: tokens that a row is over.
-        k: tokens kept, at most all.
+        vocabulary: size of the vocabulary.
+        k: tokens that are kept, at most `vocabulary`.
     """
 
     vocabulary: int
@@ -80,9 +80,9 @@ class RowCodec:
         """Pack rows.
 
         Args:
-            ids: [n, k] int64, by falling probability.
+            ids: [n, k] int64, in order of decreasing probability.
             log_probs: [n, k].
-            rest: [n], mass of all other tokens.
+            rest: [n], total probability of all other tokens.
 
         Returns:
             [n, words] uint64.

@@ -1,4 +1,4 @@
-"""What a cache goes by: the content of a record, and how a processor sees records."""
+"""Keys of a cache: hashes of a record's content and of a processor's settings."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ HASH = "mmkd_hash"
 
 
 def record_key(messages: Sequence[Any], pictures: Sequence[Image.Image]) -> bytes:
-    """A hash of a record's words and decoded pictures."""
+    """A hash of a record's text and decoded images."""
     seen = hashlib.blake2b(digest_size=KEY_BYTES)
     seen.update(json.dumps(messages, sort_keys=True).encode())
     for picture in pictures:
@@ -31,7 +31,7 @@ def picture_hash(picture: Image.Image) -> bytes:
 
 
 def processor_hash(processor: Any) -> str:
-    """A hash of all that decides which tokens and pixels a processor makes."""
+    """A hash of everything that determines a processor's tokens and pixels."""
     said = processor.to_dict() if hasattr(processor, "to_dict") else {}
     pictures = processor.image_processor.to_dict()
     words = sorted(processor.tokenizer.get_vocab().items())

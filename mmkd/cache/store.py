@@ -33,11 +33,11 @@ REBUILD = "build it with `mmkd cache RECIPE`"
 
 
 class StoreWriter:
-    """Fills a cache's folder from one of several processes; what is there already stays.
+    """Writes to a cache's folder from one of several processes; existing rows are kept.
 
     Args:
         folder: of the cache.
-        settings: what is stored and how; every process gives the same.
+        settings: what is stored and how; the same on every process.
         rank: of this process.
 
     Raises:
@@ -106,10 +106,10 @@ class StoreWriter:
             save_file({k: v.contiguous() for k, v in parts.items()}, partial)
 
     def finish(self, **facts: Any) -> None:
-        """Say that the cache is complete, when all processes have flushed.
+        """Mark the cache as complete, after all processes have flushed.
 
         Args:
-            facts: more to keep in the manifest, which decide nothing.
+            facts: further entries of the manifest, which are not compared.
         """
         shards = _shards(self.folder)
         write_json(self.folder / MANIFEST, {**self.settings, **facts, "shards": shards})
@@ -137,7 +137,7 @@ class Store:
     """Reads a complete cache.
 
     Raises:
-        CheckpointError: it is not there, not complete, or lacks a shard.
+        CheckpointError: it does not exist, is incomplete, or a shard is missing.
     """
 
     def __init__(self, folder: Path):
@@ -213,7 +213,7 @@ class Store:
         """A record's rows, [n, words] uint64.
 
         Raises:
-            DataError: the record is not there; `where` is its place in the data.
+            DataError: the record is not stored; `where` is its position in the data.
         """
         number, rows, _ = self._place(key, where)
         return self._shard(number, "rows", np.uint64)[rows]

@@ -1,7 +1,8 @@
-"""Numerics under the objectives and the mixers: they know tensors only.
+"""Numerical functions of the objectives and the mixers. They work on plain tensors.
 
-The scan, the convolution and the experts live where they can travel with a student's weights. They
-are imported when they are first used, since `mmkd_models` imports transformers.
+The scan, the convolution and the experts are part of `mmkd_models`, whose files are copied into
+student folders. They are imported when they are first used, because `mmkd_models` imports
+transformers.
 """
 
 from importlib import import_module

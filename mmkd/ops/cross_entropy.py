@@ -18,19 +18,19 @@ def linear_cross_entropy(
     memory: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean of -log softmax(W h + b)[target] over the kept rows.
+    """Mean of -log softmax(W h + b)[target] over the rows of the mask.
 
     Args:
         hidden: [N, H], final hidden states.
         weight: [V, H], the head.
-        targets: [N] int64; only the kept rows' are read.
+        targets: [N] int64; read only at rows of the mask.
         mask: [N] bool, True for rows that count; None keeps all.
         bias: [V] or None.
-        vocab_size: rows of the head past it get no mass.
+        vocab_size: later rows of the head get probability 0.
         chunk_size, memory, backend: as in `head_losses`.
 
     Returns:
-        Scalar in at least float32. Zero kept rows give 0 with zero gradients.
+        Scalar in at least float32. Without rows: 0 with zero gradients.
     """
     loss = HeadLoss("ce", mask, targets=targets, vocab_size=vocab_size)
     total, _ = head_losses(

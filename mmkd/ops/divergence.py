@@ -38,7 +38,7 @@ def linear_divergence(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean divergence over the kept rows, from hidden states, without logits for all rows.
+    """Mean divergence over the rows of the mask, from hidden states, without logits for all rows.
 
     Args:
         student_hidden: [N, Hs], final hidden states.
@@ -53,15 +53,15 @@ def linear_divergence(
         student_bias: [Vs] or None.
         teacher_bias: [Vt] or None.
         vocab_size: tokens that both heads share, when they are padded differently. Rows of a
-            head past it get no mass: they are as if their logit were -inf.
+            head after these get probability 0, as with a logit of -inf.
         chunk_size: rows projected at once; chosen by memory if None.
         backend: as in `head_losses`.
 
     Returns:
-        Scalar in at least float32. Zero kept rows give 0 with zero gradients.
+        Scalar in at least float32. Without rows: 0 with zero gradients.
 
     Raises:
-        ValueError: unknown kind, a setting out of range, or shapes that do not fit.
+        ValueError: unknown kind, a setting out of range, or shapes that do not match.
     """
     loss = HeadLoss(
         kind,

@@ -1,4 +1,4 @@
-"""Inner products of Gram matrices that are never built.
+"""Inner products of Gram matrices, without building the matrices.
 
     <A A^T, B B^T> = sum_ij (a_i . a_j) (b_i . b_j) = |A^T B|^2
 
@@ -23,13 +23,13 @@ def gram_inner(a: Tensor, b: Tensor, *, diagonal: bool = True) -> Tensor:
     Args:
         a: [n, Da].
         b: [n, Db], of a's dtype.
-        diagonal: count i = j too.
+        diagonal: include i = j.
 
     Returns:
         A scalar in the inputs' dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
     """
     if a.dim() != 2 or b.dim() != 2 or len(a) != len(b):
         raise ValueError(f"a and b must be [n, D], got {list(a.shape)} and {list(b.shape)}")

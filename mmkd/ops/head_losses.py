@@ -1,9 +1,9 @@
-"""Losses on a head's output, all that a batch needs in one pass over its rows.
+"""All losses on a head's output for a batch, in one pass over its rows.
 
 Of N rows and V tokens only [chunk, V] logits exist at any time. Rows are sorted by the losses that
-cover them, rows that none covers never meet the head, and each chunk is projected once, by the
-student's head and by the teacher's. Gradients (`mmkd.ops.distributions`) are taken in the forward
-pass, while a chunk's logits are there; the backward pass scales them.
+cover them, rows without a loss are not projected, and each chunk is projected once by the student's
+head and once by the teacher's. Gradients (`mmkd.ops.distributions`) are computed in the forward
+pass, while the logits of a chunk are in memory; the backward pass scales them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,22 +37,22 @@ def head_losses(
     """Sums of losses over their rows.
 
     Args:
-        student: gets gradients where it asks for them.
-        losses: of any kinds, over any rows.
-        teacher: of the same N rows; gets no gradient. Not needed by `ce` alone. Of stored rows no
-            full vocabulary is ever built.
+        student: gets gradients where `requires_grad` is set.
+        losses: of any kind, over any rows.
+        teacher: of the same N rows; gets no gradient. Not needed for `ce`. With stored rows,
+            the teacher's full distribution is never built.
         chunk_size: rows projected at once; what fits in `memory` if None.
-        memory: bytes for a chunk's logits and what is made of them, all together.
+        memory: bytes for a chunk's logits and the tensors computed from them.
         backend: "auto" (a Triton kernel on CUDA where it fits and runs, else torch), "torch" or
             "triton". The kernel takes no float64 and no stored rows.
 
     Returns:
         The sum of scale times loss, differentiable once, and each loss's own sum, [len(losses)],
-        without gradient; both in at least float32. No rows give 0 with zero gradients.
+        without gradient; both in at least float32. Without rows: 0 with zero gradients.
 
     Raises:
-        ValueError: unknown kind, a setting out of range, shapes that do not fit, or a backend
-            that does not.
+        ValueError: unknown kind, a setting out of range, shapes that do not match, or a
+            backend that does not support the inputs.
         RuntimeError: backend "triton" where the kernel does not run.
     """
     for loss in losses:

@@ -1,4 +1,4 @@
-"""Two models' likelihoods of the same text, compared as chances of a yes or a no.
+"""Divergences between two models' likelihoods of the same text, as Bernoulli distributions.
 
 With p and q the teacher's and the student's likelihood of a text, raised to 1 / tau,
 
@@ -8,7 +8,7 @@ With p and q the teacher's and the student's likelihood of a text, raised to 1 /
 
 the f-divergence of two Bernoulli distributions: the binarised f-divergence of Approximate
 Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083). A long text's likelihood is
-close to 0 and says little there; tau brings it back towards 1.
+close to 0, where differences are small; tau moves it towards 1.
 """
 
 from typing import Literal, get_args
@@ -33,7 +33,7 @@ def binary_divergence(
         temperature: tau > 0.
 
     Returns:
-        [n] in at least float32, at least 0, and 0 where the two are equal.
+        [n] in at least float32, at least 0, and 0 if the two are equal.
 
     Raises:
         ValueError: unknown kind, or a temperature that is not positive.

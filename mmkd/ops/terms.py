@@ -1,4 +1,4 @@
-"""What a loss on a head's output is: its kind, its rows, and whom it compares with."""
+"""The inputs of a loss on a head's output: kind, rows, and the teacher's distributions."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 
 @dataclass(frozen=True)
 class Head:
-    """What a head is applied to.
+    """An output head and the hidden states that it is applied to.
 
     Attributes:
         hidden: [N, H], final hidden states.
@@ -25,16 +25,16 @@ class Head:
 
 @dataclass(frozen=True)
 class SparseRows:
-    """A teacher's distributions by their k likeliest tokens, and the mass of all others together.
+    """A teacher's distributions: the k most likely tokens, and the probability of all others.
 
-    What divergences then compare are the k tokens and one cell for the rest, of the student's
-    distribution too: never more than the whole divergence.
+    Divergences compare these k tokens and one value for the others, for the student too. The value
+    is never larger than the full divergence.
 
     Attributes:
-        ids: [n, k] int64, tokens of the stored rows, no token twice.
+        ids: [n, k] int64, tokens of the stored rows, without duplicates.
         log_probs: [n, k] float32, at temperature 1.
-        log_rest: [n] float32, of the mass that no stored token has.
-        at: [N] int64, where each row of the batch is stored; -1 where it is not.
+        log_rest: [n] float32, log of the total probability of all other tokens.
+        at: [N] int64, index of each row of the batch among the stored rows; -1 if it is not stored.
     """
 
     ids: Tensor
@@ -53,12 +53,12 @@ class HeadLoss:
     Attributes:
         kind: `ce` or one of `DIVERGENCES`.
         mask: [N] bool, the rows; None for all.
-        scale: factor of its sum over rows in the total.
+        scale: factor of the loss's sum over rows in the total.
         targets: [N] int64, the tokens of `ce`.
         temperature: divides the logits of a divergence.
-        beta: of jsd.
-        alpha: of skew_kl and skew_reverse_kl.
-        vocab_size: tokens that get mass; None for all of the head's.
+        beta: weight of the teacher in the mixture of jsd.
+        alpha: skew of skew_kl and skew_reverse_kl.
+        vocab_size: tokens with a probability; None for all rows of the head.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class HeadLoss:
 
     @property
     def settled(self) -> str:
-        """The kind, where a setting makes it another one."""
+        """The kind that is computed: `jsd` with beta 0 or 1 is `kl` or `reverse_kl`."""
         if self.kind == "jsd" and self.beta in (0.0, 1.0):
             return "kl" if self.beta == 0.0 else "reverse_kl"
         if self.alpha == 0.0 and self.kind.startswith("skew_"):

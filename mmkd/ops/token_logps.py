@@ -2,8 +2,8 @@
 
     l_i = log softmax(W h_i + b)[y_i]
 
-Unlike `head_losses`, what comes out is a value per row, so that gradients are only
-known in the backward pass: each chunk's logits are made again there.
+Unlike `head_losses`, the result is a value per row, so gradients are only known in the backward
+pass: there the logits of each chunk are computed again.
 """
 
 from typing import Any
@@ -32,15 +32,15 @@ def token_logps(
         weight: [V, H], the head.
         targets: [N] int64, below `vocab_size`.
         bias: [V] or None.
-        vocab_size: rows of the head past it get no mass.
+        vocab_size: later rows of the head get probability 0.
         chunk_size: rows projected at once; what fits in `memory` if None.
-        memory: bytes for a chunk's logits and what is made of them, all together.
+        memory: bytes for a chunk's logits and the tensors computed from them.
 
     Returns:
         [N] in at least float32, differentiable once in hidden, weight and bias.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(

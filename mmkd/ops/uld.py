@@ -1,12 +1,12 @@
 """Universal Logit Distillation: distributions over any two vocabularies, compared by rank.
 
-With p and q the teacher's and the student's probabilities of one row, each sorted from large to
-small and the shorter filled up with zeros,
+With p and q the teacher's and the student's probabilities of one row, each sorted in descending
+order and the shorter padded with zeros,
 
     L = sum_i |p_(i) - q_(i)|
 
-Of two distributions whose tokens all are equally far from each other, this is the Wasserstein
-distance that Boizard et al. 2024 (arXiv 2402.12030) take: no token needs a partner.
+This is the Wasserstein distance of Boizard et al. 2024 (arXiv 2402.12030), with the same distance
+between all pairs of tokens: tokens need not be matched.
 
 With g_i = sign(q_(i) - p_(i)) put back into the order of the student's tokens, the gradient by its
 logits is q (g - <q, g>).
@@ -36,15 +36,15 @@ def linear_uld(
     """The sum of the distances of N rows' distributions, without logits for all rows.
 
     Args:
-        student: hidden [N, H], weight [V, H]; gets gradients where it asks for them.
+        student: hidden [N, H], weight [V, H]; gets gradients where `requires_grad` is set.
         teacher: hidden [N, H'], weight [V', H']; gets none.
-        vocab_size: rows of both heads past it get no mass.
+        vocab_size: later rows of both heads get probability 0.
         chunk_size: rows projected at once; what fits in `memory` if None.
-        memory: bytes for a chunk's logits and what is made of them, all together.
+        memory: bytes for a chunk's logits and the tensors computed from them.
 
     Returns:
-        A scalar in at least float32, between 0 and 2 N, differentiable once. No rows give 0 with
-        zero gradients.
+        A scalar in at least float32, between 0 and 2 N, differentiable once. Without rows: 0
+        with zero gradients.
 
     Raises:
         ValueError: the two have different numbers of rows.

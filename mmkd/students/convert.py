@@ -41,10 +41,10 @@ class ConversionReport:
 def convert(
     model: PreTrainedModel, conversions: Conversion | Sequence[Conversion]
 ) -> ConversionReport:
-    """Apply conversions in order, in place.
+    """Apply conversions to a model in the given order, in place.
 
-    After a Mamba or MoE conversion the model is a student: its class and config know the layout,
-    and `save_pretrained` writes a folder that loads with the same structure.
+    After a Mamba or MoE conversion, the model's class and config contain the layout, and
+    `save_pretrained` writes a folder that loads with the same structure.
 
     Args:
         model: any supported vision-language model.

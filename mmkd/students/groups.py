@@ -13,7 +13,7 @@ from mmkd_models.parts import parameter_groups
 def set_trainable(
     model: PreTrainedModel, groups: Sequence[str], lora: LoraConfig | None = None
 ) -> list[str]:
-    """Freeze everything but the named groups and new adapters; return the names of what trains.
+    """Freeze all parameters except the named groups and new adapters; return the names that train.
 
     Raises:
         RecipeError: an unknown group, or one without parameters.
@@ -33,7 +33,7 @@ def set_trainable(
 def check_groups(
     model: PreTrainedModel, groups: Sequence[str], lora: LoraConfig | None = None
 ) -> None:
-    """The groups are there.
+    """Check that the groups exist.
 
     Raises:
         RecipeError: an unknown group, or one without parameters.

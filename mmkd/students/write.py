@@ -27,17 +27,17 @@ def write_student(
     from_config: bool = False,
     new: bool = False,
 ) -> None:
-    """Config, safetensors and processor, and a converted student's code; whole or not there.
+    """Write config, safetensors, processor and, if it was converted, code; atomically.
 
-    Its `generation_config.json` names every token that ends an answer: the chat template's end of
-    turn too, which need not be the tokenizer's end token.
+    Its `generation_config.json` names every token that ends an answer, including the chat template's
+    end of turn, which may differ from the tokenizer's end token.
 
     Args:
-        student: adapters become part of the layers that have them.
+        student: its adapters are merged into their layers.
         processor: the student's.
-        folder: to write; replaced if it is there.
-        weights: in place of the student's own, which an engine may have spread over processes.
-        lora: what its adapters are; its `adapter` folder keeps them if that says so.
+        folder: to write; an existing one is replaced.
+        weights: used instead of the student's own, which an engine may have sharded.
+        lora: settings of the adapters; with `keep`, they are also written to the folder `adapter`.
         from_config: the student was made from a config, with random weights.
         new: do not replace the folder.
     """
@@ -61,9 +61,9 @@ def write_converted(
 
     Args:
         config: the model and its conversions.
-        folder: to write; replaced if it is there.
-        seed: of the weights that the model did not bring.
-        new: do not replace it.
+        folder: to write; an existing one is replaced.
+        seed: for weights that the model does not have.
+        new: do not replace an existing folder.
 
     Raises:
         CheckpointError: the model cannot be loaded.

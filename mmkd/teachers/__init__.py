@@ -1,4 +1,4 @@
-"""Where teacher signals come from."""
+"""Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
 from mmkd.teachers.assign import ask_each, asks_each
 from mmkd.teachers.from_student import own_teacher
