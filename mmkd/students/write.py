@@ -29,8 +29,8 @@ def write_student(
 ) -> None:
     """Write config, safetensors, processor and, if it was converted, code; atomically.
 
-    Its `generation_config.json` names every token that ends an answer, including the chat template's
-    end of turn, which may differ from the tokenizer's end token.
+    Its `generation_config.json` names every token that ends an answer, including the end of turn
+    of the chat template, which may differ from the tokenizer's end token.
 
     Args:
         student: its adapters are merged into their layers.
