@@ -1,7 +1,7 @@
-"""Objectives by kind. Each module holds one family: its equation and its code.
+"""Objectives by kind. Each module has the equation and the code of one family of objectives.
 
-Importing this package does not import torch: `settings`, `added` and `entry` are all that a recipe
-needs. Other names are imported when they are first asked for (PEP 562).
+Importing this package does not import torch: a recipe needs only `settings`, `registry` and
+`entry`. Other names are imported when they are first used (PEP 562).
 """
 
 import importlib
