@@ -42,6 +42,7 @@ from mmkd.recipe import (
     TeacherConfig,
     ValidationConfig,
 )
+from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import ask_each, asks_each
@@ -402,3 +403,21 @@ def check_held_out(validation: Validation, store: Store | None) -> None:
             objective.rows(batch.targets)
     for index in chosen(encoder, validation.config.records) if store is not None else []:
         encoder.encode([index])
+
+
+def check_validation(context: StageContext) -> None:
+    """The held-out records can be measured: see `build_validation` and `check_held_out`."""
+    validation = build_validation(
+        context.stage,
+        context.objectives,
+        data=context.data,
+        processor=context.processor,
+        teacher_processor=context.teacher_processor,
+        teachers=context.recipe.teachers,
+        stored=context.read_store,
+        filler=False,
+        folder=Path(),
+        seed=context.recipe.seed,
+    )
+    if validation is not None:
+        check_held_out(validation, context.read_store)
