@@ -44,6 +44,7 @@ from mmkd.recipe import (
 )
 from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
+from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import ask_each, asks_each
 from mmkd.training.checkpoint import (
@@ -55,7 +56,7 @@ from mmkd.training.checkpoint import (
     step_of,
 )
 
-FILE, BEST = "validation.jsonl", "best"
+BEST = "best"
 
 
 class Validation:
@@ -87,7 +88,7 @@ class Validation:
     @property
     def checkpoints(self) -> Path:
         """Where the best weights are kept."""
-        return self.folder / "checkpoints" / BEST
+        return StageFolder(self.folder).checkpoints / BEST
 
     @cached_property
     def plan(self) -> list[list[int]]:
@@ -113,7 +114,8 @@ class Validation:
             step: of the checkpoint.
             active: whether this process writes.
         """
-        self._log = StepLog(self.folder / FILE, step, active=active, key=self.config.metric)
+        path = StageFolder(self.folder).validation
+        self._log = StepLog(path, step, active=active, key=self.config.metric)
         if self.config.every is not None:
             self._log.say_missing(step, self.config.every)
         for line in self._log.found:
