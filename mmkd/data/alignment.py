@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mmkd.cache import processor_hash
-from mmkd.errors import DataError
+from mmkd.data.vocabulary import shared_vocabulary
+from mmkd.errors import CheckpointError, DataError, RecipeError
 from mmkd.objectives import Region, Targets
+from mmkd.recipe.context import StageContext
 
 Grid = tuple[int, int]  # rows and columns of a picture's tokens
 ALIGNED: tuple[Region, ...] = ("response", "vision")
@@ -145,3 +147,50 @@ def _line(source: int, target: int) -> Tensor:
 def same_processor(a: Any, b: Any) -> bool:
     """Whether two processors make the same tokens and pixels of every record."""
     return a is b or processor_hash(a) == processor_hash(b)
+
+
+def check_compared(context: StageContext) -> None:
+    """Objectives that need a teacher have one. If teacher and student have different vocabularies
+    or processors, the objectives only compare what both have.
+
+    Raises:
+        RecipeError: there is no teacher, or it cannot be compared.
+    """
+    needing = context.needing("teacher")
+    if not needing or context.store is not None:
+        return
+    if context.teacher_processor is None:
+        names = [o.name for o in needing]
+        raise RecipeError(
+            f"objective {', '.join(names)} needs a teacher",
+            where=context.where,
+            mend="add 'teacher' to the recipe",
+        )
+    try:
+        shared_vocabulary(context.processor.tokenizer, context.teacher_processor.tokenizer)
+    except CheckpointError as error:
+        _check_vocabularies(context, error.what)
+    if same_processor(context.processor, context.teacher_processor):
+        return
+    for objective in needing:
+        region = getattr(objective.config, "region", "response")
+        if "layers" in objective.needs or region not in ALIGNED:
+            raise RecipeError(
+                "teacher and student have different processors: only response and image tokens "
+                "can be aligned, at the models' outputs",
+                where=context.at(objective),
+                mend="use region response or vision, or models with one processor",
+            )
+
+
+def _check_vocabularies(context: StageContext, differ: str) -> None:
+    """The objectives can compare models with different vocabularies."""
+    for objective in context.needing("teacher"):
+        region = getattr(objective.config, "region", "vision")
+        if not objective.any_vocabulary or region != "vision":
+            raise RecipeError(
+                f"{differ}, and this objective compares them token by token",
+                where=context.at(objective),
+                mend="use alm or uld for responses and relation for image tokens, or models of one "
+                "tokenizer family",
+            )

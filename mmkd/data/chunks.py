@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mmkd.data.chat import Rendered, Span, expanded_spans
+from mmkd.errors import RecipeError
 from mmkd.objectives import Chunks, ChunkTokens
+from mmkd.recipe.context import StageContext
 
 Piece = tuple[range, range]
 """The tokens of a chunk in the student's and in the teacher's row."""
@@ -140,3 +142,20 @@ def _tokens(ids: Tensor, pieces: list[tuple[int, range]]) -> ChunkTokens:
     at = torch.tensor(places, dtype=torch.long)
     # each token is predicted one position before it stands
     return ChunkTokens(at - 1, ids.flatten()[at], torch.tensor(chunk, dtype=torch.long))
+
+
+def check_chunks(context: StageContext) -> None:
+    """Objectives that compare chunks have one teacher, which is asked about all records.
+
+    Raises:
+        RecipeError: there are several, or one with sources of its own.
+    """
+    teachers = context.recipe.teachers
+    if len(teachers) < 2 and not any(t.sources for t in teachers):
+        return
+    for objective in context.needing("chunks"):
+        raise RecipeError(
+            "it compares with one teacher that is asked about all records",
+            where=context.at(objective),
+            mend="name one teacher without 'sources', or use kl",
+        )

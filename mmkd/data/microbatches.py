@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from mmkd.errors import RecipeError
+from mmkd.recipe.context import StageContext
+from mmkd.runtime import distributed
+
 
 def by_size(records: Sequence[int], size: int) -> list[list[int]]:
     """Micro-batches of `size` records each."""
@@ -43,3 +47,37 @@ def by_tokens(
         middle = (len(made[largest]) + 1) // 2
         made[largest : largest + 1] = [made[largest][:middle], made[largest][middle:]]
     return made
+
+
+def check_budget(context: StageContext) -> None:
+    """A micro-batch has room for the longest record.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    tokens, longest = context.stage.batch.tokens, context.data.max_length
+    if tokens is not None and tokens < longest:
+        raise RecipeError(
+            f"a micro-batch of {tokens} tokens cannot hold a record of max_length {longest}",
+            where=f"{context.where}: batch.tokens",
+            mend="raise it, or lower data.max_length",
+        )
+
+
+def check_contrast(context: StageContext) -> None:
+    """Objectives that compare the records of a micro-batch get at least two.
+
+    Raises:
+        RecipeError: each micro-batch holds one.
+    """
+    batch, processes = context.stage.batch, distributed.world_size()
+    alone = batch.size == 1
+    if batch.tokens is not None:
+        alone = batch.records_per_step(processes) == processes
+    for objective in context.objectives:
+        if objective.relates_records and alone:
+            raise RecipeError(
+                "it compares the records of a micro-batch, and each micro-batch holds one",
+                where=context.at(objective),
+                mend="set batch.size to 2 or more, or batch.total with batch.tokens",
+            )

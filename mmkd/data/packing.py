@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkd.data.alignment import same_processor
+from mmkd.errors import RecipeError
 from mmkd.objectives import Targets
 from mmkd.ops import SparseRows
+from mmkd.recipe.context import StageContext
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -149,3 +152,33 @@ def pack_targets(targets: Targets, packing: Packing, ignored: int) -> Targets:
 def pack_stored(rows: SparseRows, packing: Packing) -> SparseRows:
     """A teacher's stored rows for packed tokens."""
     return replace(rows, at=packing(rows.at.view(packing.shape), -1).flatten())
+
+
+def check_packed(context: StageContext) -> None:
+    """Objectives of packed rows compare token by token, and the teacher gets the same rows.
+
+    Raises:
+        RecipeError: an objective does not, or the teacher has another processor.
+    """
+    if context.stage.batch.pack is None:
+        return
+    where, mend = f"{context.where}: batch.pack", "set it to null"
+    for objective in context.objectives:
+        if "chunks" in objective.needs:
+            raise RecipeError(
+                f"objective {objective.name} looks for chunks in records that stand alone",
+                where=where,
+                mend=mend,
+            )
+        if objective.relates_tokens:
+            raise RecipeError(
+                f"objective {objective.name} relates the tokens of a row, and packed rows hold "
+                "several records",
+                where=where,
+                mend=mend,
+            )
+    theirs = context.teacher_processor
+    reads = theirs is not None and bool(context.needing("teacher"))
+    if reads and not same_processor(context.processor, theirs):
+        what = "teacher and student have different processors"
+        raise RecipeError(what, where=where, mend=mend)

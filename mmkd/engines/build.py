@@ -9,10 +9,12 @@ from mmkd.engines.deepspeed_config import resolve
 from mmkd.engines.deepspeed_engine import DeepSpeedEngine
 from mmkd.engines.masters import Masters
 from mmkd.engines.optim import build_optimizer, build_schedule
-from mmkd.engines.precision import choose_precision
+from mmkd.engines.precision import check_dtype, choose_precision
 from mmkd.engines.torch_engine import TorchEngine
 from mmkd.modeling.capture import check_supported
 from mmkd.recipe import StageConfig
+from mmkd.recipe.context import StageContext
+from mmkd.runtime import distributed
 
 
 def build_engine(
@@ -52,3 +54,17 @@ def build_engine(
         max_grad_norm=config.optimizer.max_grad_norm,
         masters=masters,
     )
+
+
+def check_engine(context: StageContext) -> None:
+    """The engine can train the student's weights with the stage's batch.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    stage = context.stage
+    device = distributed.choose_device(stage.engine.device)
+    check_dtype(context.recipe.student.dtype, stage, device)
+    stage.batch.records_per_step(distributed.world_size())
+    if stage.engine.kind == "deepspeed":
+        resolve(stage)

@@ -14,7 +14,9 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
+from mmkd.errors import RecipeError
 from mmkd.recipe import OptimizerConfig, ScheduleConfig
+from mmkd.recipe.context import StageContext
 
 
 def build_optimizer(
@@ -80,3 +82,18 @@ def forward_schedule(schedule: LRScheduler, steps: int) -> None:
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, rates
+
+
+def check_schedule(context: StageContext) -> None:
+    """The warm-up ends before the decay begins.
+
+    Raises:
+        RecipeError: together they take more than all steps.
+    """
+    course = context.stage.schedule
+    if course.kind == "wsd" and course.warmup + course.decay > 1:
+        raise RecipeError(
+            f"warmup {course.warmup} and decay {course.decay} take more than all steps",
+            where=f"{context.where}: schedule",
+            mend="lower one of them: both are shares of the steps",
+        )

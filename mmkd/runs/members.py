@@ -1,6 +1,7 @@
 """The members of a run: the recipe and its variants, each once per seed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mmkd.recipe import Recipe, load_recipe
@@ -15,7 +16,7 @@ class Member:
     recipe: Recipe
     folder: MemberFolder
 
-    @property
+    @cached_property
     def stages(self) -> list[StageFolder]:
         """The folders of its stages, in order."""
         return [self.folder.stage(i, s.name) for i, s in enumerate(self.recipe.stages)]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.recipe import MoeConversion
+from mmkd.recipe.context import StageContext
 from mmkd.students.layer_choice import choose
 from mmkd_models.layout import MoeLayout, moe_layers
 from mmkd_models.modeling_mmkd import become_student
@@ -68,3 +69,18 @@ def _alike(mlp: nn.Module, sparse: Any) -> bool:
     want, got = mlp(x).float(), sparse(x).float()
     tolerance = 5e-2 if like.dtype.itemsize < 4 else 1e-4
     return float((got - want).norm()) <= tolerance * float(want.norm())
+
+
+def check_experts(context: StageContext) -> None:
+    """Objectives on routers have a student with experts.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    names = [o.name for o in context.needing("experts")]
+    if names and not moe_layers(context.student.config):
+        raise RecipeError(
+            f"objective {', '.join(names)} needs a student with experts",
+            where=context.where,
+            mend="add {kind: moe} to student.convert",
+        )

@@ -24,6 +24,7 @@ from mmkd.data.stream import BatchStream
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
 from mmkd.objectives import Objective, Preference
 from mmkd.ops import CHUNK_BYTES
+from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
 from mmkd.runtime.files import writing
 from mmkd.runtime.interrupt import asked, deferred
@@ -217,3 +218,18 @@ def _add_record(seen: Any, encoder: Encoder, record: Record, index: int) -> None
     seen.update(json.dumps([index, record.messages, record.rejected]).encode())
     for picture in encoder.records.pictures(record):
         seen.update(picture.tobytes())
+
+
+def check_reference(context: StageContext) -> None:
+    """All preference objectives of a stage have one reference.
+
+    Raises:
+        RecipeError: they have different ones.
+    """
+    settings = [o.config for o in context.objectives if isinstance(o, Preference)]
+    if len({(s.reference, s.reference_logps) for s in settings}) > 1:
+        raise RecipeError(
+            "two preference objectives have different references",
+            where=context.where,
+            mend="give them one, or two stages",
+        )

@@ -1,15 +1,20 @@
 """A teacher whose outputs were stored before; its weights are not needed."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from mmkd.cache import Store
+from mmkd.cache import Store, processor_hash
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import HeadObjective, Objective, Signals, StoredSignals
-from mmkd.recipe import StageConfig
+from mmkd.recipe import StageConfig, TeacherConfig
+from mmkd.recipe.context import StageContext
+from mmkd.runtime.hashes import weights_hash
 
 LIVE = "set teacher.source to live"
+AGAIN = "build it again with `mmkd cache`, or name another folder"
 
 
 class StoredTeacher:
@@ -76,3 +81,61 @@ def check_storable(
             where=f"stage {stage.name}: on_policy",
             mend=LIVE,
         )
+
+
+def open_store(teacher: TeacherConfig, processor: Any) -> Store:
+    """The teacher's cache. It is complete, and of this teacher and the student's processor.
+
+    Args:
+        teacher: whose source is its cache.
+        processor: the student's.
+
+    Raises:
+        CheckpointError: the cache is incomplete or damaged.
+        RecipeError: it was built with another processor, other weights or another quantization.
+    """
+    assert teacher.cache is not None
+    store = Store(Path(teacher.cache.folder))
+    where = f"teacher.cache {store.folder}"
+    if store.manifest["processor"] != processor_hash(processor):
+        raise RecipeError(
+            "it was built with another processor than the student's", where=where, mend=AGAIN
+        )
+    held, asked = store.manifest["teacher"].get("quantize"), teacher.quantize
+    if teacher.model is not None and held != asked:
+        raise RecipeError(
+            f"it was built with quantize {held or 'null'}, and the recipe has {asked or 'null'}",
+            where=where,
+            mend=AGAIN,
+        )
+    weights = weights_hash(teacher.model)
+    if weights is not None and weights != store.manifest["teacher"]["weights"]:
+        raise RecipeError(
+            f"it was built from other weights than {teacher.model}", where=where, mend=AGAIN
+        )
+    return store
+
+
+def check_stored(context: StageContext) -> None:
+    """The teacher's cache holds what the stage's objectives read.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    store = context.store
+    if store is None:
+        return
+    reading = context.needing("teacher")
+    check_storable(context.stage, reading, hidden=store.hidden is not None)
+    held, length = store.manifest["max_length"], context.data.max_length
+    for objective in reading:
+        regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]
+        if objective.reads_hidden and store.hidden is not None:
+            regions, wanted = store.hidden["regions"], [*objective.reads_hidden]
+        if not {*wanted} <= {*regions} or length != held:
+            raise RecipeError(
+                f"the teacher's cache has regions {', '.join(regions)} at max_length {held}, not "
+                f"{', '.join(map(str, wanted))} at {length}",
+                where=context.at(objective),
+                mend=AGAIN,
+            )

@@ -17,6 +17,7 @@ from mmkd.recipe import DataConfig, StageConfig, TeacherConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
 from mmkd.runtime.interrupt import deferred
+from mmkd.runtime.run_folder import StageFolder
 from mmkd.students import set_trainable, write_student
 from mmkd.teachers import (
     LiveReference,
@@ -194,7 +195,8 @@ def run_stage(
         weights = stage.engine.weights()
         stage.engine.close()
         if stage.engine.rank == 0:
-            write_student(student, processor, folder / "student", weights, config.train.lora)
-            write_json(folder / "done.json", done)
+            files = StageFolder(folder)
+            write_student(student, processor, files.student, weights, config.train.lora)
+            write_json(files.done, done)
         stage.engine.barrier()
     return metrics

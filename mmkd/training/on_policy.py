@@ -13,8 +13,10 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.engines import Engine
-from mmkd.errors import DataError
+from mmkd.errors import DataError, RecipeError
+from mmkd.objectives import CrossEntropy, Preference
 from mmkd.recipe import OnPolicyConfig
+from mmkd.recipe.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,20 @@ class OnPolicy:
         """The answers that the student may replace, since `max_length` leaves room for others."""
         found = answers_of(record)
         return [i for i in found if self.encoder.has_room(asked(record, i))]
+
+
+def check_on_policy(context: StageContext) -> None:
+    """No objective needs the data set's own answers.
+
+    Raises:
+        RecipeError: one does.
+    """
+    if context.stage.on_policy is None:
+        return
+    for objective in context.objectives:
+        if isinstance(objective, CrossEntropy | Preference):
+            raise RecipeError(
+                "with 'on_policy' the responses are the student's own, not the data set's",
+                where=context.at(objective),
+                mend="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
+            )

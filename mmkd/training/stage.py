@@ -41,6 +41,7 @@ from mmkd.recipe import StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.interrupt import asked, deferred
 from mmkd.runtime.progress import Bar
+from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import (
     LiveReference,
@@ -93,14 +94,15 @@ class Stage:
 
     def train(self) -> Metrics:
         """Run to the last step, from the newest checkpoint if there is one."""
-        saved = self.folder / "checkpoints"
+        files = StageFolder(self.folder)
+        saved = files.checkpoints
         records = self.stream.records_per_step
         first = load_checkpoint(saved, self.engine, records_per_step=records)
         active = self.engine.rank == 0
         if self.validation is not None:
             self.validation.begin(first, active=active)
-        log = StepLog(self.folder / "metrics.jsonl", first, active=active, key="loss")
-        skipped = StepLog(self.folder / "skipped.jsonl", first, active=active)
+        log = StepLog(files.metrics, first, active=active, key="loss")
+        skipped = StepLog(files.skipped, first, active=active)
         metrics: Metrics = log.last
         log.say_missing(first)
         self.barren = len(list(takewhile(_is_barren, reversed(log.found))))

@@ -42,7 +42,9 @@ from mmkd.recipe import (
     TeacherConfig,
     ValidationConfig,
 )
+from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
+from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import ask_each, asks_each
 from mmkd.training.checkpoint import (
@@ -54,7 +56,7 @@ from mmkd.training.checkpoint import (
     step_of,
 )
 
-FILE, BEST = "validation.jsonl", "best"
+BEST = "best"
 
 
 class Validation:
@@ -86,7 +88,7 @@ class Validation:
     @property
     def checkpoints(self) -> Path:
         """Where the best weights are kept."""
-        return self.folder / "checkpoints" / BEST
+        return StageFolder(self.folder).checkpoints / BEST
 
     @cached_property
     def plan(self) -> list[list[int]]:
@@ -112,7 +114,8 @@ class Validation:
             step: of the checkpoint.
             active: whether this process writes.
         """
-        self._log = StepLog(self.folder / FILE, step, active=active, key=self.config.metric)
+        path = StageFolder(self.folder).validation
+        self._log = StepLog(path, step, active=active, key=self.config.metric)
         if self.config.every is not None:
             self._log.say_missing(step, self.config.every)
         for line in self._log.found:
@@ -402,3 +405,21 @@ def check_held_out(validation: Validation, store: Store | None) -> None:
             objective.rows(batch.targets)
     for index in chosen(encoder, validation.config.records) if store is not None else []:
         encoder.encode([index])
+
+
+def check_validation(context: StageContext) -> None:
+    """The held-out records can be measured: see `build_validation` and `check_held_out`."""
+    validation = build_validation(
+        context.stage,
+        context.objectives,
+        data=context.data,
+        processor=context.processor,
+        teacher_processor=context.teacher_processor,
+        teachers=context.recipe.teachers,
+        stored=context.read_store,
+        filler=False,
+        folder=Path(),
+        seed=context.recipe.seed,
+    )
+    if validation is not None:
+        check_held_out(validation, context.read_store)

@@ -249,12 +249,12 @@ def in_callback(*words, **settings):
 @pytest.mark.parametrize("place", ["processor", "skeleton", "model", "evaluation"])
 def test_a_stop_that_a_library_swallows_or_turns_into_its_own_error(world, capsys, place, how):
     from mmkd.modeling import loading
-    from mmkd.runs import preflight
+    from mmkd.students import check
     from mmkd.training import build
 
     owner, name = {
         "processor": (loading.AutoProcessor, "from_pretrained"),
-        "skeleton": (preflight, "check_supported"),
+        "skeleton": (check, "check_supported"),
         "model": (build, "set_trainable"),
         "evaluation": (pipeline, "evaluate"),
     }[place]

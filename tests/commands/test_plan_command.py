@@ -11,9 +11,10 @@ from mmkd.cli import main
 from mmkd.commands.plan import check_recipe, make_plan, print_plan, show
 from mmkd.errors import MmkdError
 from mmkd.recipe import load_recipe
-from mmkd.runs import pipeline, preflight, timings
+from mmkd.runs import pipeline, timings
 from mmkd.runtime import progress
 from mmkd.runtime.files import write_json
+from mmkd.students import check
 from tests.support.recipes import tiny_recipe
 
 KL = {"objectives": [{"kind": "ce"}, {"kind": "kl"}]}
@@ -85,7 +86,7 @@ def test_the_command_checks_and_data_may_be_left_out(world, tmp_path, monkeypatc
 
 def test_json_stands_alone_on_stdout_and_a_note_comes_once(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_said", set())
-    monkeypatch.setattr(preflight, "prompt_ends_in_blank", lambda processor: True)
+    monkeypatch.setattr(check, "prompt_ends_in_blank", lambda processor: True)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(world(seeds=[0, 1], variants={"b": ["stages.0.steps=3"]})))
     monkeypatch.setattr(sys, "argv", ["mmkd", "plan", str(file), "--json"])

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from mmkd.errors import DataError, EvaluationError, MmkdError, StoppedError
-from mmkd.evaluation import models, run
+from mmkd.evaluation import models, run_tasks
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.evaluation.models import evaluate_models
 from mmkd.evaluation.pictures import UnreadablePicture
@@ -227,7 +227,7 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(
     settings: dict[str, Any] = {"tasks": tasks, "include_path": own_scenes, "limit": 2}
     whole = evaluate(tiny_model_dir, out=tmp_path / "whole", **settings)
     asked: list[str] = []
-    inner = run.simple_evaluate
+    inner = run_tasks.simple_evaluate
     kill_at = "scenes_vqa"
 
     def watched(adapter: Any, names: list[str], *more: Any) -> Any:
@@ -236,7 +236,7 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(
         asked.extend(names)
         return inner(adapter, names, *more)
 
-    monkeypatch.setattr(run, "simple_evaluate", watched)
+    monkeypatch.setattr(run_tasks, "simple_evaluate", watched)
     out = tmp_path / "killed"
     with pytest.raises(StoppedError):
         evaluate(tiny_model_dir, out=out, **settings)
@@ -275,7 +275,7 @@ def test_kept_tasks_are_those_of_one_model(
     tasks = ["scenes_pope", "scenes_vqa"]
     settings: dict[str, Any] = {"tasks": tasks, "include_path": own_scenes, "limit": 1}
     asked: list[str] = []
-    inner = run.simple_evaluate
+    inner = run_tasks.simple_evaluate
 
     def watched(adapter: Any, names: list[str], *more: Any) -> Any:
         asked.extend(names)
@@ -283,7 +283,7 @@ def test_kept_tasks_are_those_of_one_model(
             raise StoppedError("stopped")
         return inner(adapter, names, *more)
 
-    monkeypatch.setattr(run, "simple_evaluate", watched)
+    monkeypatch.setattr(run_tasks, "simple_evaluate", watched)
     with pytest.raises(StoppedError):
         evaluate(model, out=tmp_path / "out", **settings)
     if changed == "quantize":

@@ -14,8 +14,8 @@ from mmkd.data.processing import Processing
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError
 from mmkd.modeling.capture import check_supported
+from mmkd.modeling.layer_checks import check_attention
 from mmkd.recipe import DataConfig
-from mmkd.runs.preflight_layers import check_attention
 from mmkd_models.parts import find_parts
 from tests.support.processors import gemma3, llava, llava_onevision, paligemma, qwen, smolvlm
 from tests.support.templates import LLAVA

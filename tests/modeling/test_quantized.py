@@ -15,9 +15,9 @@ from mmkd.evaluation import models
 from mmkd.modeling import loading
 from mmkd.modeling.loading import load_model, skeleton
 from mmkd.recipe import EvaluateConfig, ModelConfig, StudentConfig, TeacherConfig, load_recipe
-from mmkd.runs import pipeline, preflight
+from mmkd.runs import pipeline
 from mmkd.runtime.files import write_json
-from mmkd.teachers import place_teacher
+from mmkd.teachers import place_teacher, stored
 from mmkd_models.parts import find_parts
 from tests.support.recipes import tiny_recipe
 
@@ -111,16 +111,15 @@ def test_the_plan_counts_fewer_bytes(tiny_model_dir):
 
 def test_a_cache_tells_quantized_weights_apart(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
     def checked(asked, held):
-        facts = {"weights": preflight.weights_hash(str(tiny_model_dir)), **held}
+        facts = {"weights": stored.weights_hash(str(tiny_model_dir)), **held}
         store = SimpleNamespace(
             folder=tmp_path, manifest={"processor": "p", "teacher": facts, "vocabulary": 1}
         )
-        monkeypatch.setattr(preflight, "Store", lambda folder: store)
-        monkeypatch.setattr(preflight, "processor_hash", lambda processor: "p")
+        monkeypatch.setattr(stored, "Store", lambda folder: store)
+        monkeypatch.setattr(stored, "processor_hash", lambda processor: "p")
         cached = {"source": "cache", "cache": {"folder": str(tmp_path)}, "quantize": asked}
-        return preflight._check_store(
-            recipe(scenes_dir, tiny_model_dir, tmp_path, **cached), object()
-        )
+        made = recipe(scenes_dir, tiny_model_dir, tmp_path, **cached)
+        return stored.open_store(made.teacher, object())
 
     assert checked("4bit", {"quantize": "4bit"})
     assert checked(None, {})

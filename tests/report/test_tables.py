@@ -314,7 +314,7 @@ def test_sizes_are_compared_at_one_dtype(run_dir: Path) -> None:
 
 def test_weights_that_a_folder_holds_twice_count_once(tmp_path: Path) -> None:
     """Mistral's folders have a consolidated.safetensors beside the shards."""
-    from mmkd.evaluation.run import weight_files
+    from mmkd.evaluation.model_files import weight_files
 
     (tmp_path / "consolidated.safetensors").write_bytes(b"0" * 10)
     assert [f.name for f in weight_files(tmp_path)] == ["consolidated.safetensors"]

@@ -94,7 +94,7 @@ def put_member(folder: Path, recipe: Any, steps: int, done: bool = True) -> None
     if done:
         put(stage / "done.json", json.dumps({"steps": steps, "metrics": {}}))
         put_safetensors(stage / "student" / "model.safetensors")
-        put(stage / "student" / "config.json", "{}")
+        put(stage / "student" / "config.json", json.dumps({"model_type": "llava"}))
 
 
 def put_safetensors(path: Path) -> None:

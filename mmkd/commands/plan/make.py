@@ -1,5 +1,6 @@
 """What a run would cost, computed from configs and a sample of the data, without weights."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -149,36 +150,24 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
+    taught = any("teacher" in o.needs for o in objectives)
     if recipe.teacher is not None and recipe.teacher.source == "self":
         teacher = student
-    teacher = teacher if any("teacher" in o.needs for o in objectives) else None
-    others = [skeleton(t) for t in recipe.more_teachers] if teacher is not None else []
+    models = _Models(student, trainable, teacher if taught else None, [])
+    if models.teacher is not None:
+        models.others.extend(skeleton(t) for t in recipe.more_teachers)
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
-    processes = distributed.world_size()
-    device = distributed.choose_device(stage.engine.device)
-    per_step = stage.batch.records_per_step(processes)
+    per_step = stage.batch.records_per_step(distributed.world_size())
     steps = timings.steps_over(stage, records)
-    trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
-    placement: TeacherPlacement = "replicated"
-    quantize = None
-    if teacher is not None and recipe.teacher is not None:
-        quantize, wanted = recipe.teacher.quantize, recipe.teacher.placement
-        if quantize is None:
-            placement = choose_placement(wanted, parameter_bytes(teacher), device)
-    flops = {
-        k: round(v * per_step)
-        for k, v in flops_per_record(student, trainable, teacher, sample, others).items()
-    }
+    costs = flops_per_record(student, trainable, models.teacher, sample, models.others)
+    flops = {name: round(count * per_step) for name, count in costs.items()}
     second = timings.seconds_per_step(recipe, index)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
-        "parameters": parameter_count(student),
-        "active_parameters": parameter_count(student) - idle_parameters(student),
-        "trainable": trained,
-        "trainable_share": round(trained / parameter_count(student), 4),
+        **models.sizes(),
         "records": records,
         "records_per_step": per_step,
         "steps": steps,
@@ -190,11 +179,59 @@ def plan_stage(
         "tokens": round(sample.length * per_step) * steps,
         "flops": flops["total"] * steps,
         "seconds": None if second is None else second * steps,
-        "memory_bytes": _with_others(
-            memory(student, trained, teacher, stage, sample, placement, quantize), others
-        ),
+        **_memory(recipe, stage, models, sample, taught=taught),
+    }
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The models of a stage, without weights.
+
+    Attributes:
+        trainable: names of the student's parameters that train.
+        teacher: None if no objective asks it, or it does not run.
+        others: further teachers.
+    """
+
+    student: PreTrainedModel
+    trainable: set[str]
+    teacher: PreTrainedModel | None
+    others: list[PreTrainedModel]
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that train."""
+        named = self.student.named_parameters()
+        return sum(p.numel() for name, p in named if name in self.trainable)
+
+    def sizes(self) -> dict[str, Any]:
+        count = parameter_count(self.student)
+        return {
+            "parameters": count,
+            "active_parameters": count - idle_parameters(self.student),
+            "trainable": self.trained,
+            "trainable_share": round(self.trained / count, 4),
+        }
+
+
+def _memory(
+    recipe: Recipe, stage: StageConfig, models: _Models, sample: Sample, *, taught: bool
+) -> dict[str, Any]:
+    """Memory of a process by what holds it, that of its device, and where the teacher is."""
+    device = distributed.choose_device(stage.engine.device)
+    placement: TeacherPlacement = "replicated"
+    quantize = None
+    if models.teacher is not None and recipe.teacher is not None:
+        quantize, wanted = recipe.teacher.quantize, recipe.teacher.placement
+        if quantize is None:
+            placement = choose_placement(wanted, parameter_bytes(models.teacher), device)
+    held = memory(
+        models.student, models.trained, models.teacher, stage, sample, placement, quantize
+    )
+    return {
+        "memory_bytes": _with_others(held, models.others),
         "device_memory_bytes": distributed.memory_of(device),
-        "teacher_placement": _placement(recipe, objectives, placement),
+        "teacher_placement": _placement(recipe, placement) if taught else None,
     }
 
 
@@ -206,10 +243,8 @@ def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[
     return {**memory, "other_teachers_weights": weights, "total": memory["total"] + weights}
 
 
-def _placement(
-    recipe: Recipe, objectives: list[Objective], placement: TeacherPlacement
-) -> str | None:
-    if recipe.teacher is None or not any("teacher" in o.needs for o in objectives):
+def _placement(recipe: Recipe, placement: TeacherPlacement) -> str | None:
+    if recipe.teacher is None:
         return None
     said = {"cache": "read from its cache", "self": "the student itself"}
     return said.get(recipe.teacher.source, placement)

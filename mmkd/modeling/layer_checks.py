@@ -2,41 +2,35 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import PROJECTIONS, width_of
-from mmkd.objectives import Layerwise, MiniLm, Objective
-from mmkd.recipe import Recipe, StageConfig
+from mmkd.objectives import Layerwise, MiniLm
+from mmkd.recipe.context import StageContext
 from mmkd_models.parts import find_parts
 
 
-def check_layers(
-    recipe: Recipe,
-    stage: StageConfig,
-    objectives: list[Objective],
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-) -> None:
+def check_layers(context: StageContext) -> None:
     """Layer-wise objectives compare layers that are there and have the same width.
 
     Raises:
         RecipeError: they do not, or need what the stage or the teacher does not give.
     """
-    plan = LayerPlan.of(objectives)
-    if stage.activation_checkpointing and (plan.forced or plan.matrices):
+    if context.teacher is None:
+        return
+    plan = LayerPlan.of(context.objectives)
+    if context.stage.activation_checkpointing and (plan.forced or plan.matrices):
         # The backward pass runs layers again, then without the teacher's inputs.
         raise RecipeError(
             "teacher forcing and activation checkpointing do not go together",
-            where=f"stage {stage.name}",
+            where=context.where,
             mend="set activation_checkpointing to false, or teacher_forced",
         )
-    mine, theirs = (find_parts(m).decoder_layers for m in (student, teacher))
-    for objective in objectives:
+    mine, theirs = (find_parts(m).decoder_layers for m in (context.student, context.teacher))
+    for objective in context.objectives:
         if not isinstance(objective, Layerwise):
             continue
-        where = f"stage {stage.name}: objective {objective.name}"
+        where = context.at(objective)
         if not objective.pairs:
             raise RecipeError(
                 "the student has no Mamba layers to compare", where=where, mend="name 'layers'"
@@ -59,8 +53,9 @@ def check_layers(
                     where=where,
                     mend="compare layers of one width (stream, heads)",
                 )
-        assert recipe.teacher is not None
-        if "matrices" in objective.needs and recipe.teacher.attn_implementation != "eager":
+        teacher = context.recipe.teacher
+        assert teacher is not None
+        if "matrices" in objective.needs and teacher.attn_implementation != "eager":
             raise RecipeError(
                 "it needs the teacher's attention probabilities",
                 where=where,

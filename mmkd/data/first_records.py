@@ -1,0 +1,27 @@
+"""The first record of each data source, encoded before a run begins."""
+
+from mmkd.data.encoder import Encoder
+from mmkd.data.mixture import Mixture
+from mmkd.recipe.context import StageContext
+
+
+def check_records(context: StageContext) -> None:
+    """The first record of each source can be encoded by the processors of student and teacher, and
+    is in the teacher's cache.
+
+    Raises:
+        DataError: one cannot be encoded, or is not in the cache.
+        RecipeError: the sources cannot be mixed as the recipe says.
+    """
+    encoder = Encoder.of(
+        context.objectives,
+        context.data,
+        context.processor,
+        teacher_processor=context.teacher_processor,
+        store=context.read_store,
+    )
+    Mixture(encoder.records, context.recipe.seed)
+    for first in encoder.records.starts:
+        batch = encoder.encode([first])
+        for objective in context.objectives:
+            objective.rows(batch.targets)

@@ -1,0 +1,63 @@
+"""Checks of teachers that need no weights."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mmkd.data.alignment import same_processor
+from mmkd.data.vocabulary import check_head
+from mmkd.errors import RecipeError
+from mmkd.modeling.capture import check_supported
+from mmkd.modeling.loading import check_quantization, load_processor, skeleton
+from mmkd.recipe import Recipe, TeacherConfig
+from mmkd.runtime import distributed
+from mmkd.teachers.assign import ask_each
+
+
+def check_teacher(teacher: TeacherConfig, where: str) -> tuple[PreTrainedModel, Any]:
+    """The model of a teacher on the meta device, and its processor.
+
+    Args:
+        teacher: with a model.
+        where: the teacher in messages.
+
+    Raises:
+        CheckpointError: the model is of no supported family, or has too few rows for its tokenizer.
+    """
+    model, processor = skeleton(teacher), load_processor(teacher)
+    check_supported(model, where)
+    check_head(model, processor.tokenizer, where)
+    return model, processor
+
+
+def check_quantized(recipe: Recipe) -> None:
+    """This machine can load the quantized teachers.
+
+    Raises:
+        MmkdError: it cannot.
+    """
+    for teacher in recipe.teachers:
+        if teacher.quantize is not None and teacher.source == "live":
+            device = distributed.choose_device(recipe.stages[0].engine.device)
+            check_quantization(teacher.quantize, f"teacher {teacher.name}: quantize", device)
+
+
+def check_further(recipe: Recipe, processor: Any) -> None:
+    """All teachers but the first have the student's processor, and the data have the sources that
+    they name.
+
+    Raises:
+        CheckpointError: as `check_teacher`.
+        RecipeError: a processor is another one, or a source is unknown.
+    """
+    for teacher in recipe.more_teachers:
+        where = f"teacher {teacher.name}"
+        _, own_processor = check_teacher(teacher, where)
+        if not same_processor(processor, own_processor):
+            raise RecipeError(
+                "of several teachers, all but the first need the student's processor",
+                where=where,
+                mend="put it first, or leave it out",
+            )
+    for stage in recipe.stages:
+        ask_each([], recipe.teachers, recipe.stage_data(stage))
