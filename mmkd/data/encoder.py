@@ -175,15 +175,21 @@ class Encoder:
             rendered, rejected = self._rendered(index)
             return Sample(index, record, rendered, pictures, rejected)
 
-    def length(self, index: int) -> int:
+    def length(self, index: int, *, keep: bool = True) -> int:
         """Tokens of a record, of a pair's longer answer; of a bad one what is read in its place
-        has, or 0 if that would stop the run."""
+        has, or 0 if that would stop the run.
+
+        Args:
+            index: the record.
+            keep: keep what is rendered, for a batch that this process encodes.
+        """
+        rendered = self._rendered if keep else self._render
         skip = self.config.on_bad_sample == "skip"
         for number in self.records.tried(index) if skip else [index]:
             try:
                 record = self.records[number]
                 sizes = self.records.sizes(record)
-                answers = [r for r in self._rendered(number) if r is not None]
+                answers = [r for r in rendered(number) if r is not None]
                 longest = max(self.processing.length(r.text, sizes) for r in answers)
                 if longest > self.config.max_length and self.cut_off(answers, sizes):
                     continue
