@@ -1,14 +1,4 @@
-"""The turns of a conversation: text, and the pictures between it.
-
-Published data writes pictures in three ways, and each is read:
-
-    "<image>\\nWhat is this?"                        LLaVA: the record's next picture
-    {"type": "image"}, {"type": "image", "index": 1} the record's next picture, or that one of them
-    {"type": "image", "image": "a.png"}              the picture itself (also `image_url`, `url`,
-                                                     `path`, `base64`, `bytes`, `source`)
-
-A part of a conversation that cannot be read is refused, never passed over.
-"""
+"""Values of foreign rows, and the pictures that they name."""
 
 import base64
 import binascii
@@ -20,32 +10,14 @@ from urllib.parse import unquote
 
 from mmkd.errors import DataError
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
-         "system": "system"}  # fmt: skip
-PLACEHOLDER = "<image>"
 MEDIA = frozenset(
     f"{kind}{end}"
     for kind in ("video", "audio", "speech", "sound", "music", "waveform", "point_cloud",
                  "pointcloud")
     for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls", "_bytes")
 )  # fmt: skip
-TURN_KEYS = frozenset(
-    {"tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
-     "refusal"}
-)  # fmt: skip
-"""Keys of a turn that belong to the conversation, and that mmkd does not render."""
-TRAINED = {"weight": 1, "loss_weight": 1, "loss": 1, "train": 1, "trainable": 1, "masked": 0}
-"""Keys of a turn that say whether it is trained on, each with the value that says yes."""
-TEXT_TYPES = ("text", "input_text", "output_text")
-IMAGE_TYPES = ("image", "image_url", "input_image")
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
-PART_KEYS = frozenset({"type", "text", "index", "detail", "cache_control", "annotations"})
-NAMED_IN_TEXT = re.compile(r"<(img|audio|video)>[^<>\n]*\.\w{2,5}\s*</\1>")
 FILE_URL = re.compile(r"^file:(//(localhost(?=/))?)?", re.IGNORECASE)
-
-Message = dict[str, Any]
-"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}"""
-Turns = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,19 +25,6 @@ class Index:
     """A placeholder that names one of the record's pictures by its number."""
 
     number: int
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A parsed conversation.
-
-    Attributes:
-        messages: with a part {"type": "image"} for each placeholder.
-        shown: for each placeholder, None (the record's next picture), an `Index`, or the picture.
-    """
-
-    messages: list[Message]
-    shown: list[Any]
 
 
 def printable(value: Any, longest: int = 120) -> str:
@@ -88,23 +47,8 @@ def given(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(given, value.values()))
     if isinstance(value, bool | int | float):
-        return bool(value) and not _is_null(value)
+        return bool(value) and not is_null(value)
     return value is not None
-
-
-def parse_turns(said: Any) -> list[dict[str, Any]]:
-    """A list of turns in either schema.
-
-    Raises:
-        DataError: `said` is not one.
-    """
-    if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
-        raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
-    return said
-
-
-def role_of(turn: dict[str, Any]) -> Any:
-    return first_of(turn, "role", "from")
 
 
 def first_of(row: dict[str, Any], *keys: str) -> Any:
@@ -113,74 +57,7 @@ def first_of(row: dict[str, Any], *keys: str) -> Any:
     return next(filter(given, found), found[0] if found else None)
 
 
-def parse_conversation(turns: Turns) -> Conversation:
-    """Messages with placeholders for pictures, and what the placeholders stand for.
-
-    Raises:
-        DataError: a turn has no known role or no text, or content that is not read.
-    """
-    messages: list[Message] = []
-    shown: list[Any] = []
-    for turn in turns:
-        message, pictures = _message(turn)
-        messages.append(message)
-        shown += pictures
-    return Conversation(messages, shown)
-
-
-def _message(turn: dict[str, Any]) -> tuple[Message, list[Any]]:
-    role, content = role_of(turn), first_of(turn, "content", "value", "text")
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(
-            f"unknown role {printable(role, 40)!r}",
-            mend=f"known: {', '.join(ROLES)}",
-            kind="unknown role",
-        )
-    _refuse_unread(turn, role)
-    parts: list[dict[str, Any]] = []
-    shown: list[Any] = []
-    if isinstance(content, str):
-        parts = _split_placeholders(content)
-        shown = [None for part in parts if part["type"] == "image"]
-    elif isinstance(content, list):
-        for said in content:
-            found = _part(said)
-            parts += [part for part, _ in found]
-            shown += [picture for part, picture in found if part["type"] == "image"]
-    elif content is not None:
-        raise _no_text(role)
-    parts, shown = _with_own(turn, parts, shown)
-    if not parts and content != []:
-        raise _no_text(role)
-    message = {"role": ROLES[role], "content": parts}
-    _check_text(message)
-    return message, shown
-
-
-def _no_text(role: str) -> DataError:
-    return DataError(
-        f"a turn of {role!r} has no text", mend="give it a value", kind="a turn has no text"
-    )
-
-
-def _refuse_unread(turn: dict[str, Any], role: str) -> None:
-    """Raise DataError for a key that belongs to the conversation and is not rendered."""
-    for key, value in turn.items():
-        name = str(key).lower()
-        if name in MEDIA or name in TURN_KEYS:
-            if given(value):
-                raise unread(key, f"a turn of {role!r} has")
-        elif name in TRAINED and not (_is_null(value) or value == TRAINED[name]):
-            raise DataError(
-                f"a turn of {role!r} has {printable(key)}: {printable(value, 20)}, but every "
-                "answer is trained on",
-                mend="cut the record before this turn, or name the key in 'ignore' of its source "
-                "to train on it",
-                kind=f"a turn has {key}",
-            )
-
-
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
     """None, or the NaN that pandas writes for it."""
     return value is None or value != value
 
@@ -193,98 +70,6 @@ def unread(key: str, begin: str = "the record has") -> DataError:
         mend="drop the record, or name the key in 'ignore' of its source",
         kind=f"{what} under {printable(key)!r}",
     )
-
-
-def _with_own(
-    turn: dict[str, Any], parts: list[dict[str, Any]], shown: list[Any]
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A turn's parts with the pictures under its own `images` or `image`."""
-    own = pictures_of(listed(turn, "drop one of them"))
-    if not own:
-        return parts, shown
-    if not shown:
-        return [*({"type": "image"} for _ in own), *parts], own
-    if any(s is not None for s in shown) or len(shown) != len(own):
-        raise DataError(
-            f"a turn has {len(shown)} image placeholder(s) but {len(own)} image(s) of its own",
-            mend="make the two numbers equal",
-            kind="numbers of placeholders and images differ",
-        )
-    return parts, own
-
-
-def _check_text(message: Message) -> None:
-    text = "".join(part.get("text", "") for part in message["content"])
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError("text holds half of a character", mend="mend its encoding") from error
-    named = NAMED_IN_TEXT.search(text) if message["role"] != "assistant" else None
-    if named is not None:
-        raise DataError(
-            f"the text names a file: {printable(named.group(), 60)}",
-            mend="write <image> in its place, and the path under 'images'",
-            kind="the text names a picture, sound or video",
-        )
-
-
-def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
-    """The parts that one item of a content list becomes, each with the picture that it shows.
-
-    An item whose text is None becomes no part.
-    """
-    kind = said.get("type") if isinstance(said, dict) else None
-    if isinstance(said, dict) and kind is None:  # {"image": "a.png"}, {"text": "What is this?"}
-        kind = next((k for k in ("text", *PICTURE_KEYS) if given(said.get(k))), None)
-        kind = kind if kind in (None, "text") else "image"
-    if kind not in TEXT_TYPES + IMAGE_TYPES:
-        raise DataError(
-            f"unknown content type {printable(kind, 40)!r}",
-            mend="text or image",
-            kind="unknown content type",
-        )
-    known = PART_KEYS if kind in TEXT_TYPES else PART_KEYS.union(PICTURE_KEYS)
-    for key in said:
-        if key not in known and given(said[key]):
-            raise DataError(
-                f"unknown content key {printable(key, 40)!r} beside {kind}",
-                mend="drop it; the recipe's image_size sets the size of pictures",
-                kind="unknown content key",
-            )
-    if kind in IMAGE_TYPES:
-        return [({"type": "image"}, _shown(said))]
-    text = said.get("text")
-    if text is None:
-        return []
-    if not isinstance(text, str):
-        raise DataError("a part of type 'text' has no text", mend="give it a text")
-    if PLACEHOLDER in text:
-        return [(part, None) for part in _split_placeholders(text)]
-    return [({"type": "text", "text": text}, None)]
-
-
-def _shown(part: dict[str, Any]) -> Any:
-    """The picture of a part of type image, its number, or None for the record's next one."""
-    found = {key: part[key] for key in PICTURE_KEYS if given(part.get(key))}
-    whole = isinstance(found.get("bytes"), bytes)
-    path = found.pop("path", None) if whole else None  # a name for messages
-    if len(found) > 1:
-        raise DataError(
-            "a part of type 'image' names several pictures", mend="give each a part of its own"
-        )
-    if whole:
-        return {"bytes": found["bytes"], "path": path}
-    if found:
-        ((key, value),) = found.items()
-        return picture_of({"base64": value} if key == "base64" else value)
-    index = part.get("index")
-    if index is None:
-        return None
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise DataError(
-            f"the index of an image is {printable(index, 40)!r}", mend="count images from 0"
-        )
-    return Index(index)
 
 
 def listed(row: dict[str, Any], mend: str) -> Any:
@@ -367,7 +152,7 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
     """A record's pictures in the order of their placeholders.
 
     Args:
-        shown: for each placeholder, as in `Conversation`.
+        shown: for each placeholder, as in `mmkd.data.turns.Conversation`.
         images: the value under the record's `images` or `image`.
 
     Raises:
@@ -402,15 +187,3 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
             kind="indices of placeholders and images differ",
         )
     return [picture_of(every[number]) for number in numbers]
-
-
-def _split_placeholders(text: str) -> list[dict[str, Any]]:
-    """LLaVA writes pictures as '<image>' on a line of their own."""
-    parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(PLACEHOLDER)):
-        if i > 0:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.removesuffix("\n") if i == 0 else piece})
-    return parts or [{"type": "text", "text": text}]

@@ -18,16 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.content import (
+from mmkd.data.content import first_of, listed, printable, resolved
+from mmkd.data.turns import (
     Conversation,
     Message,
     Turns,
-    first_of,
-    listed,
     parse_conversation,
     parse_turns,
-    printable,
-    resolved,
     role_of,
 )
 from mmkd.data.unread import ONE_OF_THEM, refuse_unread

@@ -1,17 +1,41 @@
 """What a teacher's cache says of a batch's records."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmkd.cache import Store
-from mmkd.data.batch import covered_rows
+from mmkd.data.batch import Batch, covered_rows
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
 from mmkd.objectives import Targets
 from mmkd.ops import SparseRows
+
+
+def with_stored(
+    batch: Batch,
+    store: Store,
+    samples: Sequence[Sample],
+    where: Callable[[int], str],
+    *,
+    hidden: bool,
+) -> Batch:
+    """The batch with what the cache has of its records.
+
+    Args:
+        batch: padded, of the samples.
+        store, samples, where: as in `stored_rows`.
+        hidden: read final hidden states too.
+
+    Raises:
+        DataError: a record is not in the cache, or with other tokens.
+    """
+    said = (store, batch.targets, samples, where)
+    batch = replace(batch, stored=stored_rows(*said))
+    return replace(batch, stored_hidden=stored_hidden(*said)) if hidden else batch
 
 
 def stored_rows(

@@ -4,20 +4,15 @@ The order is a function of seed and step alone, so that a resumed run sees the s
 number of processes does not change what a step sees.
 """
 
-import os
-from collections.abc import Iterable, Iterator
-from functools import partial
-
-import torch
+from collections.abc import Iterator, Sequence
 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
+from mmkd.data.lengths import SharedLengths
 from mmkd.data.microbatches import by_size, by_tokens
 from mmkd.data.mixture import Mixture
-from mmkd.errors import MmkdError
+from mmkd.data.workers import work_ahead
 from mmkd.recipe import BatchConfig
-from mmkd.runtime.distributed import explained
-from mmkd.runtime.interrupt import begin_worker
 
 
 class BatchStream:
@@ -46,7 +41,9 @@ class BatchStream:
         self.workers = workers
         self.records_per_step = batch.records_per_step(world_size)
         self._epochs: dict[int, list[int]] = {}
-        self._lengths: dict[int, int] = {}
+        self._lengths = SharedLengths(encoder, rank=rank, world_size=world_size, workers=workers)
+        several = batch.micro_steps(world_size) != 1 or world_size > 1
+        self._grouped = several and batch.group_by_length
 
     def steps_in(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.mixture) / self.records_per_step))
@@ -60,23 +57,24 @@ class BatchStream:
 
     def plan(self, step: int) -> list[list[int]]:
         """The records of each of this rank's micro-batches of a step."""
+        return self._cut(self._records(step))
+
+    def _records(self, step: int) -> list[int]:
+        """The records of a step, in the order of their epoch."""
         first = step * self.records_per_step
-        records = [self._record(first + i) for i in range(self.records_per_step)]
-        several = self.batch.micro_steps(self.world_size) != 1 or self.world_size > 1
-        if several and self.batch.group_by_length:
-            records.sort(key=self._length)
+        return [self._record(first + i) for i in range(self.records_per_step)]
+
+    def _cut(self, records: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of a step's records."""
+        if self._grouped:
+            records = sorted(records, key=self._lengths.__getitem__)
         if self.batch.tokens is None:
             cut = by_size(records, self.batch.size)
         else:
-            lengths = {record: self._length(record) for record in records}
+            lengths = {record: self._lengths[record] for record in records}
             packed = self.batch.pack is not None
             cut = by_tokens(records, lengths, self.batch.tokens, self.world_size, packed=packed)
         return cut[self.rank :: self.world_size]
-
-    def _length(self, record: int) -> int:
-        if record not in self._lengths:
-            self._lengths[record] = self.encoder.length(record)
-        return self._lengths[record]
 
     def seen(self, steps: int) -> list[int]:
         """The records that the first `steps` steps see, ascending."""
@@ -93,62 +91,28 @@ class BatchStream:
         return [self.encoder.encode(indices) for indices in self.plan(step)]
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step in first ... last - 1."""
+        """The micro-batches of each step in first ... last - 1; every rank iterates over it.
+
+        Raises:
+            MmkdError: of `Encoder.encode` or `Encoder.length`.
+            PeerError: a worker process or another rank is gone.
+        """
         counts: list[int] = []
 
         def planned() -> Iterator[list[int]]:
-            for step in range(first, last):
-                plan = self.plan(step)
+            steps = map(self._records, range(first, last))
+            by_length = self._grouped or self.batch.tokens is not None
+            for records in self._lengths.ahead(steps) if by_length else steps:
+                plan = self._cut(records)
                 counts.append(len(plan))
                 yield from plan
 
-        loader: torch.utils.data.DataLoader[Batch | Exception] = torch.utils.data.DataLoader(
-            _Encoded(self.encoder),
-            batch_size=None,
-            sampler=planned(),
-            num_workers=self.workers,
-            worker_init_fn=partial(begin_worker, os.getpid()),
-            prefetch_factor=4 if self.workers else None,
-            # Its own: a loader draws a seed, and a resumed run must not draw one more.
-            generator=torch.Generator(),
-        )
         pending: list[Batch] = []
-        for batch in _received(loader):
+        for batch in work_ahead(self.encoder.encode, planned(), self.workers):
+            if isinstance(batch, Exception):
+                raise batch
             pending.append(batch)
             if len(pending) == counts[0]:
                 counts.pop(0)
                 yield pending
                 pending = []
-
-
-def _received(batches: Iterable[Batch | Exception]) -> Iterator[Batch]:
-    """Batches as they come from workers.
-
-    Raises:
-        MmkdError: what a worker has raised, or a worker is gone.
-    """
-    try:
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        gone = explained(error)
-        if gone is None:
-            raise
-        raise gone from error
-
-
-class _Encoded(torch.utils.data.Dataset[Batch | Exception]):
-    """Batches by the numbers of their records; what a worker process holds."""
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
-
-    def __getitem__(self, indices: list[int]) -> Batch | Exception:
-        try:
-            return self.encoder.encode(indices)
-        except (MmkdError, OSError) as error:
-            # Returned, not raised: a loader raises a worker's errors with the worker's traceback
-            # as their message.
-            return error

@@ -9,18 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmkd.data.content import (
-    IMAGE_TYPES,
-    MEDIA,
-    PICTURE_KEYS,
-    ROLES,
-    TRAINED,
-    TURN_KEYS,
-    different,
-    given,
-    role_of,
-    unread,
-)
+from mmkd.data.content import MEDIA, PICTURE_KEYS, different, given, unread
+from mmkd.data.turns import IMAGE_TYPES, ROLES, TRAINED, TURN_KEYS, role_of
 from mmkd.errors import DataError
 
 READ = frozenset(

@@ -167,11 +167,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(items: list[str]) -> list[str]:
+def gather(items: list[Item]) -> list[Item]:
     """The items of all ranks, in the order of ranks; every rank calls it."""
     if not dist.is_initialized():
         return items
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    gathered: list[list[Item]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
 

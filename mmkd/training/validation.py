@@ -27,6 +27,7 @@ from mmkd.cache import Store
 from mmkd.data.alignment import same_processor
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
+from mmkd.data.lengths import SharedLengths
 from mmkd.data.microbatches import by_size, by_tokens
 from mmkd.data.records import Records
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
@@ -92,9 +93,15 @@ class Validation:
 
     @cached_property
     def plan(self) -> list[list[int]]:
-        """The micro-batches of all processes together."""
-        batch, length = self.stage.batch, self.encoder.length
-        lengths = {index: length(index) for index in chosen(self.encoder, self.config.records)}
+        """The micro-batches of all processes together; every process asks for it."""
+        batch, indices = self.stage.batch, chosen(self.encoder, self.config.records)
+        found = SharedLengths(
+            self.encoder,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=self.encoder.config.workers,
+        )
+        lengths = dict(zip(indices, found.of(indices), strict=True))
         order = sorted(lengths, key=lengths.__getitem__)  # alike in length: little padding
         if self.config.size is None and batch.tokens is not None:
             return by_tokens(order, lengths, batch.tokens, 1, packed=batch.pack is not None)

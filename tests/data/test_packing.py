@@ -167,6 +167,6 @@ def test_a_model_that_mixes_records_is_refused(metrics, monkeypatch):
         made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand_as(made["input_ids"])
         return made
 
-    monkeypatch.setattr("mmkd.data.encoder.pack_inputs", without_borders)
+    monkeypatch.setattr("mmkd.data.packer.pack_inputs", without_borders)
     with pytest.raises(RecipeError, match="does not keep packed records apart"):
         metrics("mixed", [], {"size": 4, "pack": 500}, objectives=[{"kind": "ce"}])
