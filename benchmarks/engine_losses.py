@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.measure import save
-from mmkd.runtime.progress import console, track
+from mmkd.runtime.progress import console, log_to_console, track
 
 RECIPE = "configs/quickstart.yaml"
 RECORDS = 32
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/engine-losses"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    log_to_console()
     settings = [(e, n, t) for t in TEACHERS for n in (1, 2) for e in ENGINES]
     results: list[dict[str, Any]] = []
     expected: list[dict] = []

@@ -34,7 +34,7 @@ from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
 from mmkd.runtime import distributed, interrupt
 from mmkd.runtime.files import write_text
-from mmkd.runtime.progress import console, track
+from mmkd.runtime.progress import console, log_to_console, track
 
 PROMPTS = [
     "Describe this image in detail.",
@@ -193,6 +193,7 @@ def main(
 
 
 if __name__ == "__main__":
+    log_to_console()
     with interrupt.listening(AGAIN):
         try:
             typer.run(main)

@@ -31,7 +31,9 @@ def messages(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"  # as in the tests
     from mmkd.runtime.files import write_text
+    from mmkd.runtime.progress import log_to_console
     from tests.support.bad_inputs import page
 
+    log_to_console()
     with TemporaryDirectory() as name:
         write_text(PAGE, page(messages(Path(name))))

@@ -20,6 +20,14 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def reports() -> None:
+    """What mmkd reports is printed, as by its command."""
+    from mmkd.runtime.progress import log_to_console
+
+    log_to_console()
+
+
 @pytest.fixture
 def datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """`datasets` keeps an Arrow copy of what it reads; these go with the test."""

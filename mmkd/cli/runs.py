@@ -17,6 +17,7 @@ from mmkd.cli.app import (
     begin,
     notes,
     recipe_app,
+    without_collector,
 )
 
 
@@ -77,13 +78,14 @@ def plan(
     from mmkd.recipe import load_recipe
 
     read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
-    from mmkd.commands.plan import check_recipe, make_plan, print_plan
-    from mmkd.runtime import distributed
-
     size = None if memory is None else int(memory * 2**30)
-    with notes(as_json), distributed.imagined(nproc or distributed.world_size(), size):
-        check_recipe(read, without_data=without_data)
-        made = make_plan(read)
+    with without_collector():
+        from mmkd.commands.plan import check_recipe, make_plan, print_plan
+        from mmkd.runtime import distributed
+
+        with notes(as_json), distributed.imagined(nproc or distributed.world_size(), size):
+            check_recipe(read, without_data=without_data)
+            made = make_plan(read)
     if as_json:
         print(json.dumps(made, indent=1))
     else:

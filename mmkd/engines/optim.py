@@ -1,4 +1,7 @@
-"""Optimizers and schedules of a stage, from torch and transformers."""
+"""Optimizers and schedules of a stage, from torch and transformers.
+
+Those of transformers are imported where they are used: their module imports peft and accelerate.
+"""
 
 from collections.abc import Iterable
 
@@ -6,13 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Adafactor
-from transformers.optimization import (
-    get_constant_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_polynomial_decay_schedule_with_warmup,
-    get_wsd_schedule,
-)
 
 from mmkd.errors import RecipeError
 from mmkd.recipe import OptimizerConfig, ScheduleConfig
@@ -42,6 +38,8 @@ def build_optimizer(
         case "sgd":
             return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
         case "adafactor":
+            from transformers import Adafactor
+
             return Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
 
 
@@ -51,6 +49,13 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
     One step at least follows the warm-up, which begins at 0 or at `min_ratio`: a stage of one step
     trains. Rounding never makes warm-up and decay of `wsd` longer than the stage.
     """
+    from transformers.optimization import (
+        get_constant_schedule_with_warmup,
+        get_cosine_with_min_lr_schedule_with_warmup,
+        get_polynomial_decay_schedule_with_warmup,
+        get_wsd_schedule,
+    )
+
     warmup = min(round(config.warmup * steps), max(0, steps - 1))
     match config.kind:
         case "cosine":

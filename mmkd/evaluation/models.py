@@ -22,7 +22,7 @@ from mmkd.runtime.files import (
 )
 from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.hub import model_commit
-from mmkd.runtime.progress import console, say
+from mmkd.runtime.progress import say, say_heading
 from mmkd.runtime.run_folder import EvaluationFolder
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
 
@@ -139,7 +139,7 @@ def _score(
         write_json(out.request, request)
         say(f"{label}: scores of the same weights as {twin.path.name}")
         return
-    console.rule(f"{label}: evaluation")
+    say_heading(f"{label}: evaluation")
     # Tasks that fail leave results of this request: they must not pass for those of an older one.
     out.request.unlink(missing_ok=True)
     score(
@@ -227,7 +227,7 @@ def _answer_samples(
     from mmkd.evaluation.samples import answer_samples
 
     assert settings.samples is not None
-    console.rule(f"{label}: sample answers")
+    say_heading(f"{label}: sample answers")
     loading = {k: v for k, v in running.items() if k != "device"}
     answer_samples(
         model["model"],
@@ -253,5 +253,5 @@ def _time_decoding(
     request = {**model, "contexts": contexts, "device": running["device"]}
     if (found := read_if(Decoding, path)) and UNSAID | found.get("request", {}) == request:
         return
-    console.rule(f"{label}: decoding")
+    say_heading(f"{label}: decoding")
     time_folder(model["model"], contexts, path, request=request, **running)

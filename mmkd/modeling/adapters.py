@@ -5,17 +5,17 @@
 
 with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient (section 4.3). B is
 0 at first, so that a student with new adapters is the student without them.
+
+peft is slow to import, so this module imports it where adapters are made.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,10 @@ from transformers import PreTrainedModel
 from mmkd.errors import RecipeError
 from mmkd.recipe import LoraConfig
 from mmkd_models.parts import parameter_groups
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
+    from peft.tuners.lora import Linear
 
 NAME = "default"
 A, B, MAGNITUDE = (
@@ -72,10 +76,14 @@ def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ())
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ()) -> None:
     """Put new adapters beside the layers that `targets` names, in place."""
+    from peft import inject_adapter_in_model
+
     inject_adapter_in_model(_peft_config(lora, targets(model, lora, whole)), model, NAME)
 
 
-def _peft_config(lora: LoraConfig, layers: list[str]) -> PeftConfig:
+def _peft_config(lora: LoraConfig, layers: list[str]) -> "PeftConfig":
+    from peft import LoraConfig as PeftConfig
+
     return PeftConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -85,9 +93,14 @@ def _peft_config(lora: LoraConfig, layers: list[str]) -> PeftConfig:
     )
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+def adapted_layers(model: nn.Module) -> dict[str, "Linear"]:
     """Layers with adapters by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    return {n: m for n, m in model.named_modules() if _is_adapted(m)}
+
+
+def _is_adapted(module: object) -> "TypeGuard[Linear]":
+    lora: Any = sys.modules.get("peft.tuners.lora")  # who has not imported it, has no adapters
+    return lora is not None and isinstance(module, lora.Linear)
 
 
 def adapter_parameters(model: nn.Module) -> list[str]:
@@ -115,7 +128,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def effective_weight(layer: Any) -> Tensor:
     """[out, in]: what a linear layer multiplies by, its adapter included, with gradients."""
-    if not isinstance(layer, Linear) or layer.disable_adapters:
+    if not _is_adapted(layer) or layer.disable_adapters:
         return layer.weight
     adapter: Any = layer
     magnitude = None
@@ -159,6 +172,8 @@ def save_adapters(
     model: PreTrainedModel, lora: LoraConfig, weights: Mapping[str, Tensor] | None, folder: Path
 ) -> None:
     """The adapters as peft loads them beside the student that the stage began with."""
+    from peft import get_peft_model_state_dict
+
     found = dict(weights if weights is not None else model.state_dict())
     # Else peft writes the whole head beside its adapter.
     adapters = get_peft_model_state_dict(model, found, NAME, save_embedding_layers=False)

@@ -1,7 +1,6 @@
 """Models and processors from a folder, from the Hub, or from a config with random weights."""
 
 import json
-import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,17 +30,13 @@ from transformers.utils import logging as transformers_logging
 from mmkd.errors import CheckpointError, MmkdError, RecipeError
 from mmkd.modeling.foreign_models import check_settings, refuse_kernels, refuse_pickled
 from mmkd.modeling.image_sizes import limit_config, limit_processor
+from mmkd.modeling.quiet import quiet_libraries
 from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd.runtime import consent, distributed, hub
 from mmkd.runtime.files import read_json
 from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 from mmkd_models.parts import find_parts
-
-# transformers imports DeepSpeed where it is installed, and DeepSpeed prints that it found no GPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-transformers_logging.disable_progress_bar()  # loading takes moments, and runs have their own bars
 
 FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
 CHECK = "check model_type and its settings"
@@ -294,7 +289,8 @@ def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
-        yield
+        with quiet_libraries():
+            yield
     except MmkdError:
         raise
     except Exception as error:  # a missing file and a broken one raise different types

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmkd.errors import CheckpointError
 from mmkd.modeling.foreign_models import read_settings
 from mmkd.modeling.loading import DTYPES, load_pretrained
+from mmkd.modeling.quiet import quiet_libraries
 from mmkd.runtime import consent
 from mmkd.runtime.files import tensors_in
 from mmkd.students.write import SHARD_SIZE
@@ -69,7 +70,8 @@ def write_rounded(student: Path, folder: Path, dtype: str) -> None:
     """
     consent.inherit(folder, str(student))
     model = load_pretrained(str(student), dtype=DTYPES[dtype])
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    with quiet_libraries():
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     _compare(student, folder, DTYPES[dtype])
     again = load_pretrained(str(folder), dtype="auto").state_dict()
     for name, tensor in model.state_dict().items():

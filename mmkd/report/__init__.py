@@ -10,11 +10,12 @@ from mmkd.report.summary import evaluation_warnings
 from mmkd.report.tables import build_tables, print_table, print_tables
 from mmkd.report.use import how_to_use
 from mmkd.runtime.files import write_text
-from mmkd.runtime.progress import say
+from mmkd.runtime.progress import on_console, say
 
 
 def write_report(folder: Path, *, use: bool = False) -> Path:
-    """Write `folder/report.html`, print the score tables, and return the page's path.
+    """Write `folder/report.html`, print the score tables where reports go to the console, and
+    return the page's path.
 
     Unfinished runs and runs without evaluation get a page too.
 
@@ -29,9 +30,10 @@ def write_report(folder: Path, *, use: bool = False) -> Path:
     tables = build_tables(run)
     path = run.folder.report
     write_text(path, redact(render(run, tables)))
-    print_tables(tables)
-    if decoding := decoding_table(run):
-        print_table(decoding)
+    if on_console():
+        print_tables(tables)
+        if decoding := decoding_table(run):
+            print_table(decoding)
     for warning in evaluation_warnings(run):
         say(warning)
     say(f"report: {path}")

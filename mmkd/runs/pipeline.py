@@ -21,7 +21,7 @@ from mmkd.runs.start import student_before
 from mmkd.runs.timings import common_stages, stage_kind, steps_of
 from mmkd.runtime import distributed
 from mmkd.runtime.files import link_folder, read_yaml, write_folder
-from mmkd.runtime.progress import Course, console, say
+from mmkd.runtime.progress import Course, say, say_heading
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
 from mmkd.training.build import OWN, run_stage
@@ -158,7 +158,7 @@ def train(member: Member, recipe: Recipe, course: Course | None = None) -> None:
             note_inputs(member, index)
         place = f"stage {index + 1} of {len(stages)}"
         if distributed.rank() == 0:
-            console.rule(f"{member.label}: {place}, {stages[index].name}")
+            say_heading(f"{member.label}: {place}, {stages[index].name}")
         with course.part(str(folders[index].path), place):
             run_stage(
                 stages[index],

@@ -1,5 +1,12 @@
-"""Progress of long work: a bar with ETA on a terminal, a line every 30 seconds elsewhere."""
+"""What mmkd reports, and progress of long work: a bar with ETA on a terminal, a line every 30
+seconds elsewhere.
 
+All of it goes to the logger `mmkd` of Python's `logging`, at level INFO. A program that imports
+mmkd decides what becomes of it, as with any library. `log_to_console` prints it as the command
+`mmkd` does.
+"""
+
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -20,33 +27,77 @@ from rich.progress import (
 from mmkd.errors import one_row
 from mmkd.redact import redact
 
+logger = logging.getLogger("mmkd")
+logger.addHandler(logging.NullHandler())
+
 console = Console()
 SECONDS_BETWEEN_LINES = 30.0
+HEADING = "mmkd_heading"
+"""An attribute of log records whose text is a heading."""
 WIDE, NARROW, WIDE_ENOUGH = 40, 10, 120
 """Width of a bar, on terminals of at least `WIDE_ENOUGH` columns and on narrower ones."""
 
 
+class ConsoleHandler(logging.Handler):
+    """Prints records as they are: without markup, colours and a prefix, and without breaking lines.
+
+    It catches no exception: a signal that stops the command may raise one while this prints.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if getattr(record, HEADING, False):
+            console.rule(text)
+        else:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def log_to_console(show: bool = True) -> None:
+    """Print what mmkd reports on standard output, with progress bars on a terminal.
+
+    Args:
+        show: False ends it: the logger `mmkd` is then as it was at the import.
+    """
+    for handler in logger.handlers.copy():
+        if isinstance(handler, ConsoleHandler):
+            logger.removeHandler(handler)
+    logger.setLevel(logging.INFO if show else logging.NOTSET)
+    logger.propagate = not show  # a handler of the root logger would print it a second time
+    if show:
+        logger.addHandler(ConsoleHandler())
+
+
+def on_console() -> bool:
+    """Whether `log_to_console` prints what mmkd reports."""
+    handled = any(isinstance(handler, ConsoleHandler) for handler in logger.handlers)
+    return handled and logger.isEnabledFor(logging.INFO)
+
+
 def say(text: str) -> None:
-    """Print text as it is: without markup and colours, and without breaking lines. Control
-    characters other than line breaks are written as escapes, and secrets are left out."""
-    text = "\n".join(map(one_row, redact(text).split("\n")))
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Log a text, and nothing else: control characters other than line breaks are written as
+    escapes, and secrets are left out."""
+    logger.info("\n".join(map(one_row, redact(text).split("\n"))))
+
+
+def say_heading(text: str) -> None:
+    """Log the title of the work that follows; the console draws a line on both sides of it."""
+    logger.info(text, extra={HEADING: True})
 
 
 _said: set[str] = set()
 
 
 def say_once(text: str) -> None:
-    """Print text that this process has not printed by this function before."""
+    """Log a text that this process has not logged by this function before."""
     if text not in _said:
         _said.add(text)
         say(text)
 
 
 def live() -> bool:
-    """Whether a bar can be redrawn in place. With FORCE_COLOR, which CI services set, rich takes a
-    file for a terminal, so the file itself is asked too."""
-    return console.is_interactive and console.file.isatty()
+    """Whether a bar is shown, redrawn in place. With FORCE_COLOR, which CI services set, rich takes
+    a file for a terminal, so the file itself is asked too."""
+    return on_console() and console.is_interactive and console.file.isatty()
 
 
 class Course:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from mmkd.data.generation import set_ends
 from mmkd.modeling.adapters import merged, save_adapters
 from mmkd.modeling.loading import load_model, load_processor
+from mmkd.modeling.quiet import quiet_libraries
 from mmkd.recipe import LoraConfig, StudentConfig
 from mmkd.runtime.files import write_folder
+from mmkd.runtime.seeds import set_seed
 from mmkd.students.convert import ConversionReport, convert
 
 SHARD_SIZE = "5GB"
@@ -46,7 +48,8 @@ def write_student(
         set_ends(student.generation_config, processor, from_config=from_config)
 
     def write(partial: Path) -> None:
-        student.save_pretrained(partial, state_dict=whole, max_shard_size=SHARD_SIZE)
+        with quiet_libraries():
+            student.save_pretrained(partial, state_dict=whole, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(partial)
         if lora is not None and lora.keep:
             save_adapters(student, lora, weights, partial / ADAPTER)

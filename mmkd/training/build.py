@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
@@ -18,6 +18,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
 from mmkd.runtime.interrupt import deferred
 from mmkd.runtime.run_folder import StageFolder
+from mmkd.runtime.seeds import set_seed
 from mmkd.students import set_trainable, write_student
 from mmkd.teachers import (
     LiveReference,

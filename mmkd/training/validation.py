@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from mmkd.cache import Store
 from mmkd.data.alignment import same_processor
@@ -46,6 +45,7 @@ from mmkd.recipe import (
 from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
 from mmkd.runtime.run_folder import StageFolder
+from mmkd.runtime.seeds import set_seed
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import ask_each, asks_each
 from mmkd.training.checkpoint import (

@@ -81,6 +81,17 @@ def test_help_needs_no_torch(tmp_path, words):
     assert (status, slow) == (0, [])
 
 
+def test_a_plan_imports_no_package_that_only_some_recipes_need():
+    code = """
+import sys
+import mmkd.commands.plan
+print(*(name for name in sys.argv[1:] if name in sys.modules))
+"""
+    needless = ("peft", "deepspeed", "datasets", "pandas", "matplotlib", "lmms_eval")
+    done = subprocess.run([sys.executable, "-c", code, *needless], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [])
+
+
 def test_every_name_of_the_lazy_package_is_there():
     for name in objectives.__all__:
         assert getattr(objectives, name) is not None

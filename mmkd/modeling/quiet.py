@@ -1,0 +1,26 @@
+"""Libraries that print while they load and save models."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, transformers shows no progress bars, and DeepSpeed does not print that it found no
+    GPU: transformers imports it where it is installed. All is as it was before, afterwards."""
+    shown = logging.is_progress_bar_enabled()
+    is_chosen = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
+    if not is_chosen:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if not is_chosen:
+            os.environ.pop("DS_ACCELERATOR", None)
