@@ -36,18 +36,10 @@ def run(
     """Train, evaluate and report; a second call continues where the first stopped."""
     again = [] if from_stage is None else ["--from-stage", from_stage]
     read = begin(["run"], recipe, overrides, plugin, nproc, again)
-    from mmkd.errors import EvaluationError
-    from mmkd.report import write_report
-    from mmkd.runs import pipeline
+    from mmkd.api.runs import run as run_recipe
     from mmkd.runtime import distributed
 
-    try:
-        folder = pipeline.run(read, from_stage=from_stage)
-    except EvaluationError:
-        write_report(pipeline.run_folder(read).path)  # without the scores that failed
-        raise
-    if distributed.rank() == 0:
-        write_report(folder, use=True)
+    run_recipe(read, from_stage=from_stage)
     distributed.disconnect()
 
 

@@ -33,8 +33,7 @@ class Masters:
         self._masters = {
             p: nn.Parameter(p.detach().float()) for p in model.parameters() if needs_master(p)
         }
-        for parameter in self._masters:
-            parameter.register_post_accumulate_grad_hook(self._collect)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in self._masters]
 
     def __len__(self) -> int:
         return len(self._masters)
@@ -50,6 +49,11 @@ class Masters:
     def named(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The same by the names of the model's parameters."""
         return {name: self.of(p) for name, p in model.named_parameters()}
+
+    def close(self) -> None:
+        """Leave the model's gradients to it again."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def write(self) -> None:

@@ -143,6 +143,8 @@ class TorchEngine(EngineBase):
 
     def close(self) -> None:
         self.model.eval()
+        if self.masters is not None:
+            self.masters.close()
 
 
 def _all_reduce(tensors: list[Tensor]) -> None:

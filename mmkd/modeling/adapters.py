@@ -168,6 +168,18 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dic
     return found
 
 
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Make adapters part of their layers, in place: the model is a plain one afterwards."""
+    weights = merged(model)
+    for name, layer in adapted_layers(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.base_layer)
+    model.load_state_dict(weights)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+
+
 def save_adapters(
     model: PreTrainedModel, lora: LoraConfig, weights: Mapping[str, Tensor] | None, folder: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """A recipe from start to end: stages in order, resume, evaluation."""
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,11 +26,14 @@ from mmkd.runtime.progress import Course, say, say_heading
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
 from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
 from mmkd.training.build import OWN, run_stage
+from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import check_batch
 from mmkd.training.trackers import Tracked
 
 
-def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
+def run(
+    recipe: Recipe, *, from_stage: str | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
     """Train every member, evaluate, and return the run's folder.
 
     A second call on the same folder continues: finished stages are skipped, an unfinished one
@@ -42,6 +46,7 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
         from_stage: a stage's name: work of this stage and those behind it may be replaced where the
             recipe has changed. It is moved away, see `mmkd.runs.resume`. Without it such a recipe
             is refused.
+        callbacks: called at moments of every stage that is trained.
 
     Raises:
         MmkdError: in one line, what is wrong with recipe, models or data.
@@ -58,7 +63,7 @@ def run(recipe: Recipe, *, from_stage: str | None = None) -> Path:
         course = _course(todo)
         for number, member in enumerate(todo):
             share_stages(member, todo[:number], recipe)
-            train(member, recipe, course)
+            train(member, recipe, course, callbacks)
         distributed.barrier()
         if recipe.evaluate is not None:
             distributed.leave()  # one process scores for hours, and waiting ends in a timeout
@@ -139,7 +144,12 @@ def _course(todo: list[Member]) -> Course:
     return Course(steps, kinds)
 
 
-def train(member: Member, recipe: Recipe, course: Course | None = None) -> None:
+def train(
+    member: Member,
+    recipe: Recipe,
+    course: Course | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Run the member's unfinished stages; `recipe` is the whole run's, `course` too."""
     course = course or Course({}, {})
     _tidy(member)
@@ -172,6 +182,7 @@ def train(member: Member, recipe: Recipe, course: Course | None = None) -> None:
                 folder=folders[index].path,
                 seed=member.recipe.seed + index,
                 tracked=Tracked(member.recipe, run_folder(recipe).path, folders[index].path),
+                callbacks=callbacks,
             )
         _tidy(member)
         distributed.barrier()

@@ -60,8 +60,14 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
     """
     check_trackers(recipe.report_to)
     for context in _stages(recipe):
-        for look in OF_SETTINGS + (OF_DATA if data else ()):
-            look(context)
+        check_stage(context, data=data)
+
+
+def check_stage(context: StageContext, *, data: bool = True) -> None:
+    """Check a stage against its models, which may have weights or none; arguments and errors as of
+    `check`."""
+    for look in OF_SETTINGS + (OF_DATA if data else ()):
+        look(context)
 
 
 def _stages(recipe: Recipe) -> Iterator[StageContext]:

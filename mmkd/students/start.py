@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from mmkd.modeling.loading import load_model, skeleton
 from mmkd.recipe import Recipe, StudentConfig
 from mmkd.runtime import consent
 from mmkd.runtime.run_folder import MemberFolder
+from mmkd.runtime.seeds import set_seed
 from mmkd.students.convert import convert
 
 

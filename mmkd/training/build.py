@@ -31,6 +31,7 @@ from mmkd.teachers import (
     own_teacher,
     store,
 )
+from mmkd.training.callbacks import Callback
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
 from mmkd.training.shared_vision import share_vision
@@ -55,6 +56,7 @@ def build_stage(
     teachers: Sequence[TeacherConfig] = (),
     others: Mapping[str, LiveTeacher] | None = None,
     tracked: Tracked | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Stage:
     """The stage, ready for its first step.
 
@@ -71,6 +73,7 @@ def build_stage(
         teachers: the recipe's; of several, each objective on outputs asks each.
         others: all of them but the first, by name.
         tracked: the stage as its run's trackers see it, if they do.
+        callbacks: called at moments of the stage.
     """
     set_seed(seed)
     device = distributed.choose_device(config.engine.device)
@@ -149,6 +152,7 @@ def build_stage(
         lead=teachers[0].name if teachers else "",
         tracked=tracked,
         validation=held_out,
+        callbacks=callbacks,
     )
 
 
@@ -182,10 +186,20 @@ def _only_adapters(config: StageConfig) -> bool:
 
 
 def run_stage(
-    config: StageConfig, *, student: PreTrainedModel, processor: Any, folder: Path, **settings: Any
+    config: StageConfig,
+    *,
+    student: PreTrainedModel,
+    processor: Any,
+    folder: Path,
+    write: bool = True,
+    **settings: Any,
 ) -> Metrics:
-    """Train `student` in place through one stage and write `folder/student` and `done.json`;
-    arguments as in `build_stage`."""
+    """Train `student` in place through one stage and write `folder/student` and `done.json`.
+
+    Args:
+        write: False leaves out both, and the student in memory is all that there is.
+        config, student, processor, folder, settings: as in `build_stage`.
+    """
     stage = build_stage(config, student=student, processor=processor, folder=folder, **settings)
     with deferred():  # a signal behind the last step must not lose it
         metrics = stage.train()
@@ -195,7 +209,7 @@ def run_stage(
             done["validation"] = stage.validation.finish(stage.engine, steps)
         weights = stage.engine.weights()
         stage.engine.close()
-        if stage.engine.rank == 0:
+        if stage.engine.rank == 0 and write:
             files = StageFolder(folder)
             write_student(student, processor, files.student, weights, config.train.lora)
             write_json(files.done, done)

@@ -13,7 +13,7 @@ so that every objective is a mean per covered token of the global batch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -49,6 +49,7 @@ from mmkd.teachers import (
     Reference,
     Teacher,
 )
+from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.shared_vision import SharedVision
@@ -73,6 +74,7 @@ class Stage:
     """Everything one stage works with; `build_stage` makes it.
 
     Attributes:
+        callbacks: called at moments of the stage, in their order.
         barren: the last steps in a row in which no objective covered a token.
     """
 
@@ -90,6 +92,7 @@ class Stage:
     lead: str = ""
     tracked: Tracked | None = None
     validation: Validation | None = None
+    callbacks: Sequence[Callback] = ()
     barren: int = 0
 
     def train(self) -> Metrics:
@@ -109,6 +112,8 @@ class Stage:
         quiet = self.engine.rank > 0
         charts = Trackers(self.tracked, step=first, written=log.written, active=active)
         bar = Bar(self.config.name, self.steps, done=first, quiet=quiet, part=True)
+        for callback in self.callbacks:
+            callback.on_stage_begin(self)
         with deferred(), charts, bar:
             for step, batches in enumerate(self.stream.steps(first, self.steps), first + 1):
                 started = time.monotonic()
@@ -118,6 +123,10 @@ class Stage:
                 measured = self._validate(step)
                 log.write(line)
                 charts.log(line, measured)
+                for callback in self.callbacks:
+                    callback.on_step_end(step, line)
+                    if measured is not None:
+                        callback.on_validation_end(step, measured)
                 if metrics["skipped"]:
                     for reason in distributed.gather([r for b in batches for r in b.skipped]):
                         skipped.write({"step": step, "reason": reason})
@@ -137,6 +146,8 @@ class Stage:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
             log.sync()
             skipped.sync()
+        for callback in self.callbacks:
+            callback.on_stage_end(self, metrics)
         return metrics
 
     def _validate(self, step: int) -> Metrics | None:

@@ -1,17 +1,18 @@
-"""Where records come from: files, shards and data sets, each as rows by number."""
+"""Where records come from: files, shards, data sets and memory, each as rows by number."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 from mmkd.data.sources.files import find_files, kind_of
 from mmkd.data.sources.json_records import JsonRows
+from mmkd.data.sources.memory import MemorySource, memory_source
 from mmkd.data.sources.shards import ShardRows
 from mmkd.data.sources.streamed import StreamedRows
 from mmkd.data.sources.tables import hub_rows, is_saved, parquet_rows, saved_rows
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
 
-__all__ = ["Rows", "StreamedRows", "find_files", "is_there", "open_rows"]
+__all__ = ["Rows", "StreamedRows", "find_files", "is_there", "memory_source", "open_rows"]
 
 
 class Rows(Protocol):
@@ -50,6 +51,8 @@ def open_rows(config: SourceConfig) -> Rows:
     Raises:
         DataError: there are none, or they cannot be read.
     """
+    if isinstance(config, MemorySource):
+        return config.rows
     if config.train.startswith(HUB):
         return hub_rows(config) if config.stream is None else StreamedRows(config)
     if is_saved(Path(config.train)):
