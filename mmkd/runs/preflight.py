@@ -375,16 +375,7 @@ def _check_data(
     )
     Mixture(encoder.records, recipe.seed)
     validation = build_validation(
-        stage,
-        objectives,
-        data=data,
-        processor=processor,
-        teacher_processor=teacher_processor,
-        teachers=recipe.teachers,
-        stored=stored,
-        filler=False,
-        folder=Path(),
-        seed=recipe.seed,
+        stage, objectives, encoder, teachers=recipe.teachers, folder=Path(), seed=recipe.seed
     )
     if validation is not None:
         check_held_out(validation, stored)
