@@ -26,8 +26,8 @@ from mmkd.commands.plan import make_plan
 from mmkd.errors import MmkdError
 from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import Recipe, load_recipe
-from mmkd.runs.pipeline import load_teacher
 from mmkd.runtime.progress import console
+from mmkd.teachers import LoadedTeachers, load_teachers
 
 WORDS = 151_936
 # What the models are made of; `tiny` tries this script on a CPU.
@@ -121,12 +121,12 @@ def main() -> None:
         write_processor(Path("data/scenes/processor"), folder / "processor")
         first = make_recipe(args, folder, "dense")
         with torch.device(args.device):  # where weights are drawn in a moment
-            teacher = load_teacher(first, first.stages)
-        parameters = parameter_count(teacher[0].model)
+            teachers = load_teachers(first, first.stages)
+        parameters = parameter_count(teachers.members["teacher"].model)
         for setting in args.settings:
             recipe = make_recipe(args, folder, setting)
             try:
-                results.append(measure(recipe, setting, teacher, args.steps))
+                results.append(measure(recipe, setting, teachers, args.steps))
             except (MmkdError, torch.OutOfMemoryError) as error:
                 console.print(f"{setting}: {error}", highlight=False)
             save(args, teacher_parameters=parameters, results=results)  # one may take long
@@ -135,10 +135,10 @@ def main() -> None:
     report(results)
 
 
-def measure(recipe: Recipe, setting: str, teacher: tuple[Any, Any], steps: int) -> dict[str, Any]:
+def measure(recipe: Recipe, setting: str, teachers: LoadedTeachers, steps: int) -> dict[str, Any]:
     (planned,) = make_plan(recipe)["members"]["student"]["stages"]
     with tempfile.TemporaryDirectory() as name:
-        stage, student = prepare(recipe, 0, Path(name), teacher)
+        stage, student = prepare(recipe, 0, Path(name), teachers)
         found = time_stage(stage, student, setting, steps)
     keys = ("parameters", "tokens_per_step", "flops_per_step", "memory_bytes")
     return {"setting": setting, **found, "planned": {k: planned[k] for k in keys}}

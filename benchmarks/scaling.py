@@ -171,7 +171,9 @@ def size(
     assert recipe.teacher is not None
     with distributed.imagined(gpus, gib * 2**30):
         whole = skeleton(recipe.teacher)
-        plan = plan_stage(recipe, recipe.stages[0], None, whole, (sample(pair), RECORDS))
+        plan = plan_stage(
+            recipe, recipe.stages[0], None, {recipe.teacher.name: whole}, (sample(pair), RECORDS)
+        )
     flops = plan["flops_per_step"]["total"] / TOTAL * RECORDS
     memory = plan["memory_bytes"]
     name = "torch" if engine["kind"] == "torch" else f"ZeRO {engine['zero']}"

@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.measure import median_seconds, save
-from mmkd.commands.bench import floor_of, prepare, teachers_of
+from mmkd.commands.bench import floor_of, prepare
 from mmkd.commands.build_cache import build_cache
 from mmkd.recipe import Recipe, load_recipe
 from mmkd.runtime.progress import console
@@ -82,7 +82,7 @@ def main() -> None:
                     batches: Any = batches,
                     count: Any = iter(range(10**6)),  # noqa: B008
                 ) -> None:
-                    floor_of(stage, student, teachers_of(stage), [batches[next(count) % 8]])
+                    floor_of(stage, student, stage.teachers, [batches[next(count) % 8]])
 
                 calls["floor"] = floor
         seconds = median_seconds(calls, args.repeats)

@@ -22,12 +22,14 @@ from mmkd.recipe import Recipe, StageConfig, load_recipe
 from mmkd.recipe.context import StageContext
 from mmkd.runs.preflight import check_stage
 from mmkd.runtime import distributed
-from mmkd.teachers import place_teacher
-from mmkd.training.build import OWN, run_stage
+from mmkd.teachers import LoadedTeachers, Teacher, place_teacher
+from mmkd.training.build import run_stage
 from mmkd.training.callbacks import Callback
 from mmkd_models.layout import mamba_layers
 
 NAME = "distill"
+SELF = "self"
+"""The student as it is before the call, as its own teacher."""
 
 
 class StageSettings(TypedDict, total=False):
@@ -141,24 +143,17 @@ def distill(
     learner = load(student, processor, "student", recipe.student)
     check_processor(learner.processor)
     guide = _teacher(teacher, learner, teacher_processor, recipe)
-    asked = None if guide is None else guide.model
-    words = None if guide is None else guide.processor
     check_stage(_context(recipe, config, learner, guide))
-    _check_same(learner.model, asked)
+    _check_same(learner.model, None if guide is None else guide.model)
     history = History()
     with ExitStack() as stack:
         folder = _folder(out, stack)
         before = learner.model.config._attn_implementation
-        placed: Any = OWN if teacher == OWN else None
-        if asked is not None and teacher != OWN and recipe.teacher is not None:
-            placed = place_teacher(asked, recipe.teacher.placement, device)
         metrics = run_stage(
             config if out is not None else _without_checkpoints(config),
             student=learner.model,
             processor=learner.processor,
-            teacher=placed,
-            teacher_processor=words,
-            teachers=recipe.teachers,
+            teachers=_placed(recipe, guide, device),
             data=records,
             folder=folder,
             seed=seed,
@@ -169,6 +164,17 @@ def distill(
     place = None if out is None else folder
     steps = history.steps
     return Distilled(learner.model, learner.processor, metrics, steps, history.validations, place)
+
+
+def _placed(recipe: Recipe, teacher: Loaded | None, device: torch.device) -> LoadedTeachers:
+    """The teacher, ready to run; a student that teaches itself is copied when the stage is built."""
+    if teacher is None or recipe.teacher is None:
+        return LoadedTeachers()
+    members: dict[str, Teacher] = {}
+    if recipe.teacher.source != SELF:
+        placed = place_teacher(teacher.model, recipe.teacher.placement, device)
+        members[recipe.teacher.name] = placed
+    return LoadedTeachers(members, recipe.teachers, teacher.processor)
 
 
 def _recipe(
@@ -183,8 +189,8 @@ def _recipe(
     raw: dict[str, Any] = {"name": NAME, "seed": seed, "data": {"train": "dataset"}}
     raw["student"] = _named(student, "student")
     if teacher is not None:
-        own = isinstance(teacher, str) and teacher == OWN
-        raw["teacher"] = {"source": OWN} if own else _named(teacher, "teacher")
+        own = isinstance(teacher, str) and teacher == SELF
+        raw["teacher"] = {"source": SELF} if own else _named(teacher, "teacher")
     entries = [objectives] if isinstance(objectives, str) else objectives
     raw["stages"] = [{"name": NAME, **stage, "objectives": [keys_of(o) for o in entries]}]
     return load_recipe(raw)
@@ -244,7 +250,7 @@ def _teacher(
     """
     if teacher is None:
         return None
-    if isinstance(teacher, str) and teacher == OWN:
+    if isinstance(teacher, str) and teacher == SELF:
         return student
     if isinstance(teacher, PreTrainedModel):
         shared = shared_weights(teacher, student.model)

@@ -8,8 +8,9 @@ that the objectives cover.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -28,12 +29,11 @@ from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.members import members
-from mmkd.runs.pipeline import load_others, load_teacher
 from mmkd.runs.timings import keep_timing
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
 from mmkd.students import student_at
-from mmkd.teachers import LiveReference, LiveTeacher
+from mmkd.teachers import LiveReference, LiveTeacher, LoadedTeachers, TeacherSet, load_teachers
 from mmkd.training.build import build_stage
 from mmkd.training.shared_vision import SharedVision
 from mmkd.training.stage import Stage
@@ -153,7 +153,7 @@ def keep(recipe: Recipe, found: dict[str, Any]) -> Path:
 
 
 def prepare(
-    recipe: Recipe, index: int, folder: Path, teacher: tuple[Any, Any] | None = None
+    recipe: Recipe, index: int, folder: Path, teachers: LoadedTeachers | None = None
 ) -> tuple[Stage, PreTrainedModel]:
     """A stage with its student as it is before any training.
 
@@ -161,22 +161,18 @@ def prepare(
         recipe: whose models and data are taken.
         index: of the stage.
         folder: for what the stage stores.
-        teacher: one that is loaded already and its processor; the recipe's if None.
+        teachers: that are loaded already; the recipe's if None.
     """
     config = recipe.stages[index]
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, patience=config.engine.patience)
     preflight.check(recipe)
     student, processor = student_at(recipe, index), load_processor(recipe.student)
-    placed, teacher_processor = load_teacher(recipe, [config]) if teacher is None else teacher
     stage = build_stage(
         config,
         student=student,
         processor=processor,
-        teacher=placed,
-        teacher_processor=teacher_processor,
-        teachers=recipe.teachers,
-        others=load_others(recipe, [config]),
+        teachers=load_teachers(recipe, [config]) if teachers is None else teachers,
         data=recipe.stage_data(config),
         folder=folder,
         seed=recipe.seed + index,
@@ -188,7 +184,7 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
     """Time some steps of what `prepare` made, and its floor after each of them."""
     clock = Clock(stage.engine.device)
     floors: list[dict[str, float]] = []
-    teachers = teachers_of(stage)
+    teachers = stage.teachers
     stage.engine = cast(Any, _TimedEngine(stage.engine, clock))
     _time_teachers(stage, clock)
     count = steps + WARM_UP
@@ -229,12 +225,6 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
     }
 
 
-def teachers_of(stage: Stage) -> dict[str, Any]:
-    """The teachers that a stage asks, by name, the first one first."""
-    first = {} if stage.teacher is None else {stage.lead: stage.teacher}
-    return {**first, **stage.others}
-
-
 def _time_teachers(stage: Stage, clock: Clock) -> None:
     """Put timed teachers in the places of a stage's own; one that is in two places stays one."""
     timed: dict[int, Any] = {}
@@ -242,15 +232,14 @@ def _time_teachers(stage: Stage, clock: Clock) -> None:
     def wrap(teacher: Any) -> Any:
         return timed.setdefault(id(teacher), _TimedTeacher(teacher, clock))
 
-    if stage.teacher is not None:
-        stage.teacher = wrap(stage.teacher)
-    stage.others = {name: wrap(teacher) for name, teacher in stage.others.items()}
+    members = {name: wrap(teacher) for name, teacher in stage.teachers.members.items()}
+    stage.teachers = replace(stage.teachers, members=members)
     if isinstance(stage.reference, LiveReference):
         stage.reference.model = wrap(stage.reference.model)
 
 
 def floor_of(
-    stage: Stage, student: Any, teachers: Mapping[str, Any], batches: list[Batch]
+    stage: Stage, student: Any, teachers: TeacherSet, batches: list[Batch]
 ) -> dict[str, float]:
     """Seconds of the models' own work on a step's batches: `teacher`, all of them together, and
     `student`.
@@ -258,7 +247,7 @@ def floor_of(
     Args:
         stage: of the batches.
         student: its student.
-        teachers: as in `teachers_of`.
+        teachers: its teachers, without clocks.
         batches: of one step.
     """
     device = stage.engine.device
@@ -266,19 +255,19 @@ def floor_of(
     heads = [o for o in stage.objectives if "distribution" in o.needs]
     for batch in (b.to(device) for b in batches):
         rows = torch.zeros_like(batch.targets.attention)
-        compared = {name: torch.zeros_like(rows) for name in teachers}
+        compared = {name: torch.zeros_like(rows) for name in teachers.members}
         for objective in heads:
             covered = objective.rows(batch.targets.of(objective.sources))
             rows |= covered
-            asked = objective.teacher or stage.lead
+            asked = objective.teacher or teachers.primary
             if "teacher" in objective.needs and asked in compared:
                 compared[asked] |= covered
         with stage.engine.autocast():
-            for name, teacher in teachers.items():
+            for name, teacher in teachers.members.items():
                 if not isinstance(teacher, LiveTeacher):
                     continue
-                if stage.asks(name, teacher, batch, stage.objectives):
-                    vision = stage.vision if name == stage.lead else None
+                if teachers.is_asked(name, batch, stage.objectives):
+                    vision = stage.vision if name == teachers.primary else None
                     _bare_teacher(clock, teacher, batch, compared[name], vision)
             with clock.part("student"):
                 seen = stage.vision.replaying() if stage.vision else nullcontext()

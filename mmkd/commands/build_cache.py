@@ -66,15 +66,7 @@ def build_cache(recipe: Recipe) -> Store:
             mend="use models with one processor, or source: live",
         )
     vocabulary = shared_vocabulary(student_processor.tokenizer, processor.tokenizer)
-    settings: dict[str, Any] = {
-        "vocabulary": vocabulary,
-        "k": min(kept.k, vocabulary),
-        "regions": regions_of(stages),
-        "hidden": hidden_of(stages),
-        "max_length": recipe.stage_data(stages[0]).max_length,
-        "teacher": _facts_of(source),
-        "processor": processor_hash(processor),
-    }
+    settings = _settings_of(recipe, source, stages, processor, vocabulary)
     model = load_model(source)
     check_head(model, processor.tokenizer, "teacher")
     if settings["hidden"] is not None:
@@ -119,6 +111,26 @@ def _teacher_to_store(recipe: Recipe) -> TeacherConfig:
     if source.model is None and source.config is None:
         raise RecipeError("there is no model to run", where="teacher", mend="add 'model'")
     return source
+
+
+def _settings_of(
+    recipe: Recipe,
+    source: TeacherConfig,
+    stages: list[StageConfig],
+    processor: Any,
+    vocabulary: int,
+) -> dict[str, Any]:
+    """What a cache has to be made with to serve the stages; its manifest says it."""
+    assert source.cache is not None
+    return {
+        "vocabulary": vocabulary,
+        "k": min(source.cache.k, vocabulary),
+        "regions": regions_of(stages),
+        "hidden": hidden_of(stages),
+        "max_length": recipe.stage_data(stages[0]).max_length,
+        "teacher": _facts_of(source),
+        "processor": processor_hash(processor),
+    }
 
 
 def _facts_of(source: TeacherConfig) -> dict[str, Any]:

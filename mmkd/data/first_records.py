@@ -5,6 +5,17 @@ from mmkd.data.mixture import Mixture
 from mmkd.recipe.context import StageContext
 
 
+def encoder_of(context: StageContext) -> Encoder:
+    """The encoder of a stage's records."""
+    return Encoder.of(
+        context.objectives,
+        context.data,
+        context.processor,
+        teacher_processor=context.teacher_processor,
+        store=context.read_store,
+    )
+
+
 def check_records(context: StageContext) -> None:
     """The first record of each source can be encoded by the processors of student and teacher, and
     is in the teacher's cache.
@@ -13,13 +24,7 @@ def check_records(context: StageContext) -> None:
         DataError: one cannot be encoded, or is not in the cache.
         RecipeError: the sources cannot be mixed as the recipe says.
     """
-    encoder = Encoder.of(
-        context.objectives,
-        context.data,
-        context.processor,
-        teacher_processor=context.teacher_processor,
-        store=context.read_store,
-    )
+    encoder = encoder_of(context)
     Mixture(encoder.records, context.recipe.seed)
     for first in encoder.records.starts:
         batch = encoder.encode([first])

@@ -5,13 +5,9 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
 
-from mmkd.cache import Store
 from mmkd.errors import CheckpointError
-from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import build_objective
-from mmkd.recipe import Recipe, StageConfig
+from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.evaluate import evaluate
 from mmkd.runs.inputs import check_inputs, note_inputs
@@ -24,8 +20,8 @@ from mmkd.runtime import distributed
 from mmkd.runtime.files import link_folder, read_yaml, write_folder
 from mmkd.runtime.progress import Course, say, say_heading
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
-from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
-from mmkd.training.build import OWN, run_stage
+from mmkd.teachers import load_teachers
+from mmkd.training.build import run_stage
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import check_batch
 from mmkd.training.trackers import Tracked
@@ -159,8 +155,7 @@ def train(
     stages = member.recipe.stages
     folders = member.stages
     pending = [i for i, folder in enumerate(folders) if not folder.is_done()]
-    teacher, teacher_processor = load_teacher(member.recipe, [stages[i] for i in pending])
-    others = load_others(member.recipe, [stages[i] for i in pending])
+    teachers = load_teachers(member.recipe, [stages[i] for i in pending])
     for index in pending:
         student, processor = student_before(member, index, recipe)
         describe(member, recipe)
@@ -174,10 +169,7 @@ def train(
                 stages[index],
                 student=student,
                 processor=processor,
-                teacher=teacher,
-                teacher_processor=teacher_processor,
-                teachers=member.recipe.teachers,
-                others=others,
+                teachers=teachers,
                 data=member.recipe.stage_data(stages[index]),
                 folder=folders[index].path,
                 seed=member.recipe.seed + index,
@@ -223,33 +215,3 @@ def _common_stages(member: Member, other: Member) -> int:
     """How many of the other's finished stages begin both recipes."""
     finished = (folder.is_done() for folder in other.stages)
     return min(common_stages(member.recipe, other.recipe), len(list(takewhile(bool, finished))))
-
-
-def load_teacher(
-    recipe: Recipe, stages: list[StageConfig]
-) -> tuple[Teacher | Literal["self"] | None, Any]:
-    """Teacher and its processor, where one of the stages has an objective that needs them; a
-    stored one has the student's."""
-    needing = [
-        s for s in stages if any("teacher" in build_objective(o).needs for o in s.objectives)
-    ]
-    if recipe.teacher is None or not needing:
-        return None, None
-    if recipe.teacher.source == "cache":
-        assert recipe.teacher.cache is not None
-        stored = StoredTeacher(Store(Path(recipe.teacher.cache.folder)))
-        return stored, load_processor(recipe.student)
-    if recipe.teacher.source == OWN:
-        return OWN, load_processor(recipe.student)
-    device = distributed.choose_device(needing[0].engine.device)
-    teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
-    return teacher, load_processor(recipe.teacher)
-
-
-def load_others(recipe: Recipe, stages: list[StageConfig]) -> dict[str, LiveTeacher]:
-    """All teachers but the first, by name, where one of the stages has an objective that asks each
-    of them."""
-    if not any(asks_each(build_objective(o)) for s in stages for o in s.objectives):
-        return {}
-    device = distributed.choose_device(recipe.stages[0].engine.device)
-    return {t.name: place_teacher(load_model(t), t.placement, device) for t in recipe.more_teachers}

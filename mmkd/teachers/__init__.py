@@ -1,27 +1,32 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, asks_each
+from mmkd.teachers.assign import ask_each, asks_each, compares, needed_teachers
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
+from mmkd.teachers.load import LoadedTeachers, load_teachers
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
 from mmkd.teachers.sharded import ShardedTeacher
 from mmkd.teachers.stored import StoredTeacher, check_storable
-
-Teacher = LiveTeacher | StoredTeacher
+from mmkd.teachers.teacher_set import Teacher, TeacherSet
 
 __all__ = [
     "LiveReference",
     "LiveTeacher",
+    "LoadedTeachers",
     "Reference",
     "ShardedTeacher",
     "StoredTeacher",
     "Teacher",
+    "TeacherSet",
     "ask_each",
     "asks_each",
     "check_storable",
     "choose_placement",
     "choose_reference",
+    "compares",
+    "load_teachers",
+    "needed_teachers",
     "own_teacher",
     "place_teacher",
     "store",

@@ -9,7 +9,7 @@ the sources' sizes.
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError, nearest
-from mmkd.objectives import HeadObjective, Objective
+from mmkd.objectives import HeadObjective, Objective, Preference
 from mmkd.recipe import DataConfig, TeacherConfig
 
 
@@ -39,6 +39,27 @@ def asks_each(objective: Objective) -> bool:
     """Whether an objective compares what a teacher's head sees or says."""
     wanted = isinstance(objective, HeadObjective) or bool(objective.reads_hidden)
     return wanted and "teacher" in objective.needs
+
+
+def compares(objective: Objective) -> bool:
+    """Whether an objective compares signals of a teacher. A preference only needs the
+    log-probabilities that its reference gives."""
+    return "teacher" in objective.needs and not isinstance(objective, Preference)
+
+
+def needed_teachers(
+    teachers: Sequence[TeacherConfig], objectives: Sequence[Objective]
+) -> list[TeacherConfig]:
+    """The teachers that objectives need: all where one compares a teacher's outputs, the first
+    where they need something else of a teacher.
+
+    Args:
+        teachers: of a recipe, the primary one first.
+        objectives: before there is one for each of several teachers.
+    """
+    if any(map(asks_each, objectives)):
+        return list(teachers)
+    return list(teachers[:1]) if any("teacher" in o.needs for o in objectives) else []
 
 
 def _numbers(teacher: TeacherConfig, data: DataConfig) -> frozenset[int] | None:

@@ -6,7 +6,7 @@ lie in the stage's folder, keyed by its weights and by what each record says and
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.data.stream import BatchStream
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
-from mmkd.objectives import Objective, Preference
+from mmkd.objectives import Objective, Preference, Signals, TeacherSignals, answer_logps
 from mmkd.ops import CHUNK_BYTES
 from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
@@ -30,6 +30,7 @@ from mmkd.runtime.files import writing
 from mmkd.runtime.interrupt import asked, deferred
 from mmkd.runtime.progress import Bar
 from mmkd.teachers.live import LiveTeacher
+from mmkd.teachers.teacher_set import TeacherSet
 
 FILE = "reference.safetensors"
 UNFINISHED = "reference.unfinished.safetensors"
@@ -44,6 +45,7 @@ class LiveReference:
         vocabulary: tokens that it shares with the student, None for all.
         once: its log-probabilities are to be stored before the first step.
         memory: bytes for the logits of a chunk of rows.
+        name: of the stage's teacher that it is, if it is one.
     """
 
     def __init__(
@@ -53,11 +55,22 @@ class LiveReference:
         *,
         once: bool = False,
         memory: int = CHUNK_BYTES,
+        name: str | None = None,
     ):
         self.model, self.vocabulary, self.once, self.memory = model, vocabulary, once, memory
+        self.name = name
 
-    def logps(self, batch: Batch) -> Tensor:
-        """Log-probability of each row's answers, [B]."""
+    def logps(self, batch: Batch, asked: Mapping[str, TeacherSignals] | None = None) -> Tensor:
+        """Log-probability of each row's answers, [B].
+
+        Args:
+            batch: of pairs.
+            asked: signals of the stage's teachers on it, by name; where the reference is one of
+                them, it does not run again.
+        """
+        found = (asked or {}).get(self.name or "")
+        if isinstance(found, Signals) and batch.alignment is None:
+            return answer_logps(found, batch.targets, self.vocabulary, self.memory)
         return self.model.answer_logps(batch, self.vocabulary, self.memory)
 
 
@@ -67,8 +80,8 @@ class StoredReference:
 
     found: dict[int, Tensor]
 
-    def logps(self, batch: Batch) -> Tensor:
-        """Log-probability of each row's answers, [B]."""
+    def logps(self, batch: Batch, asked: Mapping[str, TeacherSignals] | None = None) -> Tensor:
+        """Log-probability of each row's answers, [B]; arguments as in `LiveReference`."""
         pairs = torch.stack([self.found[i] for i in batch.indices])  # [B / 2, 2]
         return pairs.T.flatten().to(batch.targets.input_ids.device)
 
@@ -77,23 +90,23 @@ Reference = LiveReference | StoredReference
 
 
 def choose_reference(
-    objectives: Sequence[Objective],
-    teacher: LiveTeacher | None,
-    own: Callable[[], LiveTeacher],
+    objectives: Sequence[Objective], teachers: TeacherSet, own: Callable[[], LiveTeacher]
 ) -> LiveReference | None:
     """The reference that a stage's preference objectives name.
 
     Args:
         objectives: of the stage.
-        teacher: of the recipe.
+        teachers: of the stage.
         own: makes a teacher of the student as it is before it trains.
+
+    Raises:
+        RecipeError: it is the teacher, and no teacher runs.
     """
     wanted = [o for o in objectives if isinstance(o, Preference) and o.config.reference != "none"]
     if not wanted:
         return None
     settings = wanted[0].config
-    if settings.reference == "self":
-        teacher = own()
+    teacher = own() if settings.reference == "self" else teachers.primary_model
     if teacher is None:
         raise RecipeError(
             "the reference of preferences is the teacher, and there is none",
@@ -105,6 +118,7 @@ def choose_reference(
         wanted[0].shared_vocabulary,
         once=settings.reference_logps == "once",
         memory=wanted[0].head_memory,
+        name=next((n for n, t in teachers.members.items() if t is teacher), None),
     )
 
 

@@ -1,19 +1,21 @@
 """From a stage's recipe and models to a stage that runs, and its run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
-from mmkd.engines import build_engine
+from mmkd.engines import Engine, build_engine
 from mmkd.engines.deepspeed_config import resolve
 from mmkd.modeling.packed_rows import tell_borders
-from mmkd.objectives import Objective, Preference, build_objective
-from mmkd.recipe import DataConfig, StageConfig, TeacherConfig
+from mmkd.objectives import Objective, build_objective
+from mmkd.recipe import DataConfig, StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
 from mmkd.runtime.interrupt import deferred
@@ -22,25 +24,23 @@ from mmkd.runtime.seeds import set_seed
 from mmkd.students import set_trainable, write_student
 from mmkd.teachers import (
     LiveReference,
-    LiveTeacher,
+    LoadedTeachers,
     Reference,
-    StoredTeacher,
-    Teacher,
+    TeacherSet,
     ask_each,
     choose_reference,
+    compares,
     own_teacher,
     store,
 )
 from mmkd.training.callbacks import Callback
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
-from mmkd.training.shared_vision import share_vision
+from mmkd.training.shared_vision import SharedVision, share_vision
 from mmkd.training.stage import Metrics, Stage
 from mmkd.training.trackers import Tracked
 from mmkd.training.validation import build_validation
 from mmkd_models.layout import mamba_layers
-
-OWN: Literal["self"] = "self"
 
 
 def build_stage(
@@ -48,13 +48,10 @@ def build_stage(
     *,
     student: PreTrainedModel,
     processor: Any,
-    teacher: Teacher | Literal["self"] | None,
-    teacher_processor: Any,
+    teachers: LoadedTeachers,
     data: DataConfig,
     folder: Path,
     seed: int,
-    teachers: Sequence[TeacherConfig] = (),
-    others: Mapping[str, LiveTeacher] | None = None,
     tracked: Tracked | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Stage:
@@ -64,96 +61,116 @@ def build_stage(
         config: the stage.
         student: what trains; moved to the engine's device.
         processor: the student's processor.
-        teacher: live or stored, "self" for the student as it is now, or None where no objective
-            needs one.
-        teacher_processor: the teacher's processor, or None.
+        teachers: loaded; those that the stage's objectives need are asked.
         data: the records.
         folder: the stage's folder in the run directory.
         seed: of dropout and data order.
-        teachers: the recipe's; of several, each objective on outputs asks each.
-        others: all of them but the first, by name.
         tracked: the stage as its run's trackers see it, if they do.
         callbacks: called at moments of the stage.
     """
-    set_seed(seed)
+    set_seed(seed)  # first: new adapters and dropout draw from here on
     device = distributed.choose_device(config.engine.device)
-    alone = _objectives_of(config, student, processor, teacher_processor)
-    objectives = ask_each(alone, teachers, data)
-    others = {n: t for n, t in (others or {}).items() if any(o.teacher == n for o in objectives)}
-    needs = frozenset().union(*(o.needs for o in objectives))
+    alone = _objectives_of(config, student, processor, teachers.processor)
+    objectives = ask_each(alone, teachers.settings, data)
+    # Before `_prepare_student`: the student as its own teacher is a copy without adapters.
+    own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
+    asked = teachers.for_stage(objectives, own)
+    reference: Reference | None = choose_reference(objectives, asked, own)
+    encoder = _encoder_of(config, objectives, data, processor, teachers.processor, asked)
+    held_out = build_validation(
+        config, alone, encoder, teachers=teachers.settings, folder=folder, seed=seed
+    )
+    stream = _stream_of(config, encoder, seed)
+    steps = config.steps or stream.steps_in(config.epochs or 1.0)
+    vision = _prepare_student(config, student, asked, objectives, encoder, device)
+    engine = build_engine(config, student, steps, device)
+    # After the engine, which says in what precision it runs.
+    if isinstance(reference, LiveReference) and reference.once:
+        reference = store(reference, stream, steps, folder, engine.autocast)
+    return Stage(
+        config=config,
+        engine=engine,
+        teachers=asked,
+        vision=vision,
+        reference=reference,
+        on_policy=_on_policy_of(config, student, encoder, engine, seed),
+        objectives=objectives,
+        stream=stream,
+        steps=steps,
+        folder=folder,
+        tracked=tracked,
+        validation=held_out,
+        callbacks=callbacks,
+    )
 
-    def own() -> LiveTeacher:
-        return own_teacher(student, device, only_adapters=_only_adapters(config))
 
-    if teacher == OWN:
-        teacher = own()
-    live = teacher if isinstance(teacher, LiveTeacher) and "teacher" in needs else None
-    stored = teacher if isinstance(teacher, StoredTeacher) and "teacher" in needs else None
-    asked = [t for t in [live, *others.values()] if t is not None]
-    encoder = Encoder.of(
+def _encoder_of(
+    config: StageConfig,
+    objectives: Sequence[Objective],
+    data: DataConfig,
+    processor: Any,
+    teacher_processor: Any,
+    teachers: TeacherSet,
+) -> Encoder:
+    """What makes the stage's batches. Where processes run a model together, each needs a picture in
+    every batch, at least a blank one."""
+    return Encoder.of(
         objectives,
         data,
         processor,
         teacher_processor=teacher_processor,
-        filler=config.engine.kind == "deepspeed" or any(t.spread for t in asked),
-        store=None if stored is None else stored.store,
+        filler=config.engine.kind == "deepspeed" or any(t.spread for t in teachers.live),
+        store=teachers.store,
         pack=config.batch.pack,
     )
-    held_out = build_validation(
-        config,
-        alone,
-        data=data,
-        processor=processor,
-        teacher_processor=teacher_processor,
-        teachers=teachers,
-        stored=None if stored is None else stored.store,
-        filler=bool(encoder.filler),
-        folder=folder,
-        seed=seed,
-    )
-    stream = BatchStream(
+
+
+def _stream_of(config: StageConfig, encoder: Encoder, seed: int) -> BatchStream:
+    """This process's share of the stage's batches."""
+    return BatchStream(
         encoder,
         config.batch,
         seed=seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        workers=data.workers,
+        workers=encoder.config.workers,
     )
-    steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    reference: Reference | None = choose_reference(objectives, live, own)
+
+
+def _prepare_student(
+    config: StageConfig,
+    student: PreTrainedModel,
+    teachers: TeacherSet,
+    objectives: Sequence[Objective],
+    encoder: Encoder,
+    device: torch.device,
+) -> SharedVision | None:
+    """Choose what trains of the student, and find out whether its vision tower is the primary
+    teacher's; then the tower runs once a batch.
+
+    The order of these steps matters, and all come before the engine, which may spread the weights:
+    packing is checked on the models as they were loaded, whole and without adapters; towers are
+    compared once it is known which weights train.
+    """
     if config.batch.pack is not None:
-        for model in [student, *(t.model for t in asked)]:
+        for model in [student, *(t.model for t in teachers.live)]:
             tell_borders(model)
-        check_packing(encoder, student, asked, device)
+        check_packing(encoder, student, teachers.live, device)
     set_trainable(student, config.train.groups, config.train.lora)
-    compared = any("teacher" in o.needs and not isinstance(o, Preference) for o in objectives)
-    vision = None
-    if live is not None and live.model is not student and compared and encoder.teacher is None:
-        vision = share_vision(live, student)
-    engine = build_engine(config, student, steps, device)
-    if isinstance(reference, LiveReference) and reference.once:
-        reference = store(reference, stream, steps, folder, engine.autocast)
-    on_policy = None
-    if config.on_policy is not None:
-        ends = student.generation_config.eos_token_id
-        on_policy = OnPolicy(config.on_policy, encoder, engine, seed, ends)
-    return Stage(
-        config=config,
-        engine=engine,
-        teacher=(live if compared else None) or stored,
-        others=others,
-        vision=vision,
-        reference=reference,
-        on_policy=on_policy,
-        objectives=objectives,
-        stream=stream,
-        steps=steps,
-        folder=folder,
-        lead=teachers[0].name if teachers else "",
-        tracked=tracked,
-        validation=held_out,
-        callbacks=callbacks,
-    )
+    primary = teachers.primary_model
+    if primary is None or primary.model is student or encoder.teacher is not None:
+        return None
+    return share_vision(primary, student) if any(map(compares, objectives)) else None
+
+
+def _on_policy_of(
+    config: StageConfig, student: PreTrainedModel, encoder: Encoder, engine: Engine, seed: int
+) -> OnPolicy | None:
+    """What samples the student's own answers, where the recipe wants them."""
+    if config.on_policy is None:
+        return None
+    ends = student.generation_config.eos_token_id
+    return OnPolicy(config.on_policy, encoder, engine, seed, ends)
 
 
 def _objectives_of(
@@ -190,17 +207,32 @@ def run_stage(
     *,
     student: PreTrainedModel,
     processor: Any,
+    teachers: LoadedTeachers,
+    data: DataConfig,
     folder: Path,
+    seed: int,
+    tracked: Tracked | None = None,
+    callbacks: Sequence[Callback] = (),
     write: bool = True,
-    **settings: Any,
 ) -> Metrics:
     """Train `student` in place through one stage and write `folder/student` and `done.json`.
 
     Args:
         write: False leaves out both, and the student in memory is all that there is.
-        config, student, processor, folder, settings: as in `build_stage`.
+        config, student, processor, teachers, data, folder, seed, tracked, callbacks: as in
+            `build_stage`.
     """
-    stage = build_stage(config, student=student, processor=processor, folder=folder, **settings)
+    stage = build_stage(
+        config,
+        student=student,
+        processor=processor,
+        teachers=teachers,
+        data=data,
+        folder=folder,
+        seed=seed,
+        tracked=tracked,
+        callbacks=callbacks,
+    )
     with deferred():  # a signal behind the last step must not lose it
         metrics = stage.train()
         steps = metrics.get("step", stage.steps)

@@ -31,9 +31,6 @@ from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import (
     Objective,
     Signals,
-    Teachers,
-    TeacherSignals,
-    answer_logps,
     expert_counts,
     score,
 )
@@ -43,12 +40,7 @@ from mmkd.runtime.interrupt import asked, deferred
 from mmkd.runtime.progress import Bar
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
-from mmkd.teachers import (
-    LiveReference,
-    LiveTeacher,
-    Reference,
-    Teacher,
-)
+from mmkd.teachers import Reference, TeacherSet
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.on_policy import OnPolicy
@@ -80,8 +72,7 @@ class Stage:
 
     config: StageConfig
     engine: Engine
-    teacher: Teacher | None
-    others: dict[str, LiveTeacher]
+    teachers: TeacherSet
     vision: SharedVision | None
     reference: Reference | None
     on_policy: OnPolicy | None
@@ -89,7 +80,6 @@ class Stage:
     stream: BatchStream
     steps: int
     folder: Path
-    lead: str = ""
     tracked: Tracked | None = None
     validation: Validation | None = None
     callbacks: Sequence[Callback] = ()
@@ -244,61 +234,22 @@ class Stage:
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         plan = LayerPlan.of(objectives)
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
-            teacher = None
-            if self.teacher is not None and self.asks(self.lead, self.teacher, batch, objectives):
-                teacher = self.teacher.signals(batch, plan.teacher_request())
-            others = self._others(batch, objectives)
+            asked = self.teachers.ask(batch, objectives, plan.teacher_request())
             if self.reference is not None:
-                targets = replace(targets, reference_logps=self._reference_logps(batch, teacher))
+                targets = replace(targets, reference_logps=self.reference.logps(batch, asked))
 
         def compare(student: Signals) -> Scored:
             student = student.first(len(targets.input_ids))
-            first = None if teacher is None else teacher.first(len(targets.input_ids))
-            theirs: TeacherSignals | Teachers | None = first
-            if self.others:
-                asked = {name: s.first(len(targets.input_ids)) for name, s in others.items()}
-                theirs = asked if first is None else {self.lead: first, **asked}
+            theirs = {name: s.first(len(targets.input_ids)) for name, s in asked.items()}
             if not torch.is_grad_enabled():
                 student = student.detached()
             total, said = score(objectives, student, theirs, targets, counts)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         with self.vision.replaying() if self.vision else nullcontext():
-            layers = teacher.layers if isinstance(teacher, Signals) else {}
+            primary = asked.get(self.teachers.primary)
+            layers = primary.layers if isinstance(primary, Signals) else {}
             return forward(batch.inputs, compare, plan.student_request(layers))
-
-    def asks(self, name: str, teacher: Teacher, batch: Batch, objectives: list[Objective]) -> bool:
-        """Whether an objective compares a batch's records with a teacher, or all processes have to
-        run it together."""
-        needing = [o for o in objectives if "teacher" in o.needs]
-        if name == self.lead and any(o.teacher is None for o in needing):
-            return True
-        asking = [o for o in needing if o.teacher == name]
-        rows = (o.rows(batch.targets.of(o.sources)) for o in asking)
-        return teacher.spread or any(bool(r.any()) for r in rows)
-
-    def _others(self, batch: Batch, objectives: list[Objective]) -> dict[str, Signals]:
-        """Signals of the further teachers that are asked about a batch; they see the student's
-        tokens, whatever the first one sees."""
-        own = replace(batch, teacher=None, alignment=None)
-        return {
-            name: teacher.signals(own)
-            for name, teacher in self.others.items()
-            if self.asks(name, teacher, batch, objectives)
-        }
-
-    def _reference_logps(self, batch: Batch, teacher: TeacherSignals | None) -> Tensor:
-        reference = self.reference
-        assert reference is not None
-        if (
-            isinstance(reference, LiveReference)
-            and reference.model is self.teacher
-            and isinstance(teacher, Signals)
-            and batch.alignment is None
-        ):
-            # It ran already.
-            return answer_logps(teacher, batch.targets, reference.vocabulary, reference.memory)
-        return reference.logps(batch)
 
     def _sources(self, batches: list[Batch]) -> Metrics:
         """How many of the global batch's records each source of a mixture gave."""

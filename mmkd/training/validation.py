@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from mmkd.cache import Store
-from mmkd.data.alignment import same_processor
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
+from mmkd.data.first_records import encoder_of
 from mmkd.data.lengths import SharedLengths
 from mmkd.data.microbatches import by_size, by_tokens
 from mmkd.data.records import Records
@@ -47,7 +47,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.seeds import set_seed
 from mmkd.runtime.steplog import StepLog
-from mmkd.teachers import ask_each, asks_each
+from mmkd.teachers import ask_each, asks_each, compares
 from mmkd.training.checkpoint import (
     find_checkpoints,
     load_weights,
@@ -268,13 +268,9 @@ def undisturbed(seed: int) -> Iterator[None]:
 def build_validation(
     config: StageConfig,
     objectives: Sequence[Objective],
+    encoder: Encoder,
     *,
-    data: DataConfig,
-    processor: Any,
-    teacher_processor: Any,
     teachers: Sequence[TeacherConfig],
-    stored: Store | None,
-    filler: bool,
     folder: Path,
     seed: int,
 ) -> Validation | None:
@@ -283,12 +279,8 @@ def build_validation(
     Args:
         config: the stage.
         objectives: of the stage, before there is one for each of several teachers.
-        data: of the stage.
-        processor: the student's.
-        teacher_processor: the teacher's, or None.
+        encoder: of the training records; held-out records are read in the same way.
         teachers: of the recipe.
-        stored: the teacher's cache, if the objectives read it.
-        filler: models see a blank picture beside records without one, as in training.
         folder: the stage's.
         seed: of the stage.
 
@@ -296,22 +288,28 @@ def build_validation(
         RecipeError: the stage wants validation in a way that cannot be.
         DataError: the held-out records cannot be opened.
     """
+    data = encoder.config
     if not _measures(config, objectives, data):
         return None
     named = data.model_copy(update={"train": None, "sources": data.validation_parts})
-    asked = _asked(objectives, processor, teacher_processor, teachers, stored, named)
+    asked = _asked(objectives, encoder, teachers, named)
     _check_metric(config, asked)
-    encoder = Encoder.of(
+    held_out = Encoder.of(
         asked,
         data,
-        processor,
-        teacher_processor=teacher_processor,
+        encoder.processor,
+        teacher_processor=_teacher_processor(encoder),
         records=Records(data, held_out=True),
-        filler=filler,
-        store=stored,
+        filler=bool(encoder.filler),
+        store=encoder.store,
         pack=config.batch.pack,
     )
-    return Validation(config, asked, encoder, folder, seed)
+    return Validation(config, asked, held_out, folder, seed)
+
+
+def _teacher_processor(encoder: Encoder) -> Any:
+    """That of the teacher whose view a batch has; the student's where both are equal."""
+    return (encoder.teacher or encoder).processor
 
 
 def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataConfig) -> bool:
@@ -341,23 +339,21 @@ def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataCo
 
 def _asked(
     objectives: Sequence[Objective],
-    processor: Any,
-    teacher_processor: Any,
+    encoder: Encoder,
     teachers: Sequence[TeacherConfig],
-    stored: Store | None,
     held_out: DataConfig,
 ) -> list[Objective]:
     """What is measured: a stage's objectives and the metrics beside them, for each teacher that the
     stage asks.
 
     Args:
-        objectives, processor, teacher_processor, teachers, stored: as in `build_validation`.
+        objectives, encoder, teachers: as in `build_validation`.
         held_out: the records that are held out.
 
     Raises:
         RecipeError: a teacher is asked about a source that the held-out records do not have.
     """
-    alone = [*objectives, *_beside(objectives, processor, teacher_processor, stored)]
+    alone = [*objectives, *_beside(objectives, encoder)]
     if not any(map(asks_each, objectives)):
         return alone  # the stage runs its first teacher only
     try:
@@ -377,18 +373,16 @@ def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
         )
 
 
-def _beside(
-    objectives: Sequence[Objective], processor: Any, teacher_processor: Any, stored: Store | None
-) -> list[Objective]:
+def _beside(objectives: Sequence[Objective], encoder: Encoder) -> list[Objective]:
     """The metrics that are measured beside a stage's objectives, with weight 0."""
     settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
     shared = None
-    compared = [o for o in objectives if "teacher" in o.needs and not isinstance(o, Preference)]
+    compared = [o for o in objectives if compares(o)]
     by_token = any("chunks" not in o.needs for o in compared)
-    if compared and (stored is None or "response" in stored.manifest["regions"]):
-        theirs = processor if stored is not None else teacher_processor
-        words = processor.tokenizer, theirs.tokenizer
-        if same_vocabulary(*words) and (by_token or same_processor(processor, theirs)):
+    store = encoder.store
+    if compared and (store is None or "response" in store.manifest["regions"]):
+        words = encoder.processor.tokenizer, _teacher_processor(encoder).tokenizer
+        if same_vocabulary(*words) and (by_token or encoder.teacher is None):
             shared = shared_vocabulary(*words)
             settings.append(DivergenceConfig(kind="kl", name=TEACHER_KL, weight=0))
     memory, backend = objectives[0].head_memory, objectives[0].head_backend
@@ -419,12 +413,8 @@ def check_validation(context: StageContext) -> None:
     validation = build_validation(
         context.stage,
         context.objectives,
-        data=context.data,
-        processor=context.processor,
-        teacher_processor=context.teacher_processor,
+        encoder_of(context),
         teachers=context.recipe.teachers,
-        stored=context.read_store,
-        filler=False,
         folder=Path(),
         seed=context.recipe.seed,
     )

@@ -18,7 +18,7 @@ from mmkd.modeling.capture import capture
 from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.students import write_student
-from mmkd.teachers import LiveTeacher
+from mmkd.teachers import LiveTeacher, LoadedTeachers
 from mmkd.training.build import build_stage
 from mmkd.training.stage import Stage
 
@@ -97,12 +97,15 @@ class Workbench:
         settings["batch"] = {"size": len(kinds), **settings.get("batch", {})}
         config = {"name": "step", "objectives": objectives, "steps": 1, **settings}
         config |= {"optimizer": {"lr": 1e-3}, "engine": {"device": "cpu"}}
+        teachers = LoadedTeachers()
+        if teacher is not None:
+            live = LiveTeacher(teacher, torch.device("cpu"))
+            teachers = LoadedTeachers({"teacher": live}, processor=self.processor)
         return build_stage(
             StageConfig.model_validate(config),
             student=student,
             processor=self.processor,
-            teacher=None if teacher is None else LiveTeacher(teacher, torch.device("cpu")),
-            teacher_processor=None if teacher is None else self.processor,
+            teachers=teachers,
             data=self.data(*kinds),
             folder=self.folder / "stage",
             seed=0,

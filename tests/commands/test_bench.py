@@ -13,9 +13,8 @@ import yaml
 from mmkd.commands import bench
 from mmkd.errors import RecipeError
 from mmkd.recipe import load_recipe
-from mmkd.runs import pipeline
 from mmkd.runtime.hashes import weights_hash
-from mmkd.teachers import LiveTeacher, place_teacher
+from mmkd.teachers import LiveTeacher, load, place_teacher
 from tests.support.recipes import tiny_recipe
 
 
@@ -97,7 +96,7 @@ def timed(raw, monkeypatch, seconds):
         made.append(Slow(place_teacher(model, *rest), seconds[len(made)]))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "place_teacher", place)
+    monkeypatch.setattr(load, "place_teacher", place)
     return bench.bench(load_recipe(raw), None, 2), made
 
 
@@ -122,10 +121,10 @@ def test_the_floor_has_only_the_teachers_that_are_asked(raw, tiny_model_dir, tmp
     stage, student = bench.prepare(load_recipe(recipe), 0, tmp_path)
     asked = []
     monkeypatch.setattr(bench, "_bare_teacher", lambda clock, teacher, *rest: asked.append(teacher))
-    encoder, teachers = stage.stream.encoder, bench.teachers_of(stage)
+    encoder, teachers = stage.stream.encoder, stage.teachers
     for first in encoder.records.starts:
         bench.floor_of(stage, student, teachers, [encoder.encode([first])])
-    assert asked == [teachers["one"], teachers["two"]]
+    assert asked == list(teachers.members.values())
 
 
 def test_a_teacher_that_is_the_reference_too_runs_once(raw, tiny_model_dir, tmp_path, monkeypatch):

@@ -182,3 +182,18 @@ def test_plans_count_all_teachers(world):
     assert more["flops_per_step"]["teacher_others"] == pytest.approx(teacher, rel=1e-6)
     weights = alone["memory_bytes"]["teacher_weights"]
     assert more["memory_bytes"]["total"] == alone["memory_bytes"]["total"] + weights
+
+
+def test_plans_count_the_teachers_that_are_asked(world):
+    """The second of two is not asked about layers; its weights are where its settings say."""
+    layers = [{"kind": "hidden_mse", "layers": [0]}]
+    waiting = one(world, "ocr", placement="offload")
+    both = [one(world, "chat"), waiting]
+    for objectives, count in ((layers, 1), ([{"kind": "kl"}], 2)):
+        recipe = load_recipe(world("plan", both, objectives=objectives))
+        (stage,) = make_plan(recipe)["members"]["student"]["stages"]
+        others = "teacher_others" in stage["flops_per_step"]
+        assert others == ("other_teachers_weights" in stage["memory_bytes"]) == (count == 2)
+        assert (stage["memory_bytes"]["cpu"] > 0) == (count == 2)
+    memory = stage["memory_bytes"]
+    assert memory["other_teachers_weights"] < memory["teacher_weights"] == memory["cpu"]

@@ -65,6 +65,16 @@ class Shape:
     vision_depth: int
 
 
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher that a stage asks: its model without weights, and where and in how many bits its
+    weights will be."""
+
+    model: PreTrainedModel
+    placement: TeacherPlacement = "replicated"
+    quantize: Quantization | None = None
+
+
 def shape_of(model: PreTrainedModel) -> Shape:
     parts = find_parts(model)
     text = model.config.get_text_config()
@@ -110,12 +120,11 @@ def _patches(model: PreTrainedModel, pixels: float) -> float:
 def flops_per_record(
     student: PreTrainedModel,
     trainable: set[str],
-    teacher: PreTrainedModel | None,
+    teachers: Sequence[PlannedTeacher],
     sample: Sample,
-    others: Sequence[PreTrainedModel] = (),
 ) -> dict[str, float]:
-    """FLOPs of one record in one step, by what they are spent on; `others` are further teachers,
-    all of which are asked about it."""
+    """FLOPs of one record in one step, by what they are spent on; all of the teachers, the primary
+    one first, are asked about it."""
     passes = _passes(student, trainable)
     forward = _forward(student, sample, sample.projected)
     found = {
@@ -123,12 +132,11 @@ def flops_per_record(
         "student_decoder": forward["decoder"] * passes["decoder"],
         "student_head": forward["head"] * passes["head"],
     }
-    if teacher is not None:
-        frozen = _forward(teacher, sample, sample.projected)
-        found |= {f"teacher_{part}": value for part, value in frozen.items()}
-    if others:
-        more = (sum(_forward(m, sample, sample.projected).values()) for m in others)
-        found["teacher_others"] = sum(more)
+    frozen = [_forward(t.model, sample, sample.projected) for t in teachers]
+    for parts in frozen[:1]:
+        found |= {f"teacher_{part}": value for part, value in parts.items()}
+    if frozen[1:]:
+        found["teacher_others"] = sum(sum(parts.values()) for parts in frozen[1:])
     return {**found, "total": sum(found.values())}
 
 
@@ -179,11 +187,9 @@ def _scan(model: PreTrainedModel) -> float:
 def memory(
     student: PreTrainedModel,
     trained: int,
-    teacher: PreTrainedModel | None,
+    teachers: Sequence[PlannedTeacher],
     stage: StageConfig,
     sample: Sample,
-    placement: TeacherPlacement = "replicated",
-    quantize: Quantization | None = None,
 ) -> dict[str, int]:
     """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk; the
     student's trainable weights are chosen.
@@ -217,23 +223,37 @@ def memory(
         "head_chunk": round(min(rows * shape.head[0] * 4 * BUFFERS, room)),
     }
     cpu = found.pop("cpu")
-    if teacher is not None:
-        whole = teacher_bytes(teacher, quantize)
-        share = whole // distributed.world_size()
-        layer = max(parameter_bytes(layer) for layer in find_parts(teacher).decoder_layers)
-        head = shape_of(teacher).head
-        spread = layer + head[0] * head[1] * next(teacher.parameters()).element_size()
-        found["teacher_weights"] = {
-            "replicated": whole,
-            "sharded": share + spread,
-            "offload": spread,
-        }[placement]
-        cpu += share if placement == "offload" else 0
-        patches = _patches(teacher, sample.patches) * batch
-        found["teacher_activations"] = round(_layer(shape_of(teacher), tokens, patches) * scale)
-    if any(getattr(o, "reference", None) == "self" for o in stage.objectives):
+    weights = [_teacher_weights(t) for t in teachers]
+    if weights:
+        found["teacher_weights"] = weights[0][0]
+        found["teacher_activations"] = max(  # they run one after another
+            round(
+                _layer(shape_of(t.model), tokens, _patches(t.model, sample.patches) * batch) * scale
+            )
+            for t in teachers
+        )
+    if weights[1:]:
+        found["other_teachers_weights"] = sum(device for device, _ in weights[1:])
+    cpu += sum(offloaded for _, offloaded in weights)
+    taught_by_itself = any(t.model is student for t in teachers)  # its reference is that teacher
+    if not taught_by_itself and any(
+        getattr(o, "reference", None) == "self" for o in stage.objectives
+    ):
         found["reference_weights"] = parameter_count(student) * weight
     return {**found, "total": sum(found.values()), "cpu": cpu}
+
+
+def _teacher_weights(teacher: PlannedTeacher) -> tuple[int, int]:
+    """Bytes of a teacher's weights on a process's device, and of those on the CPU. Weights that are
+    spread are gathered layer by layer, and the head stays whole on every process."""
+    model, whole = teacher.model, teacher_bytes(teacher.model, teacher.quantize)
+    if teacher.placement == "replicated":
+        return whole, 0
+    share = whole // distributed.world_size()
+    layer = max(parameter_bytes(layer) for layer in find_parts(model).decoder_layers)
+    head = shape_of(model).head
+    gathered = layer + head[0] * head[1] * next(model.parameters()).element_size()
+    return (gathered, share) if teacher.placement == "offload" else (share + gathered, 0)
 
 
 def _layer(shape: Shape, tokens: float, patches: float) -> float:

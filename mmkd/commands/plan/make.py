@@ -1,11 +1,13 @@
 """What a run would cost, computed from configs and a sample of the data, without weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mmkd.commands.plan.costs import (
+    PlannedTeacher,
     Sample,
     flops_per_record,
     idle_parameters,
@@ -18,12 +20,12 @@ from mmkd.data.records import Records
 from mmkd.data.sources import is_there
 from mmkd.modeling.loading import load_processor, parameter_count, skeleton
 from mmkd.objectives import Objective, build_objective
-from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherPlacement
+from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import set_trainable, student_at
-from mmkd.teachers import choose_placement
+from mmkd.teachers import choose_placement, needed_teachers
 from mmkd_models.layout import mamba_layers
 
 SAMPLED_RECORDS = 48
@@ -57,9 +59,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     of `max_length` tokens are assumed.
     """
     processor = load_processor(recipe.student)
-    teacher = None
-    if recipe.teacher is not None and recipe.teacher.source == "live":
-        teacher = skeleton(recipe.teacher)
+    teachers = {t.name: skeleton(t) for t in recipe.teachers if t.source == "live"}
     planned: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     found: dict[str, dict[str, Any]] = {}
     trained = members(recipe)
@@ -68,7 +68,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         stages = next((made for known, made in planned if known == content), None)
         if stages is None:
             stages = [
-                plan_stage(member.recipe, stage, processor, teacher)
+                plan_stage(member.recipe, stage, processor, teachers)
                 for stage in member.recipe.stages
             ]
             planned.append((content, stages))
@@ -79,11 +79,12 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             "stages": stages,
             "total": _sum(stages),
         }
+    primary = next(iter(teachers.values()), None)
     alone = [stage for m in found.values() for stage in m["stages"][m["shared_stages"] :]]
     return {
         "name": recipe.name,
         "processes": distributed.world_size(),
-        "teacher": None if teacher is None else {"parameters": parameter_count(teacher)},
+        "teacher": None if primary is None else {"parameters": parameter_count(primary)},
         "members": found,
         "total": _sum(alone),
         "warnings": _warnings(found),
@@ -133,7 +134,7 @@ def plan_stage(
     recipe: Recipe,
     stage: StageConfig,
     processor: Any,
-    teacher: PreTrainedModel | None,
+    teachers: Mapping[str, PreTrainedModel],
     sampled: tuple[Sample, int] | None = None,
 ) -> dict[str, Any]:
     """One stage's plan.
@@ -142,7 +143,7 @@ def plan_stage(
         recipe: of one student.
         stage: of this recipe.
         processor: the student's.
-        teacher: without weights; None if there is no live one.
+        teachers: those of the recipe that run, by name and without weights.
         sampled: a mean record and the number of records of an epoch; None reads them from the data.
     """
     index = recipe.stages.index(stage)
@@ -150,24 +151,27 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     mamba = mamba_layers(student.config)
     objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
-    taught = any("teacher" in o.needs for o in objectives)
-    if recipe.teacher is not None and recipe.teacher.source == "self":
-        teacher = student
-    models = _Models(student, trainable, teacher if taught else None, [])
-    if models.teacher is not None:
-        models.others.extend(skeleton(t) for t in recipe.more_teachers)
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
-    per_step = stage.batch.records_per_step(distributed.world_size())
+    processes = distributed.world_size()
+    device = distributed.choose_device(stage.engine.device)
+    per_step = stage.batch.records_per_step(processes)
     steps = timings.steps_over(stage, records)
-    costs = flops_per_record(student, trainable, models.teacher, sample, models.others)
-    flops = {name: round(count * per_step) for name, count in costs.items()}
+    trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
+    asked = _planned_teachers(recipe, objectives, teachers, student, device)
+    flops = {
+        k: round(v * per_step)
+        for k, v in flops_per_record(student, trainable, asked, sample).items()
+    }
     second = timings.seconds_per_step(recipe, index)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
-        **models.sizes(),
+        "parameters": parameter_count(student),
+        "active_parameters": parameter_count(student) - idle_parameters(student),
+        "trainable": trained,
+        "trainable_share": round(trained / parameter_count(student), 4),
         "records": records,
         "records_per_step": per_step,
         "steps": steps,
@@ -179,75 +183,41 @@ def plan_stage(
         "tokens": round(sample.length * per_step) * steps,
         "flops": flops["total"] * steps,
         "seconds": None if second is None else second * steps,
-        **_memory(recipe, stage, models, sample, taught=taught),
-    }
-
-
-@dataclass(frozen=True)
-class _Models:
-    """The models of a stage, without weights.
-
-    Attributes:
-        trainable: names of the student's parameters that train.
-        teacher: None if no objective asks it, or it does not run.
-        others: further teachers.
-    """
-
-    student: PreTrainedModel
-    trainable: set[str]
-    teacher: PreTrainedModel | None
-    others: list[PreTrainedModel]
-
-    @property
-    def trained(self) -> int:
-        """Number of parameters that train."""
-        named = self.student.named_parameters()
-        return sum(p.numel() for name, p in named if name in self.trainable)
-
-    def sizes(self) -> dict[str, Any]:
-        count = parameter_count(self.student)
-        return {
-            "parameters": count,
-            "active_parameters": count - idle_parameters(self.student),
-            "trainable": self.trained,
-            "trainable_share": round(self.trained / count, 4),
-        }
-
-
-def _memory(
-    recipe: Recipe, stage: StageConfig, models: _Models, sample: Sample, *, taught: bool
-) -> dict[str, Any]:
-    """Memory of a process by what holds it, that of its device, and where the teacher is."""
-    device = distributed.choose_device(stage.engine.device)
-    placement: TeacherPlacement = "replicated"
-    quantize = None
-    if models.teacher is not None and recipe.teacher is not None:
-        quantize, wanted = recipe.teacher.quantize, recipe.teacher.placement
-        if quantize is None:
-            placement = choose_placement(wanted, parameter_bytes(models.teacher), device)
-    held = memory(
-        models.student, models.trained, models.teacher, stage, sample, placement, quantize
-    )
-    return {
-        "memory_bytes": _with_others(held, models.others),
+        "memory_bytes": memory(student, trained, asked, stage, sample),
         "device_memory_bytes": distributed.memory_of(device),
-        "teacher_placement": _placement(recipe, placement) if taught else None,
+        "teacher_placement": _placement(recipe, objectives, asked),
     }
 
 
-def _with_others(memory: dict[str, int], others: list[PreTrainedModel]) -> dict[str, int]:
-    """Adds the weights of further teachers, which are whole on every process."""
-    if not others:
-        return memory
-    weights = sum(map(parameter_bytes, others))
-    return {**memory, "other_teachers_weights": weights, "total": memory["total"] + weights}
+def _planned_teachers(
+    recipe: Recipe,
+    objectives: Sequence[Objective],
+    teachers: Mapping[str, PreTrainedModel],
+    student: PreTrainedModel,
+    device: torch.device,
+) -> list[PlannedTeacher]:
+    """The teachers that run beside a stage, the primary one first, as the run will place them."""
+    planned = []
+    for config in needed_teachers(recipe.teachers, objectives):
+        if config.source == "self":
+            planned.append(PlannedTeacher(student))
+        elif config.source == "live":
+            model, placement = teachers[config.name], config.placement
+            if config.quantize is not None:
+                planned.append(PlannedTeacher(model, quantize=config.quantize))
+            else:
+                size = parameter_bytes(model)
+                planned.append(PlannedTeacher(model, choose_placement(placement, size, device)))
+    return planned
 
 
-def _placement(recipe: Recipe, placement: TeacherPlacement) -> str | None:
-    if recipe.teacher is None:
-        return None
+def _placement(
+    recipe: Recipe, objectives: Sequence[Objective], planned: Sequence[PlannedTeacher]
+) -> str | None:
+    """Where the primary teacher's weights are, in words; None where no teacher is needed."""
+    needed = needed_teachers(recipe.teachers, objectives)
     said = {"cache": "read from its cache", "self": "the student itself"}
-    return said.get(recipe.teacher.source, placement)
+    return (said.get(needed[0].source) or planned[0].placement) if needed else None
 
 
 def sample_data(

@@ -1,0 +1,77 @@
+"""From a recipe's teachers to models that run beside the student, or caches that are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd.cache import Store
+from mmkd.modeling.loading import load_model, load_processor
+from mmkd.objectives import Objective, build_objective
+from mmkd.recipe import Recipe, StageConfig, TeacherConfig
+from mmkd.runtime import distributed
+from mmkd.teachers.assign import needed_teachers
+from mmkd.teachers.live import LiveTeacher
+from mmkd.teachers.placement import place_teacher
+from mmkd.teachers.stored import StoredTeacher
+from mmkd.teachers.teacher_set import Teacher, TeacherSet
+
+
+@dataclass(frozen=True)
+class LoadedTeachers:
+    """The teachers of a run, loaded once for all of its stages.
+
+    Attributes:
+        members: by name, the primary one first; without the student as its own teacher, which is
+            made anew for each stage.
+        settings: the recipe's, the primary teacher's first; without any, each objective compares
+            with the first member.
+        processor: the primary teacher's, the student's for a cache or for the student as its own
+            teacher; None where no teacher is needed.
+    """
+
+    members: Mapping[str, Teacher] = field(default_factory=dict)
+    settings: Sequence[TeacherConfig] = ()
+    processor: Any = None
+
+    def for_stage(
+        self, objectives: Sequence[Objective], own: Callable[[], LiveTeacher]
+    ) -> TeacherSet:
+        """The teachers that a stage's objectives need.
+
+        Args:
+            objectives: of the stage, one for each teacher where there are several.
+            own: makes a teacher of the student as it is before the stage.
+        """
+        names = [t.name for t in self.settings] or list(self.members)
+        primary = names[0] if names else ""
+        needed = {o.teacher or primary for o in objectives if "teacher" in o.needs}
+        students = {t.name for t in self.settings if t.source == "self"}
+        members = {n: own() if n in students else self.members[n] for n in names if n in needed}
+        return TeacherSet(members, primary)
+
+
+def load_teachers(recipe: Recipe, stages: Sequence[StageConfig]) -> LoadedTeachers:
+    """The teachers that some stages of a recipe need, on the device of the first such stage.
+
+    Raises:
+        MmkdError: one cannot be loaded.
+    """
+    objectives = {s.name: [build_objective(o) for o in s.objectives] for s in stages}
+    needing = [s for s in stages if needed_teachers(recipe.teachers, objectives[s.name])]
+    if not needing:
+        return LoadedTeachers(settings=recipe.teachers)
+    device = distributed.choose_device(needing[0].engine.device)
+    needed = needed_teachers(recipe.teachers, [o for s in needing for o in objectives[s.name]])
+    members = {t.name: _load(t, device) for t in needed if t.source != "self"}
+    source = needed[0] if needed[0].source == "live" else recipe.student
+    return LoadedTeachers(members, recipe.teachers, load_processor(source))
+
+
+def _load(teacher: TeacherConfig, device: torch.device) -> Teacher:
+    if teacher.source == "cache":
+        assert teacher.cache is not None
+        return StoredTeacher(Store(Path(teacher.cache.folder)))
+    return place_teacher(load_model(teacher), teacher.placement, device)
