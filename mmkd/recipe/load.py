@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
-from mmkd.objectives import find_added
+from mmkd.objectives import OBJECTIVES
 from mmkd.recipe.conversions import PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
@@ -186,8 +186,8 @@ def _added_keys(raw: Any, location: tuple[int | str, ...]) -> list[str]:
         except (KeyError, IndexError, TypeError):
             return []
     kind = node.get("kind") if isinstance(node, dict) else None
-    added = find_added(kind) if isinstance(kind, str) else None
-    return [] if added is None else list(added.config_class.model_fields)
+    added = OBJECTIVES.settings_of(kind) if isinstance(kind, str) else None
+    return [] if added is None else list(added.model_fields)
 
 
 def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from mmkd.cache import Store
 from mmkd.errors import CheckpointError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, StageConfig
 from mmkd.runs import preflight
 from mmkd.runs.evaluate import evaluate
@@ -23,7 +22,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.files import link_folder, read_yaml, write_folder
 from mmkd.runtime.progress import Course, console, say
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
-from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, asks_each, place_teacher
+from mmkd.teachers import LiveTeacher, StoredTeacher, Teacher, place_teacher
 from mmkd.training.build import OWN, run_stage
 from mmkd.training.checkpoint import check_batch
 from mmkd.training.trackers import Tracked
@@ -219,9 +218,7 @@ def load_teacher(
 ) -> tuple[Teacher | Literal["self"] | None, Any]:
     """Teacher and its processor, where one of the stages has an objective that needs them; a
     stored one has the student's."""
-    needing = [
-        s for s in stages if any("teacher" in build_objective(o).needs for o in s.objectives)
-    ]
+    needing = [s for s in stages if any("teacher" in o.needs for o in s.objectives)]
     if recipe.teacher is None or not needing:
         return None, None
     if recipe.teacher.source == "cache":
@@ -238,7 +235,7 @@ def load_teacher(
 def load_others(recipe: Recipe, stages: list[StageConfig]) -> dict[str, LiveTeacher]:
     """All teachers but the first, by name, where one of the stages has an objective that asks each
     of them."""
-    if not any(asks_each(build_objective(o)) for s in stages for o in s.objectives):
+    if not any(o.compares_outputs for s in stages for o in s.objectives):
         return {}
     device = distributed.choose_device(recipe.stages[0].engine.device)
     return {t.name: place_teacher(load_model(t), t.placement, device) for t in recipe.more_teachers}

@@ -195,7 +195,7 @@ def _check_stored(
 ) -> None:
     """The cache holds what the stage's objectives read."""
     reading = [o for o in objectives if "teacher" in o.needs]
-    check_storable(stage, reading, hidden=store.hidden is not None)
+    check_storable(stage, [o.config for o in reading], hidden=store.hidden is not None)
     length, data = store.manifest["max_length"], recipe.stage_data(stage)
     for objective in reading:
         regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]

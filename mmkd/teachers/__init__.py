@@ -1,6 +1,6 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, asks_each
+from mmkd.teachers.assign import ask_each
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.placement import choose_placement, place_teacher
@@ -18,7 +18,6 @@ __all__ = [
     "StoredTeacher",
     "Teacher",
     "ask_each",
-    "asks_each",
     "check_storable",
     "choose_placement",
     "choose_reference",

@@ -9,7 +9,7 @@ the sources' sizes.
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError, nearest
-from mmkd.objectives import HeadObjective, Objective
+from mmkd.objectives import Objective
 from mmkd.recipe import DataConfig, TeacherConfig
 
 
@@ -27,18 +27,12 @@ def ask_each(
     numbers = [_numbers(t, data) for t in teachers]
     made: list[Objective] = []
     for objective in objectives:
-        if not asks_each(objective):
+        if not objective.config.compares_outputs:
             made.append(objective)
             continue
         for teacher, sources in zip(teachers, numbers, strict=True):
             made.append(objective.beside(teacher.name, teacher.weight, sources))
     return made
-
-
-def asks_each(objective: Objective) -> bool:
-    """Whether an objective compares what a teacher's head sees or says."""
-    wanted = isinstance(objective, HeadObjective) or bool(objective.reads_hidden)
-    return wanted and "teacher" in objective.needs
 
 
 def _numbers(teacher: TeacherConfig, data: DataConfig) -> frozenset[int] | None:

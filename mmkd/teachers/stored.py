@@ -6,7 +6,7 @@ from mmkd.cache import Store
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
-from mmkd.objectives import HeadObjective, Objective, Signals, StoredSignals
+from mmkd.objectives import HeadObjectiveConfig, ObjectiveConfig, Signals, StoredSignals
 from mmkd.recipe import StageConfig
 
 LIVE = "set teacher.source to live"
@@ -37,34 +37,34 @@ class StoredTeacher:
 
 
 def check_storable(
-    stage: StageConfig, objectives: Sequence[Objective], *, hidden: bool = False
+    stage: StageConfig, objectives: Sequence[ObjectiveConfig], *, hidden: bool = False
 ) -> None:
     """A stage's objectives that read a teacher can do with what is stored of it.
 
     Args:
         stage: theirs.
-        objectives: that read a teacher.
+        objectives: settings of those that read a teacher.
         hidden: final hidden states are stored too.
 
     Raises:
         RecipeError: one of them cannot.
     """
     for objective in objectives:
-        where = f"stage {stage.name}: objective {objective.name}"
+        where = f"stage {stage.name}: objective {objective.metric_name}"
         if objective.reads_hidden and not hidden:
             raise RecipeError(
                 "the teacher's cache holds output distributions, it needs hidden states",
                 where=where,
                 mend="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
             )
-        if not isinstance(objective, HeadObjective) and not objective.reads_hidden:
+        if not isinstance(objective, HeadObjectiveConfig) and not objective.reads_hidden:
             raise RecipeError(
                 "a teacher's cache holds what its head sees and says, it needs more",
                 where=where,
                 mend=LIVE,
             )
-        temperature = getattr(objective.config, "temperature", 1.0)
-        if isinstance(objective, HeadObjective) and temperature != 1:
+        temperature = getattr(objective, "temperature", 1.0)
+        if isinstance(objective, HeadObjectiveConfig) and temperature != 1:
             raise RecipeError(
                 f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
                 where=where,

@@ -44,7 +44,7 @@ from mmkd.recipe import (
 )
 from mmkd.runtime import distributed
 from mmkd.runtime.steplog import StepLog
-from mmkd.teachers import ask_each, asks_each
+from mmkd.teachers import ask_each
 from mmkd.training.checkpoint import (
     find_checkpoints,
     load_weights,
@@ -348,7 +348,7 @@ def _asked(
         RecipeError: a teacher is asked about a source that the held-out records do not have.
     """
     alone = [*objectives, *_beside(objectives, processor, teacher_processor, stored)]
-    if not any(map(asks_each, objectives)):
+    if not any(o.config.compares_outputs for o in objectives):
         return alone  # the stage runs its first teacher only
     try:
         return ask_each(alone, teachers, held_out)

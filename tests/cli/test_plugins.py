@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mmkd.cli import main
-from mmkd.objectives import REGISTRY, registry
+from mmkd.objectives import OBJECTIVES, REGISTRY
 from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
 
@@ -17,9 +17,16 @@ PAGE = DOCS / "extending.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 
 
+def changed(old, new):
+    """The page's code with other words."""
+    code = CODE.group(1)
+    assert old in code
+    return code.replace(old, new)
+
+
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    monkeypatch.setattr(registry, "_added", {})
+    monkeypatch.setattr(OBJECTIVES, "_added", {})
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     said = json.loads((tmp_path / "tiny" / "provenance.json").read_text())
     assert len(said["plugins"][str(file)]) == 64
 
-    monkeypatch.setattr(registry, "_added", {})  # as in a process of its own
+    monkeypatch.setattr(OBJECTIVES, "_added", {})  # as in a process of its own
     out = tmp_path / "released"
     words = ("release", tmp_path / "tiny", "--out", out)
     assert mmkd(monkeypatch, *words) == 2
@@ -108,6 +115,14 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
          "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
         (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
          "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
+        (["--plugin", "my.py"], changed("config_class", "needs = None\n    config_class"), {},
+         "Cosine defines 'needs': move it to its settings, CosineConfig"),
+        (["--plugin", "my.py"], changed("needs: ClassVar", "needs: frozenset[str]"), {},
+         "a recipe could set 'needs' of CosineConfig: annotate it as ClassVar"),
+        (["--plugin", "my.py"], changed("ObjectiveConfig", "HeadObjectiveConfig"), {},
+         "Cosine and CosineConfig differ: settings of a HeadObjective, and no others, are"),
+        (["--plugin", "my.py"], changed("@add_objective", "add_objective(CosineConfig)\n"), {},
+         "cannot be loaded (TypeError: it is no objective)"),
         (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
          "unknown kind 'hidden_cosine'"),
         ([], None, {}, "unknown kind 'hidden_cosine'"),
