@@ -78,7 +78,7 @@ Plugins = Annotated[
     typer.Option(
         "--plugin",
         callback=_load_plugins,
-        help="Python file or module to run first, such as one with objectives",
+        help="Python file or module to run first, such as one with objectives or conversions",
     ),
 ]
 

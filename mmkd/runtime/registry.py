@@ -80,13 +80,15 @@ class Registry(Generic[T]):
         return cls
 
     def find(self, kind: str) -> type[T] | None:
-        """The class from outside that has the kind, if there is one.
+        """The class from outside of mmkd that has the kind, if there is one.
 
         Raises:
             ValueError: a package's entry point does not lead to a class of this kind.
         """
         from importlib.metadata import entry_points  # takes a tenth of a second
 
+        if kind in self.built_in:
+            return None
         for point in entry_points(group=self.group, name=kind):
             if kind not in self._added:
                 try:

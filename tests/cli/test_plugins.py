@@ -2,19 +2,19 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmkd.cli import main
 from mmkd.objectives import OBJECTIVES, REGISTRY
+from tests.support.outside import install, mmkd
 from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
 
 PAGE = DOCS / "extending.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+ENTRY = ("mmkd.objectives", "hidden_cosine", "Cosine")
 
 
 def changed(old, new):
@@ -42,13 +42,6 @@ def recipe(scenes_dir, tiny_model_dir, tmp_path):
         return path
 
     return written
-
-
-def mmkd(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["mmkd", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code
 
 
 def cosines(folder):
@@ -80,20 +73,8 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     assert "hidden_cosine" not in REGISTRY
 
 
-def install(tmp_path, monkeypatch, code):
-    """A package with an entry point, on the path of modules."""
-    monkeypatch.delitem(sys.modules, "outside_objectives", raising=False)
-    (tmp_path / "outside_objectives.py").write_text(code)
-    info = tmp_path / "outside_objectives-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-objectives\nVersion: 1\n")
-    entry = "[mmkd.objectives]\nhidden_cosine = outside_objectives:Cosine\n"
-    (info / "entry_points.txt").write_text(entry)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-
 def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, CODE.group(1))
+    install(tmp_path, monkeypatch, CODE.group(1), ENTRY)
     assert mmkd(monkeypatch, "run", recipe()) in (0, None)
     assert len(cosines(tmp_path)) == 4
 
@@ -150,10 +131,10 @@ def test_what_goes_wrong_is_one_line(
     ],
 )
 def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
-    install(tmp_path, monkeypatch, code)
+    install(tmp_path, monkeypatch, code, ENTRY)
     assert mmkd(monkeypatch, "run", recipe()) == 2
     error = capsys.readouterr().err
-    assert "the entry point outside_objectives:Cosine cannot be used (" in error
+    assert "the entry point outside_mmkd:Cosine cannot be used (" in error
     assert said in error
     assert error.endswith(" -- mend its package, or uninstall it\n")
     assert error.count("\n") == 1
