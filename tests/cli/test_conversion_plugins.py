@@ -121,6 +121,7 @@ def test_the_convert_command_takes_any_conversion(
     status, out = converted("alone", *one_head)
     assert status in (0, None)
     assert has_merged_heads(tiny_model_dir, out)
+    capsys.readouterr()
     cut = ("--conversion", "{kind: layers, decoder: [0]}")
     status, out = converted("hybrid", *cut, *one_head, "--layers", "0", "rope=false")
     assert status in (0, None)
