@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from benchmarks.measure import save
 from mmkd.evaluation.decode import Decoder
 from mmkd.modeling.loading import parameter_count
-from mmkd.recipe import Every, MambaConversion
+from mmkd.recipe import Every, MambaConfig
 from mmkd.runtime.progress import console
 from mmkd.students import convert
 from mmkd_models.layout import mamba_layers
@@ -67,7 +67,7 @@ def make_decoders(args: argparse.Namespace) -> dict[str, Decoder]:
             student = make_model(args)
             convert(
                 student,
-                MambaConversion(kind="mamba", keep_attention=kept, init="inherit", state=state),
+                MambaConfig(kind="mamba", keep_attention=kept, init="inherit", state=state),
             )
             student.to(args.device)
             found[name if state == "query" else f"{name}, kv"] = Decoder(student)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mmkd.errors import MmkdError
     from mmkd.modeling.capture import capture
     from mmkd.objectives import Objective, ObjectiveConfig, Targets, add_objective, score
-    from mmkd.recipe import Recipe, load_recipe
+    from mmkd.recipe import Conversion, ConversionConfig, Recipe, add_conversion, load_recipe
     from mmkd.runtime.progress import log_to_console
     from mmkd.training.callbacks import Callback
 
@@ -43,7 +43,9 @@ _MODULES = {
     "mmkd.errors": ("MmkdError",),
     "mmkd.modeling.capture": ("capture",),
     "mmkd.objectives": ("Objective", "ObjectiveConfig", "Targets", "add_objective", "score"),
-    "mmkd.recipe": ("Recipe", "load_recipe"),
+    "mmkd.recipe": (
+        *("Conversion", "ConversionConfig", "Recipe", "add_conversion", "load_recipe"),
+    ),
     "mmkd.runtime.progress": ("log_to_console",),
     "mmkd.training.callbacks": ("Callback",),
 }
@@ -72,6 +74,8 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Callback",
+    "Conversion",
+    "ConversionConfig",
     "Distilled",
     "MmkdError",
     "Objective",
@@ -79,6 +83,7 @@ __all__ = [
     "Recipe",
     "Targets",
     "__version__",
+    "add_conversion",
     "add_objective",
     "build_encoder",
     "build_objective",

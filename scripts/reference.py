@@ -22,7 +22,8 @@ that reads a recipe.
 """
 CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
 GROUPS = {
-    CONVERSIONS: "Entries of `convert`, by `kind`.",
+    CONVERSIONS: "Entries of `convert`, by `kind`. You can add "
+    "[your own](extending.md#a-conversion).",
     OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
     "[your own](extending.md#an-objective).",
     FORMS: "Mappings that a key accepts in addition to other values.",

@@ -167,7 +167,7 @@ def distill(
 
 
 def _placed(recipe: Recipe, teacher: Loaded | None, device: torch.device) -> LoadedTeachers:
-    """The teacher, ready to run; a student that teaches itself is copied when the stage is built."""
+    """The teacher, ready to run. A student that teaches itself is copied with its stage."""
     if teacher is None or recipe.teacher is None:
         return LoadedTeachers()
     members: dict[str, Teacher] = {}

@@ -79,7 +79,7 @@ Plugins = Annotated[
     typer.Option(
         "--plugin",
         callback=_load_plugins,
-        help="Python file or module to run first, such as one with objectives",
+        help="Python file or module to run first, such as one with objectives or conversions",
     ),
 ]
 

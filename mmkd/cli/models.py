@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Device, Revision, Trusted, app, notes
+from mmkd.cli.app import AsJson, Device, Plugins, Revision, Trusted, app, notes
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -34,11 +34,20 @@ def convert(
     ] = None,
     top_k: Annotated[int, typer.Option(help="experts per token")] = 2,
     sparse_layers: Annotated[str, typer.Option(help="even, odd, all, every:4, 0,4,8")] = "even",
+    conversion: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="a conversion as a recipe has it, such as '{kind: layers, decoder: [0, 2]}'; "
+            "comes before Mamba and experts; may be given several times"
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of the new weights")] = 42,
+    plugin: Plugins = None,
     trusted: Trusted = None,
 ) -> None:
-    """Write a student with Mamba-2 mixers for attention, or experts for feed-forward networks."""
+    """Write a student with Mamba-2 mixers for attention, experts for feed-forward networks, or
+    other conversions."""
     from mmkd.recipe import load_student
     from mmkd.runtime.progress import say
     from mmkd.students import layer_choice, write_converted
@@ -51,14 +60,19 @@ def convert(
             mamba[name] = layer_choice.parse(text)
     moe: dict[str, Any] = {"kind": "moe", "experts": experts, "top_k": top_k}
     moe["layers"] = layer_choice.parse(sparse_layers)
-    wants_mamba = experts is None or bool(settings) or len(mamba) > 2
+    others = conversion or []
+    alone = experts is None and not others
+    wants_mamba = alone or bool(settings) or len(mamba) > 2
     student = load_student(
         {
             "model": model,
             "dtype": dtype,
-            "convert": [mamba] * wants_mamba + [moe] * (experts is not None),
+            "convert": [{}] * len(others) + [mamba] * wants_mamba + [moe] * (experts is not None),
         },
-        [f"convert.0.{setting}" for setting in settings or []],
+        [
+            *(f"convert.{number}={text}" for number, text in enumerate(others)),
+            *(f"convert.{len(others)}.{setting}" for setting in settings or []),
+        ],
     )
     report = write_converted(student, out, seed=seed, new=True)
     for line in report.lines:

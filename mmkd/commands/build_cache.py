@@ -25,7 +25,7 @@ from mmkd.data.vocabulary import check_head, shared_vocabulary
 from mmkd.engines import choose_precision
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import Objective, Region, Signals, build_objective
+from mmkd.objectives import ObjectiveConfig, Region, Signals, build_objective
 from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
 from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherConfig
@@ -139,14 +139,14 @@ def _facts_of(source: TeacherConfig) -> dict[str, Any]:
     return {**facts, "quantize": source.quantize} if source.quantize else facts
 
 
-def needed(stage: StageConfig, *, hidden: bool) -> list[Objective]:
-    """The stage's objectives that read a teacher.
+def needed(stage: StageConfig, *, hidden: bool) -> list[ObjectiveConfig]:
+    """Settings of the stage's objectives that read a teacher.
 
     Raises:
         RecipeError: one of them needs more of it than distributions at temperature 1, and final
             hidden states where these are kept (`hidden`).
     """
-    found = [o for o in map(build_objective, stage.objectives) if "teacher" in o.needs]
+    found = [o for o in stage.objectives if "teacher" in o.needs]
     check_storable(stage, found, hidden=hidden)
     return found
 
@@ -342,7 +342,7 @@ def likeliest(
 def regions_of(stages: list[StageConfig]) -> list[Region]:
     """The regions that the stages' divergences cover."""
     found = [o for s in stages for o in needed(s, hidden=True) if not o.reads_hidden]
-    return sorted({getattr(o.config, "region") for o in found})  # noqa: B009
+    return sorted({getattr(o, "region") for o in found})  # noqa: B009
 
 
 def hidden_of(stages: list[StageConfig]) -> dict[str, Any] | None:

@@ -8,14 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mmkd.objectives.entry import AnyObjectiveConfig
-from mmkd.objectives.registry import add_objective, find_added
-from mmkd.objectives.settings import ObjectiveConfig, Region
+from mmkd.objectives.registry import OBJECTIVES, add_objective
+from mmkd.objectives.settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
 
 if TYPE_CHECKING:
     from mmkd.objectives.balance import expert_counts
     from mmkd.objectives.base import (
         LayerSignals,
-        Need,
         Objective,
         Outcome,
         RouterSignals,
@@ -37,7 +36,6 @@ _MODULES = {
     "balance": ("expert_counts",),
     "base": (
         "LayerSignals",
-        "Need",
         "Objective",
         "Outcome",
         "RouterSignals",
@@ -71,12 +69,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "OBJECTIVES",
     "REGISTRY",
     "AnyObjectiveConfig",
     "ChunkTokens",
     "Chunks",
     "CrossEntropy",
     "HeadObjective",
+    "HeadObjectiveConfig",
     "LayerSignals",
     "Layerwise",
     "MiniLm",
@@ -96,7 +96,6 @@ __all__ = [
     "answer_logps",
     "build_objective",
     "expert_counts",
-    "find_added",
     "preference_loss",
     "score",
     "visual_relation",

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkd.objectives.base import (
-    Need,
     Objective,
     Outcome,
-    Region,
     Signals,
     Targets,
 )
@@ -33,17 +31,12 @@ class Affinity(Objective):
     relates_tokens = True
     relates_records = True
     config: AffinityConfig
-    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: one row a sample with picture and answer, that of its first response token;
         none where the micro-batch has a single such sample."""
         rows = targets.predicts("response") & targets.vision.any(1, keepdim=True)
         return rows & (rows.cumsum(1) == 1) & (rows.any(1).sum() > 1)
-
-    @property
-    def reads_hidden(self) -> tuple[Region, ...]:
-        return ("vision", "response")
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mmkd.objectives.base import (
-    Need,
     Objective,
     Outcome,
     RouterSignals,
@@ -27,8 +26,6 @@ from mmkd.ops import balance_loss, route, z_loss
 
 class RouterObjective(Objective):
     """Base: a term per sparse layer, over all real tokens."""
-
-    needs: frozenset[Need] = frozenset({"experts"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.attention

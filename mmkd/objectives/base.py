@@ -8,29 +8,14 @@ per covered token over all ranks and accumulation steps, whatever the batch layo
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from mmkd.objectives.chunks import Chunks
-from mmkd.objectives.settings import ObjectiveConfig, Region
+from mmkd.objectives.settings import Need, ObjectiveConfig, Region
 from mmkd.ops import CHUNK_BYTES, SparseRows
-
-# distribution: the head's output, layers: what happens inside of decoder layers, matrices and
-# projections: more of it, experts: routers, pairs: chosen and rejected answers, chunks: pieces of
-# answers that student and teacher tokenize alike at their ends
-Need = Literal[
-    "teacher",
-    "vision_labels",
-    "distribution",
-    "layers",
-    "matrices",
-    "projections",
-    "experts",
-    "pairs",
-    "chunks",
-]
 
 
 @dataclass(frozen=True)
@@ -256,8 +241,6 @@ class Objective:
             micro-batch has to hold two at least.
         any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
             where it reads chunks.
-        head_memory: bytes for the logits of a chunk of rows, and what is made of them.
-        head_backend: of losses on the head's output that have a kernel, "auto" or "torch".
         teacher: the name of the teacher that it compares with, where there are several.
         sources: numbers of the data sources whose records it covers; None for all.
     """
@@ -266,8 +249,6 @@ class Objective:
     relates_tokens: ClassVar[bool] = False
     relates_records: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
-    head_memory: int = CHUNK_BYTES
-    head_backend: str = "auto"
 
     def __init__(
         self,
@@ -275,6 +256,8 @@ class Objective:
         *,
         shared_vocabulary: int | None = None,
         mamba_layers: Sequence[int] = (),
+        head_memory: int = CHUNK_BYTES,
+        head_backend: str = "auto",
     ):
         """
         Args:
@@ -282,10 +265,14 @@ class Objective:
             shared_vocabulary: tokens that teacher and student share (None: heads are equal).
             mamba_layers: the student's Mamba layers, which layer-wise objectives cover if not told
                 otherwise.
+            head_memory: bytes for the logits of a chunk of rows, and what is made of them.
+            head_backend: of losses on the head's output that have a kernel, "auto" or "torch".
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
+        self.head_memory = head_memory
+        self.head_backend = head_backend
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
 
@@ -303,24 +290,26 @@ class Objective:
         made.teacher, made.sources = teacher, sources
         return made
 
+    @final
     @property
     def needs(self) -> frozenset[Need]:
-        """What has to be there for this objective."""
-        return frozenset()
+        """What has to be there for this objective, as its settings say."""
+        return self.config.needs
 
     @property
     def name(self) -> str:
-        return self.config.name or str(getattr(self.config, "kind"))  # noqa: B009
+        return self.config.metric_name
 
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows that this objective averages over."""
         raise NotImplementedError
 
+    @final
     @property
     def reads_hidden(self) -> tuple[Region, ...]:
         """Regions of the teacher's final hidden states that this objective reads, if it reads
-        nothing else of it."""
-        return ()
+        nothing else of it, as its settings say."""
+        return self.config.reads_hidden
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

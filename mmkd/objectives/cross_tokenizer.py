@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import Objective, Outcome, Signals, Targets
 from mmkd.objectives.chunks import Chunks, ChunkTokens
 from mmkd.objectives.settings import AlmConfig, UldConfig
 from mmkd.ops import Head, binary_divergence, linear_uld, token_logps
@@ -30,7 +30,6 @@ class ChunkObjective(Objective):
     """Base of objectives on chunks; one row a chunk, that of its first token."""
 
     any_vocabulary: ClassVar[bool] = True
-    needs: frozenset[Need] = frozenset({"teacher", "distribution", "chunks"})
 
     def rows(self, targets: Targets) -> Tensor:
         rows = torch.zeros_like(targets.attention)

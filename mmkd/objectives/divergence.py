@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Targets
+from mmkd.objectives.base import Targets
 from mmkd.objectives.scoring import HeadObjective
 from mmkd.objectives.settings import DivergenceConfig, JsdConfig, SkewConfig
 from mmkd.ops import HeadLoss
@@ -20,7 +20,6 @@ from mmkd.ops import HeadLoss
 class Divergence(HeadObjective):
     config_class: ClassVar[type[DivergenceConfig]] = DivergenceConfig
     config: DivergenceConfig
-    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

@@ -7,7 +7,7 @@ with M the rows that predict the region's tokens.
 
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Targets
+from mmkd.objectives.base import Targets
 from mmkd.objectives.scoring import HeadObjective
 from mmkd.objectives.settings import CrossEntropyConfig
 from mmkd.ops import HeadLoss
@@ -16,7 +16,6 @@ from mmkd.ops import HeadLoss
 class CrossEntropy(HeadObjective):
     config_class = CrossEntropyConfig
     config: CrossEntropyConfig
-    needs: frozenset[Need] = frozenset({"distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

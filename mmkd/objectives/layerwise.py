@@ -17,14 +17,11 @@ With `teacher_forced` each student layer gets what entered the teacher's layer, 
 side by side and no error travels.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mmkd.objectives.base import (
     LayerSignals,
-    Need,
     Objective,
     Outcome,
     Signals,
@@ -44,18 +41,13 @@ class Layerwise(Objective):
 
     config: LayerwiseConfig
     compares_widths: bool = True
-    needs: frozenset[Need] = frozenset({"teacher", "layers"})
 
-    def __init__(
-        self,
-        config: LayerwiseConfig,
-        *,
-        shared_vocabulary: int | None = None,
-        mamba_layers: Sequence[int] = (),
-    ):
-        super().__init__(config, shared_vocabulary=shared_vocabulary, mamba_layers=mamba_layers)
-        layers = list(mamba_layers) if config.layers is None else config.layers
-        self.pairs = list(zip(layers, config.teacher_layers or layers, strict=True))
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Layers of the student, each with the teacher's layer that it is compared with."""
+        own = self.config.layers
+        layers = self.mamba_layers if own is None else own
+        return list(zip(layers, self.config.teacher_layers or layers, strict=True))
 
     @property
     def compares_blocks(self) -> bool:
@@ -119,7 +111,6 @@ class HiddenMse(Layerwise):
 class Matrix(Layerwise):
     config_class = MatrixConfig
     relates_tokens = True
-    needs: frozenset[Need] = frozenset({"teacher", "layers", "matrices"})
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
         if student.matrix is None or teacher.matrix is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmkd.objectives.base import LayerSignals, Need, Outcome, Signals, Targets
+from mmkd.objectives.base import LayerSignals, Outcome, Signals, Targets
 from mmkd.objectives.layerwise import Layerwise
 from mmkd.objectives.settings import MiniLmConfig, Projection
 
@@ -29,7 +29,6 @@ class MiniLm(Layerwise):
     relates_tokens = True
     config: MiniLmConfig
     compares_widths = False
-    needs: frozenset[Need] = frozenset({"teacher", "layers", "projections"})
 
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool; rows of one token have no relations."""

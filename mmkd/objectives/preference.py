@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.objectives.base import Need, Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import Objective, Outcome, Signals, Targets
 from mmkd.objectives.settings import PreferenceConfig, PreferenceKind
 from mmkd.ops import CHUNK_BYTES, token_logps
 
@@ -129,13 +129,6 @@ class Preference(Objective):
     config_class = PreferenceConfig
     relates_tokens = True
     config: PreferenceConfig
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        needs: set[Need] = {"distribution", "pairs"}
-        if self.config.reference == "teacher":
-            needs.add("teacher")
-        return frozenset(needs)
 
     def rows(self, targets: Targets) -> Tensor:
         """One row a pair: that of the chosen answer's first token."""

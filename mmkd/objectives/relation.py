@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from mmkd.objectives.base import (
-    Need,
     Objective,
     Outcome,
-    Region,
     Signals,
     Targets,
 )
@@ -97,16 +95,11 @@ class Relation(Objective):
     relates_tokens = True
     any_vocabulary = True
     config: RelationConfig
-    needs: frozenset[Need] = frozenset({"teacher", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         """Rows of one token have no relations."""
         covered = targets.predicts(self.config.region)
         return covered & (covered.sum(1, keepdim=True) > 1)
-
-    @property
-    def reads_hidden(self) -> tuple[Region, ...]:
-        return (self.config.region,)
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

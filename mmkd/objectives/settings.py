@@ -5,18 +5,37 @@ the seconds that the import of torch takes. The code behind each class of settin
 other modules of this package, and `mmkd.objectives.build` joins the two.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from mmkd.errors import MEND, nearest
 from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED, Bounded
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 Region = Literal["response", "prompt", "vision", "all"]
+# distribution: the head's output, layers: what happens inside of decoder layers, matrices and
+# projections: more of it, experts: routers, pairs: chosen and rejected answers, chunks: pieces of
+# answers that student and teacher tokenize alike at their ends
+Need = Literal[
+    "teacher",
+    "vision_labels",
+    "distribution",
+    "layers",
+    "matrices",
+    "projections",
+    "experts",
+    "pairs",
+    "chunks",
+]
 
 
 class ObjectiveConfig(Bounded):
-    """Settings that every objective has."""
+    """Settings that every objective has, and what they make it need.
+
+    A subclass gives its own `needs` and `reads_hidden`: a `ClassVar` where they are always the
+    same, a property where they depend on its other settings.
+    """
 
     weight: float = Field(
         1.0, ge=0, le=1e6, description="factor of this objective in the stage's loss"
@@ -28,16 +47,55 @@ class ObjectiveConfig(Bounded):
         description="name in metrics; the kind by default",
     )
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be there for the objective."""
+        return frozenset()
 
-class CrossEntropyConfig(ObjectiveConfig):
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        """Regions of the teacher's final hidden states that the objective reads, if it reads
+        nothing else of it."""
+        return ()
+
+    @property
+    def metric_name(self) -> str:
+        """Its name in metrics and messages."""
+        return self.name or str(getattr(self, "kind"))  # noqa: B009
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether the objective compares what a teacher's head sees or says, and nothing else of
+        it. Of several teachers, it asks each."""
+        on_outputs = isinstance(self, HeadObjectiveConfig) or bool(self.reads_hidden)
+        return on_outputs and "teacher" in self.needs
+
+    @model_validator(mode="after")
+    def _needs_are_known(self) -> "ObjectiveConfig":
+        for need in self.needs:
+            if need not in get_args(Need):
+                known = nearest(str(need), get_args(Need))
+                raise ValueError(f"it needs {need!r}, which there is not{MEND}{known}")
+        return self
+
+
+class HeadObjectiveConfig(ObjectiveConfig):
+    """Settings of a `HeadObjective`, which is a loss on the head's output."""
+
+
+class CrossEntropyConfig(HeadObjectiveConfig):
     """Cross-entropy on the text of the data set."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"distribution"})
 
     kind: Literal["ce"] = "ce"
     region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
 
 
-class DivergenceConfig(ObjectiveConfig):
+class DivergenceConfig(HeadObjectiveConfig):
     """Divergence between the teacher's and the student's next-token distributions."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
 
     kind: Literal["kl", "reverse_kl", "tvd"]
     region: Region = Field("response", description="tokens that it covers")
@@ -63,7 +121,13 @@ class SkewConfig(DivergenceConfig):
 BinaryKind = Literal["kl", "reverse_kl", "tvd"]
 
 
-class AlmConfig(ObjectiveConfig):
+class ChunkObjectiveConfig(ObjectiveConfig):
+    """Settings of objectives that compare pieces of responses."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution", "chunks"})
+
+
+class AlmConfig(ChunkObjectiveConfig):
     """Likelihoods of pieces of responses, for any two tokenizers."""
 
     kind: Literal["alm"]
@@ -79,7 +143,7 @@ class AlmConfig(ObjectiveConfig):
     )
 
 
-class UldConfig(ObjectiveConfig):
+class UldConfig(ChunkObjectiveConfig):
     """Sorted next-token distributions where pieces of responses begin, for any two tokenizers."""
 
     kind: Literal["uld"]
@@ -87,6 +151,8 @@ class UldConfig(ObjectiveConfig):
 
 class RelationConfig(ObjectiveConfig):
     """Cosine between the token-to-token similarities of student and teacher."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
 
     kind: Literal["relation"]
     region: Region = Field("vision", description="tokens that are compared with each other")
@@ -98,9 +164,15 @@ class RelationConfig(ObjectiveConfig):
     normalize: bool = Field(False, description="scale the features of each token to length 1")
     diagonal: bool = Field(True, description="include a token's similarity to itself")
 
+    @property
+    def reads_hidden(self) -> tuple[Region, ...]:
+        return (self.region,)
+
 
 class LayerwiseConfig(ObjectiveConfig):
     """Compare decoder layers of student and teacher."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers"})
 
     layers: list[Layer] | None = Field(
         None, description="student layers; by default its Mamba layers"
@@ -143,6 +215,8 @@ class HiddenMseConfig(LayerwiseConfig):
 class MatrixConfig(LayerwiseConfig):
     """Distance between attention probabilities and the mixer's matrix; quadratic in tokens."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "matrices"})
+
     kind: Literal["matrix"]
 
 
@@ -151,6 +225,8 @@ Projection = Literal["queries", "keys", "values"]
 
 class MiniLmConfig(LayerwiseConfig):
     """Self-relations of queries, keys and values; widths and heads may differ."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "projections"})
 
     kind: Literal["minilm"]
     layers: list[Layer] = Field(min_length=1, description="student layers")
@@ -166,6 +242,9 @@ class MiniLmConfig(LayerwiseConfig):
 class AffinityConfig(ObjectiveConfig):
     """Image-text affinities within a batch."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
+    reads_hidden: ClassVar[tuple[Region, ...]] = ("vision", "response")
+
     kind: Literal["affinity"]
     temperature: float = Field(0.1, ge=LEAST_TEMPERATURE, le=1e6, description="tau")
     center: bool = Field(True, description="subtract the batch's mean from images and answers")
@@ -173,6 +252,8 @@ class AffinityConfig(ObjectiveConfig):
 
 class TokenLabelsConfig(ObjectiveConfig):
     """Cross-entropy of image tokens against the word of the object they show."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels", "distribution"})
 
     kind: Literal["token_labels"] = "token_labels"
     at: Literal["connector", "decoder"] = Field(
@@ -183,7 +264,13 @@ class TokenLabelsConfig(ObjectiveConfig):
     )
 
 
-class BalanceConfig(ObjectiveConfig):
+class RouterObjectiveConfig(ObjectiveConfig):
+    """Settings of objectives on the routers of sparse layers."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"experts"})
+
+
+class BalanceConfig(RouterObjectiveConfig):
     """Uneven use of experts; the minimum is 1 per layer, if all are chosen equally often."""
 
     kind: Literal["balance"]
@@ -192,7 +279,7 @@ class BalanceConfig(ObjectiveConfig):
     )
 
 
-class RouterZConfig(ObjectiveConfig):
+class RouterZConfig(RouterObjectiveConfig):
     """Size of the routers' logits."""
 
     kind: Literal["router_z"]
@@ -229,6 +316,11 @@ class PreferenceConfig(ObjectiveConfig):
     lambda_sft: float = Field(
         0.0, ge=0, le=1e6, description="weight of the chosen answers' cross-entropy, per token"
     )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        own: frozenset[Need] = frozenset({"distribution", "pairs"})
+        return own | {"teacher"} if self.reference == "teacher" else own
 
     @model_validator(mode="after")
     def _smooths(self) -> "PreferenceConfig":

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mmkd.objectives.base import (
-    Need,
     Objective,
     Outcome,
     Signals,
@@ -32,7 +31,6 @@ EPSILON = 1e-6
 class TokenLabels(Objective):
     config_class = TokenLabelsConfig
     config: TokenLabelsConfig
-    needs: frozenset[Need] = frozenset({"vision_labels", "distribution"})
 
     def rows(self, targets: Targets) -> Tensor:
         if targets.vision_labels is None:

@@ -1,16 +1,74 @@
-"""How a student's structure changes before its first stage, as a recipe writes it."""
+"""How a student's structure changes before a stage: what a conversion is, and the settings of
+mmkd's own as a recipe writes them. The code behind these is in `mmkd.students`.
 
-from typing import Annotated, Any, Literal
+This module does not import torch.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmkd.recipe.base import BOTH, Strict
 from mmkd.runtime.fields import MOST
+from mmkd.runtime.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 
 
-class LayersConversion(Strict):
+class ConversionConfig(Strict):
+    """Settings that every conversion has. A subclass says its kind: `kind: Literal["..."]`."""
+
+    kind: str
+
+
+class Conversion:
+    """Base of all conversions; a subclass names its settings and changes a model.
+
+    Attributes:
+        config_class: of its settings.
+    """
+
+    config_class: ClassVar[type[ConversionConfig]]
+
+    def __init__(self, config: ConversionConfig):
+        """
+        Args:
+            config: an instance of `config_class`.
+        """
+        self.config = config
+
+    @property
+    def where(self) -> str:
+        """The place that messages name."""
+        return f"student.convert: {self.config.kind}"
+
+    def check(self, model: "PreTrainedModel") -> None:
+        """Check that the conversion fits a model, without changing it.
+
+        It is called before `convert`, and before a run writes its first file. Then the model has no
+        weights: its tensors are on the meta device.
+
+        Raises:
+            ValueError: the conversion does not fit. `convert` may raise it too; the user reads its
+                text behind `where`.
+            RecipeError: the same, with a place and a hint of its own.
+        """
+
+    def convert(self, model: "PreTrainedModel") -> list[str]:
+        """Change a model in place, so that its folder loads with the same structure.
+
+        It must work without weights too, on the meta device: `mmkd plan` counts what it makes.
+
+        Returns:
+            A line for each change, which the run's log and report show.
+        """
+        raise NotImplementedError
+
+
+class LayersConfig(ConversionConfig):
     """Keep a subset of the layers, in the given order; the width stays."""
 
     kind: Literal["layers"]
@@ -18,7 +76,7 @@ class LayersConversion(Strict):
     vision: list[Layer] | None = Field(None, description="vision layers to keep; all by default")
 
 
-class MlpConversion(Strict):
+class MlpConfig(ConversionConfig):
     """Keep a part of the neurons of every MLP, those with the largest weights."""
 
     kind: Literal["mlp"]
@@ -73,7 +131,7 @@ Placement = Annotated[
 MambaInit = Literal["default", "inherit", "mimic", "exact"]
 
 
-class MambaConversion(Strict):
+class MambaConfig(ConversionConfig):
     """Attention of some decoder layers becomes a Mamba-2 mixer, seeded from it.
 
     What is left out of the mixer's form is what the init wants (`mmkd.students.mamba.FORMS`).
@@ -99,7 +157,7 @@ class MambaConversion(Strict):
     )
 
     @model_validator(mode="after")
-    def _one_placement(self) -> "MambaConversion":
+    def _one_placement(self) -> "MambaConfig":
         if (self.keep_attention is None) == (self.layers is None):
             raise ValueError(f"{BOTH}give either 'keep_attention' or 'layers'")
         return self
@@ -111,7 +169,7 @@ class RouterConfig(Strict):
     std: float = Field(0.02, gt=0, le=100, description="standard deviation of its initial weights")
 
 
-class MoeConversion(Strict):
+class MoeConfig(ConversionConfig):
     """Feed-forward networks of some decoder layers become experts, which start as copies of it."""
 
     kind: Literal["moe"]
@@ -121,7 +179,7 @@ class MoeConversion(Strict):
     router: RouterConfig = RouterConfig()
 
     @model_validator(mode="after")
-    def _chooses(self) -> "MoeConversion":
+    def _chooses(self) -> "MoeConfig":
         if self.top_k > self.experts:
             raise ValueError(
                 f"top_k {self.top_k} is more than the {self.experts} experts -- lower it"
@@ -129,7 +187,35 @@ class MoeConversion(Strict):
         return self
 
 
-Conversion = Annotated[
-    LayersConversion | MlpConversion | MambaConversion | MoeConversion,
-    Field(discriminator="kind"),
-]
+def _check(cls: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no conversion, or has no settings of one.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Conversion)):
+        raise TypeError("it is no conversion")
+    settings = getattr(cls, "config_class", ConversionConfig)
+    if not issubclass(settings, ConversionConfig):
+        raise TypeError(f"its settings, {settings.__name__}, are no ConversionConfig")
+
+
+T = TypeVar("T", bound=type[Conversion])
+CONVERSIONS: Registry[Conversion] = Registry(
+    "conversion", [LayersConfig, MlpConfig, MambaConfig, MoeConfig], _check
+)
+
+
+def add_conversion(cls: T) -> T:
+    """Make a conversion known by its kinds; a class decorator.
+
+    Raises:
+        TypeError: it is no conversion, or has no settings of one.
+        ValueError: another one has the kind.
+    """
+    return CONVERSIONS.add(cls)
+
+
+if TYPE_CHECKING:
+    AnyConversionConfig = ConversionConfig
+else:
+    AnyConversionConfig = CONVERSIONS.entry()

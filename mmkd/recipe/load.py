@@ -7,17 +7,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import MEND, RecipeError, nearest
-from mmkd.objectives import find_added
-from mmkd.recipe.conversions import PLACEMENT_TAGS
+from mmkd.objectives import OBJECTIVES
+from mmkd.recipe.conversions import CONVERSIONS, PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
 from mmkd.redact import find_secret_within
 from mmkd.runtime.fields import wanted
 from mmkd.runtime.formats import FormatError, parse_yaml
+from mmkd.runtime.registry import Registry
 
 M = TypeVar("M", bound=BaseModel)
 SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}
+REGISTRIES: dict[int | str, Registry[Any]] = {"objectives": OBJECTIVES, "convert": CONVERSIONS}
+"""Whose classes the entries of a list are settings of, by the list's key."""
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
@@ -178,16 +181,20 @@ def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
 
 
 def _added_keys(raw: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Settings of the objective from outside that has the unknown key; none if it is not one's."""
+    """Keys that may stand where the unknown one does, in settings of a class from outside; none
+    if the unknown key is elsewhere."""
     node = raw
-    for part in location[:-1]:
+    for place, part in enumerate(location[:-1]):
+        above = location[place - 1] if place else ""
         try:
             node = node[part]
         except (KeyError, IndexError, TypeError):
             return []
-    kind = node.get("kind") if isinstance(node, dict) else None
-    added = find_added(kind) if isinstance(kind, str) else None
-    return [] if added is None else list(added.config_class.model_fields)
+        if above in REGISTRIES and isinstance(node, dict):
+            kind = node.get("kind")
+            added = REGISTRIES[above].settings_of(kind) if isinstance(kind, str) else None
+            return [] if added is None else _known_keys(added, location[place + 1 :])
+    return []
 
 
 def _known_keys(form: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmkd.errors import MEND, nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
-from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
 from mmkd.runtime.fields import (
@@ -194,7 +194,7 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """The model that is trained, and how its structure changes before the first stage."""
 
-    convert: list[Conversion] = Field(
+    convert: list[AnyConversionConfig] = Field(
         [], description="changes of its structure, applied in this order"
     )
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from mmkd.errors import RecipeError
 from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
-from mmkd.recipe.conversions import Conversion
+from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.sources import DataConfig
 from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED
 
@@ -334,7 +334,7 @@ class StageConfig(Strict):
     """One training run: which parameters train, on which data, with which objectives."""
 
     name: str = Field(max_length=NAME, pattern=NAMED, description="its folder is NN-name")
-    convert: list[Conversion] = Field(
+    convert: list[AnyConversionConfig] = Field(
         [], description="changes of the student's structure before this stage"
     )
     train: TrainConfig = Field(

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from mmkd.recipe import Conversion, MambaConversion, MoeConversion, Recipe
+from mmkd.recipe import ConversionConfig, MambaConfig, MoeConfig, Recipe
 
 
 class Paper(NamedTuple):
@@ -64,10 +64,10 @@ def papers(recipe: Recipe) -> list[Paper]:
     return list(dict.fromkeys(found))
 
 
-def _of_conversion(conversion: Conversion) -> list[Paper]:
-    if isinstance(conversion, MambaConversion):
+def _of_conversion(conversion: ConversionConfig) -> list[Paper]:
+    if isinstance(conversion, MambaConfig):
         return [MAMBA_2, *_SEEDING[conversion.init]]
-    return [UPCYCLING] if isinstance(conversion, MoeConversion) else []
+    return [UPCYCLING] if isinstance(conversion, MoeConfig) else []
 
 
 def _of_objective(objective: Any) -> list[Paper]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, load_recipe
 from mmkd.report.rundata import MemberLog, Run, read_run
 from mmkd.report.use import needs_code
@@ -41,7 +40,7 @@ class Source:
     def taught(self) -> bool:
         """Some stage learned from the teacher."""
         objectives = [o for stage in self.recipe.stages for o in stage.objectives]
-        return any("teacher" in build_objective(o).needs for o in objectives)
+        return any("teacher" in o.needs for o in objectives)
 
     @cached_property
     def needs_code(self) -> bool:

@@ -13,7 +13,6 @@ from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError
-from mmkd.objectives import build_objective
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
 from mmkd.runs.members import Member
 from mmkd.runtime.files import read_json
@@ -61,7 +60,7 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
     stage = recipe.stages[index]
     models = [start]
     caches = {}
-    if any("teacher" in build_objective(o).needs for o in stage.objectives):
+    if any("teacher" in o.needs for o in stage.objectives):
         for teacher in recipe.teachers:
             if teacher.source == "live":
                 models.append(teacher)

@@ -1,12 +1,16 @@
 """Students: how their structure changes before a stage, and which parameters train."""
 
+from mmkd.recipe import Conversion, ConversionConfig, add_conversion
 from mmkd.students.convert import ConversionReport, convert
 from mmkd.students.groups import check_groups, set_trainable
 from mmkd.students.start import start_folder, student_at, written_config
 from mmkd.students.write import write_converted, write_student
 
 __all__ = [
+    "Conversion",
+    "ConversionConfig",
     "ConversionReport",
+    "add_conversion",
     "check_groups",
     "convert",
     "set_trainable",

@@ -4,27 +4,32 @@ Starting from some of the teacher's layers is DistilBERT's initialisation (Sanh 
 arXiv 1910.01108, section 2).
 """
 
-from typing import Any
-
-from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.recipe import LayersConfig
 from mmkd.students.layer_lists import fit_lists
 from mmkd.students.rebuilt import match_config, skeleton_of
+from mmkd.students.towers import Tower, TowerConversion
+from mmkd_models.mixer import Mamba2Mixer
+from mmkd_models.moe import SparseFfn
 
 
-def keep_layers(
-    model: PreTrainedModel, layers: nn.ModuleList, config: Any, kept: list[int], name: str
-) -> str:
+class LayersConversion(TowerConversion):
+    config_class = LayersConfig
+    uncut = (Mamba2Mixer, SparseFfn)
+
+    def cut(self, model: PreTrainedModel, tower: Tower) -> str:
+        return keep_layers(model, tower, getattr(self.config, tower.name))
+
+
+def keep_layers(model: PreTrainedModel, tower: Tower, kept: list[int]) -> str:
     """Cut a tower's layers down in place, and adapt its config and modules to them.
 
     Args:
         model: that has the tower.
-        layers: of the tower.
-        config: of the tower.
+        tower: to cut.
         kept: numbers of the layers to keep, in the new order.
-        name: "decoder" or "vision".
 
     Returns:
         What was done.
@@ -32,7 +37,8 @@ def keep_layers(
     Raises:
         RecipeError: a layer is named twice or is not there, or the config cannot be adapted.
     """
-    count, where = len(layers), f"student.convert: {name}"
+    layers, where = tower.layers, tower.where
+    count = len(layers)
     if not kept or len(set(kept)) != len(kept) or not all(0 <= i < count for i in kept):
         raise RecipeError(
             f"cannot keep layers {kept} of {count}",
@@ -44,7 +50,7 @@ def keep_layers(
         return done
     before = skeleton_of(model)
     place = next(n for n, module in model.named_modules() if module is layers)
-    lines = fit_lists(model, config, count, kept, name)
+    lines = fit_lists(model, tower.config, count, kept, tower.name)
     chosen = [layers[i] for i in kept]
     del layers[:]
     layers.extend(chosen)

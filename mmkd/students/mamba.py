@@ -1,4 +1,4 @@
-"""Seeding: what a Mamba-2 mixer starts from when it takes an attention's place.
+"""`mamba`: attention becomes a Mamba-2 mixer, which starts from it (seeding).
 
 default   nothing of the attention but its q/k norms: Mamba-2's own initialisation
 inherit   v -> x, k -> B, q -> C, o -> out (MambaInLlama, arXiv 2408.15237; MaTVLM,
@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from mmkd.recipe import MambaConversion, MambaInit
-from mmkd_models.layout import MambaLayout
+from mmkd.errors import RecipeError
+from mmkd.recipe import Conversion, MambaConfig, MambaInit
+from mmkd.students.layer_choice import converted_layers
+from mmkd_models.layout import MambaLayout, mamba_layers
 from mmkd_models.mixer import INHERITED, Mamba2Mixer
+from mmkd_models.modeling_mmkd import become_student
+from mmkd_models.parts import find_parts
+from mmkd_models.surgery import replace_attention
 
 # What an init wants of the mixer's form, where the recipe leaves it open.
 FORMS: dict[MambaInit, dict[str, Any]] = {
@@ -33,7 +39,63 @@ MIMIC_A_LOG = 1.0
 MIMIC_GATE_GAIN = 2.0**-2.5
 
 
-def layout_of(conversion: MambaConversion, layers: list[int]) -> MambaLayout:
+class MambaConversion(Conversion):
+    config_class = MambaConfig
+    config: MambaConfig
+
+    def check(self, model: PreTrainedModel) -> None:
+        """
+        Raises:
+            RecipeError: the layers are not there, or are Mamba already.
+        """
+        chosen = self._chosen(model)
+        if not set(chosen) - set(mamba_layers(model.config)):
+            raise RecipeError(
+                f"layers {chosen} are Mamba already",
+                where=self.where,
+                mend="name layers that have attention",
+            )
+
+    def convert(self, model: PreTrainedModel) -> list[str]:
+        """
+        Raises:
+            ValueError: the attention of a layer cannot be converted.
+        """
+        layers, chosen = find_parts(model).decoder_layers, self._chosen(model)
+        if self.config.layers is not None:
+            chosen = sorted({*chosen, *mamba_layers(model.config)})
+        layout = layout_of(self.config, chosen)
+        inherited: list[str] = []
+        for index, attention in replace_attention(model, layout).items():
+            mixer: Any = layers[index].self_attn
+            inherited = seed(mixer, attention, self.config.init)
+        become_student(model, {"mamba": layout.to_dict()})
+        return _described(mixer, inherited, chosen, len(layers), self.config.init)
+
+    def _chosen(self, model: PreTrainedModel) -> list[int]:
+        count = len(find_parts(model).decoder_layers)
+        return converted_layers(self.config.keep_attention, self.config.layers, count)
+
+
+def _described(
+    mixer: Mamba2Mixer, inherited: list[str], chosen: list[int], count: int, init: str
+) -> list[str]:
+    kept = [i for i in range(count) if i not in chosen]
+
+    def listed(names: list[str]) -> str:
+        sizes = dict(mixer.named_parameters())
+        total = sum(sizes[n].numel() for n in names)
+        return f"{', '.join(names) or 'nothing'} ({total:,} weights a layer)"
+
+    new = [n for n, _ in mixer.named_parameters() if n not in inherited]
+    return [
+        f"decoder: Mamba-2 mixers ({init}) in layers {chosen}, attention in {kept or 'none'}",
+        f"  inherited: {listed(inherited)}",
+        f"  new: {listed(new)}",
+    ]
+
+
+def layout_of(conversion: MambaConfig, layers: list[int]) -> MambaLayout:
     """The mixers' form: what the recipe says, else what the init wants.
 
     Raises:

@@ -5,42 +5,52 @@ data-free form of the width pruning in Minitron (Muralidharan et al. 2024, arXiv
 section 2.2). Keeping all neurons changes nothing.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.recipe import MlpConfig
+from mmkd.students.towers import Tower, TowerConversion
+from mmkd_models.moe import SparseFfn
 
 # Names of the projections into and out of the neurons, gated and plain.
 FORMS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))
 
 
-def keep_neurons(layers: nn.ModuleList, config: Any, kept: int, name: str) -> str:
-    """Cut every layer's MLP down to `kept` neurons in place and fit `config`.
+class MlpConversion(TowerConversion):
+    config_class = MlpConfig
+    uncut = (SparseFfn,)
+
+    def cut(self, model: PreTrainedModel, tower: Tower) -> str:
+        return keep_neurons(tower, getattr(self.config, tower.name))
+
+
+def keep_neurons(tower: Tower, kept: int) -> str:
+    """Cut the MLP of every layer of a tower down to `kept` neurons in place, and fit its config.
 
     Raises:
         RecipeError: the MLP is of an unknown form, or has fewer neurons.
     """
-    before = getattr(config, "intermediate_size", None)
+    before = getattr(tower.config, "intermediate_size", None)
     if before is None or not 0 < kept <= before:
         raise RecipeError(
             f"cannot keep {kept} of {before} neurons",
-            where=f"student.convert: {name}",
+            where=tower.where,
             mend="give a number up to the model's intermediate_size",
         )
-    for layer in layers:
-        _cut(_mlp_of(layer, name), kept)
-    config.intermediate_size = kept
+    for layer in tower.layers:
+        _cut(_mlp_of(layer, tower.where), kept)
+    tower.config.intermediate_size = kept
     return f"kept {kept} of {before} neurons per layer"
 
 
-def _mlp_of(layer: nn.Module, name: str) -> tuple[nn.Module, tuple[str, ...], str]:
+def _mlp_of(layer: nn.Module, where: str) -> tuple[nn.Module, tuple[str, ...], str]:
     for module in layer.modules():
         for ins, out in FORMS:
             if all(isinstance(getattr(module, n, None), nn.Linear) for n in (*ins, out)):
                 return module, ins, out
-    raise RecipeError("no MLP of a known form", where=f"student.convert: {name}")
+    raise RecipeError("no MLP of a known form", where=where)
 
 
 def _cut(found: tuple[nn.Module, tuple[str, ...], str], kept: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.recipe import MoeConversion
+from mmkd.recipe import Conversion, MoeConfig
 from mmkd.recipe.context import StageContext
 from mmkd.students.layer_choice import choose
 from mmkd_models.layout import MoeLayout, moe_layers
@@ -16,46 +16,53 @@ from mmkd_models.modeling_mmkd import become_student
 from mmkd_models.parts import feed_forward, find_parts
 from mmkd_models.surgery import replace_ffn
 
-WHERE = "student.convert: moe"
 
+class MoeConversion(Conversion):
+    """The model computes what it did before."""
 
-def upcycle(model: PreTrainedModel, conversion: MoeConversion) -> list[str]:
-    """Make the chosen layers sparse, in place; returns what was done.
+    config_class = MoeConfig
+    config: MoeConfig
 
-    The model computes what it did before.
-
-    Raises:
-        RecipeError: the layers are not there, are sparse already, or have no network to copy.
-    """
-    layers = find_parts(model).decoder_layers
-    if present := moe_layers(model.config):
-        raise RecipeError(
-            f"layers {list(present)} are sparse already", where=WHERE, mend="upcycle once"
-        )
-    chosen = choose(conversion.layers, len(layers), where=WHERE)
-    if not chosen:
-        raise RecipeError("no layer is chosen", where=WHERE, mend="name at least one")
-    layout = MoeLayout(tuple(chosen), conversion.experts, conversion.top_k)
-    try:
-        replaced = replace_ffn(model, layout)
-    except ValueError as error:
-        raise RecipeError(str(error), where=WHERE) from error
-    for index, mlp in replaced.items():
-        sparse: Any = feed_forward(layers[index])[1]
-        sparse.experts.copy_of(mlp)
-        nn.init.normal_(sparse.router.weight, std=conversion.router.std)
-        if not _alike(mlp, sparse):
+    def check(self, model: PreTrainedModel) -> None:
+        """
+        Raises:
+            RecipeError: the layers are not there, or are sparse already.
+        """
+        if present := moe_layers(model.config):
             raise RecipeError(
-                f"{type(mlp).__name__} computes something else than its experts would",
-                where=WHERE,
-                mend="choose a family of docs/families.md",
+                f"layers {list(present)} are sparse already", where=self.where, mend="upcycle once"
             )
-    become_student(model, {"moe": layout.to_dict()})
-    size = sum(p.numel() for p in sparse.experts.parameters()) // layout.experts
-    return [
-        f"decoder: {layout.experts} experts, top {layout.top_k}, in layers {chosen}, "
-        f"copies of the dense network ({size:,} weights an expert)"
-    ]
+        if not self._chosen(model):
+            raise RecipeError("no layer is chosen", where=self.where, mend="name at least one")
+
+    def convert(self, model: PreTrainedModel) -> list[str]:
+        """
+        Raises:
+            RecipeError: experts would not compute what the networks do.
+            ValueError: the layers have no network to copy.
+        """
+        chosen, layers = self._chosen(model), find_parts(model).decoder_layers
+        layout = MoeLayout(tuple(chosen), self.config.experts, self.config.top_k)
+        for index, mlp in replace_ffn(model, layout).items():
+            sparse: Any = feed_forward(layers[index])[1]
+            sparse.experts.copy_of(mlp)
+            nn.init.normal_(sparse.router.weight, std=self.config.router.std)
+            if not _alike(mlp, sparse):
+                raise RecipeError(
+                    f"{type(mlp).__name__} computes something else than its experts would",
+                    where=self.where,
+                    mend="choose a family of docs/families.md",
+                )
+        become_student(model, {"moe": layout.to_dict()})
+        size = sum(p.numel() for p in sparse.experts.parameters()) // layout.experts
+        return [
+            f"decoder: {layout.experts} experts, top {layout.top_k}, in layers {chosen}, "
+            f"copies of the dense network ({size:,} weights an expert)"
+        ]
+
+    def _chosen(self, model: PreTrainedModel) -> list[int]:
+        count = len(find_parts(model).decoder_layers)
+        return choose(self.config.layers, count, where=self.where)
 
 
 @torch.no_grad()

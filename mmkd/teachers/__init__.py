@@ -1,6 +1,6 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, asks_each, compares, needed_teachers
+from mmkd.teachers.assign import ask_each, compares, needed_teachers
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.load import LoadedTeachers, load_teachers
@@ -20,7 +20,6 @@ __all__ = [
     "Teacher",
     "TeacherSet",
     "ask_each",
-    "asks_each",
     "check_storable",
     "choose_placement",
     "choose_reference",

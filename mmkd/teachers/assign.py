@@ -9,7 +9,7 @@ the sources' sizes.
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError, nearest
-from mmkd.objectives import HeadObjective, Objective, Preference
+from mmkd.objectives import Objective, ObjectiveConfig, Preference
 from mmkd.recipe import DataConfig, TeacherConfig
 
 
@@ -27,18 +27,12 @@ def ask_each(
     numbers = [_numbers(t, data) for t in teachers]
     made: list[Objective] = []
     for objective in objectives:
-        if not asks_each(objective):
+        if not objective.config.compares_outputs:
             made.append(objective)
             continue
         for teacher, sources in zip(teachers, numbers, strict=True):
             made.append(objective.beside(teacher.name, teacher.weight, sources))
     return made
-
-
-def asks_each(objective: Objective) -> bool:
-    """Whether an objective compares what a teacher's head sees or says."""
-    wanted = isinstance(objective, HeadObjective) or bool(objective.reads_hidden)
-    return wanted and "teacher" in objective.needs
 
 
 def compares(objective: Objective) -> bool:
@@ -48,16 +42,16 @@ def compares(objective: Objective) -> bool:
 
 
 def needed_teachers(
-    teachers: Sequence[TeacherConfig], objectives: Sequence[Objective]
+    teachers: Sequence[TeacherConfig], objectives: Sequence[ObjectiveConfig]
 ) -> list[TeacherConfig]:
     """The teachers that objectives need: all where one compares a teacher's outputs, the first
     where they need something else of a teacher.
 
     Args:
         teachers: of a recipe, the primary one first.
-        objectives: before there is one for each of several teachers.
+        objectives: as the recipe has them.
     """
-    if any(map(asks_each, objectives)):
+    if any(o.compares_outputs for o in objectives):
         return list(teachers)
     return list(teachers[:1]) if any("teacher" in o.needs for o in objectives) else []
 

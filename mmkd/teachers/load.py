@@ -9,7 +9,7 @@ import torch
 
 from mmkd.cache import Store
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import Objective, build_objective
+from mmkd.objectives import Objective
 from mmkd.recipe import Recipe, StageConfig, TeacherConfig
 from mmkd.runtime import distributed
 from mmkd.teachers.assign import needed_teachers
@@ -59,12 +59,11 @@ def load_teachers(recipe: Recipe, stages: Sequence[StageConfig]) -> LoadedTeache
     Raises:
         MmkdError: one cannot be loaded.
     """
-    objectives = {s.name: [build_objective(o) for o in s.objectives] for s in stages}
-    needing = [s for s in stages if needed_teachers(recipe.teachers, objectives[s.name])]
+    needing = [s for s in stages if needed_teachers(recipe.teachers, s.objectives)]
     if not needing:
         return LoadedTeachers(settings=recipe.teachers)
     device = distributed.choose_device(needing[0].engine.device)
-    needed = needed_teachers(recipe.teachers, [o for s in needing for o in objectives[s.name]])
+    needed = needed_teachers(recipe.teachers, [o for s in needing for o in s.objectives])
     members = {t.name: _load(t, device) for t in needed if t.source != "self"}
     source = needed[0] if needed[0].source == "live" else recipe.student
     return LoadedTeachers(members, recipe.teachers, load_processor(source))

@@ -8,7 +8,7 @@ from mmkd.cache import Store, processor_hash
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
-from mmkd.objectives import HeadObjective, Objective, Signals, StoredSignals
+from mmkd.objectives import HeadObjectiveConfig, ObjectiveConfig, Signals, StoredSignals
 from mmkd.recipe import StageConfig, TeacherConfig
 from mmkd.recipe.context import StageContext
 from mmkd.runtime.hashes import weights_hash
@@ -42,34 +42,34 @@ class StoredTeacher:
 
 
 def check_storable(
-    stage: StageConfig, objectives: Sequence[Objective], *, hidden: bool = False
+    stage: StageConfig, objectives: Sequence[ObjectiveConfig], *, hidden: bool = False
 ) -> None:
     """A stage's objectives that read a teacher can do with what is stored of it.
 
     Args:
         stage: theirs.
-        objectives: that read a teacher.
+        objectives: settings of those that read a teacher.
         hidden: final hidden states are stored too.
 
     Raises:
         RecipeError: one of them cannot.
     """
     for objective in objectives:
-        where = f"stage {stage.name}: objective {objective.name}"
+        where = f"stage {stage.name}: objective {objective.metric_name}"
         if objective.reads_hidden and not hidden:
             raise RecipeError(
                 "the teacher's cache holds output distributions, it needs hidden states",
                 where=where,
                 mend="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
             )
-        if not isinstance(objective, HeadObjective) and not objective.reads_hidden:
+        if not isinstance(objective, HeadObjectiveConfig) and not objective.reads_hidden:
             raise RecipeError(
                 "a teacher's cache holds what its head sees and says, it needs more",
                 where=where,
                 mend=LIVE,
             )
-        temperature = getattr(objective.config, "temperature", 1.0)
-        if isinstance(objective, HeadObjective) and temperature != 1:
+        temperature = getattr(objective, "temperature", 1.0)
+        if isinstance(objective, HeadObjectiveConfig) and temperature != 1:
             raise RecipeError(
                 f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
                 where=where,
@@ -126,7 +126,7 @@ def check_stored(context: StageContext) -> None:
     if store is None:
         return
     reading = context.needing("teacher")
-    check_storable(context.stage, reading, hidden=store.hidden is not None)
+    check_storable(context.stage, [o.config for o in reading], hidden=store.hidden is not None)
     held, length = store.manifest["max_length"], context.data.max_length
     for objective in reading:
         regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]

@@ -47,7 +47,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.seeds import set_seed
 from mmkd.runtime.steplog import StepLog
-from mmkd.teachers import ask_each, asks_each, compares
+from mmkd.teachers import ask_each, compares
 from mmkd.training.checkpoint import (
     find_checkpoints,
     load_weights,
@@ -354,7 +354,7 @@ def _asked(
         RecipeError: a teacher is asked about a source that the held-out records do not have.
     """
     alone = [*objectives, *_beside(objectives, encoder)]
-    if not any(map(asks_each, objectives)):
+    if not any(o.config.compares_outputs for o in objectives):
         return alone  # the stage runs its first teacher only
     try:
         return ask_each(alone, teachers, held_out)

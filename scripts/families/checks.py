@@ -13,7 +13,7 @@ import torch
 from mmkd.data.batch import Batch
 from mmkd.errors import MmkdError
 from mmkd.modeling.capture import capture, check_supported
-from mmkd.recipe import MambaConversion, MoeConversion
+from mmkd.recipe import MambaConfig, MoeConfig
 from mmkd.students import convert
 from scripts.families.bench import SAID, CheckError, Workbench, hidden, same
 
@@ -61,12 +61,12 @@ def dense(bench: Workbench) -> None:
 
 def sparse(bench: Workbench) -> None:
     """Feed-forward networks become experts."""
-    _trained_and_written(bench, [MoeConversion(kind="moe", experts=2, top_k=1, layers="all")])
+    _trained_and_written(bench, [MoeConfig(kind="moe", experts=2, top_k=1, layers="all")])
 
 
 def hybrid(bench: Workbench) -> None:
     """Attention of the second decoder layer becomes Mamba-2."""
-    _trained_and_written(bench, [MambaConversion(kind="mamba", layers=[1])])
+    _trained_and_written(bench, [MambaConfig(kind="mamba", layers=[1])])
 
 
 def lora(bench: Workbench) -> None:

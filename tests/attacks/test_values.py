@@ -26,8 +26,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "ValidationConfig": {"keep": "best"},
     "EngineConfig": {"kind": "deepspeed"},
     "TrainConfig": {"groups": ["all"]},
-    "MambaConversion": {"kind": "mamba", "layers": "all"},
-    "MoeConversion": {"kind": "moe", "experts": 4096},
+    "MambaConfig": {"kind": "mamba", "layers": "all"},
+    "MoeConfig": {"kind": "moe", "experts": 4096},
     "SourceConfig": {"train": "hub:a/b", "stream": 9},
 }
 NUMBERS: list[Any] = [

@@ -2,24 +2,31 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmkd.cli import main
-from mmkd.objectives import REGISTRY, registry
+from mmkd.objectives import OBJECTIVES, REGISTRY
+from tests.support.outside import install, mmkd
 from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
 
 PAGE = DOCS / "extending.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+ENTRY = ("mmkd.objectives", "hidden_cosine", "Cosine")
+
+
+def changed(old, new):
+    """The page's code with other words."""
+    code = CODE.group(1)
+    assert old in code
+    return code.replace(old, new)
 
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    monkeypatch.setattr(registry, "_added", {})
+    monkeypatch.setattr(OBJECTIVES, "_added", {})
 
 
 @pytest.fixture
@@ -35,13 +42,6 @@ def recipe(scenes_dir, tiny_model_dir, tmp_path):
         return path
 
     return written
-
-
-def mmkd(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["mmkd", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code
 
 
 def cosines(folder):
@@ -60,7 +60,7 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     said = json.loads((tmp_path / "tiny" / "provenance.json").read_text())
     assert len(said["plugins"][str(file)]) == 64
 
-    monkeypatch.setattr(registry, "_added", {})  # as in a process of its own
+    monkeypatch.setattr(OBJECTIVES, "_added", {})  # as in a process of its own
     out = tmp_path / "released"
     words = ("release", tmp_path / "tiny", "--out", out)
     assert mmkd(monkeypatch, *words) == 2
@@ -73,20 +73,8 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     assert "hidden_cosine" not in REGISTRY
 
 
-def install(tmp_path, monkeypatch, code):
-    """A package with an entry point, on the path of modules."""
-    monkeypatch.delitem(sys.modules, "outside_objectives", raising=False)
-    (tmp_path / "outside_objectives.py").write_text(code)
-    info = tmp_path / "outside_objectives-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-objectives\nVersion: 1\n")
-    entry = "[mmkd.objectives]\nhidden_cosine = outside_objectives:Cosine\n"
-    (info / "entry_points.txt").write_text(entry)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-
 def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, CODE.group(1))
+    install(tmp_path, monkeypatch, CODE.group(1), ENTRY)
     assert mmkd(monkeypatch, "run", recipe()) in (0, None)
     assert len(cosines(tmp_path)) == 4
 
@@ -108,6 +96,14 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
          "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
         (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
          "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
+        (["--plugin", "my.py"], changed("config_class", "needs = None\n    config_class"), {},
+         "Cosine defines 'needs': move it to its settings, CosineConfig"),
+        (["--plugin", "my.py"], changed("needs: ClassVar", "needs: frozenset[str]"), {},
+         "a recipe could set 'needs' of CosineConfig: annotate it as ClassVar"),
+        (["--plugin", "my.py"], changed("ObjectiveConfig", "HeadObjectiveConfig"), {},
+         "Cosine and CosineConfig differ: settings of a HeadObjective, and no others, are"),
+        (["--plugin", "my.py"], changed("@add_objective", "add_objective(CosineConfig)\n"), {},
+         "cannot be loaded (TypeError: it is no objective)"),
         (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
          "unknown kind 'hidden_cosine'"),
         ([], None, {}, "unknown kind 'hidden_cosine'"),
@@ -135,10 +131,10 @@ def test_what_goes_wrong_is_one_line(
     ],
 )
 def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
-    install(tmp_path, monkeypatch, code)
+    install(tmp_path, monkeypatch, code, ENTRY)
     assert mmkd(monkeypatch, "run", recipe()) == 2
     error = capsys.readouterr().err
-    assert "the entry point outside_objectives:Cosine cannot be used (" in error
+    assert "the entry point outside_mmkd:Cosine cannot be used (" in error
     assert said in error
     assert error.endswith(" -- mend its package, or uninstall it\n")
     assert error.count("\n") == 1

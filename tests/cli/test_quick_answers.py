@@ -104,9 +104,9 @@ def test_every_name_of_the_lazy_package_is_there():
 
 def test_settings_and_objectives_belong_together():
     """Each class of settings has one objective, and each objective its settings."""
+    from mmkd.objectives import OBJECTIVES
     from mmkd.objectives.build import CLASSES, REGISTRY
-    from mmkd.objectives.registry import BUILT_IN
     from mmkd.objectives.settings import SETTINGS
 
     assert [cls.config_class for cls in CLASSES] == list(SETTINGS)
-    assert {kind: cls.config_class for kind, cls in REGISTRY.items()} == BUILT_IN
+    assert {kind: cls.config_class for kind, cls in REGISTRY.items()} == OBJECTIVES.built_in

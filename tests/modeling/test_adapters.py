@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from mmkd.errors import RecipeError
 from mmkd.modeling.adapters import adapted_layers, adapters_off, effective_weight, merged
 from mmkd.modeling.capture import capture
-from mmkd.recipe import LoraConfig, MambaConversion, MoeConversion, load_recipe
+from mmkd.recipe import LoraConfig, MambaConfig, MoeConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.students import convert, set_trainable
 from mmkd.students.write import write_student
@@ -113,8 +113,8 @@ def test_the_effective_weight_is_the_papers(dora):
 
 def test_converted_students_have_adapters_in_mixers(tmp_path):
     model, batch = make("llava"), inputs("llava", [7, 4], side="right")
-    convert(model, [MambaConversion(kind="mamba", keep_attention=[0]),
-                    MoeConversion(kind="moe", experts=2, top_k=2, layers="all")])  # fmt: skip
+    convert(model, [MambaConfig(kind="mamba", keep_attention=[0]),
+                    MoeConfig(kind="moe", experts=2, top_k=2, layers="all")])  # fmt: skip
     with torch.no_grad():  # experts that are alike give their router no gradient
         for name, parameter in model.named_parameters():
             if ".mlp.experts" in name:

@@ -12,7 +12,7 @@ from mmkd.modeling.capture_request import CaptureRequest
 from mmkd.modeling.layer_projections import PROJECTIONS, as_compared, width_of
 from mmkd.objectives import Targets, build_objective
 from mmkd.objectives.minilm import MiniLmConfig
-from mmkd.recipe import MambaConversion
+from mmkd.recipe import MambaConfig
 from mmkd.students import convert
 from mmkd_models.parts import find_parts
 from tests.support import families
@@ -62,7 +62,7 @@ def test_queries_and_keys_are_read_behind_their_norms(family):
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
 def test_a_mixer_starts_at_the_relations_of_the_attention_whose_weights_it_took(family):
     teacher, student = twins(family)
-    convert(student, MambaConversion(kind="mamba", layers=[0], init="inherit"))
+    convert(student, MambaConfig(kind="mamba", layers=[0], init="inherit"))
     batch = families.inputs(family, [5, 9], side="right")
     objective = build_objective(MiniLmConfig(kind="minilm", layers=[0], heads=2))
     assert relations(objective, student, teacher, batch).item() == pytest.approx(0, abs=1e-6)

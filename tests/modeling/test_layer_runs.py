@@ -20,7 +20,7 @@ from mmkd.objectives.layerwise import (
     MixerMseConfig,
 )
 from mmkd.objectives.minilm import MiniLmConfig
-from mmkd.recipe import MambaConversion, load_recipe
+from mmkd.recipe import MambaConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.students import convert
 from tests.support import families
@@ -59,7 +59,7 @@ def pair(family):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         chosen = [3] if family == "gemma3" else [1, 3]
-        convert(student, MambaConversion(kind="mamba", layers=chosen, init="inherit"))
+        convert(student, MambaConfig(kind="mamba", layers=chosen, init="inherit"))
         for parameter in student.parameters():  # norms too, so that blocks and mixers differ
             parameter.data += 0.05 * torch.randn_like(parameter)
     return teacher, student

@@ -11,7 +11,7 @@ from mmkd.data.packing import bins_of
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.packed_rows import tell_borders
-from mmkd.recipe import MambaConversion
+from mmkd.recipe import MambaConfig
 from mmkd.students import convert
 from mmkd.teachers import LiveTeacher
 from mmkd.training.packing_check import check_packing
@@ -114,7 +114,7 @@ def test_layers_that_run_again_in_the_backward_pass(name, batches):
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_hybrid_students(name, batches):
     model = ZOO[name].make(1)
-    convert(model, [MambaConversion(kind="mamba", layers=[1])])
+    convert(model, [MambaConfig(kind="mamba", layers=[1])])
     tell_borders(model)
     assert max(compare(model, *batches(name))) < 1e-6
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.modeling.loading import load_model, load_pretrained, skeleton
-from mmkd.recipe import LayersConversion, MambaConversion, ModelConfig
+from mmkd.recipe import LayersConfig, MambaConfig, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd.students.layer_choice import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
@@ -35,7 +35,7 @@ def student(name, layers, init="inherit", **form):
     model = families.make(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        convert(model, MambaConversion(kind="mamba", layers=layers, init=init, **form))
+        convert(model, MambaConfig(kind="mamba", layers=layers, init=init, **form))
     return model
 
 
@@ -95,7 +95,7 @@ def test_a_model_from_a_folder_becomes_a_folder_again(name, tmp_path):
     """Families load and save under older weight names, a student under its own."""
     families.make(name).save_pretrained(tmp_path / "family")
     model = load_pretrained(str(tmp_path / "family"))
-    convert(model, MambaConversion(kind="mamba", layers=[1]))
+    convert(model, MambaConfig(kind="mamba", layers=[1]))
     model.save_pretrained(tmp_path / "student")
     loaded = load_pretrained(str(tmp_path / "student"))
     weights = loaded.state_dict()
@@ -388,8 +388,7 @@ PLACEMENTS = [
 @pytest.mark.parametrize(("text", "placement", "layers"), PLACEMENTS)
 def test_placements(text, placement, layers):
     spoken, written = (
-        MambaConversion(kind="mamba", keep_attention=p).keep_attention
-        for p in (parse(text), placement)
+        MambaConfig(kind="mamba", keep_attention=p).keep_attention for p in (parse(text), placement)
     )
     assert spoken == written
     assert choose(written, 8) == layers
@@ -412,7 +411,7 @@ def test_a_placement_that_cannot_be_read(text):
 )
 def test_layouts_that_do_not_fit(name, settings, message):
     with pytest.raises(RecipeError, match=message) as caught:
-        convert(families.make(name), MambaConversion(kind="mamba", **settings))
+        convert(families.make(name), MambaConfig(kind="mamba", **settings))
     assert "\n" not in str(caught.value)
 
 
@@ -425,7 +424,7 @@ def test_what_cannot_be_converted_faithfully_stays_untouched():
     model = PaliGemmaForConditionalGeneration(config)
     before = type(model)
     with pytest.raises(RecipeError, match="both ways over its prefix"):
-        convert(model, MambaConversion(kind="mamba", keep_attention=[0]))
+        convert(model, MambaConfig(kind="mamba", keep_attention=[0]))
     assert type(model) is before
 
 
@@ -433,7 +432,7 @@ def test_a_student_is_converted_further_step_by_step(tmp_path):
     """MambaInLlama's stepwise conversion: the layers of earlier steps stay what they are."""
     model = student("llava", [1], init="inherit")
     earlier = {n: t.clone() for n, t in model.state_dict().items() if "layers.1." in n}
-    report = convert(model, MambaConversion(kind="mamba", layers=[3], init="inherit"))
+    report = convert(model, MambaConfig(kind="mamba", layers=[3], init="inherit"))
     assert "in layers [1, 3], attention in [0, 2]" in report.lines[0]
     assert all(torch.equal(model.state_dict()[n], t) for n, t in earlier.items())
     batch = families.inputs("llava", [5, 9])
@@ -462,14 +461,14 @@ def test_a_further_conversion_that_does_not_fit(settings, message):
     model = student("llava", [1])
     before = [type(x.self_attn) for x in find_parts(model).decoder_layers]
     with pytest.raises(RecipeError, match=message):
-        convert(model, MambaConversion(kind="mamba", init="inherit", **settings))
+        convert(model, MambaConfig(kind="mamba", init="inherit", **settings))
     assert [type(x.self_attn) for x in find_parts(model).decoder_layers] == before
 
 
 def test_layers_are_dropped_before_attention_becomes_mamba():
     model = families.make("llava")
-    cut = LayersConversion(kind="layers", decoder=[0, 2])
-    report = convert(model, [cut, MambaConversion(kind="mamba", layers=[1])])
+    cut = LayersConfig(kind="layers", decoder=[0, 2])
+    report = convert(model, [cut, MambaConfig(kind="mamba", layers=[1])])
     assert report.lines[0] == "decoder: kept layers [0, 2] of 4"
     assert "Mamba-2 mixers (mimic) in layers [1], attention in [0]" in report.lines[1]
     assert "inherited: q_proj.weight" in report.lines[2]

@@ -21,7 +21,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2Rotary
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from mmkd.recipe import MambaConversion
+from mmkd.recipe import MambaConfig
 from mmkd.students.mamba import layout_of, seed
 from mmkd_models.cache import MambaLayer
 from mmkd_models.layout import MambaLayout
@@ -96,7 +96,7 @@ def attention_of(name, tokens=37, batch=2):
 
 
 def mixer_of(attention, init="exact", **form):
-    conversion = MambaConversion(kind="mamba", layers=[0], init=init, **form)
+    conversion = MambaConfig(kind="mamba", layers=[0], init=init, **form)
     mixer = Mamba2Mixer(attention, layout_of(conversion, [0]), 0, SequenceContext())
     inherited = seed(mixer, attention, init)
     return mixer, inherited

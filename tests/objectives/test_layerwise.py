@@ -17,7 +17,7 @@ from mmkd.objectives.layerwise import (
     MatrixConfig,
     MixerMseConfig,
 )
-from mmkd.recipe import MambaConversion, load_recipe
+from mmkd.recipe import MambaConfig, load_recipe
 from mmkd.runs import pipeline, preflight
 from mmkd.students import convert
 from mmkd_models.parts import find_parts
@@ -128,7 +128,7 @@ def models(name="llava", layers=(1, 3), **form):
     student = copy.deepcopy(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        convert(student, MambaConversion(kind="mamba", layers=list(layers), **form))
+        convert(student, MambaConfig(kind="mamba", layers=list(layers), **form))
     return teacher, student
 
 

@@ -14,7 +14,7 @@ from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import LayerSignals, Signals, Targets, build_objective, minilm
 from mmkd.objectives.affinity import AffinityConfig
 from mmkd.objectives.minilm import MiniLmConfig
-from mmkd.recipe import MambaConversion, load_recipe
+from mmkd.recipe import MambaConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.students import convert
 from tests.support import families
@@ -114,7 +114,7 @@ def test_what_a_model_projects_is_read(tmp_path):
     """An attention's q, k and v, and a mixer's, which began as the same."""
     teacher = families.make("llava")
     student = copy.deepcopy(teacher)
-    convert(student, MambaConversion(kind="mamba", layers=[1], init="inherit"))
+    convert(student, MambaConfig(kind="mamba", layers=[1], init="inherit"))
     batch = families.inputs("llava", [5, 9], side="right")
     objective = build_objective(MiniLmConfig(kind="minilm", layers=[0, 1], heads=2))
     plan = LayerPlan.of([objective])

@@ -14,11 +14,11 @@ from mmkd.modeling.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, Targets, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
 from mmkd.recipe import (
-    LayersConversion,
-    MambaConversion,
-    MlpConversion,
+    LayersConfig,
+    MambaConfig,
+    MlpConfig,
     ModelConfig,
-    MoeConversion,
+    MoeConfig,
     load_recipe,
 )
 from mmkd.report.rundata import read_run
@@ -30,8 +30,8 @@ from mmkd_models.parts import find_parts
 from tests.support import families
 from tests.support.recipes import tiny_recipe
 
-MOE = MoeConversion(kind="moe")
-MAMBA = MambaConversion(kind="mamba", layers=[1], init="mimic")
+MOE = MoeConfig(kind="moe")
+MAMBA = MambaConfig(kind="mamba", layers=[1], init="mimic")
 SPECIAL = [7, 8, 9, 10]  # image tokens, which a text must not contain
 
 
@@ -312,7 +312,7 @@ def test_activation_checkpointing_keeps_the_routers_gradients():
      ("second_half", [2, 3]), ([3], [3]), ({"every": 3}, [0, 3])],
 )  # fmt: skip
 def test_placements_of_experts(layers, chosen):
-    model = converted("llava", MoeConversion(kind="moe", layers=layers, experts=3, top_k=1))
+    model = converted("llava", MoeConfig(kind="moe", layers=layers, experts=3, top_k=1))
     assert model.config.layout["moe"] == {"layers": chosen, "experts": 3, "top_k": 1}
 
 
@@ -320,10 +320,10 @@ def test_placements_of_experts(layers, chosen):
     ("conversions", "message"),
     [
         ([MOE, MOE], "sparse already"),
-        ([MOE, LayersConversion(kind="layers", decoder=[0])], "put 'layers' before"),
-        ([MOE, MlpConversion(kind="mlp", decoder=8)], "put 'mlp' before"),
-        ([MoeConversion(kind="moe", layers=[7])], r"layers \[7\] in 4 layers"),
-        ([MoeConversion(kind="moe", layers=[])], "no layer is chosen"),
+        ([MOE, LayersConfig(kind="layers", decoder=[0])], "put 'layers' before"),
+        ([MOE, MlpConfig(kind="mlp", decoder=8)], "put 'mlp' before"),
+        ([MoeConfig(kind="moe", layers=[7])], r"layers \[7\] in 4 layers"),
+        ([MoeConfig(kind="moe", layers=[])], "no layer is chosen"),
     ],
 )
 def test_conversions_that_do_not_fit(conversions, message):

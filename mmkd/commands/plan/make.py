@@ -159,7 +159,7 @@ def plan_stage(
     per_step = stage.batch.records_per_step(processes)
     steps = timings.steps_over(stage, records)
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
-    asked = _planned_teachers(recipe, objectives, teachers, student, device)
+    asked = _planned_teachers(recipe, stage, teachers, student, device)
     flops = {
         k: round(v * per_step)
         for k, v in flops_per_record(student, trainable, asked, sample).items()
@@ -185,20 +185,20 @@ def plan_stage(
         "seconds": None if second is None else second * steps,
         "memory_bytes": memory(student, trained, asked, stage, sample),
         "device_memory_bytes": distributed.memory_of(device),
-        "teacher_placement": _placement(recipe, objectives, asked),
+        "teacher_placement": _placement(recipe, stage, asked),
     }
 
 
 def _planned_teachers(
     recipe: Recipe,
-    objectives: Sequence[Objective],
+    stage: StageConfig,
     teachers: Mapping[str, PreTrainedModel],
     student: PreTrainedModel,
     device: torch.device,
 ) -> list[PlannedTeacher]:
     """The teachers that run beside a stage, the primary one first, as the run will place them."""
     planned = []
-    for config in needed_teachers(recipe.teachers, objectives):
+    for config in needed_teachers(recipe.teachers, stage.objectives):
         if config.source == "self":
             planned.append(PlannedTeacher(student))
         elif config.source == "live":
@@ -211,11 +211,9 @@ def _planned_teachers(
     return planned
 
 
-def _placement(
-    recipe: Recipe, objectives: Sequence[Objective], planned: Sequence[PlannedTeacher]
-) -> str | None:
+def _placement(recipe: Recipe, stage: StageConfig, planned: Sequence[PlannedTeacher]) -> str | None:
     """Where the primary teacher's weights are, in words; None where no teacher is needed."""
-    needed = needed_teachers(recipe.teachers, objectives)
+    needed = needed_teachers(recipe.teachers, stage.objectives)
     said = {"cache": "read from its cache", "self": "the student itself"}
     return (said.get(needed[0].source) or planned[0].placement) if needed else None
 
