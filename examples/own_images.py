@@ -171,7 +171,7 @@ def main(
     """Distil a teacher into a student on pictures of your own."""
     photos, out = photos.resolve(), out.resolve()
     if len(names := readable(photos)) <= held_out:
-        raise DataError(f"{len(names)} readable pictures", where=str(photos), mend="add some")
+        raise DataError(f"{len(names)} readable pictures", where=str(photos), hint="add some")
     dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
     asked = ModelConfig(model=teacher, dtype=dtype)
     data, file = out / "train.jsonl", out / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Errors a user sees: one line that says what is wrong, where, and how to mend it."""
+"""Errors a user sees: one line that says what is wrong, where, and how to fix it."""
 
 import difflib
 import unicodedata
@@ -8,8 +8,8 @@ from mmkd.redact import redact
 
 AGAIN = "run the same command again to go on"
 FROM_THE_START = "run the same command again, it begins from the start"
-MEND = " -- "
-"""What parts the mend from the problem, in a message and in what a recipe's validators raise."""
+HINT = " -- "
+"""What parts the hint from the problem, in a message and in what a recipe's validators raise."""
 
 
 LONGEST = 2000
@@ -37,28 +37,28 @@ def _escaped(character: str) -> str:
 
 def _part(text: str) -> str:
     """A problem, or its place, as a message has it: foreign text cannot begin a second row, nor
-    something that looks like a mend."""
-    text = redact(one_row(text)).replace(MEND, " - ")
+    something that looks like a hint."""
+    text = redact(one_row(text)).replace(HINT, " - ")
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class MmkdError(Exception):
-    """A problem the user can mend. Its text is one line without secrets, whatever the parts
+    """A problem the user can fix. Its text is one line without secrets, whatever the parts
     hold.
 
     Args:
         what: what is wrong, in a few words.
         where: file, line, key or sample id the problem was found at.
-        mend: what to do about it.
+        hint: what to do about it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+        self.what, self.where, self.hint = what, where, hint
         parts = [_part(f"{where}: {what}" if where else what)]
-        if mend:
-            parts.append(redact(one_row(mend)))
-        super().__init__(MEND.join(parts))
+        if hint:
+            parts.append(redact(one_row(hint)))
+        super().__init__(HINT.join(parts))
 
 
 class RecipeError(MmkdError):
@@ -77,15 +77,15 @@ class DataError(MmkdError):
         what: str,
         *,
         where: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
         kind: str | None = None,
     ):
-        super().__init__(what, where=where, mend=mend)
+        super().__init__(what, where=where, hint=hint)
         self.kind = kind or what
 
     def at(self, where: str) -> "DataError":
         """The same problem with its place."""
-        return DataError(self.what, where=where, mend=self.mend, kind=self.kind)
+        return DataError(self.what, where=where, hint=self.hint, kind=self.kind)
 
 
 class CheckpointError(MmkdError):
@@ -108,10 +108,10 @@ class EvaluationError(MmkdError):
         what: str,
         *,
         where: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
         scores: dict[str, dict[str, float]] | None = None,
     ):
-        super().__init__(what, where=where, mend=mend)
+        super().__init__(what, where=where, hint=hint)
         self.scores = scores or {}
 
 
@@ -131,16 +131,16 @@ class StoppedError(BaseException):
 
     Args:
         what: what has stopped, and where.
-        mend: how to go on.
+        hint: how to go on.
     """
 
-    def __init__(self, what: str, *, mend: str | None = None):
-        self.what, self.mend = what, mend
-        super().__init__(one_row(MEND.join([what, mend] if mend else [what])))
+    def __init__(self, what: str, *, hint: str | None = None):
+        self.what, self.hint = what, hint
+        super().__init__(one_row(HINT.join([what, hint] if hint else [what])))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """How to mend a word that is not known: the nearest one that is, or all."""
+    """How to fix a word that is not known: the nearest one that is, or all."""
     close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 

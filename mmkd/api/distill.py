@@ -209,18 +209,18 @@ def _refuse(config: StageConfig, out: str | Path | None) -> None:
         raise RecipeError(
             "DeepSpeed takes models apart, and a call gives the student back whole",
             where=f"{where}: engine",
-            mend="leave it out, or write a recipe and call mmkd.run",
+            hint="leave it out, or write a recipe and call mmkd.run",
         )
     if config.convert or config.data is not None:
         key = "convert" if config.convert else "data"
-        mend = "call mmkd.convert first" if config.convert else "use the arguments"
-        raise RecipeError("a call has no such key of a stage", where=f"{where}: {key}", mend=mend)
+        hint = "call mmkd.convert first" if config.convert else "use the arguments"
+        raise RecipeError("a call has no such key of a stage", where=f"{where}: {key}", hint=hint)
     if named is None and distributed.world_size() > 1:
         raise RecipeError(
-            "several processes need a folder that all of them see", where=where, mend="give out="
+            "several processes need a folder that all of them see", where=where, hint="give out="
         )
     if named is not None and named.exists() and (named.is_file() or any(named.iterdir())):
-        raise RecipeError("the folder is not empty", where=str(named), mend="name a new folder")
+        raise RecipeError("the folder is not empty", where=str(named), hint="name a new folder")
 
 
 def _connect(device: torch.device, config: StageConfig) -> None:
@@ -235,7 +235,7 @@ def _connect(device: torch.device, config: StageConfig) -> None:
             f"the process group has {torch.distributed.get_world_size()} processes, and WORLD_SIZE "
             f"says {distributed.world_size()}",
             where="distill",
-            mend="start the program with torchrun, or set RANK and WORLD_SIZE in each process",
+            hint="start the program with torchrun, or set RANK and WORLD_SIZE in each process",
         )
     distributed.connect(device, patience=config.engine.patience)
     distributed.barrier()  # all have seen that `out` is empty
@@ -259,7 +259,7 @@ def _teacher(
                 f"teacher and student have weights in common, first {shared}: the teacher would "
                 "change while the student trains",
                 where="distill: teacher",
-                mend='give a copy, or teacher="self" for the student as it is now',
+                hint='give a copy, or teacher="self" for the student as it is now',
             )
     return load(teacher, processor, "teacher", recipe.teacher)
 
@@ -291,7 +291,7 @@ def _check_same(student: PreTrainedModel, teacher: PreTrainedModel | None) -> No
         raise MmkdError(
             "the processes have different weights",
             where="distill",
-            mend="load the same models in each, or seed what makes them",
+            hint="load the same models in each, or seed what makes them",
         )
 
 

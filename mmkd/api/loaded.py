@@ -55,12 +55,12 @@ def load(model: ModelLike, processor: Any, role: str, config: ModelConfig | None
 def _beside(model: PreTrainedModel, role: str) -> Any:
     """The processor in the folder or repository that a model in memory was loaded from."""
     argument = "processor" if role != "teacher" else f"{role}_processor"
-    mend = f"give {argument}="
+    hint = f"give {argument}="
     if not model.name_or_path:
         raise CheckpointError(
             "the model was loaded from nowhere, so its processor is not known",
             where=role,
-            mend=mend,
+            hint=hint,
         )
     try:
         return load_pretrained_processor(model.name_or_path)
@@ -68,7 +68,7 @@ def _beside(model: PreTrainedModel, role: str) -> Any:
         raise CheckpointError(
             f"its processor cannot be loaded from {model.name_or_path} ({error.what})",
             where=role,
-            mend=mend,
+            hint=hint,
         ) from error
 
 
@@ -84,7 +84,7 @@ def dtype_name(model: PreTrainedModel) -> str:
     raise CheckpointError(
         f"its weights are {str(model.dtype).removeprefix('torch.')}",
         where=type(model).__name__,
-        mend=f"convert it to {', '.join(DTYPES)}",
+        hint=f"convert it to {', '.join(DTYPES)}",
     )
 
 

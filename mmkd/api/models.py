@@ -55,7 +55,7 @@ def convert(
         }
     )
     if out is not None and Path(out).exists():
-        raise CheckpointError("it is there already", where=str(out), mend="name a new folder")
+        raise CheckpointError("it is there already", where=str(out), hint="name a new folder")
     if isinstance(model, PreTrainedModel) and out is None:
         loaded = Loaded(model, None)
     else:

@@ -30,7 +30,7 @@ def data_of(
     """
     for key in settings:
         if key in OWN:
-            raise RecipeError("it is given twice", where=f"data: {key}", mend=f"use {OWN[key]}=")
+            raise RecipeError("it is given twice", where=f"data: {key}", hint=f"use {OWN[key]}=")
     raw: dict[str, Any] = {"train": "dataset", **settings}
     folder = None if images is None else str(images)
     if isinstance(dataset, str | Path):

@@ -51,7 +51,7 @@ class StoreWriter:
             raise CheckpointError(
                 "the folder holds another teacher's, data's or recipe's rows",
                 where=str(folder),
-                mend="name a new folder in teacher.cache, or delete this one",
+                hint="name a new folder in teacher.cache, or delete this one",
             )
         if rank == 0:
             write_json(folder / SETTINGS, self.settings)
@@ -146,20 +146,20 @@ class Store:
         if not path.is_file():
             begun = "begun and not complete" if (folder / SETTINGS).exists() else "not there"
             raise CheckpointError(
-                f"the teacher's cache is {begun}", where=str(folder), mend=REBUILD
+                f"the teacher's cache is {begun}", where=str(folder), hint=REBUILD
             )
         kind = (read_if(Shape, path) or {}).get("format", FORMAT)
         if kind != FORMAT:
-            raise CheckpointError(f"format {kind} is not known", where=str(path), mend=REBUILD)
+            raise CheckpointError(f"format {kind} is not known", where=str(path), hint=REBUILD)
         if (manifest := read_if(Manifest, path)) is None:
-            raise CheckpointError("it cannot be read", where=str(path), mend=REBUILD)
+            raise CheckpointError("it cannot be read", where=str(path), hint=REBUILD)
         self.manifest, shards = manifest, manifest["shards"]
         for shard in shards:
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise CheckpointError("it is missing or cut", where=str(file), mend=REBUILD)
+                raise CheckpointError("it is missing or cut", where=str(file), hint=REBUILD)
         if self.hidden is not None and not (folder / HEAD).is_file():
-            raise CheckpointError("it is missing", where=str(folder / HEAD), mend=REBUILD)
+            raise CheckpointError("it is missing", where=str(folder / HEAD), hint=REBUILD)
         self.codec = RowCodec(self.manifest["vocabulary"], self.manifest["k"])
         self._open: dict[tuple[int, str], np.ndarray] = {}
         self._sound: set[int] = set()
@@ -189,7 +189,7 @@ class Store:
             found = load_file(self.folder / HEAD)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                "it is missing or cut", where=str(self.folder / HEAD), mend=REBUILD
+                "it is missing or cut", where=str(self.folder / HEAD), hint=REBUILD
             ) from error
         return found["weight"], found.get("bias")
 
@@ -232,7 +232,7 @@ class Store:
             raise DataError(
                 f"its words and pictures are not in the teacher's cache {self.folder}",
                 where=where,
-                mend="the data has changed since: build the cache again",
+                hint="the data has changed since: build the cache again",
             )
         return place
 
@@ -248,7 +248,7 @@ class Store:
         shard = self.manifest["shards"][number]
         path = self.folder / shard["file"]
         if number not in self._sound and sha256(path) != shard["sha256"]:
-            raise CheckpointError("damaged (checksum)", where=str(path), mend=REBUILD)
+            raise CheckpointError("damaged (checksum)", where=str(path), hint=REBUILD)
         self._sound.add(number)
         return path
 

@@ -67,7 +67,7 @@ def _stopped(end: StoppedError) -> NoReturn:
 
 def _fail(error: MmkdError) -> NoReturn:
     if interrupt.requested() and isinstance(error, PeerError):  # another process stopped first
-        _stopped(StoppedError("stopped", mend=AGAIN))
+        _stopped(StoppedError("stopped", hint=AGAIN))
     if is_first(str(error)):
         print(f"mmkd: {error}", file=sys.stderr)
     _end(2)

@@ -26,7 +26,7 @@ def build(
     from mmkd.runtime.progress import say, track
 
     if name != "scenes":
-        raise MmkdError(f"unknown data set {name!r}", mend="known: scenes")
+        raise MmkdError(f"unknown data set {name!r}", hint="known: scenes")
     made = build_scenes(
         out, seed=seed, train=train, validation=validation, evaluation=evaluation, progress=track
     )

@@ -53,7 +53,7 @@ def convert(
     from mmkd.students import layer_choice, write_converted
 
     if out.exists():
-        raise MmkdError("it is there already", where=str(out), mend="name a new folder")
+        raise MmkdError("it is there already", where=str(out), hint="name a new folder")
     mamba: dict[str, Any] = {"kind": "mamba", "init": init}
     for name, text in (("keep_attention", keep_attention), ("layers", layers)):
         if text is not None:
@@ -157,10 +157,10 @@ def chat(
     from mmkd.recipe import SamplingConfig
 
     if as_json and question is None:
-        raise MmkdError("--json prints one answer", mend="add a question to the command")
+        raise MmkdError("--json prints one answer", hint="add a question to the command")
     models = {k: (name, revision) for k, name in find_student(model, student).items()}
     if compare in models:
-        raise MmkdError("it is the model itself", where="--compare", mend="name another one")
+        raise MmkdError("it is the model itself", where="--compare", hint="name another one")
     if compare is not None:
         models[compare] = (compare, None)
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)

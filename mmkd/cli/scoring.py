@@ -56,7 +56,7 @@ def find_models(
         _refuse_label(model, student)
         if tasks is None:
             raise MmkdError(
-                "no tasks to evaluate", where=model, mend="name some, such as --tasks pope"
+                "no tasks to evaluate", where=model, hint="name some, such as --tasks pope"
             )
         return Asked({Path(model).absolute().name: model}, tasks, include, local)
     from mmkd.report.rundata import read_run
@@ -68,7 +68,7 @@ def find_models(
         include = include or _found(run, wanted.get("include"))
         local = local or _found(run, wanted.get("local"))
     if not tasks:
-        raise MmkdError("its recipe names no tasks", where=model, mend="name some with --tasks")
+        raise MmkdError("its recipe names no tasks", where=model, hint="name some with --tasks")
     return Asked(_students(run, student), tasks, include, local, True)
 
 
@@ -92,7 +92,7 @@ def find_student(model: str, label: str | None) -> dict[str, str]:
         raise MmkdError(
             f"the run has {len(found)} finished students",
             where=model,
-            mend=f"choose one with --student: {', '.join(found)}",
+            hint=f"choose one with --student: {', '.join(found)}",
         )
     return found
 
@@ -106,7 +106,7 @@ def _refuse_label(model: str, label: str | None) -> None:
         raise MmkdError(
             "not a run's folder, and --student names a student of one",
             where=model,
-            mend="leave --student out",
+            hint="leave --student out",
         )
 
 
@@ -121,7 +121,7 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
         raise MmkdError(
             f"the run has no student {label!r}",
             where=str(run.folder.path),
-            mend=nearest(label, known),
+            hint=nearest(label, known),
         )
     found = {m.label: str(m.finished_student) for m in members if m.finished_student is not None}
     for member in members:
@@ -133,7 +133,7 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
         raise CheckpointError(
             "its students are gone" if gone else "no student of this run is finished",
             where=str(run.folder.path),
-            mend="bring the last stage's folder back"
+            hint="bring the last stage's folder back"
             if gone
             else "run its recipe again: it goes on where it stopped",
         )
@@ -175,5 +175,5 @@ def score_models(
             if len(asked.models) == 1:
                 raise
             say(f"{label}: its evaluation failed ({one_line(error)})")
-            failed.append(EvaluationError(error.what, where=error.where, mend=error.mend))
+            failed.append(EvaluationError(error.what, where=error.where, hint=error.hint))
     return scores, failed

@@ -16,7 +16,7 @@ def doctor(
     output_dir: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """What works on this machine, what is missing or broken, and the commands that mend it.
+    """What works on this machine, what is missing or broken, and the commands that fix it.
 
     Exit status 1 if something that mmkd needs is missing or broken.
     """

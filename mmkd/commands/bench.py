@@ -137,7 +137,7 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
     names = [s.name for s in recipe.stages]
     if stage_name is not None and stage_name not in names:
         raise RecipeError(
-            f"no stage {stage_name!r}", where="stages", mend=f"there are {', '.join(names)}"
+            f"no stage {stage_name!r}", where="stages", hint=f"there are {', '.join(names)}"
         )
     index = 0 if stage_name is None else names.index(stage_name)
     with TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ def build_cache(recipe: Recipe) -> Store:
         raise RecipeError(
             "no stage has an objective that reads a teacher",
             where="stages",
-            mend="add one, such as {kind: kl}",
+            hint="add one, such as {kind: kl}",
         )
     device = distributed.choose_device(stages[0].engine.device)
     distributed.connect(device, patience=max(s.engine.patience for s in stages))
@@ -63,7 +63,7 @@ def build_cache(recipe: Recipe) -> Store:
         raise RecipeError(
             "teacher and student have different processors",
             where="teacher.source cache",
-            mend="use models with one processor, or source: live",
+            hint="use models with one processor, or source: live",
         )
     vocabulary = shared_vocabulary(student_processor.tokenizer, processor.tokenizer)
     settings = _settings_of(recipe, source, stages, processor, vocabulary)
@@ -106,10 +106,10 @@ def _teacher_to_store(recipe: Recipe) -> TeacherConfig:
         raise RecipeError(
             "the recipe does not say where to",
             where="teacher.cache",
-            mend="add 'teacher: {model: ..., source: cache, cache: {folder: ...}}'",
+            hint="add 'teacher: {model: ..., source: cache, cache: {folder: ...}}'",
         )
     if source.model is None and source.config is None:
-        raise RecipeError("there is no model to run", where="teacher", mend="add 'model'")
+        raise RecipeError("there is no model to run", where="teacher", hint="add 'model'")
     return source
 
 
@@ -163,7 +163,7 @@ def _readings(recipe: Recipe, stages: list[StageConfig]) -> list[tuple[StageConf
         raise RecipeError(
             f"stages with a teacher have different max_length ({sorted(lengths)})",
             where="stages.data",
-            mend="give them one, or caches of their own",
+            hint="give them one, or caches of their own",
         )
     found: dict[str, tuple[StageConfig, bool]] = {}
     for stage in stages:
@@ -207,7 +207,7 @@ def _store_data(
             bar.advance(f"{len(writer.stored):,} records on this process")
             if asked(teacher.device):
                 writer.flush()
-                raise StoppedError(f"{name} stopped at batch {number} of {len(shares)}", mend=AGAIN)
+                raise StoppedError(f"{name} stopped at batch {number} of {len(shares)}", hint=AGAIN)
     if skipped:
         say(f"{name}: {skipped} bad records left out")
 
@@ -297,7 +297,7 @@ def _hidden_states(signals: Signals, batch: Batch, writer: StoreWriter) -> list[
         raise DataError(
             "final hidden states are too large for 16 bits",
             where=batch.ids[0],
-            mend="set 'hidden: false' in teacher.cache",
+            hint="set 'hidden: false' in teacher.cache",
         )
     return states
 

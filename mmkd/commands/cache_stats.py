@@ -64,7 +64,7 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
     stage = next((s for s in recipe.stages if needed(s, hidden=True)), None)
     if recipe.teacher is None or recipe.teacher.model is None or stage is None:
         raise RecipeError(
-            "there is no teacher to compare with", where="teacher", mend="add 'model'"
+            "there is no teacher to compare with", where="teacher", hint="add 'model'"
         )
     device = distributed.choose_device(stage.engine.device)
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)

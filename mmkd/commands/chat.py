@@ -103,7 +103,7 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeError as error:
-            raise MmkdError("it is not UTF-8", where="standard input", mend="send UTF-8") from error
+            raise MmkdError("it is not UTF-8", where="standard input", hint="send UTF-8") from error
         if line.strip():
             yield line.strip()
 

@@ -48,7 +48,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             raise RecipeError(
                 "--images is for a file, a recipe names its own",
                 where=target,
-                mend="leave --images out",
+                hint="leave --images out",
             )
         recipe = load_recipe(target)
         processor = load_processor(recipe.student)
@@ -120,7 +120,7 @@ def _as_json(found: Findings) -> dict[str, Any]:
                 "records": p.records,
                 "share": p.records / found.records,
                 "places": p.places,
-                "mend": p.mend,
+                "hint": p.hint,
             }
             for p in problems
         ],
@@ -211,11 +211,11 @@ def _table(source: dict[str, Any]) -> Table:
     table.add_column("problem")
     table.add_column("records", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("what mends it")
+    table.add_column("how to fix it")
     for problem in source["problems"]:
         share = _percent(problem["share"])
-        mend = escape(problem["mend"] or "")
-        table.add_row(escape(problem["kind"]), f"{problem['records']:,}", share, mend)
+        hint = escape(problem["hint"] or "")
+        table.add_row(escape(problem["kind"]), f"{problem['records']:,}", share, hint)
     return table
 
 

@@ -104,16 +104,16 @@ def make_pairs(
         raise MmkdError(
             "pairs need two or more answers that may differ",
             where="data pairs",
-            mend="give --samples 2 or more and a --temperature above 0",
+            hint="give --samples 2 or more and a --temperature above 0",
         )
     if out.exists():
-        raise MmkdError("it is there already", where=str(out), mend="name a new file")
+        raise MmkdError("it is there already", where=str(out), hint="name a new file")
     records = Records(data)
     if not records[0].objects:
         raise DataError(
             "the records say nothing of objects",
             where=records.name,
-            mend="add 'objects' (name, box)",
+            hint="add 'objects' (name, box)",
         )
     indices = list(range(min(limit or len(records), len(records))))
     place = distributed.choose_device(device)
@@ -187,7 +187,7 @@ def _prompt(records: Records, index: int) -> Record:
             f"the first answer follows {len(prompt.messages)} turn(s) with {len(prompt.images)} "
             "image(s), but pairs are made of one question about one image",
             where=records.where(index),
-            mend="drop the record",
+            hint="drop the record",
             kind="not one question about one image",
         )
     return prompt
@@ -230,7 +230,7 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
         raise DataError(
             "no prompt has answers of different worth",
             where=str(out),
-            mend="raise --temperature, --samples or --max-new-tokens",
+            hint="raise --temperature, --samples or --max-new-tokens",
         )
     with writing(out) as partial:
         pq.write_table(pa.Table.from_pylist(rows, PAIRS), partial, compression="zstd")

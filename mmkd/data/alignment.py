@@ -97,7 +97,7 @@ def _responses(
     if not torch.equal(student.input_ids[row, mine], teacher.input_ids[row, theirs]):
         raise DataError(
             f"the response of {name} has other tokens for the teacher than for the student",
-            mend="use models of one tokenizer family",
+            hint="use models of one tokenizer family",
         )
     return [(mine - 1, theirs - 1, torch.ones(shorter))]
 
@@ -112,7 +112,7 @@ def _pictures(
         raise DataError(
             f"the pictures of {name} have {len(mine)} image tokens for the student and "
             f"{len(theirs)} for the teacher, and no grid tells which belong together",
-            mend="use processors that make one grid of tokens of a picture",
+            hint="use processors that make one grid of tokens of a picture",
         )
     matched = []
     parts = zip(grids, mine.split(sizes[0]), theirs.split(sizes[1]), strict=True)
@@ -164,7 +164,7 @@ def check_compared(context: StageContext) -> None:
         raise RecipeError(
             f"objective {', '.join(names)} needs a teacher",
             where=context.where,
-            mend="add 'teacher' to the recipe",
+            hint="add 'teacher' to the recipe",
         )
     try:
         shared_vocabulary(context.processor.tokenizer, context.teacher_processor.tokenizer)
@@ -179,7 +179,7 @@ def check_compared(context: StageContext) -> None:
                 "teacher and student have different processors: only response and image tokens "
                 "can be aligned, at the models' outputs",
                 where=context.at(objective),
-                mend="use region response or vision, or models with one processor",
+                hint="use region response or vision, or models with one processor",
             )
 
 
@@ -191,6 +191,6 @@ def _check_vocabularies(context: StageContext, differ: str) -> None:
             raise RecipeError(
                 f"{differ}, and this objective compares them token by token",
                 where=context.at(objective),
-                mend="use alm or uld for responses and relation for image tokens, or models of one "
+                hint="use alm or uld for responses and relation for image tokens, or models of one "
                 "tokenizer family",
             )

@@ -133,7 +133,7 @@ def sample_answers(
             raise NonFiniteLossError(
                 "the model's probabilities are not finite, no answer can be sampled",
                 where=f"answers to {', '.join(p.id for p in prompts[:4])}",
-                mend="lower the learning rate, or raise the temperature of sampling",
+                hint="lower the learning rate, or raise the temperature of sampling",
             ) from error
     said = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [_sampled(row, stops, encoder.processor) for row in said]

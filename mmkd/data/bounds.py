@@ -49,7 +49,7 @@ def check_scaled(size: tuple[int, int], edge: int | None) -> None:
         raise DataError(
             f"the processor would make {edge * edge * long // max(short, 1):,} pixels of a picture "
             f"of {size[0]} x {size[1]}",
-            mend="crop or drop it; its shorter edge is scaled to a fixed length",
+            hint="crop or drop it; its shorter edge is scaled to a fixed length",
             kind="a picture is too long and narrow for the processor",
         )
 
@@ -74,6 +74,6 @@ def check_text(messages: Sequence[Mapping[str, Any]], max_length: int) -> None:
     if count > limit:
         raise DataError(
             f"its text has {count:,} characters, at most {limit:,} are read",
-            mend="cut or drop it",
+            hint="cut or drop it",
             kind="too long a text",
         )

@@ -70,13 +70,13 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
             if other and not text.startswith(template(messages[:i], False)):
                 raise DataError(
                     f"the chat template rewrites the conversation before turn {i}",
-                    mend="use a template that only appends",
+                    hint="use a template that only appends",
                 )
             start = max(_first_blank(text, whole, at), start)
         if at < 0:
             raise DataError(
                 f"the chat template changes the response of turn {i}",
-                mend="use a template that keeps responses as they are",
+                hint="use a template that keeps responses as they are",
             )
         stop, closed = _end_of_turn(text, at + len(said), end, tokenizer)
         spans.append((start, stop))

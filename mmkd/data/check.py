@@ -29,7 +29,7 @@ class Problem:
     """
 
     kind: str
-    mend: str | None
+    hint: str | None
     records: int = 0
     places: list[str] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ def _count(found: Findings, part: _Part) -> None:
     for index, error in part.errors:
         firsts.setdefault((index, error.kind), error)
     for (_, kind), error in firsts.items():
-        problem = found.problems.setdefault(kind, Problem(kind, error.mend))
+        problem = found.problems.setdefault(kind, Problem(kind, error.hint))
         problem.records += 1
         if len(problem.places) < PLACES:
             problem.places.append(f"{error.where}: {error.what}")
@@ -133,7 +133,7 @@ def _parts(
         raise DataError(
             "a process that looked through it died",
             where=source.config.train,
-            mend="use fewer --workers if memory is short",
+            hint="use fewer --workers if memory is short",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -175,7 +175,7 @@ def _problems(record: Record, look: Look) -> Iterator[DataError]:
     for conversation in (record.messages, record.rejected or []):
         for message in conversation:
             if message["role"] == "assistant" and not text_of(message).strip():
-                yield DataError("an answer is empty", mend="drop the turn or the record")
+                yield DataError("an answer is empty", hint="drop the turn or the record")
     for picture in record.images:
         try:
             if look.decode:

@@ -157,5 +157,5 @@ def check_chunks(context: StageContext) -> None:
         raise RecipeError(
             "it compares with one teacher that is asked about all records",
             where=context.at(objective),
-            mend="name one teacher without 'sources', or use kl",
+            hint="name one teacher without 'sources', or use kl",
         )

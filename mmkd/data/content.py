@@ -67,30 +67,30 @@ def unread(key: str, begin: str = "the record has") -> DataError:
     what = "media" if str(key).lower() in MEDIA else "content"
     return DataError(
         f"{begin} {what} under {printable(key)!r}, which is not read",
-        mend="drop the record, or name the key in 'ignore' of its source",
+        hint="drop the record, or name the key in 'ignore' of its source",
         kind=f"{what} under {printable(key)!r}",
     )
 
 
-def listed(row: dict[str, Any], mend: str) -> Any:
+def listed(row: dict[str, Any], hint: str) -> Any:
     """The value under `images` or `image` of a record or a turn; [] where there is none.
 
     Args:
         row: the record or the turn.
-        mend: what to do where both are given.
+        hint: what to do where both are given.
 
     Raises:
         DataError: the two keys name different pictures.
     """
     found = [row[key] for key in ("images", "image") if given(row.get(key))]
     if len(found) > 1 and pictures_of(found[0]) != pictures_of(found[1]):
-        raise different("image", "images", mend)
+        raise different("image", "images", hint)
     return found[0] if found else []
 
 
-def different(one: str, other: str, mend: str) -> DataError:
+def different(one: str, other: str, hint: str) -> DataError:
     """The error for two keys of which only one can be read."""
-    return DataError(f"{one!r} and {other!r} say different things", mend=mend)
+    return DataError(f"{one!r} and {other!r} say different things", hint=hint)
 
 
 def pictures_of(said: Any) -> list[Any]:
@@ -123,7 +123,7 @@ def picture_of(said: Any) -> Any:
         if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
             raise DataError(
                 f"a data URL is not a picture in base64: {printable(head, 60)}",
-                mend="write data:image/png;base64,...",
+                hint="write data:image/png;base64,...",
                 kind="a data URL is not a picture",
             )
         return _decoded(encoded)
@@ -132,7 +132,7 @@ def picture_of(said: Any) -> Any:
     if scheme in ("http", "https", "s3", "gs", "hf") and "://" in said[:10]:
         raise DataError(
             f"{printable(said)} is a web address, and mmkd downloads no images",
-            mend="download it, and give its path",
+            hint="download it, and give its path",
             kind="image is a web address",
         )
     return said
@@ -144,7 +144,7 @@ def _decoded(encoded: str) -> dict[str, Any]:
         return {"bytes": base64.b64decode("".join(encoded.split()), validate=True), "path": None}
     except (binascii.Error, ValueError) as error:
         raise DataError(
-            "a picture's base64 is damaged", mend="encode the file again, or drop it"
+            "a picture's base64 is damaged", hint="encode the file again, or drop it"
         ) from error
 
 
@@ -166,14 +166,14 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
     if max(len(numbers), len(named)) < len(shown):
         raise DataError(
             "some image placeholders name their picture and others do not",
-            mend="name all of them, or none",
+            hint="name all of them, or none",
         )
     if named:
         if own and own != named:
             raise DataError(
                 f"there are other pictures in the turns ({len(named)}) than under 'images' "
                 f"({len(own)})",
-                mend="keep one of the two",
+                hint="keep one of the two",
                 kind="other pictures in the turns than under 'images'",
             )
         return named
@@ -183,7 +183,7 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
         raise DataError(
             f"image placeholders have the indices {sorted(set(numbers))}, but the images are "
             f"{sorted(there)}",
-            mend="refer to every image, counted from 0",
+            hint="refer to every image, counted from 0",
             kind="indices of placeholders and images differ",
         )
     return [picture_of(every[number]) for number in numbers]

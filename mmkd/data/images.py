@@ -66,7 +66,7 @@ class Member:
         if self.size > MEMBER_BYTES:
             raise DataError(
                 f"{name} has {self.size:,} bytes, the limit is {MEMBER_BYTES:,}",
-                mend="shrink or drop it",
+                hint="shrink or drop it",
                 kind="too large a file",
             )
         try:
@@ -191,7 +191,7 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
     except Exception as error:  # what decoders raise of hostile bytes is no closed list
         raise DataError(
             f"{name} is not a readable image",
-            mend=f"replace or drop it; read are {', '.join(FORMATS)}",
+            hint=f"replace or drop it; read are {', '.join(FORMATS)}",
             kind="image not readable",
         ) from error
 
@@ -209,7 +209,7 @@ def check_picture(picture: Image.Image, name: str) -> Image.Image:
     if picture.format is not None and picture.format not in (*FORMATS, "MPO"):  # MPO: of phones
         raise DataError(
             f"{name} is a picture of the format {printable(picture.format, 20)}",
-            mend=f"replace or drop it; read are {', '.join(FORMATS)}",
+            hint=f"replace or drop it; read are {', '.join(FORMATS)}",
             kind="image not readable",
         )
     width, height = picture.size
@@ -221,7 +221,7 @@ def check_picture(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode in ("I", "F"):  # nothing says what black and white are
         raise DataError(
             f"{name} has numbers of 32 bits for pixels",
-            mend="store it with 8 or 16 bits a channel",
+            hint="store it with 8 or 16 bits a channel",
             kind="pixels of 32 bits",
         )
     return picture
@@ -231,7 +231,7 @@ def too_large(name: str) -> DataError:
     """An error for a picture that must not be decoded."""
     return DataError(
         f"{name} is too large to decode",
-        mend=f"shrink or drop it; at most {MOST_PIXELS:,} pixels, {LONGEST_SIDE:,} along an edge",
+        hint=f"shrink or drop it; at most {MOST_PIXELS:,} pixels, {LONGEST_SIDE:,} along an edge",
         kind="image too large",
     )
 
@@ -244,11 +244,11 @@ def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
     if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes):
         return printable(path or "image"), io.BytesIO(ref["bytes"])
     if not isinstance(path, str) or not path:
-        raise DataError("the image is missing", mend="give its path or bytes")
+        raise DataError("the image is missing", hint="give its path or bytes")
     if root is None:
         raise DataError(
             f"{printable(path)} is a path, and there is no image folder",
-            mend="set 'images' of the source",
+            hint="set 'images' of the source",
             kind="no image folder",
         )
     return printable(path), file_below(root, path)
@@ -266,19 +266,19 @@ def file_below(root: Path, path: str) -> str:
         target = os.path.realpath(os.path.join(home, path))
     except ValueError as error:  # a null byte
         raise DataError(
-            f"no such image: {name}", mend="check data.images", kind="no such image"
+            f"no such image: {name}", hint="check data.images", kind="no such image"
         ) from error
     if not target.startswith(os.path.join(home, "")):
         raise DataError(
             f"{name} lies outside of {root}",
-            mend="keep images below data.images, links' targets too",
+            hint="keep images below data.images, links' targets too",
             kind="image outside of its folder",
         )
     if not os.path.isfile(target):
         missing = not os.path.exists(target)
         raise DataError(
             f"no such image: {name}" if missing else f"{name} is not a file",
-            mend="check data.images",
+            hint="check data.images",
             kind="no such image" if missing else "image not readable",
         )
     return target

@@ -26,15 +26,15 @@ class Journal:
         self.path = path
         content = path.read_bytes() if path.exists() else b""
         self._end = content.rfind(b"\n") + 1
-        mend = "repeat the command that began it, or delete it"
+        hint = "repeat the command that began it, or delete it"
         try:
             lines = [parse_json(line) for line in content[: self._end].splitlines()]
         except FormatError as error:
-            raise DataError(f"damaged ({error})", where=str(path), mend="delete it") from error
+            raise DataError(f"damaged ({error})", where=str(path), hint="delete it") from error
         if not all(isinstance(line, dict) for line in lines):
-            raise DataError("damaged (a line is no object)", where=str(path), mend="delete it")
+            raise DataError("damaged (a line is no object)", where=str(path), hint="delete it")
         if lines and lines[0] != json.loads(json.dumps(request)):
-            raise DataError("it holds answers to another request", where=str(path), mend=mend)
+            raise DataError("it holds answers to another request", where=str(path), hint=hint)
         self.entries: list[dict[str, Any]] = lines[1:]
         if not lines:
             self._append(request)

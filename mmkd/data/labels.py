@@ -44,7 +44,7 @@ def vision_labels(
             raise DataError(
                 "token_labels needs image tokens on a square grid",
                 where=where(row),
-                mend="use a processor without tiling or rows",
+                hint="use a processor without tiling or rows",
             )
         named = grid_words(found, view(processor.image_processor, seen[0].size), grid)
         ids = [

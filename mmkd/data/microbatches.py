@@ -60,7 +60,7 @@ def check_budget(context: StageContext) -> None:
         raise RecipeError(
             f"a micro-batch of {tokens} tokens cannot hold a record of max_length {longest}",
             where=f"{context.where}: batch.tokens",
-            mend="raise it, or lower data.max_length",
+            hint="raise it, or lower data.max_length",
         )
 
 
@@ -79,5 +79,5 @@ def check_contrast(context: StageContext) -> None:
             raise RecipeError(
                 "it compares the records of a micro-batch, and each micro-batch holds one",
                 where=context.at(objective),
-                mend="set batch.size to 2 or more, or batch.total with batch.tokens",
+                hint="set batch.size to 2 or more, or batch.total with batch.tokens",
             )

@@ -43,7 +43,7 @@ class Mixture:
                 raise RecipeError(
                     f"an epoch of {len(self):,} records has none of {config.label}",
                     where="data.sources",
-                    mend="raise its weight, or leave it out",
+                    hint="raise its weight, or leave it out",
                 )
 
     def __len__(self) -> int:

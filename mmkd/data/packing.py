@@ -162,23 +162,23 @@ def check_packed(context: StageContext) -> None:
     """
     if context.stage.batch.pack is None:
         return
-    where, mend = f"{context.where}: batch.pack", "set it to null"
+    where, hint = f"{context.where}: batch.pack", "set it to null"
     for objective in context.objectives:
         if "chunks" in objective.needs:
             raise RecipeError(
                 f"objective {objective.name} looks for chunks in records that stand alone",
                 where=where,
-                mend=mend,
+                hint=hint,
             )
         if objective.relates_tokens:
             raise RecipeError(
                 f"objective {objective.name} relates the tokens of a row, and packed rows hold "
                 "several records",
                 where=where,
-                mend=mend,
+                hint=hint,
             )
     theirs = context.teacher_processor
     reads = theirs is not None and bool(context.needing("teacher"))
     if reads and not same_processor(context.processor, theirs):
         what = "teacher and student have different processors"
-        raise RecipeError(what, where=where, mend=mend)
+        raise RecipeError(what, where=where, hint=hint)

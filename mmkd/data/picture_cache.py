@@ -102,7 +102,7 @@ class PictureCache:
             raise RecipeError(
                 f"{type(self._own).__name__} treats a picture otherwise beside others",
                 where="data.picture_cache",
-                mend="leave it out for this family",
+                hint="leave it out for this family",
             )
 
 
@@ -169,7 +169,7 @@ def _write(path: Path, made: dict[str, Any], content: str) -> None:
         raise CheckpointError(
             known.what if known else f"cannot write ({printable(error)})",
             where=str(path.parent.parent),
-            mend="free space and run the same command again, or leave data.picture_cache out",
+            hint="free space and run the same command again, or leave data.picture_cache out",
         ) from error
 
 

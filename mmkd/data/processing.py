@@ -170,7 +170,7 @@ class Processing:
             if end > len(text) + added:
                 raise DataError(
                     "the processor adds text of its own to the chat template's",
-                    mend="choose a family whose chat template writes the whole conversation",
+                    hint="choose a family whose chat template writes the whole conversation",
                 )
 
     def _check_images(
@@ -195,7 +195,7 @@ class Processing:
                 raise DataError(
                     f"its text has {len(replaced)} image placeholder(s) and {count} image tokens, "
                     f"but there are {len(images)} image(s) with {features}",
-                    mend=f"do not write {token} in a text, and give each image its placeholder",
+                    hint=f"do not write {token} in a text, and give each image its placeholder",
                     kind="numbers of image tokens and features differ",
                 )
 
@@ -258,6 +258,6 @@ def _refused(error: Exception) -> DataError:
         reason = f"{type(error).__name__} {reason}".strip()
     return DataError(
         f"the processor refuses it: {reason}",
-        mend="check the record's images and placeholders",
+        hint="check the record's images and placeholders",
         kind="the processor refuses it",
     )

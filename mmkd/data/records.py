@@ -43,7 +43,7 @@ class Source:
         self._numbers: np.ndarray | None = None
         self.root = Path(config.images) if config.images else self._rows.folder
         if len(self) == 0:
-            raise DataError("the data set is empty", where=config.train, mend="add records")
+            raise DataError("the data set is empty", where=config.train, hint="add records")
         if share is not None:
             self._numbers = self._split(share, held_out)
 
@@ -54,7 +54,7 @@ class Source:
             raise DataError(
                 "its only record cannot be held out",
                 where=self.config.train,
-                mend="give data.validation a file",
+                hint="give data.validation a file",
             )
         first = np.zeros(count, dtype=bool)
         first[_shuffled(count)[: min(max(1, round(share * count)), count - 1)]] = True
@@ -130,8 +130,8 @@ class Records:
         except DataError as error:
             if not held_out or share is not None:
                 raise
-            mend = (error.mend or "").replace("data.train", "data.validation")
-            raise DataError(error.what, where=error.where, mend=mend) from error
+            hint = (error.hint or "").replace("data.train", "data.validation")
+            raise DataError(error.what, where=error.where, hint=hint) from error
         self._ends = list(accumulate(map(len, self.sources)))
 
     @property
@@ -206,7 +206,7 @@ class Records:
             f"{'every record is' if every else f'{MOST_TRIED:,} records in a row are'} bad, "
             f"the last one: {reason}",
             where=self.name,
-            mend="see why with `mmkd data check`",
+            hint="see why with `mmkd data check`",
         )
 
     def sizes(self, record: Record) -> list[tuple[int, int]]:

@@ -73,7 +73,7 @@ class Renderer:
             return self._conversation(record, record.messages), None
         if record.rejected is None:
             raise DataError(
-                "the record has no rejected answer", mend="add 'chosen' and 'rejected' to it"
+                "the record has no rejected answer", hint="add 'chosen' and 'rejected' to it"
             )
         chosen, rejected = record.messages, record.rejected
         return self._conversation(record, chosen), self._conversation(record, rejected)

@@ -90,7 +90,7 @@ def unparsed(error: Exception) -> DataError:
     reason = "it is nested too deeply" if deep else f"{type(error).__name__}: {printable(error)}"
     return DataError(
         f"the record cannot be read ({reason})",
-        mend="mend or drop it",
+        hint="hint or drop it",
         kind="record not readable",
     )
 
@@ -125,10 +125,10 @@ def _parsed(row: dict[str, Any], index: int, root: Path | None) -> Record:
 def _is_unfinished(row: dict[str, Any], messages: list[Message], pair: bool) -> bool:
     said = row.get("unfinished")
     if said is not None and not isinstance(said, bool):
-        raise DataError(f"'unfinished' is {printable(said, 40)!r}", mend="true or false")
+        raise DataError(f"'unfinished' is {printable(said, 40)!r}", hint="true or false")
     if said and (pair or messages[-1]["role"] != "assistant"):
         raise DataError(
-            "'unfinished' is for records that end with one answer", mend="drop the record"
+            "'unfinished' is for records that end with one answer", hint="drop the record"
         )
     return bool(said)
 
@@ -155,7 +155,7 @@ def _turns_of(row: dict[str, Any]) -> Turns:
         ]
     raise DataError(
         "neither 'conversations' nor 'messages', nor 'chosen' with 'rejected'",
-        mend="use one of the schemas",
+        hint="use one of the schemas",
     )
 
 
@@ -174,10 +174,10 @@ def _preference(row: dict[str, Any], images: Any) -> tuple[list[Message], list[A
     pictures, others = (_pictures(c, images) for c in (chosen, rejected))
     if chosen.messages[:-1] != rejected.messages[:-1] or pictures != others:
         raise DataError(
-            "chosen and rejected answer different prompts", mend="repeat the prompt in both"
+            "chosen and rejected answer different prompts", hint="repeat the prompt in both"
         )
     if chosen.messages == rejected.messages:
-        raise DataError("chosen and rejected are the same", mend="drop the record")
+        raise DataError("chosen and rejected are the same", hint="drop the record")
     return chosen.messages, pictures, rejected.messages
 
 
@@ -203,7 +203,7 @@ def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
             return turns
         if ends:
             raise DataError(
-                "the prompt of a preference pair ends with an answer", mend="leave that answer out"
+                "the prompt of a preference pair ends with an answer", hint="leave that answer out"
             )
         return [*prompt, *turns]
 
@@ -212,9 +212,9 @@ def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
 
 def _check_answered(messages: list[Message]) -> None:
     if not any(m["role"] == "assistant" and text_of(m).strip() for m in messages):
-        raise DataError("no response of the assistant", mend="add one or drop the record")
+        raise DataError("no response of the assistant", hint="add one or drop the record")
     if messages[0]["role"] == "assistant":
-        raise DataError("the conversation begins with an answer", mend="add what it answers")
+        raise DataError("the conversation begins with an answer", hint="add what it answers")
 
 
 def _place_images(messages: list[Message], images: int, free: bool) -> None:
@@ -224,12 +224,12 @@ def _place_images(messages: list[Message], images: int, free: bool) -> None:
     if placeholders == 0 and images and free:
         first = next((m for m in messages if m["role"] == "user"), None)
         if first is None:
-            raise DataError("images but no turn of the user", mend="add the prompt")
+            raise DataError("images but no turn of the user", hint="add the prompt")
         first["content"] = [{"type": "image"} for _ in range(images)] + first["content"]
     elif placeholders != images:
         raise DataError(
             f"{placeholders} image placeholder(s) but {images} image(s)",
-            mend="make the two numbers equal",
+            hint="make the two numbers equal",
             kind="numbers of placeholders and images differ",
         )
 
@@ -243,14 +243,14 @@ def _object(said: Any) -> GroundedObject:
         name, (left, top, right, bottom) = said["name"], map(float, said["box"])
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise DataError(
-            "an object has no name or no box of four numbers", mend="give {name, box}"
+            "an object has no name or no box of four numbers", hint="give {name, box}"
         ) from error
     box = (left, top, right, bottom)
     ordered = left <= right and top <= bottom
     if not isinstance(name, str) or not ordered or not all(map(math.isfinite, box)):
         raise DataError(
             f"{printable(name, 40)!r} has the box {box}",
-            mend="give left, top, right, bottom in pixels",
+            hint="give left, top, right, bottom in pixels",
             kind="an object's box is none",
         )
     return GroundedObject(name, box)

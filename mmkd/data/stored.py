@@ -61,7 +61,7 @@ def stored_rows(
             raise DataError(
                 f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
                 where=place,
-                mend="build the cache again",
+                hint="build the cache again",
             )
         found.append(rows)
     at = torch.full((covered.numel(),), -1)

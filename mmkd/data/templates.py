@@ -12,7 +12,7 @@ from typing import Any
 
 from mmkd.data.bounded import LONGEST, TemplateBoundError, bounded
 from mmkd.data.schema import Message, printable
-from mmkd.errors import MEND, CheckpointError, DataError, MmkdError
+from mmkd.errors import HINT, CheckpointError, DataError, MmkdError
 
 ASKED, ANSWERED = "seven apples", "twelve pears"
 PROBE: list[Message] = [
@@ -54,7 +54,7 @@ def check_processor(processor: Any) -> None:
         raise CheckpointError(
             "the tokenizer does not give the offsets of its tokens in a text",
             where=_name(processor),
-            mend="use a fast tokenizer: save its tokenizer.json into the model's folder",
+            hint="use a fast tokenizer: save its tokenizer.json into the model's folder",
         )
     check_template(processor)
 
@@ -75,7 +75,7 @@ def string_roles(processor: Any) -> frozenset[str]:
         raise CheckpointError(
             "the processor has no chat template",
             where=_name(processor),
-            mend="add chat_template.jinja to its folder",
+            hint="add chat_template.jinja to its folder",
         )
     return _string_roles(processor, str(template))
 
@@ -125,7 +125,7 @@ def _string_roles(processor: Any, template: str) -> frozenset[str]:
     raise CheckpointError(
         f"the chat template {refused}",
         where=_name(processor),
-        mend="use the chat template that the model family is published with",
+        hint="use the chat template that the model family is published with",
     )
 
 
@@ -182,15 +182,15 @@ def _apply(processor: Any, messages: list[Message], *, prompt: bool = False) -> 
         raise CheckpointError(
             f"the chat template was stopped: {printable(error) or 'it takes too much memory'}",
             where=_name(processor),
-            mend="use the chat template that the model family is published with",
+            hint="use the chat template that the model family is published with",
         ) from error
     except (MmkdError, OSError, ImportError):
         raise
     except Exception as error:  # a template is a program, and may do anything with a message
-        reason = printable(error).replace(MEND, "; ").strip() or type(error).__name__
+        reason = printable(error).replace(HINT, "; ").strip() or type(error).__name__
         raise DataError(
             f"the chat template refuses it: {reason}",
-            mend="mend the order of its turns or drop the record",
+            hint="fix the order of its turns or drop the record",
             kind="the chat template refuses it",
         ) from error
 
@@ -203,7 +203,7 @@ def _check_texts(processor: Any, messages: list[Message]) -> None:
             if found is not None:
                 raise DataError(
                     f"the text of turn {number} contains {found}, which stands for an image",
-                    mend="write it in another way, or drop the record",
+                    hint="write it in another way, or drop the record",
                     kind="text contains an image token",
                 )
 
@@ -215,7 +215,7 @@ def _check_complete(processor: Any, messages: list[Message], text: str) -> None:
     if shown != written:
         raise DataError(
             f"the chat template writes {written} image placeholder(s) for {shown} image(s)",
-            mend="use a template that writes one for each image",
+            hint="use a template that writes one for each image",
             kind="the chat template writes other numbers of images",
         )
     for number, message in enumerate(messages):
@@ -225,7 +225,7 @@ def _check_complete(processor: Any, messages: list[Message], text: str) -> None:
             raise DataError(
                 f"the chat template leaves out or changes what {message['role']!r} says in turn "
                 f"{number}",
-                mend="use a template that keeps it, or drop the turn",
+                hint="use a template that keeps it, or drop the turn",
                 kind="the chat template leaves out a turn",
             )
 

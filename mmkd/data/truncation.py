@@ -45,7 +45,7 @@ def truncate(
             if cut[0] < len(samples)
             else f"a blank picture alone passes max_length {limit}",
             where=where(samples[min(cut[0], len(samples) - 1)].index),
-            mend="raise data.max_length or use smaller images",
+            hint="raise data.max_length or use smaller images",
         )
     rows = (len(samples), len(batch.inputs["input_ids"]))
 
@@ -82,7 +82,7 @@ def no_answer_left(limit: int) -> DataError:
     """The error for a record whose answers begin after `max_length` tokens."""
     return DataError(
         f"max_length {limit} cuts off its whole answer: there is nothing to learn",
-        mend="raise data.max_length, use smaller images, or drop the record",
+        hint="raise data.max_length, use smaller images, or drop the record",
         kind="max_length cuts off the whole answer",
     )
 

@@ -69,7 +69,7 @@ def parse_turns(said: Any) -> list[dict[str, Any]]:
         DataError: `said` is not one.
     """
     if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
-        raise DataError("a conversation is no list of turns", mend="give each turn a role and text")
+        raise DataError("a conversation is no list of turns", hint="give each turn a role and text")
     return said
 
 
@@ -97,7 +97,7 @@ def _message(turn: dict[str, Any]) -> tuple[Message, list[Any]]:
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(
             f"unknown role {printable(role, 40)!r}",
-            mend=f"known: {', '.join(ROLES)}",
+            hint=f"known: {', '.join(ROLES)}",
             kind="unknown role",
         )
     _refuse_unread(turn, role)
@@ -123,7 +123,7 @@ def _message(turn: dict[str, Any]) -> tuple[Message, list[Any]]:
 
 def _no_text(role: str) -> DataError:
     return DataError(
-        f"a turn of {role!r} has no text", mend="give it a value", kind="a turn has no text"
+        f"a turn of {role!r} has no text", hint="give it a value", kind="a turn has no text"
     )
 
 
@@ -138,7 +138,7 @@ def _refuse_unread(turn: dict[str, Any], role: str) -> None:
             raise DataError(
                 f"a turn of {role!r} has {printable(key)}: {printable(value, 20)}, but every "
                 "answer is trained on",
-                mend="cut the record before this turn, or name the key in 'ignore' of its source "
+                hint="cut the record before this turn, or name the key in 'ignore' of its source "
                 "to train on it",
                 kind=f"a turn has {key}",
             )
@@ -156,7 +156,7 @@ def _with_own(
     if any(s is not None for s in shown) or len(shown) != len(own):
         raise DataError(
             f"a turn has {len(shown)} image placeholder(s) but {len(own)} image(s) of its own",
-            mend="make the two numbers equal",
+            hint="make the two numbers equal",
             kind="numbers of placeholders and images differ",
         )
     return parts, own
@@ -167,12 +167,12 @@ def _check_text(message: Message) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError("text holds half of a character", mend="mend its encoding") from error
+        raise DataError("text holds half of a character", hint="fix its encoding") from error
     named = NAMED_IN_TEXT.search(text) if message["role"] != "assistant" else None
     if named is not None:
         raise DataError(
             f"the text names a file: {printable(named.group(), 60)}",
-            mend="write <image> in its place, and the path under 'images'",
+            hint="write <image> in its place, and the path under 'images'",
             kind="the text names a picture, sound or video",
         )
 
@@ -189,7 +189,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
     if kind not in TEXT_TYPES + IMAGE_TYPES:
         raise DataError(
             f"unknown content type {printable(kind, 40)!r}",
-            mend="text or image",
+            hint="text or image",
             kind="unknown content type",
         )
     known = PART_KEYS if kind in TEXT_TYPES else PART_KEYS.union(PICTURE_KEYS)
@@ -197,7 +197,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
         if key not in known and given(said[key]):
             raise DataError(
                 f"unknown content key {printable(key, 40)!r} beside {kind}",
-                mend="drop it; the recipe's image_size sets the size of pictures",
+                hint="drop it; the recipe's image_size sets the size of pictures",
                 kind="unknown content key",
             )
     if kind in IMAGE_TYPES:
@@ -206,7 +206,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
     if text is None:
         return []
     if not isinstance(text, str):
-        raise DataError("a part of type 'text' has no text", mend="give it a text")
+        raise DataError("a part of type 'text' has no text", hint="give it a text")
     if PLACEHOLDER in text:
         return [(part, None) for part in _split_placeholders(text)]
     return [({"type": "text", "text": text}, None)]
@@ -219,7 +219,7 @@ def _shown(part: dict[str, Any]) -> Any:
     path = found.pop("path", None) if whole else None  # a name for messages
     if len(found) > 1:
         raise DataError(
-            "a part of type 'image' names several pictures", mend="give each a part of its own"
+            "a part of type 'image' names several pictures", hint="give each a part of its own"
         )
     if whole:
         return {"bytes": found["bytes"], "path": path}
@@ -231,7 +231,7 @@ def _shown(part: dict[str, Any]) -> Any:
         return None
     if isinstance(index, bool) or not isinstance(index, int):
         raise DataError(
-            f"the index of an image is {printable(index, 40)!r}", mend="count images from 0"
+            f"the index of an image is {printable(index, 40)!r}", hint="count images from 0"
         )
     return Index(index)
 

@@ -102,7 +102,7 @@ def _refuse_twice(row: dict[str, Any]) -> None:
     for alone, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if found and given(row.get(alone)):
             raise DataError(
-                f"the record has {alone!r} without {other!r}", mend=f"add {other!r}, or drop it"
+                f"the record has {alone!r} without {other!r}", hint=f"add {other!r}, or drop it"
             )
     for other in found[1:]:
         if other == "texts" and not _list(row[other]):  # strings, which are metadata
@@ -129,7 +129,7 @@ def _refuse_unnamed_pictures(row: dict[str, Any]) -> None:
         return
     raise DataError(
         f"its picture is named under {named[0]!r}, which is not read",
-        mend="name it under 'image', or the key in 'ignore' of its source",
+        hint="name it under 'image', or the key in 'ignore' of its source",
         kind=f"a picture under {named[0]!r}",
     )
 

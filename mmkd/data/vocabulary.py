@@ -25,7 +25,7 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
             f"the vocabularies differ: id {at} is {mine.get(at)!r} for the student and "
             f"{theirs.get(at)!r} for the teacher",
             where="teacher and student",
-            mend="distil between models of one tokenizer family, or train with 'ce' alone",
+            hint="distil between models of one tokenizer family, or train with 'ce' alone",
         )
     return max(mine, default=-1) + 1
 
@@ -51,7 +51,7 @@ def check_head(model: Any, tokenizer: Any, where: str) -> None:
             raise CheckpointError(
                 f"the tokenizer has {tokens} tokens, the model's {name} {table.weight.shape[0]}",
                 where=where,
-                mend="use the processor that belongs to it, or resize_token_embeddings and save it",
+                hint="use the processor that belongs to it, or resize_token_embeddings and save it",
             )
 
 

@@ -32,7 +32,7 @@ def resolve(stage: StageConfig) -> dict[str, Any]:
         raise RecipeError(
             "DeepSpeed is not there",
             where=f"stage {stage.name}: engine.kind deepspeed",
-            mend="pip install 'mmkd[deepspeed]', or set engine.kind to torch",
+            hint="pip install 'mmkd[deepspeed]', or set engine.kind to torch",
         )
     where = f"stage {stage.name}: engine"
     file = _read(engine.config) if engine.config else {}
@@ -83,7 +83,7 @@ def _read(path: str) -> dict[str, Any]:
         raise RecipeError(
             f"cannot read the DeepSpeed file ({error})",
             where=path,
-            mend="give a JSON file such as configs/deepspeed/zero2.json",
+            hint="give a JSON file such as configs/deepspeed/zero2.json",
         ) from error
     if not isinstance(found, dict):
         raise RecipeError("a DeepSpeed file is one JSON object", where=path)
@@ -104,7 +104,7 @@ def _without_optimizer(file: dict[str, Any], stage: StageConfig, where: str) -> 
         raise RecipeError(
             "it brings a scheduler of its own",
             where=where,
-            mend="remove it: the recipe's 'schedule' runs",
+            hint="remove it: the recipe's 'schedule' runs",
         )
     return {k: v for k, v in file.items() if k not in ("optimizer", "scheduler")}
 
@@ -128,7 +128,7 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], where: str, path: str =
             raise RecipeError(
                 f"{name} is {value!r}, the recipe says {ours[key]!r}",
                 where=where,
-                mend="make them equal, or write auto",
+                hint="make them equal, or write auto",
             )
     return merged
 
@@ -140,19 +140,19 @@ def _refuse(stage: StageConfig, zero: int, merged: dict[str, Any], where: str) -
         for name in ("offload_optimizer", "offload_param")
         if merged["zero_optimization"].get(name, {}).get("device", "none") != "none"
     ]
-    problem = mend = None
+    problem = hint = None
     if zero == 0 and merged["bf16"]["enabled"]:
         problem = "bfloat16 at stage 0 has no float32 master weights and drifts"
-        mend = "set engine.zero to 1 or more"
+        hint = "set engine.zero to 1 or more"
     elif zero == 0 and offload:
-        problem, mend = "stage 0 offloads nothing", "set engine.zero to 1 or more"
+        problem, hint = "stage 0 offloads nothing", "set engine.zero to 1 or more"
     elif zero < 3 and "offload_param" in offload:
-        problem, mend = "only stage 3 offloads weights", "set engine.zero to 3"
+        problem, hint = "only stage 3 offloads weights", "set engine.zero to 3"
     elif zero == 3 and stage.on_policy is not None:
         problem = "at stage 3 each token that the student samples would gather all weights"
-        mend = "set engine.zero to 2"
+        hint = "set engine.zero to 2"
     elif zero > 0 and stage.optimizer.kind == "adafactor":
         problem = "adafactor's states are rows and columns, ZeRO cuts weights into flat pieces"
-        mend = "use adamw, or the torch engine"
+        hint = "use adamw, or the torch engine"
     if problem:
-        raise RecipeError(problem, where=where, mend=mend)
+        raise RecipeError(problem, where=where, hint=hint)

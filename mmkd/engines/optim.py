@@ -100,5 +100,5 @@ def check_schedule(context: StageContext) -> None:
         raise RecipeError(
             f"warmup {course.warmup} and decay {course.decay} take more than all steps",
             where=f"{context.where}: schedule",
-            mend="lower one of them: both are shares of the steps",
+            hint="lower one of them: both are shares of the steps",
         )

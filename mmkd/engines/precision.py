@@ -29,14 +29,14 @@ def check_dtype(dtype: str, stage: StageConfig, device: torch.device) -> None:
         raise RecipeError(
             "float16 gradients underflow without loss scaling, which mmkd does not have",
             where=where,
-            mend="set it to bfloat16 or float32",
+            hint="set it to bfloat16 or float32",
         )
     single = choose_precision(stage.precision, device) == "float32"
     if dtype == "bfloat16" and single and stage.engine.kind == "deepspeed":
         raise RecipeError(
             "DeepSpeed keeps master weights of a bfloat16 student in precision bfloat16 only",
             where=where,
-            mend="set the stage's precision to bfloat16, or student.dtype to float32",
+            hint="set the stage's precision to bfloat16, or student.dtype to float32",
         )
 
 

@@ -74,7 +74,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise CheckpointError(
-            f"unknown dtype {dtype!r}", mend="use auto, float32, bfloat16 or float16"
+            f"unknown dtype {dtype!r}", hint="use auto, float32, bfloat16 or float16"
         )
     return found
 
@@ -117,7 +117,7 @@ def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message]
                 parts.append({"type": "text", "text": part["text"]})
             else:
                 raise DataError(
-                    f"the task asks about {part['type']}", where=where, mend="use image tasks"
+                    f"the task asks about {part['type']}", where=where, hint="use image tasks"
                 )
         turns.append({"role": message["role"], "content": parts})
     return turns, images
@@ -138,7 +138,7 @@ def _picture(found: Any, where: str) -> Any:
         if not isinstance(found, np.ndarray | Tensor):
             raise DataError(
                 f"the task gives a picture as {type(found).__name__}",
-                mend="give one by Pillow, or a path",
+                hint="give one by Pillow, or a path",
             )
         return found
 
@@ -198,7 +198,7 @@ class MmkdModel(lmms):
         super().__init__()
         if model is None:
             if pretrained is None:
-                raise CheckpointError("no model given", mend="say pretrained=FOLDER")
+                raise CheckpointError("no model given", hint="say pretrained=FOLDER")
             model, processor = load_answering(
                 str(pretrained),
                 device=device or "auto",
@@ -210,7 +210,7 @@ class MmkdModel(lmms):
                 image_size=image_size,
             )
         if processor is None or isinstance(processor, str):
-            raise CheckpointError("a model in memory needs its processor", mend="pass processor=")
+            raise CheckpointError("a model in memory needs its processor", hint="pass processor=")
         self.model, self.processor = model, processor
         check_template(processor)
         self.tokenizer: Any = processor.tokenizer

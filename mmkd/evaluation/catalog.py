@@ -142,9 +142,9 @@ def choose(asked: Sequence[str], include: Path | None) -> Chosen:
         DataError: `include` or a data file that a task names does not exist.
     """
     if not asked:
-        raise MmkdError("no tasks to evaluate", mend="name at least one, e.g. scenes_pope")
+        raise MmkdError("no tasks to evaluate", hint="name at least one, e.g. scenes_pope")
     if include is not None and not include.is_dir():
-        raise DataError("no such folder of tasks", where=str(include), mend="give DATA/tasks")
+        raise DataError("no such folder of tasks", where=str(include), hint="give DATA/tasks")
     own = index(include) if include else {}
     known = own if set(asked) <= set(own) else bundled() | own
     names: list[str] = []
@@ -180,18 +180,18 @@ def _unknown(name: str, own: Index, known: Index, include: Path | None) -> MmkdE
     if include is None and name in index(SCENES):
         return MmkdError(
             f"task {name} is mmkd's own and comes with its data",
-            mend="set `include` to the folder of its file, such as data/scenes/tasks",
+            hint="set `include` to the folder of its file, such as data/scenes/tasks",
         )
     for names in (own, [*known, *ALIASES]):
         if near := difflib.get_close_matches(name, names, n=1):
             break
-    hint = f"did you mean {near[0]}? " if near else ""
+    nearest = f"did you mean {near[0]}? " if near else ""
     listed = ", ".join(n for n, t in own.items() if not t.is_tag) if own else "those of lmms-eval"
     more = " and those of lmms-eval" if own else ""
     return MmkdError(
         f"unknown task {name!r}",
         where=str(include) if include else None,
-        mend=f"{hint}known tasks: {listed}{more}",
+        hint=f"{nearest}known tasks: {listed}{more}",
     )
 
 
@@ -199,17 +199,17 @@ def _refuse_unscored(task: Task, known: Index) -> None:
     if task.answered != GENERATION:
         raise MmkdError(
             f"task {task.name} is not answered by generation (output_type {task.answered})",
-            mend=_instead(task, known),
+            hint=_instead(task, known),
         )
     if task.only_submits:
         raise MmkdError(
             f"task {task.name} only writes a file for the benchmark's server, it has no score",
-            mend=_instead(task, known),
+            hint=_instead(task, known),
         )
     if task.judged and not any(os.environ.get(key) for key in _KEYS):
         raise MmkdError(
             f"task {task.name} asks a language model to judge ({task.judged})",
-            mend=f"{_instead(task, known)}, or set OPENAI_API_KEY",
+            hint=f"{_instead(task, known)}, or set OPENAI_API_KEY",
         )
 
 
@@ -238,5 +238,5 @@ def _check_files(task: Task) -> None:
             raise DataError(
                 f"the data of task {task.name} is missing: {os.path.normpath(path)}",
                 where=str(task.path),
-                mend="build the data set first (mmkd data build scenes --out DIR)",
+                hint="build the data set first (mmkd data build scenes --out DIR)",
             )

@@ -150,7 +150,7 @@ def measure_decode(
     if steps < 2 or any(context < 1 for context in contexts):
         raise MmkdError(
             f"cannot time {steps} steps after {list(contexts)} tokens",
-            mend="give contexts of at least 1 and at least 2 steps",
+            hint="give contexts of at least 1 and at least 2 steps",
         )
     decoder = Decoder(model, preallocated=preallocated)
     rows = []
@@ -235,7 +235,7 @@ def _shapes(layer: Any, model: PreTrainedModel) -> list[Tensor]:
         raise MmkdError(
             f"decoding cannot be timed: its cache has a {type(layer).__name__}",
             where=type(model).__name__,
-            mend="leave 'decode' out",
+            hint="leave 'decode' out",
         )
     return held
 

@@ -49,7 +49,7 @@ def require_consent(paths: Iterable[Path], own: Path) -> None:
             raise MmkdError(
                 f"a task file can run Python ({why})",
                 where=str(path),
-                mend=consent.how(path.parent),
+                hint=consent.how(path.parent),
             )
 
 
@@ -67,7 +67,7 @@ def check_name(name: str, path: Path | None) -> None:
         raise MmkdError(
             f"the task's name {name!r} cannot be a file name",
             where=None if path is None else str(path),
-            mend="give it another name",
+            hint="give it another name",
         )
 
 

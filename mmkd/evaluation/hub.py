@@ -46,7 +46,7 @@ def require_data(task: Task) -> None:
             _find(str(path), name, settings.get("revision"))
     except Exception as error:  # of the network, the Hub, or the data set's own files
         lines = str(error).splitlines() or [type(error).__name__]
-        mend = {
+        hint = {
             None: "check its name and the network, `hf auth login` for what is gated",
             hub.OFFLINE: "unset HF_HUB_OFFLINE",
         }.get(silence) or hub.hint("check its name")
@@ -54,7 +54,7 @@ def require_data(task: Task) -> None:
         raise DataError(
             f"the data of task {task.name} cannot be reached ({reason})",
             where=str(path),
-            mend=f"{mend}, or give its files as `local`",
+            hint=f"{hint}, or give its files as `local`",
         ) from error
 
 

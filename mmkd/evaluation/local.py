@@ -72,7 +72,7 @@ def find_local(tasks: Iterable[Task], folder: Path) -> dict[str, LocalData]:
     """
     if not folder.is_dir():
         raise DataError(
-            "no such folder of data", where=str(folder), mend="correct `local`, or leave it out"
+            "no such folder of data", where=str(folder), hint="correct `local`, or leave it out"
         )
     return {
         task.name: _find(task, folder)
@@ -108,7 +108,7 @@ def _files(task: Task, folder: Path, config: str | None, split: str) -> list[Pat
     raise DataError(
         f"no local data of task {task.name}",
         where=str(folder),
-        mend=f"put {wanted} there, with the columns of the Hub's {name}, or leave `local` out",
+        hint=f"put {wanted} there, with the columns of the Hub's {name}, or leave `local` out",
     )
 
 
@@ -119,7 +119,7 @@ def _complete(shards: list[Path], task: str) -> list[Path]:
         raise DataError(
             f"{len(shards)} of {int(counted.group(1))} shards of task {task} are here",
             where=str(shards[0].parent),
-            mend="copy the others, or set evaluate.limit for a part",
+            hint="copy the others, or set evaluate.limit for a part",
         )
     return shards
 
@@ -131,17 +131,17 @@ def check_columns(files: Sequence[Path], columns: Sequence[str], task: str) -> N
             read = pq.ParquetFile(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(
-                "not a parquet file", where=str(path), mend="write it with to_parquet"
+                "not a parquet file", where=str(path), hint="write it with to_parquet"
             ) from error
         missing = [name for name in columns if name not in read.schema_arrow.names]
         if missing:
             raise DataError(
                 f"task {task} reads the column {missing[0]}, which is not there",
                 where=str(path),
-                mend=f"give the columns {', '.join(columns)}",
+                hint=f"give the columns {', '.join(columns)}",
             )
         if not read.metadata.num_rows:
-            raise DataError("no rows", where=str(path), mend="give at least one")
+            raise DataError("no rows", where=str(path), hint="give at least one")
 
 
 def _check_pictures(files: Sequence[Path], pictures: Sequence[Path]) -> None:
@@ -150,7 +150,7 @@ def _check_pictures(files: Sequence[Path], pictures: Sequence[Path]) -> None:
         raise DataError(
             f"no picture with id {missing[0]}",
             where=", ".join(map(str, pictures)),
-            mend="give the pictures of all questions",
+            hint="give the pictures of all questions",
         )
 
 

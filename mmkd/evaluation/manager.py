@@ -75,7 +75,7 @@ def find_tasks(
         if task.name in PAIRED and limit is not None and limit % 2:
             raise MmkdError(
                 f"task {task.name} scores its questions in pairs, and limit {limit} splits a pair",
-                mend="give an even limit",
+                hint="give an even limit",
             )
     found = ChosenTasks(chosen, find_local(chosen.tasks, local) if local else {})
     for task in chosen.tasks:
@@ -105,5 +105,5 @@ def _missing_package(task: str, error: ImportError) -> MmkdError:
     return MmkdError(
         f"task {task} needs the package {package}" if package else str(cause),
         where="lmms-eval",
-        mend=f"pip install {package}" if package else "install what it imports",
+        hint=f"pip install {package}" if package else "install what it imports",
     )

@@ -115,7 +115,7 @@ def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
     raise EvaluationError(
         f"the evaluation of {len(failed)} of {asked} models failed, the first: {one_line(error)}",
         where=where,
-        mend=f"the students and the other scores are kept; {AGAIN}",
+        hint=f"the students and the other scores are kept; {AGAIN}",
     ) from error
 
 

@@ -35,7 +35,7 @@ def generate_options(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise MmkdError(
                 f"its generation_kwargs have {name!r}, which mmkd does not know",
                 where=where,
-                mend=f"leave it out; {nearest(name, [*options, *STOPS])}",
+                hint=f"leave it out; {nearest(name, [*options, *STOPS])}",
             )
     temperature = settings.get("temperature")
     sample = bool(settings.get("do_sample", bool(temperature))) and temperature != 0

@@ -27,7 +27,7 @@ class UnreadablePicture(Image.Image):
         self.reason = reason
 
     def load(self) -> Any:
-        raise DataError(self.reason, mend="replace the picture")
+        raise DataError(self.reason, hint="replace the picture")
 
 
 _folders: list[Path] | None = None
@@ -126,7 +126,7 @@ def find_picture(path: str) -> str:
     if "://" in path:
         raise DataError(
             f"{printable(path)} lies on the web",
-            mend="download it into the folder of the task's data",
+            hint="download it into the folder of the task's data",
             kind="image on the web",
         )
     if _folders is None:
@@ -140,6 +140,6 @@ def find_picture(path: str) -> str:
                 missing = error
     raise missing or DataError(
         f"{printable(path)} lies outside of the task's data",
-        mend="keep a task's pictures below the folder of its data files",
+        hint="keep a task's pictures below the folder of its data files",
         kind="image outside of its folder",
     )

@@ -81,7 +81,7 @@ class Refusals:
             raise DataError(
                 f"{count} can be asked about: {found[document]}",
                 where=f"{task} document {document}",
-                mend="check that the task's data and the model's processor fit",
+                hint="check that the task's data and the model's processor fit",
             )
 
     def of(self, task: str) -> dict[str, Any] | None:

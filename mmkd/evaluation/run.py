@@ -215,7 +215,7 @@ def _raise_failures(failed: dict[str, Exception], asked: int, result: Evaluation
     raise EvaluationError(
         f"{len(failed)} of {asked} tasks failed, the first: {one_line(error)}",
         where=task,
-        mend=f"the other scores are kept; {AGAIN}",
+        hint=f"the other scores are kept; {AGAIN}",
         scores=result.scores,
     )
 
@@ -223,13 +223,13 @@ def _raise_failures(failed: dict[str, Exception], asked: int, result: Evaluation
 def _require_positive(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
-            raise MmkdError(f"{name} is {value}", mend="give a whole number of at least 1")
+            raise MmkdError(f"{name} is {value}", hint="give a whole number of at least 1")
 
 
 def require_lmms_eval() -> None:
     """Raise an error that says how to install lmms-eval if it is missing."""
     if importlib.util.find_spec("lmms_eval") is None:
-        raise MmkdError("lmms-eval is not installed", mend=INSTALL)
+        raise MmkdError("lmms-eval is not installed", hint=INSTALL)
 
 
 def check(

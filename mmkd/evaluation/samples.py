@@ -75,10 +75,10 @@ def _own_keys() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        mend = (error.mend or "").replace("data.train", "evaluate.samples.records")
-        mend = mend.replace("data.images", "evaluate.samples.images")
+        hint = (error.hint or "").replace("data.train", "evaluate.samples.records")
+        hint = hint.replace("data.images", "evaluate.samples.images")
         raise DataError(
-            error.what, where=error.where, mend=mend or None, kind=error.kind
+            error.what, where=error.where, hint=hint or None, kind=error.kind
         ) from error
 
 
@@ -107,7 +107,7 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
     for path in paths:
         if not path.is_file():
             raise DataError(
-                "no such picture", where=str(path), mend="check evaluate.samples.images"
+                "no such picture", where=str(path), hint="check evaluate.samples.images"
             )
         target = path.resolve()  # the recipe, unlike a record, may name links to other folders
         with located(lambda path=path: str(path)):  # type: ignore[misc]
@@ -123,12 +123,12 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
 def _in_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
-            "no such folder of pictures", where=str(folder), mend="check evaluate.samples.images"
+            "no such folder of pictures", where=str(folder), hint="check evaluate.samples.images"
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise DataError(
-            "no pictures in it", where=str(folder), mend=f"read are {', '.join(SUFFIXES)}"
+            "no pictures in it", where=str(folder), hint=f"read are {', '.join(SUFFIXES)}"
         )
     return paths
 
@@ -243,7 +243,7 @@ def _report_refused(answers: list[dict[str, Any]]) -> None:
         raise DataError(
             f"none of {len(refused)} questions can be asked: {refused[0]}",
             where="evaluate.samples",
-            mend="check that the pictures and the model's processor fit",
+            hint="check that the pictures and the model's processor fit",
         )
     if refused:
         say(f"samples: {len(refused)} of {len(answers)} questions could not be asked: {refused[0]}")

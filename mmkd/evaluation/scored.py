@@ -45,13 +45,13 @@ def simple_evaluate(
             raise MmkdError(
                 f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
                 where=where,
-                mend="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
+                hint="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
             ) from cause
         except AssertionError as error:
             raise MmkdError(
                 f"lmms-eval refuses the documents ({error})",
                 where=where,
-                mend="check the data; a limit must not part documents that are scored together",
+                hint="check the data; a limit must not part documents that are scored together",
             ) from error
     return found or {}
 
@@ -74,7 +74,7 @@ def collect_scores(raw: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, di
             raise MmkdError(
                 "lmms-eval returned no scores",
                 where=task,
-                mend="see its log: python -m lmms_eval --tasks ... --verbosity DEBUG",
+                hint="see its log: python -m lmms_eval --tasks ... --verbosity DEBUG",
             )
         expected = raw["n-samples"][task]["effective"]
         answered = len(raw.get("samples", {}).get(task, ()))

@@ -62,14 +62,14 @@ def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ())
             raise RecipeError(
                 "the head shares its weight with the embeddings, an adapter would part them",
                 where=where,
-                mend="leave 'head' out of its groups",
+                hint="leave 'head' out of its groups",
             )
         layers.append(head)
     if not layers:
         raise RecipeError(
             f"no linear layers in {', '.join(lora.groups)}",
             where=where,
-            mend="name groups that have some, such as language_model, and do not train whole",
+            hint="name groups that have some, such as language_model, and do not train whole",
         )
     return layers
 

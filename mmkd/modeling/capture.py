@@ -34,7 +34,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
         find_parts(model)
     except ValueError as error:
         raise CheckpointError(
-            str(error), where=role, mend="choose a family of docs/families.md"
+            str(error), where=role, hint="choose a family of docs/families.md"
         ) from error
     text = model.config.get_text_config()
     for name in AFTER_HEAD:
@@ -42,7 +42,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
             raise CheckpointError(
                 f"{type(model).__name__} changes its logits behind the head ({name})",
                 where=role,
-                mend="choose a model without it",
+                hint="choose a model without it",
             )
 
 

@@ -68,7 +68,7 @@ class Recorder:
                 raise RecipeError(
                     f"the model runs decoder layer {layer} more than once in a forward",
                     where="layer-wise objectives",
-                    mend="compare other layers, or the models' outputs",
+                    hint="compare other layers, or the models' outputs",
                 )
             kept[name] = tensor
 
@@ -220,7 +220,7 @@ def _matrix(module: Any, entering: Tensor, kwargs: Any, output: Any) -> Tensor:
         raise RecipeError(
             "the teacher's attention keeps no probabilities",
             where="objective matrix",
-            mend="set teacher.attn_implementation to eager",
+            hint="set teacher.attn_implementation to eager",
         )
     return output[1]
 

@@ -83,7 +83,7 @@ class LayerPlan:
                         f"student layer {mine} is paired with teacher layers {pairs[mine]} and "
                         f"{theirs}",
                         where=f"objective {objective.name}",
-                        mend="pair it with one of them",
+                        hint="pair it with one of them",
                     )
 
         def layers(run: Run) -> frozenset[int]:

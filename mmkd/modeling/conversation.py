@@ -154,7 +154,7 @@ def _opened(picture: Picture) -> Image.Image:
         return picture_as_rgb(picture)
     path = Path(picture)
     if not path.is_file():
-        raise DataError("no such picture", where=str(path), mend="check the path")
+        raise DataError("no such picture", where=str(path), hint="check the path")
     target = path.resolve()  # the caller, unlike a record, may name links to other folders
     with located(lambda: str(path)):
         return load_image(target.name, target.parent)

@@ -96,7 +96,7 @@ def refuse_kernels(config: Any, name: str) -> None:
                 raise CheckpointError(
                     f"its config asks for attention by code from the Hub ({found})",
                     where=name,
-                    mend="take attn_implementation out of its config.json",
+                    hint="take attn_implementation out of its config.json",
                 )
 
 
@@ -114,14 +114,14 @@ def refuse_pickled(folder: Path) -> None:
                 raise CheckpointError(
                     f"it names a file that is no safetensors of this folder ({name})",
                     where=str(index),
-                    mend="copy or download it again",
+                    hint="copy or download it again",
                 )
     pickled = sorted(folder.glob("*.bin"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"its weights are pickled ({pickled[0].name}), which can run code: they are not read",
             where=str(folder),
-            mend="where you trust them, load them in transformers and save_pretrained safetensors",
+            hint="where you trust them, load them in transformers and save_pretrained safetensors",
         )
 
 

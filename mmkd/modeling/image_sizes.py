@@ -45,20 +45,20 @@ def limit_processor(processor: Any, wanted: ImageSizeConfig | None, name: str) -
             raise RecipeError(
                 f"{type(images).__name__} has no setting for {key}",
                 where=f"image_size of {name}",
-                mend=f"it has: {names}" if known else "leave image_size out",
+                hint=f"it has: {names}" if known else "leave image_size out",
             )
         try:
             known[key](value)
         except ValueError as error:
             raise RecipeError(
-                str(error), where=f"image_size of {name}", mend="choose another value"
+                str(error), where=f"image_size of {name}", hint="choose another value"
             ) from error
     low, high = (_number(images, n) for n in ("shortest_edge", "longest_edge"))
     if _counts_pixels(images) and low and high and low > high:
         raise RecipeError(
             f"pictures would have at least {low:,} and at most {high:,} pixels",
             where=f"image_size of {name}",
-            mend="set min_pixels too",
+            hint="set min_pixels too",
         )
 
 
@@ -83,7 +83,7 @@ def limit_config(config: Any, wanted: ImageSizeConfig | None, name: str) -> None
         setattr(config, GRIDS, _smaller(grids, side, wanted.max_patches))
     except ValueError as error:
         raise RecipeError(
-            str(error), where=f"image_size of {name}", mend="choose another value"
+            str(error), where=f"image_size of {name}", hint="choose another value"
         ) from error
 
 

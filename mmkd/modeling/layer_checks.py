@@ -24,7 +24,7 @@ def check_layers(context: StageContext) -> None:
         raise RecipeError(
             "teacher forcing and activation checkpointing do not go together",
             where=context.where,
-            mend="set activation_checkpointing to false, or teacher_forced",
+            hint="set activation_checkpointing to false, or teacher_forced",
         )
     mine, theirs = (find_parts(m).decoder_layers for m in (context.student, context.teacher))
     for objective in context.objectives:
@@ -33,7 +33,7 @@ def check_layers(context: StageContext) -> None:
         where = context.at(objective)
         if not objective.pairs:
             raise RecipeError(
-                "the student has no Mamba layers to compare", where=where, mend="name 'layers'"
+                "the student has no Mamba layers to compare", where=where, hint="name 'layers'"
             )
         for s, t in objective.pairs:
             if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
@@ -41,7 +41,7 @@ def check_layers(context: StageContext) -> None:
                     f"there is no pair of student layer {s} (of {len(mine)}) and teacher layer {t} "
                     f"(of {len(theirs)})",
                     where=where,
-                    mend="set 'layers' and 'teacher_layers'",
+                    hint="set 'layers' and 'teacher_layers'",
                 )
             check_attention(where, {f"student layer {s}": mine[s], f"teacher layer {t}": theirs[t]})
             if isinstance(objective, MiniLm):
@@ -51,7 +51,7 @@ def check_layers(context: StageContext) -> None:
                 raise RecipeError(
                     f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
                     where=where,
-                    mend="compare layers of one width (stream, heads)",
+                    hint="compare layers of one width (stream, heads)",
                 )
         teacher = context.recipe.teacher
         assert teacher is not None
@@ -59,7 +59,7 @@ def check_layers(context: StageContext) -> None:
             raise RecipeError(
                 "it needs the teacher's attention probabilities",
                 where=where,
-                mend="set teacher.attn_implementation to eager",
+                hint="set teacher.attn_implementation to eager",
             )
 
 
@@ -78,7 +78,7 @@ def check_attention(where: str, layers: dict[str, Any]) -> None:
             raise RecipeError(
                 f"{name} has no self_attn with an o_proj to compare",
                 where=where,
-                mend="name layers that have attention",
+                hint="name layers that have attention",
             )
 
 
@@ -92,14 +92,14 @@ def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
                 raise RecipeError(
                     f"it cannot read the {role}'s {relation}: {error}",
                     where=where,
-                    mend="choose other layers or 'relations', or another objective",
+                    hint="choose other layers or 'relations', or another objective",
                 ) from error
             if width % objective.config.heads:
                 raise RecipeError(
                     f"{objective.config.heads} relation heads do not divide the {role}'s "
                     f"{PROJECTIONS[relation]} of width {width}",
                     where=where,
-                    mend="choose 'heads' that divides all widths, or other 'relations'",
+                    hint="choose 'heads' that divides all widths, or other 'relations'",
                 )
 
 

@@ -63,7 +63,7 @@ def load_config(source: ModelConfig) -> Any:
         raise CheckpointError(
             f"no such architecture ({_reason(error)})",
             where=f"config of {kind}",
-            mend=CHECK,
+            hint=CHECK,
         ) from error
     refuse_kernels(config, f"config of {kind}")
     limit_config(config, source.image_size, kind)
@@ -178,7 +178,7 @@ def load_pretrained(
         raise CheckpointError(
             f"{len(lost)} weights are missing, left over or of another shape, first {lost[0]}",
             where=name,
-            mend="use the config that belongs to the weights",
+            hint="use the config that belongs to the weights",
         )
     return model.eval()
 
@@ -191,12 +191,12 @@ def check_quantization(quantize: Quantization, where: str, device: torch.device)
     """
     missing = [p for p in ("bitsandbytes", "accelerate") if find_spec(p) is None]
     if device.type != "cuda":
-        problem, mend = "a quantized model needs a GPU", "leave 'quantize' out"
+        problem, hint = "a quantized model needs a GPU", "leave 'quantize' out"
     elif missing:
-        problem, mend = f"{missing[0]} is not installed", f"pip install {missing[0]}"
+        problem, hint = f"{missing[0]} is not installed", f"pip install {missing[0]}"
     else:
         return
-    raise RecipeError(f"cannot load a model in {quantize} ({problem})", where=where, mend=mend)
+    raise RecipeError(f"cannot load a model in {quantize} ({problem})", where=where, hint=hint)
 
 
 def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any]:
@@ -232,12 +232,12 @@ def load_pretrained_processor(
     with _explained(name, "processor", trusted):
         processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=trusted, **settings)
     if not hasattr(processor, "image_processor"):
-        raise CheckpointError("the processor reads no images", where=name, mend=SAVE)
+        raise CheckpointError("the processor reads no images", where=name, hint=SAVE)
     if not getattr(processor, "chat_template", None):
         raise CheckpointError(
             "the processor has no chat template",
             where=name,
-            mend="add chat_template.jinja to its folder",
+            hint="add chat_template.jinja to its folder",
         )
     _give_pad_token(processor.tokenizer, name)
     limit_processor(processor, image_size, name)
@@ -259,7 +259,7 @@ def _give_pad_token(tokenizer: Any, name: str) -> None:
         raise CheckpointError(
             "the tokenizer has no pad token, and no special token to use instead",
             where=name,
-            mend="set pad_token in its tokenizer_config.json",
+            hint="set pad_token in its tokenizer_config.json",
         )
     tokenizer.pad_token = token
 
@@ -271,9 +271,9 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
     folder = Path(name)
     marker = "config.json" if what == "model" else "*.json"
     if folder.is_dir() and not any(folder.glob(marker)):
-        raise CheckpointError(f"the folder holds no {what}", where=name, mend=FOLDER)
+        raise CheckpointError(f"the folder holds no {what}", where=name, hint=FOLDER)
     if not folder.exists() and (folder.is_absolute() or name.count("/") != 1):
-        raise CheckpointError("no such model folder", where=name, mend=FOLDER)
+        raise CheckpointError("no such model folder", where=name, hint=FOLDER)
     check_settings(folder)
     if not folder.exists():
         hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
@@ -284,7 +284,7 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
+def _in_words(name: str, what: str, hint: str | None = None) -> Iterator[None]:
     """Turn what the libraries raise into one line, and leave out what they log about it."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
@@ -297,7 +297,7 @@ def _in_words(name: str, what: str, mend: str | None = None) -> Iterator[None]:
         raise _nowhere(error, name) or CheckpointError(
             f"cannot load the {what} ({_reason(error)})",
             where=name,
-            mend=mend or _mend(error, name, what),
+            hint=hint or _mend(error, name, what),
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -311,13 +311,13 @@ def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
         return CheckpointError(
             f"no such folder, and the Hub cannot be reached ({reason})",
             where=name,
-            mend=hub.hint("check the path"),
+            hint=hub.hint("check the path"),
         )
     if any(type(e) is RepositoryNotFoundError for e in causes):
         return CheckpointError(
             "no such folder, and no such model on the Hub",
             where=name,
-            mend="check the path or the id; 'hf auth login' for what is private",
+            hint="check the path or the id; 'hf auth login' for what is private",
         )
     return None
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from mmkd.errors import MEND, nearest
+from mmkd.errors import HINT, nearest
 from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED, Bounded
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
@@ -75,7 +75,7 @@ class ObjectiveConfig(Bounded):
         for need in self.needs:
             if need not in get_args(Need):
                 known = nearest(str(need), get_args(Need))
-                raise ValueError(f"it needs {need!r}, which there is not{MEND}{known}")
+                raise ValueError(f"it needs {need!r}, which there is not{HINT}{known}")
         return self
 
 

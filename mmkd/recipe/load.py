@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mmkd.errors import MEND, RecipeError, nearest
+from mmkd.errors import HINT, RecipeError, nearest
 from mmkd.objectives import OBJECTIVES
 from mmkd.recipe.conversions import CONVERSIONS, PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
@@ -31,7 +31,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None
         overrides: `key.path=value`, values in YAML; list items by index (`stages.0.steps=5`).
 
     Raises:
-        RecipeError: in one line, the file, the key and the mend.
+        RecipeError: in one line, the file, the key and the hint.
     """
     where = str(source) if not isinstance(source, dict) else "recipe"
     if isinstance(source, dict):
@@ -48,7 +48,7 @@ def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> Stu
     """A student alone, as `mmkd convert` makes one: overridden and checked like a recipe's.
 
     Raises:
-        RecipeError: in one line, the key and the mend.
+        RecipeError: in one line, the key and the hint.
     """
     for override in overrides or []:
         raw = _override(raw, override)
@@ -59,7 +59,7 @@ def load_release(raw: dict[str, Any], overrides: list[str] | None = None) -> Rel
     """A release alone, as `mmkd release` makes one: overridden and checked like a recipe's.
 
     Raises:
-        RecipeError: in one line, the key and the mend.
+        RecipeError: in one line, the key and the hint.
     """
     for override in overrides or []:
         raw = _override(raw, override)
@@ -74,19 +74,19 @@ def to_yaml(recipe: Recipe) -> str:
 def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     where = str(path)
     if not _is_file(path):
-        raise RecipeError("no such recipe file", where=where, mend="check the path")
+        raise RecipeError("no such recipe file", where=where, hint="check the path")
     if path.resolve() in parents:
-        raise RecipeError("'extends' goes in a circle", where=where, mend="break the circle")
+        raise RecipeError("'extends' goes in a circle", where=where, hint="break the circle")
     try:
         raw = parse_yaml(path.read_bytes())
     except FormatError as error:
-        raise RecipeError(f"not YAML: {error}", where=where, mend="mend the syntax") from error
+        raise RecipeError(f"not YAML: {error}", where=where, hint="fix the syntax") from error
     if not isinstance(raw, dict):
-        raise RecipeError("a recipe is a mapping of keys", where=where, mend="see configs/")
+        raise RecipeError("a recipe is a mapping of keys", where=where, hint="see configs/")
     base = raw.pop("extends", None)
     if not isinstance(base, str | None):
         raise RecipeError(
-            f"got {_shown(base)}", where=f"{where}: extends", mend="name one recipe file"
+            f"got {_shown(base)}", where=f"{where}: extends", hint="name one recipe file"
         )
     raw = resolved(raw, path.parent, Recipe)
     if base is None:
@@ -97,7 +97,7 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     except ValueError as error:
         key, _, what = str(error).partition(": ")
         raise RecipeError(
-            what, where=f"{where}: {key}", mend=f"write what {base} and this file give together"
+            what, where=f"{where}: {key}", hint=f"write what {base} and this file give together"
         ) from error
 
 
@@ -118,14 +118,14 @@ def _shown(value: Any) -> str:
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError("an override is written key.path=value", where=override, mend="add '='")
+        raise RecipeError("an override is written key.path=value", where=override, hint="add '='")
     try:
         return with_key(raw, key, parse_yaml(text))
     except FormatError as error:
         what = f"the value is no YAML: {error}"
-        raise RecipeError(what, where=override, mend="quote the value") from error
+        raise RecipeError(what, where=override, hint="quote the value") from error
     except ValueError as error:
-        raise RecipeError(str(error), where=override, mend="check the key and the value") from error
+        raise RecipeError(str(error), where=override, hint="check the key and the value") from error
 
 
 def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
@@ -134,7 +134,7 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
         raise RecipeError(
             f"it seems to be {what}, and recipes are copied into reports and releases",
             where=f"{where}: {key}",
-            mend="take it out; tokens come from 'hf auth login' or variables such as HF_TOKEN",
+            hint="take it out; tokens come from 'hf auth login' or variables such as HF_TOKEN",
         )
     try:
         return form.model_validate(raw)
@@ -142,25 +142,25 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
         first = error.errors()[0]
         key = ".".join(str(part) for part in _without_tags(raw, first["loc"])) or "recipe"
         said = first["msg"].removeprefix("Value error, ")
-        # The mend is the last part: a value in front of it may hold anything.
-        message, mend = said.rsplit(MEND, 1) if MEND in said else (said, "")
+        # The hint is the last part: a value in front of it may hold anything.
+        message, hint = said.rsplit(HINT, 1) if HINT in said else (said, "")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
             known = _added_keys(raw, first["loc"]) or _known_keys(form, first["loc"])
-            mend = nearest(str(first["loc"][-1]), known)
+            hint = nearest(str(first["loc"][-1]), known)
         elif first["type"] == "missing":
-            message, mend = "this key is missing", "add it"
+            message, hint = "this key is missing", "add it"
         elif first["type"] == "union_tag_invalid":
             context = first["ctx"]
             kind = context["discriminator"].strip("'")
             message = f"unknown {kind} {_shown(context['tag'])}"
             known = [k.strip().strip("'") for k in context["expected_tags"].split(",")]
-            mend = nearest(str(context["tag"]), known)
-        elif not mend:
+            hint = nearest(str(context["tag"]), known)
+        elif not hint:
             given = first["input"]
-            mend = wanted(first)
+            hint = wanted(first)
             message = f"got {_shown(given)}"
-        raise RecipeError(message, where=f"{where}: {key}", mend=mend or None) from error
+        raise RecipeError(message, where=f"{where}: {key}", hint=hint or None) from error
 
 
 def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmkd.errors import MEND, nearest
+from mmkd.errors import HINT, nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.sources import DataConfig
@@ -339,7 +339,7 @@ class ReleaseConfig(Strict):
         try:
             validate_repo_id(repo)
         except HFValidationError as error:
-            reason = str(error).replace(MEND, " '--' ")  # it may name the characters
+            reason = str(error).replace(HINT, " '--' ")  # it may name the characters
             raise ValueError(f"got {repo!r} -- {reason}") from error
         if "/" not in repo:
             raise ValueError(f"got {repo!r} -- write it with its owner, such as me/student")

@@ -103,7 +103,7 @@ class BatchConfig(Strict):
             raise RecipeError(
                 f"total {self.total} is no multiple of {size}{processes} processes",
                 where="stages.batch",
-                mend="change one of them",
+                hint="change one of them",
             )
         return self.total
 

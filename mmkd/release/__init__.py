@@ -45,10 +45,10 @@ def release(
         raise RecipeError(
             "no repository is named",
             where="release.repo",
-            mend="give --repo me/student, or --out DIR for the folder alone",
+            hint="give --repo me/student, or --out DIR for the folder alone",
         )
     if out is not None and out.exists():
-        raise CheckpointError("it is there already", where=str(out), mend="name a new folder")
+        raise CheckpointError("it is there already", where=str(out), hint="name a new folder")
     if out is None and not dry_run:
         require_access(str(settings.repo))
     if settings.license is None:

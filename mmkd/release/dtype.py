@@ -55,7 +55,7 @@ def stored_dtype(student: Path) -> str:
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if found not in DTYPES:
         raise CheckpointError(
-            f"it is damaged (dtype {found!r})", where=str(path), mend=f"write {', '.join(DTYPES)}"
+            f"it is damaged (dtype {found!r})", where=str(path), hint=f"write {', '.join(DTYPES)}"
         )
     return found
 
@@ -90,7 +90,7 @@ def _compare(student: Path, folder: Path, dtype: torch.dtype) -> None:
             raise CheckpointError(
                 f"{name} has values outside the range of {str(dtype).removeprefix('torch.')}",
                 where=str(student),
-                mend="release it in bfloat16 or float32",
+                hint="release it in bfloat16 or float32",
             )
         kept = found.dtype in (dtype, torch.float32, tensor.dtype)
         _require(name, kept and torch.equal(found, tensor.to(found.dtype)), folder)
@@ -111,5 +111,5 @@ def _require(name: str, equal: bool, folder: Path) -> None:
         raise CheckpointError(
             f"{name} is not the student's weight in this dtype",
             where=str(folder),
-            mend="leave release.dtype out",
+            hint="leave release.dtype out",
         )

@@ -28,7 +28,7 @@ def refuse_secrets(path: Path, student: Path) -> None:
         raise CheckpointError(
             f"{name} is a link to a file outside the student's folder",
             where=str(student),
-            mend="remove the link, or put the file itself there",
+            hint="remove the link, or put the file itself there",
         )
     # `password = ...` stands in programs and tokenizers too, but hidden files are neither.
     hidden = any(part.startswith(".") for part in path.relative_to(student).parts)
@@ -39,7 +39,7 @@ def refuse_secrets(path: Path, student: Path) -> None:
         raise CheckpointError(
             f"{name} seems to hold {what}, and a release publishes it",
             where=str(student),
-            mend="remove it, and revoke it if it was published before",
+            hint="remove it, and revoke it if it was published before",
         )
 
 

@@ -64,7 +64,7 @@ class Source:
                 raise CheckpointError(
                     "its scores are of other weights than the run holds now",
                     where=str(self.run.folder.evaluation(label).path),
-                    mend="run its recipe again, which scores them, or delete that folder",
+                    hint="run its recipe again, which scores them, or delete that folder",
                 )
 
     def on_hub(self, model: str) -> bool:
@@ -90,7 +90,7 @@ def choose(folder: Path, label: str | None = None, seed: int | None = None) -> S
         raise RecipeError(
             f"the run has trained no student {label!r}",
             where=str(folder),
-            mend=f"it has {', '.join(run.groups)}" if run.groups else GO_ON,
+            hint=f"it has {', '.join(run.groups)}" if run.groups else GO_ON,
         )
     if seed is None:
         seed = int((run.recipe.get("seeds") or [run.recipe["seed"]])[0])
@@ -98,7 +98,7 @@ def choose(folder: Path, label: str | None = None, seed: int | None = None) -> S
         raise RecipeError(
             f"the run has trained no {label} with seed {seed}",
             where=str(folder),
-            mend=f"its seeds: {', '.join(map(str, seeds))}",
+            hint=f"its seeds: {', '.join(map(str, seeds))}",
         )
     member = next(m for m in run.members if (m.group, m.seed) == (label, seed))
     return Source(run, member, _finished(member, folder))
@@ -111,13 +111,13 @@ def _finished(member: MemberLog, folder: Path) -> Path:
         raise CheckpointError(
             f"{member.label} is not finished: stage {open_stages[0]}",
             where=str(folder),
-            mend=GO_ON,
+            hint=GO_ON,
         )
     student = member.finished_student
     if student is None or not any(student.glob("*.safetensors")):
         raise CheckpointError(
             f"the student of stage {member.last.path.name} is gone",
             where=str(folder),
-            mend="bring its folder back, or train it again under another name",
+            hint="bring its folder back, or train it again under another name",
         )
     return student

@@ -64,15 +64,15 @@ def require_access(repo: str) -> None:
         raise HubError(
             "cannot upload while HF_HUB_OFFLINE is set",
             where=repo,
-            mend="unset it, or write the folder alone with --out DIR",
+            hint="unset it, or write the folder alone with --out DIR",
         )
     if get_token() is None:
-        raise HubError("nobody is logged in", where=constants.ENDPOINT, mend=LOG_IN)
+        raise HubError("nobody is logged in", where=constants.ENDPOINT, hint=LOG_IN)
     if (reason := hub.unreachable()) is not None:
         raise HubError(
             f"the Hub cannot be reached ({reason})",
             where=constants.ENDPOINT,
-            mend="check the network and HF_ENDPOINT, or write the folder alone with --out DIR",
+            hint="check the network and HF_ENDPOINT, or write the folder alone with --out DIR",
         )
 
 
@@ -102,7 +102,7 @@ def upload(folder: Path, settings: ReleaseConfig) -> str:
         raise HubError(
             "the repository is there already, and public",
             where=repo,
-            mend="make it private on the Hub, or give another name",
+            hint="make it private on the Hub, or give another name",
         )
     say(f"sending to {address}")
     if not live():  # bars are for terminals; elsewhere a line every half minute
@@ -132,7 +132,7 @@ def check_card(path: Path) -> None:
         raise HubError(
             f"the Hub refuses the card's metadata ({_line(str(error))})",
             where=str(path),
-            mend="mend license, datasets, language or tags of 'release'",
+            hint="correct license, datasets, language or tags of 'release'",
         ) from error
 
 
@@ -157,7 +157,7 @@ def attempt(repo: str, action: str, call: Callable[[], T]) -> T:
                 raise HubError(
                     f"cannot {action} ({failure.reason})",
                     where=f"{constants.ENDPOINT}/{repo}",
-                    mend=AGAIN if failure.passing else MENDS.get(failure.status),
+                    hint=AGAIN if failure.passing else MENDS.get(failure.status),
                 ) from error
         wait = FIRST_WAIT * 2 ** (tried - 1)
         again = f"trying again in {wait:.0f} s ({tried + 1} of {TRIES})"

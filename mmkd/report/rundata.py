@@ -168,7 +168,7 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(
             "not a run: it has no recipe.yaml",
             where=str(path),
-            mend="give the folder that 'mmkd run' printed, such as runs/NAME",
+            hint="give the folder that 'mmkd run' printed, such as runs/NAME",
         )
     recipe = _recipe(folder.recipe)
     decoding = _evaluations(folder, lambda files: files.decoding, Decoding)
@@ -197,7 +197,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             "it is damaged: no recipe that a run has written",
             where=str(path),
-            mend="bring the file back, or run the recipe again",
+            hint="bring the file back, or run the recipe again",
         ) from error
     return dict(found)
 

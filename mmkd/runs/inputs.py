@@ -64,11 +64,11 @@ def check_inputs(
             found = [_check(m, r, todo, restarts, from_stage) for m, r in _pairs(todo, restarts)]
             said = [json.dumps([found, None])]
         except CheckpointError as error:
-            said = [json.dumps([[], [error.what, error.where, error.mend]])]
+            said = [json.dumps([[], [error.what, error.where, error.hint]])]
     found, problem = json.loads(distributed.gather(said)[0])
     if problem is not None:
-        what, where, mend = problem
-        raise CheckpointError(what, where=where, mend=mend)
+        what, where, hint = problem
+        raise CheckpointError(what, where=where, hint=hint)
     return [_again(m, r, f) for (m, r), f in zip(_pairs(todo, restarts), found, strict=True)]
 
 
@@ -120,7 +120,7 @@ def _refusal(difference: tuple[str, str], stage: str) -> CheckpointError:
     return CheckpointError(
         f"{what} (stage {stage})",
         where=where,
-        mend=f"bring it back as it was, or train the stage with the change: "
+        hint=f"bring it back as it was, or train the stage with the change: "
         f"`mmkd run RECIPE --from-stage {stage}`, which moves its earlier work to {REPLACED}/",
     )
 
@@ -245,7 +245,7 @@ def read_notes(folder: StudentFolder) -> Notes | None:
         raise CheckpointError(
             "it is damaged and no longer lists what the stage began with",
             where=str(path),
-            mend="bring it back, or delete it to continue without this check",
+            hint="bring it back, or delete it to continue without this check",
         )
     return notes
 

@@ -83,7 +83,7 @@ def _refuse_foreign(folder: RunFolder) -> None:
         raise CheckpointError(
             "the run's folder holds a recipe.yaml that no run has written",
             where=str(path),
-            mend="give the run another name or output_dir",
+            hint="give the run another name or output_dir",
         )
 
 

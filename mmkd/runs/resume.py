@@ -81,7 +81,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
         raise CheckpointError(
             "it is damaged (no mapping)",
             where=str(path),
-            mend="bring the file back, or delete the run's folder",
+            hint="bring the file back, or delete the run's folder",
         )
     try:
         old = load_recipe(raw)  # keys that are new since have their defaults
@@ -118,12 +118,12 @@ def _allowed(
     names += old[len(names) :]
     where = f"--from-stage {from_stage}"
     if from_stage not in names:
-        raise RecipeError("no such stage", where=where, mend=nearest(from_stage, names))
+        raise RecipeError("no such stage", where=where, hint=nearest(from_stage, names))
     if (wanted := names.index(from_stage)) > index:
         raise RecipeError(
             f"stage {names[index]} before it has changed too, in {', '.join(keys)}",
             where=where,
-            mend=f"give --from-stage {names[index]}, or change it back",
+            hint=f"give --from-stage {names[index]}, or change it back",
         )
     return wanted
 
@@ -141,17 +141,17 @@ def check_stage(
         raise RecipeError(
             "no such stage",
             where=f"--from-stage {from_stage}",
-            mend=nearest(from_stage, list(dict.fromkeys(names))),
+            hint=nearest(from_stage, list(dict.fromkeys(names))),
         )
 
 
 def _another(
     folder: MemberFolder, keys: Sequence[str], restart: Restart | None = None
 ) -> RecipeError:
-    mend = "give the run another name, or delete the folder"
+    hint = "give the run another name, or delete the folder"
     if restart is not None:
         kept = ", ".join(restart.names[: restart.index])
-        mend = (
+        hint = (
             f"`mmkd run RECIPE --from-stage {restart.stage}` "
             + (f"keeps {kept}, starts again from there" if kept else "starts again from there")
             + f" and moves the old work to {REPLACED}/; or give the run another name"
@@ -159,7 +159,7 @@ def _another(
     what = f"the folder holds a run of another recipe, it differs in {', '.join(keys)}"
     if restart is not None:
         what += f" (stage {restart.stage})"
-    return RecipeError(what, where=str(folder.path), mend=mend)
+    return RecipeError(what, where=str(folder.path), hint=hint)
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:

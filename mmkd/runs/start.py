@@ -38,7 +38,7 @@ def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrain
         raise CheckpointError(
             "its student is gone",
             where=str(source.parent),
-            mend="bring it back, or delete the stage's folder to train it again",
+            hint="bring it back, or delete the stage's folder to train it again",
         )
     if conversions := own.stages[index].convert:
         config = written_config(own.student, source)

@@ -112,7 +112,7 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
                 CheckpointError(
                     f"its Python code ({module_file}) may not run",
                     where=str(name),
-                    mend=how(str(name)),
+                    hint=how(str(name)),
                 )
             )
             raise refused[-1]
@@ -126,7 +126,7 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
                 CheckpointError(
                     "it holds an adapter (adapter_config.json), not a complete model",
                     where=str(name),
-                    mend="merge it into its model and save that, or remove the adapter's files",
+                    hint="merge it into its model and save that, or remove the adapter's files",
                 )
             )
             raise refused[-1]
@@ -136,7 +136,7 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
             CheckpointError(
                 "one of its weight files is pickled; such a file can run code and is not read",
                 where=loaded,
-                mend="give weights as safetensors",
+                hint="give weights as safetensors",
             )
         )
         raise refused[-1]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mmkd.errors import MEND, CheckpointError, MmkdError, PeerError
+from mmkd.errors import HINT, CheckpointError, MmkdError, PeerError
 from mmkd.runtime.files import disk_error, locked
 
 PATIENCE = 1800.0
@@ -70,18 +70,18 @@ def choose_device(wanted: str) -> torch.device:
     """
     imagined_gpu = _imagined is not None and _imagined.memory is not None
     if wanted != "auto":
-        where, mend = "device", "use auto, cpu, cuda or cuda:N"
+        where, hint = "device", "use auto, cpu, cuda or cuda:N"
         try:
             found = torch.device(wanted)
         except (RuntimeError, ValueError, OverflowError) as error:
-            raise MmkdError(f"unknown device {wanted!r}", where=where, mend=mend) from error
+            raise MmkdError(f"unknown device {wanted!r}", where=where, hint=hint) from error
         if not _can_train(found):
-            raise MmkdError(f"torch has no {found.type} device here", where=where, mend=mend)
+            raise MmkdError(f"torch has no {found.type} device here", where=where, hint=hint)
         if found.type == "cuda" and not imagined_gpu:
             if not torch.cuda.is_available():
-                raise MmkdError("torch sees no GPU", where=where, mend="set it to auto or cpu")
+                raise MmkdError("torch sees no GPU", where=where, hint="set it to auto or cpu")
             if (found.index or 0) >= (count := torch.cuda.device_count()):
-                raise MmkdError(f"torch sees {count} GPU(s), not {wanted}", where=where, mend=mend)
+                raise MmkdError(f"torch sees {count} GPU(s), not {wanted}", where=where, hint=hint)
         return found
     if imagined_gpu:
         return torch.device("cuda")
@@ -134,7 +134,7 @@ def connect(device: torch.device, *, alone: bool = False, patience: float = PATI
     except dist.DistError as error:
         raise PeerError(
             f"process {rank()} waited {patience:.0f} s, and not all {world_size()} came",
-            mend="start all of them with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
+            hint="start all of them with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
         ) from error
 
 
@@ -150,7 +150,7 @@ def explained(error: BaseException) -> PeerError | None:
         return PeerError(
             "a process that prepares batches was killed",
             where="data.workers",
-            mend="lower it if memory is short; the same command goes on from the newest checkpoint",
+            hint="lower it if memory is short; the same command goes on from the newest checkpoint",
         )
     if not (isinstance(error, dist.DistError) or any(word in said for word in GONE)):
         return None
@@ -159,7 +159,7 @@ def explained(error: BaseException) -> PeerError | None:
         what = "waits for another process that does not answer"
     else:
         what = "lost the connection to another process"
-    return PeerError(f"process {rank()} {what}", mend=again)
+    return PeerError(f"process {rank()} {what}", hint=again)
 
 
 def barrier() -> None:
@@ -209,8 +209,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                 problem = str(disk_error(error) or error)
         for said in gather([problem]):
             if said:
-                what, _, mend = said.partition(MEND)
-                raise CheckpointError(what, mend=mend)
+                what, _, hint = said.partition(HINT)
+                raise CheckpointError(what, hint=hint)
         yield
 
 

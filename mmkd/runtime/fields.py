@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mmkd.errors import MEND, RecipeError, is_control
+from mmkd.errors import HINT, RecipeError, is_control
 
 MOST = 10**9
 """Upper bound of all counts."""
@@ -126,7 +126,7 @@ def explained(error: ValueError) -> RecipeError | None:
         return None
     first = error.errors()[0]
     said = first["msg"].removeprefix("Value error, ")
-    what, mend = (
-        said.rsplit(MEND, 1) if MEND in said else (f"got {first['input']!r}", wanted(first))
+    what, hint = (
+        said.rsplit(HINT, 1) if HINT in said else (f"got {first['input']!r}", wanted(first))
     )
-    return RecipeError(what, where=".".join(map(str, first["loc"])) or None, mend=mend)
+    return RecipeError(what, where=".".join(map(str, first["loc"])) or None, hint=hint)

@@ -112,7 +112,7 @@ def writing(path: Path) -> Iterator[Path]:
 def _not_written(path: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())
     return CheckpointError(
-        f"cannot write ({reason})", where=str(path), mend="free space and run again"
+        f"cannot write ({reason})", where=str(path), hint="free space and run again"
     )
 
 
@@ -121,12 +121,12 @@ def disk_error(error: Exception) -> CheckpointError | None:
     if not isinstance(error, OSError):
         return None
     if error.errno in FULL:
-        what, mend = "cannot write", "free space and run the same command again"
+        what, hint = "cannot write", "free space and run the same command again"
     elif error.errno in FORBIDDEN and error.filename is not None:
-        what, mend = "cannot be read or written", "check the path and its permissions"
+        what, hint = "cannot be read or written", "check the path and its permissions"
     else:
         return None
-    return CheckpointError(f"{what} ({error.strerror})", where=error.filename, mend=mend)
+    return CheckpointError(f"{what} ({error.strerror})", where=error.filename, hint=hint)
 
 
 def from_here(path: Path) -> str:
@@ -174,7 +174,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise CheckpointError(
             "its weights are damaged",
             where=str(path),
-            mend="bring the file back, or delete the stage's folder to train it again",
+            hint="bring the file back, or delete the stage's folder to train it again",
         ) from error
 
 
@@ -191,7 +191,7 @@ def read_yaml(path: Path) -> Any:
         raise CheckpointError(
             f"not YAML: {error}",
             where=str(path),
-            mend="bring the file back, or delete the run's folder",
+            hint="bring the file back, or delete the run's folder",
         ) from error
 
 
@@ -224,7 +224,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, new: bool = False
                 sync_file(file)
         if new and path.exists():
             shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError("it is there already", where=str(path), mend="name a new folder")
+            raise CheckpointError("it is there already", where=str(path), hint="name a new folder")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         sync_folder(path.parent)
@@ -281,7 +281,7 @@ def _lock(path: Path, make: Callable[[], None]) -> int:
             raise CheckpointError(
                 "another command is writing there",
                 where=str(_final(path)),
-                mend="wait for it to end, or stop it",
+                hint="wait for it to end, or stop it",
             ) from error
         except OSError:  # this disk does not support locks
             pass

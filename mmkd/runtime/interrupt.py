@@ -147,7 +147,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
 def _stop() -> StoppedError:
     _state.raised = True
-    return StoppedError("stopped", mend=_state.hint)
+    return StoppedError("stopped", hint=_state.hint)
 
 
 def _on_unraisable(unraisable: Any) -> None:

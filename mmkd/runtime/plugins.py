@@ -32,7 +32,7 @@ def load_plugin(name: str) -> None:
             _files[name] = sha256(Path(file)) if file else "no file"
             return
         if not path.is_file():
-            raise MmkdError("no such file", where=where, mend="check the path")
+            raise MmkdError("no such file", where=where, hint="check the path")
         spec = importlib.util.spec_from_file_location(f"mmkd_plugin_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
@@ -44,7 +44,7 @@ def load_plugin(name: str) -> None:
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MmkdError(
-            f"it cannot be loaded ({reason})", where=where, mend="mend it, or leave it out"
+            f"it cannot be loaded ({reason})", where=where, hint="fix it, or leave it out"
         ) from error
     _files[name] = sha256(path)
 

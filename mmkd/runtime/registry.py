@@ -19,7 +19,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from mmkd.errors import MEND
+from mmkd.errors import HINT
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
                 except Exception as error:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                     raise ValueError(
-                        f"the entry point {point.value} cannot be used ({reason}){MEND}mend its "
+                        f"the entry point {point.value} cannot be used ({reason}){HINT}hint its "
                         "package, or uninstall it"
                     ) from error
         return self._added.get(kind)

@@ -212,13 +212,13 @@ class Provenance(Shape):
     continued: list[dict[str, Any]] = []
 
 
-def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
+def read_as(shape: type[Shape], path: Path, hint: str) -> dict[str, Any]:
     """The content of a JSON file.
 
     Args:
         shape: the keys that it must have.
         path: the file.
-        mend: the hint of the error.
+        hint: the hint of the error.
 
     Raises:
         CheckpointError: the file cannot be read, or has the wrong structure.
@@ -228,7 +228,7 @@ def read_as(shape: type[Shape], path: Path, mend: str) -> dict[str, Any]:
         shape.model_validate(found)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"it is damaged ({_reason(error)})", where=str(path), mend=mend
+            f"it is damaged ({_reason(error)})", where=str(path), hint=hint
         ) from error
     return dict(found)
 

@@ -41,11 +41,11 @@ def check_groups(
     known = parameter_groups(model)
     for group in [*groups, *(lora.groups if lora else [])]:
         if group not in known:
-            mend = nearest(group, list(known))
-            raise RecipeError(f"unknown group {group!r}", where="stages.train", mend=mend)
+            hint = nearest(group, list(known))
+            raise RecipeError(f"unknown group {group!r}", where="stages.train", hint=hint)
         if not known[group]:
             raise RecipeError(
                 f"the student has no parameters in {group!r}",
                 where="stages.train",
-                mend=f"leave it out; it has {', '.join(g for g in known if known[g])}",
+                hint=f"leave it out; it has {', '.join(g for g in known if known[g])}",
             )

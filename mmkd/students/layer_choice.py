@@ -29,7 +29,7 @@ def choose(placement: Placement, count: int, *, where: str = WHERE) -> list[int]
         raise RecipeError(
             f"cannot place layers {chosen} in {count} layers",
             where=where,
-            mend=f"name different layers from 0 to {count - 1}",
+            hint=f"name different layers from 0 to {count - 1}",
         )
     return chosen
 
@@ -58,7 +58,7 @@ def converted_layers(keep: Placement | None, convert: Placement | None, count: i
         chosen = [i for i in range(count) if i not in kept]
     if not chosen:
         raise RecipeError(
-            f"all {count} layers keep their attention", where=WHERE, mend="keep fewer"
+            f"all {count} layers keep their attention", where=WHERE, hint="keep fewer"
         )
     return chosen
 
@@ -94,5 +94,5 @@ def parse(text: str) -> list[int] | dict[str, int | bool] | str:
     raise RecipeError(
         f"cannot read {text!r}",
         where="placement",
-        mend="write every:4, every:4:last, head:2, tail:2, even, odd, none or 0,4,8",
+        hint="write every:4, every:4:last, head:2, tail:2, even, odd, none or 0,4,8",
     )

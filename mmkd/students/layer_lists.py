@@ -143,7 +143,7 @@ def _moved_state(number: int, count: int, kept: Sequence[int], key: str, where: 
             f"{key} {number} is read after layer {place - 1}, which is not kept, and the kept "
             "layers change their order",
             where=where,
-            mend="keep that layer, or the order",
+            hint="keep that layer, or the order",
         )
     if behind == 0:
         return -len(kept) - 1  # transformers takes a single 0 for a missing value
@@ -168,7 +168,7 @@ def _moved_taps(
         raise RecipeError(
             f"the layers of {key} {list(layers)} change their order",
             where=where,
-            mend="keep the order of these layers",
+            hint="keep the order of these layers",
         )
     return type(layers)(new), gone  # type: ignore[call-arg]
 
@@ -189,7 +189,7 @@ def _entries(config: Any, kept: Sequence[int], where: str) -> list[str]:
                 f"the features of {key} are added after the first {count} decoder layers, and "
                 f"{len(kept)} are kept",
                 where=where,
-                mend=f"keep {count} decoder layers or more",
+                hint=f"keep {count} decoder layers or more",
             )
         if list(kept[:count]) != list(range(count)):
             lines.append(
@@ -216,7 +216,7 @@ def _refuse_unknown(key: str, value: Any, count: int, where: str) -> None:
             f"the config's {key} may be about single layers, and mmkd does not know how to adapt "
             "it to fewer layers",
             where=where,
-            mend="keep all layers of this part, or use another model",
+            hint="keep all layers of this part, or use another model",
         )
 
 

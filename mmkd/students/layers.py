@@ -43,7 +43,7 @@ def keep_layers(model: PreTrainedModel, tower: Tower, kept: list[int]) -> str:
         raise RecipeError(
             f"cannot keep layers {kept} of {count}",
             where=where,
-            mend=f"name different layers from 0 to {count - 1}",
+            hint=f"name different layers from 0 to {count - 1}",
         )
     done = f"kept layers {kept} of {count}"
     if kept == list(range(count)):

@@ -53,7 +53,7 @@ class MambaConversion(Conversion):
             raise RecipeError(
                 f"layers {chosen} are Mamba already",
                 where=self.where,
-                mend="name layers that have attention",
+                hint="name layers that have attention",
             )
 
     def convert(self, model: PreTrainedModel) -> list[str]:

@@ -37,7 +37,7 @@ def keep_neurons(tower: Tower, kept: int) -> str:
         raise RecipeError(
             f"cannot keep {kept} of {before} neurons",
             where=tower.where,
-            mend="give a number up to the model's intermediate_size",
+            hint="give a number up to the model's intermediate_size",
         )
     for layer in tower.layers:
         _cut(_mlp_of(layer, tower.where), kept)

@@ -30,10 +30,10 @@ class MoeConversion(Conversion):
         """
         if present := moe_layers(model.config):
             raise RecipeError(
-                f"layers {list(present)} are sparse already", where=self.where, mend="upcycle once"
+                f"layers {list(present)} are sparse already", where=self.where, hint="upcycle once"
             )
         if not self._chosen(model):
-            raise RecipeError("no layer is chosen", where=self.where, mend="name at least one")
+            raise RecipeError("no layer is chosen", where=self.where, hint="name at least one")
 
     def convert(self, model: PreTrainedModel) -> list[str]:
         """
@@ -51,7 +51,7 @@ class MoeConversion(Conversion):
                 raise RecipeError(
                     f"{type(mlp).__name__} computes something else than its experts would",
                     where=self.where,
-                    mend="choose a family of docs/families.md",
+                    hint="choose a family of docs/families.md",
                 )
         become_student(model, {"moe": layout.to_dict()})
         size = sum(p.numel() for p in sparse.experts.parameters()) // layout.experts
@@ -89,5 +89,5 @@ def check_experts(context: StageContext) -> None:
         raise RecipeError(
             f"objective {', '.join(names)} needs a student with experts",
             where=context.where,
-            mend="add {kind: moe} to student.convert",
+            hint="add {kind: moe} to student.convert",
         )

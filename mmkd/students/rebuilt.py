@@ -43,7 +43,7 @@ def match_config(
         raise RecipeError(
             f"no config describes the kept layers {list(kept)}: the weight {other[0]} would differ",
             where=where,
-            mend="keep other layers",
+            hint="keep other layers",
         )
     earlier = dict(before.named_modules())
     for name, module in after.named_modules():
@@ -80,7 +80,7 @@ def _follow(
                 f"layer {kept[number]} has {key} {was!r}, and would load from the cut model's "
                 f"config as layer {number} with {value!r}",
                 where=where,
-                mend="keep other layers",
+                hint="keep other layers",
             )
 
 

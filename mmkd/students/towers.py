@@ -46,7 +46,7 @@ class TowerConversion(Conversion):
                 raise RecipeError(
                     "layers cannot be cut after they became Mamba or sparse",
                     where=tower.where,
-                    mend=f"put '{self.config.kind}' before 'mamba' and 'moe'",
+                    hint=f"put '{self.config.kind}' before 'mamba' and 'moe'",
                 )
 
     def convert(self, model: PreTrainedModel) -> list[str]:

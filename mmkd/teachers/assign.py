@@ -64,6 +64,6 @@ def _numbers(teacher: TeacherConfig, data: DataConfig) -> frozenset[int] | None:
             raise RecipeError(
                 f"no data source {name!r}",
                 where=f"teacher {teacher.name}: sources",
-                mend=nearest(name, labels),
+                hint=nearest(name, labels),
             )
     return frozenset(map(labels.index, teacher.sources)) or None

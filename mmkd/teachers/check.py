@@ -57,7 +57,7 @@ def check_further(recipe: Recipe, processor: Any) -> None:
             raise RecipeError(
                 "of several teachers, all but the first need the student's processor",
                 where=where,
-                mend="put it first, or leave it out",
+                hint="put it first, or leave it out",
             )
     for stage in recipe.stages:
         ask_each([], recipe.teachers, recipe.stage_data(stage))

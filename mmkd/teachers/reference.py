@@ -111,7 +111,7 @@ def choose_reference(
         raise RecipeError(
             "the reference of preferences is the teacher, and there is none",
             where=f"objective {wanted[0].name}",
-            mend="add 'teacher' to the recipe, or set reference to self or none",
+            hint="add 'teacher' to the recipe, or set reference to self or none",
         )
     return LiveReference(
         teacher,
@@ -170,7 +170,7 @@ def store(
                     _write(unfinished, {KEY: cut, DONE: str(number)}, found)
                 distributed.barrier()
                 what = f"the reference's pass stopped at batch {number} of {len(batches)}"
-                raise StoppedError(what, mend=AGAIN)
+                raise StoppedError(what, hint=AGAIN)
         found = dict(sorted((found | _of_all_ranks(new)).items()))
         if stream.rank == 0:
             _write(path, {KEY: key}, found)
@@ -245,5 +245,5 @@ def check_reference(context: StageContext) -> None:
         raise RecipeError(
             "two preference objectives have different references",
             where=context.where,
-            mend="give them one, or two stages",
+            hint="give them one, or two stages",
         )

@@ -60,26 +60,26 @@ def check_storable(
             raise RecipeError(
                 "the teacher's cache holds output distributions, it needs hidden states",
                 where=where,
-                mend="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
+                hint="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
             )
         if not isinstance(objective, HeadObjectiveConfig) and not objective.reads_hidden:
             raise RecipeError(
                 "a teacher's cache holds what its head sees and says, it needs more",
                 where=where,
-                mend=LIVE,
+                hint=LIVE,
             )
         temperature = getattr(objective, "temperature", 1.0)
         if isinstance(objective, HeadObjectiveConfig) and temperature != 1:
             raise RecipeError(
                 f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
                 where=where,
-                mend=LIVE,
+                hint=LIVE,
             )
     if objectives and stage.on_policy is not None:
         raise RecipeError(
             "the student's own answers are in no cache",
             where=f"stage {stage.name}: on_policy",
-            mend=LIVE,
+            hint=LIVE,
         )
 
 
@@ -99,19 +99,19 @@ def open_store(teacher: TeacherConfig, processor: Any) -> Store:
     where = f"teacher.cache {store.folder}"
     if store.manifest["processor"] != processor_hash(processor):
         raise RecipeError(
-            "it was built with another processor than the student's", where=where, mend=AGAIN
+            "it was built with another processor than the student's", where=where, hint=AGAIN
         )
     held, asked = store.manifest["teacher"].get("quantize"), teacher.quantize
     if teacher.model is not None and held != asked:
         raise RecipeError(
             f"it was built with quantize {held or 'null'}, and the recipe has {asked or 'null'}",
             where=where,
-            mend=AGAIN,
+            hint=AGAIN,
         )
     weights = weights_hash(teacher.model)
     if weights is not None and weights != store.manifest["teacher"]["weights"]:
         raise RecipeError(
-            f"it was built from other weights than {teacher.model}", where=where, mend=AGAIN
+            f"it was built from other weights than {teacher.model}", where=where, hint=AGAIN
         )
     return store
 
@@ -137,5 +137,5 @@ def check_stored(context: StageContext) -> None:
                 f"the teacher's cache has regions {', '.join(regions)} at max_length {held}, not "
                 f"{', '.join(map(str, wanted))} at {length}",
                 where=context.at(objective),
-                mend=AGAIN,
+                hint=AGAIN,
             )

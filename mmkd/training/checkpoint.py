@@ -79,7 +79,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"cannot save step {step} ({problems[0]})",
             where=str(folder),
-            mend="free space and run again: it goes on from "
+            hint="free space and run again: it goes on from "
             + (f"step {before[-1]}" if before else "the start of the stage"),
         )
     if engine.rank == 0:
@@ -180,7 +180,7 @@ def _refuse_other_batch(path: Path, records_per_step: int) -> None:
         raise CheckpointError(
             f"a step saw {saw} records, now it would see {records_per_step}",
             where=str(path),
-            mend=f"set batch.total={saw}, it holds for any number of processes",
+            hint=f"set batch.total={saw}, it holds for any number of processes",
         )
 
 
@@ -234,7 +234,7 @@ def load_weights(folder: Path, step: int, engine: Engine) -> None:
     damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
     if damages:
         raise CheckpointError(
-            damages[0], where=str(path), mend="delete the stage's folder to train it again"
+            damages[0], where=str(path), hint="delete the stage's folder to train it again"
         )
     engine.restore_weights(SavedTensors(path))
 

@@ -105,5 +105,5 @@ def check_on_policy(context: StageContext) -> None:
             raise RecipeError(
                 "with 'on_policy' the responses are the student's own, not the data set's",
                 where=context.at(objective),
-                mend="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
+                hint="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
             )

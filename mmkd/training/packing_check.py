@@ -80,5 +80,5 @@ def _compare(model: PreTrainedModel, packing: Packing, alone: Tensor, packed: Te
             f"{type(model).__name__} does not keep packed records apart "
             f"(hidden states differ by {distance:.1e})",
             where="batch.pack",
-            mend="set it to null: records of alike length share a micro-batch all the same",
+            hint="set it to null: records of alike length share a micro-batch all the same",
         )

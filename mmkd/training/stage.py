@@ -133,7 +133,7 @@ class Stage:
                     if self.validation is not None and active:
                         self.validation.prune()
                 if stop and step < self.steps:
-                    raise StoppedError(f"{self.config.name} stopped at step {step}", mend=AGAIN)
+                    raise StoppedError(f"{self.config.name} stopped at step {step}", hint=AGAIN)
             log.sync()
             skipped.sync()
         for callback in self.callbacks:
@@ -210,7 +210,7 @@ class Stage:
             raise DataError(
                 f"no record of {self.barren} steps in a row has a token to learn from",
                 where=f"stage {self.config.name}",
-                mend="look at the records with `mmkd data check`, and at data.max_length and the "
+                hint="look at the records with `mmkd data check`, and at data.max_length and the "
                 "objectives' regions",
             )
 
@@ -278,7 +278,7 @@ class Stage:
             raise NonFiniteLossError(
                 f"{', '.join(broken)} not finite at step {step}, samples: {ids}",
                 where=f"stage {self.config.name}",
-                mend="lower the learning rate, or look at these samples; "
+                hint="lower the learning rate, or look at these samples; "
                 "nothing of this step was saved",
             )
 

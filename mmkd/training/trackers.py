@@ -232,7 +232,7 @@ def check_trackers(names: list[TrackerName]) -> None:
         except Exception as error:  # a broken installation raises anything
             reason = " ".join(str(error).split())
             raise RecipeError(
-                f"{name} cannot be imported ({reason})", where="report_to", mend=INSTALL
+                f"{name} cannot be imported ({reason})", where="report_to", hint=INSTALL
             ) from error
 
 

@@ -186,7 +186,7 @@ class Validation:
             raise NonFiniteLossError(
                 f"{', '.join(broken)} not finite in the validation at step {step}",
                 where=f"stage {self.stage.name}",
-                mend="lower the learning rate, or look at the records of data.validation",
+                hint="lower the learning rate, or look at the records of data.validation",
             )
         value = line[self.config.metric]
         better = torch.tensor(float(self.best is None or value < self.best[1]))
@@ -325,14 +325,14 @@ def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataCo
         if config.validation == ValidationConfig():
             return False
         raise RecipeError(
-            "no records are held out", where=where, mend="add 'validation' to data, a file or 0.05"
+            "no records are held out", where=where, hint="add 'validation' to data, a file or 0.05"
         )
     references = [o.config for o in objectives if isinstance(o, Preference)]
     if any(r.reference != "none" and r.reference_logps == "once" for r in references):
         raise RecipeError(
             "the reference of preferences runs once, over the training records only",
             where=where,
-            mend="set reference_logps to live, or validation.every to null",
+            hint="set reference_logps to live, or validation.every to null",
         )
     return True
 
@@ -360,7 +360,7 @@ def _asked(
         return ask_each(alone, teachers, held_out)
     except RecipeError as error:
         where = f"{error.where}, for data.validation"
-        raise RecipeError(error.what, where=where, mend=error.mend) from error
+        raise RecipeError(error.what, where=where, hint=error.hint) from error
 
 
 def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
@@ -369,7 +369,7 @@ def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
         raise RecipeError(
             f"no metric {config.validation.metric!r}",
             where=f"stage {config.name}: validation.metric",
-            mend=nearest(config.validation.metric, names),
+            hint=nearest(config.validation.metric, names),
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+PROCESSES = 2
 LOST = "lost the connection to another process"
 USED = (
     *("mmkd.cli", "mmkd.report", "mmkd.evaluation.samples", "mmkd.runs.pipeline"),
@@ -89,12 +90,16 @@ def judged(
     if "Traceback" in ended.out + ended.err:
         found.append("a traceback")
     lines = ended.err.strip().split("\n")
-    if "--nproc" in words:  # one process names what is wrong, the others that they lost it
+    most = 1
+    if "--nproc" in words:
+        # A process names what is wrong, the others that they lost it. If their shares of the data
+        # have different faults, each names its own.
         lines = [line for line in lines if LOST not in line] or lines[:1]
+        most = PROCESSES if len({*lines}) == len(lines) else 1
     if ended.status == 2 and words[:2] != ["data", "check"]:
-        if len(lines) != 1:
+        if len(lines) > most or not lines:
             found.append(f"{len(lines)} lines on stderr")
-        elif not lines[0].startswith("mmkd: ") or lines[0].count(" -- ") > 1:
+        elif any(not line.startswith("mmkd: ") or line.count(" -- ") > 1 for line in lines):
             found.append("no line of what, where and hint")
     if "\x1b" in ended.out + ended.err:
         found.append("a terminal's control characters")

@@ -30,7 +30,7 @@ def number_given_twice(world):
     write("student: {config: {id2label: {1: a, 0x1: b}}}\n")
 
 
-@attack(THEME, "described a billion values by aliases", "200,000 values", "mend the syntax")
+@attack(THEME, "described a billion values by aliases", "200,000 values", "fix the syntax")
 def alias_bomb(world):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]

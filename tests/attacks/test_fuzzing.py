@@ -75,6 +75,9 @@ def test_the_others_of_several_processes_may_say_that_they_lost_one():
         (f"mmkd: a: b -- c\n{lost}", []),
         (lost, []),
         (f"mmkd: a: b -- c\nmmkd: a: b -- c\n{lost}", ["2 lines on stderr"]),
+        ("mmkd: a: b -- c\nmmkd: d: b -- c", []),
+        ("mmkd: a: b -- c\nmmkd: d: b -- c\nmmkd: e: b -- c", ["3 lines on stderr"]),
+        ("mmkd: a: b -- c\nw: d", ["no line of what, where and hint"]),
     ]:
         assert judged(Ended(2, "", err, 1.0), words, {}, {}) == found
 

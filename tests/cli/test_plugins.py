@@ -136,7 +136,7 @@ def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, cod
     error = capsys.readouterr().err
     assert "the entry point outside_mmkd:Cosine cannot be used (" in error
     assert said in error
-    assert error.endswith(" -- mend its package, or uninstall it\n")
+    assert error.endswith(" -- fix its package, or uninstall it\n")
     assert error.count("\n") == 1
 
 

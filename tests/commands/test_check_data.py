@@ -92,7 +92,7 @@ def test_every_problem_is_counted_and_placed(folder, monkeypatch, capsys, worker
     problems = {p["kind"]: p for p in said["sources"][0]["problems"]}
     assert {kind: p["records"] for kind, p in problems.items()} == COUNTS
     assert problems["no such image"]["share"] == 3 / 16
-    assert problems["no such image"]["mend"] == "check data.images"
+    assert problems["no such image"]["hint"] == "check data.images"
     places = problems["no such image"]["places"]
     assert places[0] == f"{folder}/a.jsonl: record 2 (id gone): no such image: gone.png"
     assert [p.split("(id ")[1].split(")")[0] for p in places] == ["gone", "gone too", "both too"]

@@ -1,4 +1,4 @@
-"""The doctor: a row for whatever it meets, and a command that mends it."""
+"""The doctor: a row for whatever it meets, and a command that fixes it."""
 
 import json
 import os
@@ -64,8 +64,8 @@ def test_a_check_that_raises_leaves_or_crashes_is_a_row_and_the_next_ones_run(ca
         ("answer", "ok", "1.0"),
         ("crashing", "broken", "it ends the process (SIGABRT)"),
     ]
-    assert [row.mend for row in rows if row.state == "ok"] == ["", ""]
-    assert rows[1].mend == "pip install raising"
+    assert [row.hint for row in rows if row.state == "ok"] == ["", ""]
+    assert rows[1].hint == "pip install raising"
     assert capfd.readouterr() == ("", "")
 
 
@@ -93,7 +93,7 @@ def test_this_machine(tmp_path):
     }  # fmt: skip
     for row in rows.values():
         assert row["state"] in ("ok", "missing", "broken")
-        assert "\n" not in row["detail"] + row["mend"]
+        assert "\n" not in row["detail"] + row["hint"]
     for name in ("deepspeed", "lmms-eval", "lmms-eval --model mmkd"):
         assert rows[name]["state"] in ("ok", "missing"), rows[name]
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +106,7 @@ def test_a_broken_torch_breaks_no_doctor(tmp_path):
     assert code == 1
     assert rows["torch"]["state"] == "broken"
     assert rows["torch"]["detail"] == "OSError: libcudart.so.12: cannot open"
-    assert rows["torch"]["mend"].startswith("pip install --force-reinstall 'torch>=")
+    assert rows["torch"]["hint"].startswith("pip install --force-reinstall 'torch>=")
     assert rows["rich"]["state"] == "ok"
     assert rows["CPU"]["state"] == "broken"
 
@@ -124,8 +124,8 @@ def test_the_table_ends_with_what_is_to_be_done(tmp_path):
 
 
 def test_only_what_is_needed_hinders(capsys):
-    def row(name, state, mend, needed):
-        return Row("s", name, state, "detail [x]", mend, needed)
+    def row(name, state, hint, needed):
+        return Row("s", name, state, "detail [x]", hint, needed)
 
     rows = [
         row("a", "ok", "", True),
@@ -180,7 +180,7 @@ def test_a_package(version, code, wanted, state, detail, tmp_path, monkeypatch):
     (row,) = run_isolated([check])
     assert (row.state, row.detail) == (state, detail)
     assert (
-        row.mend
+        row.hint
         == {
             "ok": "",
             "missing": "pip install x",
@@ -213,14 +213,14 @@ def test_families_without_torchvision_and_the_one_that_fits(torch, command, monk
     monkeypatch.setattr(packages.importlib.metadata, "version", version)
     (found,) = packages.torchvision()
     assert (found.state, found.needed) == ("missing", False)
-    assert found.mend.startswith(command)
+    assert found.hint.startswith(command)
     assert found.detail.startswith("without torchvision, 12 of 17 families cannot load")
     assert all(name.removesuffix(" (hybrid)") in found.detail for name in packages.WANT_TORCHVISION)
 
-    row = Row("core", "torchvision", found.state, found.detail, found.mend, False)
+    row = Row("core", "torchvision", found.state, found.detail, found.hint, False)
     print_rows([row])
     last = capsys.readouterr().out.splitlines()
-    assert f"torchvision: {found.mend}" in last
+    assert f"torchvision: {found.hint}" in last
     assert last[-1] == (
         "what mmkd needs is there and works, but 12 of 17 families cannot be used without "
         "torchvision"
@@ -236,13 +236,13 @@ def test_a_torchvision_of_another_torch_hinders(tmp_path, monkeypatch):
     (row,) = rows = list(run_isolated([check]))
     assert (row.state, row.needed, hindering(rows)) == ("broken", True, rows)
     assert row.detail.startswith("RuntimeError: operator torchvision::nms does not exist; built")
-    assert row.mend.startswith("pip install --force-reinstall --no-deps torchvision==0.")
+    assert row.hint.startswith("pip install --force-reinstall --no-deps torchvision==0.")
     write_package(tmp_path, "torchvision", "import os; os.abort()")
     (row,) = run_isolated([check])
-    assert (row.state, row.mend) == ("broken", "pip uninstall -y torchvision")
+    assert (row.state, row.hint) == ("broken", "pip uninstall -y torchvision")
     write_package(tmp_path, "torchvision", "__version__ = '0.28.0'")
     (row,) = run_isolated([check])
-    assert (row.state, row.detail, row.mend) == ("ok", "0.28.0", "")
+    assert (row.state, row.detail, row.hint) == ("ok", "0.28.0", "")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -264,7 +264,7 @@ def test_deepspeed_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
     write_package(tmp_path, "deepspeed", "raise RuntimeError('CUDA_HOME does not exist')")
     (row,) = run_isolated([Check("s", "deepspeed", peers.deepspeed, "pip install d")])
     assert (row.state, row.detail) == ("broken", "RuntimeError: CUDA_HOME does not exist")
-    assert row.mend == "pip install d"
+    assert row.hint == "pip install d"
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert peers.deepspeed()[0].state == "missing"
 
@@ -322,7 +322,7 @@ def test_bfloat16_as_the_engine_sees_it(able, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     _, half = machine.cpu()
     assert half.state == ("ok" if able else "missing")
-    assert ("precision" in half.mend) is not able
+    assert ("precision" in half.hint) is not able
 
 
 def test_gpus(monkeypatch):
@@ -348,7 +348,7 @@ def test_a_driver_without_a_torch_for_it(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", None)
     (found,) = machine.gpus()
-    assert (found.state, found.mend) == ("broken", "pip install --force-reinstall torch")
+    assert (found.state, found.hint) == ("broken", "pip install --force-reinstall torch")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
 
     def init():
@@ -360,7 +360,7 @@ def test_a_driver_without_a_torch_for_it(monkeypatch):
         Finding("broken", "RuntimeError: the driver is too old", "nvidia-smi")
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine.gpus()[0].mend == "unset CUDA_VISIBLE_DEVICES"
+    assert machine.gpus()[0].hint == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_a_torch_without_a_grouped_product(monkeypatch):
@@ -378,7 +378,7 @@ def test_the_output_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(places.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     (found,) = places.folder(tmp_path)
     assert found.state == "broken"
-    assert found.mend == f"free space on the disk of {tmp_path}"
+    assert found.hint == f"free space on the disk of {tmp_path}"
 
 
 def test_the_hub(monkeypatch):
@@ -386,7 +386,7 @@ def test_the_hub(monkeypatch):
 
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     (found,) = places.hub()
-    assert (found.state, found.mend) == ("missing", "unset HF_HUB_OFFLINE")
+    assert (found.state, found.hint) == ("missing", "unset HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     (found,) = places.hub()

@@ -176,7 +176,7 @@ def test_what_is_wrong_far_inside_of_a_file_is_placed(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=rf"no UTF-8 at byte {at} "):
             read(tmp_path / name)
     (tmp_path / "d.jsonl").write_text("\n\n{'id': 1}\n")
-    with pytest.raises(DataError, match=r"double quotes: line 3 column 2 -- mend the file: a list"):
+    with pytest.raises(DataError, match=r"quotes: line 3 column 2 -- repair the file: a list"):
         read(tmp_path / "d.jsonl")
 
 
@@ -188,7 +188,7 @@ def test_all_broken_files_of_a_source_are_named_at_once(tmp_path):
     with pytest.raises(DataError, match=r"03\.json: cannot read: .*; 23 more cannot be") as caught:
         read(tmp_path)
     assert "05.json, " in str(caught.value)
-    assert "24.json, ... -- mend the file" in str(caught.value)
+    assert "24.json, ... -- repair the file" in str(caught.value)
     assert str(caught.value).isprintable()
 
 
@@ -236,11 +236,11 @@ def test_globs_ranges_and_folders_name_several_files(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             read(tmp_path / train)
-    for train, mend in {
+    for train, hint in {
         "https://host/p-{00..09}.tar": r"p-00\.tar: no such data file -- download it, or name a",
         "someone/dataset": "someone/dataset: no such data file -- .* Hub is hub:someone/dataset",
     }.items():
-        with pytest.raises(DataError, match=mend):
+        with pytest.raises(DataError, match=hint):
             read(train)
     write_tar(tmp_path / "p-00.tar", sample(0))
     with pytest.raises(DataError, match="several kinds"):

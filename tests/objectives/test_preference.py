@@ -383,8 +383,8 @@ def test_stored_references_are_read_again_or_made_anew(run, scenes_dir, tiny_mod
     assert path.stat().st_mtime_ns == written
     assert all(torch.equal(again[i], first[i]) for i in first)
     path.write_bytes(path.read_bytes()[:100])  # a disk that was full
-    mended = stored()
-    assert all(torch.equal(mended[i], first[i]) for i in first)
+    repaired = stored()
+    assert all(torch.equal(repaired[i], first[i]) for i in first)
     other = stored(change=1.0)  # other weights
     assert not all(torch.equal(other[i], first[i]) for i in first)
     assert stored(seed=3).keys() != first.keys()  # other records

@@ -247,7 +247,7 @@ def test_nobody_there(folder, hub, waits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("request_", "status", "mend"),
+    ("request_", "status", "hint"),
     [
         ("POST /api/repos/create", 401, "log in with 'hf auth login'"),
         ("POST /api/repos/create", 403, "a token that may write"),
@@ -257,10 +257,10 @@ def test_nobody_there(folder, hub, waits, monkeypatch):
         ("PUT /lfs", 403, "a token that may write"),
     ],
 )
-def test_a_refusal_is_not_asked_again(folder, hub, waits, request_, status, mend):
+def test_a_refusal_is_not_asked_again(folder, hub, waits, request_, status, hint):
     (folder / "model-00002-of-00002.safetensors").unlink()
     hub.fail(request_, status, times=99)
-    with pytest.raises(HubError, match=rf"{hub.url}/{REPO}: cannot .*{status}.* -- .*{mend}"):
+    with pytest.raises(HubError, match=rf"{hub.url}/{REPO}: cannot .*{status}.* -- .*{hint}"):
         upload(folder, SETTINGS)
     assert hub.count(request_) == 1
     assert waits == []
@@ -375,7 +375,7 @@ def test_private(folder, hub):
 
 def test_a_card_that_the_hub_refuses(folder, hub):
     (folder / "README.md").write_text("---\nlicense: none-of-these\n---\n")
-    with pytest.raises(HubError, match=r"refuses the card's metadata .*one of them.*mend license"):
+    with pytest.raises(HubError, match=r"refuses the card's metadata .*of them.*correct license"):
         upload(folder, SETTINGS)
     assert hub.repos == {}
 

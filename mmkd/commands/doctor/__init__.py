@@ -1,4 +1,4 @@
-"""`mmkd doctor`: which parts of mmkd work on this machine, and how to mend the others.
+"""`mmkd doctor`: which parts of mmkd work on this machine, and how to fix the others.
 
 This module must work even if torch, transformers or another package is broken. So only the checks
 import them, in a process of their own.
@@ -50,7 +50,7 @@ def families_without_processor(rows: list[Row]) -> list[str]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """Print a table with a section for each kind of check, and below it the commands that mend what
+    """Print a table with a section for each kind of check, and below it the commands that fix what
     is missing or broken."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     for section in dict.fromkeys(row.section for row in rows):
@@ -59,8 +59,8 @@ def print_rows(rows: list[Row]) -> None:
             if row.section == section:
                 table.add_row(f"  {row.name}", Text(row.state, STYLES[row.state]), Text(row.detail))
     console.print(table)
-    for mend in dict.fromkeys(row.mend for row in rows if row.mend):
-        say(f"{', '.join(row.name for row in rows if row.mend == mend)}: {mend}")
+    for hint in dict.fromkeys(row.hint for row in rows if row.hint):
+        say(f"{', '.join(row.name for row in rows if row.hint == hint)}: {hint}")
     names = [row.name for row in hindering(rows)]
     lost = len(families_without_processor(rows))
     but = f", but {lost} of {FAMILIES} families cannot be used without torchvision" if lost else ""

@@ -23,14 +23,14 @@ class Finding:
     Attributes:
         state: `broken` is installed and does not work.
         detail: a version, a size, or what is wrong.
-        mend: the command that mends it; the check's own if empty.
+        hint: the command that fixes it; the check's own if empty.
         name: of the part, if a check looks at several; the check's own if empty.
         needed: whether mmkd requires it; None is the check's own value.
     """
 
     state: State
     detail: str
-    mend: str = ""
+    hint: str = ""
     name: str = ""
     needed: bool | None = None
 
@@ -42,14 +42,14 @@ class Check:
     Attributes:
         section, name: place of its row.
         run: a function that can be pickled.
-        mend: the command that mends it, for findings that have none.
+        hint: the command that fixes it, for findings that have none.
         needed: mmkd requires it.
     """
 
     section: str
     name: str
     run: Callable[[], list[Finding]]
-    mend: str = ""
+    hint: str = ""
     needed: bool = False
 
 
@@ -61,7 +61,7 @@ class Row:
     name: str
     state: State
     detail: str
-    mend: str
+    hint: str
     needed: bool
 
 
@@ -76,12 +76,12 @@ def run_isolated(checks: Sequence[Check], seconds: float = SECONDS) -> Iterator[
         for findings in _one_process(checks[done:], seconds):
             check = checks[done]
             for found in findings:
-                name, mend = found.name or check.name, found.mend
+                name, hint = found.name or check.name, found.hint
                 if found.state != "ok":
-                    mend = mend or check.mend
+                    hint = hint or check.hint
                 needed = check.needed if found.needed is None else found.needed
                 yield Row(
-                    check.section, name, found.state, redact(found.detail), redact(mend), needed
+                    check.section, name, found.state, redact(found.detail), redact(hint), needed
                 )
             done += 1
 

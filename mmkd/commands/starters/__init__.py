@@ -90,7 +90,7 @@ def write_starter(method: str, choices: Choices, out: Path) -> None:
         if model is not None:
             _check_model(f"--{key} {model}", model)
     if out.exists():
-        raise MmkdError("it is there already", where=str(out), mend="name another file with --out")
+        raise MmkdError("it is there already", where=str(out), hint="name another file with --out")
     write_text(out, text)
 
 
@@ -110,10 +110,10 @@ def _check_model(where: str, model: str) -> None:
     """Check that a model is a folder with a config, or a possible Hub id; no Hub is asked."""
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise MmkdError("the folder holds no model", where=where, mend="it needs a config.json")
+        raise MmkdError("the folder holds no model", where=where, hint="it needs a config.json")
     if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(model)):
         raise MmkdError(
-            "no such model folder, and no Hub id", where=where, mend="check the path, or name an id"
+            "no such model folder, and no Hub id", where=where, hint="check the path, or name an id"
         )
 
 
@@ -121,7 +121,7 @@ def starter(method: str, choices: Choices, out: Path) -> str:
     """The recipe's text; `out` is the file that its commands name."""
     known = METHODS.get(method)
     if known is None and method != SCENES:
-        raise MmkdError(f"no method {method!r}", mend=nearest(method, [SCENES, *METHODS]))
+        raise MmkdError(f"no method {method!r}", hint=nearest(method, [SCENES, *METHODS]))
     given = _scenes(choices) if known is None else _complete(method, known, choices)
     environment = Environment(
         loader=PackageLoader(__name__, "."),
@@ -146,10 +146,10 @@ def _scenes(choices: Choices) -> dict[str, Any]:
     for key in ("student", "images", "pairs", "held_out"):
         if getattr(choices, key) is not None:
             name = f"--{key.replace('_', '-')}"
-            raise MmkdError(f"{SCENES} takes no {name}", mend="leave it out")
+            raise MmkdError(f"{SCENES} takes no {name}", hint="leave it out")
     teacher = choices.teacher or _shipped_teacher()
     if not Path(teacher).is_dir():
-        raise MmkdError("no such model folder", where=teacher, mend="give --teacher FOLDER")
+        raise MmkdError("no such model folder", where=teacher, hint="give --teacher FOLDER")
     folder = Path(choices.data or "data/scenes")
     return {
         "teacher": teacher,
@@ -166,7 +166,7 @@ def _shipped_teacher() -> str:
     if not folder.is_dir():
         raise MmkdError(
             "the scene teacher comes with mmkd's repository, not with the package",
-            mend="clone the repository and give --teacher assets/scenes_teacher",
+            hint="clone the repository and give --teacher assets/scenes_teacher",
         )
     return from_here(folder)
 
@@ -174,22 +174,22 @@ def _shipped_teacher() -> str:
 def _complete(name: str, method: Method, choices: Choices) -> dict[str, Any]:
     given = dict(vars(choices))
     if given["held_out"] is not None and not choices.offline:
-        raise MmkdError("--held-out is for --offline", mend="leave it out, or give --offline")
+        raise MmkdError("--held-out is for --offline", hint="leave it out, or give --offline")
     if method.one_model:
         given["student"] = given["student"] or given["teacher"]
     if given["pairs"] is not None and not method.pairs:
-        raise MmkdError(f"{name} takes no --pairs", mend="leave it out")
+        raise MmkdError(f"{name} takes no --pairs", hint="leave it out")
     needed = ["teacher", "student", "data"] + ["pairs"] * method.pairs
     lost = [f"--{key}" for key in needed if given[key] is None]
     if lost:
         words = "".join(f" --{key} {key.upper()}" for key in needed)
-        raise MmkdError(f"{name} needs {', '.join(lost)}", mend=f"mmkd init {name}{words}")
+        raise MmkdError(f"{name} needs {', '.join(lost)}", hint=f"mmkd init {name}{words}")
     for key in ("teacher", "student") if choices.offline else ():
         if not Path(given[key]).is_dir():
             raise MmkdError(
                 f"--offline takes folders, and there is no folder {given[key]}",
                 where=f"--{key}",
-                mend="give a model's folder, or leave --offline out",
+                hint="give a model's folder, or leave --offline out",
             )
     return given
 

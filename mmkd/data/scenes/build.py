@@ -285,11 +285,11 @@ def build_scenes(
         raise DataError(
             "the folder holds a data set built with other settings",
             where=str(out),
-            mend="choose another --out, or delete the folder first",
+            hint="choose another --out, or delete the folder first",
         )
     if out.exists() and any(out.iterdir()):
         raise DataError(
-            "the folder is not empty", where=str(out), mend="choose another --out or empty it"
+            "the folder is not empty", where=str(out), hint="choose another --out or empty it"
         )
     made: dict[str, Any] = {}
 

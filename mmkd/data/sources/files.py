@@ -36,12 +36,12 @@ def _matching(name: str) -> list[Path]:
     names = sorted(glob.glob(_below_folder(name), recursive=True))
     found = [Path(n) for n in names if os.path.isfile(n)]
     if not found:
-        mend = "check data.train"
+        hint = "check data.train"
         if "://" in name:
-            mend = "download it, or name a data set of the Hub: hub:OWNER/NAME"
+            hint = "download it, or name a data set of the Hub: hub:OWNER/NAME"
         elif HUB_NAME.fullmatch(name) and Path(name).suffix not in KINDS:
-            mend += f"; a data set of the Hub is hub:{name}"
-        raise DataError("no such data file", where=name, mend=mend)
+            hint += f"; a data set of the Hub is hub:{name}"
+        raise DataError("no such data file", where=name, hint=hint)
     return found
 
 
@@ -66,7 +66,7 @@ def exact(file: Path) -> str:
         raise DataError(
             "a file's name with '::' or an environment variable in it",
             where=name,
-            mend="rename it",
+            hint="rename it",
         )
     if glob.has_magic(name) or set(":~") & set(name):
         return glob.escape(str(file.absolute()))
@@ -82,7 +82,7 @@ def kind_of(files: list[Path], train: str) -> str:
     kinds = {KINDS.get(f.suffix, "") for f in files}
     if kinds == {""} or len(kinds) > 1:
         what = "unknown kind of data file" if "" in kinds else "data files of several kinds"
-        raise DataError(what, where=train, mend=f"known: {', '.join(KINDS)}, one kind a source")
+        raise DataError(what, where=train, hint=f"known: {', '.join(KINDS)}, one kind a source")
     return kinds.pop()
 
 
@@ -92,7 +92,7 @@ def _in_folder(folder: Path) -> list[Path]:
         raise DataError(
             "the folder holds no data files",
             where=str(folder),
-            mend=f"put {', '.join(KINDS)} there, or name them: {folder}/**/*.parquet",
+            hint=f"put {', '.join(KINDS)} there, or name them: {folder}/**/*.parquet",
         )
     return found
 
@@ -112,7 +112,7 @@ def _expand(train: str) -> list[str]:
             raise DataError(
                 f"{printable(f'{{{first}..{last}}}', 60)} names {said} files",
                 where=printable(train),
-                mend=f"at least one, at most {MOST_FILES:,} of all ranges together",
+                hint=f"at least one, at most {MOST_FILES:,} of all ranges together",
             )
     return _expanded(train)
 

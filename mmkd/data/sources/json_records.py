@@ -18,7 +18,7 @@ from mmkd.runtime.formats import FormatError, parse_json
 
 BETWEEN = re.compile(r"\s*")
 NO_JSON = "a record is no JSON object"
-MEND = "mend the file: a list of records, or one a line"
+REPAIR = "repair the file: a list of records, or one a line"
 PIECE = 2**22  # bytes
 
 
@@ -54,9 +54,9 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     try:
         row = parse_json(text)
     except FormatError as error:
-        raise DataError(f"{NO_JSON}: {error}", mend="mend or drop it", kind=NO_JSON) from error
+        raise DataError(f"{NO_JSON}: {error}", hint="hint or drop it", kind=NO_JSON) from error
     if not isinstance(row, dict):
-        raise DataError(NO_JSON, mend="mend or drop it")
+        raise DataError(NO_JSON, hint="hint or drop it")
     return row
 
 
@@ -71,7 +71,7 @@ def _texts(name: str) -> Iterator[dict[str, Any]]:
             for record, text in enumerate(_lines(file) if lines else _elements(_Text(file))):
                 yield {"record": record, "text": text}
         except (ValueError, RecursionError) as error:
-            raise DataError(f"cannot read: {error}", mend=MEND) from error
+            raise DataError(f"cannot read: {error}", hint=REPAIR) from error
 
 
 def _lines(file: BinaryIO) -> Iterator[str]:

@@ -43,7 +43,7 @@ class MemoryRows:
         if not isinstance(record, Mapping):
             raise DataError(
                 f"the record is a {type(record).__name__}",
-                mend="give a mapping, such as {'images': [...], 'messages': [...]}",
+                hint="give a mapping, such as {'images': [...], 'messages': [...]}",
             )
         return dict(record)
 
@@ -74,13 +74,13 @@ def memory_source(records: Any, images: Path | None = None, *, name: str = NAME)
         raise DataError(
             f"a {type(records).__name__} has no length, or no records by number",
             where=name,
-            mend="give a list, a datasets.Dataset, or a torch Dataset with __len__ and __getitem__",
+            hint="give a list, a datasets.Dataset, or a torch Dataset with __len__ and __getitem__",
         )
     if isinstance(records, Mapping):
         raise DataError(
             f"a {type(records).__name__} of {len(records)} entries is not one data set",
             where=name,
-            mend="give one of its splits, such as dataset['train']",
+            hint="give one of its splits, such as dataset['train']",
         )
     source = MemorySource(train=name)
     source._rows = MemoryRows(_undecoded(records), images)

@@ -59,7 +59,7 @@ class ShardRows:
             if m["extension"].rsplit(".", 1)[-1] in UNREAD:
                 raise DataError(
                     f"the sample has the file {printable(name)}, which is not read",
-                    mend=f"drop the sample; read are json, txt and {', '.join(PICTURES)}",
+                    hint=f"drop the sample; read are json, txt and {', '.join(PICTURES)}",
                     kind=f"a file .{m['extension'].rsplit('.', 1)[-1]}",
                 )
             members[m["extension"]] = Member(archive, name, m["offset"], m["size"])
@@ -78,9 +78,9 @@ class ShardRows:
         try:
             caption = members["txt"].read().decode()
         except UnicodeDecodeError as error:
-            raise DataError("the caption is no UTF-8", mend="mend or drop it") from error
+            raise DataError("the caption is no UTF-8", hint="hint or drop it") from error
         if not pictures:
-            raise DataError("a caption without a picture", mend="add the picture or drop it")
+            raise DataError("a caption without a picture", hint="add the picture or drop it")
         question = "<image>\n" * pictures + self.prompt
         return {
             "conversations": [
@@ -126,21 +126,21 @@ def _members(archive: str) -> Iterator[tuple[str, int, int]]:
                 tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay there
                 last = printable(member.name)
                 if member.size < 0:  # the next header would be this one again
-                    raise DataError(f"damaged at {last}", mend="copy or pack it again")
+                    raise DataError(f"damaged at {last}", hint="copy or pack it again")
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(f"{last} is no plain file", mend="pack plain files only")
+                    raise DataError(f"{last} is no plain file", hint="pack plain files only")
                 yield member.name, member.offset_data, member.size
             # tarfile takes a broken header for the end.
             with open(archive, "rb") as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
                     where = last or "its begin"
-                    raise DataError(f"damaged behind {where}", mend="copy or pack it again")
+                    raise DataError(f"damaged behind {where}", hint="copy or pack it again")
     except (tarfile.TarError, OSError, ValueError) as error:
-        mend = (
+        hint = (
             "copy or pack it again" if last else "name tars without compression, or copy it again"
         )
         behind = f" behind {last}" if last else ""
-        raise DataError(f"cannot read{behind}: {printable(error)}", mend=mend) from error
+        raise DataError(f"cannot read{behind}: {printable(error)}", hint=hint) from error

@@ -83,7 +83,7 @@ class StreamedRows:
         if place >= len(rows):
             whole = number * self.window + len(rows)
             raise DataError(
-                f"the data set ends after {whole:,} records", mend=f"set stream to {whole}"
+                f"the data set ends after {whole:,} records", hint=f"set stream to {whole}"
             )
         kept = rows[place]
 
@@ -93,7 +93,7 @@ class StreamedRows:
         try:
             return json.loads(kept["text"], object_hook=restore)
         except (IndexError, TypeError) as error:  # a record of the data set's says BYTES itself
-            raise DataError(f"a record has the key {BYTES}", mend="drop it") from error
+            raise DataError(f"a record has the key {BYTES}", hint="drop it") from error
 
     def _rows_of(self, number: int) -> Any:
         if number not in self._tables:
@@ -116,7 +116,7 @@ class StreamedRows:
                 )
                 if done.returncode:
                     reason = (done.stderr.splitlines() or ["its process was killed"])[-1]
-                    raise DataError(f"cannot read on: {reason}", mend="run the same command again")
+                    raise DataError(f"cannot read on: {reason}", hint="run the same command again")
             try:
                 return kept_window(*asked)
             except WorkerError:  # one that is two windows further has removed it meanwhile

@@ -87,7 +87,7 @@ def saved_rows(folder: Path) -> TableRows:
     if not isinstance(table, datasets.Dataset):
         splits = ", ".join(table)
         raise DataError(
-            f"it holds the splits {splits}", where=str(folder), mend="name the folder of one"
+            f"it holds the splits {splits}", where=str(folder), hint="name the folder of one"
         )
     return TableRows(table, folder, {str(folder): len(table)})
 
@@ -132,14 +132,14 @@ def hub_name(config: SourceConfig) -> str:
     name = config.train.removeprefix(HUB)
     if glob.has_magic(name):
         raise DataError(
-            "a data set's name with *, ? or [ in it", where=config.train, mend="rename its folder"
+            "a data set's name with *, ? or [ in it", where=config.train, hint="rename its folder"
         )
     if name == "pandas":
         raise DataError(
             "`datasets` has a reader of this name, which opens pickled files, and these can run "
             "code",
             where=config.train,
-            mend="name files, or write hub:OWNER/NAME",
+            hint="name files, or write hub:OWNER/NAME",
         )
     return name
 
@@ -152,13 +152,13 @@ def not_loaded(error: Exception, where: str) -> DataError:
             "cannot load the data set: it is not downloaded, and the Hub cannot be reached "
             f"({silence})",
             where=where,
-            mend=hub.hint("name files"),
+            hint=hub.hint("name files"),
         )
     reason = unreadable(error, where).what.removeprefix("cannot read: ")
-    mend = "check name, subset and split, and that the Hub can be reached"
+    hint = "check name, subset and split, and that the Hub can be reached"
     if silence is not None:
-        mend = hub.hint("check name, subset and split")
-    return DataError(f"cannot load the data set: {reason}", where=where, mend=mend)
+        hint = hub.hint("check name, subset and split")
+    return DataError(f"cannot load the data set: {reason}", where=where, hint=hint)
 
 
 def undecoded(features: Any) -> Any:

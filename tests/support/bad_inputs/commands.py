@@ -89,7 +89,7 @@ def release_to_a_hub_that_is_down(world: World) -> list[str]:
     HUB,
     "named a license that the Hub does not know",
     "the Hub refuses the card's metadata",
-    "mend license",
+    "correct license",
     leaves=RELEASED,
 )
 def release_under_no_license(world: World) -> list[str]:
@@ -322,7 +322,7 @@ def no_plugin(world: World) -> list[str]:
     "`--plugin` with a file that fails",
     "--plugin own.py: it cannot be loaded",
     "ZeroDivisionError",
-    "mend it",
+    "fix it",
 )
 def plugin_that_fails(world: World) -> list[str]:
     Path("own.py").write_text("1 / 0\n")

@@ -49,13 +49,17 @@ def folder_of_nothing(world: World) -> None:
     world.raw["data"] = {"train": "parts"}
 
 
-@case(KIND, "gave a JSON list that was cut", "records.json: cannot read", "mend the file")
+@case(KIND, "gave a JSON list that was cut", "records.json: cannot read", "repair the file")
 def broken_json(world: World) -> None:
     Path("records.json").write_text('[{"id": "r1", "conv')
 
 
 @case(
-    KIND, "gave lines that are not JSON", "records.jsonl: cannot read: ", "line 1 ", "mend the file"
+    KIND,
+    "gave lines that are not JSON",
+    "records.jsonl: cannot read: ",
+    "line 1 ",
+    "repair the file",
 )
 def broken_lines(world: World) -> None:
     Path("records.jsonl").write_text('{"id": "r1", }\n')
@@ -66,13 +70,13 @@ def broken_lines(world: World) -> None:
     KIND,
     "gave a file that is not UTF-8",
     "records.json: cannot read: no UTF-8 at byte 10",
-    "mend the file",
+    "repair the file",
 )
 def another_encoding(world: World) -> None:
     Path("records.json").write_bytes('[{"id": "r\xe9"}]'.encode("latin-1"))
 
 
-@case(KIND, "gave a parquet file that was cut", "part.parquet: cannot read", "mend the file")
+@case(KIND, "gave a parquet file that was cut", "part.parquet: cannot read", "repair the file")
 def broken_parquet(world: World) -> None:
     Path("part.parquet").write_bytes(b"PAR1" + bytes(40))
     world.raw["data"] = {"train": "part.parquet"}

@@ -12,7 +12,7 @@ def no_recipe(world: World) -> list[str]:
     return ["run", "recipes.yaml"]
 
 
-@case(KIND, "left out a closing bracket", "recipe.yaml: not YAML", "line 3", "mend the syntax")
+@case(KIND, "left out a closing bracket", "recipe.yaml: not YAML", "line 3", "fix the syntax")
 def no_yaml(world: World) -> None:
     write("name: tiny\nstages: [\n")
 

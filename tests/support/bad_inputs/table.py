@@ -66,7 +66,7 @@ class Case:
         kind: what is bad.
         name: of the test.
         did: what the user did, for docs/errors.md.
-        parts: words of the message: what is wrong, where, how to mend it.
+        parts: words of the message: what is wrong, where, how to fix it.
         prepare: spoils a good world; returns the words of the command, None for `RUN`.
         leaves: a folder that stays because it is whole.
     """
