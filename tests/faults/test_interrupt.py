@@ -180,7 +180,9 @@ cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_when_the_handlers_are_installed(number):
-    process = start(sys.executable, "-c", AT_ONCE, "run", "recipe.yaml", int(number), int(number))
+    process = start_cold(
+        sys.executable, "-c", AT_ONCE, "run", "recipe.yaml", int(number), int(number)
+    )
     status, output = finish(process)
     assert status == (130 if number == signal.SIGINT else 0), output
     assert output == "mmkd: stopped -- run the same command again to go on\n"
@@ -416,7 +418,9 @@ def test_processes_end_with_the_launcher_that_is_killed(long_run, launcher, hang
     if launcher == "nproc":
         process = start("run", recipe, "--nproc", 2)
     else:
-        process = start_cold(*{"torchrun": TORCHRUN, "deepspeed": DEEPSPEED}[launcher], "run", recipe)
+        process = start_cold(
+            *{"torchrun": TORCHRUN, "deepspeed": DEEPSPEED}[launcher], "run", recipe
+        )
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     everyone = below(process)
     ranks = workers(process)

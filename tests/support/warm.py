@@ -40,6 +40,7 @@ class Command:
         env: variables beside those of this process and `FIXED`.
         cwd: working directory.
         session: start it in a session of its own, as the first process of a terminal.
+        largest: bytes that a file which it writes may have; None for no limit.
         merged: write stderr to stdout.
     """
 
@@ -49,6 +50,7 @@ class Command:
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
         session: bool = False,
+        largest: int | None = None,
         merged: bool = True,
     ):
         assert not set(env or {}) & set(FIXED), "start `python -m mmkd.cli` with this variable"
@@ -58,6 +60,7 @@ class Command:
             "env": {**os.environ, **FIXED, "CI": "true", **(env or {})},
             "cwd": str(cwd or Path.cwd()),
             "session": session,
+            "largest": largest,
         }
         self._out = tempfile.TemporaryFile()  # noqa: SIM115
         self._err = self._out if merged else tempfile.TemporaryFile()  # noqa: SIM115
@@ -102,7 +105,9 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
-def run(*words: object, timeout: float = 300, **settings: Any) -> "subprocess.CompletedProcess[str]":
+def run(
+    *words: object, timeout: float = 300, **settings: Any
+) -> "subprocess.CompletedProcess[str]":
     """Run `mmkd WORDS` to its end, as `subprocess.run` does; settings as in `Command`."""
     command = Command(*words, merged=False, **settings)
     try:

@@ -9,6 +9,7 @@ import array
 import atexit
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -74,6 +75,8 @@ def _wait_for(request: dict[str, Any], handles: list[int]) -> NoReturn:
         if request["session"]:
             os.setsid()
         os.chdir(request["cwd"])
+        if (largest := request["largest"]) is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         _become(request["words"], request["env"], streams)
     for stream in streams:
         os.close(stream)
