@@ -1,9 +1,6 @@
 """`mmkd bench`: parts that add up to the step, beside a floor of the models' own work."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from mmkd.errors import RecipeError
 from mmkd.recipe import load_recipe
 from mmkd.runtime.hashes import weights_hash
 from mmkd.teachers import LiveTeacher, load, place_teacher
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 
@@ -60,13 +58,7 @@ def test_an_unknown_stage_is_named(raw):
 def test_the_command_writes_table_numbers_and_picture(raw, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw()))
     words = ["--steps", "1", "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", "bench", tmp_path / "recipe.yaml", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm.run("bench", tmp_path / "recipe.yaml", *words)
     assert done.returncode == 0, done.stderr
     assert "without data, of the floor" in done.stdout
     assert json.loads((tmp_path / "b.json").read_text())["stage"] == "mimic"

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +16,7 @@ from mmkd.commands.cache_stats import compare, stats
 from mmkd.errors import CheckpointError, DataError, MmkdError, RecipeError
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 from tests.support.tiny import write_tiny_model
 
@@ -245,13 +244,7 @@ def test_two_processes_store_what_one_stores(raw, tmp_path):
     recipe = raw("two", k=5)
     recipe["teacher"]["cache"]["folder"] = str(tmp_path / "both")
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", "cache", tmp_path / "two.yaml", "--nproc", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = warm.run("cache", tmp_path / "two.yaml", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "bytes a token" in done.stdout
     two = Store(tmp_path / "both")

@@ -1,8 +1,6 @@
 """`mmkd init`: recipes that a newcomer can read, with the stages of those in configs/."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from mmkd.commands.starters import METHODS, SCENES, Choices, missing_files, star
 from mmkd.errors import MmkdError
 from mmkd.recipe import Recipe, load_recipe
 from mmkd.runs import preflight
+from tests.support import warm
 from tests.support.places import ROOT
 
 PUBLISHED = {
@@ -168,9 +167,7 @@ def test_nothing_is_written_of_a_method_that_there_is_not(tmp_path):
 
 
 def mmkd(*words, where):
-    return subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", *words], capture_output=True, text=True, cwd=where
-    )
+    return warm.run(*words, cwd=where)
 
 
 def test_the_version(tmp_path):

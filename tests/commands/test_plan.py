@@ -1,9 +1,6 @@
 """`mmkd plan`: figures against counts made by hand, and real architectures without weights."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -11,6 +8,7 @@ import yaml
 from mmkd.commands.plan import human, make_plan
 from mmkd.modeling.loading import load_model, parameter_count
 from mmkd.recipe import ModelConfig, load_recipe
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 
@@ -146,13 +144,8 @@ def test_a_seven_billion_model_is_planned_without_weights(scenes_dir, tmp_path):
 def test_the_command_prints_a_table_and_json(scenes_dir, tiny_model_dir, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path)))
-    command = [sys.executable, "-m", "mmkd.cli", "plan", str(path)]
-    environment = {**os.environ, "COLUMNS": "120"}
     table, raw = (
-        subprocess.run(
-            [*command, *more], capture_output=True, text=True, timeout=120, env=environment
-        )
-        for more in ([], ["--json"])
+        warm.run("plan", path, *more, env={"COLUMNS": "120"}) for more in ([], ["--json"])
     )
     assert table.returncode == raw.returncode == 0
     assert "supervised" in table.stdout

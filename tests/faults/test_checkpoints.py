@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +15,7 @@ from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.training import checkpoint
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support import warm
 from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
 
@@ -128,13 +127,7 @@ def test_sigterm_saves_and_ends_well(scenes_dir, tiny_model_dir, tmp_path, proce
         runs[name].write_text(yaml.safe_dump(raw))
 
     def start(name):
-        return subprocess.Popen(
-            [sys.executable, "-m", "mmkd.cli", "run", runs[name], "--nproc", str(processes)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return warm.Command("run", runs[name], "--nproc", processes)
 
     def finish(process):
         output, _ = process.communicate(timeout=200)
@@ -162,12 +155,7 @@ def test_sigterm_saves_and_ends_well(scenes_dir, tiny_model_dir, tmp_path, proce
 
 
 def test_one_failing_process_ends_the_others(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", "run", str(tmp_path / "none.yaml"), "--nproc", "2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm.run("run", tmp_path / "none.yaml", "--nproc", 2)
     assert done.returncode == 2
     assert "none.yaml" in done.stderr
 

@@ -1,32 +1,18 @@
 """A disk that fills up, by the operating system's limit on the size of a file."""
 
 import json
-import os
-import resource
-import subprocess
-import sys
 
 import pytest
 import yaml
 
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 CHECKPOINT, STUDENT = 300_000, 250_000  # bytes: less than one file of a checkpoint, of a student
 
 
 def start(path, processes, limit=None):
-    def limited():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", "run", path, "--nproc", str(processes)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=limited,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return warm.run("run", path, "--nproc", processes, largest=limit, timeout=120)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM at many moments, in processes as users start them: nothing is lost, one line
-says how to go on, and no process stays behind."""
+"""Ctrl-C and SIGTERM at many moments: nothing is lost, one line says how to go on, and no process
+stays behind."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mmkd.training.checkpoint import find_checkpoints
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
@@ -30,8 +31,13 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(*words, **settings):
-    """A process in a session of its own, as the first of a terminal."""
+def start(*words):
+    """A command in a session of its own, as the first of a terminal."""
+    return warm.Command(*words, session=True)
+
+
+def start_cold(*words):
+    """The same, with the start of Python and all imports."""
     return subprocess.Popen(
         [str(word) for word in words],
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"},
@@ -40,7 +46,6 @@ def start(*words, **settings):
         text=True,
         start_new_session=True,
         preexec_fn=hear_ctrl_c,
-        **settings,
     )
 
 
@@ -119,10 +124,10 @@ def long_run(scenes_dir, tiny_model_dir, tmp_path):
 def test_ctrl_c_in_a_step_saves_and_the_same_command_goes_on(long_run, processes):
     nproc = ("--nproc", processes)
     whole, folder = long_run("whole", steps=40)
-    assert finish(start(*MMKD, "run", whole, *nproc))[0] == 0
+    assert finish(start("run", whole, *nproc))[0] == 0
     expected = [losses(folder / stage) for stage in ("01-mimic", "02-second")]
     recipe, folder = long_run("stopped", steps=40)
-    process = start(*MMKD, "run", recipe, *nproc)
+    process = start("run", recipe, *nproc)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 5, process)
     ctrl_c(process)
     status, output = finish(process)
@@ -134,7 +139,7 @@ def test_ctrl_c_in_a_step_saves_and_the_same_command_goes_on(long_run, processes
     assert "Traceback" not in output
     (saved,) = find_checkpoints(folder / "01-mimic" / "checkpoints")
     assert len(losses(folder / "01-mimic")) == int(saved.name[5:])
-    assert finish(start(*MMKD, "run", recipe, *nproc))[0] == 0
+    assert finish(start("run", recipe, *nproc))[0] == 0
     assert [losses(folder / stage) for stage in ("01-mimic", "02-second")] == expected
 
 
@@ -143,7 +148,7 @@ def test_ctrl_c_in_a_step_saves_and_the_same_command_goes_on(long_run, processes
 def test_a_signal_while_libraries_and_models_are_loaded(long_run, number, seconds):
     """At moments before the first step: nobody swallows it, no traceback is printed."""
     recipe, _ = long_run()
-    process = start(*MMKD, "run", recipe)
+    process = start_cold(*MMKD, "run", recipe)
     wait_for(lambda: listens(process), process)
     time.sleep(seconds)
     process.send_signal(number)
@@ -175,7 +180,9 @@ cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_when_the_handlers_are_installed(number):
-    process = start(sys.executable, "-c", AT_ONCE, "run", "recipe.yaml", int(number), int(number))
+    process = start_cold(
+        sys.executable, "-c", AT_ONCE, "run", "recipe.yaml", int(number), int(number)
+    )
     status, output = finish(process)
     assert status == (130 if number == signal.SIGINT else 0), output
     assert output == "mmkd: stopped -- run the same command again to go on\n"
@@ -185,7 +192,7 @@ def test_a_signal_when_the_handlers_are_installed(number):
 def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(long_run, number):
     """They feed the step that ends, and are gone with the run."""
     recipe, folder = long_run(workers=2)
-    process = start(*MMKD, "run", recipe)
+    process = start("run", recipe)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     loaders = below(process)
     assert len(loaders) == 2
@@ -201,7 +208,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(lo
 
 def test_workers_end_with_a_run_that_is_killed(long_run):
     recipe, folder = long_run(workers=2)
-    process = start(*MMKD, "run", recipe)
+    process = start("run", recipe)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     loaders = below(process)
     for loader in loaders:
@@ -225,7 +232,7 @@ def test_a_signal_behind_the_last_step_does_not_lose_it(long_run, tmp_path):
         "    write(*words)\n"
         "build.write_student = slow\n"
     )
-    status, output = finish(start(*MMKD, "run", recipe, "--plugin", plugin))
+    status, output = finish(start("run", recipe, "--plugin", plugin))
     assert status == 130, output
     assert output.splitlines()[-1] == "mmkd: stopped -- run the same command again to go on"
     assert (folder / "01-mimic" / "done.json").exists()
@@ -247,7 +254,7 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(long_run, tmp_path):
         "    save(*words)\n"
         "checkpoint.save_file = slow\n"
     )
-    status, output = finish(start(*MMKD, "run", recipe, "--plugin", plugin))
+    status, output = finish(start("run", recipe, "--plugin", plugin))
     assert status == 130, output
     (saved,) = find_checkpoints(folder / "01-mimic" / "checkpoints")
     assert len(losses(folder / "01-mimic")) == int(saved.name[5:])
@@ -263,7 +270,7 @@ def test_ctrl_c_in_an_evaluation_keeps_the_training(scenes_dir, tiny_model_dir, 
         evaluate={"tasks": ["scenes_vqa"], "include": str(scenes_dir / "tasks"), "batch_size": 1},
     )
     recipe = write(tmp_path, raw)
-    process = start(*MMKD, "run", recipe)
+    process = start("run", recipe)
     folder = tmp_path / "tiny"
     wait_for((folder / "01-mimic" / "done.json").exists, process)
     time.sleep(1)
@@ -273,7 +280,7 @@ def test_ctrl_c_in_an_evaluation_keeps_the_training(scenes_dir, tiny_model_dir, 
     assert output.splitlines()[-1] == "mmkd: stopped -- run the same command again to go on"
     assert "Traceback" not in output
     assert not (folder / "evaluation" / "student" / "results.json").exists()
-    assert finish(start(*MMKD, "run", recipe))[0] == 0
+    assert finish(start("run", recipe))[0] == 0
     assert (folder / "evaluation" / "student" / "results.json").exists()
 
 
@@ -292,7 +299,7 @@ def test_a_second_ctrl_c_ends_at_once(long_run, tmp_path):
         "    return step(self, number, batches)\n"
         "stage.Stage.step = slow\n"
     )
-    process = start(*MMKD, "run", recipe, "--plugin", plugin)
+    process = start("run", recipe, "--plugin", plugin)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) == 2, process)
     ctrl_c(process)
     ctrl_c(process)  # the same one, as a launcher passes it on
@@ -308,7 +315,7 @@ def test_a_second_ctrl_c_ends_at_once(long_run, tmp_path):
 
 def test_a_second_ctrl_c_kills_all_processes(long_run):
     recipe, folder = long_run()
-    process = start(*MMKD, "run", recipe, "--nproc", 2)
+    process = start("run", recipe, "--nproc", 2)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     ranks = workers(process)
     ranks[1].suspend()  # it does not hear anything, and the other one waits for it
@@ -353,11 +360,11 @@ def test_a_cache_goes_on_where_it_was_stopped(scenes_dir, tiny_model_dir, tmp_pa
                 "    return signals(self, *words, **settings)\n"
                 "LiveTeacher.signals = counted\n"
             )
-            status, output = finish(start(*MMKD, "cache", recipe, "--plugin", plugin))
+            status, output = finish(start("cache", recipe, "--plugin", plugin))
             assert status == 130, output
             assert "stopped at batch 20 of 64 -- run the same command again" in output
             assert stored(folder) == 20
-        status, output = finish(start(*MMKD, "cache", recipe))
+        status, output = finish(start("cache", recipe))
         assert status == 0, output
         sums[name] = stored(folder)
     assert sums["stopped"] == sums["whole"] == 64
@@ -373,7 +380,7 @@ def test_what_cannot_go_on_says_so(tmp_path, command):
         "check": ("check", records, "--workers", 2),
         "build": ("build", "scenes", "--out", tmp_path / "built"),
     }[command]
-    process = start(*MMKD, "data", *words)
+    process = start("data", *words)
 
     def begun():
         partial = tmp_path.glob(".built.*.partial/train.parquet")
@@ -408,9 +415,12 @@ def test_processes_end_with_the_launcher_that_is_killed(long_run, launcher, hang
     """SIGKILL of the launcher alone; a process that hangs does not stay either."""
     pytest.importorskip("deepspeed")
     recipe, folder = long_run()
-    command = {"nproc": MMKD, "torchrun": TORCHRUN, "deepspeed": DEEPSPEED}[launcher]
-    nproc = ("--nproc", 2) if launcher == "nproc" else ()
-    process = start(*command, "run", recipe, *nproc)
+    if launcher == "nproc":
+        process = start("run", recipe, "--nproc", 2)
+    else:
+        process = start_cold(
+            *{"torchrun": TORCHRUN, "deepspeed": DEEPSPEED}[launcher], "run", recipe
+        )
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     everyone = below(process)
     ranks = workers(process)

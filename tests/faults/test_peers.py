@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 ENGINES = {"torch": {"kind": "torch"}, "zero2": {"kind": "deepspeed", "zero": 2}}
@@ -24,13 +25,7 @@ class Run:
         self.metrics = folder / raw["name"] / "01-mimic" / "metrics.jsonl"
 
     def start(self):
-        return subprocess.Popen(
-            [sys.executable, "-m", "mmkd.cli", "run", self.path, "--nproc", "2"],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return warm.Command("run", self.path, "--nproc", 2)
 
     def lines(self):
         return self.metrics.read_text().splitlines() if self.metrics.exists() else []

@@ -1,10 +1,6 @@
 """Work that is shared out over processes that run one model together: each runs it as often as the
 others, whatever the number of records."""
 
-import os
-import subprocess
-import sys
-
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,9 +9,8 @@ from safetensors import safe_open
 
 from mmkd.cache import Store
 from mmkd.runtime import distributed
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -37,13 +32,7 @@ def test_every_rank_gets_as_many_batches(monkeypatch, count, ranks, size):
 def run(folder, raw, *command):
     path = folder / f"{raw['name']}.yaml"
     path.write_text(yaml.safe_dump(raw))
-    done = subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", *command, str(path), "--nproc", "2"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = warm.run(*command, path, "--nproc", 2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

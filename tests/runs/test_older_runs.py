@@ -6,9 +6,6 @@ the metrics of the same recipe without the interruption.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -18,10 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig
-from tests.support.places import FIXTURES, ROOT
+from tests.support import warm
+from tests.support.places import FIXTURES
 
 ARCHIVE = FIXTURES / "run_0_1.tar.xz"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
 
 
 @pytest.fixture
@@ -32,10 +29,7 @@ def older(tmp_path):
 
 
 def mmkd(folder, *words):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
-    command = [sys.executable, "-m", "mmkd.cli", *words]
-    environment = ENVIRONMENT | {"PYTHONPATH": paths}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return warm.run(*words, cwd=folder)
 
 
 def metrics(path):

@@ -16,6 +16,7 @@ from mmkd.modeling.loading import load_model
 from mmkd.recipe import ModelConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.runtime.files import read_json
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 from tests.support.tiny import write_tiny_model
 
@@ -34,10 +35,14 @@ def write(path, raw):
 
 
 def start(recipe, *launcher, processes=1):
-    command = [*(launcher or (sys.executable, "-m", "mmkd.cli")), "run", str(recipe)]
-    command += ["--nproc", str(processes)] if processes > 1 else []
+    if not launcher:
+        return warm.Command("run", recipe, "--nproc", processes)
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*launcher, "run", str(recipe)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -256,13 +261,7 @@ def test_a_start_that_was_killed_before_its_end_is_made_again(scenes_dir, tiny_m
 
 def test_the_command_line_reports_errors_in_one_line(tmp_path):
     path = write(tmp_path / "bad.yaml", {"nmae": "x"})
-    done = subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", "run", str(path)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm.run("run", path)
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "bad.yaml" in done.stderr

@@ -1,8 +1,6 @@
 """A recipe that has changed since a run: what is kept, what is moved away, what is refused."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,6 +11,7 @@ from mmkd.recipe import load_recipe
 from mmkd.report import write_report
 from mmkd.runs import pipeline
 from mmkd.runtime.files import locked, read_json, read_yaml
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 STAGES = ("one", "two", "three")
@@ -220,15 +219,7 @@ def test_the_command_passes_it_to_all_processes(raw, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
     words = ["run", str(path), "stages.2.batch={size: 2, total: 4}", "--nproc", "2"]
-    done = [
-        subprocess.run(
-            [sys.executable, "-m", "mmkd.cli", *words, *more],
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        for more in ([], ["--from-stage", "three"])
-    ]
+    done = [warm.run(*words, *more) for more in ([], ["--from-stage", "three"])]
     assert [d.returncode for d in done] == [2, 0], done[1].stderr
     assert "--from-stage three" in done[0].stderr
     assert "starts again from stage three" in " ".join(done[1].stdout.split())
