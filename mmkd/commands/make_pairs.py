@@ -100,21 +100,7 @@ def make_pairs(
     Raises:
         MmkdError: settings, model or data do not fit.
     """
-    if samples < 2 or sampling.temperature == 0:
-        raise MmkdError(
-            "pairs need two or more answers that may differ",
-            where="data pairs",
-            hint="give --samples 2 or more and a --temperature above 0",
-        )
-    if out.exists():
-        raise MmkdError("it is there already", where=str(out), hint="name a new file")
-    records = Records(data)
-    if not records[0].objects:
-        raise DataError(
-            "the records say nothing of objects",
-            where=records.name,
-            hint="add 'objects' (name, box)",
-        )
+    records = _checked(data, out, sampling, samples)
     indices = list(range(min(limit or len(records), len(records))))
     place = distributed.choose_device(device)
     source = ModelConfig(model=model)
@@ -141,16 +127,8 @@ def make_pairs(
             prompts = [_prompt(records, i) for i in part]
             answers = known.get(tuple(part))
             if answers is None:
-                own_seed = seed * 2**20 + number
-                answers = _answers(
-                    answering,
-                    encoder,
-                    prompts,
-                    sampling,
-                    seed=own_seed,
-                    device=place,
-                    count=samples,
-                )
+                drawn = {"seed": seed * 2**20 + number, "device": place, "count": samples}
+                answers = _answers(answering, encoder, prompts, sampling, **drawn)
                 with deferred():
                     journal.add({"records": part, "answers": answers})
             for k, (index, prompt) in enumerate(zip(part, prompts, strict=True)):
@@ -162,6 +140,26 @@ def make_pairs(
         _write(out, pairs)
         journal.delete()
     return Counts(len(rows), len(pairs), len(rows) - len(pairs), cut)
+
+
+def _checked(data: DataConfig, out: Path, sampling: SamplingConfig, samples: int) -> Records:
+    """The records; arguments and errors as of `make_pairs`."""
+    if samples < 2 or sampling.temperature == 0:
+        raise MmkdError(
+            "pairs need two or more answers that may differ",
+            where="data pairs",
+            hint="give --samples 2 or more and a --temperature above 0",
+        )
+    if out.exists():
+        raise MmkdError("it is there already", where=str(out), hint="name a new file")
+    records = Records(data)
+    if not records[0].objects:
+        raise DataError(
+            "the records say nothing of objects",
+            where=records.name,
+            hint="add 'objects' (name, box)",
+        )
+    return records
 
 
 def _answers(

@@ -23,20 +23,19 @@ from mmkd.recipe.conversions import (
     Tail,
     add_conversion,
 )
+from mmkd.recipe.evaluation import EvaluateConfig, SamplesConfig
 from mmkd.recipe.load import load_recipe, load_release, load_student, to_yaml
 from mmkd.recipe.models import (
-    EvaluateConfig,
     ImageSizeConfig,
     ModelConfig,
     Quantization,
     Recipe,
-    ReleaseConfig,
-    SamplesConfig,
     StudentConfig,
     TeacherConfig,
     TeacherPlacement,
     TrackerName,
 )
+from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,

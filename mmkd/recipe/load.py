@@ -10,8 +10,9 @@ from mmkd.errors import HINT, RecipeError, nearest
 from mmkd.objectives import OBJECTIVES
 from mmkd.recipe.conversions import CONVERSIONS, PLACEMENT_TAGS
 from mmkd.recipe.merge import merged, with_key
-from mmkd.recipe.models import Recipe, ReleaseConfig, StudentConfig
+from mmkd.recipe.models import Recipe, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
+from mmkd.recipe.release import ReleaseConfig
 from mmkd.redact import find_secret_within
 from mmkd.runtime.fields import wanted
 from mmkd.runtime.formats import FormatError, parse_yaml

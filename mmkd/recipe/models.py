@@ -1,26 +1,22 @@
-"""A recipe, its models, its evaluation and its release, with their defaults."""
+"""A recipe and its models, with their defaults."""
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mmkd.errors import HINT, nearest
+from mmkd.errors import nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import AnyConversionConfig
+from mmkd.recipe.evaluation import EvaluateConfig
+from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
 from mmkd.runtime.fields import (
-    DATA_SET,
     FOLDER,
-    LANGUAGE,
-    LICENSE,
-    LICENSE_LINK,
-    LICENSE_NAME,
     MOST,
     MOST_SEED,
     NAME,
     NAMED,
-    Prose,
 )
 from mmkd.runtime.run_folder import RESERVED, START, TEACHER, stage_name
 
@@ -199,76 +195,6 @@ class StudentConfig(ModelConfig):
     )
 
 
-class SamplesConfig(Strict):
-    """Questions about a few images; the report shows the answers."""
-
-    records: LocalPath | None = Field(
-        None,
-        description="records that are not trained on, written as in data.train; the first "
-        "question of each is asked",
-    )
-    images: list[LocalPath] | LocalPath | None = Field(
-        None,
-        description="images, or a folder of them; with 'records', the folder that image "
-        "paths are relative to",
-    )
-    prompts: list[Prose] = Field(
-        ["Describe the image."], min_length=1, description="questions about each of 'images'"
-    )
-    count: int = Field(
-        12,
-        ge=1,
-        le=10**6,
-        description="number of records or images, evenly spread",
-    )
-    max_new_tokens: int = Field(
-        128, ge=1, le=10**6, description="largest number of tokens of an answer"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "SamplesConfig":
-        if self.records is None and not self.images:
-            raise ValueError("nothing to show -- give 'records' or 'images'")
-        if self.records is not None and isinstance(self.images, list):
-            raise ValueError("beside 'records', 'images' must be one folder -- name it")
-        told = self.prompts != type(self).model_fields["prompts"].default
-        if self.records is not None and told:
-            raise ValueError(
-                "'prompts' are asked about 'images', and 'records' have their own -- leave one out"
-            )
-        return self
-
-
-class EvaluateConfig(Strict):
-    """Evaluation of the finished students and the teacher: lmms-eval and sample answers."""
-
-    tasks: list[str] = Field([], description="names of lmms-eval tasks")
-    samples: SamplesConfig | None = Field(
-        None,
-        description="held-out images with questions, whose answers the report shows; does "
-        "not need lmms-eval",
-    )
-    include: LocalPath | None = Field(None, description="folder of lmms-eval task files")
-    local: LocalPath | None = Field(
-        None, description="folder with the tasks' data as parquet files, instead of the Hub"
-    )
-    batch_size: int = Field(32, ge=1, le=10**6, description="questions answered together")
-    limit: int | None = Field(None, ge=1, le=MOST, description="documents per task")
-    teacher: bool = Field(True, description="evaluate the teacher too")
-    every_stage: bool = Field(
-        False, description="evaluate the student of every stage, not only of the last"
-    )
-    decode: list[Annotated[int, Field(ge=1, le=10**7)]] = Field(
-        [], description="context lengths at which decoding is timed, with the cache's size"
-    )
-
-    @model_validator(mode="after")
-    def _something(self) -> "EvaluateConfig":
-        if not self.tasks and self.samples is None and not self.decode:
-            raise ValueError("nothing to evaluate -- name 'tasks', or give 'samples'")
-        return self
-
-
 Label = Annotated[str, Field(max_length=NAME, pattern=NAMED)]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -288,62 +214,6 @@ ReportTo = Annotated[
         _trackers, json_schema_input_type=TrackerName | Literal["none"] | list[TrackerName]
     ),
 ]
-
-
-class ReleaseConfig(Strict):
-    """How `mmkd release` publishes a finished student on the Hub."""
-
-    repo: str | None = Field(None, description="repository on the Hub, such as me/student")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="of the released weights; by default as they were trained"
-    )
-    private: bool = Field(False, description="private; false leaves it to the Hub's own default")
-    license: str | None = Field(
-        None,
-        pattern=LICENSE,
-        description="the Hub's name for it, such as apache-2.0, or other",
-    )
-    license_name: str | None = Field(
-        None,
-        pattern=LICENSE_NAME,
-        description="of a license that the Hub calls other, such as qwen-research",
-    )
-    license_link: str | None = Field(
-        None,
-        pattern=LICENSE_LINK,
-        description="where that license can be read",
-    )
-    datasets: list[Annotated[str, Field(pattern=DATA_SET)]] = Field(
-        [], description="Hub ids of the data that it was trained on"
-    )
-    language: list[Annotated[str, Field(pattern=LANGUAGE)]] = Field(
-        [], description="ISO 639 codes, such as en"
-    )
-    tags: list[str] = Field([], description="tags in addition to mmkd and distillation")
-
-    @model_validator(mode="after")
-    def _other_license(self) -> "ReleaseConfig":
-        told = [k for k in ("license_name", "license_link") if getattr(self, k) is not None]
-        if told and self.license != "other":
-            raise ValueError(f"{told[0]!r} is of 'license: other' -- set that, or leave it out")
-        return self
-
-    @field_validator("repo")
-    @classmethod
-    def _names_a_repository(cls, repo: str | None) -> str | None:
-        if repo is None:
-            return None
-        from huggingface_hub.errors import HFValidationError  # takes a fifth of a second
-        from huggingface_hub.utils import validate_repo_id
-
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            reason = str(error).replace(HINT, " '--' ")  # it may name the characters
-            raise ValueError(f"got {repo!r} -- {reason}") from error
-        if "/" not in repo:
-            raise ValueError(f"got {repo!r} -- write it with its owner, such as me/student")
-        return repo
 
 
 class Recipe(Strict):

@@ -25,7 +25,7 @@ from mmkd.teachers.reference import check_reference
 from mmkd.teachers.stored import check_stored, open_store
 from mmkd.training.on_policy import check_on_policy
 from mmkd.training.trackers import check_trackers
-from mmkd.training.validation import check_validation
+from mmkd.training.validation_setup import check_validation
 from mmkd_models.layout import mamba_layers
 
 Check = Callable[[StageContext], None]

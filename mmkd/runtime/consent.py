@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from mmkd.errors import CheckpointError, MmkdError
@@ -80,6 +80,11 @@ def record() -> dict[str, dict[str, str]]:
     return found
 
 
+ADAPTER = "it holds an adapter (adapter_config.json), not a complete model"
+MERGE = "merge it into its model and save that, or remove the adapter's files"
+PICKLED = "one of its weight files is pickled; such a file can run code and is not read"
+
+
 @contextmanager
 def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
     """Refuse code without consent, pickled weights and adapters while transformers loads a model.
@@ -106,40 +111,23 @@ def guard(loaded: str, *, trusted: bool = False) -> Iterator[None]:
     )
     refused: list[CheckpointError] = []
 
+    def refuse(what: str, where: str, hint: str) -> NoReturn:
+        refused.append(CheckpointError(what, where=where, hint=hint))
+        raise refused[-1]
+
     def checked(name: str | os.PathLike[str], module_file: str, *more: Any, **settings: Any) -> str:
         if not granted(str(name)) and not (trusted and _key(str(name)) == _key(loaded)):
-            refused.append(
-                CheckpointError(
-                    f"its Python code ({module_file}) may not run",
-                    where=str(name),
-                    hint=how(str(name)),
-                )
-            )
-            raise refused[-1]
+            refuse(f"its Python code ({module_file}) may not run", str(name), how(str(name)))
         path = open_module(str(name), module_file, *more, **settings)
         _note(str(name), module_file, path)
         return path
 
     def no_adapter(name: str | os.PathLike[str], **settings: Any) -> None:
         if find_adapter(str(name), **settings) is not None:
-            refused.append(
-                CheckpointError(
-                    "it holds an adapter (adapter_config.json), not a complete model",
-                    where=str(name),
-                    hint="merge it into its model and save that, or remove the adapter's files",
-                )
-            )
-            raise refused[-1]
+            refuse(ADAPTER, str(name), MERGE)
 
     def no_pickle(*_: Any, **__: Any) -> Any:
-        refused.append(
-            CheckpointError(
-                "one of its weight files is pickled; such a file can run code and is not read",
-                where=loaded,
-                hint="give weights as safetensors",
-            )
-        )
-        raise refused[-1]
+        refuse(PICKLED, loaded, "give weights as safetensors")
 
     with ExitStack() as stack:
         for module in (dynamic_module_utils, generation):

@@ -39,7 +39,7 @@ from mmkd.training.packing_check import check_packing
 from mmkd.training.shared_vision import SharedVision, share_vision
 from mmkd.training.stage import Metrics, Stage
 from mmkd.training.trackers import Tracked
-from mmkd.training.validation import build_validation
+from mmkd.training.validation_setup import build_validation
 from mmkd_models.layout import mamba_layers
 
 

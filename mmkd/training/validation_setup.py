@@ -1,0 +1,182 @@
+"""From a stage's recipe to the validation of its held-out records, and the checks before a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmkd.cache import Store
+from mmkd.data.encoder import Encoder
+from mmkd.data.first_records import encoder_of
+from mmkd.data.records import Records
+from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
+from mmkd.errors import RecipeError, nearest
+from mmkd.objectives import Objective, ObjectiveConfig, Preference, build_objective
+from mmkd.objectives.settings import CrossEntropyConfig, DivergenceConfig
+from mmkd.recipe import (
+    ANSWER_CE,
+    TEACHER_KL,
+    DataConfig,
+    StageConfig,
+    TeacherConfig,
+    ValidationConfig,
+)
+from mmkd.recipe.context import StageContext
+from mmkd.teachers import ask_each, compares
+from mmkd.training.validation import Validation, chosen
+
+
+def build_validation(
+    config: StageConfig,
+    objectives: Sequence[Objective],
+    encoder: Encoder,
+    *,
+    teachers: Sequence[TeacherConfig],
+    folder: Path,
+    seed: int,
+) -> Validation | None:
+    """What measures a stage's losses on held-out records; None where the recipe holds none out.
+
+    Args:
+        config: the stage.
+        objectives: of the stage, before there is one for each of several teachers.
+        encoder: of the training records; held-out records are read in the same way.
+        teachers: of the recipe.
+        folder: the stage's.
+        seed: of the stage.
+
+    Raises:
+        RecipeError: the stage wants validation in a way that cannot be.
+        DataError: the held-out records cannot be opened.
+    """
+    data = encoder.config
+    if not _measures(config, objectives, data):
+        return None
+    named = data.model_copy(update={"train": None, "sources": data.validation_parts})
+    asked = _asked(objectives, encoder, teachers, named)
+    _check_metric(config, asked)
+    held_out = Encoder.of(
+        asked,
+        data,
+        encoder.processor,
+        teacher_processor=_teacher_processor(encoder),
+        records=Records(data, held_out=True),
+        filler=bool(encoder.filler),
+        store=encoder.store,
+        pack=config.batch.pack,
+    )
+    return Validation(config, asked, held_out, folder, seed)
+
+
+def _teacher_processor(encoder: Encoder) -> Any:
+    """That of the teacher whose view a batch has; the student's where both are equal."""
+    return (encoder.teacher or encoder).processor
+
+
+def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataConfig) -> bool:
+    """Whether a stage measures held-out records.
+
+    Raises:
+        RecipeError: it should, and cannot.
+    """
+    where = f"stage {config.name}: validation"
+    if config.validation.every is None:
+        return False
+    if data.validation is None:
+        if config.validation == ValidationConfig():
+            return False
+        raise RecipeError(
+            "no records are held out", where=where, hint="add 'validation' to data, a file or 0.05"
+        )
+    references = [o.config for o in objectives if isinstance(o, Preference)]
+    if any(r.reference != "none" and r.reference_logps == "once" for r in references):
+        raise RecipeError(
+            "the reference of preferences runs once, over the training records only",
+            where=where,
+            hint="set reference_logps to live, or validation.every to null",
+        )
+    return True
+
+
+def _asked(
+    objectives: Sequence[Objective],
+    encoder: Encoder,
+    teachers: Sequence[TeacherConfig],
+    held_out: DataConfig,
+) -> list[Objective]:
+    """What is measured: a stage's objectives and the metrics beside them, for each teacher that the
+    stage asks.
+
+    Args:
+        objectives, encoder, teachers: as in `build_validation`.
+        held_out: the records that are held out.
+
+    Raises:
+        RecipeError: a teacher is asked about a source that the held-out records do not have.
+    """
+    alone = [*objectives, *_beside(objectives, encoder)]
+    if not any(o.config.compares_outputs for o in objectives):
+        return alone  # the stage runs its first teacher only
+    try:
+        return ask_each(alone, teachers, held_out)
+    except RecipeError as error:
+        where = f"{error.where}, for data.validation"
+        raise RecipeError(error.what, where=where, hint=error.hint) from error
+
+
+def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
+    names = ["loss", *(o.name for o in measured)]
+    if config.validation.metric not in names:
+        raise RecipeError(
+            f"no metric {config.validation.metric!r}",
+            where=f"stage {config.name}: validation.metric",
+            hint=nearest(config.validation.metric, names),
+        )
+
+
+def _beside(objectives: Sequence[Objective], encoder: Encoder) -> list[Objective]:
+    """The metrics that are measured beside a stage's objectives, with weight 0."""
+    settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
+    shared = None
+    compared = [o for o in objectives if compares(o)]
+    by_token = any("chunks" not in o.needs for o in compared)
+    store = encoder.store
+    if compared and (store is None or "response" in store.manifest["regions"]):
+        words = encoder.processor.tokenizer, _teacher_processor(encoder).tokenizer
+        if same_vocabulary(*words) and (by_token or encoder.teacher is None):
+            shared = shared_vocabulary(*words)
+            settings.append(DivergenceConfig(kind="kl", name=TEACHER_KL, weight=0))
+    memory, backend = objectives[0].head_memory, objectives[0].head_backend
+    return [
+        build_objective(s, shared_vocabulary=shared, head_memory=memory, head_backend=backend)
+        for s in settings
+    ]
+
+
+def check_held_out(validation: Validation, store: Store | None) -> None:
+    """Check that held-out records can be encoded: with a teacher's cache all that a validation
+    reads, which the cache has to hold, else the first one of each source.
+
+    Raises:
+        DataError: one cannot be encoded, or is not in the cache.
+    """
+    encoder = validation.encoder
+    for first in encoder.records.starts if store is None else []:
+        batch = encoder.encode([first])
+        for objective in validation.objectives:
+            objective.rows(batch.targets)
+    for index in chosen(encoder, validation.config.records) if store is not None else []:
+        encoder.encode([index])
+
+
+def check_validation(context: StageContext) -> None:
+    """The held-out records can be measured: see `build_validation` and `check_held_out`."""
+    validation = build_validation(
+        context.stage,
+        context.objectives,
+        encoder_of(context),
+        teachers=context.recipe.teachers,
+        folder=Path(),
+        seed=context.recipe.seed,
+    )
+    if validation is not None:
+        check_held_out(validation, context.read_store)
