@@ -151,7 +151,7 @@ class Runs:
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "tests.support.engine_runs", str(path)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=500,

@@ -197,7 +197,12 @@ def launched(losses, tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "tests.support.engine_runs", str(path)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "4", "NVIDIA_TF32_OVERRIDE": "0"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "4",
+                "NVIDIA_TF32_OVERRIDE": "0",
+                "PYTHONPATH": str(ROOT),
+            },
             capture_output=True,
             text=True,
             timeout=500,

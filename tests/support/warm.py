@@ -136,7 +136,7 @@ def _requests() -> socket.socket:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm_server", str(theirs.fileno())],
             cwd=ROOT,
-            env={**os.environ, **FIXED},
+            env={**os.environ, **FIXED, "PYTHONPATH": str(ROOT)},
             pass_fds=[theirs.fileno()],
         )
         theirs.close()

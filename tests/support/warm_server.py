@@ -41,7 +41,7 @@ def main() -> None:
         import_module(name)
     if find_spec("deepspeed"):
         import_module("deepspeed")
-    sys.path.remove(str(ROOT))
+    sys.path[:] = [path for path in sys.path if path != str(ROOT)]  # users do not have it
     import mmkd.cli.launch
 
     mmkd.cli.launch.subprocess = _Forking  # type: ignore[assignment]

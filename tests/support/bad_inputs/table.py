@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -261,7 +262,8 @@ def run(words: list[str], patch: pytest.MonkeyPatch) -> tuple[Any, str]:
     said = io.StringIO()
     for handler in log_handlers():
         patch.setattr(handler, "stream", said)
-    with redirect_stdout(io.StringIO()), redirect_stderr(said):
+    environment = mock.patch.dict(os.environ)  # a command sets variables for its own process
+    with environment, redirect_stdout(io.StringIO()), redirect_stderr(said):
         try:
             main()
         except SystemExit as end:
