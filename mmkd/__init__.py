@@ -12,13 +12,14 @@ imports neither torch nor transformers. mmkd reports by Python's `logging`, to t
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 # `python -m mmkd.cli`, which torchrun starts too, has put the working directory in front of
 # Python's path: a torch.py in a folder of data would be imported from here on. Other programs keep
 # theirs.
 if sys.argv[:1] == ["-m"] and "mmkd.cli" in sys.orig_argv and not sys.flags.safe_path:
     del sys.path[0]
+
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmkd import ops

@@ -17,6 +17,7 @@ from mmkd.evaluation import models
 from mmkd.recipe import EvaluateConfig, ModelConfig, load_recipe
 from mmkd.runs.pipeline import run as train
 from mmkd.runtime import consent
+from mmkd.runtime.run_folder import EvaluationFolder
 from mmkd.training import trackers
 from mmkd.training.trackers import Place, Tracked
 from tests.support import hub_server
@@ -174,7 +175,7 @@ def test_changed_data_of_a_task_starts_its_evaluation_again(world, scenes_dir, m
         asked.clear()
         model = dict.fromkeys(("revision", "processor", "quantize"), None)
         model |= {"model": "model", "weights": "a"}
-        models._score("student", model, settings, Path("out"), {})
+        models._score("student", model, settings, EvaluationFolder(Path("out")), {})
         return len(asked)
 
     assert (evaluated(), evaluated()) == (1, 0)
@@ -200,7 +201,7 @@ def test_another_commit_of_a_model_from_the_hub_starts_its_evaluation_again(worl
     def evaluated():
         scored.clear()
         source = ModelConfig(model="me/model")
-        models._evaluate_one("teacher", source, settings, Path("out"), "cpu")
+        models._evaluate_one("teacher", source, settings, EvaluationFolder(Path("out")), "cpu")
         return len(scored)
 
     assert (evaluated(), evaluated()) == (1, 0)

@@ -15,7 +15,7 @@ from mmkd.errors import MmkdError
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.evaluation.options import generate_options, stop_strings
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.recipe import ModelConfig, SamplingConfig, StudentConfig
+from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig, StudentConfig
 from mmkd.students.write import write_converted, write_student
 from tests.support.processors import END, FAMILIES, gemma3, llava, llava_next, llava_onevision
 from tests.support.recipes import tiny_recipe
@@ -53,10 +53,8 @@ class Asking(Encoder):
     """An encoder of questions without pictures, which needs no data."""
 
     def __init__(self, processor):
-        from mmkd.data.processing import Processing
-
-        self.processor, self.processing = processor, Processing(processor, None)
-        self.records = SimpleNamespace(pictures=lambda record: [], where=lambda index: "here")
+        records = SimpleNamespace(pictures=lambda record: [], where=lambda index: "here")
+        super().__init__(records, processor, DataConfig(train="questions.json"))
 
 
 def adapter_of(model, processor):

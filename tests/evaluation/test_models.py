@@ -7,6 +7,7 @@ import pytest
 
 from mmkd.evaluation import models
 from mmkd.recipe import EvaluateConfig
+from mmkd.runtime.run_folder import EvaluationFolder
 
 SETTINGS = EvaluateConfig(tasks=["scenes_pope"])
 
@@ -28,7 +29,13 @@ def scored(tmp_path, monkeypatch):
 
 def evaluate(label: str, weights: str) -> None:
     model = dict.fromkeys(("revision", "processor", "quantize"), None)
-    models._score(label, {**model, "model": label, "weights": weights}, SETTINGS, Path(label), {})
+    models._score(
+        label,
+        {**model, "model": label, "weights": weights},
+        SETTINGS,
+        EvaluationFolder(Path(label)),
+        {},
+    )
 
 
 def test_scores_of_the_same_weights_are_taken_over(scored):
@@ -41,7 +48,7 @@ def test_scores_of_the_same_weights_are_taken_over(scored):
     assert scored == ["kd", "ce"]
 
 
-@pytest.mark.parametrize("name", [models.ANSWERS, models.DECODING])
+@pytest.mark.parametrize("name", ["answers.json", "decode.json"])
 def test_other_parts_stay_when_scores_are_taken_over(scored, name):
     evaluate("kd", "a")
     evaluate("ce", "b")

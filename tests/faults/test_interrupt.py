@@ -195,7 +195,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(lo
     process = start("run", recipe)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 2, process)
     loaders = below(process)
-    assert len(loaders) == 2
+    assert len(loaders) == 4  # two for batches, two for the lengths of records
     for _ in range(3):
         os.killpg(process.pid, number)
         time.sleep(0.05)
