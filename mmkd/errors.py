@@ -9,7 +9,7 @@ from mmkd.redact import redact
 AGAIN = "run the same command again to go on"
 FROM_THE_START = "run the same command again, it begins from the start"
 HINT = " -- "
-"""What parts the hint from the problem, in a message and in what a recipe's validators raise."""
+"""Separates the hint from the problem in a message, and in what a recipe's validators raise."""
 
 
 LONGEST = 2000

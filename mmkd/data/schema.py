@@ -90,7 +90,7 @@ def unparsed(error: Exception) -> DataError:
     reason = "it is nested too deeply" if deep else f"{type(error).__name__}: {printable(error)}"
     return DataError(
         f"the record cannot be read ({reason})",
-        hint="hint or drop it",
+        hint="repair or drop it",
         kind="record not readable",
     )
 

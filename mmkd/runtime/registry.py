@@ -96,7 +96,7 @@ class Registry(Generic[T]):
                 except Exception as error:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                     raise ValueError(
-                        f"the entry point {point.value} cannot be used ({reason}){HINT}hint its "
+                        f"the entry point {point.value} cannot be used ({reason}){HINT}fix its "
                         "package, or uninstall it"
                     ) from error
         return self._added.get(kind)

@@ -54,9 +54,9 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     try:
         row = parse_json(text)
     except FormatError as error:
-        raise DataError(f"{NO_JSON}: {error}", hint="hint or drop it", kind=NO_JSON) from error
+        raise DataError(f"{NO_JSON}: {error}", hint="repair or drop it", kind=NO_JSON) from error
     if not isinstance(row, dict):
-        raise DataError(NO_JSON, hint="hint or drop it")
+        raise DataError(NO_JSON, hint="repair or drop it")
     return row
 
 

@@ -78,7 +78,7 @@ class ShardRows:
         try:
             caption = members["txt"].read().decode()
         except UnicodeDecodeError as error:
-            raise DataError("the caption is no UTF-8", hint="hint or drop it") from error
+            raise DataError("the caption is no UTF-8", hint="repair or drop it") from error
         if not pictures:
             raise DataError("a caption without a picture", hint="add the picture or drop it")
         question = "<image>\n" * pictures + self.prompt
