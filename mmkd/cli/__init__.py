@@ -10,8 +10,16 @@ from mmkd.errors import AGAIN, FROM_THE_START, MmkdError, PeerError, StoppedErro
 from mmkd.runtime import interrupt
 
 
+def entry() -> None:
+    """The whole process of a command."""
+    try:
+        main()
+    finally:
+        interrupt.ignore()  # the exit status is decided, and Ctrl-C may come several times
+
+
 def main() -> None:
-    """Entry point of `mmkd`."""
+    """Run the command of `sys.argv`; always raises SystemExit."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes of libraries import nothing from this folder
     interrupt.end_with_launcher()
     # For a stop before the command itself runs: these two always continue.

@@ -1,3 +1,3 @@
-from mmkd.cli import main
+from mmkd.cli import entry
 
-main()
+entry()

@@ -113,6 +113,12 @@ def hear() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def ignore() -> None:
+    """Ignore SIGINT and SIGTERM from here on: the process is about to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def can_go_on(hint: str) -> None:
     """Set what the user can do after a stop from here on."""
     _state.hint = hint

@@ -1,6 +1,7 @@
 """Lengths of records, found by several processes together."""
 
 import multiprocessing
+import os
 
 import pytest
 import torch.distributed as dist
@@ -42,12 +43,15 @@ def on_ranks(work, count, folder):
 
     def run(rank):
         store = dist.FileStore(str(folder / "store"), count)
+        dist.distributed_c10d._update_default_pg(None)  # that of the test's own process, if any
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
         try:
             results.put((rank, work(rank)))
         except Exception as error:
             results.put((rank, str(error)))
-        dist.destroy_process_group()
+        results.close()
+        results.join_thread()
+        os._exit(0)  # an inherited group cannot be taken down here
 
     processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
     for process in processes:
