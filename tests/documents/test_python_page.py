@@ -23,9 +23,10 @@ def clone(tmp_path, scenes_dir):
     return tmp_path
 
 
-def printed(code, folder):
+def printed(folder, *words):
+    """What `python WORDS` prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -36,7 +37,7 @@ def printed(code, folder):
 
 
 def test_the_page_runs_from_its_top_to_its_end(clone):
-    out = printed("\n".join(blocks(PAGE, "python")), clone)
+    out = printed(clone, "-c", "\n".join(blocks(PAGE, "python")))
     losses = json.loads(out.splitlines()[0])
     assert losses[-1] < losses[0]
     assert "step 2: " in out
@@ -58,7 +59,7 @@ def source(cell):
 
 def test_the_notebook_runs_from_its_top_to_its_end(clone):
     code = [source(cell) for cell in cells() if cell["cell_type"] == "code"]
-    out = printed("\n".join(code), clone)
+    out = printed(clone, "-c", "\n".join(code))
     losses = re.findall(r"loss (\d+\.\d+)", out)
     assert float(losses[-1]) < float(losses[0])
 
@@ -78,12 +79,4 @@ def test_the_loop_of_the_examples_learns(tmp_path):
 
 
 def printed_by_example(folder, *words):
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "minimal_distillation.py", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return printed(folder, ROOT / "examples" / "minimal_distillation.py", *words)

@@ -188,6 +188,23 @@ def test_a_signal_when_the_handlers_are_installed(number):
     assert output == "mmkd: stopped -- run the same command again to go on\n"
 
 
+AT_THE_END = """
+import atexit, os, sys
+from mmkd import cli
+
+atexit.register(os.kill, os.getpid(), int(sys.argv.pop()))
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_when_the_command_has_ended_changes_nothing(number):
+    status, output = finish(start_cold(sys.executable, "-c", AT_THE_END, "--version", int(number)))
+    assert status == 0, output
+    assert output.startswith("mmkd ")
+    assert output.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_their_parent(long_run, number):
     """They feed the step that ends, and are gone with the run."""
