@@ -1,6 +1,7 @@
 """Commands. Each parses its arguments and calls one function. An error is printed as one line, with
 exit status 2."""
 
+import atexit
 import os
 import sys
 from typing import NoReturn
@@ -14,6 +15,11 @@ def entry() -> None:
     """The whole process of a command."""
     try:
         main()
+    except _StoppedExit as end:
+        interrupt.ignore()
+        # A stop can break off the import of a library in C++, which may abort Python's own exit.
+        atexit._run_exitfuncs()
+        _exit_now(end.status)
     finally:
         interrupt.ignore()  # the exit status is decided, and Ctrl-C may come several times
 
@@ -70,7 +76,9 @@ def _run() -> None:
 def _stopped(end: StoppedError) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes have stopped
         print(f"mmkd: {end}")
-    _end(interrupt.status())
+    if _has_peers():
+        _exit_now(interrupt.status())
+    raise _StoppedExit(interrupt.status())
 
 
 def _fail(error: MmkdError) -> NoReturn:
@@ -78,13 +86,29 @@ def _fail(error: MmkdError) -> NoReturn:
         _stopped(StoppedError("stopped", hint=AGAIN))
     if is_first(str(error)):
         print(f"mmkd: {error}", file=sys.stderr)
-    _end(2)
+    if _has_peers():
+        _exit_now(2)
+    sys.exit(2)
 
 
-def _end(status: int) -> NoReturn:
-    """Exit. Of several processes each exits at once: gloo's threads may abort a slow exit."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # mmkd.runtime.distributed imports torch
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+class _StoppedExit(SystemExit):
+    """The exit of a command that a signal has stopped.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def _has_peers() -> bool:
+    """Whether this is one of several processes: gloo's threads may abort a slow exit of one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1  # mmkd.runtime.distributed imports torch
+
+
+def _exit_now(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
