@@ -7,6 +7,10 @@ with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient 
 0 at first, so that a student with new adapters is the student without them.
 
 peft is slow to import, so this module imports it where adapters are made.
+
+`merged` does not use peft's `merge`, which changes the layers in place and rounds s B A to the
+weight's dtype before it adds it. Here the weights may be a mapping that an engine gathered from its
+processes, the sum is in float32 and rounded once.
 """
 
 import sys

@@ -4,6 +4,10 @@ seconds elsewhere.
 All of it goes to the logger `mmkd` of Python's `logging`, at level INFO. A program that imports
 mmkd decides what becomes of it, as with any library. `log_to_console` prints it as the command
 `mmkd` does.
+
+rich draws the bars. `Bar` adds what rich and tqdm do not have: lines in a log file (rich prints
+nothing to a file before a bar ends, tqdm redraws it with carriage returns), and the time left for
+all stages of a run.
 """
 
 import logging

@@ -8,6 +8,11 @@ checkpoints/step-N/
 A folder `step-N` exists only when it is complete. Tensors are whole and named by what they are, so
 that any engine on any number of ranks goes on from them. The data position needs no state: batches
 are addressed by step.
+
+torch.distributed.checkpoint also loads into another number of ranks. For that, tensors that are cut
+among ranks must be DTensors or ShardedTensors; the parts that DeepSpeed makes are neither. It
+writes no checksums, by which a damaged file is found before anything of it is loaded, and describes
+the files in a pickle, which can run code when it is read.
 """
 
 import json

@@ -2,6 +2,10 @@
 
 They come beside `metrics.jsonl`, which is always written. A tracker that fails is left out from
 there on: training does not depend on charts.
+
+The trackers of `accelerate` call the same three constructors and pass arguments on. What this
+module adds would stay: a run id that belongs to the stage's folder, no step logged twice after a
+resume, secrets left out of the recipe, and training that goes on without a tracker that fails.
 """
 
 import importlib

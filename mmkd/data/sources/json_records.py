@@ -3,6 +3,12 @@
 Published files mix ids of numbers and strings, lack `image` here and there, and have keys of their
 own. A table with typed columns refuses such rows or invents keys; here each is parsed alone. Files
 are read in pieces: a list of 665,000 records in one line takes no more memory than its largest one.
+
+ijson also reads lists in pieces, but returns parsed values, where a table needs their text. Parsing
+a file and writing each record as JSON again takes longer than finding where records end: 1.9 s and
+1.5 s for 73 MB (ijson 3.6 with its C parser). Its messages have no line or column, it refuses NaN
+and a byte order mark, replaces half of a surrogate pair by "?", and takes 1 GB for a text of 20,000
+opening brackets.
 """
 
 import codecs

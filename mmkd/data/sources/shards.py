@@ -1,5 +1,10 @@
 """Records of webdataset shards: tars in which neighbours of one name up to the first dot make a
 sample. The tars are never unpacked: their headers are read once, and files from their places.
+
+wids, the indexed reader of webdataset, is not in the package of webdataset 1.0.2. That of 0.2.111
+accepts damaged headers, cannot read the long names of pax and GNU tars, returns wrong samples
+behind two files of one name, and builds its index again in every process. Here the index is an
+Arrow table on the disk, and a tar or a sample that cannot be read is an error that names it.
 """
 
 import tarfile

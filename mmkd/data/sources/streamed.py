@@ -5,6 +5,13 @@ A window is a number of rows that follow one another in the data set's order. It
 as a table, and gone when the run is two windows further, but for the first one, at which all that
 comes before a run looks; while one is used, a process of its own reads the next.
 `mmkd.data.mixture` goes through the windows in their order.
+
+`datasets` reads the rows, and its `IterableDataset.state_dict` says where the next window begins.
+Batches do not come from the iterator itself: a run resumes at a step, with any number of processes
+and workers, and an iterator's state is of one number of them. StatefulDataLoader of torchdata 0.11
+refuses a state of another `num_workers`, and `datasets` gives each worker other files. mosaicml
+streaming resumes with another number of processes, but only reads data sets that were written in
+its own format before.
 """
 
 import json
