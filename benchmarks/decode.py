@@ -26,13 +26,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from benchmarks.measure import save
 from mmkd.evaluation.decode import Decoder
 from mmkd.modeling.loading import parameter_count
-from mmkd.recipe import Every, MambaConfig
+from mmkd.recipe import EveryNth, MambaConfig
 from mmkd.runtime.progress import console
 from mmkd.students import convert
 from mmkd_models.layout import mamba_layers
 
 CONTEXTS = [1_000, 4_000, 16_000, 32_000, 100_000]
-KEPT = {"hybrid": Every(every=4), "linear": []}
+KEPT = {"hybrid": EveryNth(every=4), "linear": []}
 
 
 def make_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:

@@ -21,8 +21,8 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from benchmarks.measure import save
+from mmkd.data.image_cache import ImageCache
 from mmkd.data.images import load_image
-from mmkd.data.picture_cache import PictureCache
 from mmkd.runtime.progress import console
 
 SIZE = (640, 480)
@@ -56,7 +56,7 @@ def measure(make: Callable[[], Any], count: int) -> dict[str, float]:
         root, kept = Path(folder), Path(folder) / "kept"
         names = write_photos(root, count)
         own = make()
-        cache = PictureCache(kept, own)
+        cache = ImageCache(kept, own)
         settings = {"return_tensors": "pt"}
 
         def cached(name: str) -> Any:

@@ -40,7 +40,7 @@ def build_student(folder: Path) -> torch.nn.Module:
     """The teacher with the first three layers of its vision tower and of its decoder."""
     student = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return mmkd.convert(
-        student, [{"kind": "layers", "vision": [0, 1, 2], "decoder": [0, 1, 2]}]
+        student, [{"kind": "depth_pruning", "vision": [0, 1, 2], "decoder": [0, 1, 2]}]
     ).train()
 
 

@@ -237,7 +237,7 @@ def _connect(device: torch.device, config: StageConfig) -> None:
             where="distill",
             hint="start the program with torchrun, or set RANK and WORLD_SIZE in each process",
         )
-    distributed.connect(device, patience=config.engine.patience)
+    distributed.connect(device, timeout_s=config.engine.timeout_s)
     distributed.barrier()  # all have seen that `out` is empty
 
 
@@ -305,7 +305,7 @@ def _folder(out: str | Path | None, stack: ExitStack) -> Path:
 
 def _without_checkpoints(config: StageConfig) -> StageConfig:
     """The stage without checkpoints, from which nobody could go on."""
-    never = config.checkpoint.model_copy(update={"every": 2**62})
+    never = config.checkpoint.model_copy(update={"interval": 2**62})
     return config.model_copy(update={"checkpoint": never})
 
 

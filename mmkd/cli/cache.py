@@ -57,7 +57,8 @@ def cache_stats(
     """Bytes per token and read speed; with a recipe also the error against the teacher itself."""
     from mmkd.recipe import load_recipe
 
-    read = None if recipe is None else load_recipe(recipe)
+    with notes(as_json):
+        read = None if recipe is None else load_recipe(recipe)
     from mmkd.cache import Store
     from mmkd.commands.cache_stats import compare, print_stats, stats
 

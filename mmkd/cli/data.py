@@ -88,7 +88,8 @@ def check(
     if target.endswith((".yaml", ".yml")):
         from mmkd.recipe import load_recipe
 
-        load_recipe(target)  # errors are reported before torch is imported, which takes seconds
+        with notes(as_json):  # errors are reported before torch is imported, which takes seconds
+            load_recipe(target)
     from mmkd.commands.check_data import check_data, print_check
     from mmkd.data.check import Look, cores
 

@@ -37,7 +37,7 @@ def convert(
     conversion: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="a conversion as a recipe has it, such as '{kind: layers, decoder: [0, 2]}'; "
+            help="a conversion as a recipe has it, such as '{kind: depth_pruning, decoder: [0]}'; "
             "comes before Mamba and experts; may be given several times"
         ),
     ] = None,

@@ -69,7 +69,8 @@ def plan(
     """
     from mmkd.recipe import load_recipe
 
-    read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
+    with notes(as_json):
+        read = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     size = None if memory is None else int(memory * 2**30)
     with without_collector():
         from mmkd.commands.plan import check_recipe, make_plan, print_plan

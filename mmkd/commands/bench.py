@@ -165,7 +165,7 @@ def prepare(
     """
     config = recipe.stages[index]
     device = distributed.choose_device(config.engine.device)
-    distributed.connect(device, patience=config.engine.patience)
+    distributed.connect(device, timeout_s=config.engine.timeout_s)
     preflight.check(recipe)
     student, processor = student_at(recipe, index), load_processor(recipe.student)
     stage = build_stage(

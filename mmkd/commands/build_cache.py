@@ -57,7 +57,7 @@ def build_cache(recipe: Recipe) -> Store:
             hint="add one, such as {kind: kl}",
         )
     device = distributed.choose_device(stages[0].engine.device)
-    distributed.connect(device, patience=max(s.engine.patience for s in stages))
+    distributed.connect(device, timeout_s=max(s.engine.timeout_s for s in stages))
     processor, student_processor = load_processor(source), load_processor(recipe.student)
     if not same_processor(processor, student_processor):
         raise RecipeError(
@@ -168,7 +168,7 @@ def _readings(recipe: Recipe, stages: list[StageConfig]) -> list[tuple[StageConf
     found: dict[str, tuple[StageConfig, bool]] = {}
     for stage in stages:
         data = recipe.stage_data(stage)
-        measured = data.validation is not None and stage.validation.every is not None
+        measured = data.validation is not None and stage.validation.interval is not None
         share = None if data.validation is None else data.validation.share
         for held_out in [False, True] if measured else [False]:
             parts = data.validation_parts if held_out else data.parts
@@ -244,7 +244,7 @@ def _new_samples(
     Raises:
         DataError: one is bad, and the recipe does not skip such records.
     """
-    stops = encoder.config.on_bad_sample == "stop"
+    stops = encoder.config.on_bad_record == "stop"
     samples, bad = [], 0
     for index in indices:
         try:

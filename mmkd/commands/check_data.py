@@ -139,7 +139,7 @@ def _tokens(
         whole, cut = (
             Encoder.of(
                 objectives,
-                data.model_copy(update={"max_length": limit, "on_bad_sample": "stop"}),
+                data.model_copy(update={"max_length": limit, "on_bad_record": "stop"}),
                 processor,
                 teacher_processor=teacher_processor,
                 records=records,

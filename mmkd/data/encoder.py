@@ -69,7 +69,7 @@ class Encoder:
         check_processor(processor)
         self.records, self.processor, self.config = records, processor, config
         self.pairs, self.store, self.pack, self.chunks = pairs, store, pack, chunks
-        cache = None if config.picture_cache is None else Path(config.picture_cache)
+        cache = None if config.image_cache is None else Path(config.image_cache)
         self.processing = Processing(processor, cache)
         self.renderer = Renderer(
             records, processor, self.processing, config, pairs=pairs, answers=answers
@@ -195,7 +195,7 @@ class Encoder:
     def encode(self, indices: list[int]) -> Batch:
         """One padded batch; records that are bad for one of the models are replaced by others if
         the recipe says so."""
-        if self.config.on_bad_sample == "stop":
+        if self.config.on_bad_record == "stop":
             return self._whole(list(map(self.load, indices)))
         skipped: list[str] = []
         samples = [self.records.usable(index, self.load, skipped) for index in indices]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmkd.data.alignment import Grid
 from mmkd.data.bounds import check_scaled, scaled_edge
+from mmkd.data.image_cache import ImageCache
 from mmkd.data.images import load_image
-from mmkd.data.picture_cache import PictureCache
 from mmkd.errors import DataError, MmkdError
 
 MOVED = "text_replacement_offsets"
@@ -34,7 +34,7 @@ class Processing:
     def __init__(self, processor: Any, cache: Path | None = None):
         self.picture = load_image
         if cache is not None:
-            pictures = PictureCache(cache, processor.image_processor)
+            pictures = ImageCache(cache, processor.image_processor)
             processor = copy.copy(processor)
             processor.image_processor = pictures
             self.picture = pictures.picture

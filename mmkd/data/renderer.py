@@ -104,7 +104,7 @@ class Renderer:
             index: the record.
             keep: keep what is rendered, for a batch that this process encodes.
         """
-        skip = self.config.on_bad_sample == "skip"
+        skip = self.config.on_bad_record == "skip"
         for number in self.records.tried(index) if skip else [index]:
             try:
                 record = self.records[number]

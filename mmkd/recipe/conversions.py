@@ -68,64 +68,65 @@ class Conversion:
         raise NotImplementedError
 
 
-class LayersConfig(ConversionConfig):
+class DepthPruningConfig(ConversionConfig):
     """Keep a subset of the layers, in the given order; the width stays."""
 
-    kind: Literal["layers"]
+    kind: Literal["depth_pruning"]
     decoder: list[Layer] | None = Field(None, description="decoder layers to keep; all by default")
     vision: list[Layer] | None = Field(None, description="vision layers to keep; all by default")
 
 
-class MlpConfig(ConversionConfig):
+class WidthPruningConfig(ConversionConfig):
     """Keep a part of the neurons of every MLP, those with the largest weights."""
 
-    kind: Literal["mlp"]
+    kind: Literal["width_pruning"]
     decoder: int | None = Field(
         None, ge=1, le=MOST, description="neurons per decoder layer to keep"
     )
     vision: int | None = Field(None, ge=1, le=MOST, description="neurons per vision layer to keep")
 
 
-class Every(Strict):
+class EveryNth(Strict):
     """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
 
     every: int = Field(ge=1, le=MOST, description="n")
     first: bool = Field(True, description="the first of each n; false: the last")
 
 
-class Head(Strict):
+class FirstLayers(Strict):
     """The first layers."""
 
     head: int = Field(ge=0, le=MOST, description="how many")
 
 
-class Tail(Strict):
+class LastLayers(Strict):
     """The last layers."""
 
     tail: int = Field(ge=0, le=MOST, description="how many")
 
 
 Layers = list[Annotated[int, Field(ge=0, le=MOST)]]
-Named = Literal["all", "even", "odd", "first_half", "second_half"]
-# Tags for errors to name one form of a placement, not every form that it is not.
-_FORMS = {"every": "Every", "head": "Head", "tail": "Tail"}
-PLACEMENT_TAGS = ("Layers", "Named", *_FORMS.values())
+NamedLayers = Literal["all", "even", "odd", "first_half", "second_half"]
+# With a tag for each form of a selection, an error concerns the form that the user wrote, instead
+# of all forms.
+_FORMS = {"every": "EveryNth", "head": "FirstLayers", "tail": "LastLayers"}
+LAYER_SELECTION_TAGS = ("Layers", "NamedLayers", *_FORMS.values())
 
 
 def _form(value: Any) -> str:
-    if isinstance(value, Every | Head | Tail):
+    if isinstance(value, EveryNth | FirstLayers | LastLayers):
         return type(value).__name__
     if isinstance(value, dict):
-        return next((tag for key, tag in _FORMS.items() if key in value), "Every")
-    return "Named" if isinstance(value, str) else "Layers"
+        return next((tag for key, tag in _FORMS.items() if key in value), "EveryNth")
+    return "NamedLayers" if isinstance(value, str) else "Layers"
 
 
-Placement = Annotated[
+LayerSelection = Annotated[
     Annotated[Layers, Tag("Layers")]
-    | Annotated[Named, Tag("Named")]
-    | Annotated[Every, Tag("Every")]
-    | Annotated[Head, Tag("Head")]
-    | Annotated[Tail, Tag("Tail")],
+    | Annotated[NamedLayers, Tag("NamedLayers")]
+    | Annotated[EveryNth, Tag("EveryNth")]
+    | Annotated[FirstLayers, Tag("FirstLayers")]
+    | Annotated[LastLayers, Tag("LastLayers")],
     Discriminator(_form),
 ]
 MambaInit = Literal["default", "inherit", "mimic", "exact"]
@@ -138,8 +139,10 @@ class MambaConfig(ConversionConfig):
     """
 
     kind: Literal["mamba"]
-    keep_attention: Placement | None = Field(None, description="layers that keep their attention")
-    layers: Placement | None = Field(None, description="layers that become Mamba")
+    keep_attention: LayerSelection | None = Field(
+        None, description="layers that keep their attention"
+    )
+    layers: LayerSelection | None = Field(None, description="layers that become Mamba")
     init: MambaInit = Field("mimic", description="initialisation of the mixer")
     d_conv: int | None = Field(None, ge=1, le=256, description="width of the convolution")
     d_state: int | None = Field(
@@ -157,7 +160,7 @@ class MambaConfig(ConversionConfig):
     )
 
     @model_validator(mode="after")
-    def _one_placement(self) -> "MambaConfig":
+    def _one_selection(self) -> "MambaConfig":
         if (self.keep_attention is None) == (self.layers is None):
             raise ValueError(f"{BOTH}give either 'keep_attention' or 'layers'")
         return self
@@ -175,7 +178,7 @@ class MoeConfig(ConversionConfig):
     kind: Literal["moe"]
     experts: int = Field(4, ge=2, le=4096, description="experts per layer")
     top_k: int = Field(2, ge=1, le=4096, description="experts per token")
-    layers: Placement = Field("even", description="layers that become sparse")
+    layers: LayerSelection = Field("even", description="layers that become sparse")
     router: RouterConfig = RouterConfig()
 
     @model_validator(mode="after")
@@ -201,7 +204,7 @@ def _check(cls: Any) -> None:
 
 T = TypeVar("T", bound=type[Conversion])
 CONVERSIONS: Registry[Conversion] = Registry(
-    "conversion", [LayersConfig, MlpConfig, MambaConfig, MoeConfig], _check
+    "conversion", [DepthPruningConfig, WidthPruningConfig, MambaConfig, MoeConfig], _check
 )
 
 

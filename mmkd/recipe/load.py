@@ -1,4 +1,4 @@
-"""Read, merge, override and check recipes; what is wrong is said in one line."""
+"""Read, merge, override and check recipes. Each mistake is reported in one line."""
 
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -8,11 +8,13 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import HINT, RecipeError, nearest
 from mmkd.objectives import OBJECTIVES
-from mmkd.recipe.conversions import CONVERSIONS, PLACEMENT_TAGS
+from mmkd.recipe.conversions import CONVERSIONS, LAYER_SELECTION_TAGS
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.renamed import Path as KeyPath
+from mmkd.recipe.renamed import rename, rename_override
 from mmkd.redact import find_secret_within
 from mmkd.runtime.fields import wanted
 from mmkd.runtime.formats import FormatError, parse_yaml
@@ -31,33 +33,48 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None
         source: YAML file, or an already loaded mapping.
         overrides: `key.path=value`, values in YAML; list items by index (`stages.0.steps=5`).
 
+    Old names of keys (`mmkd.recipe.renamed`) are replaced, with a note in the log.
+
     Raises:
         RecipeError: in one line, the file, the key and the hint.
     """
     where = str(source) if not isinstance(source, dict) else "recipe"
     if isinstance(source, dict):
-        raw, folder = dict(source), None
+        raw, folder = _with_new_names(source, where), None
     else:
         raw, folder = _load_file(Path(source), ()), Path(source).parent
     for override in overrides or []:
-        told = override if folder is None else resolved_override(override, folder, Recipe)
-        raw = _override(raw, told)
+        override = _override_with_new_names(override)
+        if folder is not None:
+            override = resolved_override(override, folder, Recipe)
+        raw = _override(raw, override)
     return _validate(Recipe, raw, where)
 
 
-def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> StudentConfig:
-    """A student alone, as `mmkd convert` makes one: overridden and checked like a recipe's.
+def load_written(raw: dict[str, Any]) -> Recipe:
+    """Check a recipe that an earlier version of mmkd may have written. Old names of keys are
+    replaced without a note, because the user did not write them.
 
     Raises:
         RecipeError: in one line, the key and the hint.
     """
+    return load_recipe(rename(raw, report=lambda note: None))
+
+
+def load_student(raw: dict[str, Any], overrides: list[str] | None = None) -> StudentConfig:
+    """Read the settings of a student without a recipe, as `mmkd convert` needs them.
+
+    Raises:
+        RecipeError: in one line, the key and the hint.
+    """
+    raw = _with_new_names(raw, "student", ("student",))
     for override in overrides or []:
-        raw = _override(raw, override)
+        raw = _override(raw, _override_with_new_names(override, ("student",)))
     return _validate(StudentConfig, raw, "student")
 
 
 def load_release(raw: dict[str, Any], overrides: list[str] | None = None) -> ReleaseConfig:
-    """A release alone, as `mmkd release` makes one: overridden and checked like a recipe's.
+    """Read the settings of a release without a recipe, as `mmkd release` needs them.
 
     Raises:
         RecipeError: in one line, the key and the hint.
@@ -89,7 +106,7 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             f"got {_shown(base)}", where=f"{where}: extends", hint="name one recipe file"
         )
-    raw = resolved(raw, path.parent, Recipe)
+    raw = resolved(_with_new_names(raw, where), path.parent, Recipe)
     if base is None:
         return raw
     below = _load_file(path.parent / base, (*parents, path.resolve()))
@@ -100,6 +117,23 @@ def _load_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             what, where=f"{where}: {key}", hint=f"write what {base} and this file give together"
         ) from error
+
+
+def _with_new_names(raw: dict[str, Any], where: str, path: KeyPath = ()) -> dict[str, Any]:
+    try:
+        return dict(rename(raw, path))
+    except ValueError as error:
+        key, _, said = str(error).partition(": ")
+        what, _, hint = said.partition(HINT)
+        raise RecipeError(what, where=f"{where}: {key}", hint=hint) from error
+
+
+def _override_with_new_names(override: str, path: KeyPath = ()) -> str:
+    try:
+        return rename_override(override, path)
+    except ValueError as error:
+        what, _, hint = str(error).partition(": ")[2].partition(HINT)
+        raise RecipeError(what, where=override, hint=hint) from error
 
 
 def _is_file(path: Path) -> bool:
@@ -169,7 +203,7 @@ def _without_tags(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
     path: list[int | str] = []
     node = raw
     for part in location:
-        if part in PLACEMENT_TAGS:
+        if part in LAYER_SELECTION_TAGS:
             continue
         if isinstance(node, dict) and part not in node and part == node.get("kind"):
             continue

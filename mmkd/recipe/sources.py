@@ -136,11 +136,11 @@ class DataConfig(Strict):
     max_length: int = Field(
         2048, ge=8, le=10**7, description="largest number of tokens of a sequence, images included"
     )
-    on_bad_sample: Literal["stop", "skip"] = Field(
+    on_bad_record: Literal["stop", "skip"] = Field(
         "stop", description="what to do with a record that cannot be used; skip: use another one"
     )
     workers: int = Field(0, ge=0, le=256, description="processes that prepare batches ahead")
-    picture_cache: LocalPath | None = Field(
+    image_cache: LocalPath | None = Field(
         None, description="folder in which the outputs of the image processors are stored"
     )
 

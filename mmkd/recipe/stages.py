@@ -121,14 +121,14 @@ class BatchConfig(Strict):
 class CheckpointConfig(Strict):
     """When a stage saves what it needs to resume."""
 
-    every: int = Field(200, ge=1, le=MOST, description="steps")
-    keep: int = Field(1, ge=1, le=MOST, description="number of newest checkpoints that are kept")
+    interval: int = Field(200, ge=1, le=MOST, description="steps between checkpoints")
+    keep_last: int = Field(1, ge=1, le=MOST, description="number of newest checkpoints to keep")
 
 
 class ValidationConfig(Strict):
     """When a stage measures its losses on `data.validation`, and how it uses them."""
 
-    every: int | None = Field(
+    interval: int | None = Field(
         200,
         ge=1,
         le=MOST,
@@ -168,8 +168,10 @@ class ValidationConfig(Strict):
         fields = type(self).model_fields
         own = ("metric", "keep", "patience")
         told = [k for k in own if getattr(self, k) != fields[k].default]
-        if told and self.every is None:
-            raise ValueError(f"{told[0]!r} needs validations -- set 'every' to a number of steps")
+        if told and self.interval is None:
+            raise ValueError(
+                f"{told[0]!r} needs validations -- set 'interval' to a number of steps"
+            )
         if self.metric != "loss" and self.keep == "last" and self.patience is None:
             raise ValueError("'metric' is only for 'keep: best' and 'patience' -- set one of them")
         return self
@@ -201,7 +203,7 @@ class EngineConfig(Strict):
         description="implementation of cross-entropy and divergences on the head's output; "
         "auto: a Triton kernel on CUDA",
     )
-    patience: float = Field(
+    timeout_s: float = Field(
         1800.0,
         gt=0,
         le=1e7,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError
-from mmkd.recipe import Recipe, load_recipe
+from mmkd.recipe import Recipe, load_written
 from mmkd.report.rundata import MemberLog, Run, read_run
 from mmkd.report.use import needs_code
 from mmkd.report.weights import other_weights
@@ -34,7 +34,7 @@ class Source:
     @cached_property
     def recipe(self) -> Recipe:
         """What was trained, with the run's evaluation."""
-        return load_recipe({**self.member.recipe, "evaluate": self.run.recipe.get("evaluate")})
+        return load_written({**self.member.recipe, "evaluate": self.run.recipe.get("evaluate")})
 
     @cached_property
     def taught(self) -> bool:

@@ -48,9 +48,9 @@ def run(
         MmkdError: in one line, what is wrong with recipe, models or data.
         EvaluationError: the students are trained, and some model could not be evaluated.
     """
-    patience = max(stage.engine.patience for stage in recipe.stages)
+    timeout_s = max(stage.engine.timeout_s for stage in recipe.stages)
     device = distributed.choose_device(recipe.stages[0].engine.device)
-    distributed.connect(device, patience=patience)
+    distributed.connect(device, timeout_s=timeout_s)
     with distributed.alone_in(run_folder(recipe).path):
         todo = members(recipe)
         restarts = _check_all(recipe, todo, from_stage)

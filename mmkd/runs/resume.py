@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError, nearest
-from mmkd.recipe import Recipe, load_recipe, to_yaml
+from mmkd.recipe import Recipe, load_written, to_yaml
 from mmkd.runs.members import Member, run_folder
 from mmkd.runtime.files import read_yaml, write_json, write_text
 from mmkd.runtime.run_folder import REPLACED, MemberFolder, RunFolder, StageFolder
@@ -84,7 +84,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
             hint="bring the file back, or delete the run's folder",
         )
     try:
-        old = load_recipe(raw)  # keys that are new since have their defaults
+        old = load_written(raw)  # keys that were added since then have their defaults
     except RecipeError as error:
         new_raw = member.recipe.model_dump(mode="json")
         raise _another(folder, _differences(raw, {**raw, **new_raw})) from error

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from mmkd.errors import HINT, CheckpointError, MmkdError, PeerError
 from mmkd.runtime.files import disk_error, locked
 
-PATIENCE = 1800.0
+TIMEOUT_S = 1800.0
 """Seconds that a process waits for the others, if the recipe says nothing else."""
 
-_patience = timedelta(seconds=PATIENCE)
+_timeout = timedelta(seconds=TIMEOUT_S)
 
 # What torch's backends say when another process is gone; they raise plain RuntimeErrors.
 GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -109,38 +109,38 @@ def memory_of(device: torch.device) -> int:
     return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def connect(device: torch.device, *, alone: bool = False, patience: float = PATIENCE) -> None:
+def connect(device: torch.device, *, alone: bool = False, timeout_s: float = TIMEOUT_S) -> None:
     """Join the process group that a launcher describes; `alone` makes a group of one process too,
     which otherwise needs none.
 
     Args:
         device: of this process.
         alone: make a group of one.
-        patience: seconds to wait for the others, now and in every exchange.
+        timeout_s: seconds to wait for the others, now and in every exchange.
 
     Raises:
         PeerError: they did not come.
     """
-    global _patience
+    global _timeout
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
-    _patience = timedelta(seconds=patience)
+    _timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    settings: dict[str, Any] = {"timeout": _patience}
+    settings: dict[str, Any] = {"timeout": _timeout}
     if world_size() == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(backend, **settings)
     except dist.DistError as error:
         raise PeerError(
-            f"process {rank()} waited {patience:.0f} s, and not all {world_size()} came",
+            f"process {rank()} waited {timeout_s:.0f} s, and not all {world_size()} came",
             hint="start all of them with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
         ) from error
 
 
 def new_group(ranks: list[int]) -> Any:
     """A group of some processes that waits as long as the group of all."""
-    return dist.new_group(ranks, timeout=_patience)
+    return dist.new_group(ranks, timeout=_timeout)
 
 
 def explained(error: BaseException) -> PeerError | None:

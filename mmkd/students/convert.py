@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 from mmkd.errors import RecipeError
 from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import CONVERSIONS, Conversion, ConversionConfig
-from mmkd.students.layers import LayersConversion
+from mmkd.students.depth_pruning import DepthPruning
 from mmkd.students.mamba import MambaConversion
-from mmkd.students.mlp import MlpConversion
 from mmkd.students.moe import MoeConversion
+from mmkd.students.width_pruning import WidthPruning
 
 CLASSES: tuple[type[Conversion], ...] = (
-    LayersConversion,
-    MlpConversion,
+    DepthPruning,
+    WidthPruning,
     MambaConversion,
     MoeConversion,
 )

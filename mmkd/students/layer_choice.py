@@ -3,31 +3,36 @@
 from typing import get_args
 
 from mmkd.errors import RecipeError
-from mmkd.recipe import Every, Head, Named, Placement, Tail
+from mmkd.recipe import EveryNth, FirstLayers, LastLayers, LayerSelection, NamedLayers
 
 WHERE = "student.convert: mamba"
 
 
-def choose(placement: Placement, count: int, *, where: str = WHERE) -> list[int]:
-    """The layers that a placement names, of `count` layers.
+def choose(selection: LayerSelection, count: int, *, where: str = WHERE) -> list[int]:
+    """Indices of the layers that a selection names.
+
+    Args:
+        selection: as a recipe writes it.
+        count: number of layers of the model.
+        where: place that an error names.
 
     Raises:
-        RecipeError: it names layers that are not there.
+        RecipeError: it names layers that do not exist.
     """
-    if isinstance(placement, str):
-        chosen = _named(placement, count)
-    elif isinstance(placement, Every):
-        first = 0 if placement.first else placement.every - 1
-        chosen = list(range(first, count, placement.every))
-    elif isinstance(placement, Head):
-        chosen = list(range(placement.head))
-    elif isinstance(placement, Tail):
-        chosen = list(range(count - placement.tail, count))
+    if isinstance(selection, str):
+        chosen = _named(selection, count)
+    elif isinstance(selection, EveryNth):
+        first = 0 if selection.first else selection.every - 1
+        chosen = list(range(first, count, selection.every))
+    elif isinstance(selection, FirstLayers):
+        chosen = list(range(selection.head))
+    elif isinstance(selection, LastLayers):
+        chosen = list(range(count - selection.tail, count))
     else:
-        chosen = sorted(placement)
+        chosen = sorted(selection)
     if len(set(chosen)) != len(chosen) or any(not 0 <= i < count for i in chosen):
         raise RecipeError(
-            f"cannot place layers {chosen} in {count} layers",
+            f"cannot select layers {chosen} of {count}",
             where=where,
             hint=f"name different layers from 0 to {count - 1}",
         )
@@ -45,11 +50,18 @@ def _named(name: str, count: int) -> list[int]:
     }[name]
 
 
-def converted_layers(keep: Placement | None, convert: Placement | None, count: int) -> list[int]:
-    """The layers that become Mamba, from what keeps attention or from what does not.
+def converted_layers(
+    keep: LayerSelection | None, convert: LayerSelection | None, count: int
+) -> list[int]:
+    """Indices of the layers that become Mamba.
+
+    Args:
+        keep: the layers that keep attention, if `convert` is None.
+        convert: the layers to convert.
+        count: number of layers of the model.
 
     Raises:
-        RecipeError: nothing is left to convert, or the placement does not fit.
+        RecipeError: no layer is left to convert, or the selection names layers that do not exist.
     """
     if convert is not None:
         chosen = choose(convert, count)
@@ -64,28 +76,28 @@ def converted_layers(keep: Placement | None, convert: Placement | None, count: i
 
 
 def parse(text: str) -> list[int] | dict[str, int | bool] | str:
-    """A placement of the command line as a recipe writes it.
+    """A selection of layers on the command line, as a recipe writes it.
 
     Args:
         text: every:4, every:4:last, head:2, tail:2, a name (even, odd, all, first_half,
             second_half), none or 0,4,8.
 
     Raises:
-        RecipeError: it is written otherwise.
+        RecipeError: `text` has another form.
     """
     kind, _, rest = text.partition(":")
     try:
         if kind == "every":
             number, _, which = rest.partition(":")
             if which in ("", "first", "last"):
-                return Every(every=int(number), first=which != "last").model_dump()
+                return EveryNth(every=int(number), first=which != "last").model_dump()
         elif kind == "head":
-            return Head(head=int(rest)).model_dump()
+            return FirstLayers(head=int(rest)).model_dump()
         elif kind == "tail":
-            return Tail(tail=int(rest)).model_dump()
+            return LastLayers(tail=int(rest)).model_dump()
         elif text == "none":
             return []
-        elif text in get_args(Named):
+        elif text in get_args(NamedLayers):
             return text
         else:
             return [int(part) for part in text.split(",")]
@@ -93,6 +105,6 @@ def parse(text: str) -> list[int] | dict[str, int | bool] | str:
         pass
     raise RecipeError(
         f"cannot read {text!r}",
-        where="placement",
+        where="layers",
         hint="write every:4, every:4:last, head:2, tail:2, even, odd, none or 0,4,8",
     )

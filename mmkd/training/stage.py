@@ -125,8 +125,8 @@ class Stage:
                 if self.validation is not None and self.validation.exhausted:
                     break
                 stop = asked(self.engine.device)
-                if step < self.steps and (stop or step % self.config.checkpoint.every == 0):
-                    keep = self.config.checkpoint.keep
+                if step < self.steps and (stop or step % self.config.checkpoint.interval == 0):
+                    keep = self.config.checkpoint.keep_last
                     log.sync()
                     skipped.sync()
                     save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)

@@ -111,8 +111,8 @@ class Validation:
         """
         path = StageFolder(self.folder).validation
         self._log = StepLog(path, step, active=active, key=self.config.metric)
-        if self.config.every is not None:
-            self._log.say_missing(step, self.config.every)
+        if self.config.interval is not None:
+            self._log.say_missing(step, self.config.interval)
         for line in self._log.found:
             self._remember(line)
         for path in find_checkpoints(self.checkpoints) if active else []:
@@ -121,7 +121,9 @@ class Validation:
 
     def due(self, step: int, last: int) -> bool:
         """Whether a step is followed by a validation."""
-        return self.config.every is not None and (step % self.config.every == 0 or step == last)
+        return self.config.interval is not None and (
+            step % self.config.interval == 0 or step == last
+        )
 
     def measure(self, losses: Callable[[Batch], dict[str, torch.Tensor]], engine: Engine) -> Any:
         """Means over all held-out records, by name; every process calls it.

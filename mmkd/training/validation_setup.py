@@ -79,7 +79,7 @@ def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataCo
         RecipeError: it should, and cannot.
     """
     where = f"stage {config.name}: validation"
-    if config.validation.every is None:
+    if config.validation.interval is None:
         return False
     if data.validation is None:
         if config.validation == ValidationConfig():
@@ -92,7 +92,7 @@ def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataCo
         raise RecipeError(
             "the reference of preferences runs once, over the training records only",
             where=where,
-            hint="set reference_logps to live, or validation.every to null",
+            hint="set reference_logps to live, or validation.interval to null",
         )
     return True
 

@@ -58,7 +58,7 @@ def records(draw: random.Random, schema: Schema) -> list[str]:
     name = write(draw, rows)
     if draw.random() < 0.3:
         Path(name).write_bytes(damaged(draw, Path(name).read_bytes()))
-    _change(data={"train": name, "images": ".", "on_bad_sample": draw.choice(["stop", "skip"])})
+    _change(data={"train": name, "images": ".", "on_bad_record": draw.choice(["stop", "skip"])})
     return draw.choice(LOOK)
 
 
@@ -115,7 +115,7 @@ def pictures(draw: random.Random, schema: Schema) -> list[str]:
         content = damaged(draw, content)
     Path("picture.png").write_bytes(content)
     if draw.random() < 0.3:
-        _change(data={"train": "records.json", "on_bad_sample": "skip"})
+        _change(data={"train": "records.json", "on_bad_record": "skip"})
     return draw.choice([*LOOK, [*LOOK[2], "--decode"]])
 
 

@@ -131,7 +131,7 @@ class Worlds:
                     world.take(given.trained, "runs")
                 elif name == "stopped":
                     world.take(given.stopped, "runs")
-                    world.stage(steps=2, checkpoint={"every": 1})
+                    world.stage(steps=2, checkpoint={"interval": 1})
                 elif name == "cached":
                     world.cache()
                     world.take(given.cached, "cache")

@@ -138,12 +138,12 @@ def frames(bench: Workbench) -> None:
     _records(bench, "frames")
 
 
-def picture_cache(bench: Workbench) -> None:
+def image_cache(bench: Workbench) -> None:
     """What the image processor makes of a picture is the same from the disk."""
     folder = str(bench.folder / "pictures")
     want = bench.batch("one", "other").inputs
     for _ in range(2):  # filled, then read
-        got = bench.batch("one", "other", picture_cache=folder).inputs
+        got = bench.batch("one", "other", image_cache=folder).inputs
         for name, value in want.items():
             same(name, got[name].float(), value.float(), 0)
 
@@ -158,7 +158,7 @@ CHECKS: dict[str, Callable[[Workbench], None]] = {
     "several images": several,
     "no image": without,
     "video frames": frames,
-    "image cache": picture_cache,
+    "image cache": image_cache,
 }
 
 

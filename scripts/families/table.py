@@ -27,7 +27,7 @@ of date.
   of responses and image tokens are exact to the token, other records in the batch do not change the
   hidden states, and lengths are predicted correctly. Frames are a record's images in their order; a
   family's own video inputs are not used.
-- **image cache**: `data.picture_cache` gives the same inputs bit for bit.
+- **image cache**: `data.image_cache` gives the same inputs bit for bit.
 - **needs**: packages without which transformers does not load the family's processor.
 """
 

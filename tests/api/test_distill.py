@@ -147,7 +147,7 @@ def test_names_of_models_are_loaded_as_in_a_recipe(
 def test_nothing_is_left_behind(records, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    settings = {**STAGE, "checkpoint": {"every": 1}}
+    settings = {**STAGE, "checkpoint": {"interval": 1}}
     mmkd.distill(tiny_model_dir, None, records, ["ce"], **settings)
     assert list(tmp_path.iterdir()) == []
 
@@ -168,7 +168,7 @@ def test_callbacks_are_called_in_order(records, tiny_model_dir):
         def on_stage_end(self, stage, metrics):
             calls.append(("end", stage.config.name, metrics["step"]))
 
-    settings = {**STAGE, "steps": 2, "validation": {"every": 1}}
+    settings = {**STAGE, "steps": 2, "validation": {"interval": 1}}
     made = mmkd.distill(
         tiny_model_dir, None, records, ["ce"], held_out=0.25, callbacks=[Watch()], **settings
     )

@@ -14,7 +14,7 @@ def model(folder):
 
 
 def test_convert_changes_a_model_in_place_or_writes_a_folder(tiny_model_dir, tmp_path):
-    kinds = [{"kind": "layers", "decoder": [1]}, {"kind": "mamba", "keep_attention": []}]
+    kinds = [{"kind": "depth_pruning", "decoder": [1]}, {"kind": "mamba", "keep_attention": []}]
     student = model(tiny_model_dir)
     whole = student.num_parameters()
     assert mmkd.convert(student, kinds[:1]) is student
@@ -27,8 +27,10 @@ def test_convert_changes_a_model_in_place_or_writes_a_folder(tiny_model_dir, tmp
     load_pretrained_processor(str(out))
     with pytest.raises(mmkd.MmkdError, match="it is there already -- name a new folder"):
         mmkd.convert(tiny_model_dir, kinds, out=out)
-    with pytest.raises(mmkd.MmkdError, match="unknown kind 'layer' -- did you mean 'layers'"):
-        mmkd.convert(tiny_model_dir, [{"kind": "layer"}])
+    with pytest.raises(
+        mmkd.MmkdError, match="unknown kind 'depth' -- did you mean 'depth_pruning'"
+    ):
+        mmkd.convert(tiny_model_dir, [{"kind": "depth"}])
 
 
 def test_generate_answers_by_name_and_in_memory(tiny_model_dir):

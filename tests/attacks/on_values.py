@@ -89,10 +89,10 @@ for name, did, word, *parts in [
         "experts",
     ),
     (
-        "patience",
+        "timeout_s",
         "waited 1e300 seconds",
-        "stages.0.engine.patience=1.0e+300",
-        "patience: got 1e+300",
+        "stages.0.engine.timeout_s=1.0e+300",
+        "timeout_s: got 1e+300",
     ),
     (
         "epochs",

@@ -144,7 +144,7 @@ def test_a_run_whose_files_are_damaged_loses_no_student(world, name):
 def test_a_stage_with_a_damaged_done_json_keeps_its_checkpoints(made, tmp_path, text):
     with world_in(tmp_path / "world", made) as world:
         world.take(made.stopped, "runs")
-        world.stage(steps=2, checkpoint={"every": 1})
+        world.stage(steps=2, checkpoint={"interval": 1})
         Path("recipe.yaml").write_text(json.dumps(world.raw))
         Path(f"{STAGE}/done.json").write_text(text)
         before = contents(world.folder)
@@ -171,7 +171,7 @@ def test_a_stage_with_a_damaged_done_json_keeps_its_checkpoints(made, tmp_path, 
 def test_a_checkpoint_with_a_damaged_state_is_passed_over(made, tmp_path, change):
     with world_in(tmp_path / "world", made) as world:
         world.take(made.stopped, "runs")
-        world.stage(steps=2, checkpoint={"every": 1})
+        world.stage(steps=2, checkpoint={"interval": 1})
         Path("recipe.yaml").write_text(json.dumps(world.raw))
         path = Path(f"{STAGE}/checkpoints/step-1/state.json")
         state = json.loads(path.read_text())
@@ -184,7 +184,7 @@ def test_a_checkpoint_with_a_damaged_state_is_passed_over(made, tmp_path, change
 def test_a_checkpoint_under_another_steps_name_is_passed_over(made, tmp_path):
     with world_in(tmp_path / "world", made) as world:
         world.take(made.stopped, "runs")
-        world.stage(steps=3, checkpoint={"every": 1})
+        world.stage(steps=3, checkpoint={"interval": 1})
         Path(f"{STAGE}/checkpoints/step-1").rename(f"{STAGE}/checkpoints/step-2")
         training = Path(f"{ROOT}/training.yaml")
         training.write_text(training.read_text().replace("steps: 2", "steps: 3"))

@@ -46,7 +46,7 @@ def prepare(world):
     world.teach()
     world.raw["data"]["validation"] = "held.json"
     Path("held.json").write_text(Path("records.json").read_text())
-    world.stage(steps=2, checkpoint={"every": 1})
+    world.stage(steps=2, checkpoint={"interval": 1})
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_changed_inputs_are_refused_and_nothing_is_written(world, what):
 
 def test_a_picture_that_is_gone_is_named(world):
     Path("picture.png").rename("other.png")
-    world.raw["data"]["on_bad_sample"] = "stop"
+    world.raw["data"]["on_bad_record"] = "stop"
     status, message = train(world)
     assert status == 2
     assert "picture.png" in message

@@ -158,7 +158,7 @@ def test_one_bad_picture_is_one_line_whoever_reads_it(stream, workers):
     with pytest.raises(DataError, match=r"record 1 \(id 1\): long.png is too large") as refused:
         list(stream(workers=workers).steps(0, 3))
     assert "\n" not in str(refused.value)
-    (batches,) = stream(workers=workers, on_bad_sample="skip").steps(0, 1)
+    (batches,) = stream(workers=workers, on_bad_record="skip").steps(0, 1)
     assert "1" not in batches[0].ids
     assert "too large" in batches[0].skipped[0]
 
@@ -175,5 +175,5 @@ def test_a_killed_worker_is_one_line(stream, monkeypatch, number):
 
     monkeypatch.setattr(Encoder, "encode", killed)
     with pytest.raises(PeerError) as told:
-        list(stream(workers=1, on_bad_sample="skip").steps(0, 3))
+        list(stream(workers=1, on_bad_record="skip").steps(0, 3))
     assert str(told.value).startswith("data.workers: a process that prepares batches was killed --")

@@ -102,7 +102,7 @@ def test_the_file_in_the_docs_is_planned_run_continued_and_released(
 def test_an_installed_package_converts_between_others_of_a_stage(recipe, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, CODE, ENTRY)
     mamba = {"kind": "mamba", "layers": [1], "init": "inherit"}
-    path = recipe({"kind": "layers", "decoder": [1, 0]}, stage=[ONE_HEAD, mamba])
+    path = recipe({"kind": "depth_pruning", "decoder": [1, 0]}, stage=[ONE_HEAD, mamba])
     assert command(monkeypatch, "run", path) in (0, None)
     config = json.loads((tmp_path / "tiny" / "01-mimic" / "start/student/config.json").read_text())
     assert config["text_config"]["num_key_value_heads"] == 1
@@ -122,7 +122,7 @@ def test_the_convert_command_takes_any_conversion(
     assert status in (0, None)
     assert has_merged_heads(tiny_model_dir, out)
     capsys.readouterr()
-    cut = ("--conversion", "{kind: layers, decoder: [0]}")
+    cut = ("--conversion", "{kind: depth_pruning, decoder: [0]}")
     status, out = converted("hybrid", *cut, *one_head, "--layers", "0", "rope=false")
     assert status in (0, None)
     layout = json.loads((out / "config.json").read_text())["layout"]["mamba"]
@@ -190,10 +190,10 @@ def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, cod
 
 
 def test_a_kind_of_mmkd_is_never_looked_for_outside(tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, "1 / 0", ("mmkd.conversions", "layers", "Layers"))
-    assert CONVERSIONS.find("layers") is None
+    install(tmp_path, monkeypatch, "1 / 0", ("mmkd.conversions", "depth_pruning", "Layers"))
+    assert CONVERSIONS.find("depth_pruning") is None
     adapter = TypeAdapter(AnyConversionConfig)
-    assert adapter.validate_python({"kind": "layers", "decoder": [0]}).decoder == [0]
+    assert adapter.validate_python({"kind": "depth_pruning", "decoder": [0]}).decoder == [0]
 
 
 def test_objectives_and_conversions_may_share_a_kind(recipe, plugin, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ BAD = [
     (["--keep-attention", "none", "--layers", "0"], ["either 'keep_attention' or 'layers'"]),
     (["--keep-attention", "half"], ["cannot read 'half'", "every:4"]),
     (["--keep-attention", "every:1"], ["all 2 layers keep their attention"]),
-    (["--layers", "2"], ["cannot place layers [2] in 2 layers"]),
+    (["--layers", "2"], ["cannot select layers [2] of 2"]),
     (["--keep-attention", "none", "--init", "mimik"], ["'mimic'", "got 'mimik'"]),
     (["--keep-attention", "none", "--dtype", "int8"], ["dtype", "'float16'", "got 'int8'"]),
     (["--keep-attention", "none", "ropee=false"], ["ropee: unknown key", "'rope'"]),
@@ -79,7 +79,7 @@ BAD = [
     ),
     (["--experts", "1"], ["experts", "equal to 2", "got 1"]),
     (["--experts", "2", "--top-k", "3"], ["top_k 3 is more than the 2 experts"]),
-    (["--experts", "2", "--sparse-layers", "7"], ["cannot place layers [7] in 2 layers"]),
+    (["--experts", "2", "--sparse-layers", "7"], ["cannot select layers [7] of 2"]),
     (["keep_attention={evry: 2}"], ["keep_attention.every: this key is missing"]),
 ]
 

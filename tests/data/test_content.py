@@ -232,7 +232,7 @@ def test_nothing_of_a_record_is_left_out_in_silence(folder, case):
     with pytest.raises(DataError, match=rf"a\.json: record 0 \(id x7\): .*{message}"):
         one(folder, row)
     (folder / "b.json").write_text(json.dumps([LLAVA, row, LLAVA]))
-    config = DataConfig(train=str(folder / "b.json"), on_bad_sample="skip")
+    config = DataConfig(train=str(folder / "b.json"), on_bad_record="skip")
     batch = Encoder(Records(config), FAMILIES["llava"](), config).encode([0, 1])
     assert len(batch.skipped) == 1
     assert "record 1 (id x7)" in batch.skipped[0]

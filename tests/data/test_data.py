@@ -178,7 +178,7 @@ def test_turns_that_a_template_refuses_are_a_bad_record(folder):
     for encode in (lambda e: e.encode([0]), lambda e: e.encode([1, 0])):
         with pytest.raises(DataError, match=r"0 \(id twice\): the chat template refuses it: Roles"):
             encode(Encoder(data, processor, DataConfig(train="-")))
-    skipping = Encoder(data, processor, DataConfig(train="-", on_bad_sample="skip"))
+    skipping = Encoder(data, processor, DataConfig(train="-", on_bad_record="skip"))
     assert skipping.encode([0, 1]).ids == ["good", "good"]
     assert skipping.length(0) == skipping.length(1) > 0
 
@@ -198,7 +198,7 @@ def test_what_a_processor_refuses_is_named_and_can_be_skipped(folder):
         stopping.encode([0, 1, 2])
     assert stopping.length(1) == 0
     for pack in (None, 200):
-        config = DataConfig(train="-", on_bad_sample="skip")
+        config = DataConfig(train="-", on_bad_record="skip")
         skipping = Encoder(data, processor, config, pack=pack)
         batch = skipping.encode([0, 1, 2])
         assert [len(batch.ids), "wide" in batch.ids] == [3, False]
@@ -211,7 +211,7 @@ def test_pictures_longer_than_a_sequence_can_be_skipped(folder):
     rows = [{"id": str(n), "images": ["red.png"] * n,
              "conversations": conversations([("human", "<image>" * n + "?"), ("gpt", "two cats")])}
             for n in (1, 4, 1)]  # fmt: skip
-    config = DataConfig(train="-", max_length=50, on_bad_sample="skip")
+    config = DataConfig(train="-", max_length=50, on_bad_record="skip")
     batch = Encoder(records(folder, rows), FAMILIES["llava"](), config).encode([0, 1, 2])
     assert batch.ids == ["1", "1", "1"]
     assert ["its images alone pass max_length 50" in s for s in batch.skipped] == [True]
@@ -224,7 +224,7 @@ def test_a_record_that_the_teachers_processor_refuses_is_read_by_neither(folder)
         {"id": name, "image": image, "conversations": conversations(TURNS)}
         for name, image in (("a", "red.png"), ("wide", "wide.png"), ("b", "red.png"))
     ]
-    config = DataConfig(train="-", on_bad_sample="skip")
+    config = DataConfig(train="-", on_bad_record="skip")
     encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config,
                       teacher_processor=FAMILIES["qwen"](), chunks=True, aligned=False)  # fmt: skip
     batch = encoder.encode([0, 1, 2])
@@ -236,7 +236,7 @@ def test_a_record_that_the_teachers_processor_refuses_is_read_by_neither(folder)
 def test_looking_for_another_record_ends(folder, monkeypatch):
     rows = [{"id": str(i), "image": "broken.png", "conversations": conversations(TURNS)}
             for i in range(20)]  # fmt: skip
-    config = DataConfig(train="-", on_bad_sample="skip")
+    config = DataConfig(train="-", on_bad_record="skip")
     encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config)
     with pytest.raises(DataError, match=r"every record is bad, the last one: broken\.png is not"):
         encoder.encode([0])
@@ -295,7 +295,7 @@ def test_bad_records_name_file_record_and_mend(folder, name):
 def test_bad_records_can_be_skipped_and_are_listed(folder):
     good = {"id": "good", "image": "red.png", "conversations": conversations(TURNS[:2])}
     bad = {"id": "bad", "image": "broken.png", "conversations": conversations(TURNS[:2])}
-    config = DataConfig(train="-", on_bad_sample="skip")
+    config = DataConfig(train="-", on_bad_record="skip")
     batch = Encoder(records(folder, [bad, good]), FAMILIES["llava"](), config).encode([0, 1])
     assert batch.ids == ["good", "good"]
     assert len(batch.skipped) == 1

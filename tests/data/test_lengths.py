@@ -32,7 +32,7 @@ def encoder(tmp_path):
         if i % 3 == 0:
             rows[-1]["image"] = "red.png" if i % 9 else "gone.png"
             rows[-1]["conversations"][0]["value"] = "<image>?"
-    config = DataConfig(train="-", on_bad_sample="skip")
+    config = DataConfig(train="-", on_bad_record="skip")
     return Encoder(records(tmp_path, rows), FAMILIES["llava"](), config)
 
 

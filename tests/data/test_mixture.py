@@ -129,7 +129,7 @@ def test_bad_records_are_replaced_by_far_ones(tmp_path):
     for row in rows[300:]:
         row["image"] = put(tmp_path, "there.png")
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    config = DataConfig(train=str(tmp_path / "a.json"), on_bad_sample="skip")
+    config = DataConfig(train=str(tmp_path / "a.json"), on_bad_record="skip")
     batch = Encoder(Records(config), FAMILIES["llava"](), config).encode([*range(20)])
     assert len(batch.ids) == 20
     assert len(batch.skipped) < 120  # the good ones are 281 to 300 records away

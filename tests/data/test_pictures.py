@@ -134,10 +134,10 @@ def test_a_picture_that_a_processor_would_blow_up_is_refused(narrow):
         with pytest.raises(DataError, match=message):
             encoder.encode([0, 1])
         assert encoder.length(0) == 0
-        skipping = DataConfig(train=str(narrow / "a.json"), on_bad_sample="skip")
+        skipping = DataConfig(train=str(narrow / "a.json"), on_bad_record="skip")
         batch = Encoder(Records(skipping), processor, skipping, pack=pack).encode([0, 1])
         assert batch.ids == ["good", "good"]
-    kept = DataConfig(train=str(narrow / "a.json"), picture_cache=str(narrow / "kept"))
+    kept = DataConfig(train=str(narrow / "a.json"), image_cache=str(narrow / "kept"))
     with pytest.raises(DataError, match=message):
         Encoder(Records(kept), processor, kept).encode([0, 1])
     other = Encoder(Records(config), FAMILIES["llava"](), config, teacher_processor=processor)

@@ -79,7 +79,7 @@ def test_pictures_of_a_sample_are_in_the_order_of_their_numbers(tmp_path):
 def test_pictures_of_shards_are_kept_as_others_are(shards, tmp_path):
     records = read(shards / "s-0.tar")
     plain = DataConfig(train="-")
-    kept = DataConfig(train="-", picture_cache=str(tmp_path / "kept"))
+    kept = DataConfig(train="-", image_cache=str(tmp_path / "kept"))
     wanted = Encoder(records, FAMILIES["llava"](), plain).encode([0, 3])
     for _ in range(2):
         found = Encoder(records, FAMILIES["llava"](), kept).encode([0, 3])

@@ -131,7 +131,7 @@ def test_a_token_budget_holds_with_what_is_read_in_place_of_bad_records(folder):
     for row in rows[::2]:
         row["image"] = "gone.png"
         row["conversations"][0]["value"] = "<image>?"
-    config = DataConfig(train="-", on_bad_sample="skip")
+    config = DataConfig(train="-", on_bad_record="skip")
     encoder = Encoder(records(folder, rows), FAMILIES["llava"](), config)
     batch = BatchConfig(tokens=2 * encoder.length(1), total=8)
     steps = list(BatchStream(encoder, batch, seed=3).steps(0, 2))

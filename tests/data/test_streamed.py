@@ -236,7 +236,7 @@ def test_a_run_on_a_stream_goes_on_where_it_stopped(
                 tmp_path / "runs",
                 name=name,
                 data=data,
-                stage={"steps": 10, "batch": {"size": 8}, "checkpoint": {"every": 2}},
+                stage={"steps": 10, "batch": {"size": 8}, "checkpoint": {"interval": 2}},
             )
             out = pipeline.run(load_recipe(raw))
         lines = (out / "01-mimic" / "metrics.jsonl").read_text().splitlines()

@@ -181,7 +181,7 @@ def test_a_literal_image_token_in_a_text_is_a_bad_record(folder, name):
             )
             with pytest.raises(DataError, match=rf"record 0 \(id bad\): .*{said}"):
                 Encoder(data, processor, DataConfig(train="-")).encode([0, 1])
-            skipping = Encoder(data, processor, DataConfig(train="-", on_bad_sample="skip"))
+            skipping = Encoder(data, processor, DataConfig(train="-", on_bad_record="skip"))
             batch = skipping.encode([0, 1])
             assert batch.ids == ["good", "good"]
             assert len(batch.skipped) == 1

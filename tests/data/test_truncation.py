@@ -57,7 +57,7 @@ def test_a_record_without_its_answer_is_named_or_skipped(folder, family, pack):
     with pytest.raises(DataError, match=rf"record 1 \(id long\): max_length {limit} {LOST}"):
         stopping.encode([0, 1])
     assert stopping.length(1) == 0
-    config = DataConfig(train="-", max_length=limit, on_bad_sample="skip")
+    config = DataConfig(train="-", max_length=limit, on_bad_record="skip")
     skipping = Encoder(data, processor, config, pack=pack)
     batch = skipping.encode([1, 0])
     assert batch.ids == ["short", "short"]
@@ -219,7 +219,7 @@ def test_check_finds_answers_that_the_teacher_loses(
 
 
 def test_a_skipped_record_is_counted_by_a_run(folder, scenes_dir, tiny_model_dir):
-    raw = write(folder, scenes_dir, tiny_model_dir, max_length=100, on_bad_sample="skip")
+    raw = write(folder, scenes_dir, tiny_model_dir, max_length=100, on_bad_record="skip")
     pipeline.run(load_recipe(raw))
     stage = next((folder / "runs").rglob("01-mimic"))
     steps = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
@@ -235,7 +235,7 @@ def test_a_cache_names_the_record_too(folder, scenes_dir, tiny_model_dir):
     raw["teacher"] = {"model": str(tiny_model_dir), "source": "cache", "cache": cache}
     with pytest.raises(DataError, match=rf"\(id long\): max_length 100 {LOST}"):
         build_cache(load_recipe(raw))
-    raw["data"]["on_bad_sample"] = "skip"
+    raw["data"]["on_bad_record"] = "skip"
     store = build_cache(load_recipe(raw))
     raw["stages"][0]["steps"] = 2
     pipeline.run(load_recipe(raw))

@@ -129,7 +129,7 @@ class Runs:
                 "engine": {"device": "cpu", **self._engine(engine)},
                 # A large eps: gradients that are rounding alone must not become steps.
                 "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
-                "checkpoint": {"every": 2},
+                "checkpoint": {"interval": 2},
                 **stage,
             },
         )

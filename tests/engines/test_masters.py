@@ -149,7 +149,7 @@ def test_a_run_resumes_to_the_same_student(scenes_dir, tiny_model_dir, tmp_path,
             tiny_recipe(
                 scenes_dir, tiny_model_dir, tmp_path, name=name,
                 student={"model": str(tiny_model_dir), "dtype": "bfloat16"},
-                stage={"steps": 3, "checkpoint": {"every": 2}, "optimizer": {"lr": 1e-5}},
+                stage={"steps": 3, "checkpoint": {"interval": 2}, "optimizer": {"lr": 1e-5}},
             )
         )  # fmt: skip
 

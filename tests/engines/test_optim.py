@@ -96,7 +96,7 @@ def test_fused_adam_under_offload_goes_on_where_it_stopped(
     def run(name, stop=None):
         settings = {
             "steps": 6,
-            "checkpoint": {"every": 2},
+            "checkpoint": {"interval": 2},
             "engine": {"device": "cpu", "kind": "deepspeed", "zero": 3, "offload": "all"},
         }
         raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name=name, stage=settings)

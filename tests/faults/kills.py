@@ -82,7 +82,7 @@ class Run:
             "steps": STEPS,
             "batch": {"size": 2, "total": 4},
             "optimizer": {"lr": 1e-3},
-            "checkpoint": {"every": EVERY},
+            "checkpoint": {"interval": EVERY},
             "engine": {"device": "cpu", **settings},
         }
         raw = tiny_recipe(

@@ -30,7 +30,7 @@ def begun(scenes_dir, tiny_model_dir, tmp_path, monkeypatch):
             tiny_model_dir,
             tmp_path,
             name=name,
-            stage={"steps": 8, "checkpoint": {"every": 2, "keep": 2}, **changes},
+            stage={"steps": 8, "checkpoint": {"interval": 2, "keep_last": 2}, **changes},
         )
 
         with broken_off(lambda stage, number: number == stop):

@@ -29,7 +29,7 @@ def runs(scenes_dir, tiny_model_dir, tmp_path):
                 stage={
                     "steps": 6,
                     "batch": {"size": 2, "total": 4},
-                    "checkpoint": {"every": every},
+                    "checkpoint": {"interval": every},
                 },
             )
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))

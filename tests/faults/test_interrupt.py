@@ -259,7 +259,7 @@ def test_a_signal_behind_the_last_step_does_not_lose_it(long_run, tmp_path):
 
 
 def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(long_run, tmp_path):
-    recipe, folder = long_run(checkpoint={"every": 2})
+    recipe, folder = long_run(checkpoint={"interval": 2})
     plugin = tmp_path / "slow.py"
     plugin.write_text(
         "import os, signal, time\n"

@@ -53,8 +53,8 @@ def disturbed(request, scenes_dir, tiny_model_dir, tmp_path):
                     stage={
                         "steps": 40,
                         "batch": {"size": 2, "total": 4},
-                        "checkpoint": {"every": 5},
-                        "engine": {"device": "cpu", "patience": 15, **ENGINES[request.param]},
+                        "checkpoint": {"interval": 5},
+                        "engine": {"device": "cpu", "timeout_s": 15, **ENGINES[request.param]},
                     },
                 ),
             )
@@ -95,7 +95,7 @@ def test_a_hanging_process_is_waited_for_and_then_named(disturbed):
 
 
 def test_a_process_that_never_comes(scenes_dir, tiny_model_dir, tmp_path):
-    stage = {"engine": {"device": "cpu", "patience": 5}}
+    stage = {"engine": {"device": "cpu", "timeout_s": 5}}
     run = Run(tmp_path, tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage=stage))
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417", "WORLD_SIZE": "2", "RANK": "0"}
     done = subprocess.run(

@@ -65,7 +65,7 @@ def test_a_reference_is_run_once_over_any_number_of_pairs(
             "objectives": [{"kind": "preference", "reference_logps": "once"}],
             "steps": 2,
             "batch": {"size": 8, "total": 16},
-            "engine": {"device": "cpu", "patience": 60},
+            "engine": {"device": "cpu", "timeout_s": 60},
         },
     )
     run(tmp_path, raw, "run")
@@ -90,11 +90,11 @@ def test_a_cache_of_a_spread_teacher_leaves_bad_records_out(scenes_dir, tiny_mod
             "source": "cache",
             "cache": {"folder": str(tmp_path / "cache"), "k": 8},
         },
-        data={"train": str(tmp_path / "records.parquet"), "on_bad_sample": "skip"},
+        data={"train": str(tmp_path / "records.parquet"), "on_bad_record": "skip"},
         stage={
             "objectives": [{"kind": "kl"}],
             "batch": {"size": 2},
-            "engine": {"device": "cpu", "patience": 60},
+            "engine": {"device": "cpu", "timeout_s": 60},
         },
     )
     run(tmp_path, raw, "cache", "build")

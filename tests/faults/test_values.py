@@ -25,7 +25,7 @@ def test_no_number(scenes_dir, tiny_model_dir, tmp_path, monkeypatch, engine, wh
     def run(name):
         settings = {
             "steps": 8,
-            "checkpoint": {"every": 2},
+            "checkpoint": {"interval": 2},
             "engine": {"device": "cpu", **ENGINES[engine]},
         }
         raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name=name, stage=settings)

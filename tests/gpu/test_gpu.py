@@ -69,7 +69,7 @@ def losses(scenes_dir, tiny_model_dir, tmp_path):
                 # A large eps: gradients that are rounding alone must not become steps.
                 "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
                 "precision": "float32",
-                "checkpoint": {"every": 2},
+                "checkpoint": {"interval": 2},
                 "engine": {"device": device, **(engine or {})},
                 **stage,
             },

@@ -136,7 +136,7 @@ def recipe(scenes_dir, tiny_model_dir, tmp_path):
             scenes_dir, tiny_model_dir, tmp_path, name=name,
             teacher={"model": str(tiny_model_dir)},
             stage={"objectives": [{"kind": "ce"}, {"kind": "kl"}], "steps": 4,
-                   "optimizer": {"lr": 1e-2}, "checkpoint": {"every": 2}, **stage},
+                   "optimizer": {"lr": 1e-2}, "checkpoint": {"interval": 2}, **stage},
         )  # fmt: skip
         return load_recipe(raw)
 

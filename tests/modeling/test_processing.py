@@ -105,7 +105,7 @@ def test_whatever_a_processor_raises_is_its_refusal_of_a_record(three, error, sa
         Encoder(Records(three), processor, three, pack=pack).encode([0, 1, 2])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-    config = three.model_copy(update={"on_bad_sample": "skip"})
+    config = three.model_copy(update={"on_bad_record": "skip"})
     skipping = Encoder(Records(three), processor, config, pack=pack)
     batch = skipping.encode([0, 1, 2])
     assert len(batch.ids) == 3
@@ -127,7 +127,7 @@ def test_a_prompt_that_is_refused_names_its_own_record(three):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), MemoryError(), ImportError("cv2")])
 def test_a_full_disk_or_a_missing_package_is_no_records_fault(three, error):
-    config = three.model_copy(update={"on_bad_sample": "skip"})
+    config = three.model_copy(update={"on_bad_record": "skip"})
     with pytest.raises(type(error)):
         Encoder(Records(three), refusing(error), config).encode([0, 1, 2])
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.modeling.loading import load_model, load_pretrained, skeleton
-from mmkd.recipe import LayersConfig, MambaConfig, ModelConfig
+from mmkd.recipe import DepthPruningConfig, MambaConfig, ModelConfig
 from mmkd.students import convert, set_trainable
 from mmkd.students.layer_choice import choose, parse
 from mmkd_models.cache import GrowingLayer, HybridCache, MambaLayer, cache_bytes
@@ -375,7 +375,7 @@ def test_half_precision_keeps_decay_and_step_size(saved):
     assert generate(model, batch, do_sample=False).sequences.shape == (2, 19)
 
 
-PLACEMENTS = [
+SELECTIONS = [
     ("every:4", {"every": 4}, [0, 4]),
     ("every:4:last", {"every": 4, "first": False}, [3, 7]),
     ("head:2", {"head": 2}, [0, 1]),
@@ -385,10 +385,10 @@ PLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "placement", "layers"), PLACEMENTS)
-def test_placements(text, placement, layers):
+@pytest.mark.parametrize(("text", "selection", "layers"), SELECTIONS)
+def test_layer_selections(text, selection, layers):
     spoken, written = (
-        MambaConfig(kind="mamba", keep_attention=p).keep_attention for p in (parse(text), placement)
+        MambaConfig(kind="mamba", keep_attention=p).keep_attention for p in (parse(text), selection)
     )
     assert spoken == written
     assert choose(written, 8) == layers
@@ -403,7 +403,7 @@ def test_a_placement_that_cannot_be_read(text):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("llava", {"layers": [4]}, "cannot place layers"),
+        ("llava", {"layers": [4]}, "cannot select layers"),
         ("llava", {"keep_attention": {"head": 4}}, "all 4 layers keep their attention"),
         ("llava", {"layers": [0], "d_state": 4}, "d_state 4 is less than the head size 8"),
         ("gemma3", {"keep_attention": []}, "layer 2 cannot be converted: .*sliding-window"),
@@ -467,10 +467,10 @@ def test_a_further_conversion_that_does_not_fit(settings, message):
 
 def test_layers_are_dropped_before_attention_becomes_mamba():
     model = families.make("llava")
-    cut = LayersConfig(kind="layers", decoder=[0, 2])
+    cut = DepthPruningConfig(kind="depth_pruning", decoder=[0, 2])
     report = convert(model, [cut, MambaConfig(kind="mamba", layers=[1])])
     assert report.lines[0] == "decoder: kept layers [0, 2] of 4"
     assert "Mamba-2 mixers (mimic) in layers [1], attention in [0]" in report.lines[1]
     assert "inherited: q_proj.weight" in report.lines[2]
-    with pytest.raises(RecipeError, match="put 'layers' before 'mamba' and 'moe'"):
+    with pytest.raises(RecipeError, match="put 'depth_pruning' before 'mamba' and 'moe'"):
         convert(model, cut)

@@ -113,9 +113,9 @@ def test_what_is_bad_for_the_teacher_alone_is_skipped_for_both(scenes_dir, folde
     )
     objectives = [build_objective(AlmConfig(kind="alm"))]
 
-    def encoder(on_bad_sample):
+    def encoder(on_bad_record):
         config = DataConfig(
-            train=str(scenes_dir / "train.parquet"), max_length=2048, on_bad_sample=on_bad_sample
+            train=str(scenes_dir / "train.parquet"), max_length=2048, on_bad_record=on_bad_record
         )
         return Encoder.of(objectives, config, mine, teacher_processor=theirs)
 

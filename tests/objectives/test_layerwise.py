@@ -236,7 +236,7 @@ def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model
 
     check({"kind": "mixer_mse"})
     check({"kind": "matrix"}, teacher={"attn_implementation": "eager"})
-    cut = [{"kind": "layers", "decoder": [1]}, {"kind": "mamba", "layers": [0]}]
+    cut = [{"kind": "depth_pruning", "decoder": [1]}, {"kind": "mamba", "layers": [0]}]
     check({"kind": "layer_l2", "layers": [0], "teacher_layers": [1]}, convert=cut)
     for objective, message in (
         ({"kind": "matrix"}, "attn_implementation to eager"),
@@ -258,7 +258,7 @@ def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model
     with pytest.raises(RecipeError, match="do not go together"):
         preflight.check(load_recipe(raw))
     with pytest.raises(RecipeError, match="no Mamba layers to compare"):
-        check({"kind": "mixer_mse"}, convert=[{"kind": "layers", "decoder": [0]}])
+        check({"kind": "mixer_mse"}, convert=[{"kind": "depth_pruning", "decoder": [0]}])
 
 
 STAGES = [
@@ -283,7 +283,7 @@ def test_a_stage_lowers_its_objective(objective, scenes_dir, tiny_model_dir, tmp
             "steps": 12,
             "optimizer": {"lr": 1e-2},
             "schedule": {"kind": "constant", "warmup": 0.0},
-            "checkpoint": {"every": 5},
+            "checkpoint": {"interval": 5},
         },
     )
     raw["student"]["convert"] = [{"kind": "mamba", "layers": [0, 1]}]

@@ -222,7 +222,7 @@ def affinity_means(scenes_dir, model, tmp_path, batch):
     raw = tiny_recipe(
         scenes_dir, model, tmp_path, name="-".join(map(str, batch.values())),
         teacher={"model": str(model)},
-        student={"model": str(model), "convert": [{"kind": "mlp", "decoder": 16}]},
+        student={"model": str(model), "convert": [{"kind": "width_pruning", "decoder": 16}]},
         stage={"objectives": [{"kind": "affinity"}], "batch": batch, "steps": 1},
     )  # fmt: skip
     lines = (pipeline.run(load_recipe(raw)) / "01-mimic" / "metrics.jsonl").read_text()
@@ -267,7 +267,7 @@ def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path, objective):
     # every step sees all records
     stage = {"objectives": [objective], "batch": {"size": 64}, "steps": 5}
     student = {"model": str(tiny_model_dir),
-               "convert": [{"kind": "mlp", "decoder": 16},
+               "convert": [{"kind": "width_pruning", "decoder": 16},
                            {"kind": "mamba", "layers": [1], "init": "mimic"}]}  # fmt: skip
     raw = tiny_recipe(
         scenes_dir, tiny_model_dir, tmp_path, student=student,

@@ -69,7 +69,7 @@ def test_a_killed_run_continues_with_the_same_figures(
             "steps": 40,
             "batch": {"size": 2, "accumulate": 2},
             "optimizer": {"lr": 1e-3},
-            "checkpoint": {"every": 7},
+            "checkpoint": {"interval": 7},
             "precision": "bfloat16",
         }
         for name in ("first", "second")
@@ -168,7 +168,7 @@ def test_finished_stages_are_kept_and_another_recipe_is_refused(
     path = folder / "training.yaml"
     older = yaml.safe_load(path.read_text())
     older["stages"][0]["train"] = ["all"]
-    del older["data"]["picture_cache"], older["stages"][0]["batch"]
+    del older["data"]["image_cache"], older["stages"][0]["batch"]
     path.write_text(yaml.safe_dump(older))  # as written before these keys were there
     pipeline.run(load_recipe(raw))
     before = sorted(p.name for p in folder.rglob("*"))
@@ -202,7 +202,7 @@ def test_variants_share_the_stages_in_which_they_are_alike(scenes_dir, tiny_mode
     """A stage that two recipes begin with is trained once, and comes out as if trained twice."""
     raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="shared")
     first = raw["stages"][0]
-    cut = {"kind": "mlp", "decoder": 32}
+    cut = {"kind": "width_pruning", "decoder": 32}
     raw["student"]["convert"] = [cut]
     raw["stages"] = [{**first, "name": "one"}, {**first, "name": "two"}]
     raw["variants"] = {
@@ -236,7 +236,7 @@ def test_a_converted_student_keeps_the_chosen_layers(scenes_dir, tiny_model_dir,
         tmp_path,
         student={
             "model": str(tiny_model_dir),
-            "convert": [{"kind": "layers", "decoder": [1], "vision": [0]}],
+            "convert": [{"kind": "depth_pruning", "decoder": [1], "vision": [0]}],
         },
     )
     folder = pipeline.run(load_recipe(raw))
@@ -279,7 +279,7 @@ def test_a_whole_run_from_recipe_to_report(scenes_dir, tiny_model_dir, tmp_path)
         teacher={"model": str(tiny_model_dir)},
         student={
             "model": str(tiny_model_dir),
-            "convert": [{"kind": "layers", "decoder": [0], "vision": [1]}],
+            "convert": [{"kind": "depth_pruning", "decoder": [0], "vision": [1]}],
         },
         stage={"objectives": [{"kind": "ce"}, {"kind": "kl"}], "steps": 3},
         variants={"ce": ["stages.1.objectives=[{kind: ce}]"]},

@@ -129,9 +129,9 @@ def test_an_earlier_stage_may_be_named_and_a_later_one_is_refused(raw, monkeypat
 
 
 def test_a_conversion_that_has_changed_is_made_again(raw):
-    raw["stages"][1]["convert"] = [{"kind": "mlp", "decoder": 32}]
+    raw["stages"][1]["convert"] = [{"kind": "width_pruning", "decoder": 32}]
     pipeline.run(load_recipe(raw))
-    change = ["stages.1.convert=[{kind: mlp, decoder: 48}]"]
+    change = ["stages.1.convert=[{kind: width_pruning, decoder: 48}]"]
     folder = pipeline.run(load_recipe(raw, change), from_stage="two")
     config = read_json(folder / "03-three" / "student" / "config.json")
     assert config["text_config"]["intermediate_size"] == 48

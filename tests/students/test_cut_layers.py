@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mmkd.errors import RecipeError
-from mmkd.recipe import LayersConfig
+from mmkd.recipe import DepthPruningConfig
 from mmkd.students import convert
 from mmkd_models.parts import find_parts
 from tests.support import families
@@ -95,7 +95,7 @@ def test_a_cut_model_is_the_model_with_these_layers_skipped(family, given, tower
             continue  # nothing is there that the first deep-stack module could read
         model, skipped = copy.deepcopy(whole), copy.deepcopy(whole)
         skip(skipped, tower, kept)
-        convert(model, LayersConfig(kind="layers", **{tower: kept}))
+        convert(model, DepthPruningConfig(kind="depth_pruning", **{tower: kept}))
         with torch.no_grad():
             got, want = (m(**batch, use_cache=False).logits for m in (model, skipped))
         torch.testing.assert_close(got, want, msg=str(kept), rtol=1e-4, atol=1e-4)
@@ -110,7 +110,7 @@ def test_a_cut_model_is_the_model_with_these_layers_skipped(family, given, tower
 
 def test_lists_of_layer_numbers_follow_in_config_and_module():
     model = deep("qwen2_5_vl", {"vision": {"fullatt_block_indexes": [1, 4, 5]}})
-    convert(model, LayersConfig(kind="layers", vision=[0, 1, 5]))
+    convert(model, DepthPruningConfig(kind="depth_pruning", vision=[0, 1, 5]))
     assert list(model.config.vision_config.fullatt_block_indexes) == [1, 2]
     assert list(find_parts(model).vision.fullatt_block_indexes) == [1, 2]
 
@@ -118,7 +118,7 @@ def test_lists_of_layer_numbers_follow_in_config_and_module():
 def test_deep_stack_modules_go_with_what_feeds_them():
     model = deep("qwen3_vl", {"vision": {"deepstack_visual_indexes": [0, 2, 4]}})
     mergers = list(find_parts(model).vision.deepstack_merger_list)
-    report = convert(model, LayersConfig(kind="layers", vision=[1, 2, 3, 5]))
+    report = convert(model, DepthPruningConfig(kind="depth_pruning", vision=[1, 2, 3, 5]))
     vision = find_parts(model).vision
     assert list(model.config.vision_config.deepstack_visual_indexes) == [1, 2]
     assert list(vision.deepstack_visual_indexes) == [1, 2]
@@ -130,14 +130,14 @@ def test_deep_stack_modules_go_with_what_feeds_them():
 def test_decoder_layers_that_take_deep_stack_features():
     given = {"vision": {"deepstack_visual_indexes": [0, 2, 4]}}
     model = deep("qwen3_vl", given)
-    report = convert(model, LayersConfig(kind="layers", decoder=[0, 1, 2, 5]))
+    report = convert(model, DepthPruningConfig(kind="depth_pruning", decoder=[0, 1, 2, 5]))
     assert "deepstack" not in report.lines[0]
-    report = convert(model, LayersConfig(kind="layers", decoder=[0, 2, 3]))
+    report = convert(model, DepthPruningConfig(kind="depth_pruning", decoder=[0, 2, 3]))
     assert (
         "deepstack_visual_indexes are now added after the old layers [0, 2, 3]" in (report.lines[0])
     )
     with pytest.raises(RecipeError, match="after the first 3 decoder layers, and 2 are kept"):
-        convert(model, LayersConfig(kind="layers", decoder=[0, 1]))
+        convert(model, DepthPruningConfig(kind="depth_pruning", decoder=[0, 1]))
     assert len(find_parts(model).decoder_layers) == 3
 
 
@@ -151,7 +151,7 @@ def test_what_may_speak_of_layers_and_is_not_known_is_refused_by_name(key, value
     before = model.config.to_dict()
     setattr(model.config.vision_config if of == "tower" else model.config, key, value)
     with pytest.raises(RecipeError, match=f"the config's {key} may be about single layers"):
-        convert(model, LayersConfig(kind="layers", vision=[0, 1]))
+        convert(model, DepthPruningConfig(kind="depth_pruning", vision=[0, 1]))
     assert len(find_parts(model).vision_layers) == DEEP
     assert (
         model.config.vision_config.num_hidden_layers == before["vision_config"]["num_hidden_layers"]
@@ -162,7 +162,7 @@ def test_layers_that_a_config_cannot_place_are_refused():
     """Behind which layer features are read is not said where the order changes."""
     model = deep("llava", {"vision_feature_layer": -3})
     with pytest.raises(RecipeError, match="vision_feature_layer -3 is read after layer 3"):
-        convert(model, LayersConfig(kind="layers", vision=[5, 0, 1]))
+        convert(model, DepthPruningConfig(kind="depth_pruning", vision=[5, 0, 1]))
     model = deep("qwen3_vl", {"vision": {"deepstack_visual_indexes": [1, 3]}})
     with pytest.raises(RecipeError, match=r"deepstack_visual_indexes .1, 3. change their order"):
-        convert(model, LayersConfig(kind="layers", vision=[3, 1]))
+        convert(model, DepthPruningConfig(kind="depth_pruning", vision=[3, 1]))

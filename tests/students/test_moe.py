@@ -14,11 +14,11 @@ from mmkd.modeling.loading import load_model, load_pretrained, parameter_count
 from mmkd.objectives import RouterSignals, Signals, Targets, build_objective, expert_counts
 from mmkd.objectives.balance import BalanceConfig, RouterZConfig
 from mmkd.recipe import (
-    LayersConfig,
+    DepthPruningConfig,
     MambaConfig,
-    MlpConfig,
     ModelConfig,
     MoeConfig,
+    WidthPruningConfig,
     load_recipe,
 )
 from mmkd.report.rundata import read_run
@@ -320,8 +320,11 @@ def test_placements_of_experts(layers, chosen):
     ("conversions", "message"),
     [
         ([MOE, MOE], "sparse already"),
-        ([MOE, LayersConfig(kind="layers", decoder=[0])], "put 'layers' before"),
-        ([MOE, MlpConfig(kind="mlp", decoder=8)], "put 'mlp' before"),
+        (
+            [MOE, DepthPruningConfig(kind="depth_pruning", decoder=[0])],
+            "put 'depth_pruning' before",
+        ),
+        ([MOE, WidthPruningConfig(kind="width_pruning", decoder=8)], "put 'width_pruning' before"),
         ([MoeConfig(kind="moe", layers=[7])], r"layers \[7\] in 4 layers"),
         ([MoeConfig(kind="moe", layers=[])], "no layer is chosen"),
     ],
@@ -443,6 +446,6 @@ def test_a_later_conversion_that_does_not_fit_is_refused_at_the_start(
     raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path / "runs")
     second = {**raw["stages"][0], "name": "sparse", "convert": [{"kind": "moe", "layers": [9]}]}
     raw["stages"].append(second)
-    with pytest.raises(RecipeError, match=r"cannot place layers \[9\]"):
+    with pytest.raises(RecipeError, match=r"cannot select layers \[9\]"):
         pipeline.run(load_recipe(raw))
     assert not (tmp_path / "runs").exists()

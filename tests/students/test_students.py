@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.loading import load_model
-from mmkd.recipe import LayersConfig, MlpConfig, ModelConfig
+from mmkd.recipe import DepthPruningConfig, ModelConfig, WidthPruningConfig
 from mmkd.students import convert, set_trainable
 from mmkd_models.parts import find_parts, parameter_groups
 
@@ -64,7 +64,7 @@ def test_keeping_all_layers_changes_nothing(name):
     model = family(name)
     ids = torch.arange(10, 20)[None]
     want = model(input_ids=ids).logits
-    convert(model, [LayersConfig(kind="layers", decoder=[0, 1, 2], vision=[0, 1, 2])])
+    convert(model, [DepthPruningConfig(kind="depth_pruning", decoder=[0, 1, 2], vision=[0, 1, 2])])
     assert torch.equal(model(input_ids=ids).logits, want)
 
 
@@ -72,7 +72,7 @@ def test_keeping_all_layers_changes_nothing(name):
 def test_kept_layers_are_the_named_ones_and_reload(name, tmp_path):
     model = family(name)
     layers = list(find_parts(model).decoder_layers)
-    report = convert(model, [LayersConfig(kind="layers", decoder=[0, 2], vision=[1])])
+    report = convert(model, [DepthPruningConfig(kind="depth_pruning", decoder=[0, 2], vision=[1])])
     kept = find_parts(model)
     assert [id(x) for x in kept.decoder_layers] == [id(layers[0]), id(layers[2])]
     assert len(kept.vision_layers) == 1
@@ -91,7 +91,7 @@ def test_keeping_all_neurons_changes_nothing(name):
     model = family(name)
     ids = torch.arange(10, 20)[None]
     want = model(input_ids=ids).logits
-    convert(model, [MlpConfig(kind="mlp", decoder=48, vision=48)])
+    convert(model, [WidthPruningConfig(kind="width_pruning", decoder=48, vision=48)])
     assert torch.equal(model(input_ids=ids).logits, want)
 
 
@@ -104,7 +104,7 @@ def test_neurons_that_say_nothing_go_first(name, tmp_path):
             layer.mlp.down_proj.weight[:, ::2] = 0
     ids = torch.arange(10, 20)[None]
     want = model(input_ids=ids).logits
-    report = convert(model, [MlpConfig(kind="mlp", decoder=24, vision=12)])
+    report = convert(model, [WidthPruningConfig(kind="width_pruning", decoder=24, vision=12)])
     torch.testing.assert_close(model(input_ids=ids).logits, want)
     assert report.lines == [
         "decoder: kept 24 of 48 neurons per layer",
@@ -118,13 +118,13 @@ def test_neurons_that_say_nothing_go_first(name, tmp_path):
 
 def test_more_neurons_than_there_are_is_refused():
     with pytest.raises(RecipeError, match="cannot keep 49 of 48 neurons"):
-        convert(family("llava"), [MlpConfig(kind="mlp", decoder=49)])
+        convert(family("llava"), [WidthPruningConfig(kind="width_pruning", decoder=49)])
 
 
 @pytest.mark.parametrize("kept", [[], [0, 0], [3], [-1]])
 def test_impossible_layers_are_refused(kept):
     with pytest.raises(RecipeError, match="cannot keep layers"):
-        convert(family("llava"), [LayersConfig(kind="layers", decoder=kept)])
+        convert(family("llava"), [DepthPruningConfig(kind="depth_pruning", decoder=kept)])
 
 
 def test_unknown_groups_are_refused_with_the_nearest_name():

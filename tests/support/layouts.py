@@ -114,7 +114,7 @@ def sharegpt4v(folder: Path) -> DataConfig:
     ]
     (folder / "sharegpt4v_mix665k.json").write_text(json.dumps(rows))
     return DataConfig(
-        train=str(folder / "sharegpt4v_mix665k.json"), images=str(images), on_bad_sample="skip"
+        train=str(folder / "sharegpt4v_mix665k.json"), images=str(images), on_bad_record="skip"
     )
 
 

@@ -144,9 +144,9 @@ def test_a_stage_on_policy_resumes_with_the_same_answers(
 
     monkeypatch.setattr(mmkd.training.stage.Stage, "step", stops)
     with pytest.raises(KeyboardInterrupt):
-        run(scenes_dir, tiny_model_dir, tmp_path, "killed", checkpoint={"every": 1})
+        run(scenes_dir, tiny_model_dir, tmp_path, "killed", checkpoint={"interval": 1})
     monkeypatch.undo()
-    lines, resumed = run(scenes_dir, tiny_model_dir, tmp_path, "killed", checkpoint={"every": 1})
+    lines, resumed = run(scenes_dir, tiny_model_dir, tmp_path, "killed", checkpoint={"interval": 1})
     assert [(x["loss"], x["sampled"]) for x in lines] == [(x["loss"], x["sampled"]) for x in whole]
     assert all(torch.equal(resumed[n], w) for n, w in weights.items())
 

@@ -234,7 +234,7 @@ def test_skipped_records_are_counted_and_listed(recipe, tmp_path):
     data = {
         "train": str(tmp_path / "records.json"),
         "images": str(tmp_path),
-        "on_bad_sample": "skip",
+        "on_bad_record": "skip",
     }
     metrics, _ = train(recipe(data=data, stage={"steps": 2, "batch": {"size": 2}}))
     assert [line["skipped"] for line in metrics] == [1, 1]

@@ -84,7 +84,7 @@ def test_tensorboard_has_every_step_once_after_a_kill(recipe, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    made = recipe("tensorboard", stage={"steps": 4, "checkpoint": {"every": 2}})
+    made = recipe("tensorboard", stage={"steps": 4, "checkpoint": {"interval": 2}})
     restore = killed_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(made)
@@ -105,7 +105,7 @@ def test_tensorboard_has_every_step_once_after_a_kill(recipe, monkeypatch):
 
 
 def test_wandb_and_trackio_get_every_step_once_after_a_kill(recipe, fakes, monkeypatch):
-    made = recipe(["wandb", "trackio"], stage={"steps": 4, "checkpoint": {"every": 2}})
+    made = recipe(["wandb", "trackio"], stage={"steps": 4, "checkpoint": {"interval": 2}})
     restore = killed_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(made)
@@ -141,7 +141,7 @@ def test_a_stage_and_a_folder_of_their_own_are_a_run_of_their_own(recipe, fakes,
 
 def test_where_charts_go_may_change_between_two_runs(recipe, fakes, monkeypatch):
     restore = killed_after(2, monkeypatch)
-    stage = {"steps": 4, "checkpoint": {"every": 2}}
+    stage = {"steps": 4, "checkpoint": {"interval": 2}}
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe("none", stage=stage))
     restore()
@@ -273,7 +273,7 @@ def test_trackio_itself_has_every_step_once_after_a_kill(recipe, tmp_path, monke
     from trackio.sqlite_storage import SQLiteStorage
 
     record_calls(trackio, monkeypatch)
-    made = recipe("trackio", stage={"steps": 4, "checkpoint": {"every": 2}})
+    made = recipe("trackio", stage={"steps": 4, "checkpoint": {"interval": 2}})
     restore = killed_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(made)

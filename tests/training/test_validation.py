@@ -46,7 +46,7 @@ def recipe(scenes_dir, tiny_model_dir, teacher_dir, tmp_path):
             "objectives": [{"kind": "ce"}, {"kind": "kl"}],
             "steps": 2,
             "batch": {"size": 2},
-            "checkpoint": {"every": 1, "keep": 1},
+            "checkpoint": {"interval": 1, "keep_last": 1},
             **({"validation": validation} if validation is not None else {}),
             **changes.pop("stage", {}),
         }
@@ -99,7 +99,7 @@ def cross_entropy_of(folder: Path, held_out: Path) -> tuple[float, float]:
 
 
 def test_the_losses_are_those_of_the_models(recipe, scenes_dir):
-    folder = run(recipe(validation={"every": 2, "size": 3}))
+    folder = run(recipe(validation={"interval": 2, "size": 3}))
     (line,) = lines(folder)
     loss, tokens = cross_entropy_of(folder, scenes_dir / "validation.parquet")
     assert line["answer_ce"] == pytest.approx(loss, rel=1e-5)
@@ -120,7 +120,7 @@ def test_a_teacher_forced_stage_measures_what_the_student_says(
         convert = [{"kind": "mamba", "layers": [1], "init": "inherit"}]
         raw = recipe(
             f"forced-{beside}",
-            validation={"every": 2},
+            validation={"interval": 2},
             student={"model": str(tiny_model_dir), "convert": convert},
         )
         free = [{"kind": "kl", "weight": 0}] if beside else []
@@ -141,7 +141,7 @@ def test_a_validation_does_not_depend_on_the_batch_layout(recipe):
     batches = [{"total": 8, "tokens": 260}]
     for number, layout in enumerate([*layouts, *batches]):
         own = {"batch": layout} if layout in batches else {"batch": {"size": 8}}
-        validation = {"every": 1, **({} if layout in batches else layout)}
+        validation = {"interval": 1, **({} if layout in batches else layout)}
         raw = recipe(f"layout-{number}", validation=validation)
         raw["stages"][0] |= {**own, "objectives": EVERY_KIND, "steps": 1}
         found.append(lines(run(raw))[0])
@@ -153,7 +153,7 @@ def test_a_validation_does_not_depend_on_the_batch_layout(recipe):
 def test_packed_records_are_measured_as_single_ones(recipe):
     found = []
     for pack in (None, 400):
-        raw = recipe(f"pack-{pack}", validation={"every": 1})
+        raw = recipe(f"pack-{pack}", validation={"interval": 1})
         raw["stages"][0] |= {"batch": {"size": 4, "pack": pack}, "steps": 1}
         found.append(lines(run(raw))[0])
     for name in ("loss", "answer_ce", "teacher_kl"):
@@ -168,7 +168,7 @@ def test_training_does_not_notice(recipe, scenes_dir, tmp_path):
     found = []
     for every in (None, 1, 3):
         raw = recipe(f"every-{every}", student={"model": str(model)})
-        raw["stages"][0] |= {"validation": {"every": every, "records": 4}, "steps": 4}
+        raw["stages"][0] |= {"validation": {"interval": every, "records": 4}, "steps": 4}
         found.append(run(raw))
     assert losses(found[0]) == losses(found[1]) == losses(found[2])
     assert same_weights(found[0], found[1])
@@ -208,7 +208,7 @@ def test_the_share_of_a_longer_file_is_nearly_the_same(scenes_dir, tmp_path):
 
 
 def test_some_of_the_records_are_measured(recipe):
-    folder = run(recipe(validation={"every": 2, "records": 5, "size": 2}))
+    folder = run(recipe(validation={"interval": 2, "records": 5, "size": 2}))
     assert lines(folder)[0]["records"] == 5
 
 
@@ -236,7 +236,7 @@ def worsening(recipe):
     """A stage whose validation is best in its middle: the learning rate is far too high."""
 
     def make(name, steps=6, checkpoint=1, **validation):
-        validation = {"every": 1, "records": 4, "metric": "answer_ce", **validation}
+        validation = {"interval": 1, "records": 4, "metric": "answer_ce", **validation}
         raw = recipe(name, validation=validation, teacher=None)
         raw["stages"][0] |= {
             "objectives": [{"kind": "ce"}],
@@ -244,7 +244,7 @@ def worsening(recipe):
             "batch": {"size": 2},
             "optimizer": {"lr": 0.4},
             "schedule": {"kind": "constant", "warmup": 0},
-            "checkpoint": {"every": checkpoint},
+            "checkpoint": {"interval": checkpoint},
         }
         return raw
 
@@ -345,7 +345,7 @@ def test_a_validation_that_is_not_finite_stops_the_stage(recipe, monkeypatch):
 
     monkeypatch.setattr(stage.Stage, "_validate", spoiled)
     with pytest.raises(NonFiniteLossError, match="answer_ce not finite in the validation at step"):
-        run(recipe(validation={"every": 1}))
+        run(recipe(validation={"interval": 1}))
 
 
 # Kinds of stages
@@ -357,7 +357,7 @@ def test_pairs_are_measured_with_a_live_reference(recipe, scenes_dir):
             "train": str(scenes_dir / "preferences.parquet"),
             "validation": str(scenes_dir / "preferences.parquet"),
         },
-        validation={"every": 2, "size": 3},
+        validation={"interval": 2, "size": 3},
     )
     raw["stages"][0] |= {
         "objectives": [{"kind": "preference", "loss": "sigmoid"}], "steps": 2,
@@ -370,7 +370,7 @@ def test_pairs_are_measured_with_a_live_reference(recipe, scenes_dir):
 
 
 def test_on_policy_is_measured_on_the_records_answers(recipe):
-    raw = recipe(validation={"every": 1})
+    raw = recipe(validation={"interval": 1})
     raw["stages"][0] |= {
         "objectives": [{"kind": "reverse_kl"}], "steps": 1,
         "on_policy": {"lmbda": 1.0, "max_new_tokens": 4},
@@ -383,7 +383,7 @@ def test_on_policy_is_measured_on_the_records_answers(recipe):
 def test_several_teachers_are_measured_each(recipe, tiny_model_dir, teacher_dir):
     teachers = [{"name": "a", "model": str(teacher_dir)},
                 {"name": "b", "model": str(tiny_model_dir), "weight": 2.0}]  # fmt: skip
-    raw = recipe(validation={"every": 1}, teacher=teachers)
+    raw = recipe(validation={"interval": 1}, teacher=teachers)
     raw["stages"][0] |= {"objectives": [{"kind": "kl"}], "steps": 1}
     (line,) = lines(run(raw))
     assert line["teacher_kl.a"] == line["kl.a"]
@@ -401,7 +401,7 @@ def test_a_stage_that_asks_one_teacher_of_several_is_measured_against_that_one(
         {"name": "b", "model": str(tiny_model_dir)},
     ]
     for number, teacher in enumerate([several, {"model": str(teacher_dir)}]):
-        raw = recipe(f"layers-{number}", validation={"every": 1}, teacher=teacher)
+        raw = recipe(f"layers-{number}", validation={"interval": 1}, teacher=teacher)
         raw["stages"][0] |= {"objectives": [{"kind": "hidden_mse", "layers": [1]}], "steps": 1}
         (line,) = lines(run(raw))
         found.append({**line, "seconds": 0})
@@ -410,19 +410,19 @@ def test_a_stage_that_asks_one_teacher_of_several_is_measured_against_that_one(
 
 
 def test_answers_of_another_tokenizer_are_measured_by_chunks(recipe):
-    raw = recipe(validation={"every": 1, "metric": "alm", "keep": "best"})
+    raw = recipe(validation={"interval": 1, "metric": "alm", "keep": "best"})
     raw["stages"][0] |= {"objectives": [{"kind": "alm"}], "steps": 1}
     (line,) = lines(run(raw))
     assert line["alm"] > 0
 
 
 def test_a_cached_teacher_has_the_held_out_records(recipe, teacher_dir, tmp_path):
-    live = run(recipe("live", validation={"every": 2}))
+    live = run(recipe("live", validation={"interval": 2}))
     cache = {"folder": str(tmp_path / "cache"), "k": 10_000}
     teacher = {"model": str(teacher_dir), "source": "cache", "cache": cache}
     without = load_recipe(recipe("cached", teacher=teacher, held_out=False))
     build_cache(without)
-    raw = recipe("cached", teacher=teacher, validation={"every": 2})
+    raw = recipe("cached", teacher=teacher, validation={"interval": 2})
     with pytest.raises(DataError, match=r"validation.*not in the teacher's cache"):
         run(raw)
     assert not (tmp_path / "cached").exists()
@@ -437,7 +437,7 @@ def test_a_cache_has_the_records_of_every_stage(recipe, teacher_dir, tmp_path):
     """Of one file, where one stage holds a share out and another one trains on all of it."""
     cache = {"folder": str(tmp_path / "cache"), "k": 8}
     teacher = {"model": str(teacher_dir), "source": "cache", "cache": cache}
-    raw = recipe(teacher=teacher, held_out=False, validation={"every": None})
+    raw = recipe(teacher=teacher, held_out=False, validation={"interval": None})
     (first,) = raw["stages"]
     raw["stages"].append({**first, "name": "all", "data": dict(raw["data"])})
     raw["data"]["validation"] = 0.25
@@ -451,7 +451,7 @@ def test_a_cache_has_the_records_of_every_stage(recipe, teacher_dir, tmp_path):
 @pytest.mark.parametrize(
     ("data", "settings", "said"),
     [
-        ({"validation": None}, {"validation": {"every": 2}}, "no records are held out"),
+        ({"validation": None}, {"validation": {"interval": 2}}, "no records are held out"),
         ({}, {"validation": {"metric": "anser_ce", "keep": "best"}}, "did you mean 'answer_ce'"),
         (
             {},

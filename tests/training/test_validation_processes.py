@@ -25,14 +25,14 @@ def runs(scenes_dir, tiny_model_dir, tmp_path_factory) -> Runs:
     made = Runs(scenes_dir, tiny_model_dir, tmp_path_factory.mktemp("runs"))
 
     def recipe(name, engine, **validation):
-        how = {"every": 1, "records": 5, "metric": "kl", "keep": "best", **validation}
+        how = {"interval": 1, "records": 5, "metric": "kl", "keep": "best", **validation}
         raw = made.recipe(name, engine, objectives=KINDS, steps=STEPS, validation=how)
         raw["student"] = {"model": str(tiny_model_dir)}
         raw["stages"][0]["objectives"][-1] = {"kind": "layer_l2", "layers": [1]}
         raw["data"]["validation"] = str(scenes_dir / "validation.parquet")
         return raw
 
-    off = {"every": None, "metric": "loss", "keep": "last"}
+    off = {"interval": None, "metric": "loss", "keep": "last"}
     two = [(recipe(f"{engine}-2", engine), None) for engine in ENGINES]
     two += [(recipe(f"{engine}-off", engine, **off), None) for engine in ("torch", "zero3")]
     two += [(recipe(f"{engine}-again", engine), stop)

@@ -203,8 +203,13 @@ def convert_into_a_folder(world: World) -> list[str]:
     return ["convert", "model", "--out", "teacher", "--keep-attention", "none"]
 
 
-@case(COMMAND, "`mmkd convert` with an unreadable placement", "cannot read 'often'", "every:4")
-def convert_by_no_placement(world: World) -> list[str]:
+@case(
+    COMMAND,
+    "`mmkd convert` with an unreadable selection of layers",
+    "cannot read 'often'",
+    "every:4",
+)
+def convert_with_unreadable_layers(world: World) -> list[str]:
     return ["convert", "model", "--out", "hybrid", "--keep-attention", "often"]
 
 

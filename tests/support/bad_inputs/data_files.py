@@ -168,4 +168,4 @@ def empty_data(world: World) -> None:
 @case(KIND, "let all records be skipped", "records.json: every record is bad", "data check")
 def every_record_is_bad(world: World) -> None:
     world.records(record(image=None))
-    world.raw["data"]["on_bad_sample"] = "skip"
+    world.raw["data"]["on_bad_record"] = "skip"

@@ -35,9 +35,9 @@ overridden(
 overridden(
     KIND,
     "patience_without_validations",
-    "stages.0.validation={every: null, patience: 2}",
+    "stages.0.validation={interval: null, patience: 2}",
     "recipe.yaml: stages.0.validation: 'patience' needs validations",
-    "set 'every'",
+    "set 'interval'",
 )
 overridden(
     KIND,

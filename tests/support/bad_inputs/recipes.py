@@ -123,7 +123,7 @@ overridden(
 overridden(
     KIND,
     "impossible_layers",
-    "student.convert=[{kind: layers, decoder: [7]}]",
+    "student.convert=[{kind: depth_pruning, decoder: [7]}]",
     "student.convert: ",
     "cannot keep layers [7] of 2",
     "from 0 to 1",

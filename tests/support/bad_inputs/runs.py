@@ -62,14 +62,14 @@ def from_a_later_stage(world: World) -> list[str]:
 )
 def checkpoint_of_another_batch(world: World) -> None:
     world.take(world.given.stopped, "runs")
-    world.stage(steps=2, checkpoint={"every": 1}, batch={"size": 2})
+    world.stage(steps=2, checkpoint={"interval": 1}, batch={"size": 2})
 
 
 @case("run", "damaged a run's training.yaml", "training.yaml", "delete")
 def broken_training(world: World) -> None:
     world.take(world.given.stopped, "runs")
     Path("runs/tiny/training.yaml").write_text("stages: [")
-    world.stage(steps=2, checkpoint={"every": 1})
+    world.stage(steps=2, checkpoint={"interval": 1})
 
 
 @case(

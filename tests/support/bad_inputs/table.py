@@ -132,7 +132,7 @@ class Given:
         """A folder with a run that was broken off behind its first checkpoint."""
 
         with self._copy("stopped") as world:
-            world.stage(steps=2, checkpoint={"every": 1})
+            world.stage(steps=2, checkpoint={"interval": 1})
             with broken_off(lambda stage, number: number > 1):
                 pipeline.run(load_recipe(world.raw))
         return world.folder

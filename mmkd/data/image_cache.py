@@ -32,7 +32,7 @@ CHECKSUM = "checksum"
 LEVELS = " levels"
 
 
-class PictureCache:
+class ImageCache:
     """Stands in for a processor's own image processor, and looks on the disk first.
 
     A picture that is there is not decoded: an empty one of its size goes through the processor in
@@ -101,7 +101,7 @@ class PictureCache:
         if not same:
             raise RecipeError(
                 f"{type(self._own).__name__} treats a picture otherwise beside others",
-                where="data.picture_cache",
+                where="data.image_cache",
                 hint="leave it out for this family",
             )
 
@@ -169,7 +169,7 @@ def _write(path: Path, made: dict[str, Any], content: str) -> None:
         raise CheckpointError(
             known.what if known else f"cannot write ({printable(error)})",
             where=str(path.parent.parent),
-            hint="free space and run the same command again, or leave data.picture_cache out",
+            hint="free space and run the same command again, or leave data.image_cache out",
         ) from error
 
 

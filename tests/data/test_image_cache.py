@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.data import picture_cache
+from mmkd.data import image_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError
@@ -40,7 +40,7 @@ def data(tmp_path):
 
 def encoder(data, family, cached=True):
     kept = str(data / "kept") if cached else None
-    config = DataConfig(train=str(data / "data.json"), picture_cache=kept)
+    config = DataConfig(train=str(data / "data.json"), image_cache=kept)
     return Encoder(Records(config), FAMILIES[family](), config)
 
 
@@ -53,13 +53,13 @@ def same(mine, theirs):
 def decoded(monkeypatch):
     """Names of the files that are decoded."""
     found = []
-    load = picture_cache.load_image
+    load = image_cache.load_image
 
     def watched(ref, root):
         found.append(ref)
         return load(ref, root)
 
-    monkeypatch.setattr(picture_cache, "load_image", watched)
+    monkeypatch.setattr(image_cache, "load_image", watched)
     return found
 
 
@@ -121,7 +121,7 @@ def test_a_disk_that_takes_no_more_leaves_no_parts(data, monkeypatch):
         path.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture_cache, "save_file", full)
+    monkeypatch.setattr(image_cache, "save_file", full)
     with pytest.raises(CheckpointError, match="No space"):
         encoder(data, "llava").encode([0])
     assert not [f for f in (data / "kept").rglob("*") if f.is_file()]

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mmkd.data import picture_cache
+from mmkd.data import image_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError
@@ -58,7 +58,7 @@ DAMAGE = {
     "zeros": zeros,
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello"),
-    "another hash": rewritten(lambda said: {**said, "mmkd_hash": "00", picture_cache.HASH: "00"}),
+    "another hash": rewritten(lambda said: {**said, "mmkd_hash": "00", image_cache.HASH: "00"}),
     "another list": rewritten(lambda said: {**said, "lists": '{"x": [1]}'}),
     "no checksum": rewritten(lambda said: {k: v for k, v in said.items() if k != "checksum"}),
     "nothing said": rewritten(lambda said: {}),
@@ -74,7 +74,7 @@ def folder(tmp_path):
 
 
 def encoded(folder, family):
-    config = DataConfig(train=str(folder / "a.json"), picture_cache=str(folder / "kept"))
+    config = DataConfig(train=str(folder / "a.json"), image_cache=str(folder / "kept"))
     encoder = Encoder(Records(config), FAMILIES[family](), config)
     sample = encoder.load(0)
     return encoder.batch([sample]).inputs, sample.key
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_made_again(folder, family, damage):
         assert other == key
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert picture_cache._read(path) is not None
+        assert image_cache._read(path) is not None
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(folder, monkeypatch, er
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(picture_cache, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"data\.picture_cache") as refused:
+    monkeypatch.setattr(image_cache, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"data\.image_cache") as refused:
         encoded(folder, "llava")
     assert "\n" not in str(refused.value)
     assert not [path for path in (folder / "kept").rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""`layers`: keep some layers, in the given order; the width stays.
+"""`depth_pruning`: keep some layers, in the given order. The width stays the same.
 
 Starting from some of the teacher's layers is DistilBERT's initialisation (Sanh et al. 2019,
 arXiv 1910.01108, section 2).
@@ -7,7 +7,7 @@ arXiv 1910.01108, section 2).
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.recipe import LayersConfig
+from mmkd.recipe import DepthPruningConfig
 from mmkd.students.layer_lists import fit_lists
 from mmkd.students.rebuilt import match_config, skeleton_of
 from mmkd.students.towers import Tower, TowerConversion
@@ -15,8 +15,8 @@ from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.moe import SparseFfn
 
 
-class LayersConversion(TowerConversion):
-    config_class = LayersConfig
+class DepthPruning(TowerConversion):
+    config_class = DepthPruningConfig
     uncut = (Mamba2Mixer, SparseFfn)
 
     def cut(self, model: PreTrainedModel, tower: Tower) -> str:

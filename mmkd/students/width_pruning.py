@@ -1,4 +1,4 @@
-"""`mlp`: keep the heaviest neurons of every MLP.
+"""`width_pruning`: keep the neurons of each MLP that have the largest weights.
 
 A neuron's weight is the norm of what goes in times the norm of what comes out, |w_in| |w_out|: a
 data-free form of the width pruning in Minitron (Muralidharan et al. 2024, arXiv 2407.14679,
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
-from mmkd.recipe import MlpConfig
+from mmkd.recipe import WidthPruningConfig
 from mmkd.students.towers import Tower, TowerConversion
 from mmkd_models.moe import SparseFfn
 
@@ -18,8 +18,8 @@ from mmkd_models.moe import SparseFfn
 FORMS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))
 
 
-class MlpConversion(TowerConversion):
-    config_class = MlpConfig
+class WidthPruning(TowerConversion):
+    config_class = WidthPruningConfig
     uncut = (SparseFfn,)
 
     def cut(self, model: PreTrainedModel, tower: Tower) -> str:
