@@ -272,7 +272,7 @@ def floor_of(
             with clock.part("student"):
                 seen = stage.vision.replaying() if stage.vision else nullcontext()
                 with seen:
-                    signals = capture(student, batch.inputs).first(len(rows))
+                    signals = capture(student, batch.inputs).truncate(len(rows))
                 hidden = signals.hidden[rows]
                 weight = signals.head_weight.to(hidden.dtype)
                 logits = hidden.detach() @ weight.detach().t()
@@ -291,7 +291,7 @@ def _bare_teacher(
     clock: Clock, teacher: LiveTeacher, batch: Batch, rows: Tensor, vision: SharedVision | None
 ) -> None:
     with clock.part("teacher"), vision.recording() if vision else nullcontext():
-        signals = teacher.signals(batch).first(len(rows))
+        signals = teacher.signals(batch).truncate(len(rows))
         hidden = signals.hidden[rows]
         hidden @ signals.head_weight.to(hidden.dtype).t()
 

@@ -223,7 +223,7 @@ def _store_records(
     batch = encoder.batch(samples or [_stand_in(encoder)]).to(teacher.device)
     half = precision == "bfloat16"
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=half):
-        signals = teacher.signals(batch).first(len(batch.targets.input_ids))
+        signals = teacher.signals(batch).truncate(len(batch.targets.input_ids))
     covered = covered_rows(batch.targets, writer.settings["regions"])  # [B, T]
     codec = writer.codec
     parts = likeliest(signals, covered, codec.vocabulary, codec.k)

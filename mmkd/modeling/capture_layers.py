@@ -46,7 +46,7 @@ class Recorder:
     matrices: bool = False
     projections: bool = False
     first: dict[int, Run] = field(default_factory=dict)
-    beside: Run | None = None
+    extra_run: Run | None = None
     off: bool = False
     found: dict[Run, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     mixers: dict[int, nn.Module] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Recorder:
         Raises:
             RecipeError: the run made one of them already: the model runs the layer twice.
         """
-        run = self.beside or self.first.get(layer)
+        run = self.extra_run or self.first.get(layer)
         if run is None or self.off:
             return
         kept = self.found.setdefault(run, {}).setdefault(layer, {})
@@ -180,7 +180,7 @@ def _force(
     else:
         module, entering, leaving = layer.self_attn, theirs.mixer_input, theirs.mixer_output
     if not in_place:
-        return [_run_beside(module, entering, run, recorder)]
+        return [_run_again(module, entering, run, recorder)]
 
     assert entering is not None
 
@@ -197,18 +197,18 @@ def _force(
     ]
 
 
-def _run_beside(module: nn.Module, entering: Any, run: Run, recorder: Recorder) -> Any:
+def _run_again(module: nn.Module, entering: Any, run: Run, recorder: Recorder) -> Any:
     """A hook that runs a module once more, on the teacher's input."""
 
     def again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if recorder.beside is not None:
+        if recorder.extra_run is not None:
             return  # this is such a run, of the module or of the layer around it
-        recorder.beside = run
+        recorder.extra_run = run
         try:
             args, kwargs = _with_hidden(args, kwargs, entering)
             module(*args, **kwargs)
         finally:
-            recorder.beside = None
+            recorder.extra_run = None
 
     return module.register_forward_hook(again, with_kwargs=True)
 

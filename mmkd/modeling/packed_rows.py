@@ -10,7 +10,8 @@ the others need:
                           picture's tokens at places of the record, not of the row
     linear attention,     their modules get each record in a row of its own
     short convolutions
-    flash attention       the borders themselves, which it reads off positions of a single row only
+    flash attention       the boundaries themselves, which it reads off positions of a single row
+    only
 """
 
 import inspect
@@ -39,26 +40,26 @@ RECURRENT = ("linear_attn", "conv")
 """What decoder layers without attention call the module that mixes tokens."""
 
 
-def tell_borders(model: PreTrainedModel) -> None:
+def isolate_packed_sequences(model: PreTrainedModel) -> None:
     """Have every later forward of a model on packed rows keep their records apart, where this
     module knows how (`mmkd.training.packing_check` looks whether it does); other forwards stay as
     they are."""
     body = model.base_model
-    if any(isinstance(hook, Borders) for hook in body._forward_pre_hooks.values()):
+    if any(isinstance(hook, PackedBoundaries) for hook in body._forward_pre_hooks.values()):
         return
     parts = find_parts(model)
-    borders = Borders(both_ways=base_type(model) in BOTH_WAYS)
-    body.register_forward_pre_hook(borders, with_kwargs=True)
-    parts.decoder.register_forward_pre_hook(borders.before_decoder, with_kwargs=True)
+    boundaries = PackedBoundaries(both_ways=base_type(model) in BOTH_WAYS)
+    body.register_forward_pre_hook(boundaries, with_kwargs=True)
+    parts.decoder.register_forward_pre_hook(boundaries.before_decoder, with_kwargs=True)
     for layer in parts.decoder_layers:
         for name in RECURRENT:
             mixer = getattr(layer, name, None)
             if isinstance(mixer, nn.Module):
-                mixer.register_forward_pre_hook(borders.before_mixer, with_kwargs=True)
-                mixer.register_forward_hook(borders.after_mixer)
+                mixer.register_forward_pre_hook(boundaries.before_mixer, with_kwargs=True)
+                mixer.register_forward_hook(boundaries.after_mixer)
 
 
-class Rows:
+class PackedRows:
     """The records of packed rows, and tokens moved between the two.
 
     Args:
@@ -70,12 +71,12 @@ class Rows:
         self._starts = (positions == 0).flatten()
 
     @property
-    def documents(self) -> Tensor:
+    def sequence_ids(self) -> Tensor:
         """[R, L]: which record a token is of."""
         return self._starts.cumsum(0).view(self.shape)
 
     @cached_property
-    def edges(self) -> Tensor:
+    def boundaries(self) -> Tensor:
         """[N + 1]: where records begin in the flattened rows, and where the last one ends."""
         return torch.nn.functional.pad(
             self._starts.nonzero()[:, 0], (0, 1), value=len(self._starts)
@@ -84,25 +85,25 @@ class Rows:
     @cached_property
     def longest(self) -> int:
         """Tokens, T."""
-        return int(self.edges.diff().max())
+        return int(self.boundaries.diff().max())
 
     @cached_property
     def real(self) -> Tensor:
         """[N, T] bool, False on padding."""
-        places = torch.arange(self.longest, device=self.edges.device)
-        return places < self.edges.diff()[:, None]
+        places = torch.arange(self.longest, device=self.boundaries.device)
+        return places < self.boundaries.diff()[:, None]
 
-    def apart(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Tensor) -> Tensor:
         """[R, L, ...] -> [N, T, ...], each record in a row of its own, 0 on padding."""
         made = packed.new_zeros(*self.real.shape, *packed.shape[2:])
         return made.index_put(tuple(self.real.nonzero().T), packed.flatten(0, 1))
 
-    def packed(self, apart: Tensor) -> Tensor:
+    def pack(self, unpacked: Tensor) -> Tensor:
         """[N, T, ...] -> [R, L, ...]."""
-        return apart[self.real].unflatten(0, self.shape)
+        return unpacked[self.real].unflatten(0, self.shape)
 
 
-class Borders:
+class PackedBoundaries:
     """Hooks of one model; what they know of a forward stays until the next one, since layers run
     again in the backward pass where activations are checkpointed.
 
@@ -112,7 +113,7 @@ class Borders:
 
     def __init__(self, *, both_ways: bool):
         self.both_ways = both_ways
-        self.rows: Rows | None = None
+        self.rows: PackedRows | None = None
 
     def __call__(self, body: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the whole model."""
@@ -129,10 +130,10 @@ class Borders:
         self, decoder: Any, args: Any, inputs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         if self.rows is not None and is_flash_attention_requested(decoder.config):
-            edges, longest = self.rows.edges.int(), self.rows.longest
+            boundaries, longest = self.rows.boundaries.int(), self.rows.longest
             inputs = {
                 **inputs,
-                **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges),
+                **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), boundaries),
                 **dict.fromkeys(("max_length_q", "max_length_k"), longest),
             }
         return args, inputs
@@ -142,41 +143,41 @@ class Borders:
     ) -> tuple[Any, dict[str, Any]]:
         if self.rows is None:
             return args, inputs
-        # Borders of packed rows (flash attention's) are none of the rows that it gets.
-        return args, {"hidden_states": self.rows.apart(inputs["hidden_states"])}
+        # Boundaries of packed rows (flash attention's) are none of the rows that it gets.
+        return args, {"hidden_states": self.rows.unpack(inputs["hidden_states"])}
 
     def after_mixer(self, mixer: Any, args: Any, output: Tensor) -> Tensor:
-        return output if self.rows is None else self.rows.packed(output)
+        return output if self.rows is None else self.rows.pack(output)
 
 
-def _packed_rows(inputs: dict[str, Any]) -> Rows | None:
+def _packed_rows(inputs: dict[str, Any]) -> PackedRows | None:
     """What transformers takes for packed rows too: positions without a mask, and no cache."""
     positions = inputs.get("position_ids")
     others = ("attention_mask", "cache", "past_key_values")
     if positions is None or any(inputs.get(name) is not None for name in others):
         return None
-    return Rows(positions) if positions.ndim == 2 else None
+    return PackedRows(positions) if positions.ndim == 2 else None
 
 
-def _mrope(body: Any, inputs: dict[str, Any], rows: Rows) -> Tensor:
+def _mrope(body: Any, inputs: dict[str, Any], rows: PackedRows) -> Tensor:
     """[4, R, L]: plain positions, and those in time, height and width."""
     plain = inputs["position_ids"]
     if "mm_token_type_ids" not in inputs:
         return plain.expand(4, -1, -1)
     known = inspect.signature(body.get_rope_index).parameters
     given = {name: value for name, value in inputs.items() if name in known}
-    given |= {name: rows.apart(given[name]) for name in ("input_ids", "mm_token_type_ids")}
+    given |= {name: rows.unpack(given[name]) for name in ("input_ids", "mm_token_type_ids")}
     found, _ = body.get_rope_index(**given | {"attention_mask": rows.real})  # [3, N, T]
-    return torch.stack([plain, *map(rows.packed, found)])
+    return torch.stack([plain, *map(rows.pack, found)])
 
 
-def _both_way_masks(body: Any, inputs: dict[str, Any], rows: Rows) -> dict[str, Any]:
+def _both_way_masks(body: Any, inputs: dict[str, Any], rows: PackedRows) -> dict[str, Any]:
     """Masks by the kind of layer. Within a record distances are the same in positions and places,
     so all of them are made in places of the row."""
     config = body.config.get_text_config()
     weight = body.get_input_embeddings().weight
     blocks = get_block_sequence_ids_for_mask(inputs["token_type_ids"])
-    same = packed_sequence_mask_function(rows.documents)
+    same = packed_sequence_mask_function(rows.sequence_ids)
 
     def mask(*conditions: Any) -> Any:
         return create_causal_mask(

@@ -1,16 +1,16 @@
-"""`affinity`: which picture of a batch goes with which answer, as the teacher sees it.
+"""`affinity`: match the teacher's similarities between the images and the answers of a batch.
 
-With I_i the mean final hidden state of sample i's image tokens, T_j that of sample j's response, of
-unit length:
+Let I_i be the mean final hidden state of record i's image tokens, and T_j that of record j's
+response tokens, both scaled to length 1:
 
     A = softmax over j of I_i T_j / tau,    B = softmax over i of I_i T_j / tau
     L = 1/n sum_i KL(A^T_i || A^S_i) + 1/n sum_j KL(B^T_j || B^S_j)
 
-TinyCLIP's affinity mimicking (Wu et al. 2023, arXiv 2309.12314, section 3.1), with KL in the place
-of cross-entropy, so that equal models have 0. Both means are centred over the batch unless told
-otherwise: a decoder's hidden states share most of their direction. The batch is one process's
-micro-batch; one that holds a single sample with picture and answer has nothing to tell apart, and
-does not count in the mean.
+This is TinyCLIP's affinity mimicking (Wu et al. 2023, arXiv 2309.12314, section 3.1), with KL
+instead of cross-entropy, so that the loss of equal models is 0. By default, I and T are centred
+over the batch, because the hidden states of a decoder have a large common component. The batch is
+the micro-batch of one process. A micro-batch with only one record that has an image and an answer
+is not counted in the mean.
 """
 
 import torch
@@ -33,8 +33,8 @@ class Affinity(Objective):
     config: AffinityConfig
 
     def rows(self, targets: Targets) -> Tensor:
-        """[B, T] bool: one row a sample with picture and answer, that of its first response token;
-        none where the micro-batch has a single such sample."""
+        """[B, T] bool: the first response token of each record that has an image and an answer;
+        all False if the micro-batch has only one such record."""
         rows = targets.predicts("response") & targets.vision.any(1, keepdim=True)
         return rows & (rows.cumsum(1) == 1) & (rows.any(1).sum() > 1)
 
@@ -57,7 +57,7 @@ class Affinity(Objective):
         return Outcome(torch.stack(kl).sum() / count)
 
     def _affinities(self, hidden: Tensor, targets: Targets, samples: Tensor) -> Tensor:
-        """[n, n], pictures in rows, answers in columns."""
+        """Similarities, [n, n]: images in rows, answers in columns."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         pictures, answers = (
             self._unit(_mean(wide, rows[samples]))

@@ -1,12 +1,12 @@
-"""What keeps the experts of sparse layers in use; padding never counts, each term counts once.
+"""Auxiliary losses of the routers of sparse layers, over all tokens except padding.
 
     balance    sum over sparse layers of E sum_e mean_t(p_te) share_t(e is first)
                (arXiv 2101.03961, equation 4; LLaVA-MoD, arXiv 2408.15881)
     router_z   sum over sparse layers of mean_t (log sum_e exp l_te)^2
                (arXiv 2202.08906, equation 5)
 
-`balance` is no mean over tokens: a share is taken per process and micro-batch, and the values of
-several are averaged by their tokens.
+`balance` is not a mean over tokens. It is computed for each micro-batch of each process, and these
+values are averaged with their numbers of tokens as weights.
 """
 
 import torch
@@ -18,20 +18,25 @@ from mmkd.objectives.base import (
     RouterSignals,
     Signals,
     Targets,
-    share_of,
+    scale_to_global_mean,
 )
 from mmkd.objectives.settings import BalanceConfig, RouterZConfig
 from mmkd.ops import balance_loss, route, z_loss
 
 
 class RouterObjective(Objective):
-    """Base: a term per sparse layer, over all real tokens."""
+    """Base class: a sum over sparse layers of one term each."""
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.attention
 
     def term(self, router: RouterSignals, mask: Tensor) -> Tensor:
-        """Scalar of one layer; `mask` is [B, T]."""
+        """The term of one layer, a scalar.
+
+        Args:
+            router: signals of the layer's router.
+            mask: [B, T] bool, False on padding.
+        """
         raise NotImplementedError
 
     def __call__(
@@ -39,7 +44,7 @@ class RouterObjective(Objective):
     ) -> Outcome:
         rows = self.rows(targets)
         terms = [self.term(router, rows) for router in student.routers.values()]
-        return Outcome(share_of(torch.stack(terms).sum(), rows, count))
+        return Outcome(scale_to_global_mean(torch.stack(terms).sum(), rows, count))
 
 
 class Balance(RouterObjective):
@@ -58,7 +63,11 @@ class RouterZ(RouterObjective):
 
 @torch.no_grad()
 def expert_counts(signals: Signals, targets: Targets) -> dict[int, Tensor]:
-    """How often each expert is chosen by real tokens: layer -> [E] float64."""
+    """Count the tokens that each expert processes, padding excluded.
+
+    Returns:
+        By layer index, [E] float64.
+    """
     real = targets.attention.flatten()
     counts = {}
     for layer, router in signals.routers.items():

@@ -1,8 +1,9 @@
-"""What an objective is: tensors in, one scalar and named metrics out.
+"""Base class of objectives, and the tensors that they read.
 
-An objective never sees a model. It gets the student's and the teacher's `Signals`, the batch's
-`Targets`, and the number of covered rows in the global batch, so that the loss of a stage is a mean
-per covered token over all ranks and accumulation steps, whatever the batch layout.
+An objective does not access a model. Its inputs are the `Signals` of student and teacher, the
+`Targets` of the batch, and the number of rows (positions) that it covers in the global batch. With
+that number, the loss of a stage is a mean per covered token over all ranks and accumulation steps,
+and does not depend on the batch layout.
 """
 
 import copy
@@ -20,18 +21,17 @@ from mmkd.ops import CHUNK_BYTES, SparseRows
 
 @dataclass(frozen=True)
 class LayerSignals:
-    """Read off one decoder layer.
+    """Tensors of one decoder layer.
 
     Attributes:
-        mixer_input: [B, T, H], what enters the attention or the mixer.
-        mixer_heads: [B, T, heads * P], what enters its output projection.
-        mixer_output: [B, T, H], what it returns.
-        block_input, block_output: [B, T, H], the layer's residual stream before and after; None
-            where the mixer ran alone.
-        matrix: [B, heads, T, T] or None, how tokens mix: attention's probabilities, or a mixer's
-            matrix.
-        queries, keys, values: [B, T, D] or None, as the attention compares them: after its norms,
-            before positions are rotated in; D may differ.
+        mixer_input: [B, T, H], input of the attention or of the Mamba mixer.
+        mixer_heads: [B, T, heads * P], input of its output projection.
+        mixer_output: [B, T, H], its output.
+        block_input, block_output: [B, T, H], the residual stream before and after the layer; None
+            if only the mixer ran.
+        matrix: [B, heads, T, T] or None, attention probabilities, or the mixing matrix of a mixer.
+        queries, keys, values: [B, T, D] or None, after the attention's own norms and before the
+            rotary embedding. D may differ between the three.
     """
 
     mixer_input: Tensor
@@ -44,18 +44,18 @@ class LayerSignals:
     keys: Tensor | None = None
     values: Tensor | None = None
 
-    def first(self, rows: int) -> "LayerSignals":
-        """The same of a batch's first rows."""
-        return replace(self, **{n: x[:rows] for n, x in vars(self).items() if x is not None})
+    def truncate(self, batch_size: int) -> "LayerSignals":
+        """Keep the first `batch_size` sequences of each tensor."""
+        return replace(self, **{n: x[:batch_size] for n, x in vars(self).items() if x is not None})
 
 
 @dataclass(frozen=True)
 class RouterSignals:
-    """Read off one sparse layer.
+    """Tensors of one sparse layer.
 
     Attributes:
-        logits: [B, T, E] float32, the router's scores of the experts.
-        top_k: experts that a token meets.
+        logits: [B, T, E] float32, the router's logits.
+        top_k: number of experts per token.
     """
 
     logits: Tensor
@@ -64,20 +64,20 @@ class RouterSignals:
 
 @dataclass(frozen=True)
 class Signals:
-    """Read off one model in one forward.
+    """Tensors of one model, captured in one forward pass.
 
     Attributes:
-        hidden: [B, T, H], final hidden states, what the head is applied to.
+        hidden: [B, T, H], final hidden states, the input of the output head.
         head_weight: [V, H].
         head_bias: [V] or None.
-        embeddings: [B, T, H], what enters the decoder: word embeddings, and the connector's output
-            at image tokens.
-        layers: decoder layers by number, where an objective asks for them.
-        forced_mixers: the same, but each mixer fed with what entered the teacher's mixer.
-        forced_blocks: the same, but each layer fed with what entered the teacher's layer.
-        routers: sparse layers by number.
-        own_hidden: [B, T', H] or None, final hidden states of a teacher on its own tokens, where
-            `hidden` is what matches the student's.
+        embeddings: [B, T, H], the decoder's input: word embeddings, and the connector's output at
+            image tokens.
+        layers: by index, the decoder layers that objectives read.
+        forced_mixers: the same for mixers that ran on the input of the teacher's mixer.
+        forced_blocks: the same for layers that ran on the input of the teacher's layer.
+        routers: sparse layers by index.
+        own_hidden: [B, T', H] or None, final hidden states at the teacher's own tokens, if its
+            tokens differ from the student's. `hidden` is then aligned with the student's tokens.
     """
 
     hidden: Tensor
@@ -91,41 +91,46 @@ class Signals:
     own_hidden: Tensor | None = None
 
     def detached(self) -> "Signals":
-        """The same with a head that gets no gradient."""
+        """The same signals, with the head's weight and bias detached from the graph."""
         bias = None if self.head_bias is None else self.head_bias.detach()
         return replace(self, head_weight=self.head_weight.detach(), head_bias=bias)
 
-    def first(self, rows: int) -> "Signals":
-        """The same of a batch's first rows, without what else the model saw."""
-        if len(self.hidden) == rows:
+    def truncate(self, batch_size: int) -> "Signals":
+        """Keep the first `batch_size` sequences of each tensor."""
+        if len(self.hidden) == batch_size:
             return self
         return replace(
             self,
-            hidden=self.hidden[:rows],
-            embeddings=None if self.embeddings is None else self.embeddings[:rows],
-            layers={i: layer.first(rows) for i, layer in self.layers.items()},
-            forced_mixers={i: layer.first(rows) for i, layer in self.forced_mixers.items()},
-            forced_blocks={i: layer.first(rows) for i, layer in self.forced_blocks.items()},
-            routers={i: replace(r, logits=r.logits[:rows]) for i, r in self.routers.items()},
-            own_hidden=None if self.own_hidden is None else self.own_hidden[:rows],
+            hidden=self.hidden[:batch_size],
+            embeddings=None if self.embeddings is None else self.embeddings[:batch_size],
+            layers={i: layer.truncate(batch_size) for i, layer in self.layers.items()},
+            forced_mixers={
+                i: layer.truncate(batch_size) for i, layer in self.forced_mixers.items()
+            },
+            forced_blocks={
+                i: layer.truncate(batch_size) for i, layer in self.forced_blocks.items()
+            },
+            routers={i: replace(r, logits=r.logits[:batch_size]) for i, r in self.routers.items()},
+            own_hidden=None if self.own_hidden is None else self.own_hidden[:batch_size],
         )
 
 
 @dataclass(frozen=True)
 class StoredSignals:
-    """What was read from a teacher's cache.
+    """A teacher's outputs for a batch, read from its cache.
 
     Attributes:
-        rows: its output distributions, of the batch's [B * T].
-        signals: its final hidden states where they are stored, zeros elsewhere, and a head of the
-            same inner products as the teacher's; None if the cache holds none.
+        rows: output distributions at the stored positions of the [B * T].
+        signals: final hidden states at the stored positions, zeros elsewhere, with a head that
+            gives the same inner products of logits as the teacher's; None if the cache contains no
+            hidden states.
     """
 
     rows: SparseRows
     signals: Signals | None = None
 
-    def first(self, rows: int) -> "StoredSignals":
-        """The same: what a filler adds was never stored."""
+    def truncate(self, batch_size: int) -> "StoredSignals":
+        """Returns itself: sequences that only fill up a batch are not in the cache."""
         return self
 
 
@@ -134,23 +139,27 @@ TeacherSignals = Signals | StoredSignals
 
 @dataclass(frozen=True)
 class Targets:
-    """What the tokens of a batch are; all masks are about the token itself, not its prediction.
+    """Token ids, masks and labels of a batch. A mask marks tokens, not the positions that predict
+    them.
 
     Attributes:
         input_ids: [B, T] int64.
         attention: [B, T] bool, False on padding.
-        response: [B, T] bool, tokens that the assistant says, end of turn included.
+        response: [B, T] bool, tokens of the assistant's turns, including the end of turn.
         vision: [B, T] bool, image tokens.
-        vision_labels: [B, T] int64 or None, the word that names what an image token shows,
-            -100 where there is none.
-        end_id: the end-of-turn token.
-        background: [B, T] bool or None, image tokens of a labelled picture that show no object.
-        rejected: [B] bool or None, rows of rejected answers: the second half of a batch of pairs.
-        reference_logps: [B] or None, log-probabilities of the answers by a preference's reference.
-        starts: [B, T] bool or None, first tokens of the records of packed rows.
+        vision_labels: [B, T] int64 or None, the token of the object's name for image tokens inside
+            an object's box, -100 elsewhere.
+        end_id: id of the end-of-turn token.
+        background: [B, T] bool or None, tokens of a labelled image that are outside of all boxes.
+        rejected: [B] bool or None, sequences with rejected answers: the second half of a batch of
+            preference pairs.
+        reference_logps: [B] or None, log-probabilities of the answers under the reference model of
+            a preference objective.
+        starts: [B, T] bool or None, first token of each record in packed rows.
         chunks: pieces of responses that student and teacher have in common, or None.
-        sources: [B, T] int64 or None, the number of the data source that a token's record is from.
-        heard: [B, T] bool or None, tokens of the records that count; None for all.
+        sources: [B, T] int64 or None, index of the data source of a token's record.
+        in_selected_sources: [B, T] bool or None, tokens of the records that the objective covers;
+            None for all.
     """
 
     input_ids: Tensor
@@ -165,24 +174,25 @@ class Targets:
     starts: Tensor | None = None
     chunks: Chunks | None = None
     sources: Tensor | None = None
-    heard: Tensor | None = None
+    in_selected_sources: Tensor | None = None
 
     def of(self, sources: frozenset[int] | None) -> "Targets":
-        """The same with only the records of some data sources in any region; None for all."""
+        """The same targets, with regions restricted to the records of some data sources; None for
+        all sources."""
         if sources is None:
             return self
         if self.sources is None:
             raise ValueError("the batch does not say which sources its records are from")
         wanted = torch.tensor(sorted(sources), device=self.sources.device)
-        return replace(self, heard=torch.isin(self.sources, wanted))
+        return replace(self, in_selected_sources=torch.isin(self.sources, wanted))
 
     def predicts(self, region: Region) -> Tensor:
-        """[B, T] bool: the rows whose output distribution a region covers.
+        """[B, T] bool: the rows (positions) whose output distributions belong to a region.
 
-        Text is predicted one position before it stands: the row of the last prompt token predicts
-        the first response token. Image tokens predict nothing, their own rows are covered
-        (LLaVA-KD, arXiv 2410.16236, section 3.2); so are all real tokens' rows in `all`. Rejected
-        answers are in no region, nor are records that do not count.
+        Position t predicts token t+1, so `response` begins at the last prompt token. `vision`
+        covers the positions of the image tokens themselves (LLaVA-KD, arXiv 2410.16236, section
+        3.2), and `all` covers every position except padding. Rejected answers and records of other
+        data sources belong to no region.
         """
         if region == "vision":
             rows = self.vision
@@ -192,11 +202,12 @@ class Targets:
             rows = self._before(self.attention & ~self.response & ~self.vision)
         else:
             rows = self._before(self.response)
-        rows = rows if self.heard is None else rows & self.heard
+        rows = rows if self.in_selected_sources is None else rows & self.in_selected_sources
         return rows if self.rejected is None else rows & ~self.rejected[:, None]
 
     def predicts_answers(self) -> Tensor:
-        """[B, T] bool: the rows that predict responses, those of rejected answers too."""
+        """[B, T] bool: the rows that predict response tokens, including those of rejected
+        answers."""
         return self._before(self.response)
 
     def _before(self, tokens: Tensor) -> Tensor:
@@ -207,17 +218,17 @@ class Targets:
         return rows & self.attention
 
     def next_ids(self) -> Tensor:
-        """[B, T] int64: the token after each one; the last column is never read."""
+        """[B, T] int64: the next token at each position. The last column has no meaning."""
         return torch.roll(self.input_ids, -1, dims=1)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An objective's contribution of one micro-batch.
+    """The value of an objective on one micro-batch.
 
     Attributes:
-        loss: scalar, already divided by the global number of rows; summing it over micro-batches
-            and ranks gives the mean.
+        loss: scalar, divided by the number of rows in the global batch. The sum over micro-batches
+            and ranks is the mean over the global batch.
         metrics: further scalars with the same normalisation.
     """
 
@@ -225,24 +236,31 @@ class Outcome:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def share_of(mean: Tensor, rows: Tensor, count: float) -> Tensor:
-    """A mean over this micro-batch's rows as its part of the mean over `count` rows."""
+def scale_to_global_mean(mean: Tensor, rows: Tensor, count: float) -> Tensor:
+    """Scale a mean over the rows of this micro-batch, so that the sum over micro-batches and ranks
+    is the mean over the global batch.
+
+    Args:
+        mean: scalar, mean over `rows`.
+        rows: [B, T] bool, the rows that the mean covers.
+        count: number of rows in the global batch.
+    """
     return mean * (rows.sum().double() / count).to(mean.dtype)
 
 
 class Objective:
-    """Base of all objectives; a subclass names its config and what it needs.
+    """Base class of all objectives. A subclass sets `config_class` and implements `__call__`.
 
     Attributes:
-        config_class: of its settings.
-        relates_tokens: it compares a row's tokens with each other, so that a row has to be one
-            record.
-        relates_records: it compares the records of a micro-batch with each other, so that a
-            micro-batch has to hold two at least.
-        any_vocabulary: the teacher's tokens may be others than the student's, on image tokens or
-            where it reads chunks.
-        teacher: the name of the teacher that it compares with, where there are several.
-        sources: numbers of the data sources whose records it covers; None for all.
+        config_class: class of its settings.
+        relates_tokens: the objective compares the tokens of a sequence with each other, so a
+            sequence must hold one record only (no packing).
+        relates_records: the objective compares the records of a micro-batch with each other, so a
+            micro-batch must hold at least two.
+        any_vocabulary: the teacher may have another tokenizer, because the objective reads image
+            tokens or chunks only.
+        teacher: name of the teacher that it compares with, if there are several.
+        sources: indices of the data sources whose records it covers; None for all.
     """
 
     config_class: ClassVar[type[ObjectiveConfig]]
@@ -262,11 +280,12 @@ class Objective:
         """
         Args:
             config: an instance of `config_class`.
-            shared_vocabulary: tokens that teacher and student share (None: heads are equal).
-            mamba_layers: the student's Mamba layers, which layer-wise objectives cover if not told
-                otherwise.
-            head_memory: bytes for the logits of a chunk of rows, and what is made of them.
-            head_backend: of losses on the head's output that have a kernel, "auto" or "torch".
+            shared_vocabulary: number of tokens that teacher and student share; None if their heads
+                have the same size.
+            mamba_layers: indices of the student's Mamba layers, which layer-wise objectives cover
+                by default.
+            head_memory: bytes for the logits of a chunk of rows and the tensors computed from them.
+            head_backend: "auto" or "torch", implementation of the losses on the head's output.
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
@@ -276,13 +295,15 @@ class Objective:
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
 
-    def beside(self, teacher: str, weight: float, sources: frozenset[int] | None) -> "Objective":
-        """The same objective with one of several teachers.
+    def for_teacher(
+        self, teacher: str, weight: float, sources: frozenset[int] | None
+    ) -> "Objective":
+        """A copy of the objective for one of several teachers.
 
         Args:
-            teacher: its name, which goes into the objective's.
-            weight: factor of this objective's own.
-            sources: of the data, by number, whose records the teacher is asked about; None for all.
+            teacher: name of the teacher, which becomes part of the objective's name.
+            weight: is multiplied with the objective's own weight.
+            sources: indices of the data sources on which the teacher is used; None for all.
         """
         made = copy.copy(self)
         changes = {"name": f"{self.name}.{teacher}", "weight": weight * self.config.weight}
@@ -293,7 +314,7 @@ class Objective:
     @final
     @property
     def needs(self) -> frozenset[Need]:
-        """What has to be there for this objective, as its settings say."""
+        """The inputs that this objective requires, from its settings."""
         return self.config.needs
 
     @property
@@ -301,18 +322,25 @@ class Objective:
         return self.config.metric_name
 
     def rows(self, targets: Targets) -> Tensor:
-        """[B, T] bool: the rows that this objective averages over."""
+        """[B, T] bool: the rows (positions) over which this objective averages."""
         raise NotImplementedError
 
     @final
     @property
     def reads_hidden(self) -> tuple[Region, ...]:
-        """Regions of the teacher's final hidden states that this objective reads, if it reads
-        nothing else of it, as its settings say."""
+        """Regions in which this objective reads the teacher's final hidden states, if it reads
+        nothing else of the teacher; from its settings."""
         return self.config.reads_hidden
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
     ) -> Outcome:
-        """Loss of one micro-batch; `count` is the number of rows in the global batch."""
+        """Compute the loss of one micro-batch.
+
+        Args:
+            student: signals of the student.
+            teacher: signals of the teacher; None if the objective needs none.
+            targets: of the micro-batch.
+            count: number of the objective's rows in the global batch.
+        """
         raise NotImplementedError

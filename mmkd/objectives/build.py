@@ -1,4 +1,4 @@
-"""From an objective's settings to the objective."""
+"""Build an objective from its settings."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def build_objective(
     head_memory: int = CHUNK_BYTES,
     head_backend: str = "auto",
 ) -> Objective:
-    """The objective that a recipe's entry asks for.
+    """Build the objective of an entry of a recipe.
 
     Args:
         config: the entry.

@@ -1,4 +1,4 @@
-"""Pieces of answers that two tokenizers have in common."""
+"""Chunks: pieces of responses that begin and end at a token boundary of two tokenizers."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChunkTokens:
-    """The tokens that one model spells a batch's chunks with, n in all.
+    """The n tokens of all chunks of a batch, as one model tokenizes them.
 
     Attributes:
-        rows: [n] int64, of the model's own [B * T], those that predict the tokens.
+        rows: [n] int64, indices into the model's [B * T] of the positions that predict the tokens.
         ids: [n] int64, the tokens.
-        chunk: [n] int64, which chunk each belongs to, ascending from 0, none left out.
+        chunk: [n] int64, index of each token's chunk: ascending, from 0, without gaps.
     """
 
     rows: Tensor
@@ -22,12 +22,12 @@ class ChunkTokens:
 
     @property
     def count(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return int(self.chunk[-1]) + 1 if len(self.chunk) else 0
 
     @property
     def first_rows(self) -> Tensor:
-        """[chunks] int64: the row that predicts each chunk's first token."""
+        """[chunks] int64: for each chunk, the position that predicts its first token."""
         first = torch.ones_like(self.chunk, dtype=torch.bool)
         first[1:] = self.chunk[1:] != self.chunk[:-1]
         return self.rows[first]
@@ -38,7 +38,7 @@ class ChunkTokens:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The same pieces of text as student and teacher spell them."""
+    """The same chunks as tokenized by student and teacher."""
 
     student: ChunkTokens
     teacher: ChunkTokens

@@ -1,18 +1,20 @@
 """Distillation of responses between models with different tokenizers.
 
-Both compare chunks: the finest pieces of a response that begin and end with a token for student and
-teacher alike; the end of turn is one. With n chunks and c one of them:
+Both objectives compare chunks: the shortest pieces of a response that begin and end at a token
+boundary of both tokenizers. The end of turn is a chunk of its own. For n chunks c:
 
     alm   L = 1/n sum_c D(p(c)^(1/tau), q(c)^(1/tau))
-          p(c) and q(c) are the teacher's and the student's likelihood of the chunk behind what
-          stands before it, D a divergence of yes and no: `mmkd.ops.likelihood`. Approximate
-          Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083) on its shortest
-          chunks; its debiasing of chunks is not done. KL and tau = 100 are the defaults of its
-          authors' code (tokenkit, `binary_ce` and `binarization_temp`), KL less a constant.
+          p(c) and q(c) are the likelihoods of the chunk, given the text before it, under teacher
+          and student. D is a divergence between Bernoulli distributions: `mmkd.ops.likelihood`.
+          This is Approximate Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083) on
+          its shortest chunks, without its debiasing of chunks. KL and tau = 100 are the defaults of
+          the authors' code (tokenkit, `binary_ce` and `binarization_temp`); KL differs by a
+          constant.
     uld   L = 1/n sum_c sum_i |p_(i) - q_(i)|
-          p and q are the next-token distributions where a chunk begins, sorted: `mmkd.ops.uld`.
-          Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030), which compares the
-          k-th token of both; here the places in the text are the same.
+          p and q are the sorted next-token distributions at the first token of a chunk:
+          `mmkd.ops.uld`. This is Universal Logit Distillation (Boizard et al. 2024,
+          arXiv 2402.12030). The paper compares the k-th tokens of both models; here both
+          distributions belong to the same place in the text.
 """
 
 from typing import ClassVar
@@ -27,7 +29,7 @@ from mmkd.ops import Head, binary_divergence, linear_uld, token_logps
 
 
 class ChunkObjective(Objective):
-    """Base of objectives on chunks; one row a chunk, that of its first token."""
+    """Base class of objectives on chunks. A chunk has one row, that of its first token."""
 
     any_vocabulary: ClassVar[bool] = True
 
@@ -47,7 +49,7 @@ class ChunkObjective(Objective):
         return Outcome(self._total(student, teacher, chunks) / count)
 
     def _total(self, student: Signals, teacher: Signals, chunks: Chunks) -> Tensor:
-        """The sum over chunks."""
+        """Sum of the loss over chunks, a scalar."""
         raise NotImplementedError
 
     def _chunks(self, targets: Targets) -> Chunks:
@@ -70,7 +72,7 @@ class Alm(ChunkObjective):
         ).sum()
 
     def _logps(self, signals: Signals, tokens: ChunkTokens) -> Tensor:
-        """[chunks]: log-likelihoods."""
+        """Log-likelihoods of the chunks, [chunks]."""
         head = _head(signals, tokens.rows)
         found = token_logps(
             head.hidden,
@@ -94,6 +96,6 @@ class Uld(ChunkObjective):
 
 
 def _head(signals: Signals, rows: Tensor) -> Head:
-    """The head at some rows of a model's own tokens."""
+    """The head, with the hidden states at `rows`: indices into the model's [B * T]."""
     hidden = signals.hidden if signals.own_hidden is None else signals.own_hidden
     return Head(hidden.flatten(0, 1)[rows], signals.head_weight, signals.head_bias)

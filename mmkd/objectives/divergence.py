@@ -1,10 +1,10 @@
-"""Distillation of output distributions: the divergences of `mmkd.ops` over a region.
+"""Distillation of output distributions by a divergence of `mmkd.ops`, averaged over a region.
 
     L = 1/|M| sum_{t in M} D(p_t, q_t)
 
-with p the teacher's and q the student's distribution at temperature T. LLaVA-MoD mimics with `kl`
-over the response (arXiv 2408.15881, section 3.3); LLaVA-KD adds it over the visual tokens
-(arXiv 2410.16236, section 3.2).
+M are the rows of the region; p and q are the next-token distributions of teacher and student at
+temperature T. LLaVA-MoD uses `kl` over the response (arXiv 2408.15881, section 3.3), LLaVA-KD also
+over the image tokens (arXiv 2410.16236, section 3.2).
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""One entry of a stage's `objectives` in a recipe: the settings of any objective, by its kind.
+"""Type of an entry of a stage's `objectives`: the settings of any objective, chosen by `kind`.
 
 This module does not import torch.
 """

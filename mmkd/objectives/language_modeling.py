@@ -1,8 +1,8 @@
-"""`ce`: next-token cross-entropy on the data set's own responses.
+"""`ce`: next-token cross-entropy on the responses of the data set.
 
     L = -1/|M| sum_{t in M} log q(y_{t+1} | y_{<=t}, image)
 
-with M the rows that predict the region's tokens.
+M are the rows that predict the tokens of the region.
 """
 
 from torch import Tensor

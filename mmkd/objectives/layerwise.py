@@ -1,4 +1,4 @@
-"""Layers against layers: what a student's mixer or block does, beside the teacher's.
+"""Layer-wise objectives: distances between tensors of the student's and the teacher's layers.
 
     mixer_mse    |h_s - h_t|^2 / width      heads before the output projection
                                             (mmMamba, arXiv 2502.13145, stages 1 and 2)
@@ -10,11 +10,12 @@
     matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
                                             matrix M (MOHAWK, stage 1)
 
-Each is a mean over layers and over covered tokens, |.| the 2-norm of one token's row. MaTVLM and
-MOHAWK take the Frobenius norm of a whole sequence; a norm per token is what adds up over batches.
+Each is a mean over layers and covered tokens. |.| is the 2-norm of one token's vector. MaTVLM and
+MOHAWK use the Frobenius norm of a whole sequence; a norm per token can be averaged over batches of
+any layout.
 
-With `teacher_forced` each student layer gets what entered the teacher's layer, so that layers learn
-side by side and no error travels.
+With `teacher_forced`, the input of each student layer is the input of the teacher's layer, so that
+layers train independently and errors of earlier layers do not propagate.
 """
 
 import torch
@@ -37,32 +38,32 @@ from mmkd.objectives.settings import (
 
 
 class Layerwise(Objective):
-    """Base: pairs of layers, and a distance per token."""
+    """Base class: a distance per token, averaged over pairs of layers."""
 
     config: LayerwiseConfig
     compares_widths: bool = True
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Layers of the student, each with the teacher's layer that it is compared with."""
+        """Indices of the compared layers: (student layer, teacher layer)."""
         own = self.config.layers
         layers = self.mamba_layers if own is None else own
         return list(zip(layers, self.config.teacher_layers or layers, strict=True))
 
     @property
     def compares_blocks(self) -> bool:
-        """Whether it reads what a whole layer makes, not only its mixer."""
+        """Whether it compares outputs of whole layers, instead of outputs of their mixers."""
         return False
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
-        """[B, T]"""
+        """Distance per token, [B, T]."""
         raise NotImplementedError
 
     def _layers_of(self, student: Signals) -> dict[int, LayerSignals]:
-        """The run of the student's layers that this objective compares."""
+        """Signals of the free, mixer-forced or block-forced run that this objective compares."""
         if not self.config.teacher_forced:
             return student.layers
         return student.forced_blocks if self.compares_blocks else student.forced_mixers

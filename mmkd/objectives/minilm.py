@@ -1,16 +1,18 @@
-"""`minilm`: how a layer's queries relate to each other, its keys and its values likewise.
+"""`minilm`: self-relations of the queries, keys and values of a layer.
 
-With X one of Q, K, V of a layer, split into A relation heads of width d whatever heads it has:
+Let X be Q, K or V of a layer, split into A relation heads of width d, independent of the number of
+attention heads:
 
     R_a = softmax(X_a X_a^T / sqrt(d))          [n, n]
     L   = sum over Q, K, V of 1 / (A n) sum_a sum_t KL(R_a^T[t] || R_a^S[t])
 
-MiniLMv2 (Wang et al. 2021, arXiv 2012.15828, section 3): student and teacher may differ in width
-and in heads. Q, K and V are what the projections make, after the attention's own norms of queries
-and keys (Qwen3-VL, Gemma 3) and without its gate (Qwen3.5), before positions are rotated in; of a
-Mamba mixer they are C, B and x before its convolution, after the norms that it inherited. A row's
-tokens relate to all real tokens of the region, as in the paper, whether the model attends to them
-or not. A row with one token of the region has no relations and does not count.
+This is MiniLMv2 (Wang et al. 2021, arXiv 2012.15828, section 3): student and teacher may differ in
+width and number of heads. Q, K and V are outputs of the projections, after the attention's own
+norms of queries and keys (Qwen3-VL, Gemma 3), without its gate (Qwen3.5) and before the rotary
+embedding. For a Mamba mixer they are C, B and x, before its convolution and after the norms that it
+has taken over from the attention. As in the paper, relations are computed between all tokens of the
+region in a sequence, whether the model attends to them or not. Sequences with only one token of the
+region are not counted.
 """
 
 import torch
@@ -21,7 +23,7 @@ from mmkd.objectives.base import LayerSignals, Outcome, Signals, Targets
 from mmkd.objectives.layerwise import Layerwise
 from mmkd.objectives.settings import MiniLmConfig, Projection
 
-TILE_ELEMENTS = 2**22  # of relations held at once
+TILE_ELEMENTS = 2**22  # relations in memory at the same time
 
 
 class MiniLm(Layerwise):
@@ -31,7 +33,7 @@ class MiniLm(Layerwise):
     compares_widths = False
 
     def rows(self, targets: Targets) -> Tensor:
-        """[B, T] bool; rows of one token have no relations."""
+        """[B, T] bool: tokens of the region, in sequences that have at least two of them."""
         covered = targets.predicts(self.config.region)
         return covered & (covered.sum(1, keepdim=True) > 1)
 
@@ -51,7 +53,12 @@ class MiniLm(Layerwise):
         return Outcome(total / (count * len(self.pairs)))
 
     def _relations(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-        """Summed over tokens, mean over relation heads; [B, T, D] each."""
+        """KL divergence of relations, summed over tokens and averaged over relation heads.
+
+        Args:
+            student, teacher: [B, T, D], D may differ.
+            rows: [B, T] bool, the tokens to relate.
+        """
         wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         total = student.new_zeros((), dtype=wide)
         for mine, theirs, chosen in zip(student, teacher, rows, strict=True):
@@ -74,7 +81,7 @@ def _projected(layer: LayerSignals, kind: Projection) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor, tile: slice) -> Tensor:
-    """Summed KL of the relations of the tile's tokens to all."""
+    """Summed KL divergence of the relations between the tokens of a tile and all tokens."""
     mine, theirs = (
         (x[:, tile] @ x.transpose(1, 2) / x.shape[2] ** 0.5).log_softmax(-1)  # [A, tile, n]
         for x in (student, teacher.detach())

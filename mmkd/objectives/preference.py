@@ -1,8 +1,8 @@
-"""Preference distillation: of two answers the student should like the chosen one more than its
-reference does.
+"""Preference objectives: raise the student's log-ratio to a reference for the chosen answer,
+relative to that of the rejected answer.
 
-With log-ratios of whole answers r = log pi_S(y | x) - log pi_ref(y | x), r_c of the chosen and r_r
-of the rejected answer:
+Let r = log pi_S(y | x) - log pi_ref(y | x) be the log-ratio of a whole answer, r_c of the chosen
+and r_r of the rejected one:
 
     kto_pair   1/2 [1 - s(b (r_c - z_r))] + 1/2 [1 - s(b (z_c - r_r))],  z = max(0, mean r)
                                                     (LLaVA-MoD, arXiv 2408.15881; KTO, arXiv
@@ -11,9 +11,9 @@ of the rejected answer:
     ipo        (r_c - r_r - 1 / (2 b))^2            (arXiv 2310.12036)
     hinge      max(0, 1 - b (r_c - r_r))            (SLiC, arXiv 2305.10425)
 
-s is the logistic function, b `beta`, z a constant for the gradient, of the micro-batch and averaged
-over ranks. LLaVA-MoD's reference is the teacher; `self` is the student before the stage (DPO), and
-without one r is the log-probability itself.
+s is the logistic function and b is `beta`. z is computed over the micro-batches of all ranks and
+gets no gradient. LLaVA-MoD's reference is the teacher. `self` is the student before the stage, as
+in DPO. Without a reference, r is the log-probability itself.
 """
 
 from typing import get_args
@@ -45,8 +45,8 @@ def preference_loss(
         reference_chosen, reference_rejected: [B], by the reference; zeros for none.
         kind: kto_pair, sigmoid, ipo or hinge, defined at the top of this module.
         beta: positive.
-        label_smoothing: probability that a pair is the wrong way round, below 0.5; of `sigmoid`
-            alone.
+        label_smoothing: probability that the labels of a pair are swapped, below 0.5; for
+            `sigmoid` only.
 
     Returns:
         A scalar; 0 with a zero gradient for no pairs.
@@ -62,7 +62,7 @@ def preference_loss(
         raise ValueError(f"beta is {beta}, it must be positive")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind != "sigmoid"):
         raise ValueError(
-            f"label_smoothing is {label_smoothing}: it is of 'sigmoid' alone, from 0 to below 0.5"
+            f"label_smoothing is {label_smoothing}, it must be 0, or below 0.5 for sigmoid"
         )
     shapes = {t.shape for t in (policy_chosen, policy_rejected, reference_chosen,
                                 reference_rejected)}  # fmt: skip
@@ -70,7 +70,7 @@ def preference_loss(
         raise ValueError(f"log-probabilities must be [B] each, got {sorted(map(list, shapes))}")
     chosen = policy_chosen - reference_chosen.detach()  # [B]
     rejected = policy_rejected - reference_rejected.detach()
-    lead = chosen - rejected
+    margin = chosen - rejected
     if kind == "kto_pair":
         z_chosen, z_rejected = (_baseline(r) for r in (chosen, rejected))
         terms = 1 - torch.stack(
@@ -81,17 +81,17 @@ def preference_loss(
         )
         terms = terms.mean(0)
     elif kind == "sigmoid":
-        terms = -(1 - label_smoothing) * F.logsigmoid(beta * lead)
-        terms = terms - label_smoothing * F.logsigmoid(-beta * lead)
+        terms = -(1 - label_smoothing) * F.logsigmoid(beta * margin)
+        terms = terms - label_smoothing * F.logsigmoid(-beta * margin)
     elif kind == "ipo":
-        terms = (lead - 1 / (2 * beta)).square()
+        terms = (margin - 1 / (2 * beta)).square()
     else:
-        terms = F.relu(1 - beta * lead)
+        terms = F.relu(1 - beta * margin)
     return terms.sum() / max(len(terms), 1)
 
 
 def _baseline(ratios: Tensor) -> Tensor:
-    """max(0, mean) over the micro-batches of all ranks, without gradient."""
+    """max(0, mean) over the micro-batches of all ranks, without gradients."""
     total = torch.stack([ratios.detach().sum(), ratios.new_tensor(float(len(ratios)))])
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -101,16 +101,16 @@ def _baseline(ratios: Tensor) -> Tensor:
 def answer_logps(
     signals: Signals, targets: Targets, vocabulary: int | None, memory: int = CHUNK_BYTES
 ) -> Tensor:
-    """Log-probability of each row's responses, [B], in at least float32.
+    """Log-probability of each sequence's response, [B], in at least float32.
 
     Args:
-        signals: the student's or the reference's.
-        targets: with the rejected answers' rows too.
-        vocabulary: tokens that both models share; None for the whole head.
+        signals: of the student or the reference.
+        targets: of a batch of pairs, rejected answers included.
+        vocabulary: number of tokens that both models share; None for the whole head.
         memory: bytes for the logits of a chunk of rows.
     """
     rows = targets.predicts_answers()  # [B, T]
-    signals = signals.first(len(rows))
+    signals = signals.truncate(len(rows))
     found = token_logps(
         signals.hidden[rows],
         signals.head_weight,
@@ -124,14 +124,15 @@ def answer_logps(
 
 
 class Preference(Objective):
-    """Reads pairs: rows of chosen answers, and as many rows of rejected ones behind them."""
+    """Reads batches of pairs: all chosen answers first, then the rejected answers in the same
+    order."""
 
     config_class = PreferenceConfig
     relates_tokens = True
     config: PreferenceConfig
 
     def rows(self, targets: Targets) -> Tensor:
-        """One row a pair: that of the chosen answer's first token."""
+        """[B, T] bool: one row per pair, that of the chosen answer's first token."""
         rows = targets.predicts("response")
         return rows & (rows.cumsum(1) == 1)
 
@@ -145,7 +146,7 @@ class Preference(Objective):
         reference = torch.zeros_like(policy)
         if self.config.reference != "none":
             if targets.reference_logps is None:
-                raise ValueError(f"objective {self.name!r} needs a reference's log-probabilities")
+                raise ValueError(f"objective {self.name!r} needs log-probabilities of a reference")
             reference = targets.reference_logps.to(policy.dtype)
         tokens = targets.predicts_answers().sum(1).clamp_min(1)
         likelihood = (policy / tokens)[~rejected]

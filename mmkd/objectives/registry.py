@@ -1,4 +1,4 @@
-"""Objectives by kind, those from outside of mmkd included: `mmkd.runtime.registry`.
+"""Registry of objectives by kind, including those from plugins: `mmkd.runtime.registry`.
 
 This module does not import torch.
 """
@@ -17,17 +17,17 @@ T = TypeVar("T", bound="type[Objective]")
 def _check(cls: Any) -> None:
     """
     Raises:
-        TypeError: it is no objective.
-        ValueError: it says itself what its settings have to say.
+        TypeError: `cls` is not a subclass of `Objective`.
+        ValueError: `cls` defines what belongs to its settings.
     """
     from mmkd.objectives.base import Objective  # imports torch
     from mmkd.objectives.scoring import HeadObjective
 
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise TypeError("it is no objective")
+        raise TypeError("it is not a subclass of Objective")
     settings = getattr(cls, "config_class", None)
     if settings is None:
-        return  # it has no kind either
+        return  # it has no kind, and `Registry.add` refuses it
     for name in ("needs", "reads_hidden"):
         if getattr(cls, name) is not getattr(Objective, name):
             raise ValueError(
@@ -48,10 +48,10 @@ OBJECTIVES: "Registry[Objective]" = Registry("objective", SETTINGS, _check)
 
 
 def add_objective(cls: T) -> T:
-    """Make an objective known by its kinds; a class decorator.
+    """Class decorator that registers an objective under its kinds.
 
     Raises:
-        TypeError: it is no objective.
-        ValueError: another one has the kind, or it says itself what its settings have to say.
+        TypeError: `cls` is not a subclass of `Objective`.
+        ValueError: another objective has the kind, or `cls` defines what belongs to its settings.
     """
     return OBJECTIVES.add(cls)

@@ -1,13 +1,13 @@
-"""Relations between image tokens: the student's tokens should be alike where the teacher's are.
+"""`relation`: match the teacher's similarities between the tokens of a region.
 
-With Y the features of a picture's tokens, [n, D], and G = Y Y^T:
+Let Y be the features of n tokens, [n, D], and G = Y Y^T:
 
     L = 1 - cos(G_S, G_T) = 1 - <G_S, G_T> / (|G_S| |G_T|)
 
-LLaVA-KD (arXiv 2410.16236, section 3.2) takes the logits at image tokens for Y, as they are. A mean
-that all tokens share then makes any two models nearly equal (0.999 for independent random
-features), so Y is centred over the tokens here unless told otherwise; 1 - L is then linear CKA
-(arXiv 1905.00414).
+In LLaVA-KD (arXiv 2410.16236, section 3.2), Y are the logits at image tokens, without centring. The
+mean over tokens then dominates G, and the cosine of any two models is close to 1 (0.999 for
+independent random features). So by default Y is centred over the tokens here, and 1 - L is linear
+CKA (arXiv 1905.00414).
 """
 
 from typing import ClassVar
@@ -24,7 +24,7 @@ from mmkd.objectives.base import (
 from mmkd.objectives.settings import RelationConfig
 from mmkd.ops.gram import gram_inner
 
-JITTER = 1e-10  # of a head's mean square, for a factor of W^T W that exists
+JITTER = 1e-10  # relative to the head's mean square, so that W^T W has a Cholesky factor
 
 
 def visual_relation(
@@ -36,17 +36,16 @@ def visual_relation(
     normalize: bool = False,
     diagonal: bool = True,
 ) -> Tensor:
-    """1 - cosine of the two token-to-token similarity matrices, mean over rows.
+    """1 - cosine of the two token-to-token similarity matrices, averaged over sequences.
 
     Args:
         student: [B, T, Ds], features in any floating dtype.
         teacher: [B, T, Dt].
-        mask: [B, T] bool, the tokens to relate; a row with less than two of them is left out.
+        mask: [B, T] bool, the tokens to relate. Sequences with less than two are left out.
         center, normalize, diagonal: see `RelationConfig`.
 
     Returns:
-        A scalar, float32 or the features' wider dtype; 0 with a zero gradient where no row has two
-        tokens.
+        A scalar in at least float32; 0 with a zero gradient if no sequence has two tokens.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -63,7 +62,7 @@ def visual_relation(
 def _relations(
     student: Tensor, teacher: Tensor, mask: Tensor, center: bool, normalize: bool, diagonal: bool
 ) -> list[Tensor]:
-    """One loss for each row with two tokens or more."""
+    """The loss of each sequence with at least two tokens."""
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     found = []
     for mine, theirs, chosen in zip(student, teacher, mask, strict=True):
@@ -79,7 +78,8 @@ def _relations(
 
 
 def _prepared(features: Tensor, center: bool, normalize: bool) -> Tensor:
-    """[n, D], scaled so that fourth powers neither overflow nor vanish: no cosine sees a scale."""
+    """Features [n, D], scaled so that their fourth powers neither overflow nor underflow. The
+    cosine does not depend on the scale."""
     if center:
         features = features - features.mean(0)
     if normalize:
@@ -89,7 +89,7 @@ def _prepared(features: Tensor, center: bool, normalize: bool) -> Tensor:
 
 
 class Relation(Objective):
-    """Each row's loss counts by its tokens."""
+    """Averages the loss over sequences, weighted by their numbers of tokens."""
 
     config_class: ClassVar[type[RelationConfig]] = RelationConfig
     relates_tokens = True
@@ -97,7 +97,7 @@ class Relation(Objective):
     config: RelationConfig
 
     def rows(self, targets: Targets) -> Tensor:
-        """Rows of one token have no relations."""
+        """[B, T] bool: tokens of the region, in sequences that have at least two of them."""
         covered = targets.predicts(self.config.region)
         return covered & (covered.sum(1, keepdim=True) > 1)
 
@@ -130,10 +130,10 @@ class Relation(Objective):
 
 
 def logit_factor(weight: Tensor) -> Tensor:
-    """L, [H, H], with W^T W = L L^T: h L has the inner products of the logits h W^T.
+    """L, [H, H], with W^T W = L L^T. Vectors h L have the same inner products as the logits h W^T.
 
     Args:
-        weight: [V, H], a head.
+        weight: [V, H], W, the weight of an output head.
     """
     gram = (weight.T @ weight).double()  # [H, H]
     jitter = JITTER * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device).double()

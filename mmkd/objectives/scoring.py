@@ -1,4 +1,5 @@
-"""A stage's objectives on one batch; those on the head's output share one pass over its rows."""
+"""Evaluate all objectives of a stage on one batch. Objectives on the head's output share one
+projection of each chunk of rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,10 +18,10 @@ from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
 
 class HeadObjective(Objective):
-    """Base of objectives on the head's output at the final hidden states."""
+    """Base class of objectives on the output of the head."""
 
     def head_loss(self, targets: Targets) -> HeadLoss:
-        """The loss and its rows, of the [B * T] of a batch."""
+        """The loss on the head's output, with a mask of the rows in [B * T] that it covers."""
         raise NotImplementedError
 
     def __call__(
@@ -37,7 +38,7 @@ def _one_pass(
     teacher: TeacherSignals | None,
     targets: Targets,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of factor times loss with gradients, and each loss's sum over its rows."""
+    """The weighted sum of losses, with gradients, and each loss's sum over its rows, without."""
     losses = []
     for objective, factor in zip(objectives, factors, strict=True):
         if "teacher" in objective.needs and teacher is None:
@@ -49,7 +50,7 @@ def _one_pass(
         theirs = teacher.rows
     else:
         theirs = None if teacher is None else _head(teacher)
-    how = objectives[0]  # those of a stage have it in common
+    how = objectives[0]  # all objectives of a stage have the same head_memory and head_backend
     return head_losses(
         _head(student), losses, theirs, memory=how.head_memory, backend=how.head_backend
     )
@@ -60,7 +61,7 @@ def _head(signals: Signals) -> Head:
 
 
 Teachers = Mapping[str, TeacherSignals]
-"""Signals by teacher, of those that are asked about a batch; the first one's come first."""
+"""Signals by name of the teacher, for the teachers that a batch needs, in the recipe's order."""
 
 
 def score(
@@ -70,16 +71,19 @@ def score(
     targets: Targets,
     counts: Mapping[str, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all objectives, with gradients, and what each says, without.
+    """Compute the weighted sum of all objectives on a batch.
 
     Args:
         objectives: of a stage.
-        student, teacher: on the batch; several teachers by the names that objectives give.
+        student: signals of the student.
+        teacher: signals of the teacher, or of several teachers by name; None if no objective needs
+            one.
         targets: of the batch.
-        counts: rows in the global batch, by objective's name.
+        counts: by name of an objective, the number of its rows in the global batch.
 
     Returns:
-        The loss, and by name each objective's value and its metrics.
+        The loss with gradients, and by name the detached values of the objectives and their
+        metrics.
     """
 
     def asked(name: str | None) -> TeacherSignals | None:
@@ -111,7 +115,8 @@ def score(
 
 
 def _passes(objectives: Sequence[Objective]) -> dict[str | None, list[HeadObjective]]:
-    """Objectives on the head's output by teacher; those without one join the first pass."""
+    """Objectives on the head's output, grouped by teacher. Those that need no teacher are added to
+    the first group."""
     heads = [o for o in objectives if isinstance(o, HeadObjective)]
     first = next((o.teacher for o in heads if o.teacher is not None), None)
     passes: dict[str | None, list[HeadObjective]] = {}

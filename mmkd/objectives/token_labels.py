@@ -1,14 +1,16 @@
-"""`token_labels`: every image token says the word for what it shows.
+"""`token_labels`: image tokens predict the name of the object that they show.
 
     L = -1/|P| sum_{t in P} log softmax(W n(h_t))[w_t]
 
-with P the image tokens inside of an object's box, w_t that object's word and W the output head.
-With `background`, P has the picture's other tokens too, and their word is the end-of-turn token.
-At `connector`, h is what the connector hands to the decoder and n scales it to unit root mean
-square: image tokens come to lie where the head has their words, which with tied embeddings is where
-the decoder knows them already. At `decoder`, h is the final hidden state and n does nothing.
+P are the image tokens inside of an object's box, w_t is the token of that object's name and W the
+output head. With `background`, P also contains the other tokens of the image, and their label is
+the end-of-turn token. At `connector`, h is the connector's output and n scales it to a root mean
+square of 1: the image tokens move towards the head's weights of their names, which with tied
+    embeddings
+are the decoder's embeddings of these words. At `decoder`, h is the final hidden state and n is the
+identity.
 
-Dense supervision of the vision tower, in the spirit of token labelling (Jiang et al. 2021,
+This is dense supervision of the vision tower, similar to token labelling (Jiang et al. 2021,
 arXiv 2104.10858). It needs records with `objects` (name and box).
 """
 
@@ -20,7 +22,7 @@ from mmkd.objectives.base import (
     Outcome,
     Signals,
     Targets,
-    share_of,
+    scale_to_global_mean,
 )
 from mmkd.objectives.settings import TokenLabelsConfig
 from mmkd.ops import linear_cross_entropy
@@ -65,7 +67,7 @@ class TokenLabels(Objective):
             memory=self.head_memory,
             backend=self.head_backend,
         )
-        return Outcome(share_of(mean, rows, count))
+        return Outcome(scale_to_global_mean(mean, rows, count))
 
 
 def _unit_rms(x: Tensor) -> Tensor:

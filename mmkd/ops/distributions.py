@@ -26,7 +26,7 @@ Part = list[tuple[int, HeadLoss]]
 """Losses with their numbers."""
 
 
-class Memory:
+class Workspace:
     """Blocks of memory that chunk after chunk uses again: fresh ones cost as much as a product."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
@@ -47,7 +47,7 @@ def chunk_losses(
     rows: Tensor,
     part: Part,
     sums: Tensor,
-    memory: Memory,
+    workspace: Workspace,
 ) -> Tensor:
     """Add the chunk's losses to `sums`; returns the total's gradient by its logits.
 
@@ -57,7 +57,7 @@ def chunk_losses(
         rows: [C], numbers of the rows.
         part: the losses that cover these rows.
         sums: [losses].
-        memory: for what is made on the way.
+        workspace: holds intermediate results.
     """
     whole = logits.shape[1]
     groups = alike(part, whole)
@@ -70,9 +70,9 @@ def chunk_losses(
             z = z / temperature
             t = None if t is None else t / temperature
         if compared and isinstance(theirs, SparseRows):
-            found = _sparse(z, theirs, rows, some, sums, memory)
+            found = _sparse(z, theirs, rows, some, sums, workspace)
         else:
-            found = _Distributions(z, t, memory).losses(rows, some, sums)
+            found = _Distributions(z, t, workspace).losses(rows, some, sums)
         found = found if temperature == 1 else found.div_(temperature)
         if grad is None and width == whole and len(groups) == 1:
             return found
@@ -97,14 +97,14 @@ class _Distributions:
     Args:
         z: [C, V], the student's logits.
         t: [C, V], the teacher's, or None; lost afterwards.
-        memory: for what is made on the way.
+        workspace: holds intermediate results.
     """
 
-    def __init__(self, z: Tensor, t: Tensor | None, memory: Memory):
-        self.z, self.memory = z, memory
-        self.q, self.log_sum = _softmax(z, memory("q", *z.shape))
+    def __init__(self, z: Tensor, t: Tensor | None, workspace: Workspace):
+        self.z, self.workspace = z, workspace
+        self.q, self.log_sum = _softmax(z, workspace("q", *z.shape))
         if t is not None:
-            self.p, log_sum = _softmax(t, memory("p", *t.shape))
+            self.p, log_sum = _softmax(t, workspace("p", *t.shape))
             self.ahead = t.sub_(z)  # log p - log q, but for a number a row
             self.offset = self.log_sum - log_sum  # [C]
 
@@ -116,13 +116,13 @@ class _Distributions:
         for number, loss in part:
             if loss.kind == "ce":
                 continue
-            if loss.settled == "kl":
+            if loss.effective_kind == "kl":
                 value = _dot(self.p, self.ahead) + self.offset
                 on_q += loss.scale
                 on_p += loss.scale
             else:
-                room = self.memory("slope" if slope is None else "more", *self.q.shape)
-                value, g = getattr(self, f"_{loss.settled}")(loss, room)
+                buffer = self.workspace("slope" if slope is None else "more", *self.q.shape)
+                value, g = getattr(self, f"_{loss.effective_kind}")(loss, buffer)
                 g = g.mul_(loss.scale) if loss.scale != 1 else g
                 slope = g if slope is None else slope.add_(g)
             sums[number] += value.sum(dtype=torch.float64)
@@ -134,55 +134,55 @@ class _Distributions:
             grad.add_(self.p, alpha=-on_p)
         return _less_labels(grad, labels)
 
-    # Each returns the loss's value by row, [C], and g in `room`, [C, V].
+    # Each returns the loss's value by row, [C], and g in `buffer`, [C, V].
 
-    def _reverse_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
-        return -_dot(self.q, self.ahead) - self.offset, torch.neg(self.ahead, out=room)
+    def _reverse_kl(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return -_dot(self.q, self.ahead) - self.offset, torch.neg(self.ahead, out=buffer)
 
-    def _jsd(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
+    def _jsd(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         b = loss.beta
-        lead = self._lead(b, room)
-        from_p = _dot(self.p, self.ahead) + self.offset + _dot(self.p, lead)
-        value = b * from_p + (1 - b) * _dot(self.q, lead)
-        return value, lead.mul_(1 - b)
+        log_ratio = self._log_ratio(b, buffer)
+        from_p = _dot(self.p, self.ahead) + self.offset + _dot(self.p, log_ratio)
+        value = b * from_p + (1 - b) * _dot(self.q, log_ratio)
+        return value, log_ratio.mul_(1 - b)
 
-    def _skew_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
+    def _skew_kl(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         a = loss.alpha
-        lead = self._lead(a, room)
-        value = _dot(self.p, self.ahead) + self.offset + _dot(self.p, lead)
-        mixture = self._mixture(a, room)
-        return value, torch.div(self.p, mixture, out=room).mul_(a - 1)
+        log_ratio = self._log_ratio(a, buffer)
+        value = _dot(self.p, self.ahead) + self.offset + _dot(self.p, log_ratio)
+        mixture = self._mixture(a, buffer)
+        return value, torch.div(self.p, mixture, out=buffer).mul_(a - 1)
 
-    def _skew_reverse_kl(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
+    def _skew_reverse_kl(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         a = loss.alpha
-        lead = self._lead(1 - a, room)
-        value = _dot(self.q, lead)
-        mixture = self._mixture(1 - a, self.memory("mixture", *self.q.shape))
-        return value, lead.sub_(torch.div(self.q, mixture, out=mixture), alpha=a)
+        log_ratio = self._log_ratio(1 - a, buffer)
+        value = _dot(self.q, log_ratio)
+        mixture = self._mixture(1 - a, self.workspace("mixture", *self.q.shape))
+        return value, log_ratio.sub_(torch.div(self.q, mixture, out=mixture), alpha=a)
 
-    def _tvd(self, loss: HeadLoss, room: Tensor) -> tuple[Tensor, Tensor]:
-        apart = torch.sub(self.q, self.p, out=room)
+    def _tvd(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        apart = torch.sub(self.q, self.p, out=buffer)
         return 0.5 * apart.abs().sum(1), apart.sign_().mul_(0.5)
 
-    def _mixture(self, share: float, room: Tensor) -> Tensor:
+    def _mixture(self, share: float, buffer: Tensor) -> Tensor:
         """share p + (1 - share) q, nowhere 0."""
-        made = torch.mul(self.p, share, out=room).add_(self.q, alpha=1 - share)
+        made = torch.mul(self.p, share, out=buffer).add_(self.q, alpha=1 - share)
         return made.clamp_(min=torch.finfo(made.dtype).tiny)
 
-    def _lead(self, share: float, room: Tensor) -> Tensor:
+    def _log_ratio(self, share: float, buffer: Tensor) -> Tensor:
         """log q - log(share p + (1 - share) q), [C, V]."""
-        return self._mixture(share, room).log_().neg_().add_(self.z).sub_(self.log_sum[:, None])
+        return self._mixture(share, buffer).log_().neg_().add_(self.z).sub_(self.log_sum[:, None])
 
 
 def _sparse(
-    z: Tensor, stored: SparseRows, rows: Tensor, part: Part, sums: Tensor, memory: Memory
+    z: Tensor, stored: SparseRows, rows: Tensor, part: Part, sums: Tensor, workspace: Workspace
 ) -> Tensor:
     """Add losses against stored rows to `sums`; returns the gradient of the scaled ones, [C, V].
 
     The student's k tokens and its rest are cells of a small vocabulary, with their logits log q;
     the gradient by the rest's logit falls on its tokens by their share of it.
     """
-    q, log_sum = _softmax(z, memory("q", *z.shape))
+    q, log_sum = _softmax(z, workspace("q", *z.shape))
     at = stored.at[rows]
     ids = stored.ids[at]  # [C, k]
     log_p = torch.cat([stored.log_probs[at], stored.log_rest[at, None]], 1).to(z.dtype)
@@ -190,7 +190,7 @@ def _sparse(
     rest = q.scatter_(1, ids, 0).sum(1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
     cells = torch.cat([z.gather(1, ids) - log_sum[:, None], rest.log()], 1)  # [C, k + 1]
     compared = [(number, loss) for number, loss in part if loss.kind != "ce"]
-    fresh = Memory(z.dtype, z.device)
+    fresh = Workspace(z.dtype, z.device)
     theirs = log_p.clamp_(min=LEAST_LOG)
     by_cell = _Distributions(cells, theirs, fresh).losses(rows, compared, sums)
     labels, on_q = _add_labels(z, log_sum, rows, part, sums)

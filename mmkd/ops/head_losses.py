@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmkd.ops.backends import kernel_for
-from mmkd.ops.distributions import Memory, Part, chunk_losses
+from mmkd.ops.distributions import Part, Workspace, chunk_losses
 from mmkd.ops.terms import Head, HeadLoss, SparseRows, check
 
 CHUNK_BYTES = 112 * 2**20
@@ -152,8 +152,8 @@ class _HeadLosses(torch.autograd.Function):
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
         # The kernel reads logits as the product leaves them, and rounds their gradient itself.
         as_is = kernel is not None and _one_dtype(Head(hidden, weight, bias), teacher)
-        blocks = Memory(hidden.dtype if as_is else wide, hidden.device)
-        find = partial(chunk_losses, memory=blocks) if kernel is None else kernel.chunk_losses
+        blocks = Workspace(hidden.dtype if as_is else wide, hidden.device)
+        find = partial(chunk_losses, workspace=blocks) if kernel is None else kernel.chunk_losses
         bytes_each = blocks.dtype.itemsize * (BUFFERS if kernel is None else KERNEL_BUFFERS)
         for rows, part in _groups(losses, len(hidden), hidden.device):
             chunk = rows_per_chunk(len(rows), width, chunk_size, bytes_each, memory)
@@ -209,10 +209,10 @@ def _one_dtype(student: Head, teacher: Head | SparseRows | None) -> bool:
     return all(h.bias is None and h.hidden.dtype == student.hidden.dtype for h in heads)
 
 
-def _teacher_logits(teacher: Head, rows: Tensor, part: Part, memory: Memory) -> Tensor:
+def _teacher_logits(teacher: Head, rows: Tensor, part: Part, workspace: Workspace) -> Tensor:
     whole = len(teacher.weight)
     width = max(whole if x.vocab_size is None else x.vocab_size for _, x in part if x.kind != "ce")
     bias = None if teacher.bias is None else teacher.bias.detach()[:width]
     hidden = teacher.hidden.detach()[rows]
-    out = memory("teacher", len(rows), width)
-    return project(hidden, teacher.weight.detach()[:width], bias, out).to(memory.dtype)
+    out = workspace("teacher", len(rows), width)
+    return project(hidden, teacher.weight.detach()[:width], bias, out).to(workspace.dtype)

@@ -74,7 +74,7 @@ class HeadLoss:
         return replace(self, scale=scale)
 
     @property
-    def settled(self) -> str:
+    def effective_kind(self) -> str:
         """The kind that is computed: `jsd` with beta 0 or 1 is `kl` or `reverse_kl`."""
         if self.kind == "jsd" and self.beta in (0.0, 1.0):
             return "kl" if self.beta == 0.0 else "reverse_kl"

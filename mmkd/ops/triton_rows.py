@@ -66,7 +66,7 @@ def _launch(
     labels = torch.stack(targets, 1) if targets else None  # [C, ces]
     # Read before the kernel overwrites them, by torch, which refuses labels past the vocabulary.
     chosen = None if labels is None else logits[:, :width].gather(1, labels)
-    kinds = tuple(loss.settled for loss in losses)
+    kinds = tuple(loss.effective_kind for loss in losses)
     compared = any(kind != "ce" for kind in kinds)
     t = theirs if compared else None
     values = sums.new_empty(len(logits), len(part), dtype=torch.float32)
@@ -232,14 +232,14 @@ def _compare(kind: tl.constexpr, share, log_q, log_p):
         slope = (share - 1) * p / mixture
     elif kind == "skew_reverse_kl":
         mixture = tl.maximum(share * q + (1 - share) * p, TINY)
-        lead = log_q - tl.log(mixture)
-        found = q * lead
-        slope = lead - share * q / mixture
+        log_ratio = log_q - tl.log(mixture)
+        found = q * log_ratio
+        slope = log_ratio - share * q / mixture
     else:
         tl.static_assert(kind == "jsd")
         mixture = tl.maximum(share * p + (1 - share) * q, TINY)
         log_mixture = tl.log(mixture)
-        lead = log_q - log_mixture
-        found = share * p * (log_p - log_mixture) + (1 - share) * q * lead
-        slope = (1 - share) * lead
+        log_ratio = log_q - log_mixture
+        found = share * p * (log_p - log_mixture) + (1 - share) * q * log_ratio
+        slope = (1 - share) * log_ratio
     return found, slope

@@ -31,7 +31,7 @@ def ask_each(
             made.append(objective)
             continue
         for teacher, sources in zip(teachers, numbers, strict=True):
-            made.append(objective.beside(teacher.name, teacher.weight, sources))
+            made.append(objective.for_teacher(teacher.name, teacher.weight, sources))
     return made
 
 

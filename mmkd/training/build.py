@@ -13,7 +13,7 @@ from mmkd.data.stream import BatchStream
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.engines import Engine, build_engine
 from mmkd.engines.deepspeed_config import resolve
-from mmkd.modeling.packed_rows import tell_borders
+from mmkd.modeling.packed_rows import isolate_packed_sequences
 from mmkd.objectives import Objective, build_objective
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.runtime import distributed
@@ -154,7 +154,7 @@ def _prepare_student(
     """
     if config.batch.pack is not None:
         for model in [student, *(t.model for t in teachers.live)]:
-            tell_borders(model)
+            isolate_packed_sequences(model)
         check_packing(encoder, student, teachers.live, device)
     set_trainable(student, config.train.groups, config.train.lora)
     primary = teachers.primary_model

@@ -239,8 +239,8 @@ class Stage:
                 targets = replace(targets, reference_logps=self.reference.logps(batch, asked))
 
         def compare(student: Signals) -> Scored:
-            student = student.first(len(targets.input_ids))
-            theirs = {name: s.first(len(targets.input_ids)) for name, s in asked.items()}
+            student = student.truncate(len(targets.input_ids))
+            theirs = {name: s.truncate(len(targets.input_ids)) for name, s in asked.items()}
             if not torch.is_grad_enabled():
                 student = student.detached()
             total, said = score(objectives, student, theirs, targets, counts)

@@ -103,7 +103,7 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
         (["--plugin", "my.py"], changed("ObjectiveConfig", "HeadObjectiveConfig"), {},
          "Cosine and CosineConfig differ: settings of a HeadObjective, and no others, are"),
         (["--plugin", "my.py"], changed("@add_objective", "add_objective(CosineConfig)\n"), {},
-         "cannot be loaded (TypeError: it is no objective)"),
+         "cannot be loaded (TypeError: it is not a subclass of Objective)"),
         (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
          "unknown kind 'hidden_cosine'"),
         ([], None, {}, "unknown kind 'hidden_cosine'"),
@@ -126,7 +126,7 @@ def test_what_goes_wrong_is_one_line(
     ("code", "said"),
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("class Cosine: pass", "TypeError: it is no objective"),
+        ("class Cosine: pass", "TypeError: it is not a subclass of Objective"),
         (CODE.group(1).replace("hidden_cosine", "other"), "it is not of the kind 'hidden_cosine'"),
     ],
 )

@@ -175,9 +175,9 @@ def test_a_plan_asks_the_teacher_and_then_the_student():
 def test_a_run_is_never_written_twice():
     recorder = Recorder(first={0: "free"})
     recorder.keep(0, mixer_input=torch.zeros(1))
-    recorder.beside = "block"
+    recorder.extra_run = "block"
     recorder.keep(0, mixer_input=torch.ones(1))
-    recorder.beside = None
+    recorder.extra_run = None
     assert recorder.found["free"][0]["mixer_input"].item() == 0
     assert recorder.found["block"][0]["mixer_input"].item() == 1
     recorder.keep(1, mixer_input=torch.ones(1))  # nobody asked for layer 1
@@ -190,5 +190,5 @@ def test_signals_keep_their_rows():
     x = torch.arange(6.0).view(3, 2, 1)
     layer = LayerSignals(x, x, x)
     assert layer.block_input is None
-    assert layer.first(2).mixer_heads.shape == (2, 2, 1)
-    assert layer.first(2).block_output is None
+    assert layer.truncate(2).mixer_heads.shape == (2, 2, 1)
+    assert layer.truncate(2).block_output is None

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmkd.data.packing import bins_of
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.packed_rows import tell_borders
+from mmkd.modeling.packed_rows import isolate_packed_sequences
 from mmkd.recipe import MambaConfig
 from mmkd.students import convert
 from mmkd.teachers import LiveTeacher
@@ -88,7 +88,7 @@ def compare(model, alone, packed, places):
 def test_a_packed_record_is_what_it_is_alone(name, batches):
     found = batches(name)
     model = ZOO[name].make(1)
-    tell_borders(model)
+    isolate_packed_sequences(model)
     assert max(compare(model, *found)) < 1e-6
 
 
@@ -102,9 +102,9 @@ def test_without_borders_records_see_each_other(name, batches):
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "qwen3_5", "lfm3_vl"])
 def test_layers_that_run_again_in_the_backward_pass(name, batches):
     model = ZOO[name].make(1)
-    tell_borders(model)
+    isolate_packed_sequences(model)
     model = copy.deepcopy(model)  # as a student's own teacher is
-    tell_borders(model)
+    isolate_packed_sequences(model)
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) <= 3
     model.train()
     model.activation_checkpointing_enable()
@@ -115,7 +115,7 @@ def test_layers_that_run_again_in_the_backward_pass(name, batches):
 def test_hybrid_students(name, batches):
     model = ZOO[name].make(1)
     convert(model, [MambaConfig(kind="mamba", layers=[1])])
-    tell_borders(model)
+    isolate_packed_sequences(model)
     assert max(compare(model, *batches(name))) < 1e-6
 
 
@@ -159,13 +159,13 @@ FLASH = [name for name in PACKED if name != "gemma3"]  # which transformers does
 def test_flash_attention_is_told_the_borders(name, batches, flash):
     found = batches(name)
     model = flash(ZOO[name].make(1))
-    tell_borders(model)
+    isolate_packed_sequences(model)
     assert max(compare(model, *found)) < 1e-6
 
 
 def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model):
     """A stage whose model is not told where records begin."""
-    monkeypatch.setattr("mmkd.training.build.tell_borders", lambda model: None)
+    monkeypatch.setattr("mmkd.training.build.isolate_packed_sequences", lambda model: None)
     bench = Workbench(ZOO[name].make, ZOO[name].processor(), tmp_path)
     return bench.stage(change(bench.make(1)), *kinds, batch={"pack": 4096})
 
@@ -187,7 +187,7 @@ def test_several_rows_are_looked_at_before_the_first_step(tmp_path, monkeypatch,
 def test_every_teacher_is_looked_at(tmp_path):
     bench = Workbench(ZOO["gemma3"].make, ZOO["gemma3"].processor(), tmp_path)
     told, untold = bench.make(1), bench.make(2)
-    tell_borders(told)
+    isolate_packed_sequences(told)
     encoder, device = bench.encoder("none", "one"), torch.device("cpu")
     check_packing(encoder, told, [LiveTeacher(told, device)], device)
     with pytest.raises(RecipeError, match="does not keep packed records apart"):

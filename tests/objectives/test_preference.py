@@ -105,8 +105,8 @@ def test_no_pairs_are_zero(kind):
     [
         ({"kind": "dpo"}, "unknown preference loss 'dpo', known: kto_pair, sigmoid"),
         ({"kind": "ipo", "beta": 0.0}, "beta is 0.0, it must be positive"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "of 'sigmoid' alone"),
-        ({"kind": "sigmoid", "label_smoothing": 0.5}, "to below 0.5"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "it must be 0, or below 0.5 for sigmoid"),
+        ({"kind": "sigmoid", "label_smoothing": 0.5}, "below 0.5 for sigmoid"),
     ],
 )
 def test_bad_settings(settings, message):

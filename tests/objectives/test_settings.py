@@ -71,5 +71,5 @@ def test_the_head_of_an_objective_is_given_when_it_is_built():
     config = RelationConfig(kind="relation")
     made = build_objective(config, head_memory=7, head_backend="torch")
     assert (made.head_memory, made.head_backend) == (7, "torch")
-    made = made.beside("other", 0.5, None)
+    made = made.for_teacher("other", 0.5, None)
     assert (made.head_memory, made.head_backend) == (7, "torch")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmkd.ops import DIVERGENCES, Head, HeadLoss, SparseRows, head_losses, triton_rows
-from mmkd.ops.distributions import Memory
+from mmkd.ops.distributions import Workspace
 from mmkd.ops.distributions import chunk_losses as torch_losses
 from tests.support.heads import N, V, parts
 
@@ -56,8 +56,8 @@ def by_kernel(z, t, losses):
 
 
 def by_torch(z, t, losses):
-    memory = Memory(z.dtype, z.device)
-    return found(functools.partial(torch_losses, memory=memory), z, t, losses)
+    workspace = Workspace(z.dtype, z.device)
+    return found(functools.partial(torch_losses, workspace=workspace), z, t, losses)
 
 
 def found(chunk_losses, z, t, losses):
