@@ -1,1 +1,1 @@
-"""Models of transformers: loading, adapters, the capture of signals, packed rows."""
+"""Work with models of transformers: loading, adapters, capture of signals, packed rows."""

@@ -1,16 +1,16 @@
-"""LoRA and DoRA: low-rank adapters beside frozen linear layers, by peft.
+"""LoRA and DoRA: low-rank adapters of frozen linear layers, with peft.
 
     W' = W + s B A                         LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1)
     W' = m (W + s B A) / ||W + s B A||     DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5)
 
-with s = alpha / rank; DoRA's norm is of each output's row and gets no gradient (section 4.3). B is
-0 at first, so that a student with new adapters is the student without them.
+Here s = alpha / rank. DoRA's norm is taken over the row of each output and gets no gradient
+(section 4.3). B is initialised with 0, so new adapters do not change the student's outputs.
 
-peft is slow to import, so this module imports it where adapters are made.
+peft is slow to import, so this module imports it only when adapters are added.
 
 `merged` does not use peft's `merge`, which changes the layers in place and rounds s B A to the
-weight's dtype before it adds it. Here the weights may be a mapping that an engine gathered from its
-processes, the sum is in float32 and rounded once.
+weight's dtype before it adds it. Here the weights may be a mapping that an engine has gathered from
+its processes, and the sum is computed in float32 and rounded once.
 """
 
 import sys
@@ -40,15 +40,16 @@ BASE = "base_layer."
 
 
 def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ()) -> list[str]:
-    """Names of the linear layers that get adapters: those of the groups, the head only by its name.
+    """Names of the linear layers that get adapters. The head is included only if it is named.
 
     Args:
         model: without adapters.
-        lora: what is wanted.
-        whole: groups that train whole; their layers get none.
+        lora: settings of the adapters.
+        whole: fully trained groups, whose layers get no adapters.
 
     Raises:
-        RecipeError: there are none, or the head is wanted and shares its weight.
+        RecipeError: the groups have no linear layers, or the head is named and its weight is tied
+            to the embeddings.
     """
     where = "stages.train.lora"
     known = parameter_groups(model)
@@ -58,13 +59,13 @@ def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ())
     layers = [
         name
         for name, module in model.named_modules()
-        # Of subclasses torch reads the weight without calling them.
+        # Modules that read the weight of a subclass without calling it would skip the adapter.
         if type(module) is nn.Linear and f"{name}.weight" in chosen and name != head
     ]
     if "head" in lora.groups and f"{head}.weight" not in trained:
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             raise RecipeError(
-                "the head shares its weight with the embeddings, an adapter would part them",
+                "the head's weight is tied to the embeddings, so it cannot have an adapter",
                 where=where,
                 hint="leave 'head' out of its groups",
             )
@@ -73,13 +74,13 @@ def targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ())
         raise RecipeError(
             f"no linear layers in {', '.join(lora.groups)}",
             where=where,
-            hint="name groups that have some, such as language_model, and do not train whole",
+            hint="name groups with linear layers that are not fully trained, e.g. language_model",
         )
     return layers
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str] = ()) -> None:
-    """Put new adapters beside the layers that `targets` names, in place."""
+    """Add new adapters to the layers that `targets` names, in place; arguments as there."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_peft_config(lora, targets(model, lora, whole)), model, NAME)
@@ -98,12 +99,12 @@ def _peft_config(lora: LoraConfig, layers: list[str]) -> "PeftConfig":
 
 
 def adapted_layers(model: nn.Module) -> dict[str, "Linear"]:
-    """Layers with adapters by name."""
+    """Linear layers that have adapters, by name."""
     return {n: m for n, m in model.named_modules() if _is_adapted(m)}
 
 
 def _is_adapted(module: object) -> "TypeGuard[Linear]":
-    lora: Any = sys.modules.get("peft.tuners.lora")  # who has not imported it, has no adapters
+    lora: Any = sys.modules.get("peft.tuners.lora")  # if peft is not imported, there are none
     return lora is not None and isinstance(module, lora.Linear)
 
 
@@ -119,10 +120,10 @@ def adapter_parameters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was without adapters, inside."""
+    """Context manager that disables all adapters of a model."""
     layers = adapted_layers(model).values()
     for layer in layers:
-        layer._disable_adapters = True  # peft's own switch also freezes the adapters' weights
+        layer._disable_adapters = True  # peft's public switch also freezes the adapters' weights
     try:
         yield
     finally:
@@ -131,7 +132,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """[out, in]: what a linear layer multiplies by, its adapter included, with gradients."""
+    """The weight of a linear layer with its adapter merged, [out, in], differentiable."""
     if not _is_adapted(layer) or layer.disable_adapters:
         return layer.weight
     adapter: Any = layer
@@ -153,11 +154,11 @@ def _weight(base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale:
 
 @torch.no_grad()
 def merged(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's weights by the names of the model without adapters, these in their layers.
+    """The weights with all adapters merged, under the names of a model without adapters.
 
     Args:
-        model: with adapters.
-        weights: its weights where an engine has spread them; its own if None.
+        model: a model with adapters.
+        weights: its gathered weights, if an engine has sharded them; those of `model` if None.
     """
     found = dict(weights if weights is not None else model.state_dict())
     for name, layer in adapted_layers(model).items():
@@ -174,7 +175,7 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dic
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Make adapters part of their layers, in place: the model is a plain one afterwards."""
+    """Merge all adapters into their layers, in place. The model has no adapters afterwards."""
     weights = merged(model)
     for name, layer in adapted_layers(model).items():
         owner, _, leaf = name.rpartition(".")
@@ -187,14 +188,14 @@ def merge_adapters(model: nn.Module) -> None:
 def save_adapters(
     model: PreTrainedModel, lora: LoraConfig, weights: Mapping[str, Tensor] | None, folder: Path
 ) -> None:
-    """The adapters as peft loads them beside the student that the stage began with."""
+    """Save the adapters in peft's format. They belong to the student before the stage."""
     from peft import get_peft_model_state_dict
 
     found = dict(weights if weights is not None else model.state_dict())
-    # Else peft writes the whole head beside its adapter.
+    # Otherwise peft also saves the full weight of the head.
     adapters = get_peft_model_state_dict(model, found, NAME, save_embedding_layers=False)
     folder.mkdir(parents=True)
-    tensors = {  # as if peft's wrapper held the model
+    tensors = {  # names as in peft's wrapper around a model
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()
         for name, tensor in adapters.items()
     }

@@ -1,6 +1,7 @@
-"""Read what objectives need off any Hugging Face vision-language model, in one forward.
+"""Capture the tensors that objectives need from a vision-language model of transformers, in one
+forward pass.
 
-Logits are never built here: objectives project final hidden states through the head in chunks.
+No logits are computed here: objectives project final hidden states through the head in chunks.
 """
 
 from collections.abc import Iterator
@@ -18,19 +19,23 @@ from mmkd.objectives import RouterSignals, Signals
 from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import feed_forward, find_parts
 
-# Settings that change logits behind the head: projecting hidden states alone would miss them.
+# Config keys of operations on the logits after the head. Losses on head(hidden) would ignore them.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def check_supported(model: PreTrainedModel, role: str) -> None:
-    """Refuse models whose logits are not head(hidden), or whose parts are not found.
+    """Check that a model's logits are head(hidden), and that its parts can be found.
+
+    Args:
+        model: teacher or student.
+        role: "teacher" or "student", for the message.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: the model is not supported.
     """
     try:
         if model.base_model is model:
-            raise ValueError(f"{type(model).__name__} has no body apart from its head")
+            raise ValueError(f"{type(model).__name__} has no base model separate from its head")
         find_parts(model)
     except ValueError as error:
         raise CheckpointError(
@@ -40,7 +45,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
     for name in AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise CheckpointError(
-                f"{type(model).__name__} changes its logits behind the head ({name})",
+                f"{type(model).__name__} changes its logits after the head ({name})",
                 where=role,
                 hint="choose a model without it",
             )
@@ -49,13 +54,17 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
 def capture(
     model: PreTrainedModel, inputs: dict[str, Tensor], request: CaptureRequest = OUTPUTS_ONLY
 ) -> Signals:
-    """Run the body once: what enters the decoder and its final hidden states, [B, T, H] both, the
-    head they go through, what goes through its layers, and what its routers say.
+    """Run a model without its head, and capture its tensors.
 
     Args:
         model: teacher or student.
-        inputs: what it is called with.
-        request: what is recorded of its decoder layers, and which of them get other tensors.
+        inputs: keyword arguments of the forward pass.
+        request: which tensors of decoder layers are recorded, and which layers get the tensors of
+            another model as their input.
+
+    Returns:
+        The decoder's input and final hidden states, both [B, T, H], the head, the requested tensors
+        of decoder layers, and the router logits of sparse layers.
     """
     entering: list[Tensor] = []
 
@@ -91,7 +100,7 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
 
 @contextmanager
 def _record_routers(model: PreTrainedModel) -> Iterator[dict[int, RouterSignals]]:
-    """What the routers of sparse layers say in the forward inside, by layer."""
+    """Context manager that records the router logits of sparse layers, by index of the layer."""
     found: dict[int, RouterSignals] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(find_parts(model).decoder_layers):
@@ -100,7 +109,7 @@ def _record_routers(model: PreTrainedModel) -> Iterator[dict[int, RouterSignals]
                 continue
 
             def keep(module: Any, args: Any, logits: Tensor, index: int = index) -> None:
-                # The first run: a layer that is run beside the student's own comes second.
+                # Keep the first run only. An additional forced run of the layer comes second.
                 found.setdefault(index, RouterSignals(logits, module.top_k))
 
             stack.callback(sparse.router.register_forward_hook(keep).remove)

@@ -1,15 +1,15 @@
-"""Read, and for teacher forcing replace, what goes through a decoder's layers.
+"""Record the tensors of decoder layers, and replace their inputs for teacher forcing.
 
-One forward through the student's root module holds up to three runs of each layer:
+In one forward pass of the student, a layer runs up to three times:
 
-    free      the layer runs as it is
-    mixer     its mixer gets what entered the teacher's mixer
-    block     the whole layer gets what entered the teacher's layer
+    free      on its own input
+    mixer     its mixer runs on the input of the teacher's mixer
+    block     the whole layer runs on the input of the teacher's layer
 
-A signal is filed under the run that made it, so that no run overwrites another. Where nothing needs
-the free run, a forced run takes its place: the layer passes on the teacher's output, so that the
-stream stays the teacher's (mmMamba, arXiv 2502.13145, stages 1 and 2). Otherwise the forced run
-comes second, beside the first (MaTVLM, arXiv 2503.13440).
+Tensors are recorded separately for each run. If no objective needs the free run, a forced run
+replaces it, and each layer receives the teacher's hidden states (mmMamba, arXiv 2502.13145, stages
+1 and 2). Otherwise the forced run is an additional run after the free one (MaTVLM, arXiv
+2503.13440).
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,17 +30,16 @@ from mmkd_models.parts import find_parts
 
 @dataclass
 class Recorder:
-    """The tensors of a model's layers in one forward, filed by the run that made them.
+    """Records tensors of a model's layers in one forward pass, by run.
 
     Attributes:
-        matrices: record mixing matrices too.
-        projections: record what the projections of queries, keys and values return too.
-        first: by layer, the run that it makes when the model calls it; layers that are not listed
-            are not recorded then.
-        beside: the additional run that is going on now, if any.
-        off: record nothing for now.
-        found: the tensors by run, layer and name.
-        mixers: the layers' attentions or mixers, for `signals`.
+        matrices: also record mixing matrices.
+        projections: also record the outputs of the query, key and value projections.
+        first: by layer, the kind of its run when the model calls it. Other layers are not recorded.
+        extra_run: kind of the additional run in progress, if any.
+        off: recording is paused.
+        found: the recorded tensors by run, layer and name.
+        mixers: the attention or mixer of each layer, for `signals`.
     """
 
     matrices: bool = False
@@ -52,10 +51,10 @@ class Recorder:
     mixers: dict[int, nn.Module] = field(default_factory=dict)
 
     def keep(self, layer: int, **tensors: Tensor | None) -> None:
-        """File tensors under the layer's present run.
+        """Record tensors of the layer's current run.
 
         Raises:
-            RecipeError: the run made one of them already: the model runs the layer twice.
+            RecipeError: one of them was recorded before: the model calls the layer twice.
         """
         run = self.extra_run or self.first.get(layer)
         if run is None or self.off:
@@ -66,7 +65,7 @@ class Recorder:
                 continue
             if name in kept:
                 raise RecipeError(
-                    f"the model runs decoder layer {layer} more than once in a forward",
+                    f"the model runs decoder layer {layer} more than once in a forward pass",
                     where="layer-wise objectives",
                     hint="compare other layers, or the models' outputs",
                 )
@@ -74,7 +73,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep nothing of what runs inside."""
+        """Context manager that pauses recording."""
         self.off = True
         try:
             yield
@@ -82,10 +81,10 @@ class Recorder:
             self.off = False
 
     def signals(self, run: Run) -> dict[int, LayerSignals]:
-        """A run's signals by layer.
+        """The signals of a run, by layer.
 
-        Call it after the forward: norms of queries and keys are applied here, outside of what
-        activation checkpointing runs again.
+        Call this after the forward pass. Norms of queries and keys are applied here, so that
+        activation checkpointing does not compute them again.
         """
         made = {}
         for layer, tensors in self.found.get(run, {}).items():
@@ -100,11 +99,11 @@ class Recorder:
 
 @contextmanager
 def record_layers(model: PreTrainedModel, request: CaptureRequest) -> Iterator[Recorder]:
-    """Keep what goes through decoder layers in the forward inside, and force some of them.
+    """Context manager that records decoder layers in a forward pass, and forces some of them.
 
     Args:
         model: teacher or student.
-        request: what is kept, and which layers are forced.
+        request: which tensors are recorded, and which layers are forced.
     """
     forced_runs: list[tuple[Run, Mapping[int, LayerSignals]]] = [
         ("mixer", request.forced_mixers),
@@ -129,7 +128,7 @@ def record_layers(model: PreTrainedModel, request: CaptureRequest) -> Iterator[R
 
 
 def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
-    """Hooks that keep a layer's tensors."""
+    """Register hooks that record a layer's tensors; returns their handles."""
 
     def block_in(module: nn.Module, args: Any, kwargs: Any) -> None:
         recorder.keep(index, block_input=_hidden(args, kwargs))
@@ -141,7 +140,7 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
         entering = _hidden(args, kwargs)
         recorder.keep(index, mixer_input=entering, mixer_output=_first(output))
         if recorder.matrices:
-            with recorder.paused():  # a mixer projects once more
+            with recorder.paused():  # computing the matrix calls the mixer's projections again
                 matrix = _matrix(module, entering, kwargs, output)
             recorder.keep(index, matrix=matrix)
 
@@ -173,8 +172,8 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
 def _force(
     layer: Any, theirs: LayerSignals, run: Run, in_place: bool, recorder: Recorder
 ) -> list[Any]:
-    """Hooks that feed a layer, or its mixer, with the teacher's tensors: when the model calls it
-    (`in_place`), or in an additional run after that."""
+    """Register hooks that run a layer, or its mixer, on the teacher's tensors: in place of the run
+    on its own input (`in_place`), or in an additional run after it."""
     if run == "block":
         module, entering, leaving = layer, theirs.block_input, theirs.block_output
     else:
@@ -190,7 +189,8 @@ def _force(
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
 
-    # Recording hooks, which are there already, see the teacher's input and the student's output.
+    # The recording hooks were registered before: they see the teacher's input and the student's
+    # output.
     return [
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         module.register_forward_hook(after, with_kwargs=True),
@@ -198,11 +198,11 @@ def _force(
 
 
 def _run_again(module: nn.Module, entering: Any, run: Run, recorder: Recorder) -> Any:
-    """A hook that runs a module once more, on the teacher's input."""
+    """Register a hook that runs a module again, on the teacher's input."""
 
     def again(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if recorder.extra_run is not None:
-            return  # this is such a run, of the module or of the layer around it
+            return  # this call is itself an additional run, of the module or of its layer
         recorder.extra_run = run
         try:
             args, kwargs = _with_hidden(args, kwargs, entering)
@@ -218,7 +218,7 @@ def _matrix(module: Any, entering: Tensor, kwargs: Any, output: Any) -> Tensor:
         return module.matrix(entering, kwargs.get("position_embeddings"))
     if output[1] is None:
         raise RecipeError(
-            "the teacher's attention keeps no probabilities",
+            "the teacher's attention does not return probabilities",
             where="objective matrix",
             hint="set teacher.attn_implementation to eager",
         )

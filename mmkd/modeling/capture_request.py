@@ -1,7 +1,7 @@
-"""What is read off a model's decoder layers in one forward, and what a stage's objectives ask for.
+"""Which tensors of decoder layers are captured in a forward pass.
 
-`LayerPlan` says what a stage's objectives need of both models. It makes the `CaptureRequest` of the
-teacher's forward, and then, from what the teacher returned, the one of the student's.
+`LayerPlan` collects the needs of a stage's objectives. It makes the `CaptureRequest` of the
+teacher's forward pass, and then, with the teacher's tensors, that of the student's forward pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,21 @@ from mmkd.errors import RecipeError
 from mmkd.objectives import LayerSignals, Layerwise, Objective
 
 Run = Literal["free", "mixer", "block"]
-"""How a decoder layer runs, see `mmkd.modeling.capture_layers`."""
+"""Kind of a run of a decoder layer, see `mmkd.modeling.capture_layers`."""
 
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """What one forward records of a model's decoder layers, and which of them it feeds with
-    another model's tensors.
+    """Which tensors of a model's decoder layers a forward pass records, and which layers run on the
+    tensors of another model.
 
     Attributes:
         layers: layers whose free run is recorded.
-        matrices: record mixing matrices too.
-        projections: record queries, keys and values too.
-        forced_mixers: by layer, signals whose `mixer_input` is fed to the layer's mixer.
-        forced_blocks: by layer, signals whose `block_input` is fed to the whole layer.
-        free: the free run is needed: a forced run comes beside it, not in its place.
+        matrices: also record mixing matrices.
+        projections: also record queries, keys and values.
+        forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
+        forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
+        free: the free run is needed, so a forced run is an additional run.
     """
 
     layers: frozenset[int] = frozenset()
@@ -38,19 +38,19 @@ class CaptureRequest:
 
 
 OUTPUTS_ONLY = CaptureRequest()
-"""Nothing of the decoder's layers."""
+"""Records no decoder layers."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Which layers a stage's objectives read, and how the student runs.
+    """Which layers the objectives of a stage read, and how the student's layers run.
 
     Attributes:
         pairs: student layer -> teacher layer.
-        recorded: student layers whose free run is read.
+        recorded: student layers whose free run is recorded.
         free: the student's free run is needed.
-        forced_mixers: student layers whose mixer is fed with what entered the teacher's.
-        forced_blocks: student layers that are fed with what entered the teacher's layer.
+        forced_mixers: student layers whose mixer runs on the input of the teacher's mixer.
+        forced_blocks: student layers that run on the input of the teacher's layer.
         matrices: mixing matrices are needed.
         projections: queries, keys and values are needed.
     """
@@ -65,12 +65,13 @@ class LayerPlan:
 
     @property
     def forced(self) -> frozenset[int]:
-        """Student layers that some objective feeds with the teacher's tensors."""
+        """Student layers that run on tensors of the teacher."""
         return self.forced_mixers | self.forced_blocks
 
     @classmethod
     def of(cls, objectives: Sequence[Objective]) -> "LayerPlan":
-        """
+        """Collect the needs of a stage's objectives.
+
         Raises:
             RecipeError: two objectives pair one student layer with different teacher layers.
         """
@@ -101,17 +102,17 @@ class LayerPlan:
         )
 
     def teacher_request(self) -> CaptureRequest:
-        """What is read off the teacher."""
+        """The request for the teacher's forward pass."""
         return CaptureRequest(
             frozenset(self.pairs.values()), matrices=self.matrices, projections=self.projections
         )
 
     def student_request(self, teacher: Mapping[int, LayerSignals]) -> CaptureRequest:
-        """What is read off the student, and which of its layers get the teacher's tensors.
+        """The request for the student's forward pass.
 
         Args:
-            teacher: signals of the teacher's layers, by teacher layer; empty if it did not run, and
-                then no layer is forced.
+            teacher: signals of the teacher's layers, by teacher layer. If it is empty because the
+                teacher did not run, no layer is forced.
         """
 
         def forced(layers: frozenset[int]) -> dict[int, LayerSignals]:
@@ -128,7 +129,7 @@ class LayerPlan:
 
 
 def _run_of(objective: Layerwise) -> Run:
-    """The run whose signals an objective compares."""
+    """The kind of run that an objective compares."""
     if not objective.config.teacher_forced:
         return "free"
     return "block" if objective.compares_blocks else "mixer"

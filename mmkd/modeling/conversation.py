@@ -1,8 +1,8 @@
-"""Ask a model about pictures, one question after another.
+"""Conversations with a model about images.
 
 model, processor = load_answering("runs/mine/01-mimic/student")
 conversation = Conversation(model, processor)
-conversation.ask("What is in the picture?", ["picture.png"]).text
+conversation.ask("What is in the image?", ["image.png"]).text
 """
 
 import time
@@ -37,9 +37,9 @@ class Reply:
 
     Attributes:
         text: without end tokens.
-        tokens: generated, the end token included.
-        seconds: of `generate`, the prompt's forward included.
-        finished: the model ended the answer; False where `max_new_tokens` cut it off.
+        tokens: number of generated tokens, including the end token.
+        seconds: duration of `generate`, including the forward pass of the prompt.
+        finished: the model ended the answer; False if `max_new_tokens` was reached.
     """
 
     text: str
@@ -53,13 +53,13 @@ class Reply:
 
 
 class Conversation:
-    """Turns of a user and a model. Each question is asked with all turns before it.
+    """A conversation of user and model. The prompt of each question contains all earlier turns.
 
     Args:
-        model: in eval mode; it runs where it is.
-        processor: the model's.
-        sampling: how answers are sampled; None takes the likeliest tokens, at most 256.
-        seed: decides sampled answers.
+        model: in eval mode, on the device on which it should run.
+        processor: of the model.
+        sampling: how answers are sampled; None is greedy decoding of at most 256 tokens.
+        seed: of sampled answers.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Conversation:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """Ask a question, and keep it with its answer for the next one.
+        """Ask a question, and add question and answer to the conversation.
 
         Args:
             question: the user's turn.
-            images: pictures that come before the question in this turn: paths, or open pictures.
-            on_text: called with each new piece of the answer while the model writes it.
+            images: images before the question in this turn, as paths or PIL images.
+            on_text: is called with each new piece of the answer during generation.
 
         Raises:
-            DataError: a picture cannot be read, or the processor refuses the conversation. The
-                conversation is then as it was before.
+            DataError: an image cannot be read, or the processor refuses the conversation. The
+                conversation is unchanged then.
         """
         prompt = self._with(question, images)
         timed = _Timed(generate_of(self.model), self.processor.tokenizer, on_text)
@@ -117,7 +117,7 @@ class Conversation:
 
 
 class _Timed:
-    """A model's `generate` that counts tokens and seconds, and hands on the text as it comes."""
+    """Wraps a model's `generate`: counts tokens and seconds, and streams the text."""
 
     def __init__(self, generate: Callable[..., Tensor], tokenizer: Any, on_text: Any):
         self._generate, self._tokenizer, self._on_text = generate, tokenizer, on_text
@@ -154,8 +154,8 @@ def _opened(picture: Picture) -> Image.Image:
         return picture_as_rgb(picture)
     path = Path(picture)
     if not path.is_file():
-        raise DataError("no such picture", where=str(path), hint="check the path")
-    target = path.resolve()  # the caller, unlike a record, may name links to other folders
+        raise DataError("no such image", where=str(path), hint="check the path")
+    target = path.resolve()  # a caller may name links to other folders, a record may not
     with located(lambda: str(path)):
         return load_image(target.name, target.parent)
 
@@ -171,20 +171,21 @@ def load_answering(
     quantize: Quantization | None = None,
     image_size: ImageSizeConfig | None = None,
 ) -> tuple[Any, Any]:
-    """A model that answers, on its device, and its processor.
+    """Load a model for generation, and its processor.
 
     Args:
         name: folder or Hub id.
         device: `auto` is the GPU if there is one.
-        dtype: None is float32 on a CPU, where bfloat16 is slow, and the checkpoint's own elsewhere.
-        processor: one that is loaded, or folder or Hub id of one that is not the model's own.
+        dtype: by default float32 on a CPU, where bfloat16 is slow, and the checkpoint's dtype on
+            other devices.
+        processor: a processor, or its folder or Hub id; the model's own by default.
         revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
 
     Raises:
-        CheckpointError: one of them cannot be loaded, or they do not fit each other.
+        CheckpointError: model or processor cannot be loaded, or they do not match.
     """
     place = choose_device(str(device))
-    # The processor first: its absence shows before gigabytes of weights are read.
+    # The processor is loaded first: if it is missing, no time is spent on gigabytes of weights.
     if processor is None or isinstance(processor, str):
         processor = load_pretrained_processor(
             processor or name,

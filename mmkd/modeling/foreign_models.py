@@ -1,4 +1,4 @@
-"""Checks of a model's folder: settings files that are damaged, code from other places, pickled
+"""Checks of a model's folder: damaged settings files, code from other repositories, pickled
 weights."""
 
 from pathlib import Path
@@ -82,10 +82,10 @@ def check_settings(folder: Path) -> None:
 
 
 def refuse_kernels(config: Any, name: str) -> None:
-    """A config may name a repository of compiled kernels as its attention: that is code, too.
+    """Refuse a config whose attention is a repository of compiled kernels, which are code too.
 
     Raises:
-        CheckpointError: it does, in itself or in one of its parts.
+        CheckpointError: the config, or one of its parts, names such a repository.
     """
     parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
     for part in parts:
@@ -94,34 +94,34 @@ def refuse_kernels(config: Any, name: str) -> None:
         for found in named:
             if isinstance(found, str) and "/" in found:
                 raise CheckpointError(
-                    f"its config asks for attention by code from the Hub ({found})",
+                    f"its config names code on the Hub as its attention ({found})",
                     where=name,
-                    hint="take attn_implementation out of its config.json",
+                    hint="remove attn_implementation from its config.json",
                 )
 
 
 def refuse_pickled(folder: Path) -> None:
-    """Reading pickled weights can run any code: nothing opens them.
+    """Refuse pickled weights: loading them can run any code.
 
     Raises:
-        CheckpointError: a folder has no others, its index names other files than safetensors in
-            the folder.
+        CheckpointError: the folder has no other weights, or its index names files other than
+            safetensors in the folder.
     """
     index = folder / INDEX
     if index.is_file() and not (folder / "model.safetensors").is_file():
         for name in indexed_files(index):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"it names a file that is no safetensors of this folder ({name})",
+                    f"it names a file that is not a safetensors file of this folder ({name})",
                     where=str(index),
                     hint="copy or download it again",
                 )
     pickled = sorted(folder.glob("*.bin"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"its weights are pickled ({pickled[0].name}), which can run code: they are not read",
+            f"its weights are pickled ({pickled[0].name}), and loading them could run any code",
             where=str(folder),
-            hint="where you trust them, load them in transformers and save_pretrained safetensors",
+            hint="if you trust them, load them in transformers and use save_pretrained",
         )
 
 

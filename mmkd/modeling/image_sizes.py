@@ -1,7 +1,7 @@
-"""A recipe's `image_size`, applied to a processor and to the config of its model.
+"""Apply a recipe's `image_size` to a processor and to the config of its model.
 
-Families have different settings for the size of pictures. A key of `image_size` that a processor
-has no setting for is refused.
+Families have different settings for the size of images. Keys of `image_size` that a processor does
+not have are refused.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ Setter = Callable[[Any], None]
 
 
 def limit_processor(processor: Any, wanted: ImageSizeConfig | None, name: str) -> None:
-    """Set the size to which a processor scales pictures; `save_pretrained` saves it too.
+    """Set the size to which a processor scales images. `save_pretrained` saves it too.
 
     Args:
-        processor: a model's, changed in place.
-        wanted: the recipe's; None changes nothing.
+        processor: changed in place.
+        wanted: `image_size` of the recipe; None changes nothing.
         name: of the model, for messages.
 
     Raises:
@@ -56,20 +56,20 @@ def limit_processor(processor: Any, wanted: ImageSizeConfig | None, name: str) -
     low, high = (_number(images, n) for n in ("shortest_edge", "longest_edge"))
     if _counts_pixels(images) and low and high and low > high:
         raise RecipeError(
-            f"pictures would have at least {low:,} and at most {high:,} pixels",
+            f"images would have at least {low:,} and at most {high:,} pixels",
             where=f"image_size of {name}",
             hint="set min_pixels too",
         )
 
 
 def limit_config(config: Any, wanted: ImageSizeConfig | None, name: str) -> None:
-    """Set the size of pictures in a model's config, to match `limit_processor`.
+    """Set the size of images in a model's config, to match `limit_processor`.
 
-    LLaVA-NeXT and LLaVA-OneVision compute the number of a picture's tiles from it.
+    LLaVA-NeXT and LLaVA-OneVision compute the number of tiles of an image from it.
 
     Args:
-        config: a model's, changed in place.
-        wanted: the recipe's; None changes nothing.
+        config: changed in place.
+        wanted: `image_size` of the recipe; None changes nothing.
         name: of the model, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What layer-wise objectives need of student and teacher, looked at before anything runs."""
+"""Check that layer-wise objectives fit student and teacher, before a run starts."""
 
 from typing import Any
 
@@ -11,18 +11,19 @@ from mmkd_models.parts import find_parts
 
 
 def check_layers(context: StageContext) -> None:
-    """Layer-wise objectives compare layers that are there and have the same width.
+    """Check that layer-wise objectives compare existing layers of the same width.
 
     Raises:
-        RecipeError: they do not, or need what the stage or the teacher does not give.
+        RecipeError: they do not, or they need something that the stage or the teacher does not
+            provide.
     """
     if context.teacher is None:
         return
     plan = LayerPlan.of(context.objectives)
     if context.stage.activation_checkpointing and (plan.forced or plan.matrices):
-        # The backward pass runs layers again, then without the teacher's inputs.
+        # The backward pass would run the layers again, without the teacher's inputs.
         raise RecipeError(
-            "teacher forcing and activation checkpointing do not go together",
+            "teacher forcing does not work with activation checkpointing",
             where=context.where,
             hint="set activation_checkpointing to false, or teacher_forced",
         )
@@ -38,7 +39,7 @@ def check_layers(context: StageContext) -> None:
         for s, t in objective.pairs:
             if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
                 raise RecipeError(
-                    f"there is no pair of student layer {s} (of {len(mine)}) and teacher layer {t} "
+                    f"cannot pair student layer {s} (of {len(mine)}) with teacher layer {t} "
                     f"(of {len(theirs)})",
                     where=where,
                     hint="set 'layers' and 'teacher_layers'",
@@ -51,7 +52,7 @@ def check_layers(context: StageContext) -> None:
                 raise RecipeError(
                     f"student layer {s} has widths {widths[0]}, teacher layer {t} {widths[1]}",
                     where=where,
-                    hint="compare layers of one width (stream, heads)",
+                    hint="compare layers of the same width (residual stream, heads)",
                 )
         teacher = context.recipe.teacher
         assert teacher is not None
@@ -64,14 +65,14 @@ def check_layers(context: StageContext) -> None:
 
 
 def check_attention(where: str, layers: dict[str, Any]) -> None:
-    """What is compared is read off an attention, or what took its place.
+    """Check that layers have an attention, or a mixer in its place.
 
     Args:
         where: the objective, for the message.
-        layers: by what a message calls them.
+        layers: by their names in messages.
 
     Raises:
-        RecipeError: a layer has none.
+        RecipeError: a layer has neither.
     """
     for name, layer in layers.items():
         if not hasattr(getattr(layer, "self_attn", None), "o_proj"):
@@ -83,7 +84,8 @@ def check_attention(where: str, layers: dict[str, Any]) -> None:
 
 
 def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
-    """Queries, keys and values can be told apart, and relation heads divide their widths."""
+    """Check that queries, keys and values can be read separately, and that the number of relation
+    heads divides their widths."""
     for role, layer in layers.items():
         for relation in objective.config.relations:
             try:
@@ -104,5 +106,5 @@ def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
 
 
 def _widths(layer: Any) -> tuple[int, int]:
-    """Of the residual stream, and of the heads together."""
+    """Width of the residual stream, and total width of the heads."""
     return layer.self_attn.o_proj.out_features, layer.self_attn.o_proj.in_features

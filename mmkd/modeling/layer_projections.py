@@ -1,9 +1,10 @@
-"""Queries, keys and values of a decoder layer, as its attention compares them.
+"""Queries, keys and values of a decoder layer, before the rotary embedding.
 
-Forward hooks keep what `q_proj`, `k_proj` and `v_proj` return. The steps that the attention takes
-before it rotates positions in are repeated on that, after the forward: the gate that some families
-keep in `q_proj` is cut off, and the attention's own norms are applied. A Mamba mixer gives C, B and
-x before its convolution, with the norms that it inherited.
+Forward hooks record the outputs of `q_proj`, `k_proj` and `v_proj`. After the forward pass, the
+steps of the attention before its rotary embedding are repeated on them: the gate that `q_proj` of
+    some
+families contains is removed, and the attention's own norms are applied. For a Mamba mixer the three
+are C, B and x before its convolution, with the norms that it has taken over from the attention.
 """
 
 import re
@@ -15,7 +16,7 @@ from mmkd_models.mixer import Mamba2Mixer
 
 PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 NORMS = {"queries": "q_norm", "keys": "k_norm", "values": "v_norm"}
-# Attentions whose q_proj makes, for each head, its query and then the gate of its output.
+# Attention classes whose q_proj returns, for each head, its query and then the gate of its output.
 GATED = (
     "Qwen3NextAttention",
     "Qwen3_5Attention",
@@ -26,7 +27,7 @@ _NORM_NAME = re.compile(r"(^|_)(q|k|v|qk|kv|query|key|value)_.*norm")
 
 
 def as_compared(attention: Any, kind: str, projected: Tensor) -> Tensor:
-    """Queries, keys or values from what their projection returned.
+    """Queries, keys or values from the output of their projection.
 
     Args:
         attention: an attention module, or a Mamba mixer.
@@ -34,8 +35,8 @@ def as_compared(attention: Any, kind: str, projected: Tensor) -> Tensor:
         projected: [B, T, D'], the projection's output.
 
     Returns:
-        [B, T, D], after the attention's own norm and before positions are rotated in; D differs
-        from D' where the projection makes a gate too.
+        [B, T, D], after the attention's own norm and before the rotary embedding. D differs from D'
+        if the projection also returns a gate.
     """
     if isinstance(attention, Mamba2Mixer):
         if kind == "values":
@@ -53,22 +54,21 @@ def as_compared(attention: Any, kind: str, projected: Tensor) -> Tensor:
 
 
 def width_of(attention: Any, kind: str) -> int:
-    """D of `as_compared`, read off the modules without running them.
+    """D of `as_compared`, computed without a forward pass.
 
     Args:
         attention: an attention module, or a Mamba mixer.
         kind: "queries", "keys" or "values".
 
     Raises:
-        ValueError: the queries, keys or values of this attention cannot be read; the message says
-            why.
+        ValueError: the queries, keys or values of this attention cannot be read; with the reason.
     """
     name, owner = PROJECTIONS[kind], type(attention).__name__
     width = getattr(getattr(attention, name, None), "out_features", None)
     if not isinstance(width, int):
         made = [n for n, m in attention.named_children() if isinstance(m, nn.Linear)]
         raise ValueError(
-            f"{owner} has no {name} of its own (it has {', '.join(made) or 'no projections'})"
+            f"{owner} has no separate {name} (it has {', '.join(made) or 'no projections'})"
         )
     if isinstance(attention, Mamba2Mixer):
         return width
@@ -76,7 +76,7 @@ def width_of(attention: Any, kind: str) -> int:
         raise ValueError(f"{owner} takes its {kind} from another layer")
     for child, _ in attention.named_children():
         if _NORM_NAME.search(child) and child not in NORMS.values():
-            raise ValueError(f"{owner} has a norm that is not known here: {child}")
+            raise ValueError(f"{owner} has an unknown norm: {child}")
     if getattr(attention, NORMS[kind], None) is not None and not hasattr(attention, "head_dim"):
         raise ValueError(f"{owner} has a {NORMS[kind]} and no head_dim")
     if kind == "queries":
@@ -87,7 +87,7 @@ def width_of(attention: Any, kind: str) -> int:
 
 
 def _refuse_more_than_queries(attention: Any) -> None:
-    """Heads that leave the attention are as many as its queries, of the values' width."""
+    """Check that `q_proj` returns queries only, by comparing its width with that of the output."""
     size = getattr(attention, "head_dim", None)
     widths = [
         getattr(getattr(attention, n, None), "out_features", None)
@@ -97,7 +97,7 @@ def _refuse_more_than_queries(attention: Any) -> None:
         return
     heads, kv_heads, values = widths[0] // size, widths[1] // size, widths[2]
     if heads * (values // max(1, kv_heads)) != attention.o_proj.in_features:
-        raise ValueError(f"{type(attention).__name__} has more in its q_proj than queries: a gate")
+        raise ValueError(f"{type(attention).__name__} has a gate in its q_proj")
 
 
 def _gated(attention: Any) -> bool:
@@ -105,9 +105,9 @@ def _gated(attention: Any) -> bool:
 
 
 def _covers_all_heads(norm: nn.Module, width: int) -> bool:
-    """Whether a norm is one over all heads together, not one over each head."""
+    """Whether a norm is computed over all heads together, instead of over each head."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         return False
-    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO 3 leaves an empty tensor in its place
+    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO 3 replaces it with an empty tensor
     return len(shape) == 1 and shape[0] == width

@@ -1,4 +1,4 @@
-"""Models and processors from a folder, from the Hub, or from a config with random weights."""
+"""Load models and processors from a folder or the Hub, or build them from a config."""
 
 import json
 import textwrap
@@ -45,7 +45,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(source: ModelConfig) -> Any:
-    """The architecture's config, without weights."""
+    """The config of a model. No weights are loaded.
+
+    Raises:
+        CheckpointError: there is no such config, or it is damaged.
+    """
     if source.config is None:
         name = source.model or ""
         with _explained(name, "model"):
@@ -74,7 +78,7 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
     """The model of a recipe, in its dtype and in eval mode.
 
     Raises:
-        CheckpointError: the folder is none, or its weights do not fit its config.
+        CheckpointError: the path is not a model folder, or its weights do not match its config.
     """
     dtype = DTYPES[source.dtype]
     if source.config is not None:
@@ -98,12 +102,12 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
 
 
 def quantization_of(source: ModelConfig) -> Quantization | None:
-    """The bits in which a model is loaded; None if its `dtype` decides."""
+    """The quantization of a model; None if its weights have its `dtype`."""
     return source.quantize if isinstance(source, TeacherConfig) else None
 
 
 def skeleton(source: ModelConfig) -> PreTrainedModel:
-    """The model without storage for its weights: parameters are on torch's `meta` device."""
+    """The model on torch's `meta` device, without memory for its weights."""
     config = load_config(source)
     told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
     with torch.device("meta"), _in_words(*told):
@@ -113,7 +117,8 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
 
 
 def model_class(config: Any) -> Any:
-    """What loads a model of this config: transformers, or for a student mmkd's own class."""
+    """The class that loads a model of this config: an auto class of transformers, or mmkd's class
+    for converted students."""
     student = isinstance(config, StudentConfigMixin)
     return MmkdForImageTextToText if student else AutoModelForImageTextToText
 
@@ -135,18 +140,18 @@ def load_pretrained(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
-    """A model from a folder or the Hub, every tensor accounted for; safetensors only.
+    """Load a model from a folder or the Hub. Its weights must be safetensors, and must match its
+    config exactly.
 
     Args:
         name: folder or Hub id.
         quantize: load the language model's linear layers in 4 or 8 bits, on this process's GPU.
-        image_size: of pictures, in place of the processor's own.
-        trust_remote_code: run Python code that the model brings, as consent does
-            (`mmkd.runtime.consent`).
-        settings: of transformers' `from_pretrained`.
+        image_size: size of images, instead of the processor's own.
+        trust_remote_code: run Python code from the model's repository (`mmkd.runtime.consent`).
+        settings: further arguments of transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: the folder is none, or its weights do not fit its config.
+        CheckpointError: the path is not a model folder, or its weights do not match its config.
         RecipeError: this machine cannot load quantized models.
     """
     if quantize is not None:
@@ -167,7 +172,7 @@ def load_pretrained(
             config=config,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, in words
+            ignore_mismatched_sizes=True,  # an error with a hint follows below
             trust_remote_code=trusted,
             **settings,
         )
@@ -176,7 +181,7 @@ def load_pretrained(
     lost += sorted(key for key, *_ in info["mismatched_keys"])
     if lost:
         raise CheckpointError(
-            f"{len(lost)} weights are missing, left over or of another shape, first {lost[0]}",
+            f"{len(lost)} weights are missing, unexpected or of another shape, such as {lost[0]}",
             where=name,
             hint="use the config that belongs to the weights",
         )
@@ -200,8 +205,9 @@ def check_quantization(quantize: Quantization, where: str, device: torch.device)
 
 
 def _quantized(config: Any, quantize: Quantization, dtype: Any) -> dict[str, Any]:
-    """Settings of `from_pretrained` for a quantized model. The head is not quantized, since
-    objectives read its weight; nor are the vision tower and the connector, which are small."""
+    """Arguments of `from_pretrained` for a quantized model. The head is not quantized, because
+    objectives read its weight. The vision tower and the connector are small and not quantized
+    either."""
     with torch.device("meta"):
         shell: Any = model_class(config).from_config(config)
     parts = find_parts(shell)
@@ -226,13 +232,17 @@ def load_pretrained_processor(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Any:
-    """The processor in a model's folder, with image processor and chat template; arguments as in
-    `load_pretrained`."""
+    """Load a processor with an image processor and a chat template; arguments as in
+    `load_pretrained`.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or a part is missing.
+    """
     trusted = trust_remote_code or consent.granted(name)
     with _explained(name, "processor", trusted):
         processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=trusted, **settings)
     if not hasattr(processor, "image_processor"):
-        raise CheckpointError("the processor reads no images", where=name, hint=SAVE)
+        raise CheckpointError("the processor has no image processor", where=name, hint=SAVE)
     if not getattr(processor, "chat_template", None):
         raise CheckpointError(
             "the processor has no chat template",
@@ -245,8 +255,8 @@ def load_pretrained_processor(
 
 
 def _give_pad_token(tokenizer: Any, name: str) -> None:
-    """Give a tokenizer without a pad token another special token to pad with. Any will do: padding
-    is masked.
+    """Set the pad token of a tokenizer that has none to another special token. Padding is masked,
+    so any token can be used.
 
     Raises:
         CheckpointError: the tokenizer has no special token at all.
@@ -266,8 +276,14 @@ def _give_pad_token(tokenizer: Any, name: str) -> None:
 
 @contextmanager
 def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
-    """Turn what the libraries raise for a bad folder into one line that names it, and let them run
-    no code without consent; `trusted` is the caller's for this folder."""
+    """Context manager that turns errors of transformers into one line, and refuses code without
+    consent.
+
+    Args:
+        name: folder or Hub id that is loaded.
+        what: "model" or "processor".
+        trusted: the caller allows the code of this folder.
+    """
     folder = Path(name)
     marker = "config.json" if what == "model" else "*.json"
     if folder.is_dir() and not any(folder.glob(marker)):
@@ -276,7 +292,7 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
         raise CheckpointError("no such model folder", where=name, hint=FOLDER)
     check_settings(folder)
     if not folder.exists():
-        hub.unreachable()  # asked here, once: the libraries would retry every file for minutes
+        hub.unreachable()  # checked once here: the libraries would retry each file for minutes
     with _in_words(name, what), consent.guard(name, trusted=trusted):
         yield
     if not folder.exists():
@@ -285,7 +301,7 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _in_words(name: str, what: str, hint: str | None = None) -> Iterator[None]:
-    """Turn what the libraries raise into one line, and leave out what they log about it."""
+    """Context manager that turns errors of transformers into one line, without their log lines."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -293,11 +309,11 @@ def _in_words(name: str, what: str, hint: str | None = None) -> Iterator[None]:
             yield
     except MmkdError:
         raise
-    except Exception as error:  # a missing file and a broken one raise different types
+    except Exception as error:  # missing and damaged files raise many different types
         raise _nowhere(error, name) or CheckpointError(
             f"cannot load the {what} ({_reason(error)})",
             where=name,
-            hint=hint or _mend(error, name, what),
+            hint=hint or _hint(error, name, what),
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -317,13 +333,13 @@ def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
         return CheckpointError(
             "no such folder, and no such model on the Hub",
             where=name,
-            hint="check the path or the id; 'hf auth login' for what is private",
+            hint="check the path or the id; a private model needs 'hf auth login'",
         )
     return None
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An exception and what it was raised from."""
+    """An exception and its chain of causes."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -331,14 +347,14 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of what a library says: often it goes on with advice of its own."""
+    """The first sentence of a library's message. The rest is often general advice."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     sentence = lines[0].partition(". ")[0].removesuffix(".")
     return textwrap.shorten(sentence, 200, placeholder=" ...")
 
 
-def _mend(error: BaseException, name: str, what: str) -> str:
-    """What to do about what transformers says."""
+def _hint(error: BaseException, name: str, what: str) -> str:
+    """A hint for an error of transformers."""
     causes = _causes(error)
     if "trust_remote_code" in str(error):
         return consent.how(name)
@@ -348,24 +364,24 @@ def _mend(error: BaseException, name: str, what: str) -> str:
         return "pip install num2words"
     wants = ["video processor", "torchvision"]
     if (Path(name) / "preprocessor_config.json").is_file():
-        wants.append("image processor")  # it is there, and its class cannot be imported
+        wants.append("image processor")  # the file exists, but its class cannot be imported
     if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
         return "install the torchvision that fits your torch: `mmkd doctor` has the command"
     if isinstance(error, ImportError):
         return "install what is missing, or set attn_implementation to sdpa"
     if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):
-        return f"{_broken(Path(name))} is cut or changed: copy or download it again"
+        return f"{_broken(Path(name))} is damaged: copy or download it again"
     if not Path(name).exists():
         if any(isinstance(e, GatedRepoError) for e in causes):
             return "ask for access on the model's page, then 'hf auth login'"
         if (reason := hub.unreachable()) is not None:
             return hub.hint(f"give a folder: the Hub cannot be reached ({reason})")
-        return "check the id on the Hub; 'hf auth login' for what is private or gated"
+        return "check the id on the Hub; private and gated models need 'hf auth login'"
     return SAVE if what == "processor" else FOLDER
 
 
 def _broken(folder: Path) -> str:
-    """The file of a folder that is no JSON, if one is."""
+    """Name of a JSON file of a folder that cannot be parsed; "a file" if there is none."""
     for path in sorted(folder.glob("*.json")):
         try:
             read_json(path)
@@ -375,5 +391,5 @@ def _broken(folder: Path) -> str:
 
 
 def parameter_count(module: torch.nn.Module | None) -> int:
-    """Parameters of a model or a part of it, shared ones counted once; 0 for None."""
+    """Number of parameters of a module, tied ones counted once; 0 for None."""
     return 0 if module is None else sum(p.numel() for p in module.parameters())

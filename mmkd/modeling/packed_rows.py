@@ -1,17 +1,17 @@
-"""Tell a model where the records of packed rows begin, in the form that its family reads.
+"""Isolate the records of packed rows from each other, for each family of models.
 
-Packed rows come with positions [B, T] that start at 0 with every record, and without an attention
-mask. For most families that is enough: transformers makes a block-diagonal mask of it. Here is what
-the others need:
+Packed rows have position ids [B, T] that start again at 0 with each record, and no attention mask.
+For most families this is enough: transformers makes a block-diagonal mask from the position ids.
+Other families need more:
 
-    M-RoPE (Qwen-VL)      positions in time, height and width, counted anew in each record, behind a
-                          row of plain positions that the mask is made of: [4, B, T]
-    both-way pictures     Gemma 3's masks: in layers with a sliding window transformers looks for a
-                          picture's tokens at places of the record, not of the row
-    linear attention,     their modules get each record in a row of its own
+    M-RoPE (Qwen-VL)      position ids in time, height and width for each record, after a row of
+                          plain position ids, from which the mask is made: [4, B, T]
+    bidirectional images  masks for Gemma 3: in sliding-window layers, transformers would look for
+                          image tokens at their positions in the record instead of the row
+    linear attention,     each record in a sequence of its own
     short convolutions
-    flash attention       the boundaries themselves, which it reads off positions of a single row
-    only
+    flash attention       sequence boundaries (cu_seq_lens), which transformers derives from
+                          position ids only for a batch size of 1
 """
 
 import inspect
@@ -35,15 +35,17 @@ from mmkd_models.parts import find_parts
 from mmkd_models.surgery import base_type
 
 BOTH_WAYS = ("gemma3",)
-"""Families whose image tokens see each other in both directions."""
+"""Families with bidirectional attention between image tokens."""
 RECURRENT = ("linear_attn", "conv")
-"""What decoder layers without attention call the module that mixes tokens."""
+"""Names of the token-mixing modules in decoder layers without attention."""
 
 
 def isolate_packed_sequences(model: PreTrainedModel) -> None:
-    """Have every later forward of a model on packed rows keep their records apart, where this
-    module knows how (`mmkd.training.packing_check` looks whether it does); other forwards stay as
-    they are."""
+    """Install hooks that isolate packed sequences in every later forward pass of the families
+    listed above. Forward passes without packing are unchanged.
+
+    `mmkd.training.packing_check` verifies the result numerically for each model.
+    """
     body = model.base_model
     if any(isinstance(hook, PackedBoundaries) for hook in body._forward_pre_hooks.values()):
         return
@@ -60,10 +62,12 @@ def isolate_packed_sequences(model: PreTrainedModel) -> None:
 
 
 class PackedRows:
-    """The records of packed rows, and tokens moved between the two.
+    """Boundaries of the records in packed rows, and conversions between R packed rows of L tokens
+    and N records of at most T tokens.
 
     Args:
-        positions: [R, L], 0 where a record begins, as it does at the beginning of each row.
+        positions: [R, L], position ids, 0 at the first token of each record. Each row begins with a
+            record.
     """
 
     def __init__(self, positions: Tensor):
@@ -72,19 +76,19 @@ class PackedRows:
 
     @property
     def sequence_ids(self) -> Tensor:
-        """[R, L]: which record a token is of."""
+        """[R, L] int64: index of each token's record, from 1."""
         return self._starts.cumsum(0).view(self.shape)
 
     @cached_property
     def boundaries(self) -> Tensor:
-        """[N + 1]: where records begin in the flattened rows, and where the last one ends."""
+        """[N + 1] int64: offsets of the records in the flattened rows, and the end of the last."""
         return torch.nn.functional.pad(
             self._starts.nonzero()[:, 0], (0, 1), value=len(self._starts)
         )
 
     @cached_property
     def longest(self) -> int:
-        """Tokens, T."""
+        """T, the number of tokens of the longest record."""
         return int(self.boundaries.diff().max())
 
     @cached_property
@@ -94,7 +98,7 @@ class PackedRows:
         return places < self.boundaries.diff()[:, None]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[R, L, ...] -> [N, T, ...], each record in a row of its own, 0 on padding."""
+        """[R, L, ...] -> [N, T, ...]: one record per row, padded with 0."""
         made = packed.new_zeros(*self.real.shape, *packed.shape[2:])
         return made.index_put(tuple(self.real.nonzero().T), packed.flatten(0, 1))
 
@@ -104,11 +108,11 @@ class PackedRows:
 
 
 class PackedBoundaries:
-    """Hooks of one model; what they know of a forward stays until the next one, since layers run
-    again in the backward pass where activations are checkpointed.
+    """The hooks of one model. They keep the boundaries of a forward pass until the next one,
+    because activation checkpointing runs layers again in the backward pass.
 
     Args:
-        both_ways: the model is of `BOTH_WAYS`.
+        both_ways: the model belongs to `BOTH_WAYS`.
     """
 
     def __init__(self, *, both_ways: bool):
@@ -116,7 +120,7 @@ class PackedBoundaries:
         self.rows: PackedRows | None = None
 
     def __call__(self, body: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before the whole model."""
+        """Forward pre-hook of the base model."""
         self.rows = rows = _packed_rows(inputs)
         if rows is None:
             return args, inputs
@@ -143,7 +147,7 @@ class PackedBoundaries:
     ) -> tuple[Any, dict[str, Any]]:
         if self.rows is None:
             return args, inputs
-        # Boundaries of packed rows (flash attention's) are none of the rows that it gets.
+        # Other inputs, such as flash attention's boundaries, describe the packed rows.
         return args, {"hidden_states": self.rows.unpack(inputs["hidden_states"])}
 
     def after_mixer(self, mixer: Any, args: Any, output: Tensor) -> Tensor:
@@ -151,7 +155,8 @@ class PackedBoundaries:
 
 
 def _packed_rows(inputs: dict[str, Any]) -> PackedRows | None:
-    """What transformers takes for packed rows too: positions without a mask, and no cache."""
+    """The packed rows in the inputs, if there are any: position ids without a mask and a cache, the
+    same condition as in transformers."""
     positions = inputs.get("position_ids")
     others = ("attention_mask", "cache", "past_key_values")
     if positions is None or any(inputs.get(name) is not None for name in others):
@@ -160,7 +165,7 @@ def _packed_rows(inputs: dict[str, Any]) -> PackedRows | None:
 
 
 def _mrope(body: Any, inputs: dict[str, Any], rows: PackedRows) -> Tensor:
-    """[4, R, L]: plain positions, and those in time, height and width."""
+    """[4, R, L]: plain position ids, and those in time, height and width."""
     plain = inputs["position_ids"]
     if "mm_token_type_ids" not in inputs:
         return plain.expand(4, -1, -1)
@@ -172,8 +177,8 @@ def _mrope(body: Any, inputs: dict[str, Any], rows: PackedRows) -> Tensor:
 
 
 def _both_way_masks(body: Any, inputs: dict[str, Any], rows: PackedRows) -> dict[str, Any]:
-    """Masks by the kind of layer. Within a record distances are the same in positions and places,
-    so all of them are made in places of the row."""
+    """Attention masks by kind of layer. They are made from places in the row: within a record, the
+    distances between tokens are the same as between their position ids."""
     config = body.config.get_text_config()
     weight = body.get_input_embeddings().weight
     blocks = get_block_sequence_ids_for_mask(inputs["token_type_ids"])

@@ -1,4 +1,4 @@
-"""Libraries that print while they load and save models."""
+"""Silence libraries that print while they load and save models."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers shows no progress bars, and DeepSpeed does not print that it found no
-    GPU: transformers imports it where it is installed. All is as it was before, afterwards."""
+    """Context manager that turns off the progress bars of transformers, and DeepSpeed's message
+    that there is no GPU. (transformers imports DeepSpeed if it is installed.)"""
     shown = logging.is_progress_bar_enabled()
     is_chosen = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
     if not is_chosen:

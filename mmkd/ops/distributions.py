@@ -1,7 +1,7 @@
-"""Losses of rows of logits, with their gradients written down.
+"""Losses and their analytic gradients for a chunk of rows of logits.
 
-With z the student's logits over T, q and p the student's and the teacher's distribution, and
-g = dL/dq,
+Let z be the student's logits divided by T, q and p the distributions of student and teacher, and
+g = dL/dq:
 
     dL/dz = q (g - <q, g>)
 
@@ -20,14 +20,15 @@ from torch import Tensor
 from mmkd.ops.terms import HeadLoss, SparseRows
 
 LEAST_LOG = -80.0
-"""Of a stored rest: a mass of nothing would have no logarithm."""
+"""Smallest log-probability of the tokens that are not stored. Their probability may be 0."""
 
 Part = list[tuple[int, HeadLoss]]
-"""Losses with their numbers."""
+"""Losses, each with its index."""
 
 
 class Workspace:
-    """Blocks of memory that chunk after chunk uses again: fresh ones cost as much as a product."""
+    """Buffers that are reused for each chunk. Allocating them anew would cost as much time as a
+    matrix product."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -49,14 +50,15 @@ def chunk_losses(
     sums: Tensor,
     workspace: Workspace,
 ) -> Tensor:
-    """Add the chunk's losses to `sums`; returns the total's gradient by its logits.
+    """Add the losses of a chunk to `sums`, and return the gradient of the total with respect to the
+    logits, [C, V].
 
     Args:
-        logits: [C, V] of the student; lost afterwards.
-        theirs: [C, V'] of the teacher, lost afterwards, or its stored rows.
-        rows: [C], numbers of the rows.
+        logits: [C, V] of the student; overwritten.
+        theirs: [C, V'] of the teacher, overwritten, or its stored rows.
+        rows: [C], indices of the rows.
         part: the losses that cover these rows.
-        sums: [losses].
+        sums: [losses], float64.
         workspace: holds intermediate results.
     """
     whole = logits.shape[1]
@@ -83,7 +85,12 @@ def chunk_losses(
 
 
 def alike(part: Part, whole: int) -> dict[tuple[float, int], Part]:
-    """Losses by what they make distributions of: a temperature, and the width of `whole`."""
+    """Group losses by the softmax that they need: its temperature and number of tokens.
+
+    Args:
+        part: the losses.
+        whole: number of tokens of the head.
+    """
     groups: dict[tuple[float, int], Part] = {}
     for number, loss in part:
         temperature = 1.0 if loss.kind == "ce" else loss.temperature
@@ -92,11 +99,11 @@ def alike(part: Part, whole: int) -> dict[tuple[float, int], Part]:
 
 
 class _Distributions:
-    """Student's and teacher's distribution of a chunk's rows, at one temperature.
+    """Distributions of student and teacher for a chunk of rows, at one temperature.
 
     Args:
         z: [C, V], the student's logits.
-        t: [C, V], the teacher's, or None; lost afterwards.
+        t: [C, V], the teacher's, or None; overwritten.
         workspace: holds intermediate results.
     """
 
@@ -105,11 +112,11 @@ class _Distributions:
         self.q, self.log_sum = _softmax(z, workspace("q", *z.shape))
         if t is not None:
             self.p, log_sum = _softmax(t, workspace("p", *t.shape))
-            self.ahead = t.sub_(z)  # log p - log q, but for a number a row
+            self.ahead = t.sub_(z)  # log p - log q - offset
             self.offset = self.log_sum - log_sum  # [C]
 
     def losses(self, rows: Tensor, part: Part, sums: Tensor) -> Tensor:
-        """Add to `sums`; returns the gradient of the scaled losses, [C, V]."""
+        """Add the losses to `sums`, and return the gradient of the scaled losses, [C, V]."""
         labels, on_q = _add_labels(self.z, self.log_sum, rows, part, sums)
         on_p = 0.0
         slope: Tensor | None = None  # g, summed over losses
@@ -134,7 +141,7 @@ class _Distributions:
             grad.add_(self.p, alpha=-on_p)
         return _less_labels(grad, labels)
 
-    # Each returns the loss's value by row, [C], and g in `buffer`, [C, V].
+    # Each of these returns the loss of each row, [C], and g, [C, V], which is stored in `buffer`.
 
     def _reverse_kl(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         return -_dot(self.q, self.ahead) - self.offset, torch.neg(self.ahead, out=buffer)
@@ -165,7 +172,7 @@ class _Distributions:
         return 0.5 * apart.abs().sum(1), apart.sign_().mul_(0.5)
 
     def _mixture(self, share: float, buffer: Tensor) -> Tensor:
-        """share p + (1 - share) q, nowhere 0."""
+        """share p + (1 - share) q, clamped to positive values, [C, V]."""
         made = torch.mul(self.p, share, out=buffer).add_(self.q, alpha=1 - share)
         return made.clamp_(min=torch.finfo(made.dtype).tiny)
 
@@ -177,10 +184,11 @@ class _Distributions:
 def _sparse(
     z: Tensor, stored: SparseRows, rows: Tensor, part: Part, sums: Tensor, workspace: Workspace
 ) -> Tensor:
-    """Add losses against stored rows to `sums`; returns the gradient of the scaled ones, [C, V].
+    """Add the losses against stored rows to `sums`, and return the gradient of the scaled losses,
+    [C, V].
 
-    The student's k tokens and its rest are cells of a small vocabulary, with their logits log q;
-    the gradient by the rest's logit falls on its tokens by their share of it.
+    The k stored tokens and the set of all others form a vocabulary of k + 1 entries, with logits
+    log q. The gradient of the last entry is distributed over its tokens in proportion to q.
     """
     q, log_sum = _softmax(z, workspace("q", *z.shape))
     at = stored.at[rows]
@@ -205,7 +213,8 @@ Labels = list[tuple[Tensor, float]]
 def _add_labels(
     z: Tensor, log_sum: Tensor, rows: Tensor, part: Part, sums: Tensor
 ) -> tuple[Labels, float]:
-    """Add cross-entropies to `sums`; returns labels [C, 1] with scales, and the sum of scales."""
+    """Add the cross-entropies to `sums`, and return their labels [C, 1] with scales, and the sum of
+    all scales."""
     labels: Labels = []
     for number, loss in part:
         if loss.kind == "ce":
@@ -223,12 +232,12 @@ def _less_labels(grad: Tensor, labels: Labels) -> Tensor:
 
 
 def _softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [C, V] in `out`, and log sum exp [C]."""
+    """Softmax, [C, V], stored in `out`, and log-sum-exp, [C]."""
     torch.softmax(x, -1, out=out)
     top = x.argmax(-1, keepdim=True)
     return out, (x.gather(1, top) - out.gather(1, top).log_())[:, 0]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, [C]."""
+    """Inner products of corresponding rows, [C]."""
     return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]

@@ -1,6 +1,6 @@
 """Divergences between a teacher's and a student's next-token distributions.
 
-With p the teacher's and q the student's distribution of one row, both softmax(logits / T):
+Let p and q be the distributions of teacher and student for one row, both softmax(logits / T):
 
     kl                KL(p || q)                          forward KL, Hinton et al. 2015
     reverse_kl        KL(q || p)                          MiniLLM, arXiv 2306.08543
@@ -10,9 +10,10 @@ With p the teacher's and q the student's distribution of one row, both softmax(l
     skew_reverse_kl   KL(q || a q + (1 - a) p)            DistiLLM, arXiv 2402.03898, section 3.1
     tvd               1/2 sum |p - q|                     total variation, arXiv 2307.15190
 
-Every divergence is its true value: 0 when the two are equal. The factor T^2 of Hinton et al. is
-NOT multiplied in, for any kind: use the objective's weight for that. `jsd` at b = 0 and b = 1 is
-0 by its formula; there it is taken as `kl` and `reverse_kl`, its limits up to scale, as GKD does.
+No constant is dropped: each divergence is 0 when p and q are equal. No kind is multiplied by the
+factor T^2 of Hinton et al.; use the objective's weight for it. For b = 0 and b = 1 the formula of
+`jsd` is 0, so `kl` and `reverse_kl` are computed instead, which are its limits up to scale. GKD
+does the same.
 """
 
 from torch import Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 2**22  # of what is held at once
+TILE_ELEMENTS = 2**22  # elements in memory at the same time
 
 
 def gram_inner(a: Tensor, b: Tensor, *, diagonal: bool = True) -> Tensor:

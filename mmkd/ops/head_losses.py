@@ -1,9 +1,9 @@
 """All losses on a head's output for a batch, in one pass over its rows.
 
-Of N rows and V tokens only [chunk, V] logits exist at any time. Rows are sorted by the losses that
-cover them, rows without a loss are not projected, and each chunk is projected once by the student's
-head and once by the teacher's. Gradients (`mmkd.ops.distributions`) are computed in the forward
-pass, while the logits of a chunk are in memory; the backward pass scales them.
+For N rows and V tokens, only [chunk, V] logits are in memory at the same time. Rows are grouped by
+the losses that cover them, and rows without a loss are not projected. Each chunk is projected once
+by the student's head and once by the teacher's. Gradients (`mmkd.ops.distributions`) are computed
+in the forward pass, while the logits of a chunk are in memory; the backward pass scales them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,7 +118,7 @@ def rows_per_chunk(
 
 
 def _groups(losses: Sequence[HeadLoss], rows: int, device: torch.device) -> Iterator[Any]:
-    """Rows that the same losses cover: (numbers of the rows [K], losses with their numbers)."""
+    """Group rows by the losses that cover them: (indices of the rows [K], losses with indices)."""
     covered = torch.zeros(rows, dtype=torch.long, device=device)
     for number, loss in enumerate(losses):
         covered += (1 << number) * (1 if loss.mask is None else loss.mask.long())
@@ -150,7 +150,7 @@ class _HeadLosses(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
-        # The kernel reads logits as the product leaves them, and rounds their gradient itself.
+        # The kernel reads logits in the dtype of the matrix product, and rounds their gradient.
         as_is = kernel is not None and _one_dtype(Head(hidden, weight, bias), teacher)
         blocks = Workspace(hidden.dtype if as_is else wide, hidden.device)
         find = partial(chunk_losses, workspace=blocks) if kernel is None else kernel.chunk_losses
@@ -188,13 +188,13 @@ class _HeadLosses(torch.autograd.Function):
 
 
 def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:
-    """What a forward pass left in `ctx.grads`, times the loss's gradient, in `ctx.dtypes`.
+    """Multiply the gradients that the forward pass stored by the gradient of the loss.
 
     Raises:
-        RuntimeError: they were taken before.
+        RuntimeError: the backward pass ran before.
     """
     if ctx.grads is None:
-        raise RuntimeError("the gradients were taken once and are gone")
+        raise RuntimeError("the backward pass ran already, and its gradients are freed")
     grads = [
         None if grad is None else grad.mul_(scale).to(dtype)
         for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
@@ -204,7 +204,7 @@ def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:
 
 
 def _one_dtype(student: Head, teacher: Head | SparseRows | None) -> bool:
-    """Whether all logits are plain products in one dtype: a bias is added in float32."""
+    """Whether all logits have the dtype of the hidden states. A bias is added in float32."""
     heads = [student, teacher] if isinstance(teacher, Head) else [student]
     return all(h.bias is None and h.hidden.dtype == student.hidden.dtype for h in heads)
 

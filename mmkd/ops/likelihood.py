@@ -1,14 +1,14 @@
 """Divergences between two models' likelihoods of the same text, as Bernoulli distributions.
 
-With p and q the teacher's and the student's likelihood of a text, raised to 1 / tau,
+Let p and q be the likelihoods of a text under teacher and student, raised to the power of 1 / tau:
 
     kl           p log(p / q) + (1 - p) log((1 - p) / (1 - q))
     reverse_kl   the same with p and q exchanged
     tvd          |p - q|
 
-the f-divergence of two Bernoulli distributions: the binarised f-divergence of Approximate
-Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083). A long text's likelihood is
-close to 0, where differences are small; tau moves it towards 1.
+These are f-divergences of two Bernoulli distributions, as in Approximate Likelihood Matching
+(Minixhofer, Vulić and Ponti, arXiv 2503.20083, "binarised f-divergence"). The likelihood of a long
+text is close to 0, where differences are small; tau moves it towards 1.
 """
 
 from typing import Literal, get_args

@@ -75,7 +75,8 @@ class HeadLoss:
 
     @property
     def effective_kind(self) -> str:
-        """The kind that is computed: `jsd` with beta 0 or 1 is `kl` or `reverse_kl`."""
+        """The kind that is computed: `jsd` with beta 0 or 1 is `kl` or `reverse_kl`, and a skewed
+        divergence with alpha 0 is the plain one."""
         if self.kind == "jsd" and self.beta in (0.0, 1.0):
             return "kl" if self.beta == 0.0 else "reverse_kl"
         if self.alpha == 0.0 and self.kind.startswith("skew_"):

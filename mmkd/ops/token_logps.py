@@ -2,8 +2,8 @@
 
     l_i = log softmax(W h_i + b)[y_i]
 
-Unlike `head_losses`, the result is a value per row, so gradients are only known in the backward
-pass: there the logits of each chunk are computed again.
+Unlike in `head_losses`, the result is a value per row, so gradients cannot be computed in the
+forward pass. The backward pass computes the logits of each chunk again.
 """
 
 from typing import Any

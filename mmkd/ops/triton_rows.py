@@ -1,9 +1,10 @@
 # mypy: disallow-untyped-defs=False
 """A chunk's losses by a Triton kernel: `mmkd.ops.distributions` for CUDA tensors.
 
-One program takes one row of logits and runs over its vocabulary in blocks: once for the student's
-and the teacher's log sum exp, once for <q, g> where a loss has such a g, and once for the gradient,
-which replaces the student's logits. Formulas and names are those of `mmkd.ops.distributions`.
+One program handles one row of logits and reads its vocabulary in blocks: once for the log-sum-exp
+    of
+student and teacher, once for <q, g> if a loss needs it, and once for the gradient, which overwrites
+the student's logits. Formulas and names are those of `mmkd.ops.distributions`.
 
 Importing this module needs triton; `mmkd.ops.backends` does it where a call may take the kernel.
 """
@@ -20,7 +21,7 @@ BLOCK = 4096
 WARPS = 16
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-# The log-probability of places past the vocabulary: a number whose exp is 0, and 0 times it too.
+# Log-probability of indices past the vocabulary. Its exp is 0, and 0 times it is 0 (unlike -inf).
 OUTSIDE = tl.constexpr(-1e4)
 
 
@@ -30,9 +31,9 @@ def chunk_losses(
     """Add the chunk's losses to `sums`; returns the total's gradient by its logits.
 
     Args:
-        logits: [C, V] of the student, float32 or less; lost afterwards.
-        theirs: [C, V'] of the teacher, float32 or less.
-        rows: [C], numbers of the rows.
+        logits: [C, V] of the student, float32 or a smaller dtype; overwritten.
+        theirs: [C, V'] of the teacher, float32 or a smaller dtype.
+        rows: [C], indices of the rows.
         part: the losses that cover these rows.
         sums: [losses].
     """
@@ -64,7 +65,7 @@ def _launch(
     losses = [loss for _, loss in part]
     targets = [x.targets[rows] for x in losses if x.kind == "ce" and x.targets is not None]
     labels = torch.stack(targets, 1) if targets else None  # [C, ces]
-    # Read before the kernel overwrites them, by torch, which refuses labels past the vocabulary.
+    # torch gathers these before the kernel overwrites them, and raises for labels out of range.
     chosen = None if labels is None else logits[:, :width].gather(1, labels)
     kinds = tuple(loss.effective_kind for loss in losses)
     compared = any(kind != "ce" for kind in kinds)
@@ -125,15 +126,15 @@ def _row(
     Args:
         z, t, grad: [C, V], with strides of rows; t is None where no loss needs it.
         labels, chosen: [C, ces], the tokens of cross-entropies and their logits, or None.
-        values: [C, losses], out.
-        width: tokens that get mass.
+        values: [C, losses], output.
+        width: number of tokens with a probability.
         temperature: divides z and t.
         scales, shares: by loss; a share is beta or alpha.
         kinds: by loss, those of cross-entropies first.
         ces: number of cross-entropies.
-        sloped: whether any other than ce and kl is there.
+        sloped: whether there is any loss other than ce and kl.
         slots: a power of two, at least as many as losses.
-        adds: to what is in grad.
+        adds: add to `grad` instead of overwriting it.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride

@@ -1,15 +1,15 @@
 """Universal Logit Distillation: distributions over any two vocabularies, compared by rank.
 
-With p and q the teacher's and the student's probabilities of one row, each sorted in descending
-order and the shorter padded with zeros,
+Let p and q be the probabilities of teacher and student for one row, each sorted in descending
+order, the shorter one padded with zeros:
 
     L = sum_i |p_(i) - q_(i)|
 
 This is the Wasserstein distance of Boizard et al. 2024 (arXiv 2402.12030), with the same distance
-between all pairs of tokens: tokens need not be matched.
+between all pairs of tokens, so that tokens of the two vocabularies need not be matched.
 
-With g_i = sign(q_(i) - p_(i)) put back into the order of the student's tokens, the gradient by its
-logits is q (g - <q, g>).
+Let g_i = sign(q_(i) - p_(i)), in the order of the student's tokens. The gradient with respect to
+the student's logits is q (g - <q, g>).
 """
 
 from typing import Any

@@ -193,7 +193,7 @@ def code_of_a_rounded_student(world):
 @attack(
     THEME,
     "named a repository of kernels as a model's attention",
-    "model: its config asks for attention by code from the Hub (evil/kernel)",
+    "model: its config names code on the Hub as its attention (evil/kernel)",
 )
 def attention_by_a_kernel(world):
     change("model/config.json", attn_implementation="evil/kernel")
@@ -225,7 +225,7 @@ def sharded(name):
     Path("model/evil.bin").write_bytes(b"\x80\x04c" + b"os\nsystem\n")
 
 
-NO_SAFETENSORS = "it names a file that is no safetensors of this folder"
+NO_SAFETENSORS = "it names a file that is not a safetensors file of this folder"
 
 
 @attack(THEME, "mapped weights to a pickled file", f"{NO_SAFETENSORS} (evil.bin)")

@@ -153,7 +153,7 @@ def test_a_conversation_in_the_terminal(monkeypatch, capsys, picture):
     lines = out.splitlines()
     assert " card" in lines[0]
     assert lines[1].endswith(" tokens/s")
-    assert lines[2:] == ["mmkd: none.png: no such picture -- check the path", chat_module.HELP]
+    assert lines[2:] == ["mmkd: none.png: no such image -- check the path", chat_module.HELP]
 
 
 def test_a_picture_of_the_command_comes_with_the_first_question(
@@ -177,7 +177,7 @@ def test_control_characters_of_an_answer_are_escaped(capsys):
         (["nothing", "?"], "nothing: no such model folder -- "),
         ([TEACHER, "?", "--student", "kd"], "not a run's folder, and --student names a student"),
         ([TEACHER, "--json"], "--json prints one answer -- add a question to the command"),
-        ([TEACHER, "?", "--image", "none.png"], "none.png: no such picture -- check the path"),
+        ([TEACHER, "?", "--image", "none.png"], "none.png: no such image -- check the path"),
         ([TEACHER, "?", "--temperature", "1e-9"], "temperature: got 1e-09, which logits cannot"),
         ([TEACHER, "?", "--compare", "nothing"], "nothing: no such model folder -- "),
         ([TEACHER, "?", "--compare", TEACHER], "--compare: it is the model itself -- name another"),

@@ -208,7 +208,7 @@ def test_missing_pictures_are_refused_before_training(
     (photos / "torn.png").write_bytes(b"no picture")
     raw, message = {
         "folder": ({"images": str(tmp_path / "absent")}, "absent: no such folder of pictures"),
-        "picture": ({"images": [str(photos / "absent.png")]}, "absent.png: no such picture"),
+        "picture": ({"images": [str(photos / "absent.png")]}, "absent.png: no such image"),
         "records": (
             {"records": str(tmp_path / "absent.json")},
             r"absent\.json: no such data file -- check evaluate\.samples\.records",

@@ -211,7 +211,7 @@ def test_adapters_go_on_where_they_stopped(recipe, monkeypatch):
         ([], {"groups": ["head"], "dropout": 0.1}, "takes no dropout"),
         ([], {"groups": ["embeddings"]}, "no linear layers in embeddings"),
         ([], {"groups": ["langauge_model"]}, "did you mean 'language_model'"),
-        (["all"], {}, "no linear layers in language_model -- .*do not train whole"),
+        (["all"], {}, "no linear layers in language_model -- .*are not fully trained"),
     ],
 )
 def test_what_cannot_have_adapters_is_refused(recipe, groups, lora, said, tmp_path):

@@ -125,7 +125,7 @@ def test_what_is_read_is_what_the_attention_rotates(kind, settings, monkeypatch)
     ("kind", "settings", "message"),
     [
         ("phi3", {}, "no q_proj of its own .it has o_proj, qkv_proj"),
-        ("hunyuan_v1_dense", {}, "a norm that is not known here: query_layernorm"),
+        ("hunyuan_v1_dense", {}, "an unknown norm: query_layernorm"),
     ],
 )
 def test_queries_that_cannot_be_told_are_refused_by_name(kind, settings, message):
@@ -137,7 +137,7 @@ def test_queries_that_cannot_be_told_are_refused_by_name(kind, settings, message
 def test_a_gate_that_is_not_known_is_refused():
     _, attention = attention_of("llama")
     attention.q_proj = torch.nn.Linear(32, 64, bias=False)
-    with pytest.raises(ValueError, match="more in its q_proj than queries: a gate"):
+    with pytest.raises(ValueError, match="has a gate in its q_proj"):
         width_of(attention, "queries")
     attention.is_kv_shared_layer = True
     with pytest.raises(ValueError, match="takes its keys from another layer"):

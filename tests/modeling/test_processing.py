@@ -162,7 +162,7 @@ def test_image_tokens_are_counted_against_features_before_the_model_runs(make, t
 
 
 def test_a_model_whose_parts_are_not_found_is_refused():
-    with pytest.raises(CheckpointError, match="no body apart from its head") as caught:
+    with pytest.raises(CheckpointError, match="no base model separate from its head") as caught:
         check_supported(ZOO["nemotron_h_omni"].make(), "teacher")
     assert "docs/families.md" in str(caught.value)
 

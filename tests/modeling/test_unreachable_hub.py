@@ -158,7 +158,7 @@ def test_a_hub_that_answers_is_asked_once_more_only(monkeypatch):
             load_config(ModelConfig(model="me/nothing"))
     assert str(caught.value) == (
         "me/nothing: no such folder, and no such model on the Hub -- check the path or the id; "
-        "'hf auth login' for what is private"
+        "a private model needs 'hf auth login'"
     )
 
 

@@ -240,7 +240,7 @@ def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model
     check({"kind": "layer_l2", "layers": [0], "teacher_layers": [1]}, convert=cut)
     for objective, message in (
         ({"kind": "matrix"}, "attn_implementation to eager"),
-        ({"kind": "hidden_mse", "layers": [2]}, "no pair of student layer 2"),
+        ({"kind": "hidden_mse", "layers": [2]}, "cannot pair student layer 2"),
         ({"kind": "layer_l2", "layers": [1], "teacher_layers": [4]}, "teacher layer 4"),
         ({"kind": "layer_l2", "teacher_layers": [1]}, "'teacher_layers' needs 'layers'"),
     ):
@@ -255,7 +255,7 @@ def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model
         stage={"objectives": [{"kind": "layer_l2"}], "activation_checkpointing": True},
     )
     raw["student"]["convert"] = [{"kind": "mamba", "layers": [1]}]
-    with pytest.raises(RecipeError, match="do not go together"):
+    with pytest.raises(RecipeError, match="does not work with activation checkpointing"):
         preflight.check(load_recipe(raw))
     with pytest.raises(RecipeError, match="no Mamba layers to compare"):
         check({"kind": "mixer_mse"}, convert=[{"kind": "depth_pruning", "decoder": [0]}])

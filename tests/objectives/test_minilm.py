@@ -282,7 +282,7 @@ def test_both_train_a_student(scenes_dir, tiny_model_dir, tmp_path, objective):
     ("settings", "message"),
     [
         ({"layers": [0], "heads": 5}, "5 relation heads do not divide the student's q_proj"),
-        ({"layers": [9]}, "no pair of student layer 9"),
+        ({"layers": [9]}, "cannot pair student layer 9"),
         ({}, "layers: this key is missing"),
         ({"layers": [0], "teacher_forced": True}, "teacher_forced"),
     ],

@@ -111,7 +111,7 @@ def samples_with_prompts(world: World) -> None:
 @case(
     KIND,
     "named a sample picture that is not there",
-    "gone.png: no such picture",
+    "gone.png: no such image",
     "evaluate.samples.images",
 )
 def sample_picture_gone(world: World) -> None:

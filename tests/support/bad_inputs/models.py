@@ -149,7 +149,7 @@ def lost_tensor(world: World) -> None:
 @case(
     KIND,
     "gave weights of another width",
-    "model: 6 weights are missing, left over or of another",
+    "model: 6 weights are missing, unexpected or of another",
     "use the config that",
 )
 def tensor_of_another_shape(world: World) -> None:
