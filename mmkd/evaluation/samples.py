@@ -106,9 +106,7 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
     found = []
     for path in paths:
         if not path.is_file():
-            raise DataError(
-                "no such image", where=str(path), hint="check evaluate.samples.images"
-            )
+            raise DataError("no such image", where=str(path), hint="check evaluate.samples.images")
         target = path.resolve()  # the recipe, unlike a record, may name links to other folders
         with located(lambda path=path: str(path)):  # type: ignore[misc]
             load_image(target.name, target.parent)

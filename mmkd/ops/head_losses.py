@@ -44,7 +44,7 @@ def head_losses(
         chunk_size: rows projected at once; what fits in `memory` if None.
         memory: bytes for a chunk's logits and the tensors computed from them.
         backend: "auto" (a Triton kernel on CUDA where it fits and runs, else torch), "torch" or
-            "triton". The kernel takes no float64 and no stored rows.
+            "triton". The kernel supports neither float64 nor stored rows.
 
     Returns:
         The sum of scale times loss, differentiable once, and each loss's own sum, [len(losses)],
@@ -78,9 +78,9 @@ def head_losses(
 def _unfit(student: Head, teacher: Head | SparseRows | None) -> str | None:
     """Why the kernel cannot take these, or None."""
     if student.hidden.dtype == torch.float64:
-        return "the kernel takes no torch.float64"
+        return "the kernel does not support torch.float64"
     if isinstance(teacher, SparseRows):
-        return "the kernel takes no stored rows"
+        return "the kernel does not support stored rows"
     return None
 
 

@@ -1,9 +1,9 @@
-"""Several teachers: each objective on outputs is one objective per teacher.
+"""Assign objectives to several teachers: an objective on outputs becomes one objective per teacher.
 
     L = sum_j w_j 1/|M_j| sum_{t in M_j} D(p_j, q)
 
-with M_j the tokens of the records that teacher j is asked about: a mean for each teacher, whatever
-the sources' sizes.
+M_j are the tokens of the records of teacher j's data sources. The mean is taken for each teacher
+separately, so it does not depend on the sizes of the sources.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from mmkd.recipe import DataConfig, TeacherConfig
 def ask_each(
     objectives: Sequence[Objective], teachers: Sequence[TeacherConfig], data: DataConfig
 ) -> list[Objective]:
-    """Objectives on a teacher's outputs once for each teacher, with its weight and sources; all
-    others as they are, with the first teacher.
+    """Copy each objective on outputs for each teacher, with the teacher's weight and sources. Other
+    objectives stay unchanged and use the first teacher.
 
     Raises:
-        RecipeError: a teacher names a source that the data do not have.
+        RecipeError: a teacher names an unknown data source.
     """
     if len(teachers) < 2 and not any(t.sources or t.weight != 1 for t in teachers):
         return list(objectives)
@@ -36,16 +36,16 @@ def ask_each(
 
 
 def compares(objective: Objective) -> bool:
-    """Whether an objective compares signals of a teacher. A preference only needs the
-    log-probabilities that its reference gives."""
+    """Whether an objective compares signals of a teacher. A preference objective only needs
+    log-probabilities of its reference."""
     return "teacher" in objective.needs and not isinstance(objective, Preference)
 
 
 def needed_teachers(
     teachers: Sequence[TeacherConfig], objectives: Sequence[ObjectiveConfig]
 ) -> list[TeacherConfig]:
-    """The teachers that objectives need: all where one compares a teacher's outputs, the first
-    where they need something else of a teacher.
+    """The teachers that objectives need: all if an objective compares outputs, only the first if
+    objectives need other signals of a teacher.
 
     Args:
         teachers: of a recipe, the primary one first.
@@ -57,7 +57,7 @@ def needed_teachers(
 
 
 def _numbers(teacher: TeacherConfig, data: DataConfig) -> frozenset[int] | None:
-    """The data's sources that a teacher is asked about; None for all."""
+    """Indices of the data sources on which a teacher is used; None for all."""
     labels = [part.label for part in data.parts]
     for name in teacher.sources:
         if name not in labels:

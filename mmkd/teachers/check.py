@@ -15,14 +15,14 @@ from mmkd.teachers.assign import ask_each
 
 
 def check_teacher(teacher: TeacherConfig, where: str) -> tuple[PreTrainedModel, Any]:
-    """The model of a teacher on the meta device, and its processor.
+    """Load a teacher on the meta device, with its processor, and check that it is supported.
 
     Args:
-        teacher: with a model.
-        where: the teacher in messages.
+        teacher: settings with a model.
+        where: the teacher's name in messages.
 
     Raises:
-        CheckpointError: the model is of no supported family, or has too few rows for its tokenizer.
+        CheckpointError: the family is not supported, or the head is smaller than the vocabulary.
     """
     model, processor = skeleton(teacher), load_processor(teacher)
     check_supported(model, where)
@@ -31,10 +31,10 @@ def check_teacher(teacher: TeacherConfig, where: str) -> tuple[PreTrainedModel, 
 
 
 def check_quantized(recipe: Recipe) -> None:
-    """This machine can load the quantized teachers.
+    """Check that this machine can load the quantized teachers.
 
     Raises:
-        MmkdError: it cannot.
+        MmkdError: it has no GPU, or a package is missing.
     """
     for teacher in recipe.teachers:
         if teacher.quantize is not None and teacher.source == "live":
@@ -43,12 +43,12 @@ def check_quantized(recipe: Recipe) -> None:
 
 
 def check_further(recipe: Recipe, processor: Any) -> None:
-    """All teachers but the first have the student's processor, and the data have the sources that
-    they name.
+    """Check that all teachers except the first have the student's processor, and that the data
+    sources that they name exist.
 
     Raises:
         CheckpointError: as `check_teacher`.
-        RecipeError: a processor is another one, or a source is unknown.
+        RecipeError: a processor differs from the student's, or a source is unknown.
     """
     for teacher in recipe.more_teachers:
         where = f"teacher {teacher.name}"

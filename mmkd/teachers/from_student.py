@@ -1,4 +1,4 @@
-"""The student as it was before a stage, as its teacher."""
+"""Use the student as it was before a stage as the teacher of that stage."""
 
 import copy
 
@@ -13,7 +13,7 @@ from mmkd.teachers.live import LiveTeacher
 
 
 class WithoutAdapters(LiveTeacher):
-    """Runs the student itself, its adapters switched off: no weight is there twice."""
+    """Runs the student itself with its adapters disabled, so no weight is in memory twice."""
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         return torch.nn.Module.to(model, self.device)
@@ -32,12 +32,12 @@ class WithoutAdapters(LiveTeacher):
 def own_teacher(
     student: PreTrainedModel, device: torch.device, *, only_adapters: bool
 ) -> LiveTeacher:
-    """A teacher that stays what the student is now.
+    """A frozen copy of the student, or the student without its adapters.
 
     Args:
-        student: before its weights are set to train.
+        student: before its trainable parameters are chosen.
         device: of the stage.
-        only_adapters: nothing but adapters will train, and all weights stay whole on each process.
+        only_adapters: only adapters are trained, and weights are not sharded. Then no copy is made.
     """
     kind = WithoutAdapters if only_adapters else LiveTeacher
     return kind(student if only_adapters else copy.deepcopy(student), device)

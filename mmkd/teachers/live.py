@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student: frozen, in eval mode, without gradients."""
+"""A teacher whose model runs in every step: frozen, in eval mode, without gradients."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +15,12 @@ from mmkd.ops import CHUNK_BYTES
 
 
 class LiveTeacher:
-    """Runs the teacher on the student's batches, or on its own view of them.
+    """Runs the teacher's model on a batch, with the student's tokens or with tokens of its own.
 
-    Every process holds all of its weights.
+    Each process has all weights of the model.
 
     Attributes:
-        spread: whether processes have to run it together.
+        spread: the weights are sharded, so all processes must run the model at the same time.
     """
 
     spread = False
@@ -35,8 +35,12 @@ class LiveTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
-        """The teacher's signals on a batch, one per student token; `request` says what is
-        read off its decoder's layers."""
+        """Signals of the teacher on a batch, aligned with the student's tokens.
+
+        Args:
+            batch: on the teacher's device.
+            request: which tensors of decoder layers are captured.
+        """
         own = self.own_signals(batch, request)
         if batch.alignment is None:
             return own
@@ -45,21 +49,24 @@ class LiveTeacher:
 
     @torch.no_grad()
     def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
-        """The teacher's signals on its own tokens."""
+        """Signals of the teacher at its own tokens; arguments as in `signals`."""
         return capture(self.model, (batch.teacher or batch).inputs, request)
 
     @torch.no_grad()
     def answer_logps(
         self, batch: Batch, vocabulary: int | None, memory: int = CHUNK_BYTES
     ) -> Tensor:
-        """Log-probability of each row's responses, [B]; arguments as in
+        """Log-probability of each sequence's response, [B]; arguments as in
         `mmkd.objectives.answer_logps`."""
         targets = (batch.teacher or batch).targets
         return answer_logps(self.own_signals(batch), targets, vocabulary, memory)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Its weights by name, sorted, whole, those whose names begin with `prefix`; every rank
-        calls it."""
+        """Iterate over names and gathered weights, sorted by name. Every rank must call it.
+
+        Args:
+            prefix: beginning of the names.
+        """
         for name, tensor in sorted(self.model.state_dict().items()):
             if name.startswith(prefix):
                 yield name, tensor

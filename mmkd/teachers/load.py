@@ -1,4 +1,4 @@
-"""From a recipe's teachers to models that run beside the student, or caches that are read."""
+"""Load a recipe's teachers: models that run in every step, or caches of their outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ class LoadedTeachers:
     """The teachers of a run, loaded once for all of its stages.
 
     Attributes:
-        members: by name, the primary one first; without the student as its own teacher, which is
-            made anew for each stage.
-        settings: the recipe's, the primary teacher's first; without any, each objective compares
-            with the first member.
-        processor: the primary teacher's, the student's for a cache or for the student as its own
-            teacher; None where no teacher is needed.
+        members: by name, the primary one first. A teacher with `source: self` is not included; it
+            is made for each stage.
+        settings: the recipe's teachers, the primary one first. If it is empty, each objective uses
+            the first member.
+        processor: the primary teacher's, or the student's for a cache or `source: self`; None if
+            no teacher is needed.
     """
 
     members: Mapping[str, Teacher] = field(default_factory=dict)
@@ -42,8 +42,8 @@ class LoadedTeachers:
         """The teachers that a stage's objectives need.
 
         Args:
-            objectives: of the stage, one for each teacher where there are several.
-            own: makes a teacher of the student as it is before the stage.
+            objectives: of the stage, already copied for each teacher.
+            own: makes a teacher from the student as it is before the stage.
         """
         names = [t.name for t in self.settings] or list(self.members)
         primary = names[0] if names else ""
@@ -54,10 +54,10 @@ class LoadedTeachers:
 
 
 def load_teachers(recipe: Recipe, stages: Sequence[StageConfig]) -> LoadedTeachers:
-    """The teachers that some stages of a recipe need, on the device of the first such stage.
+    """Load the teachers that stages need, on the device of the first stage that needs one.
 
     Raises:
-        MmkdError: one cannot be loaded.
+        MmkdError: a teacher cannot be loaded.
     """
     needing = [s for s in stages if needed_teachers(recipe.teachers, s.objectives)]
     if not needing:

@@ -1,4 +1,4 @@
-"""Where a live teacher's weights are."""
+"""Placement of a live teacher's weights: replicated, sharded or offloaded to the CPU."""
 
 import torch
 from transformers import PreTrainedModel
@@ -9,17 +9,17 @@ from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.sharded import ShardedTeacher
 
 SHARE = 0.4
-"""Of a device's memory that a whole teacher may take: the rest is the student's."""
+"""Largest share of a device's memory for a replicated teacher. The rest is for the student."""
 
 
 def choose_placement(
     wanted: TeacherPlacement, weights: int, device: torch.device
 ) -> TeacherPlacement:
-    """The recipe's placement; `auto` spreads a teacher that takes too much of a device.
+    """Resolve `auto`: a teacher that is too large for one device is sharded.
 
     Args:
-        wanted: by the recipe.
-        weights: bytes of the whole teacher.
+        wanted: the recipe's placement.
+        weights: size of the teacher's weights in bytes.
         device: of this rank.
     """
     if wanted != "auto":
@@ -32,9 +32,9 @@ def choose_placement(
 def place_teacher(
     model: PreTrainedModel, wanted: TeacherPlacement, device: torch.device
 ) -> LiveTeacher:
-    """The teacher, ready to run."""
+    """Place a model's weights, and return the teacher."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # bitsandbytes' packed weights cannot be cut into the pieces that DeepSpeed spreads.
+    # DeepSpeed cannot shard the packed weights of bitsandbytes.
     packed = wanted == "auto" and getattr(model, "is_quantized", False)
     placement = "replicated" if packed else choose_placement(wanted, weights, device)
     if placement == "replicated":

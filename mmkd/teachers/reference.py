@@ -1,7 +1,7 @@
-"""The reference of preference objectives: how likely a frozen model finds each answer.
+"""The reference model of preference objectives, which gives log-probabilities of answers.
 
-It runs beside the student at every step, or once before the first one: then its log-probabilities
-lie in the stage's folder, keyed by its weights and by what each record says and shows.
+It runs in every step, or once before the first step. In the second case its log-probabilities are
+stored in the stage's folder, under a hash of its weights and of the records' texts and images.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ KEY, DONE = "key", "batches"
 
 
 class LiveReference:
-    """Runs the reference on every batch.
+    """Runs the reference model on every batch.
 
     Args:
-        model: the frozen reference.
-        vocabulary: tokens that it shares with the student, None for all.
-        once: its log-probabilities are to be stored before the first step.
+        model: the frozen reference model.
+        vocabulary: number of tokens that it shares with the student; None for all.
+        once: compute and store its log-probabilities before the first step.
         memory: bytes for the logits of a chunk of rows.
-        name: of the stage's teacher that it is, if it is one.
+        name: name of the teacher, if a teacher of the stage is the reference.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class LiveReference:
         self.name = name
 
     def logps(self, batch: Batch, asked: Mapping[str, TeacherSignals] | None = None) -> Tensor:
-        """Log-probability of each row's answers, [B].
+        """Log-probability of each sequence's answer, [B].
 
         Args:
-            batch: of pairs.
-            asked: signals of the stage's teachers on it, by name; where the reference is one of
-                them, it does not run again.
+            batch: of preference pairs.
+            asked: signals of the stage's teachers on the batch, by name. If the reference is one
+                of them, it does not run again.
         """
         found = (asked or {}).get(self.name or "")
         if isinstance(found, Signals) and batch.alignment is None:
@@ -76,12 +76,12 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class StoredReference:
-    """What the reference said of each record's two answers, [2] by record."""
+    """Stored log-probabilities of the two answers of each record, [2] by index of the record."""
 
     found: dict[int, Tensor]
 
     def logps(self, batch: Batch, asked: Mapping[str, TeacherSignals] | None = None) -> Tensor:
-        """Log-probability of each row's answers, [B]; arguments as in `LiveReference`."""
+        """Log-probability of each sequence's answer, [B]; arguments as in `LiveReference`."""
         pairs = torch.stack([self.found[i] for i in batch.indices])  # [B / 2, 2]
         return pairs.T.flatten().to(batch.targets.input_ids.device)
 
@@ -92,15 +92,15 @@ Reference = LiveReference | StoredReference
 def choose_reference(
     objectives: Sequence[Objective], teachers: TeacherSet, own: Callable[[], LiveTeacher]
 ) -> LiveReference | None:
-    """The reference that a stage's preference objectives name.
+    """The reference model of a stage's preference objectives; None if there is none.
 
     Args:
         objectives: of the stage.
         teachers: of the stage.
-        own: makes a teacher of the student as it is before it trains.
+        own: makes a teacher from the student as it is before the stage.
 
     Raises:
-        RecipeError: it is the teacher, and no teacher runs.
+        RecipeError: the reference is the teacher, and no teacher runs.
     """
     wanted = [o for o in objectives if isinstance(o, Preference) and o.config.reference != "none"]
     if not wanted:
@@ -109,7 +109,7 @@ def choose_reference(
     teacher = own() if settings.reference == "self" else teachers.primary_model
     if teacher is None:
         raise RecipeError(
-            "the reference of preferences is the teacher, and there is none",
+            "the reference of the preference objective is the teacher, and there is no teacher",
             where=f"objective {wanted[0].name}",
             hint="add 'teacher' to the recipe, or set reference to self or none",
         )
@@ -129,17 +129,17 @@ def store(
     folder: Path,
     autocast: Callable[[], AbstractContextManager],
 ) -> StoredReference:
-    """Run the reference once over the records that `steps` steps will see; every rank calls it.
+    """Compute and store log-probabilities for all records of a stage. Every rank must call it.
 
-    A file of the same reference and records is read instead. A run that is stopped keeps what it
-    has so far, and goes on from there.
+    If the folder has a file for the same reference and records, it is read instead. An interrupted
+    computation is resumed.
 
     Args:
         reference: runs on this process's share of the records.
         stream: of the stage.
-        steps: of the stage.
-        folder: the stage's, for `reference.safetensors`.
-        autocast: makes the context that it runs in.
+        steps: number of steps of the stage.
+        folder: of the stage, for `reference.safetensors`.
+        autocast: returns the context manager in which the model runs.
     """
     indices = stream.seen(steps)
     key = _key(reference, stream.encoder, indices)
@@ -150,7 +150,7 @@ def store(
         return StoredReference(known)
     batches = distributed.equal_shares(indices, stream.batch.size)
     unfinished = path.with_name(UNFINISHED)
-    cut = f"{key} {stream.world_size} {stream.batch.size}"  # the same batches, to the last bit
+    cut = f"{key} {stream.world_size} {stream.batch.size}"  # these determine the batches
     found = _read(unfinished, cut) or {}
     done = _read_done(unfinished) if distributed.all_agree(bool(found)) else 0
     found = found if done else {}
@@ -202,13 +202,13 @@ def _read(path: Path, key: str) -> dict[int, Tensor] | None:
 
 
 def _read_done(path: Path) -> int:
-    """How many batches of each rank an unfinished pass has made."""
+    """Number of batches per rank that an interrupted computation has finished."""
     with safe_open(path, "pt") as file:
         return int(file.metadata()[DONE])
 
 
 def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> str:
-    """One hash over the reference's weights, how it sees records, and the records."""
+    """A hash of the reference's weights, the settings of the encoder, and the records."""
     seen = hashlib.sha256()
     _add_weights(seen, reference.model)
     processor = (encoder.teacher or encoder).processor
@@ -217,7 +217,7 @@ def _key(reference: LiveReference, encoder: Encoder, indices: Sequence[int]) -> 
     for index in indices:
         try:
             _add_record(seen, encoder, encoder.records[index], index)
-        except DataError as error:  # a record that the recipe skips
+        except DataError as error:  # a bad record, which the recipe may skip
             seen.update(str(error).encode())
     return seen.hexdigest()
 
@@ -235,15 +235,15 @@ def _add_record(seen: Any, encoder: Encoder, record: Record, index: int) -> None
 
 
 def check_reference(context: StageContext) -> None:
-    """All preference objectives of a stage have one reference.
+    """Check that all preference objectives of a stage have the same reference.
 
     Raises:
-        RecipeError: they have different ones.
+        RecipeError: they have different references.
     """
     settings = [o.config for o in context.objectives if isinstance(o, Preference)]
     if len({(s.reference, s.reference_logps) for s in settings}) > 1:
         raise RecipeError(
             "two preference objectives have different references",
             where=context.where,
-            hint="give them one, or two stages",
+            hint="give both the same reference, or use two stages",
         )

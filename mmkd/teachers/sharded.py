@@ -1,7 +1,7 @@
-"""A teacher whose weights are spread over the processes, or wait on the CPU.
+"""A teacher whose weights are sharded over processes or offloaded to the CPU.
 
-ZeRO stage 3 without an optimizer: each layer is gathered when it runs (Rajbhandari et al. 2020,
-arXiv 1910.02054, section 5.3).
+This is ZeRO stage 3 without an optimizer: the weights of each layer are gathered when it runs
+(Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3).
 """
 
 import copy
@@ -21,19 +21,19 @@ from mmkd.objectives import Signals
 from mmkd.teachers.live import LiveTeacher
 
 WHOLE_BELOW = 100_000
-"""Elements of a weight below which every process keeps it whole."""
+"""Weights with fewer elements are not sharded."""
 
 
 class ShardedTeacher(LiveTeacher):
-    """Signals equal those of the whole teacher.
+    """Runs a sharded teacher. Its signals equal those of a replicated one.
 
-    The head stays whole on every process: objectives go through it in chunks long after the
-    teacher's forward.
+    The head is not sharded, because objectives project chunks of rows through it after the
+    teacher's forward pass.
 
     Args:
-        model: the teacher, loaded in full; it belongs to this object from here on.
+        model: the teacher with all weights; this object takes ownership.
         device: of this rank.
-        offload: keep the weights of each process's share on the CPU.
+        offload: keep each process's shard on the CPU.
     """
 
     spread = True
@@ -72,7 +72,7 @@ class ShardedTeacher(LiveTeacher):
         inputs, precision = (batch.teacher or batch).inputs, self._precision()
 
         def run(model: PreTrainedModel) -> Signals:
-            with precision:  # DeepSpeed closes the one outside
+            with precision:  # DeepSpeed disables the outer autocast context
                 return capture(model, inputs, request)
 
         return self.engine(run)

@@ -1,4 +1,4 @@
-"""A teacher whose outputs were stored before; its weights are not needed."""
+"""A teacher whose outputs are read from a cache. Its weights are not needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ AGAIN = "build it again with `mmkd cache`, or name another folder"
 
 
 class StoredTeacher:
-    """Gives what the encoder has read from the cache beside each batch.
+    """Returns the outputs that the encoder has read from the cache with each batch.
 
     Args:
         store: the cache.
@@ -30,7 +30,7 @@ class StoredTeacher:
         self.store = store
 
     def signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> StoredSignals:
-        """The distributions of a batch's rows; nothing of layers."""
+        """Stored distributions and hidden states for a batch; tensors of layers are not stored."""
         if batch.stored is None:
             raise ValueError("the batch was encoded without the teacher's cache")
         if batch.stored_hidden is None:
@@ -44,51 +44,52 @@ class StoredTeacher:
 def check_storable(
     stage: StageConfig, objectives: Sequence[ObjectiveConfig], *, hidden: bool = False
 ) -> None:
-    """A stage's objectives that read a teacher can do with what is stored of it.
+    """Check that a stage's objectives need only what a cache contains.
 
     Args:
-        stage: theirs.
-        objectives: settings of those that read a teacher.
-        hidden: final hidden states are stored too.
+        stage: of the objectives.
+        objectives: settings of the objectives that need a teacher.
+        hidden: the cache also contains final hidden states.
 
     Raises:
-        RecipeError: one of them cannot.
+        RecipeError: an objective needs something else.
     """
     for objective in objectives:
         where = f"stage {stage.name}: objective {objective.metric_name}"
         if objective.reads_hidden and not hidden:
             raise RecipeError(
-                "the teacher's cache holds output distributions, it needs hidden states",
+                "it needs hidden states, and the teacher's cache has output distributions only",
                 where=where,
                 hint="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
             )
         if not isinstance(objective, HeadObjectiveConfig) and not objective.reads_hidden:
             raise RecipeError(
-                "a teacher's cache holds what its head sees and says, it needs more",
+                "it needs tensors that a teacher's cache does not contain",
                 where=where,
                 hint=LIVE,
             )
         temperature = getattr(objective, "temperature", 1.0)
         if isinstance(objective, HeadObjectiveConfig) and temperature != 1:
             raise RecipeError(
-                f"a teacher's cache is of temperature 1, it asks for {temperature:g}",
+                f"a teacher's cache has distributions at temperature 1, it needs {temperature:g}",
                 where=where,
                 hint=LIVE,
             )
     if objectives and stage.on_policy is not None:
         raise RecipeError(
-            "the student's own answers are in no cache",
+            "a teacher's cache does not contain the student's own answers",
             where=f"stage {stage.name}: on_policy",
             hint=LIVE,
         )
 
 
 def open_store(teacher: TeacherConfig, processor: Any) -> Store:
-    """The teacher's cache. It is complete, and of this teacher and the student's processor.
+    """Open a teacher's cache, and check that it is complete and belongs to this teacher and to the
+    student's processor.
 
     Args:
-        teacher: whose source is its cache.
-        processor: the student's.
+        teacher: settings with `source: cache`.
+        processor: of the student.
 
     Raises:
         CheckpointError: the cache is incomplete or damaged.
@@ -99,7 +100,7 @@ def open_store(teacher: TeacherConfig, processor: Any) -> Store:
     where = f"teacher.cache {store.folder}"
     if store.manifest["processor"] != processor_hash(processor):
         raise RecipeError(
-            "it was built with another processor than the student's", where=where, hint=AGAIN
+            "it was built with a processor other than the student's", where=where, hint=AGAIN
         )
     held, asked = store.manifest["teacher"].get("quantize"), teacher.quantize
     if teacher.model is not None and held != asked:
@@ -117,7 +118,7 @@ def open_store(teacher: TeacherConfig, processor: Any) -> Store:
 
 
 def check_stored(context: StageContext) -> None:
-    """The teacher's cache holds what the stage's objectives read.
+    """Check that the teacher's cache contains what the stage's objectives read.
 
     Raises:
         RecipeError: it does not.

@@ -1,4 +1,4 @@
-"""The teachers of a stage, asked in one way whether there are none, one or several."""
+"""The teachers of a stage, with the same interface for none, one and several."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,14 +18,14 @@ Teacher = LiveTeacher | StoredTeacher
 class TeacherSet:
     """A stage's teachers by name.
 
-    The primary teacher is the recipe's first one. Objectives that name no teacher compare with it,
-    so only its layers are read, and only it may have tokens of its own: the others see the
-    student's.
+    The first teacher of the recipe is the primary teacher. Objectives without a teacher's name
+    compare with it. Only its layers are captured, and only it may have another tokenizer than the
+    student.
 
     Attributes:
-        members: those that the stage's objectives need, the primary one first.
-        primary: the name of the primary teacher, which may be no member; "" where the recipe has no
-            teacher.
+        members: the teachers that the stage's objectives need, the primary one first.
+        primary: the name of the primary teacher, which need not be a member; "" if the recipe has
+            no teacher.
     """
 
     members: Mapping[str, Teacher] = field(default_factory=dict)
@@ -33,23 +33,23 @@ class TeacherSet:
 
     @property
     def live(self) -> list[LiveTeacher]:
-        """The members that run beside the student."""
+        """The members whose models run in every step."""
         return [t for t in self.members.values() if isinstance(t, LiveTeacher)]
 
     @property
     def primary_model(self) -> LiveTeacher | None:
-        """The primary teacher, if it is a member that runs."""
+        """The primary teacher, if it is a live member."""
         teacher = self.members.get(self.primary)
         return teacher if isinstance(teacher, LiveTeacher) else None
 
     @property
     def store(self) -> Store | None:
-        """The cache that is read in place of a teacher, if there is one; it is the only member."""
+        """The cache, if the only member is a cache; otherwise None."""
         return next((t.store for t in self.members.values() if isinstance(t, StoredTeacher)), None)
 
     def is_asked(self, name: str, batch: Batch, objectives: Sequence[Objective]) -> bool:
-        """Whether an objective compares some of a batch's rows with a member, or all processes have
-        to run it together."""
+        """Whether a member must run on a batch: objectives compare rows of the batch with it, or
+        its weights are sharded, so that all processes must run it."""
         asking = [o for o in objectives if compares(o) and (o.teacher or self.primary) == name]
         if not asking:
             return False
@@ -63,12 +63,12 @@ class TeacherSet:
         objectives: Sequence[Objective],
         request: CaptureRequest = OUTPUTS_ONLY,
     ) -> dict[str, TeacherSignals]:
-        """Signals of the members that are asked about a batch, by name, the primary one's first.
+        """Signals of the members that must run on a batch, by name, the primary one's first.
 
         Args:
             batch: on the teachers' device.
-            objectives: that compare it.
-            request: what is read off the primary teacher's decoder layers.
+            objectives: of the stage.
+            request: which tensors of the primary teacher's decoder layers are captured.
         """
         own = replace(batch, teacher=None, alignment=None)
         found: dict[str, TeacherSignals] = {}

@@ -1,10 +1,10 @@
-"""What travels with a student's weights: needs torch and transformers, knows nothing of mmkd.
+"""The model code of converted students. It needs torch and transformers only, not mmkd.
 
     import mmkd_models
     AutoModelForImageTextToText.from_pretrained(folder)
 
-The import registers students with transformers' Auto classes. From then on this package loads them,
-also with `trust_remote_code=True`: the Python files in their folder are not run.
+The import registers students with transformers' auto classes. From then on students are loaded with
+this package, also with `trust_remote_code=True`: the Python files in their folders are not run.
 """
 
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ if find_spec("transformers") is not None:
     from .configuration_mmkd import MODEL_TYPE, MmkdConfig
 
     def _register_model(config_class: Any, family: Any) -> None:
-        """Tell transformers which class a new student's config class belongs to."""
+        """Register the model class of a new student's config class with transformers."""
         from transformers import AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

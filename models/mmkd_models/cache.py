@@ -1,7 +1,7 @@
-"""One cache for attention and Mamba layers of a student.
+"""A cache for the attention and Mamba layers of a student.
 
-Transformers' own cache asks its first attention layer how many tokens it holds; here every layer
-knows, so that a student without any attention works too.
+The cache of transformers reads its length from the first attention layer. Here every layer stores
+the length, so that students without attention work too.
 """
 
 from typing import Any
@@ -16,7 +16,8 @@ FIRST_CAPACITY = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values in a buffer that grows by half, not by concatenation at every token."""
+    """Keys and values in a buffer that grows by half when it is full, instead of concatenation at
+    each token."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -25,7 +26,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, H, T, D] keys and values; returns all of them."""
+        """Append keys and values, [B, H, T, D]; returns the keys and values of all tokens."""
         if key_states.requires_grad or value_states.requires_grad:
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
@@ -44,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[..., : past + new, :], values[..., : past + new, :]
         return self.keys, self.values
 
-    # What follows replaces keys and values, so that the buffer no longer holds them.
+    # These methods replace keys and values, so the buffer is dropped.
 
     def crop(self, tokens_to_remove: int) -> None:
         self._buffers = None
@@ -79,7 +80,7 @@ def _grown(held: Tensor | None, like: Tensor, length: int, capacity: int) -> Ten
 
 
 class MambaLayer(CacheLayerMixin):
-    """States of one Mamba mixer, the same size at any length, and the number of tokens seen.
+    """States of one Mamba mixer, which do not grow with the length, and the number of tokens.
 
     Attributes:
         conv_state: [B, C, K - 1], the last inputs of the convolution.
@@ -97,18 +98,18 @@ class MambaLayer(CacheLayerMixin):
         self.tokens = 0
 
     def advance(self, conv_state: Tensor, ssm_state: Tensor, tokens: int) -> None:
-        """Keep the states after `tokens` more tokens."""
+        """Store the states after `tokens` further tokens."""
         self.conv_state, self.ssm_state = conv_state, ssm_state
         self.tokens += tokens
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise ValueError("a Mamba layer keeps states, not keys and values")
+        raise ValueError("a Mamba layer has states instead of keys and values")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        raise ValueError("a Mamba layer keeps states, not keys and values")
+        raise ValueError("a Mamba layer has states instead of keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.tokens + query_length, 0
@@ -121,7 +122,7 @@ class MambaLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise ValueError("a Mamba state cannot be rewound: no assisted decoding, no crop")
+            raise ValueError("a Mamba state cannot be cropped, so assisted decoding does not work")
 
     def reset(self) -> None:
         self.conv_state = self.ssm_state = None
@@ -131,7 +132,7 @@ class MambaLayer(CacheLayerMixin):
         self._map(lambda state: state.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        pass  # the mixer moves its small states to where its input is
+        pass  # the mixer moves its small states to the device of its input
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -148,11 +149,11 @@ class MambaLayer(CacheLayerMixin):
 
 
 class HybridCache(Cache):
-    """Attention layers keep keys and values, Mamba layers their states.
+    """Cache of a hybrid student: keys and values of attention layers, states of Mamba layers.
 
     Args:
-        config: the text decoder's config.
-        mamba_layers: the layers that are Mamba mixers.
+        config: of the text decoder.
+        mamba_layers: indices of the Mamba layers.
     """
 
     def __init__(self, config: PreTrainedConfig, mamba_layers: tuple[int, ...]):
@@ -168,7 +169,7 @@ class HybridCache(Cache):
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the states, keys and values in use; buffers that wait for more do not count."""
+    """Bytes of the states, keys and values in use, without the unused part of buffers."""
     names = ("keys", "values", "conv_state", "ssm_state")
     held = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))

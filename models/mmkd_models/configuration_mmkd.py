@@ -1,4 +1,4 @@
-"""The config of a student: its family's config, with the layout of what was changed."""
+"""The config of a student: the config of its family, and the layout of the converted layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ MODEL_TYPE = "mmkd"
 
 
 class StudentConfigMixin:
-    """What a student's config has beside its family's settings.
+    """Attributes of a student's config in addition to those of its family.
 
     Attributes:
-        base_model_type: the family, such as llava or qwen2_5_vl.
-        layout: the changes by kind, such as {"mamba": {...}}.
+        base_model_type: model_type of the family, such as llava or qwen2_5_vl.
+        layout: the converted layers by kind of conversion, such as {"mamba": {...}}.
     """
 
     model_type = MODEL_TYPE
-    # Every field is written: a student's folder should not depend on the family's defaults.
+    # Every field is saved, so that a student's folder does not depend on the family's defaults.
     has_no_defaults_at_init = True
     _auto_class = "AutoConfig"
     base_model_type: str
@@ -25,29 +25,31 @@ class StudentConfigMixin:
 
 
 class MmkdConfig(PreTrainedConfig):
-    """Reads a student's config.json; what it returns is a subclass of the family's own config."""
+    """Reads a student's config.json. The result is a subclass of the family's config class."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """
+        """Make the config of a student.
+
         Raises:
-            ValueError: the family is unknown to this version of transformers.
+            ValueError: the family is unknown to this version of transformers, or there is no
+                layout.
         """
         family = str(config_dict.get("base_model_type"))
         if family not in CONFIG_MAPPING or not isinstance(config_dict.get("layout"), dict):
             raise ValueError(
-                f"config.json: 'base_model_type' {family!r} is no family of this transformers "
-                "version, or 'layout' is missing"
+                f"config.json: this version of transformers has no 'base_model_type' {family!r}, "
+                "or 'layout' is missing"
             )
         made: Any = student_config_class(CONFIG_MAPPING[family])
         return made.from_dict(config_dict, **kwargs)
 
 
 _classes: dict[Any, Any] = {}
-# Set by the installed package alone. A copy of this file that came with a student must not register
-# itself: other students would then be loaded by its code.
+# Only the installed package sets this. The copy of this file in a student folder must not register
+# itself, because other students would then be loaded with its code.
 on_new_class: Callable[[Any, Any], None] | None = None
 
 

@@ -1,4 +1,4 @@
-"""The short causal convolution in front of a Mamba-2 scan, whole sequences and single tokens."""
+"""The short causal convolution before a Mamba-2 scan, for whole sequences and single tokens."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .documents import document_runs
 from .kernels import conv_unfit, kernel_conv, kernel_conv_step, use_kernel
 
 ACTIVATIONS = (None, "silu")
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of the inputs that are computed at once
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # elements of the input per block
 
 
 def causal_conv(
@@ -29,14 +29,14 @@ def causal_conv(
 
     Args:
         x: [B, L, C], floating point, L >= 1.
-        weight: [C, K], K >= 1; its last column meets the current token.
+        weight: [C, K], K >= 1; its last column is multiplied with the current token.
         bias: [C] or None.
         activation: None or "silu".
         initial_state: [B, C, K-1], the inputs before the first token; None: zeros.
-        documents: [B, L] integers, a packed document's tokens share one; what lies in another
-            document counts as zeros. The initial state belongs to the row's first document.
-        backend: "auto" (causal-conv1d on CUDA where it fits, else torch), "torch" or "triton"
-            (causal-conv1d or an error).
+        documents: [B, L] integers, equal for all tokens of a packed document. Tokens of other
+            documents count as zeros. The initial state belongs to the first document of a row.
+        backend: "auto" (causal-conv1d on CUDA if it supports the inputs, else torch), "torch" or
+            "triton" (causal-conv1d or an error).
 
     Returns:
         y [B, L, C] and the last document's final state [B, C, K-1], both in x's dtype.
@@ -69,7 +69,7 @@ def causal_conv_step(
 
     Args:
         x: [B, C].
-        state: [B, C, K-1], the inputs before it; left as it is.
+        state: [B, C, K-1], the inputs before it; not modified.
         weight, bias, activation, backend: as in `causal_conv`.
 
     Returns:
@@ -102,7 +102,7 @@ def _check(
     state: Tensor | None,
     axes: tuple[int, ...],
 ) -> None:
-    """`axes`: where x has tokens and channels, or channels alone."""
+    """Check shapes and settings; `axes` are the axes of x for tokens and channels, or channels."""
     if x.dim() != axes[-1] + 1 or 0 in x.shape:
         form = "[B, L, C]" if len(axes) > 1 else "[B, C]"
         raise ValueError(f"x must be {form}, none of them 0, got {list(x.shape)}")
@@ -137,7 +137,7 @@ def _final_state(x: Tensor, taps: int, state: Tensor | None, runs: Tensor | None
 
 
 class _Conv(torch.autograd.Function):
-    """In blocks that stay in the cache; keeps its inputs only."""
+    """Computes blocks that fit the CPU cache. Only its inputs are saved for the backward pass."""
 
     @staticmethod
     def forward(
@@ -184,7 +184,7 @@ def _conv_backward(
     silu: bool,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [B, L, C], head [B, K-1, C], taps [K, C] and bias [C], in float32 at least."""
+    """Gradients of x [B, L, C], head [B, K-1, C], taps [K, C] and bias [C], in at least float32."""
     taps = _taps(weight, x)
     width = taps.shape[0]
     dx = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
@@ -204,7 +204,7 @@ def _conv_backward(
             d_taps[k] += (part * window[:, k : k + size]).sum((0, 1))
             d_window[:, k : k + size].addcmul_(part, taps[k])
         dx[tile] = d_window[:, width - 1 :]
-        early = d_window[:, : width - 1]  # what earlier tiles, or the state, gave to this one
+        early = d_window[:, : width - 1]  # gradients of inputs in earlier tiles, or of the state
         inside = min(tokens.start, width - 1)
         dx[rows, tokens.start - inside : tokens.start] += early[:, width - 1 - inside :]
         d_head[rows, tokens.start :] += early[:, : width - 1 - inside]
@@ -212,12 +212,12 @@ def _conv_backward(
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
-    """[K, C] in float32 at least, contiguous."""
+    """The weight as [K, C], in at least float32, contiguous."""
     return weight.t().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _tiles(x: Tensor) -> list[tuple[slice, slice]]:
-    """Rows and tokens that are computed at once."""
+    """Blocks of rows and tokens that are computed together."""
     batch, length, channels = x.shape
     budget = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS["cuda"])
     tokens = min(length, max(16, budget // channels))
@@ -232,7 +232,8 @@ def _tiles(x: Tensor) -> list[tuple[slice, slice]]:
 def _window(
     x: Tensor, head: Tensor | None, runs: Tensor | None, tile: tuple[slice, slice], width: int
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """A tile's inputs with the K-1 before it [b, K-1+T, C]; for each tap which tokens see it."""
+    """The inputs of a tile and the K-1 before it, [b, K-1+T, C], and for each tap a mask of the
+    tokens that use it."""
     rows, tokens = tile
     first = tokens.start - (width - 1)
     window = x[rows, max(0, first) : tokens.stop]
@@ -251,7 +252,7 @@ def _window(
 
 
 def _mix(window: Tensor, taps: Tensor, bias: Tensor | None, masks: list[Tensor] | None) -> Tensor:
-    """[b, T, C] before the activation."""
+    """The outputs before the activation, [b, T, C]."""
     size = window.shape[1] - (taps.shape[0] - 1)
     last = taps.shape[0] - 1
     z = window[:, last:] * taps[last]

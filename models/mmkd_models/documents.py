@@ -1,4 +1,4 @@
-"""Packed documents: several in one row, none of which may see another."""
+"""Packed documents: several documents in one row, isolated from each other."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ def document_runs(documents: Tensor | None, x: Tensor) -> Tensor | None:
     """Number the documents of each row from 0, [B, L] int64.
 
     Args:
-        documents: [B, L] integers, a document's tokens are neighbours and share one; or None.
+        documents: [B, L] integers, equal for all (consecutive) tokens of a document; or None.
         x: [B, L, ...], for its shape.
 
     Raises:

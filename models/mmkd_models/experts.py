@@ -1,7 +1,8 @@
-"""Sparse experts: which tokens go where, and the experts' feed-forward networks on them.
+"""Mixture of experts: routing of tokens, and the experts' feed-forward networks.
 
-No token is dropped and nothing is drawn, in training as in evaluation. Every token meets exactly
-`top_k` experts, so that sums over experts are sums over an axis, in one order on every device.
+No token is dropped and routing is deterministic, in training and evaluation. Every token is
+processed by exactly `top_k` experts, so the sum over experts is a sum over an axis, in the same
+order on every device.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +18,12 @@ BACKENDS = ("auto", "torch", "grouped")
 
 @dataclass(frozen=True)
 class Routing:
-    """Where n tokens go.
+    """The experts of n tokens.
 
     Attributes:
-        probabilities: [n, E], the router's softmax, float32 or wider.
-        experts: [n, k] int64, best first.
-        gates: [n, k], their probabilities scaled to a sum of 1.
+        probabilities: [n, E], the router's softmax, in at least float32.
+        experts: [n, k] int64, the chosen experts, by descending probability.
+        gates: [n, k], their probabilities, normalised to a sum of 1.
     """
 
     probabilities: Tensor
@@ -31,17 +32,17 @@ class Routing:
 
 
 def route(logits: Tensor, top_k: int) -> Routing:
-    """The best `top_k` experts of each token, with gates that sum to 1.
+    """Choose the `top_k` most probable experts of each token, with gates that sum to 1.
 
-    Equal experts therefore make what one of them makes, as right after sparse upcycling
-    (LLaVA-MoD, arXiv 2408.15881; Komatsuzaki et al., arXiv 2212.05055).
+    If all experts are equal, as directly after sparse upcycling (LLaVA-MoD, arXiv 2408.15881;
+    Komatsuzaki et al., arXiv 2212.05055), the output is therefore that of one expert.
 
     Args:
         logits: [n, E].
-        top_k: 1 to E.
+        top_k: number of experts per token, from 1 to E.
 
     Raises:
-        ValueError: top_k is not.
+        ValueError: top_k is out of range.
     """
     if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"cannot choose {top_k} experts from logits {list(logits.shape)}")
@@ -73,11 +74,11 @@ def expert_ffn(
         routing: of the n tokens.
         up, gate: [E, F, H].
         down: [E, H', F].
-        activation: element by element.
+        activation: an elementwise function.
         up_bias, gate_bias: [E, F] or None.
         down_bias: [E, H'] or None.
-        backend: "auto" (one grouped product for all experts on CUDA in bfloat16, else "torch"),
-            "torch" (expert after expert) or "grouped".
+        backend: "auto" ("grouped" on CUDA in bfloat16, else "torch"), "torch" (one expert after
+            the other) or "grouped" (one grouped matrix product for all experts).
 
     Returns:
         [n, H'] in x's dtype.
@@ -93,7 +94,7 @@ def expert_ffn(
     top_k = routing.experts.shape[1]
     order = routing.experts.flatten().argsort(stable=True)  # [n k], by expert
     counts = routing.experts.flatten().bincount(minlength=len(up))  # [E]
-    # Not x[order // k]: its gradient would add up in an order that CUDA leaves open.
+    # Not x[order // k]: on CUDA, the order of additions in its gradient is not deterministic.
     sent = x[:, None].expand(-1, top_k, -1).flatten(0, 1)[order]  # [n k, H]
     weights = (up, gate, down)
     biases = (up_bias, gate_bias, down_bias)
@@ -113,11 +114,11 @@ Biases = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _one_by_one(
     sent: Tensor, counts: Tensor, weights: Three, biases: Biases, activation: Callable
 ) -> Tensor:
-    """An expert's tokens stay in the cache from its first product to its last."""
+    """Run one expert after the other, so that its tokens stay in the CPU cache."""
     experts = len(counts)
 
     def each(stacked: Tensor | None) -> Sequence[Any]:
-        # Not stacked[expert]: its gradient would be as large as all experts together.
+        # Not stacked[expert]: its gradient would have the size of all experts.
         return [None] * experts if stacked is None else stacked.unbind()
 
     up, gate, down = (each(w) for w in weights)
@@ -135,7 +136,7 @@ def _one_by_one(
 def _grouped(
     sent: Tensor, counts: Tensor, weights: Three, biases: Biases, activation: Callable
 ) -> Tensor:
-    """All experts in one product; nothing waits for the counts to reach the CPU."""
+    """Run all experts in one grouped product, without waiting for the counts on the CPU."""
     dtype = _product_dtype(sent)
     ends = counts.cumsum(0).to(torch.int32)
     expert = torch.repeat_interleave(counts, output_size=len(sent))  # [n k]
@@ -155,21 +156,23 @@ def _activated(upper: Tensor, gating: Tensor | None, activation: Callable) -> Te
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of x run in: autocast's type where it is on."""
+    """The dtype of matrix products of x: autocast's, if it is enabled."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """E sum_e mean_t(p_te) share_t(e is first): 1 where tokens are spread evenly, E at worst.
+    """E sum_e mean_t(p_te) share_t(e is first): 1 for balanced experts, E if all tokens have the
+    same first expert.
 
-    Fedus et al. 2021 (arXiv 2101.03961, equation 4), as LLaVA-MoD has it.
+    Fedus et al. 2021 (arXiv 2101.03961, equation 4), as in LLaVA-MoD.
 
     Args:
-        mask: [n] bool, the tokens that count; padding does not.
+        routing: of n tokens.
+        mask: [n] bool, the tokens that count; None for all.
 
     Returns:
-        A scalar; 0 where no token counts.
+        A scalar; 0 if no token counts.
     """
     probabilities, first = routing.probabilities, routing.experts[:, 0]
     if mask is not None:
@@ -181,15 +184,15 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mean_t (log sum_e exp l_te)^2: keeps a router's logits small (Zoph et al. 2022,
+    """mean_t (log sum_e exp l_te)^2, which penalises large router logits (Zoph et al. 2022,
     arXiv 2202.08906, equation 5).
 
     Args:
         logits: [n, E].
-        mask: [n] bool, the tokens that count.
+        mask: [n] bool, the tokens that count; None for all.
 
     Returns:
-        A scalar; 0 where no token counts.
+        A scalar; 0 if no token counts.
     """
     if mask is not None:
         logits = logits[mask]

@@ -1,7 +1,8 @@
-"""The CUDA kernels of mamba-ssm and causal-conv1d behind this folder's own signatures.
+"""Wrappers of the CUDA kernels of mamba-ssm and causal-conv1d.
 
-Read in mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0. Neither is imported before a call needs it,
-and then by name: transformers refuses remote code whose plain imports are not installed.
+Written for mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0. They are imported with importlib at the
+first call: transformers refuses remote code with import statements of packages that are not
+installed.
 """
 
 import functools
@@ -27,19 +28,25 @@ PACKAGES = {
 
 @functools.cache
 def load(kernel: str) -> Callable[..., Any] | Exception:
-    """The kernel's function, or why it cannot be had."""
+    """The kernel's function, or the exception that its import raised."""
     try:
         return getattr(importlib.import_module(PACKAGES[kernel][1]), kernel)
-    except Exception as error:  # a build for another torch fails in many ways, not just ImportError
+    except Exception as error:  # a build for another torch raises many types, not only ImportError
         return error
 
 
 def use_kernel(backend: str, kernel: str, x: Tensor, unfit: str | None) -> bool:
-    """Whether this call goes to `kernel`; `unfit` says why it cannot take these tensors, or None.
+    """Whether a call should use a kernel.
+
+    Args:
+        backend: "auto", "torch" or "triton".
+        kernel: name of the kernel.
+        x: an input of the call.
+        unfit: reason why the kernel does not support the inputs, or None.
 
     Raises:
-        ValueError: an unknown backend, or "triton" on tensors that the kernel cannot take.
-        RuntimeError: "triton" where the kernel's package cannot be imported.
+        ValueError: an unknown backend, or "triton" with inputs that the kernel does not support.
+        RuntimeError: "triton" if the kernel's package cannot be imported.
     """
     if backend == "torch":
         return False
@@ -73,9 +80,9 @@ def _call(kernel: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def scan_unfit(x: Tensor) -> str | None:
-    """Why `mamba_chunk_scan_combined` cannot take these tensors, or None."""
+    """Reason why `mamba_chunk_scan_combined` does not support the inputs, or None."""
     if x.dtype not in HALF_OR_SINGLE:
-        return f"the scan kernel takes no {x.dtype}"
+        return f"the scan kernel does not support {x.dtype}"
     return None
 
 
@@ -89,9 +96,9 @@ def kernel_scan(
     initial_state: Tensor | None,
     runs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` by `mamba_chunk_scan_combined`; `runs` [B, L] counts documents from 0."""
+    """`ssd_scan` with `mamba_chunk_scan_combined`; `runs` [B, L] are document indices from 0."""
     shared = max(1, C.shape[2] // x.shape[2])
-    if shared > 1:  # the kernel knows no state that heads share
+    if shared > 1:  # the kernel does not support states that several query heads share
         x, dt = (t.repeat_interleave(shared, dim=2) for t in (x, dt))
         A = A.repeat_interleave(shared)
         if initial_state is not None:
@@ -114,11 +121,11 @@ def kernel_scan(
 
 
 def step_unfit(x: Tensor, B: Tensor, C: Tensor, state: Tensor) -> str | None:
-    """Why `selective_state_update` cannot take these tensors, or None."""
+    """Reason why `selective_state_update` does not support the inputs, or None."""
     if x.dtype not in HALF_OR_SINGLE:
-        return f"the step kernel takes no {x.dtype}"
+        return f"the step kernel does not support {x.dtype}"
     if C.shape[1] > state.shape[1]:
-        return "the step kernel knows no state that query heads share"
+        return "the step kernel does not support states that several query heads share"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, B, C, state)):
         return "the step kernel has no backward pass"
     return None
@@ -127,12 +134,13 @@ def step_unfit(x: Tensor, B: Tensor, C: Tensor, state: Tensor) -> str | None:
 def kernel_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_step` by `selective_state_update`, which crashes without D and dt_bias: zeros then."""
+    """`ssd_step` with `selective_state_update`. It crashes without D and dt_bias, so they are zeros
+    by default."""
     batch, heads, width, size = state.shape
     groups = math.lcm(B.shape[1], C.shape[1])
     zeros = torch.zeros(heads, dtype=torch.float32, device=x.device)
     new = state.float().clone(memory_format=torch.contiguous_format)
-    # Strides of 0 tell the kernel that dt and A are one number a head.
+    # With strides of 0 the kernel treats dt and A as one number per head.
     y = _call(
         "selective_state_update",
         new,
@@ -148,13 +156,13 @@ def kernel_step(
 
 
 def conv_unfit(x: Tensor, weight: Tensor) -> str | None:
-    """Why causal-conv1d cannot take these tensors, or None."""
+    """Reason why causal-conv1d does not support the inputs, or None."""
     if x.dtype not in HALF_OR_SINGLE:
-        return f"the convolution kernel takes no {x.dtype}"
+        return f"the convolution kernel does not support {x.dtype}"
     if not 2 <= weight.shape[1] <= 4:
-        return f"the convolution kernel takes widths 2 to 4, not {weight.shape[1]}"
+        return f"the convolution kernel supports widths 2 to 4, not {weight.shape[1]}"
     if weight.shape[0] % 8:
-        return f"the convolution kernel takes multiples of 8 channels, not {weight.shape[0]}"
+        return f"the convolution kernel needs a multiple of 8 channels, not {weight.shape[0]}"
     return None
 
 
@@ -166,11 +174,12 @@ def kernel_conv(
     state: Tensor | None,
     runs: Tensor | None,
 ) -> Tensor:
-    """The outputs of `causal_conv` by `causal_conv1d_fn`; `runs` [B, L] counts from 0."""
+    """The outputs of `causal_conv` with `causal_conv1d_fn`; `runs` [B, L] are document indices from
+    0."""
     before = 0
     if state is not None:
-        # In front of the inputs, with the first document's number: the kernel's own initial
-        # states exclude document numbers in some versions.
+        # The state is prepended to the inputs, with the index of the first document: some versions
+        # of the kernel do not accept initial states together with document indices.
         before = state.shape[2]
         x = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
         if runs is not None:
@@ -191,7 +200,7 @@ def kernel_conv(
 def kernel_conv_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv_step` by `causal_conv1d_update`, on a copy of the state."""
+    """`causal_conv_step` with `causal_conv1d_update`, on a copy of the state."""
     new = state.to(x.dtype).clone(memory_format=torch.contiguous_format)
     y = _call(
         "causal_conv1d_update",

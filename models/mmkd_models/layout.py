@@ -1,4 +1,4 @@
-"""How a student's structure differs from the model it was made of; stored in its config."""
+"""The layout of a student: how its structure differs from its family's; stored in its config."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -11,10 +11,10 @@ State = Literal["query", "kv"]
 
 @dataclass(frozen=True)
 class MambaLayout:
-    """Which decoder layers hold a Mamba-2 mixer in place of attention, and its form.
+    """Which decoder layers have a Mamba-2 mixer instead of attention, and the mixer's settings.
 
     Attributes:
-        layers: the converted layers, ascending.
+        layers: indices of the converted layers, ascending.
         d_conv: taps of the short causal convolution over q, k and v.
         d_state: state size N per head; the attention's head size if None.
         activation: after the convolution.
@@ -51,15 +51,15 @@ class MambaLayout:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "MambaLayout":
-        """Read what `to_dict` wrote.
+        """Inverse of `to_dict`.
 
         Raises:
-            ValueError: a key is unknown, or a value is.
+            ValueError: an unknown key or value.
         """
         return cls(**_known(cls, settings))
 
     def differences(self, other: "MambaLayout") -> list[str]:
-        """Where the mixers' forms differ, the layers aside."""
+        """Names of the settings in which two layouts differ, except `layers`."""
         names = [n for n in self.__dataclass_fields__ if n != "layers"]
         return [n for n in names if getattr(self, n) != getattr(other, n)]
 
@@ -69,12 +69,12 @@ class MambaLayout:
 
 @dataclass(frozen=True)
 class MoeLayout:
-    """Which decoder layers hold experts in place of their feed-forward network.
+    """Which decoder layers have experts instead of a feed-forward network.
 
     Attributes:
-        layers: the sparse layers, ascending.
-        experts: how many each has.
-        top_k: how many a token meets.
+        layers: indices of the sparse layers, ascending.
+        experts: number of experts per layer.
+        top_k: number of experts per token.
     """
 
     layers: tuple[int, ...]
@@ -100,12 +100,12 @@ class MoeLayout:
 
 
 def mamba_layers(config: Any) -> tuple[int, ...]:
-    """The decoder layers that are Mamba mixers; none for a model that is no student."""
+    """Indices of the decoder layers with Mamba mixers; empty for a model without a layout."""
     return _layers_of(config, "mamba")
 
 
 def moe_layers(config: Any) -> tuple[int, ...]:
-    """The decoder layers that have experts; none for a model that is no student."""
+    """Indices of the decoder layers with experts; empty for a model without a layout."""
     return _layers_of(config, "moe")
 
 
@@ -116,11 +116,11 @@ def _layers_of(config: Any, kind: str) -> tuple[int, ...]:
 
 def _check_ascending(layers: tuple[int, ...]) -> None:
     if list(layers) != sorted(set(layers)) or any(i < 0 for i in layers):
-        raise ValueError(f"layout: layers {list(layers)} are not ascending layer numbers")
+        raise ValueError(f"layout: layers {list(layers)} are not ascending layer indices")
 
 
 def _known(form: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, if the form has them all."""
+    """Check the keys of settings, and make their layers a tuple."""
     unknown = sorted(set(settings) - set(form.__dataclass_fields__))
     if unknown or "layers" not in settings:
         raise ValueError(

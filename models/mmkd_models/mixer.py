@@ -1,16 +1,16 @@
-"""A Mamba-2 mixer that stands in an attention's place and can be seeded from it.
+"""A Mamba-2 mixer that replaces an attention module and can be initialised from it.
 
-Per head, with q, k, v, z projections of the input u (Dao & Gu 2024, arXiv 2405.21060; the seeding
-correspondence C = q, B = k, x = v is Wang et al. 2024, arXiv 2408.15237):
+For each head, with projections q, k, v, z of the input u (Dao & Gu 2024, arXiv 2405.21060; the
+correspondence C = q, B = k, x = v is from Wang et al. 2024, arXiv 2408.15237):
 
-    [C, B, x] = act(conv([q, k, v]))          then q/k norm and RoPE as the attention had them
+    [C, B, x] = act(conv([q, k, v]))          then q/k norm and RoPE as in the attention
     dt        = softplus(W_dt u + b_dt)
     S_t       = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T
     y_t       = S_t C_t / sqrt(d) + D x_t
     out       = W_o (norm(y * silu(z)))       or  W_o (norm(y) * silu(z))
 
-With dt = 1, A = 0, D = 0, an identity convolution and neither activation, gate nor norm, this is
-the attention's unnormalised linear attention.
+With dt = 1, A = 0, D = 0, an identity convolution and without activation, gate and norm, this is
+unnormalised linear attention with the attention's projections.
 """
 
 import copy
@@ -32,7 +32,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 PROJECTIONS = (*QKV, "o_proj")
 QK_NORMS = ("q_norm", "k_norm")
 INHERITED = (*PROJECTIONS, *QK_NORMS)
-# Range of the initial dt and of -A (arXiv 2405.21060, and its reference implementation).
+# Ranges of the initial dt and -A (arXiv 2405.21060, and its reference implementation).
 DT_RANGE = (1e-3, 1e-1)
 A_RANGE = (1.0, 16.0)
 NORM_EPS = 1e-5
@@ -52,10 +52,10 @@ class AttentionShape:
 
     @classmethod
     def of(cls, attention: nn.Module) -> "AttentionShape":
-        """Read the sizes off an attention module.
+        """The sizes of an attention module.
 
         Raises:
-            ValueError: the attention does something that a causal mixer cannot stand in for.
+            ValueError: a Mamba mixer cannot replace the attention.
         """
         refuse_unfaithful(attention)
         module: Any = attention
@@ -71,7 +71,11 @@ class AttentionShape:
 
 
 def refuse_unfaithful(attention: nn.Module) -> None:
-    """Raise ValueError with the reason if a causal mixer cannot stand in for `attention`."""
+    """Check that a Mamba mixer can replace an attention.
+
+    Raises:
+        ValueError: it cannot; with the reason.
+    """
     lacking = [n for n in PROJECTIONS if not isinstance(getattr(attention, n, None), nn.Linear)]
     if lacking or not hasattr(attention, "head_dim"):
         raise ValueError(
@@ -87,40 +91,43 @@ def refuse_unfaithful(attention: nn.Module) -> None:
     shape: Any = attention
     heads, kv_heads = (n.out_features // shape.head_dim for n in (shape.q_proj, shape.k_proj))
     if heads * (shape.v_proj.out_features // kv_heads) != shape.o_proj.in_features:
-        raise ValueError(f"{type(attention).__name__} has more in its q_proj than queries: a gate")
+        raise ValueError(f"{type(attention).__name__} has a gate in its q_proj")
     if getattr(attention, "sliding_window", None) is not None:
-        raise ValueError("it is a sliding-window attention, cheap already: a state forgets no edge")
+        raise ValueError(
+            "it is a sliding-window attention: its cost is bounded already, and a recurrent state "
+            "cannot drop tokens at the window's edge"
+        )
     if getattr(attention, "attn_logit_softcapping", None) is not None:
-        raise ValueError("it soft-caps its attention logits, which no linear state can")
+        raise ValueError("it soft-caps its attention logits, which a Mamba mixer cannot do")
     if not getattr(attention, "is_causal", True):
-        raise ValueError("its attention looks both ways, a mixer only back")
+        raise ValueError("its attention is bidirectional, and a Mamba mixer is causal")
 
 
 class SequenceContext:
-    """What the mixers of one model know about the tokens of the current forward.
+    """Masks of the current forward pass, shared by all mixers of a model.
 
-    Decoder layers get a 4-D attention mask or none at all; the mixers need to know which tokens
-    are padding and where packed documents begin. `mmkd_models.surgery` fills this in before each
-    forward.
+    Decoder layers receive a 4-D attention mask or none, but mixers need to know which tokens are
+    padding and where packed documents begin. `mmkd_models.surgery` sets the masks before each
+    forward pass.
     """
 
     def __init__(self) -> None:
-        self.real: Tensor | None = None  # [B, T] bool, False on padding; None: all are real
-        self.documents: Tensor | None = None  # [B, T] int; None: one a row
+        self.real: Tensor | None = None  # [B, T] bool, False on padding; None: no padding
+        self.documents: Tensor | None = None  # [B, T] int; None: one document per row
         self.mamba_layers: tuple[int, ...] = ()  # of the model, for its cache
 
 
 class Mamba2Mixer(nn.Module):
-    """Takes an attention's place: same call, same return.
+    """A mixer with the same signature as the attention that it replaces.
 
     Args:
-        attention: what it replaces: gives sizes, biases, q/k norms and its family's RoPE.
-        layout: the mixer's form.
-        layer_idx: the layer, for the cache.
-        context: shared by the model's mixers.
+        attention: is replaced. Its sizes, biases, q/k norms and its family's RoPE are used.
+        layout: settings of the mixer.
+        layer_idx: index of the layer, for the cache.
+        context: shared by all mixers of the model.
 
     Raises:
-        ValueError: the attention cannot be replaced faithfully, or the layout does not fit it.
+        ValueError: a mixer cannot replace the attention, or the layout does not fit it.
     """
 
     def __init__(
@@ -129,7 +136,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         shape = AttentionShape.of(attention)
         self.shape, self.layout, self.layer_idx = shape, layout, layer_idx
-        self._context = [context]  # in a list: shared, not owned
+        self._context = [context]  # in a list, so that copies of the module share it
         self.d_state = layout.d_state or shape.head_dim
         if self.d_state < shape.head_dim:
             raise ValueError(
@@ -195,7 +202,8 @@ class Mamba2Mixer(nn.Module):
         past_key_values: HybridCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mix [B, T, H] over time; padding and documents come from the context, not the mask."""
+        """Mix tokens, [B, T, H] -> [B, T, H]. Padding and documents are read from the context
+        instead of the attention mask."""
         held = past_key_values if cache is None else cache
         heads = self.mix(hidden_states, position_embeddings, held)
         return self.o_proj(heads), None
@@ -206,7 +214,7 @@ class Mamba2Mixer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: HybridCache | None = None,
     ) -> Tensor:
-        """What enters the output projection, [B, T, heads * value_dim]."""
+        """The input of the output projection, [B, T, heads * value_dim]."""
         held: Any = None if cache is None else cache.layers[self.layer_idx]  # MambaLayer
         stepping = held is not None and held.tokens > 0 and u.shape[1] == 1
         projected = self._masked(self._project(u))  # [B, T, channels]
@@ -265,7 +273,7 @@ class Mamba2Mixer(nn.Module):
         return torch.cat([self.q_proj(u), self.k_proj(u), self.v_proj(u)], dim=-1)
 
     def _masked(self, projected: Tensor) -> Tensor:
-        """Padding enters neither convolution nor state: biases would make it nonzero."""
+        """Set padding to 0 after the projection, because biases make it nonzero."""
         real = self.context.real
         return projected if real is None else projected * real[..., None].to(projected.dtype)
 
@@ -296,7 +304,7 @@ class Mamba2Mixer(nn.Module):
             return heads
         size = self.shape.head_dim
         inherited = heads[..., :size]
-        shape = getattr(norm.weight, "ds_shape", norm.weight.shape)  # ZeRO 3 keeps it elsewhere
+        shape = getattr(norm.weight, "ds_shape", norm.weight.shape)  # of the full weight, in ZeRO 3
         if shape.numel() == size:
             inherited = norm(inherited)
         else:
@@ -318,11 +326,11 @@ class Mamba2Mixer(nn.Module):
         return q, k
 
     def _per_query_head(self, per_state: Tensor) -> Tensor:
-        """Repeat what the query heads of one key-value head share, over the last axis."""
+        """Repeat values of key-value heads for each of their query heads, along the last axis."""
         return per_state.repeat_interleave(self.shape.heads // per_state.shape[-1], dim=-1)
 
     def _values(self, x: Tensor) -> Tensor:
-        """x for every state: query heads repeat what they share, shared states do not."""
+        """x for each state. It is repeated if each query head has a state of its own."""
         if self.layout.state == "kv":
             return x
         return x.repeat_interleave(self.shape.heads // self.shape.kv_heads, dim=2)
@@ -330,7 +338,7 @@ class Mamba2Mixer(nn.Module):
     def _scan(
         self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, held: MambaLayer | None
     ) -> tuple[Tensor, Tensor]:
-        """y [B, T, heads, P] and the states after it."""
+        """y, [B, T, heads, P], and the states after the last token."""
         return ssd_scan(
             self._values(x),
             dt,
@@ -351,9 +359,9 @@ class Mamba2Mixer(nn.Module):
         return y[:, None], state
 
     def _last_inputs(self, projected: Tensor, conv_state: Tensor, held: MambaLayer) -> Tensor:
-        """The convolution's state after each row's last real token, [B, C, K - 1].
+        """The convolution's state after the last token of each row, [B, C, K - 1].
 
-        The convolution itself returns the last inputs, which on a right-padded row are padding.
+        The state that the convolution returns would contain padding in right-padded rows.
         """
         real, taps = self.context.real, self.layout.d_conv - 1
         if real is None or taps == 0:
@@ -363,7 +371,7 @@ class Mamba2Mixer(nn.Module):
             before = projected.new_zeros(projected.shape[0], projected.shape[2], taps)
         inputs = torch.cat([before, projected.transpose(1, 2)], dim=-1)  # [B, C, taps + T]
         position = torch.arange(1, real.shape[1] + 1, device=real.device)
-        ends = (real * position).amax(1)  # [B], tokens up to the last real one
+        ends = (real * position).amax(1)  # [B], number of tokens up to the last one
         window = ends[:, None] + torch.arange(taps, device=real.device)  # [B, taps]
         return inputs.gather(2, window[:, None].expand(-1, inputs.shape[1], -1))
 
@@ -391,7 +399,7 @@ def inverse_softplus(y: Tensor) -> Tensor:
 
 
 def _rotary_of(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The RoPE that the attention's own family applies; None where it applies none."""
+    """The RoPE function of the attention's family; None if it has none."""
     if not getattr(attention, "use_rope", True):
         return None
     return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)

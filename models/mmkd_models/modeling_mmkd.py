@@ -1,10 +1,10 @@
-"""A student as a Hugging Face model: its family's class with changed layers.
+"""The model classes of students: subclasses of their family's class, with converted layers.
 
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
-needs torch and transformers alone: the folder brings these files, and transformers runs them. After
-`import mmkd_models`, which `import mmkd.modeling.loading` does too, the installed package is used
-instead, and nothing in the folder is run.
+needs torch and transformers only, because the folder contains these files and transformers runs
+them. After `import mmkd_models`, which `import mmkd.modeling.loading` does too, the installed
+package is used instead, and no code in the folder is run.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from .configuration_mmkd import MmkdConfig, StudentConfigMixin, student_config_c
 from .layout import mamba_layers
 from .surgery import apply_layout
 
-# Decay and step size, and what experts are chosen by, lose too much in 8 bits of mantissa.
+# Decay, step size and router weights need more precision than 16-bit dtypes have.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D", "router")
-# Arguments of from_pretrained that say where files come from: the config's are the weights'.
+# Arguments of from_pretrained about the location of files. The config is loaded with the same ones.
 FROM_THE_HUB = (
     *("revision", "token", "subfolder", "cache_dir"),
     *("local_files_only", "force_download", "proxies"),
@@ -27,7 +27,7 @@ FROM_THE_HUB = (
 
 
 class StudentMixin:
-    """What a student's class adds to its family's class."""
+    """Methods of a student's class in addition to those of its family's class."""
 
     _auto_class = "AutoModelForImageTextToText"
 
@@ -47,7 +47,7 @@ class StudentMixin:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation {generation_config.cache_implementation!r}: a student with "
-                "Mamba layers has its own cache, leave it out"
+                "Mamba layers has its own cache; leave it out"
             )
         given = [n for n in ("cache", "past_key_values") if model_kwargs.get(n) is not None]
         made = super()._prepare_cache_for_generation(  # type: ignore[misc]
@@ -60,7 +60,7 @@ class StudentMixin:
 
 
 class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
-    """Loads a student; what it returns is a subclass of the family's own model class."""
+    """Loads students. The result is a subclass of the family's model class."""
 
     config_class = MmkdConfig
 
@@ -77,7 +77,7 @@ class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """A student of this config with random weights."""
+        """Make a student with random weights."""
         kwargs.pop("trust_remote_code", None)
         return student_class_of(config)._from_config(config, **kwargs)
 
@@ -85,8 +85,8 @@ class MmkdForImageTextToText(PreTrainedModel, GenerationMixin):
 
 
 def student_class_of(config: Any) -> Any:
-    """The model class that a student's config asks for."""
-    # transformers registers the class of a config that it has loaded from the Hub, beside families.
+    """The model class for a student's config."""
+    # transformers also registers config classes that it has loaded from the Hub as families.
     families: Any = (c for c in type(config).__mro__ if not issubclass(c, StudentConfigMixin))
     family = next(c for c in families if c in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     return student_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[family])
@@ -96,7 +96,7 @@ _classes: dict[Any, Any] = {}
 
 
 def student_class(family: Any) -> Any:
-    """The student's version of a family's model class."""
+    """The model class of students of a family."""
     if family in _classes:
         return _classes[family]
     kept = set(getattr(family, "_keep_in_fp32_modules_strict", None) or ())
@@ -111,13 +111,13 @@ def student_class(family: Any) -> Any:
 
 
 def become_student(model: PreTrainedModel, layout: dict[str, Any]) -> None:
-    """Make a family's model, whose layers were changed in place, the student's class in place."""
+    """Change the class of a converted model, in place, from its family's class to the student's."""
     config: Any = model.config
     if not isinstance(config, StudentConfigMixin):
         config.base_model_type = config.model_type
         config.__class__ = student_config_class(type(config))
         config.layout = {}
         model.__class__ = student_class(type(model))
-        # Left by from_pretrained: saving would go back to the family's older weight names.
+        # from_pretrained sets it. Saving would use older weight names of the family.
         model.__dict__.pop("_weight_conversions", None)
     config.layout = {**config.layout, **layout}

@@ -1,10 +1,10 @@
-"""Experts that stand in a feed-forward network's place and start as copies of it.
+"""Experts that replace a feed-forward network and are initialised as copies of it.
 
     p_t = softmax(W_r x_t)
     y_t = sum_{e in top-k} g_te FFN_e(x_t)    with g_te = p_te / (sum of the top-k's p)
 
-Gates that sum to 1 make equal experts one expert: right after upcycling (Komatsuzaki et al. 2022,
-arXiv 2212.05055) the layer is the network that it was copied from.
+Because gates sum to 1, equal experts act like one expert: directly after upcycling (Komatsuzaki et
+al. 2022, arXiv 2212.05055), the layer computes the same function as the original network.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ from .layout import MoeLayout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FORMS = (PROJECTIONS, ("w1", "w3", "w2"))
-"""What families call gate, up and down projection; with the latter names the gate is SiLU."""
+"""Names of gate, up and down projection. With the second set of names, the activation is SiLU."""
 
 
 class Router(nn.Module):
-    """Scores of the experts, in float32 whatever the student's precision.
+    """The router, a linear layer in float32, independent of the student's dtype.
 
     Args:
-        hidden: width of a token.
-        layout: how many experts there are.
+        hidden: width of the hidden states.
+        layout: settings of the experts.
         device: of the weight.
     """
 
@@ -38,14 +38,14 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> logits [..., E], float32."""
+        """Router logits: [..., H] -> [..., E], float32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
 
 class Experts(nn.Module):
-    """The experts' weights, stacked: gate and up [E, F, H], down [E, H, F], and the biases that
-    the copied network has, [E, F] and [E, H]."""
+    """Stacked weights of the experts: gate and up [E, F, H], down [E, H, F], and biases [E, F] and
+    [E, H] if the original network has them."""
 
     def __init__(self, mlp: nn.Module, layout: MoeLayout):
         super().__init__()
@@ -58,14 +58,14 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def copy_of(self, mlp: nn.Module) -> None:
-        """Make every expert the given network."""
+        """Copy the weights of a network into every expert."""
         for name, tensor in _tensors(mlp).items():
             if tensor is not None:
                 getattr(self, name).copy_(tensor.expand_as(getattr(self, name)))
 
 
 def _tensors(mlp: nn.Module) -> dict[str, Tensor | None]:
-    """Weights and biases of a gated network, under the experts' names."""
+    """Weights and biases of a gated network, by the names of `Experts`."""
     found: dict[str, Tensor | None] = {}
     for name, own in zip(PROJECTIONS, _form(mlp), strict=True):
         linear: nn.Linear = getattr(mlp, own)
@@ -74,11 +74,11 @@ def _tensors(mlp: nn.Module) -> dict[str, Tensor | None]:
 
 
 class SparseFfn(nn.Module):
-    """Takes a gated feed-forward network's place: same call, same return.
+    """Experts with the same signature as the gated feed-forward network that they replace.
 
     Args:
-        mlp: what it replaces: gives sizes, biases, dtype and activation.
-        layout: how many experts, and how many a token meets.
+        mlp: is replaced. Its sizes, biases, dtype and activation are used.
+        layout: number of experts, and of experts per token.
 
     Raises:
         ValueError: the network cannot be replaced.
@@ -96,7 +96,7 @@ class SparseFfn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal weights with the given standard deviation, no biases."""
+        """Initialise weights from a normal distribution, and biases with 0."""
         nn.init.normal_(self.router.weight, std=std)
         for name, parameter in self.experts.named_parameters():
             if name.endswith("bias"):
@@ -123,7 +123,11 @@ class SparseFfn(nn.Module):
 
 
 def refuse_other_ffn(mlp: nn.Module) -> None:
-    """Raise ValueError with the reason if `mlp` is not a gated network of three linear maps."""
+    """Check that a network is a gated feed-forward network of three linear layers.
+
+    Raises:
+        ValueError: it is not; with the reason.
+    """
     if isinstance(mlp, SparseFfn):
         raise ValueError("it has experts already")
     form = _form(mlp)

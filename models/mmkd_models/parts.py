@@ -1,4 +1,4 @@
-"""Where a Hugging Face vision-language model keeps its parts, whatever its family."""
+"""Find the parts of a vision-language model of transformers, for any family."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from .mixer import INHERITED, QKV, Mamba2Mixer
 from .moe import SparseFfn
 
-FEED_FORWARD = ("mlp", "feed_forward")  # what decoder layers call their feed-forward network
-CONNECTOR_IN_TOWER = ("merger",)  # Qwen-VL keeps its connector inside of the vision tower
+FEED_FORWARD = ("mlp", "feed_forward")  # names of the feed-forward network in decoder layers
+CONNECTOR_IN_TOWER = ("merger",)  # the connector of Qwen-VL is a part of its vision tower
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Parts:
 
 
 def find_parts(model: PreTrainedModel) -> Parts:
-    """Find the parts of `model`.
+    """Find the parts of a model.
 
     Raises:
-        ValueError: a part that every vision-language model has cannot be found.
+        ValueError: it has no decoder layers or no output head.
     """
     decoder = model.get_decoder()
     vision = model.get_encoder(modality="image")
@@ -48,7 +48,7 @@ def find_parts(model: PreTrainedModel) -> Parts:
 
 
 def _layers(module: nn.Module | None) -> nn.ModuleList | None:
-    """The outermost list of blocks of which one at least has attention."""
+    """The outermost module list with at least one block that has attention."""
     if module is None:
         return None
     for _, child in module.named_modules():
@@ -62,7 +62,7 @@ def _attends(block: nn.Module) -> bool:
 
 
 def feed_forward(layer: nn.Module) -> tuple[str, nn.Module | None]:
-    """A decoder layer's feed-forward network and its name there; None if it has none."""
+    """The name and module of a decoder layer's feed-forward network; None if there is none."""
     for name in FEED_FORWARD:
         network = getattr(layer, name, None)
         if isinstance(network, nn.Module):
@@ -71,13 +71,13 @@ def feed_forward(layer: nn.Module) -> tuple[str, nn.Module | None]:
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Names of the parameters of each trainable group; a parameter may be in several.
+    """Names of the parameters of each group. A parameter may belong to several groups.
 
-    Groups: `vision`, `connector`, `language_model` (decoder with embeddings), `embeddings`, `head`,
-    `all`; of a student's Mamba mixers `mamba`, `mamba.new` (convolution, dt, A, D, gate, norm),
-    `mamba.inherited` (what attention had too) and `mamba.qkv` (its q, k and v projections); `ffn`
-    (feed-forward networks of all decoder layers, dense ones and experts, without routers), and of a
-    sparse student `moe`, `moe.experts` and `moe.router`.
+    Groups of all models: `all`, `vision`, `connector`, `language_model` (decoder with embeddings),
+    `embeddings`, `head`, and `ffn` (feed-forward networks and experts of all decoder layers,
+    without routers). Groups of Mamba mixers: `mamba`, `mamba.new` (convolution, dt, A, D, gate,
+    norm), `mamba.inherited` (parameters taken over from attention) and `mamba.qkv` (q, k and v
+    projections). Groups of sparse students: `moe`, `moe.experts` and `moe.router`.
     """
     parts = find_parts(model)
 

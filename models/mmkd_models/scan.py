@@ -1,11 +1,11 @@
-"""The Mamba-2 scan (state space duality): whole sequences, single tokens, and as a matrix.
+"""The Mamba-2 scan (state space duality) of sequences and of single tokens, and its mixing matrix.
 
-Per head, with a state S [P, N] (Dao & Gu 2024, arXiv 2405.21060, sections 3 and 6):
+For each head, with a state S [P, N] (Dao & Gu 2024, arXiv 2405.21060, sections 3 and 6):
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T
     y_t = S_t C_t + D x_t
 
-B and C come in groups that neighbouring heads share, as keys do in grouped-query attention.
+Neighbouring heads share groups of B and C, like keys in grouped-query attention.
 """
 
 import torch
@@ -32,25 +32,25 @@ def ssd_scan(
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Scan whole sequences; differentiable (once) in all floating-point inputs.
+    """Scan whole sequences. Differentiable (once) in all floating-point inputs.
 
-    Decays, states and sums are float32 at least, under autocast too. `dt = 0` makes a token a
-    no-op for the state: so padding is left out, wherever it stands.
+    Decays, states and sums are computed in at least float32, under autocast too. A token with
+    `dt = 0` does not change the state, so padding is skipped on either side.
 
     Args:
         x: [B, L, H, P], floating point, L >= 1.
         dt: [B, L, H], >= 0, after softplus.
         A: [H], negative.
         B: [B, L, G, N]; G divides H, head h reads group h // (H / G).
-        C: [B, L, G', N]; G' divides H. Or G' = r H query heads, r of which read each state (then
-            y has r H heads and D is [r H]): keys and values shared as in grouped-query attention.
+        C: [B, L, G', N]; G' divides H. Or G' = r H query heads, with r query heads per state, as in
+            grouped-query attention; then y has r H heads and D is [r H].
         D: [H] or None.
         initial_state: [B, H, P, N]; None: zeros.
-        documents: [B, L] integers, a packed document's tokens are neighbours and share one; none
-            sees another. The initial state belongs to the row's first document.
-        chunk_size: tokens per chunk of the torch path; changes bits, not results.
-        backend: "auto" (mamba-ssm on CUDA where it fits, else torch), "torch" or "triton"
-            (mamba-ssm or an error).
+        documents: [B, L] integers, equal for all (consecutive) tokens of a packed document.
+            Documents are isolated. The initial state belongs to the first document of a row.
+        chunk_size: tokens per chunk of the torch path; it changes rounding only.
+        backend: "auto" (mamba-ssm on CUDA if it supports the inputs, else torch), "torch" or
+            "triton" (mamba-ssm or an error).
 
     Returns:
         y [B, L, H, P] in x's dtype; the last document's final state [B, H, P, N], float32
@@ -87,10 +87,10 @@ def ssd_step(
         dt: [B, H], >= 0.
         A: [H], negative.
         B: [B, G, N]; G divides H.
-        C: [B, G', N]; G' divides H, or is a multiple of it: query heads that share a state.
-        state: [B, H, P, N], left as it is.
-        D: [H] or, with query heads that share a state, [G']; or None.
-        backend: as in `ssd_scan`; mamba-ssm's kernel knows neither shared states nor gradients.
+        C: [B, G', N]; G' divides H, or is a multiple of H if query heads share a state.
+        state: [B, H, P, N]; not modified.
+        D: [H], or [G'] if query heads share a state; or None.
+        backend: as in `ssd_scan`; mamba-ssm's kernel supports neither shared states nor gradients.
 
     Returns:
         y [B, max(H, G'), P] in x's dtype and a new state, float32 (float64 for float64 inputs).
@@ -138,10 +138,10 @@ def _to_heads(groups: Tensor, heads: int) -> Tensor:
 
 
 def ssd_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The mixing matrix M of the scan, y = M x without D; quadratic in L, differentiable.
+    """The mixing matrix M of the scan, y = M x + D x. Quadratic in L, differentiable.
 
     M_ts = (C_t . B_s) exp(sum_{s < r <= t} dt_r A) dt_s, 0 above the diagonal (arXiv 2405.21060,
-    section 3; what MOHAWK's first stage matches, arXiv 2408.10189).
+    section 3). MOHAWK (arXiv 2408.10189) matches it in its first stage.
 
     Args:
         dt: [B, L, H], >= 0.
@@ -166,7 +166,7 @@ def ssd_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         total = (dt.double() * A.double()).cumsum(1).transpose(1, 2)  # [B, H, L]
         gaps = (total[..., :, None] - total[..., None, :]).to(wide)  # [B, H, L, L]
         future = torch.ones(length, length, dtype=torch.bool, device=dt.device).triu(1)
-        # Before exp: after it the overflow above the diagonal would give NaN gradients.
+        # Masked before exp: values above the diagonal may overflow, and would give NaN gradients.
         decay = gaps.masked_fill(future, -torch.inf).exp()
         rows, columns = C.to(wide).transpose(1, 2), B.to(wide).transpose(1, 2)  # [B, G, L, N]
         rows = rows.repeat_interleave(heads // rows.shape[1], dim=1)

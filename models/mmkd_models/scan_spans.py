@@ -1,4 +1,4 @@
-"""Which tokens the torch scan computes at once: chunks, and blocks of them that fit the cache."""
+"""Divide a scan into blocks of chunks that fit the CPU cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}  # of the [T, T] matrices of all heads
+BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}  # elements of the [T, T] matrices of all heads
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that are computed at once: `rows` of the batch, `chunks` times `size` tokens."""
+    """A block that is computed together: `rows` of the batch, `chunks` times `size` tokens."""
 
     rows: slice
     start: int
@@ -63,14 +63,14 @@ def _spans(rows: slice, length: int, heads: int, size: int, budget: int) -> list
 def plan_spans(
     batch: int, length: int, heads: int, chunk_size: int, device: torch.device
 ) -> list[list[Span]]:
-    """Spans in the order of computation, one list for each block of the batch's rows.
+    """Spans in the order of computation, one list for each block of rows of the batch.
 
     Args:
-        batch: rows.
-        length: tokens of each.
-        heads: that have a [T, T] matrix of their own.
+        batch: number of rows.
+        length: number of tokens per row.
+        heads: number of heads that have a [T, T] matrix.
         chunk_size: T.
-        device: decides how much is computed at once.
+        device: decides the size of a block.
     """
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
     size = min(chunk_size, length)

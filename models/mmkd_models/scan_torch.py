@@ -1,17 +1,18 @@
-"""The SSD scan in plain torch: chunk by chunk, with a backward pass that recomputes each chunk.
+"""The SSD scan in plain torch, by chunks. The backward pass recomputes each chunk.
 
-Facts from Dao & Gu 2024, arXiv 2405.21060, section 6 (block decomposition). Within a chunk of T
-tokens that starts from the state S, with u_t = dt_t x_t and a_t = sum_{r <= t} dt_r A:
+This is the block decomposition of Dao & Gu 2024 (arXiv 2405.21060, section 6). For a chunk of T
+tokens with initial state S, with u_t = dt_t x_t and a_t = sum_{r <= t} dt_r A:
 
     W_ts = exp(a_t - a_s) C_t . B_s  for s <= t
     y    = W u + exp(a) * (C S^T)
     S'   = exp(a_T) S + (exp(a_T - a) * u)^T B
 
-Only the state at the start of each block of chunks is kept for the backward pass; all else is
-computed again, so that what a block needs stays in the cache of one core.
+Only the state at the start of each block of chunks is saved for the backward pass. Everything else
+is computed again, so that the tensors of a block fit the cache of one core.
 
-Shapes: x [B, L, S, P] with S state heads, each read by R query heads (R = 1 but for states that
-query heads share), b rows of the batch, K chunks of T tokens at once.
+Shapes: x [B, L, S, P] with S state heads; R query heads per state head (R = 1 unless query heads
+    share
+states); b rows of the batch and K chunks of T tokens per block.
 """
 
 import math
@@ -24,12 +25,12 @@ from torch import Tensor
 
 from .scan_spans import Span, plan_spans
 
-FORGET = -1.0e3  # log-decay at a document's first token: exp of it is 0, sums stay finite
+FORGET = -1.0e3  # log-decay at a document's first token: its exp is 0, and sums stay finite
 
 
 @dataclass
 class _Inputs:
-    """The scan's tensors; C has as many groups as B or a multiple of them."""
+    """The inputs of the scan. The number of groups of C is a multiple of that of B."""
 
     x: Tensor  # [B, L, S, P]
     dt: Tensor  # [B, L, S]
@@ -46,7 +47,7 @@ class _Inputs:
 
 
 class _Local:
-    """What one span needs whatever its state: decays, scores and inputs, in `wide`."""
+    """Tensors of a span that do not depend on its state: decays, scores and inputs, in `wide`."""
 
     def __init__(self, inputs: _Inputs, span: Span) -> None:
         self.inputs, self.span = inputs, span
@@ -54,11 +55,11 @@ class _Local:
         wide, T, K = inputs.wide, span.size, span.chunks
         self.batch = span.rows.stop - span.rows.start
         self.shared = inputs.heads // S  # R
-        # Groups of C as the state heads see them, and how many state heads each serves.
+        # Number of groups of C for the state heads, and number of state heads per group.
         self.c_groups = min(inputs.C.shape[2], S)
         self.per_group = S // self.c_groups
         self.dt = span.cut(inputs.dt)  # [b, K, S, T]
-        # Sums of hundreds of log-decays lose their small differences in float32.
+        # In float32, sums of hundreds of log-decays are too imprecise for their small differences.
         log_decay = self.dt.double() * inputs.A.double()[:, None]
         if inputs.starts is not None:
             at_start = inputs.starts[span.rows, span.tokens].reshape(self.batch, K, 1, T)
@@ -68,12 +69,12 @@ class _Local:
         self.to_end = (total[..., -1:] - total).exp_().to(wide)
         self.whole = self.from_start[..., -1]  # [b, K, S]
         decay = (total[..., :, None] - total[..., None, :]).to(wide)
-        # Above the diagonal exp may overflow: tril_ overwrites, where a product would give NaN.
+        # Above the diagonal exp may overflow. tril_ overwrites it; a product with 0 would give NaN.
         self.decay = decay.exp_().tril_()  # [b, K, S, T, T]
         x = span.cut(inputs.x)
         self.u = torch.empty(x.shape, dtype=wide, device=x.device)
         torch.mul(x, self.dt[..., None], out=self.u)  # [b, K, S, T, P]
-        self.late = self.u * self.to_end[..., None]  # what of it reaches the chunk's end
+        self.late = self.u * self.to_end[..., None]  # decayed to the end of the chunk
         self.B = span.copy(inputs.B, wide)  # [b, K, G, T, N]
         self.C = span.copy(inputs.C, wide)  # [b, K, G', T, N]
         folded = self.folded(self.C)
@@ -83,7 +84,8 @@ class _Local:
         )
 
     def folded(self, t: Tensor) -> Tensor:
-        """[b, K, G', T, X] as [b, K, G, (G'/G) T, X]: one product serves all that share a B."""
+        """[b, K, G', T, X] as [b, K, G, (G'/G) T, X], so that one product covers all groups of C
+        that share a group of B."""
         return t.view(*t.shape[:2], self.B.shape[2], -1, t.shape[-1])
 
     def by_group(self, t: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class _Local:
         return t.view(self.batch, K, self.c_groups, self.per_group, self.shared, T, t.shape[-1])
 
     def c_rows(self) -> Tensor:
-        """C as the state heads read it, [b, K, groups, 1, R T, N]."""
+        """C for the state heads, [b, K, groups, 1, R T, N]."""
         return self.C.view(self.batch, self.span.chunks, self.c_groups, 1, -1, self.C.shape[-1])
 
     def per_c_group(self, t: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class _Local:
         return t.unflatten(2, (self.B.shape[2], -1))
 
     def row_decay(self) -> Tensor:
-        """exp(a) beside the rows of every query head, [b, K, S, R T, 1]."""
+        """exp(a) for the rows of each query head, [b, K, S, R T, 1]."""
         decay = self.from_start
         if self.shared > 1:
             decay = decay.repeat(1, 1, 1, self.shared)
@@ -146,7 +148,7 @@ class _Local:
         return t.unflatten(3, (self.shared, self.span.size))
 
     def x_rows(self) -> Tensor:
-        """x beside the rows of every query head, [b, K, S, 1, T, P]."""
+        """x, broadcastable to the rows of each query head, [b, K, S, 1, T, P]."""
         return self.span.cut(self.inputs.x).unsqueeze(3).to(self.inputs.wide)
 
     def skip_rows(self) -> Tensor:
@@ -156,7 +158,7 @@ class _Local:
 
 @dataclass
 class _Grads:
-    """What the backward pass fills in, span by span."""
+    """Gradients of the inputs, which the backward pass fills in span by span."""
 
     x: Tensor
     dt: Tensor
@@ -181,7 +183,10 @@ class _Grads:
 def _states_backward(local: _Local, incoming: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the state after each chunk [b, K, S, P, N] and before the first [b, S, P, N].
 
-    `incoming` [b, K, S, P, N] is what each chunk's output sends to the state before it.
+    Args:
+        local: tensors of the span.
+        incoming: [b, K, S, P, N], gradient of the state before each chunk from the chunk's output.
+        grad: [b, S, P, N], gradient of the state after the last chunk.
     """
     chunks = local.span.chunks
     after = incoming.new_empty(local.batch, chunks + 1, *grad.shape[1:])
@@ -193,11 +198,11 @@ def _states_backward(local: _Local, incoming: Tensor, grad: Tensor) -> tuple[Ten
 
 
 def _scores_backward(local: _Local, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the scores [b, K, G, (G'/G) T, T]; what a_t gets through them [b, K, S, T]."""
+    """Gradient of the scores, [b, K, G, (G'/G) T, T], and of a_t through them, [b, K, S, T]."""
     grad = local.head_rows(dy @ local.u.transpose(-1, -2))
     grad.mul_(local.by_head(local.decay))  # [b, K, groups, S / groups, R, T, T]
     through = grad * local.by_group(local.scores)
-    # exp(a_t - a_t) is 1 whatever A is: leaving it in would cost digits where decay is strong.
+    # exp(a_t - a_t) is 1 for any A. Including it would cost precision if the decay is strong.
     through.diagonal(dim1=-2, dim2=-1).zero_()
     row, column = through.sum(-1).sum(4), through.sum((4, 5))  # [b, K, groups, S / groups, T]
     d_total = (row - column).flatten(2, 3).double()
@@ -208,7 +213,7 @@ def _scores_backward(local: _Local, dy: Tensor) -> tuple[Tensor, Tensor]:
 def _c_backward(
     local: _Local, early: Tensor, before: Tensor, d_scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of C [b, K, G', T, N], and what a_t gets through exp(a_t) [b, K, S, T]."""
+    """Gradient of C, [b, K, G', T, N], and of a_t through exp(a_t), [b, K, S, T]."""
     old = local.per_c_group(early) @ local.per_c_group(before)  # [b, K, groups, S/groups, R T, N]
     reached = (old * local.c_rows()).sum(-1).flatten(2, 3)  # [b, K, S, R T]
     reached = reached.unflatten(3, (local.shared, -1)).sum(3)
@@ -217,7 +222,7 @@ def _c_backward(
 
 
 def _b_backward(local: _Local, after: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of B [b, K, G, T, N], and what exp(a_T - a_s) passes on [b, K, S, T]."""
+    """Gradient of B, [b, K, G, T, N], and of a_T - a_s through its exp, [b, K, S, T]."""
     new = local.per_b_group(local.late) @ local.per_b_group(after)  # [b, K, G, S / G, T, N]
     kept = (new * local.B[:, :, :, None]).sum(-1).flatten(2, 3).double()
     new = new.sum(3) if new.shape[3] > 1 else new.squeeze(3)
@@ -225,7 +230,7 @@ def _b_backward(local: _Local, after: Tensor, d_scores: Tensor) -> tuple[Tensor,
 
 
 def _plus(added: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """added + left @ right, with the product's batch folded to that of `left`."""
+    """added + left @ right, with the batch axes of the product summed to those of `left`."""
     shape = (*left.shape[:-1], right.shape[-1])
     product = torch.baddbmm(
         added.reshape(shape).flatten(0, 2), left.flatten(0, 2), right.flatten(0, 2)
@@ -243,7 +248,7 @@ def _u_backward(local: _Local, after: Tensor, dy: Tensor) -> Tensor:
 def _backward_span(
     local: _Local, before: Tensor, grad_y: Tensor, grad_state: Tensor, grads: _Grads
 ) -> Tensor:
-    """Fill in the gradients of one span; returns the gradient of the state before it."""
+    """Add the gradients of one span, and return the gradient of the state before it."""
     inputs, span = local.inputs, local.span
     dy = span.copy_heads(grad_y, local.states, inputs.wide)  # [b, K, S, R T, P]
     early = dy * local.row_decay()  # [b, K, S, R T, P]
@@ -256,7 +261,7 @@ def _backward_span(
     span.write(grads.C, dC)
     span.write(grads.B, dB)
 
-    # Log-decays: a_t sums those up to t; exp(a_T - a_s) those after s; exp(a_T) all of them.
+    # Gradient of log-decays: a_t sums those up to t, a_T - a_s those after s, and a_T all of them.
     d_log = (d_total + reached).flip(-1).cumsum(-1).flip(-1)  # [b, K, S, T]
     d_log[..., 1:] += kept[..., :-1].cumsum(-1)
     d_log += (local.whole * (before * after).sum((-1, -2)))[..., None]
@@ -344,7 +349,7 @@ def chunked_scan(
     runs: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` on checked tensors; `runs` [B, L] numbers the documents from 0."""
+    """`ssd_scan` on checked tensors; `runs` [B, L] are document indices from 0."""
     starts = None if runs is None else F.pad(runs.diff(dim=1) > 0, (1, 0))
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     groups = C.shape[2]

@@ -1,5 +1,5 @@
-"""Put Mamba-2 mixers in the place of attention, and experts in that of feed-forward networks, in
-any model whose decoder layers own a `self_attn` and an `mlp` or `feed_forward`."""
+"""Replace attention with Mamba-2 mixers, and feed-forward networks with experts, in any model whose
+decoder layers have a `self_attn` and an `mlp` or `feed_forward`."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from .mixer import Mamba2Mixer, SequenceContext
 from .moe import SparseFfn
 from .parts import FEED_FORWARD, feed_forward, find_parts
 
-# Families whose prompt tokens attend both ways: a causal mixer is another function there.
+# Families with bidirectional attention over the prompt, which a causal mixer cannot replace.
 PREFIX_ATTENTION = ("paligemma",)
 
 
 def apply_layout(model: PreTrainedModel, layout: dict[str, Any]) -> None:
-    """Give a model the structure of a student's layout, with new weights, in place.
+    """Convert a model, in place, to the structure of a layout. New weights are random.
 
     Raises:
         ValueError: the layout is unknown or does not fit the model.
@@ -33,7 +33,7 @@ def apply_layout(model: PreTrainedModel, layout: dict[str, Any]) -> None:
 
 
 def replace_ffn(model: PreTrainedModel, layout: MoeLayout) -> dict[int, nn.Module]:
-    """Swap the feed-forward network of the layout's layers for experts with random weights, in
+    """Replace the feed-forward networks of a layout's layers with experts with random weights, in
     place.
 
     Returns:
@@ -56,7 +56,7 @@ def replace_ffn(model: PreTrainedModel, layout: MoeLayout) -> dict[int, nn.Modul
 
 
 def _swap(layers: nn.ModuleList, made: Mapping[int, tuple[str, nn.Module]]) -> dict[int, nn.Module]:
-    """Put the new modules in their layers, under their names; returns what was there."""
+    """Replace modules of layers, and return the old ones, both by layer."""
     replaced: dict[int, nn.Module] = {}
     for index, (name, module) in made.items():
         replaced[index] = getattr(layers[index], name)
@@ -65,7 +65,7 @@ def _swap(layers: nn.ModuleList, made: Mapping[int, tuple[str, nn.Module]]) -> d
 
 
 def _layers_for(model: PreTrainedModel, chosen: tuple[int, ...]) -> nn.ModuleList:
-    """The decoder's layers, if it has those that a layout chooses."""
+    """The decoder's layers. Raises ValueError if it lacks one of the chosen layers."""
     layers = find_parts(model).decoder_layers
     outside = [i for i in chosen if i >= len(layers)]
     if outside:
@@ -74,20 +74,20 @@ def _layers_for(model: PreTrainedModel, chosen: tuple[int, ...]) -> nn.ModuleLis
 
 
 def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, nn.Module]:
-    """Swap the attention of the layout's layers for mixers with default initialisation, in place.
+    """Replace the attention of a layout's layers with mixers with default initialisation, in place.
 
-    Layers of a student that are mixers already stay as they are.
+    Layers that are mixers already are not changed.
 
     Returns:
         The replaced attention modules by layer.
 
     Raises:
-        ValueError: the layout does not fit the model, or a layer cannot be converted faithfully.
+        ValueError: the layout does not fit the model, or a mixer cannot replace an attention.
     """
     if base_type(model) in PREFIX_ATTENTION:
         raise ValueError(
-            f"{base_type(model)} attends both ways over its prefix (image and prompt), "
-            "a Mamba mixer looks only back"
+            f"the attention of {base_type(model)} over image and prompt is bidirectional, and a "
+            "Mamba mixer is causal"
         )
     layers = _layers_for(model, layout.layers)
     present = _present_mixers(layers, layout)
@@ -112,7 +112,7 @@ def replace_attention(model: PreTrainedModel, layout: MambaLayout) -> dict[int, 
 
 
 def _present_mixers(layers: nn.ModuleList, layout: MambaLayout) -> dict[int, Mamba2Mixer]:
-    """The mixers that a student has already; they must fit the layout."""
+    """The existing mixers of a student. Raises ValueError if they do not fit the layout."""
     found: dict[int, Mamba2Mixer] = {}
     for i, layer in enumerate(layers):
         mixer = getattr(layer, "self_attn", None)
@@ -132,12 +132,13 @@ def _present_mixers(layers: nn.ModuleList, layout: MambaLayout) -> dict[int, Mam
 
 
 def base_type(model: PreTrainedModel) -> str:
-    """The family's model_type, also of a student."""
+    """The model_type of a model's family, also for a student."""
     return getattr(model.config, "base_model_type", None) or model.config.model_type
 
 
 class _Watch:
-    """Tells the mixers about padding, and gives every forward that wants a cache the right one."""
+    """Hooks that set the mixers' context, and provide a `HybridCache` for each forward pass with a
+    cache."""
 
     def __init__(self, model: PreTrainedModel, context: SequenceContext):
         self.context = context
@@ -162,7 +163,7 @@ class _Watch:
 
     def _cache(self, kwargs: dict[str, Any]) -> HybridCache | None:
         names = ("cache", "past_key_values")
-        # not by truth: an empty cache is false
+        # compared with None, because an empty cache is false
         given = next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
         if given is None:
             wanted = kwargs.get("use_cache")
@@ -185,13 +186,14 @@ class _Watch:
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise ValueError("a student with Mamba layers needs a 2-D attention mask, [B, T]")
+            raise ValueError("a student with Mamba layers needs an attention mask of shape [B, T]")
         return mask[:, -length:].bool()
 
     @staticmethod
     def _documents(positions: Any, mask: Any, cache: Any) -> Tensor | None:
-        """Packed rows restart their positions and come without a mask, as transformers' own
-        padding-free batches do; M-RoPE's have plain positions before those of three axes."""
+        """Document indices of packed rows, [B, T]. As in padding-free batches of transformers,
+        packed rows have no mask, and their position ids restart with each document. With M-RoPE,
+        plain position ids come before those of the three axes."""
         if positions is None or mask is not None or cache is not None:
             return None
         if positions.ndim == 3 and len(positions) == 4:

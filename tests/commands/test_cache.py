@@ -283,7 +283,7 @@ def test_a_cache_is_for_its_data_teacher_and_processor(raw, tmp_path, scenes_dir
     manifest = tmp_path / "cache" / "manifest.json"
     found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**found, "processor": "another"}))
-    with pytest.raises(RecipeError, match="another processor than the student's"):
+    with pytest.raises(RecipeError, match="a processor other than the student's"):
         pipeline.run(load_recipe(recipe))
     assert not (tmp_path / "stale").exists()
 
@@ -292,12 +292,12 @@ def test_a_cache_is_for_its_data_teacher_and_processor(raw, tmp_path, scenes_dir
     ("stage", "message"),
     [
         ({"objectives": [{"kind": "relation"}]}, "it needs hidden states .*hidden: true"),
-        ({"objectives": [{"kind": "layer_l2"}]}, "what its head sees and says, it needs more"),
+        ({"objectives": [{"kind": "layer_l2"}]}, "tensors that a teacher's cache does not contain"),
         ({"objectives": [{"kind": "kl", "temperature": 2.0}]}, "of temperature 1, it asks for 2"),
         ({"objectives": [{"kind": "preference"}]}, "it needs more"),
         (
             {"objectives": [{"kind": "kl"}], "on_policy": {"lmbda": 0.5}},
-            "the student's own answers are in no cache",
+            "does not contain the student's own answers",
         ),
         ({"objectives": [{"kind": "ce"}]}, "no stage has an objective that reads a teacher"),
     ],
