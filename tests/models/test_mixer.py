@@ -248,7 +248,7 @@ def test_every_parameter_gets_a_gradient():
 REFUSED = {
     "sliding_window": (lambda a: setattr(a, "sliding_window", 8), "sliding-window"),
     "soft cap": (lambda a: setattr(a, "attn_logit_softcapping", 50.0), "soft-caps"),
-    "both ways": (lambda a: setattr(a, "is_causal", False), "both ways"),
+    "bidirectional": (lambda a: setattr(a, "is_causal", False), "bidirectional"),
     "sinks": (lambda a: setattr(a, "sinks", nn.Parameter(torch.zeros(6))), "sinks"),
     "other names": (lambda a: delattr(a, "o_proj"), "o_proj"),
 }
