@@ -6,7 +6,7 @@
 Random weights: LLaVA with Qwen2 7B and SigLIP so400m (729 image tokens) as teacher in bfloat16, one
 with Qwen2 0.5B as student, float32 weights, autocast to bfloat16; CE + KL + KL over the image
 tokens, vocabulary of 151,936; connector and language model train. Records are the scenes', their
-processor made to cut pictures as SigLIP does and given the words that a vocabulary of that size has
+processor made to cut images as SigLIP does and given the words that a vocabulary of that size has
 more. Parts and floor: `mmkd bench` says of what. FLOPs, and memory that was planned: `mmkd plan`.
 """
 
@@ -56,7 +56,7 @@ SETTINGS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def write_processor(source: Path, out: Path) -> None:
-    """The scenes' processor with SigLIP's pictures and a vocabulary of `WORDS` tokens."""
+    """The scenes' processor with SigLIP's images and a vocabulary of `WORDS` tokens."""
     out.mkdir()
     for path in source.iterdir():
         (out / path.name).write_bytes(path.read_bytes())

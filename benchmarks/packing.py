@@ -42,7 +42,7 @@ def greedy(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def batch(lengths: list[int]) -> tuple[dict[str, torch.Tensor], Targets]:
-    """Padded inputs and targets of a micro-batch without pictures."""
+    """Padded inputs and targets of a micro-batch without images."""
     attention = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     ids = torch.ones_like(attention, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": attention.long()}

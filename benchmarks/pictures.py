@@ -1,4 +1,4 @@
-"""Reading pictures: decoded and processed each time, and from the cache of processed pictures.
+"""Reading images: decoded and processed each time, and from the cache of processed images.
 
     python -m benchmarks.pictures --json runs/bench/pictures.json
 
@@ -51,7 +51,7 @@ def per_second(read: Callable[[str], Any], names: list[str]) -> float:
 
 
 def measure(make: Callable[[], Any], count: int) -> dict[str, float]:
-    """Pictures a second, and bytes on the disk of each."""
+    """Images a second, and bytes on the disk of each."""
     with tempfile.TemporaryDirectory() as folder:
         root, kept = Path(folder), Path(folder) / "kept"
         names = write_photos(root, count)
@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {name: measure(make, args.count) for name, make in PROCESSORS.items()}
-    table = Table(title="pictures a second")
+    table = Table(title="images a second")
     for name in ("", "processed", "first", "cached", "cached / processed", "MB each"):
         table.add_column(name, justify="right")
     for name, f in found.items():

@@ -89,7 +89,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LLaVA-OneVision 7B -> 0.5B": (onevision(QWEN2_7B), onevision(QWEN2_HALF_B)),
     "Qwen2.5-VL 7B -> 3B": (qwen25_vl(QWEN2_7B), qwen25_vl(QWEN25_3B)),
 }
-# One picture, a question and an answer: image tokens, patches, pixel values of a patch.
+# One image, a question and an answer: image tokens, patches, pixel values of a patch.
 PICTURES = {
     "LLaVA-OneVision 7B -> 0.5B": (5 * 729, 5 * 729, 3 * 14**2),  # four tiles and the whole
     "Qwen2.5-VL 7B -> 3B": (1024, 4096, 2 * 3 * 14**2),

@@ -7,7 +7,7 @@
 Forward KL over the responses of 32 real records, AdamW, clipping, float32, no activation
 checkpoints. The teacher is the quickstart's, the student a copy of it with noise on its weights.
 TRL's trainer samples its responses: here it is given the records', so that neither side's
-generation nor its reading of pictures is in the time. Losses are compared before the first step.
+generation nor its reading of images is in the time. Losses are compared before the first step.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Distil on a folder of your own pictures, which need no text.
+"""Distil on a folder of your own images, which need no text.
 
     python examples/own_images.py PHOTOS --teacher ID --student ID --out runs/photos
 
-The teacher answers a few prompts on every picture; its answers become the data of a recipe, which
-`mmkd run` trains. At the end teacher and student answer on pictures that were held out.
+The teacher answers a few prompts on every image; its answers become the data of a recipe, which
+`mmkd run` trains. At the end teacher and student answer on images that were held out.
 
     OUT/answers.jsonl    the teacher's answers so far; after a stop, the same command goes on
     OUT/train.jsonl      all answers as chat messages; delete it to ask again
@@ -52,7 +52,7 @@ stages:
     objectives:
       - {kind: ce}  # what the teacher said
       - {kind: kl}  # its distributions over that
-      - {kind: kl, name: kl_vision, region: vision}  # and over the picture's tokens
+      - {kind: kl, name: kl_vision, region: vision}  # and over the image's tokens
     epochs: 1
     batch: {size: 4, accumulate: 4}
     precision: auto
@@ -62,7 +62,7 @@ AT_ONCE = 8  # questions
 
 
 def readable(photos: Path) -> list[str]:
-    """Paths of the pictures that can be decoded, in a fixed order."""
+    """Paths of the images that can be decoded, in a fixed order."""
     known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
     files = [f for f in sorted(photos.rglob("*")) if f.suffix.lower() in known]
     names = []
@@ -82,7 +82,7 @@ def ask(
     longest: int,
     keep: Callable[[list[tuple[str, str]], list[Sampled]], None] = lambda pairs, answers: None,
 ) -> list[Sampled]:
-    """A model's likeliest answer to each (picture's path, prompt).
+    """A model's likeliest answer to each (image's path, prompt).
 
     Args:
         model: to ask.
@@ -160,18 +160,18 @@ def write_answers(
 
 
 def main(
-    photos: Annotated[Path, typer.Argument(help="folder of pictures, in any depth")],
+    photos: Annotated[Path, typer.Argument(help="folder of images, in any depth")],
     teacher: Annotated[str, typer.Option(help="folder or Hub id")],
     student: Annotated[str, typer.Option(help="folder or Hub id, of the teacher's tokenizer")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     prompt: Annotated[list[str], typer.Option(help="repeat for several")] = PROMPTS,
-    held_out: Annotated[int, typer.Option(min=1, help="pictures, the last by name")] = 3,
+    held_out: Annotated[int, typer.Option(min=1, help="images, the last by name")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
 ) -> None:
-    """Distil a teacher into a student on pictures of your own."""
+    """Distil a teacher into a student on images of your own."""
     photos, out = photos.resolve(), out.resolve()
     if len(names := readable(photos)) <= held_out:
-        raise DataError(f"{len(names)} readable pictures", where=str(photos), hint="add some")
+        raise DataError(f"{len(names)} readable images", where=str(photos), hint="add some")
     dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
     asked = ModelConfig(model=teacher, dtype=dtype)
     data, file = out / "train.jsonl", out / "recipe.yaml"

@@ -4,7 +4,7 @@
 
     mmkd.run("recipe.yaml")                                    # a recipe, as the command runs it
     made = mmkd.distill(student, teacher, records, ["kl"], steps=100)   # models in memory
-    print(mmkd.generate(made.student, "What is this?", picture, processor=made.processor).text)
+    print(mmkd.generate(made.student, "What is this?", image, processor=made.processor).text)
 
 `docs/python.md` is the tutorial. Names are imported when they are first used (PEP 562): this module
 imports neither torch nor transformers. mmkd reports by Python's `logging`, to the logger `mmkd`;

@@ -46,7 +46,7 @@ def datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 
 @pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scene data set: 64 training pictures, 16 for validation, 6 behind each evaluation file."""
+    """A scene data set: 64 training images, 16 for validation, 6 behind each evaluation file."""
     from mmkd.data.scenes.build import build_scenes
 
     out = tmp_path_factory.mktemp("data") / "scenes"

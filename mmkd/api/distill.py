@@ -113,7 +113,7 @@ def distill(
         teacher: the same; "self" for the student as it is now; None where no objective needs one.
         dataset: a list of records, a `datasets.Dataset` or a torch data set with records by number;
             or what a recipe's `data.train` may be, such as a file. Records are mappings as
-            `docs/data.md` describes them; pictures may be open Pillow images.
+            `docs/data.md` describes them; images may be open Pillow images.
         objectives: kinds, such as "kl", or their keys as in a recipe.
         processor: the student's, loaded or its name; None for the one that came with the student.
         teacher_processor: the teacher's, in the same way.

@@ -133,7 +133,7 @@ def generate(
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Reply:
-    """The answer of a student or teacher to a question about pictures; `reply.text` is the text.
+    """The answer of a student or teacher to a question about images; `reply.text` is the text.
 
     A model that is named is loaded for this one question. For several questions, load it once,
     with transformers or `mmkd.modeling.conversation`.
@@ -141,7 +141,7 @@ def generate(
     Args:
         model: a model in memory, which runs where it is; or a folder or Hub id.
         question: of the user.
-        images: a picture, or several: paths or open Pillow images.
+        images: an image, or several: paths or open Pillow images.
         processor: None for the one that came with the model.
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token always.
@@ -152,7 +152,7 @@ def generate(
 
     Raises:
         CheckpointError: the model or its processor cannot be loaded.
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     if isinstance(model, PreTrainedModel):
         loaded = load(model, processor, "model", None)

@@ -21,7 +21,7 @@ def record_key(messages: Sequence[Any], pictures: Sequence[Image.Image]) -> byte
 
 
 def picture_hash(picture: Image.Image) -> bytes:
-    """A hash of a decoded picture; what stands in for one says it itself, in its `info`."""
+    """A hash of a decoded image; what stands in for one says it itself, in its `info`."""
     if HASH in picture.info:
         return bytes.fromhex(picture.info[HASH])
     seen = hashlib.blake2b(digest_size=KEY_BYTES)

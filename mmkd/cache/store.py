@@ -230,7 +230,7 @@ class Store:
             for number in range(len(self.manifest["shards"])):  # its key may be what is damaged
                 self._check(number)
             raise DataError(
-                f"its words and pictures are not in the teacher's cache {self.folder}",
+                f"its words and images are not in the teacher's cache {self.folder}",
                 where=where,
                 hint="the data has changed since: build the cache again",
             )

@@ -17,11 +17,11 @@ def build(
     name: Annotated[str, typer.Argument(help="scenes")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
-    train: Annotated[int, typer.Option(min=1, help="training pictures")] = 12_000,
+    train: Annotated[int, typer.Option(min=1, help="training images")] = 12_000,
     validation: Annotated[int, typer.Option(min=1)] = 500,
-    evaluation: Annotated[int, typer.Option(min=1, help="pictures per evaluation file")] = 200,
+    evaluation: Annotated[int, typer.Option(min=1, help="images per evaluation file")] = 200,
 ) -> None:
-    """Build a data set from installed packages: real pictures, questions and ground truth."""
+    """Build a data set from installed packages: real images, questions and ground truth."""
     from mmkd.data.scenes.build import build_scenes
     from mmkd.runtime.progress import say, track
 
@@ -79,12 +79,12 @@ def check(
     plugin: Plugins = None,
     trusted: Trusted = None,
     images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
-    decode: Annotated[bool, typer.Option(help="decode pictures, not only headers")] = False,
+    decode: Annotated[bool, typer.Option(help="decode images, not only headers")] = False,
     unique_ids: Annotated[bool, typer.Option(help="count ids that come twice")] = False,
     workers: Annotated[Optional[int], typer.Option(min=1, help="processes; one a core")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:
-    """Check all records and pictures. Exit status 1 if any is bad, 2 if the data cannot be read."""
+    """Check all records and images. Exit status 1 if any is bad, 2 if the data cannot be read."""
     if target.endswith((".yaml", ".yml")):
         from mmkd.recipe import load_recipe
 
@@ -106,10 +106,10 @@ def check(
 @data_app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="a data set's folder")],
-    out: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="image to write")] = None,  # noqa: UP045
     count: Annotated[int, typer.Option(min=1)] = 24,
 ) -> None:
-    """A contact sheet: pictures with their questions and answers."""
+    """A contact sheet: images with their questions and answers."""
     from mmkd.data.scenes.show import contact_sheet
     from mmkd.runtime.progress import say
 

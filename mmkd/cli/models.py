@@ -133,7 +133,7 @@ def chat(
     ] = None,
     image: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="picture that comes with the question; give it again for more"),
+        typer.Option(help="image that comes with the question; give it again for more"),
     ] = None,
     compare: Annotated[
         Optional[str],  # noqa: UP045
@@ -151,7 +151,7 @@ def chat(
     as_json: AsJson = False,
     trusted: Trusted = None,
 ) -> None:
-    """Ask a student about pictures: one question, or a conversation."""
+    """Ask a student about images: one question, or a conversation."""
     from mmkd.cli.scoring import find_student
     from mmkd.commands.chat import Chat
     from mmkd.recipe import SamplingConfig

@@ -94,7 +94,7 @@ def bench(
     stage: Annotated[Optional[str], typer.Option(help="default: the first")] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(min=1, help="steps to time")] = 10,
     out: Annotated[Optional[Path], typer.Option("--json", help="file to write")] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="picture to write")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="image to write")] = None,  # noqa: UP045
 ) -> None:
     """Time and memory of a recipe's steps by part, compared with the models alone."""
     from mmkd.recipe import load_recipe

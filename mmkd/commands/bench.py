@@ -328,7 +328,7 @@ def print_bench(found: dict[str, Any]) -> None:
 
 
 def plot_bench(found: dict[str, Any], path: Path) -> None:
-    """Two bars, the step's parts and the floor's, as a picture."""
+    """Two bars, the step's parts and the floor's, as an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.6), layout="constrained")

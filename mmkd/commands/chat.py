@@ -1,4 +1,4 @@
-"""`mmkd chat`: ask a student about pictures in the terminal, beside its teacher if asked to."""
+"""`mmkd chat`: ask a student about images in the terminal, beside its teacher if asked to."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from mmkd.recipe import SamplingConfig
 from mmkd.runtime.interrupt import stop_here
 from mmkd.runtime.progress import console, say
 
-HELP = "/image FILE shows a picture with the next question, /new starts again, /quit ends"
+HELP = "/image FILE shows an image with the next question, /new starts again, /quit ends"
 
 
 class Chat:
@@ -83,7 +83,7 @@ class Chat:
                 shown = self._asked(line, shown)
 
     def _asked(self, question: str, images: list[str]) -> list[str]:
-        """Ask; the pictures that are left for the next question."""
+        """Ask; the images that are left for the next question."""
         before = {label: c.record for label, c in self.conversations.items()}
         try:
             self.ask(question, images)

@@ -86,7 +86,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
 
 
 def _edges(*processors: Any) -> tuple[int, ...]:
-    """The lengths that processors scale shorter edges of pictures to; None for no processor."""
+    """The lengths that processors scale shorter edges of images to; None for no processor."""
     found = {scaled_edge(p) for p in processors if p is not None}
     return tuple(sorted(edge for edge in found if edge is not None))
 
@@ -199,7 +199,7 @@ def print_check(found: dict[str, Any]) -> None:
     if found["unreadable"]:
         said += f"; {len(found['unreadable'])} of the sources cannot be read"
     console.print(
-        f"{records:,} records, {found['pictures']:,} pictures, {found['seconds']:.1f} s "
+        f"{records:,} records, {found['pictures']:,} images, {found['seconds']:.1f} s "
         f"({rate:,.0f} records a second): {said}",
         highlight=False,
         soft_wrap=True,

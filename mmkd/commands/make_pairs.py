@@ -176,7 +176,7 @@ def _prompt(records: Records, index: int) -> Record:
     """The first question of a record.
 
     Raises:
-        DataError: it is not one question about one picture, which is all that a pair holds.
+        DataError: it is not one question about one image, which is all that a pair holds.
     """
     record = records[index]
     prompt = asked(record, answers_of(record)[0])

@@ -2,7 +2,7 @@
 
 Of one vocabulary, responses are the same tokens in both, so the k-th response token of one is that
 of the other; image tokens match one by one where there are as many, else by their place on the
-picture. As logits are linear in final hidden states, the hidden state interpolated between places
+image. As logits are linear in final hidden states, the hidden state interpolated between places
 has the interpolated logits. Responses of two vocabularies match in chunks: `mmkd.data.chunks`.
 """
 
@@ -20,7 +20,7 @@ from mmkd.errors import CheckpointError, DataError, RecipeError
 from mmkd.objectives import Region, Targets
 from mmkd.recipe.context import StageContext
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 ALIGNED: tuple[Region, ...] = ("response", "vision")
 """What two processors have in common."""
 
@@ -65,12 +65,12 @@ def align(
 
     Args:
         student, teacher: what their tokens are.
-        grids: for each row and picture, the student's and the teacher's grid of tokens.
+        grids: for each row and image, the student's and the teacher's grid of tokens.
         ids: of the rows, for messages.
         regions: what is to be matched, of `ALIGNED`.
 
     Raises:
-        DataError: a response has different tokens, or a picture's tokens are not its grid.
+        DataError: a response has different tokens, or an image's tokens are not its grid.
     """
     nothing = torch.zeros(0, dtype=torch.long)
     terms = [(nothing, nothing, torch.zeros(0))]
@@ -110,9 +110,9 @@ def _pictures(
     sizes = [[grid[i][0] * grid[i][1] for grid in grids] for i in (0, 1)]
     if [sum(s) for s in sizes] != [len(mine), len(theirs)]:
         raise DataError(
-            f"the pictures of {name} have {len(mine)} image tokens for the student and "
+            f"the images of {name} have {len(mine)} image tokens for the student and "
             f"{len(theirs)} for the teacher, and no grid tells which belong together",
-            hint="use processors that make one grid of tokens of a picture",
+            hint="use processors that make one grid of tokens of an image",
         )
     matched = []
     parts = zip(grids, mine.split(sizes[0]), theirs.split(sizes[1]), strict=True)

@@ -48,7 +48,7 @@ def answers_of(record: Record) -> list[int]:
 
 
 def asked(record: Record, message: int) -> Record:
-    """The conversation before one of its messages, with the pictures shown until then."""
+    """The conversation before one of its messages, with the images shown until then."""
     before = record.messages[:message]
     shown = sum(p["type"] == "image" for m in before for p in m["content"])
     return replace(record, messages=before, images=record.images[:shown], rejected=None)

@@ -24,7 +24,7 @@ class Batch:
         ids: the records' ids, for messages; a pair's two rows have one.
         skipped: messages of the records that were left out.
         indices: the records.
-        grids: rows and columns of image tokens of each picture of each row.
+        grids: rows and columns of image tokens of each image of each row.
         teacher: the same records as the teacher's own processor encodes them, None where it is the
             student's.
         alignment: which of the teacher's tokens are which of the student's.

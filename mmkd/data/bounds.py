@@ -1,7 +1,7 @@
-"""A bound on the pixels that a processor makes of a picture while it resizes it.
+"""A bound on the pixels that a processor makes of an image while it resizes it.
 
-Some processors scale a picture's shorter edge to a fixed length and then crop the center. They
-enlarge a long and narrow picture first: 10000 x 2 pixels become 1,680,000 x 336.
+Some processors scale an image's shorter edge to a fixed length and then crop the center. They
+enlarge a long and narrow image first: 10000 x 2 pixels become 1,680,000 x 336.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from mmkd.errors import DataError
 
 MOST_PIXELS = 2**25
-"""Of a scaled picture; this many take about 0.35 GB."""
+"""Of a scaled image; this many take about 0.35 GB."""
 
 
 def scaled_edge(processor: Any) -> int | None:
@@ -35,22 +35,22 @@ def scaled_edge(processor: Any) -> int | None:
 
 
 def check_scaled(size: tuple[int, int], edge: int | None) -> None:
-    """Check that a processor does not make too large a picture while it resizes one.
+    """Check that a processor does not make too large an image while it resizes one.
 
     Args:
         size: width and height in pixels.
         edge: as `scaled_edge` gives it.
 
     Raises:
-        DataError: the scaled picture would have more than `MOST_PIXELS`.
+        DataError: the scaled image would have more than `MOST_PIXELS`.
     """
     short, long = sorted(size)
     if edge is not None and edge * edge * long > MOST_PIXELS * short:
         raise DataError(
-            f"the processor would make {edge * edge * long // max(short, 1):,} pixels of a picture "
+            f"the processor would make {edge * edge * long // max(short, 1):,} pixels of an image "
             f"of {size[0]} x {size[1]}",
             hint="crop or drop it; its shorter edge is scaled to a fixed length",
-            kind="a picture is too long and narrow for the processor",
+            kind="an image is too long and narrow for the processor",
         )
 
 

@@ -50,7 +50,7 @@ class Look:
     """Checks beyond those of training.
 
     Attributes:
-        decode: decode pictures, not only their headers.
+        decode: decode images, not only their headers.
         unique_ids: find records of a source that have the same id.
         edges: lengths in pixels to which the models' processors scale shorter edges.
     """
@@ -62,7 +62,7 @@ class Look:
 
 @dataclass
 class _Part:
-    """What a process says of some records: their pictures, ids if asked for, and problems as the
+    """What a process says of some records: their images, ids if asked for, and problems as the
     record's number, the error and its place."""
 
     pictures: int = 0

@@ -1,4 +1,4 @@
-"""Values of foreign rows, and the pictures that they name."""
+"""Values of foreign rows, and the images that they name."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ FILE_URL = re.compile(r"^file:(//(localhost(?=/))?)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Index:
-    """A placeholder that names one of the record's pictures by its number."""
+    """A placeholder that names one of the record's images by its number."""
 
     number: int
 
@@ -80,7 +80,7 @@ def listed(row: dict[str, Any], hint: str) -> Any:
         hint: what to do where both are given.
 
     Raises:
-        DataError: the two keys name different pictures.
+        DataError: the two keys name different images.
     """
     found = [row[key] for key in ("images", "image") if given(row.get(key))]
     if len(found) > 1 and pictures_of(found[0]) != pictures_of(found[1]):
@@ -94,18 +94,18 @@ def different(one: str, other: str, hint: str) -> DataError:
 
 
 def pictures_of(said: Any) -> list[Any]:
-    """The pictures under a record's or a turn's `images` or `image`, one or a list, without those
+    """The images under a record's or a turn's `images` or `image`, one or a list, without those
     that are null."""
     found = said if isinstance(said, list) else [said]
     return [picture_of(one) for one in found if given(one)]
 
 
 def picture_of(said: Any) -> Any:
-    """A picture as `mmkd.data.images.load_image` takes it.
+    """An image as `mmkd.data.images.load_image` takes it.
 
     Args:
         said: a path, a `file:` or `data:` URL, {bytes, path}, {url}, {base64}, {data} of a base64
-            source, a member of an archive, or a decoded picture.
+            source, a member of an archive, or a decoded image.
 
     Raises:
         DataError: it is a web address, or its base64 is damaged.
@@ -122,9 +122,9 @@ def picture_of(said: Any) -> Any:
         head, _, encoded = said.partition(",")
         if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
             raise DataError(
-                f"a data URL is not a picture in base64: {printable(head, 60)}",
+                f"a data URL is not an image in base64: {printable(head, 60)}",
                 hint="write data:image/png;base64,...",
-                kind="a data URL is not a picture",
+                kind="a data URL is not an image",
             )
         return _decoded(encoded)
     if scheme == "file":
@@ -144,19 +144,19 @@ def _decoded(encoded: str) -> dict[str, Any]:
         return {"bytes": base64.b64decode("".join(encoded.split()), validate=True), "path": None}
     except (binascii.Error, ValueError) as error:
         raise DataError(
-            "a picture's base64 is damaged", hint="encode the file again, or drop it"
+            "an image's base64 is damaged", hint="encode the file again, or drop it"
         ) from error
 
 
 def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
-    """A record's pictures in the order of their placeholders.
+    """A record's images in the order of their placeholders.
 
     Args:
         shown: for each placeholder, as in `mmkd.data.turns.Conversation`.
         images: the value under the record's `images` or `image`.
 
     Raises:
-        DataError: placeholders name pictures that are not there, or not all of them.
+        DataError: placeholders name images that are not there, or not all of them.
     """
     own = pictures_of(images)
     numbers = [s.number for s in shown if isinstance(s, Index)]
@@ -165,16 +165,16 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
         return own
     if max(len(numbers), len(named)) < len(shown):
         raise DataError(
-            "some image placeholders name their picture and others do not",
+            "some image placeholders name their image and others do not",
             hint="name all of them, or none",
         )
     if named:
         if own and own != named:
             raise DataError(
-                f"there are other pictures in the turns ({len(named)}) than under 'images' "
+                f"there are other images in the turns ({len(named)}) than under 'images' "
                 f"({len(own)})",
                 hint="keep one of the two",
-                kind="other pictures in the turns than under 'images'",
+                kind="other images in the turns than under 'images'",
             )
         return named
     every = images if isinstance(images, list) else [images]

@@ -39,7 +39,7 @@ class Encoder:
         pairs: encode the rejected answers too, behind the chosen ones; only the last answer of a
             conversation is then a response.
         teacher_processor: the teacher's, if it makes other tokens or pixels.
-        filler: have the models see a blank picture behind a batch that has none.
+        filler: have the models see a blank image behind a batch that has none.
         store: the teacher's cache, to be read beside each batch.
         pack: most tokens of a row in which records lie one behind another; None for one a row.
         chunks: find the pieces of responses that both models' tokens have in common.
@@ -131,7 +131,7 @@ class Encoder:
         )
 
     def load(self, index: int) -> Sample:
-        """Text and pictures of one record; raises DataError if it is bad."""
+        """Text and images of one record; raises DataError if it is bad."""
         with located(lambda: self.records.where(index)):
             record = self.records[index]
             pictures = self.records.pictures(record, self.processing.picture)

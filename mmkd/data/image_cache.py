@@ -1,4 +1,4 @@
-"""What an image processor makes of pictures, kept on disk: neither decoded nor resized again."""
+"""What an image processor makes of images, kept on disk: neither decoded nor resized again."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.runtime.files import disk_error
 
 NAME = "mmkd_picture"
-"""In a picture's `info`: what it is known by."""
-VERSION = 2  # of what pictures are decoded to
+"""In an image's `info`: what it is known by."""
+VERSION = 2  # of what images are decoded to
 MADE = "mmkd_made"
-"""In a picture's `info`: what the image processor has made of it, as it was read from the disk."""
+"""In an image's `info`: what the image processor has made of it, as it was read from the disk."""
 LISTS = "lists"
 CHECKSUM = "checksum"
 LEVELS = " levels"
@@ -35,7 +35,7 @@ LEVELS = " levels"
 class ImageCache:
     """Stands in for a processor's own image processor, and looks on the disk first.
 
-    A picture that is there is not decoded: an empty one of its size goes through the processor in
+    An image that is there is not decoded: an empty one of its size goes through the processor in
     its place. Values come back bit by bit: a file that is damaged, or is older than checksums and
     has none, counts as one that is not there.
 
@@ -44,7 +44,8 @@ class ImageCache:
         image_processor: a processor's own.
 
     Raises:
-        RecipeError: the image processor treats a picture otherwise beside others.
+        RecipeError: the output of the image processor for an image depends on the other images of a
+            batch.
     """
 
     def __init__(self, folder: Path, image_processor: Any):
@@ -60,7 +61,7 @@ class ImageCache:
         return getattr(self._own, name)
 
     def picture(self, ref: Any, root: Path | None) -> Image.Image:
-        """A record's picture in RGB, or an empty one of its size if what is made of it is there."""
+        """A record's image in RGB, or an empty one of its size if what is made of it is there."""
         name = _name(ref, root)
         known = _read(self._path(name))
         if known is None:
@@ -100,7 +101,7 @@ class ImageCache:
             same = False
         if not same:
             raise RecipeError(
-                f"{type(self._own).__name__} treats a picture otherwise beside others",
+                f"outputs of {type(self._own).__name__} depend on other images of a batch",
                 where="data.image_cache",
                 hint="leave it out for this family",
             )
@@ -190,7 +191,7 @@ def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]] | None:
-    """The hash of a picture and what was made of it; None if it is not there or damaged."""
+    """The hash of an image and what was made of it; None if it is not there or damaged."""
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""Pictures of records: found below their folder, never outside, and decoded with limits.
+"""Images of records: found below their folder, never outside, and decoded with limits.
 
-Everything in mmkd that opens a picture of a user, a data set or a benchmark does it here.
+Everything in mmkd that opens an image of a user, a data set or a benchmark does it here.
 """
 
 import base64
@@ -22,7 +22,7 @@ from mmkd.errors import DataError
 
 # Pillow opens more; some of those (EPS) start other programs.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Of files that hold pictures."""
+"""Of files that hold images."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEMBER_BYTES = 2**28
 MOST_PIXELS = 89_478_485  # Pillow's own default, which other libraries change
@@ -38,7 +38,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What puts a picture upright, by its EXIF orientation; 5 to 8 swap width and height."""
+"""What puts an image upright, by its EXIF orientation; 5 to 8 swap width and height."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def load_image(ref: Any, root: Path | None) -> Image.Image:
 
 
 def picture_as_rgb(picture: Image.Image) -> Image.Image:
-    """An open picture in RGB, as `load_image` decodes it.
+    """An open image in RGB, as `load_image` decodes it.
 
     Raises:
         DataError: as `load_image`.
@@ -102,15 +102,15 @@ def picture_as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def with_eight_bits(value: Any) -> Any:
-    """A value of a benchmark's document, with 16-bit pictures scaled to 8 bits as in `load_image`.
+    """A value of a benchmark's document, with 16-bit images scaled to 8 bits as in `load_image`.
 
     Benchmarks often call Pillow's `convert`, which clips 16-bit levels.
 
     Args:
-        value: a picture, or lists and dicts that may hold pictures; other values are not changed.
+        value: an image, or lists and dicts that may hold images; other values are not changed.
 
     Raises:
-        DataError: a picture has levels of 32 bits.
+        DataError: an image has levels of 32 bits.
     """
     if isinstance(value, dict):
         return {key: with_eight_bits(inner) for key, inner in value.items()}
@@ -129,14 +129,14 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """A 16-bit picture scaled to 8 bits. Pillow would clip it, to white nearly everywhere."""
+    """A 16-bit image scaled to 8 bits. Pillow would clip it, to white nearly everywhere."""
     if picture.mode not in SIXTEEN_BITS:
         return picture
     return picture.convert("I").point(lambda level: level / 256)
 
 
 def thumbnail(picture: Image.Image, side: int = 360) -> str:
-    """A picture as a `data:` URI for a page, at most `side` pixels wide and high."""
+    """An image as a `data:` URI for a page, at most `side` pixels wide and high."""
     small = picture.convert("RGB")
     small.thumbnail((side, side))
     out = io.BytesIO()
@@ -147,7 +147,7 @@ def thumbnail(picture: Image.Image, side: int = 360) -> str:
 
 
 def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
-    """Width and height by the header alone, in pixels, of the upright picture.
+    """Width and height by the header alone, in pixels, of the upright image.
 
     Raises:
         DataError: as `load_image`, for what the header tells.
@@ -158,11 +158,11 @@ def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """By the header alone, so that a picture's size is the same before and after decoding."""
+    """By the header alone, so that an image's size is the same before and after decoding."""
     if picture.format == "TIFF":  # Pillow turns these itself
         return 1
     try:
-        # Not the format's own: PNG's decodes the picture to look behind it.
+        # Not the format's own: PNG's decodes the image to look behind it.
         found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata turn nothing
         return 1
@@ -173,7 +173,7 @@ def _orientation(picture: Image.Image) -> int:
 def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
     name = "image"
     try:
-        # Importing lmms-eval has Pillow fill cut pictures up, everywhere and in silence.
+        # Importing lmms-eval has Pillow fill cut images up, everywhere and in silence.
         whole = mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
         with whole, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata, thousands of times
@@ -197,7 +197,7 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
 
 
 def check_picture(picture: Image.Image, name: str) -> Image.Image:
-    """Return a picture that is open and perhaps not decoded yet, if it can be used.
+    """Return an image that is open and perhaps not decoded yet, if it can be used.
 
     Args:
         picture: by Pillow.
@@ -208,7 +208,7 @@ def check_picture(picture: Image.Image, name: str) -> Image.Image:
     """
     if picture.format is not None and picture.format not in (*FORMATS, "MPO"):  # MPO: of phones
         raise DataError(
-            f"{name} is a picture of the format {printable(picture.format, 20)}",
+            f"{name} is an image of the format {printable(picture.format, 20)}",
             hint=f"replace or drop it; read are {', '.join(FORMATS)}",
             kind="image not readable",
         )
@@ -228,7 +228,7 @@ def check_picture(picture: Image.Image, name: str) -> Image.Image:
 
 
 def too_large(name: str) -> DataError:
-    """An error for a picture that must not be decoded."""
+    """An error for an image that must not be decoded."""
     return DataError(
         f"{name} is too large to decode",
         hint=f"shrink or drop it; at most {MOST_PIXELS:,} pixels, {LONGEST_SIDE:,} along an edge",

@@ -25,9 +25,9 @@ def vision_labels(
     """The word that names what each image token shows, and tokens that show no object.
 
     Args:
-        objects, pictures: of each row; rows without objects or with several pictures get none.
+        objects, pictures: of each row; rows without objects or with several images get none.
         vision: [B, T] bool, image tokens.
-        processor: of the words and pictures.
+        processor: of the words and images.
         where: says of a row which record it is.
 
     Returns:
@@ -61,14 +61,14 @@ def _last_token(tokenizer: Any, word: str) -> int:
 
 
 def view(image_processor: Any, size: tuple[int, int]) -> Box:
-    """What of a picture is left to see: all, but for what a crop of its centre cuts off.
+    """What of an image is left to see: all, but for what a crop of its centre cuts off.
 
     Args:
         image_processor: a processor's, such as CLIP's.
-        size: (width, height) of the picture in pixels.
+        size: (width, height) of the image in pixels.
 
     Returns:
-        (left, top, right, bottom) in pixels, beyond the picture where it is padded.
+        (left, top, right, bottom) in pixels, beyond the image where it is padded.
     """
     if not getattr(image_processor, "do_center_crop", False):
         return (0, 0, *size)
@@ -88,7 +88,7 @@ def view(image_processor: Any, size: tuple[int, int]) -> Box:
 
 
 def grid_words(objects: tuple[GroundedObject, ...], seen: Box, grid: int) -> list[str | None]:
-    """The word for each cell of a grid x grid picture, row by row: the smallest box that covers
+    """The word for each cell of a grid x grid image, row by row: the smallest box that covers
     the cell's centre, None where there is none.
 
     Args:

@@ -38,7 +38,7 @@ class Packer:
         self, samples: list[Sample], filler: list[Sample], capacity: int
     ) -> tuple[list[Sample], list[list[int]]]:
         """The samples as they lie one behind another in packed rows, and their numbers by row:
-        models take pictures in the order of their tokens.
+        models take images in the order of their tokens.
 
         Args:
             samples: of a batch.

@@ -115,7 +115,7 @@ def pack_inputs(inputs: dict[str, Tensor], packing: Packing, padding: int) -> di
     """A model's inputs in packed rows.
 
     Args:
-        inputs: of padded rows; those with pictures in the order of the packed rows.
+        inputs: of padded rows; those with images in the order of the packed rows.
         packing: of the same rows.
         padding: the token that fills rows up.
     """

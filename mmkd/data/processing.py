@@ -1,4 +1,4 @@
-"""A model's processor on rendered conversations and their pictures."""
+"""A model's processor on rendered conversations and their images."""
 
 import copy
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Processing:
 
     Args:
         processor: a model's.
-        cache: folder that keeps processed pictures; None to keep none.
+        cache: folder that keeps processed images; None to keep none.
     """
 
     def __init__(self, processor: Any, cache: Path | None = None):
@@ -48,14 +48,14 @@ class Processing:
         """Padded inputs of conversations, with offsets of tokens and of replaced placeholders.
 
         Args:
-            texts: rendered, with a placeholder for each picture.
+            texts: rendered, with a placeholder for each image.
             pictures: of each text.
             side: where padding goes, left or right.
 
         Raises:
             DataError: the processor refuses them.
         """
-        # By row: some families treat a picture otherwise where it is one of several.
+        # By row: some families treat an image otherwise where it is one of several.
         images = list(pictures) if any(pictures) else None
         for picture in (picture for row in pictures for picture in row):
             check_scaled(picture.size, self._edge)
@@ -87,14 +87,14 @@ class Processing:
         return {**encoded, MOVED: moved}
 
     def length(self, text: str, sizes: Sequence[Size]) -> int:
-        """Tokens of one conversation, without processing its pictures.
+        """Tokens of one conversation, without processing its images.
 
         Args:
             text: rendered.
-            sizes: width and height of its pictures.
+            sizes: width and height of its images.
 
         Raises:
-            DataError: the processor refuses pictures of such a size.
+            DataError: the processor refuses images of such a size.
         """
         return len(self.offsets(text)) + self.image_tokens(sizes, of=len(sizes))
 
@@ -120,7 +120,7 @@ class Processing:
         return sum(self._picture_tokens(size, min(of, 2)) for size in sizes)
 
     def _count_picture_tokens(self, size: Size, count: int) -> int:
-        """Tokens that a picture adds to its placeholder; its size decides, and whether it is its
+        """Tokens that an image adds to its placeholder; its size decides, and whether it is its
         record's only one (`count` 1) or one of several (2)."""
         check_scaled(size, self._edge)
         text = self.processor.image_token * count
@@ -137,7 +137,7 @@ class Processing:
     def grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: Sequence[int]
     ) -> list[list[Grid]]:
-        """Rows and columns of image tokens of each row's pictures: what the processor says, else a
+        """Rows and columns of image tokens of each row's images: what the processor says, else a
         square.
 
         Args:

@@ -210,13 +210,13 @@ class Records:
         )
 
     def sizes(self, record: Record) -> list[tuple[int, int]]:
-        """Width and height of a record's pictures."""
+        """Width and height of a record's images."""
         return [image_size(ref, record.root) for ref in record.images]
 
     def pictures(
         self, record: Record, load: Callable[[Any, Path | None], Image.Image] = load_image
     ) -> list[Image.Image]:
-        """A record's pictures, decoded to RGB, or as `load` makes them of reference and root."""
+        """A record's images, decoded to RGB, or as `load` makes them of reference and root."""
         return [load(ref, record.root) for ref in record.images]
 
 

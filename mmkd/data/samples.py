@@ -17,7 +17,7 @@ NO_INDEX = -1
 
 @dataclass(frozen=True)
 class Sample:
-    """A record with its text and pictures; of a preference pair, one of its two answers."""
+    """A record with its text and images; of a preference pair, one of its two answers."""
 
     index: int
     record: Record
@@ -40,7 +40,7 @@ class Sample:
 
 
 def blank_sample(processor: Any) -> Sample:
-    """A question about a blank picture."""
+    """A question about a blank image."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     messages: list[Message] = [{"role": "user", "content": content}]
     text = render(processor, messages, prompt=True)

@@ -37,7 +37,7 @@ ANSWERS = ("conversations", "messages", "texts", "chosen")
 
 @dataclass(frozen=True)
 class GroundedObject:
-    """Something on the picture: its word and its box (left, top, right, bottom) in pixels."""
+    """Something on the image: its word and its box (left, top, right, bottom) in pixels."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -45,11 +45,11 @@ class GroundedObject:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation with its pictures, in the order of their placeholders; of a preference pair
+    """One conversation with its images, in the order of their placeholders; of a preference pair
     the chosen one, and the one with the rejected answer.
 
     Attributes:
-        images: paths below `root`, {bytes, path} pairs, members of an archive, or decoded pictures.
+        images: paths below `root`, {bytes, path} pairs, members of an archive, or decoded images.
         last_answer_only: earlier answers belong to the prompt.
         unfinished: the last answer was cut off, so its end of turn is no part of the response.
         root: the folder that image paths must not leave; None where there is none.
@@ -105,7 +105,7 @@ def _parsed(row: dict[str, Any], index: int, root: Path | None) -> Record:
         found = parse_conversation(_turns_of(row))
         messages, pictures = found.messages, resolved(found.shown, images)
         _check_answered(messages)
-    # LLaVA's conversations always say where their pictures go.
+    # LLaVA's conversations always say where their images go.
     free = not row.get("conversations")
     for conversation in (messages, rejected):
         if conversation is not None:
@@ -167,7 +167,7 @@ def _from_first_question(turns: Turns) -> Turns:
 
 
 def _preference(row: dict[str, Any], images: Any) -> tuple[list[Message], list[Any], list[Message]]:
-    """The chosen conversation, its pictures, and the rejected conversation."""
+    """The chosen conversation, its images, and the rejected conversation."""
     chosen, rejected = (parse_conversation(turns) for turns in _pair(row))
     for conversation in (chosen, rejected):
         _check_answered(conversation.messages)
@@ -218,7 +218,7 @@ def _check_answered(messages: list[Message]) -> None:
 
 
 def _place_images(messages: list[Message], images: int, free: bool) -> None:
-    """Check that every picture has its placeholder; where none is written and that is `free`, all
+    """Check that every image has its placeholder; where none is written and that is `free`, all
     stand before the first question."""
     placeholders = sum(p["type"] == "image" for m in messages for p in m["content"])
     if placeholders == 0 and images and free:

@@ -43,7 +43,7 @@ def truncate(
         raise DataError(
             f"its images alone pass max_length {limit}"
             if cut[0] < len(samples)
-            else f"a blank picture alone passes max_length {limit}",
+            else f"a blank image alone passes max_length {limit}",
             where=where(samples[min(cut[0], len(samples) - 1)].index),
             hint="raise data.max_length or use smaller images",
         )

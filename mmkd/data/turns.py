@@ -1,10 +1,10 @@
-"""The turns of a conversation: text, and the pictures between it.
+"""The turns of a conversation: text, and the images between it.
 
-Published data writes pictures in three ways, and each is read:
+Published data writes images in three ways, and each is read:
 
-    "<image>\\nWhat is this?"                        LLaVA: the record's next picture
-    {"type": "image"}, {"type": "image", "index": 1} the record's next picture, or that one of them
-    {"type": "image", "image": "a.png"}              the picture itself (also `image_url`, `url`,
+    "<image>\\nWhat is this?"                        LLaVA: the record's next image
+    {"type": "image"}, {"type": "image", "index": 1} the record's next image, or that one of them
+    {"type": "image", "image": "a.png"}              the image itself (also `image_url`, `url`,
                                                      `path`, `base64`, `bytes`, `source`)
 
 A part of a conversation that cannot be read is refused, never passed over.
@@ -55,7 +55,7 @@ class Conversation:
 
     Attributes:
         messages: with a part {"type": "image"} for each placeholder.
-        shown: for each placeholder, None (the record's next picture), an `Index`, or the picture.
+        shown: for each placeholder, None (the record's next image), an `Index`, or the image.
     """
 
     messages: list[Message]
@@ -78,7 +78,7 @@ def role_of(turn: dict[str, Any]) -> Any:
 
 
 def parse_conversation(turns: Turns) -> Conversation:
-    """Messages with placeholders for pictures, and what the placeholders stand for.
+    """Messages with placeholders for images, and what the placeholders stand for.
 
     Raises:
         DataError: a turn has no known role or no text, or content that is not read.
@@ -147,7 +147,7 @@ def _refuse_unread(turn: dict[str, Any], role: str) -> None:
 def _with_own(
     turn: dict[str, Any], parts: list[dict[str, Any]], shown: list[Any]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A turn's parts with the pictures under its own `images` or `image`."""
+    """A turn's parts with the images under its own `images` or `image`."""
     own = pictures_of(listed(turn, "drop one of them"))
     if not own:
         return parts, shown
@@ -173,12 +173,12 @@ def _check_text(message: Message) -> None:
         raise DataError(
             f"the text names a file: {printable(named.group(), 60)}",
             hint="write <image> in its place, and the path under 'images'",
-            kind="the text names a picture, sound or video",
+            kind="the text names an image, sound or video",
         )
 
 
 def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
-    """The parts that one item of a content list becomes, each with the picture that it shows.
+    """The parts that one item of a content list becomes, each with the image that it shows.
 
     An item whose text is None becomes no part.
     """
@@ -197,7 +197,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
         if key not in known and given(said[key]):
             raise DataError(
                 f"unknown content key {printable(key, 40)!r} beside {kind}",
-                hint="drop it; the recipe's image_size sets the size of pictures",
+                hint="drop it; the recipe's image_size sets the size of images",
                 kind="unknown content key",
             )
     if kind in IMAGE_TYPES:
@@ -213,13 +213,13 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
 
 
 def _shown(part: dict[str, Any]) -> Any:
-    """The picture of a part of type image, its number, or None for the record's next one."""
+    """The image of a part of type image, its number, or None for the record's next one."""
     found = {key: part[key] for key in PICTURE_KEYS if given(part.get(key))}
     whole = isinstance(found.get("bytes"), bytes)
     path = found.pop("path", None) if whole else None  # a name for messages
     if len(found) > 1:
         raise DataError(
-            "a part of type 'image' names several pictures", hint="give each a part of its own"
+            "a part of type 'image' names several images", hint="give each a part of its own"
         )
     if whole:
         return {"bytes": found["bytes"], "path": path}
@@ -237,7 +237,7 @@ def _shown(part: dict[str, Any]) -> Any:
 
 
 def _split_placeholders(text: str) -> list[dict[str, Any]]:
-    """LLaVA writes pictures as '<image>' on a line of their own."""
+    """LLaVA writes images as '<image>' on a line of their own."""
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(PLACEHOLDER)):
         if i > 0:

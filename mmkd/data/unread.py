@@ -29,7 +29,7 @@ ONE_OF_THEM = "drop one of them, or name it in 'ignore' of the source"
 PICTURE = re.compile(
     r"(image|img|picture|photo|screenshot)s?(_?\d+)?(_(path|file|filename|url|uri|base64|b64)s?)?"
 )
-"""Keys that can name a picture. A record may have them beside `image` or `images`."""
+"""Keys that can name an image. A record may have them beside `image` or `images`."""
 
 
 def without(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def refuse_unread(row: dict[str, Any]) -> None:
         row: a record as it stands in its file.
 
     Raises:
-        DataError: it has media, pictures or a part of the conversation under a key that is not
+        DataError: it has media, images or a part of the conversation under a key that is not
             read, or different conversations under two keys.
     """
     for key in row.keys() - READ:
@@ -76,7 +76,7 @@ def refuse_unread(row: dict[str, Any]) -> None:
 
 
 def _is_file(value: Any) -> bool:
-    """Whether a value holds a file's content, as columns of pictures, sound or video do."""
+    """Whether a value holds a file's content, as columns of images, sound or video do."""
     if isinstance(value, list):
         return any(map(_is_file, value[:1]))
     if isinstance(value, dict):
@@ -122,20 +122,20 @@ def _words(row: dict[str, Any], key: str) -> Any:
 
 
 def _refuse_unnamed_pictures(row: dict[str, Any]) -> None:
-    """A record whose pictures all stand under other keys would be trained without them."""
+    """A record whose images all stand under other keys would be trained without them."""
     names = [k for k in row.keys() - READ if isinstance(k, str) and PICTURE.fullmatch(k.lower())]
     named = sorted(key for key in names if given(row[key]))
     if not named or given(row.get("image")) or given(row.get("images")) or _shows_pictures(row):
         return
     raise DataError(
-        f"its picture is named under {named[0]!r}, which is not read",
+        f"its image is named under {named[0]!r}, which is not read",
         hint="name it under 'image', or the key in 'ignore' of its source",
-        kind=f"a picture under {named[0]!r}",
+        kind=f"an image under {named[0]!r}",
     )
 
 
 def _shows_pictures(row: dict[str, Any]) -> bool:
-    """Whether the turns have pictures of their own."""
+    """Whether the turns have images of their own."""
     said = [_list(row.get(k)) for k in ("conversations", "messages", "prompt", "chosen")]
     turns = [turn for some in said for turn in some]
     parts = [part for turn in turns for part in _list(turn.get("content"))]

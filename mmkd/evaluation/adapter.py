@@ -60,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One rendered question: the template's text and the pictures its placeholders stand for."""
+    """One rendered question: the template's text and the images its placeholders stand for."""
 
     index: int
     text: str
@@ -103,7 +103,7 @@ def left_padding(tokenizer: Any) -> Iterator[None]:
 
 
 def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message], list[Any]]:
-    """lmms-eval's messages to the template's: placeholders in the text, pictures beside it."""
+    """lmms-eval's messages to the template's: placeholders in the text, images beside it."""
     turns: list[Message] = []
     images: list[Any] = []
     for message in messages:
@@ -124,7 +124,7 @@ def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message]
 
 
 def _picture(found: Any, where: str) -> Any:
-    """A task's picture, decoded or a path, as training reads its own.
+    """A task's image, decoded or a path, as training reads its own.
 
     Raises:
         DataError: it cannot be read.
@@ -137,7 +137,7 @@ def _picture(found: Any, where: str) -> Any:
             return load_image(path.name, path.parent)
         if not isinstance(found, np.ndarray | Tensor):
             raise DataError(
-                f"the task gives a picture as {type(found).__name__}",
+                f"the task gives an image as {type(found).__name__}",
                 hint="give one by Pillow, or a path",
             )
         return found
@@ -169,7 +169,7 @@ class MmkdModel(lmms):
         trust_remote_code: run the model code that comes with the checkpoint.
         revision: commit, tag or branch on the Hub.
         processor: folder or Hub name of one that is not the model's own.
-        image_size: size of pictures; None is the processor's own.
+        image_size: size of images; None is the processor's own.
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
         quantize: as in `mmkd.modeling.loading.load_pretrained`.
@@ -282,7 +282,7 @@ class MmkdModel(lmms):
         return Prompt(request.index, text, images)
 
     def _answer(self, batch: Sequence[Request]) -> dict[int, GenerationResult]:
-        """Answers by request index. Prompts with and without pictures are asked separately, because
+        """Answers by request index. Prompts with and without images are asked separately, because
         no processor takes both in one call. `refusals` names the documents that cannot be asked
         about."""
         prompts: list[Prompt] = []

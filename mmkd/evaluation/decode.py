@@ -216,7 +216,7 @@ def _recorded_call(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _plain_token(config: Any) -> int:
-    """The first token that is neither a picture's placeholder nor an end."""
+    """The first token that is neither an image's placeholder nor an end."""
     special: set[Any] = set()
     for part in (config, config.get_text_config(decoder=True)):
         for name, value in part.to_dict().items():

@@ -1,7 +1,7 @@
 """Keeps lmms-eval's side effects inside the evaluation.
 
 lmms-eval reseeds `random`, numpy and torch, removes loguru's handlers, ignores all warnings, and
-makes Pillow accept truncated pictures.
+makes Pillow accept truncated images.
 """
 
 import random
@@ -65,7 +65,7 @@ def silent_imports() -> Iterator[None]:
 
 @contextmanager
 def filled_pictures() -> Iterator[None]:
-    """Inside, Pillow accepts truncated pictures, as lmms-eval's import sets it. In training data
+    """Inside, Pillow accepts truncated images, as lmms-eval's import sets it. In training data
     they are errors."""
     with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
         yield

@@ -148,9 +148,9 @@ def _check_pictures(files: Sequence[Path], pictures: Sequence[Path]) -> None:
     known = _values(pictures, "id")
     if missing := sorted(_values(files, "imageId") - known):
         raise DataError(
-            f"no picture with id {missing[0]}",
+            f"no image with id {missing[0]}",
             where=", ".join(map(str, pictures)),
-            hint="give the pictures of all questions",
+            hint="give the images of all questions",
         )
 
 
@@ -163,7 +163,7 @@ def _values(files: Sequence[Path], column: str) -> set[Any]:
 
 
 def read_parquet(files: Sequence[Path]) -> Dataset:
-    """The rows of all files, pictures decoded on access."""
+    """The rows of all files, images decoded on access."""
     return load_dataset(
         "parquet",
         data_files=[*map(exact, files)],
@@ -173,7 +173,7 @@ def read_parquet(files: Sequence[Path]) -> Dataset:
 
 
 def features(path: Path) -> Features:
-    """The types of a parquet file's columns; a column of bytes and path holds pictures, whether
+    """The types of a parquet file's columns; a column of bytes and path holds images, whether
     or not `datasets` wrote the file and said so."""
     found = Features.from_arrow_schema(pq.read_schema(path))
     return Features({name: _as_picture(kind) for name, kind in found.items()})

@@ -13,8 +13,8 @@ from mmkd.errors import MmkdError, nearest
 DEFAULT_NEW_TOKENS = 256
 STOPS = ("until", "stop_sequences")
 OF_OTHERS = ("image_aspect_ratio", "visual_cot", "seed")
-"""Settings for some of lmms-eval's own models: how they prepare pictures and draw random numbers.
-Here the processor prepares pictures, and the random numbers are always the same."""
+"""Settings for some of lmms-eval's own models: how they prepare images and draw random numbers.
+Here the processor prepares images, and the random numbers are always the same."""
 
 
 def generate_options(settings: Mapping[str, Any], where: str) -> dict[str, Any]:

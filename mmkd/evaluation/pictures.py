@@ -1,7 +1,7 @@
-"""Pictures of lmms-eval's documents: opened with the limits of training's pictures.
+"""Images of lmms-eval's documents: opened with the limits of training's images.
 
 A document is data of others: it may name any file of this machine, an address, or bytes in a format
-for which Pillow starts another program. A picture that is refused, or is broken, spoils its own
+for which Pillow starts another program. An image that is refused, or is broken, spoils its own
 document and no other.
 """
 
@@ -20,38 +20,38 @@ from mmkd.errors import DataError
 
 
 class UnreadablePicture(Image.Image):
-    """Takes the place of a picture that cannot be decoded. Reading its pixels raises DataError."""
+    """Takes the place of an image that cannot be decoded. Reading its pixels raises DataError."""
 
     def __init__(self, reason: str):
         super().__init__()
         self.reason = reason
 
     def load(self) -> Any:
-        raise DataError(self.reason, hint="replace the picture")
+        raise DataError(self.reason, hint="replace the image")
 
 
 _folders: list[Path] | None = None
-"""Where the pictures of the documents that are scored now may lie; None outside of `guarded`."""
+"""Where the images of the documents that are scored now may lie; None outside of `guarded`."""
 
 _pixels: int | None = Image.MAX_IMAGE_PIXELS
-"""Most pixels of a document's picture: benchmarks of very large ones raise Pillow's limit when they
+"""Most pixels of a document's image: benchmarks of very large ones raise Pillow's limit when they
 are imported, which must not hold outside."""
 
 
 def allow(*folders: Path) -> None:
-    """Let documents name pictures below these folders, inside of `guarded`."""
+    """Let documents name images below these folders, inside of `guarded`."""
     if _folders is not None:
         _folders.extend(folder.absolute() for folder in folders)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Whatever opens a picture inside is bound to the formats, sizes and folders of documents.
+    """Whatever opens an image inside is bound to the formats, sizes and folders of documents.
 
-    Libraries' downloads may be read; `allow` adds the folders of the tasks. A picture that is
-    refused or broken raises where it is used, not where it is read: `datasets` decodes a picture
+    Libraries' downloads may be read; `allow` adds the folders of the tasks. An image that is
+    refused or broken raises where it is used, not where it is read: `datasets` decodes an image
     when it reads the document, and lmms-eval reads all documents in one loop, which the first
-    broken picture would end.
+    broken image would end.
     """
     global _folders, _pixels
     import datasets
@@ -69,7 +69,7 @@ def guarded() -> Iterator[None]:
         except Exception as error:  # what decoders raise of hostile bytes is no closed list
             what = error.what if isinstance(error, DataError) else str(error)
             reason = " ".join(what.split())[:200] or type(error).__name__
-            return UnreadablePicture(f"the picture cannot be read ({reason})")
+            return UnreadablePicture(f"the image cannot be read ({reason})")
 
     try:
         with (
@@ -107,7 +107,7 @@ def _guarded(opened: Any) -> Any:
 
 
 def _local(value: Any) -> Any:
-    """A value of a column of pictures, with the file that its path names."""
+    """A value of a column of images, with the file that its path names."""
     if isinstance(value, str):
         value = {"path": value, "bytes": None}
     if not isinstance(value, dict) or value.get("bytes") is not None or not value.get("path"):
@@ -140,6 +140,6 @@ def find_picture(path: str) -> str:
                 missing = error
     raise missing or DataError(
         f"{printable(path)} lies outside of the task's data",
-        hint="keep a task's pictures below the folder of its data files",
+        hint="keep a task's images below the folder of its data files",
         kind="image outside of its folder",
     )

@@ -89,7 +89,7 @@ def evaluate(
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
         quantize: as in `load_pretrained`, for a model from a folder or the Hub.
-        image_size: size of pictures, for a model from a folder; None is the processor's own.
+        image_size: size of images, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
@@ -120,7 +120,7 @@ def evaluate(
 def _manager(
     tasks: list[str], include_path: Path | None, local: Path | None, limit: int | None
 ) -> "ChosenTasks":
-    """The tasks, whose pictures may be read from the folders of their data."""
+    """The tasks, whose images may be read from the folders of their data."""
     from mmkd.evaluation.manager import find_tasks
 
     manager = find_tasks(tasks, include_path, local, limit)

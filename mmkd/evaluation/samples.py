@@ -1,4 +1,4 @@
-"""Answers to questions about a few held-out pictures, for the report. lmms-eval is not needed.
+"""Answers to questions about a few held-out images, for the report. lmms-eval is not needed.
 
 `evaluation/<label>/answers.json` holds the questions, the answers and thumbnails. It is written
 after each batch. If the process is killed, the same call continues after the last batch.
@@ -41,7 +41,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a record's pictures.
+    """One question about a record's images.
 
     Attributes:
         where: file and record, for error messages.
@@ -60,10 +60,10 @@ class Question:
 
 
 def find_questions(config: SamplesConfig) -> list[Question]:
-    """The questions of a recipe's `evaluate.samples`, spread evenly over its records or pictures.
+    """The questions of a recipe's `evaluate.samples`, spread evenly over its records or images.
 
     Raises:
-        DataError: a file or a picture is missing or cannot be read.
+        DataError: a file or an image is missing or cannot be read.
     """
     with _own_keys():
         return _of_records(config) if config.records is not None else _of_pictures(config)
@@ -121,12 +121,12 @@ def _of_pictures(config: SamplesConfig) -> list[Question]:
 def _in_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
-            "no such folder of pictures", where=str(folder), hint="check evaluate.samples.images"
+            "no such folder of images", where=str(folder), hint="check evaluate.samples.images"
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise DataError(
-            "no pictures in it", where=str(folder), hint=f"read are {', '.join(SUFFIXES)}"
+            "no images in it", where=str(folder), hint=f"read are {', '.join(SUFFIXES)}"
         )
     return paths
 
@@ -187,7 +187,7 @@ def answer_samples(
         revision, trust_remote_code, quantize, image_size: as in `load_pretrained`.
 
     Raises:
-        DataError: a file or a picture is missing, or no question can be asked.
+        DataError: a file or an image is missing, or no question can be asked.
     """
     questions = find_questions(config)
     request = {
@@ -241,7 +241,7 @@ def _report_refused(answers: list[dict[str, Any]]) -> None:
         raise DataError(
             f"none of {len(refused)} questions can be asked: {refused[0]}",
             where="evaluate.samples",
-            hint="check that the pictures and the model's processor fit",
+            hint="check that the images and the model's processor fit",
         )
     if refused:
         say(f"samples: {len(refused)} of {len(answers)} questions could not be asked: {refused[0]}")
@@ -267,7 +267,7 @@ class Reply:
 
 
 class _Asking:
-    """Asks a model batches of questions. A batch has questions with pictures only, or without."""
+    """Asks a model batches of questions. A batch has questions with images only, or without."""
 
     def __init__(self, model: Any, encoder: Encoder, new_tokens: int, device: torch.device):
         self.model, self.encoder, self.device = model, encoder, device
@@ -310,7 +310,7 @@ def _row(question: Question, reply: Reply) -> dict[str, Any]:
     record = question.record
     try:
         picture = thumbnail(load_image(record.images[0], record.root)) if record.images else None
-    except DataError:  # deleted meanwhile; the answer is shown without its picture
+    except DataError:  # deleted meanwhile; the answer is shown without its image
         picture = None
     row = {
         "id": record.id,

@@ -40,8 +40,8 @@ COLUMNS = {
 }
 
 # {task: configuration of the same data set with columns id and image}: its own rows name the
-# pictures by imageId.
+# images by imageId.
 PICTURES = {"gqa": "testdev_balanced_images"}
 
-# Tasks that score two questions of a picture together.
+# Tasks that score two questions of an image together.
 PAIRED = ("mme",)

@@ -25,7 +25,7 @@ Quantization = Literal["4bit", "8bit"]
 
 
 class ImageSizeConfig(Strict):
-    """The size to which a processor scales pictures, which decides how many image tokens they take.
+    """The size to which a processor scales images, which decides how many image tokens they take.
     A family has some of these settings; the others are refused."""
 
     max_pixels: int | None = Field(

@@ -21,7 +21,7 @@ def write_report(folder: Path, *, use: bool = False) -> Path:
 
     Args:
         folder: a run's folder.
-        use: also print where the students are, and code that asks one about a picture.
+        use: also print where the students are, and code that asks one about an image.
 
     Raises:
         CheckpointError: the folder holds no run.

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from mmkd.report.metrics import COST, Column
 
 POPE = (
-    "Share of right answers to yes/no questions whether an object is in the picture. Where the "
+    "Share of right answers to yes/no questions whether an object is in the image. Where the "
     "answer is no, the object is drawn at random (random), is one of the most frequent objects of "
-    "the training pictures (popular), or is one that often appears together with the picture’s "
+    "the training images (popular), or is one that often appears together with the image’s "
     "objects (adversarial)."
 )
-SHIFTED = "The same for drawings, or colours of objects, that the training pictures do not have."
+SHIFTED = "The same for drawings, or colours of objects, that the training images do not have."
 SIZE = (
     "Number of parameters, and size of the weight files; “16 bit” is two bytes per parameter, for "
     "models whose files have different dtypes."
@@ -23,9 +23,9 @@ ABOUT: dict[tuple[str, str], str] = {
     ("scenes_vqa_assets", "vqa_accuracy"): SHIFTED,
     ("scenes_vqa_attributes", "vqa_accuracy"): SHIFTED,
     ("scenes_caption", "caption_chair_s"): "Share of captions that name at least one object that "
-    "is not in the picture.",
-    ("scenes_caption", "caption_chair_i"): "Share of named objects that are not in the picture.",
-    ("scenes_caption", "caption_object_recall"): "Share of the pictures’ objects that the captions "
+    "is not in the image.",
+    ("scenes_caption", "caption_chair_i"): "Share of named objects that are not in the image.",
+    ("scenes_caption", "caption_object_recall"): "Share of the images’ objects that the captions "
     "name.",
     (
         "scenes_caption",

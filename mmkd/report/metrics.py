@@ -65,7 +65,7 @@ HEADLINE: dict[str, list[Column]] = {
     ],
     "gqa": [Column(("gqa", "exact_match"), "GQA", "exact match")],
     "scienceqa": [Column(("scienceqa", "exact_match"), "ScienceQA", "all")],
-    "scienceqa_img": [Column(("scienceqa_img", "exact_match"), "ScienceQA", "with picture")],
+    "scienceqa_img": [Column(("scienceqa_img", "exact_match"), "ScienceQA", "with image")],
     "textvqa_val": [Column(("textvqa_val", "exact_match"), "TextVQA", "val")],
     "vqav2_val": [Column(("vqav2_val", "exact_match"), "VQAv2", "val")],
     "vizwiz_vqa_val": [Column(("vizwiz_vqa_val", "exact_match"), "VizWiz", "val")],

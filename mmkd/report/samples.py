@@ -1,4 +1,4 @@
-"""Pictures with questions, ground truth and the models' answers, chosen deterministically."""
+"""Images with questions, ground truth and the models' answers, chosen deterministically."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -161,7 +161,7 @@ def held_out_answers(run: Run) -> TaskSamples | None:
     differing = [doc for doc in joined if disagree(joined[doc])]
     wordy = any(len(s["prediction"]) > WORDY for doc in joined.values() for s in doc.values())
     shown = [_shown(rows, next(iter(rows.values()))["picture"]) for rows in joined.values()]
-    return TaskSamples("held-out pictures", wordy, shown, len(differing), len(joined))
+    return TaskSamples("held-out images", wordy, shown, len(differing), len(joined))
 
 
 def trained_on(run: Run) -> bool:
@@ -201,7 +201,7 @@ def _own_answers(run: Run, label: str) -> list[Sample]:
     ]
 
 
-# Pictures
+# Images
 
 
 def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -> dict[int, str]:
@@ -215,7 +215,7 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
         wanted[int(first["doc_id"])] = first.get("id")
     try:
         rows = _rows(paths, wanted)
-    except (OSError, ValueError, KeyError):  # pictures less are no reason to lose the report
+    except (OSError, ValueError, KeyError):  # images less are no reason to lose the report
         return {}
     shown = {}
     for doc, (row, folder) in rows.items():
@@ -243,12 +243,12 @@ def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, tuple[Samp
 
 
 def _first_picture(image: Any) -> Any:
-    """The picture, or the first where a document has several."""
+    """The image, or the first where a document has several."""
     return (image[0] if image else None) if isinstance(image, list) else image
 
 
 def _data_uri(image: dict[str, Any], folder: Path) -> str:
-    """A picture of a document, whose path must not leave the folder of the document's file."""
+    """An image of a document, whose path must not leave the folder of the document's file."""
     return thumbnail(load_image(image, folder))
 
 

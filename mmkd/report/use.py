@@ -1,4 +1,4 @@
-"""Where a run's students are, and a few lines of Python that ask a model about a picture."""
+"""Where a run's students are, and a few lines of Python that ask a model about an image."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ processor = AutoProcessor.from_pretrained(name{trust})
 model = AutoModelForImageTextToText.from_pretrained(name{trust})
 content = [
     {{"type": "image", "path": "picture.png"}},
-    {{"type": "text", "text": "What is in the picture?"}},
+    {{"type": "text", "text": "What is in the image?"}},
 ]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
@@ -31,7 +31,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 
 def how_to_use(run: Run) -> str | None:
     """The folders of the finished students, and Python code that asks the first of them about a
-    picture; None if no student is finished."""
+    image; None if no student is finished."""
     finished = {m.label: m.finished_student for m in run.members if m.finished_student is not None}
     if not finished:
         return None
@@ -48,7 +48,7 @@ def needs_code(folder: Path) -> bool:
 
 
 def snippet(name: str, *, needs_code: bool) -> str:
-    """Python code that asks a model about a picture.
+    """Python code that asks a model about an image.
 
     Args:
         name: folder or Hub id of the model.

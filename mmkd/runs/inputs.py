@@ -1,14 +1,14 @@
 """Notes of what a stage reads from the disk, so that it resumes with the same inputs only.
 
 <stage>/inputs.json
-  files     {path: {bytes, sha256, stamp}}: data, some of their pictures, models, processors
+  files     {path: {bytes, sha256, stamp}}: data, some of their images, models, processors
   sources   {data source: its files}
   caches    {folder: {what: checksum}}: of a teacher's cache the settings and each shard
   commits   {Hub id of a model, or data source: commit}
 
 A file is not read again if its size and stamp (modification time, change time, inode) are as noted.
 Data files and models are read whole. Of a tar file larger than `WHOLE_BYTES`, pieces are read. Of
-pictures in separate files, those of `reads.PICTURES` records are read, evenly spread over the
+images in separate files, those of `reads.PICTURES` records are read, evenly spread over the
 source. Of data sets and models from the Hub, the commits are noted.
 """
 

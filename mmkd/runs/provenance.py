@@ -100,7 +100,7 @@ def source_facts(config: SourceConfig) -> str:
         return "not there"
     if len(files) == 1 and files[0].suffix != ".tar":
         return f"sha256 {file_hash(files[0])}"
-    # Shards hold the pictures too: hashing them would take longer than many a stage.
+    # Shards hold the images too: hashing them would take longer than many a stage.
     shards = files[0].suffix == ".tar"
     seen = hashlib.sha256()
     for file in files:

@@ -20,7 +20,7 @@ from mmkd.runtime.hub import model_commit
 from mmkd.students import start_folder
 
 PICTURES = 2_000
-"""Records of a source whose pictures are noted."""
+"""Records of a source whose images are noted."""
 OF_MODELS = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
 
 
@@ -29,7 +29,7 @@ class Reads:
     """The inputs of a stage, before their content is read.
 
     Attributes:
-        files: paths of data, pictures, models and processors.
+        files: paths of data, images, models and processors.
         sources: {data source: paths of its files}.
         caches: {folder of a teacher's cache: {shard or "settings": SHA-256}}.
         commits: {Hub id of a model, or data source: commit}.
@@ -106,7 +106,7 @@ def forget_sources() -> None:
 
 @dataclass(frozen=True)
 class _DataRead:
-    """What a data source reads: its files, those of its pictures that are noted, its commit."""
+    """What a data source reads: its files, those of its images that are noted, its commit."""
 
     files: list[str]
     pictures: list[str]
@@ -139,7 +139,7 @@ def _data_read(config: str) -> _DataRead:
         records = Source(part)
     except DataError:  # refused elsewhere
         return _DataRead([], [])
-    # Records of the Hub hold their pictures, and those of a stream are in windows far apart.
+    # Records of the Hub hold their images, and those of a stream are in windows far apart.
     if part.stream is not None or (from_hub and not path.is_dir()):
         return _DataRead([str(file) for file in files], [], records.commit)
     files = [file for file in files if file.suffix.lower() not in SUFFIXES]
@@ -147,7 +147,7 @@ def _data_read(config: str) -> _DataRead:
 
 
 def _pictures(records: Source) -> list[str]:
-    """The picture files of some records, evenly spread over a source."""
+    """The image files of some records, evenly spread over a source."""
     pictures = set()
     count = min(PICTURES, len(records))
     for number in range(count):

@@ -112,7 +112,7 @@ def _encoder_of(
     teacher_processor: Any,
     teachers: TeacherSet,
 ) -> Encoder:
-    """What makes the stage's batches. Where processes run a model together, each needs a picture in
+    """What makes the stage's batches. Where processes run a model together, each needs an image in
     every batch, at least a blank one."""
     return Encoder.of(
         objectives,

@@ -15,7 +15,7 @@ from mmkd.modeling.capture import capture
 from mmkd.teachers import LiveTeacher
 
 RECORDS = 3
-LOOKED_AT = 64  # records among which those with pictures are found
+LOOKED_AT = 64  # records among which those with images are found
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 5e-2  # in 16 bit
 
@@ -58,7 +58,7 @@ def check_packing(
 
 
 def _with_pictures(records: Records) -> list[int]:
-    """Some records, those with pictures before others; of a small data set one several times."""
+    """Some records, those with images before others; of a small data set one several times."""
 
     def without(index: int) -> bool:
         try:

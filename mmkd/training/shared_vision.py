@@ -1,7 +1,7 @@
 """A vision tower that teacher and student have in common runs once a batch.
 
 Many students keep their teacher's frozen tower. Where both towers are bit-equal, the student takes
-what the teacher's made of the pictures.
+what the teacher's made of the images.
 """
 
 import copy

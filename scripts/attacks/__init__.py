@@ -1,4 +1,4 @@
-"""Attacks drawn by chance: recipes, records, pictures, chat templates and damaged folders.
+"""Attacks drawn by chance: recipes, records, images, chat templates and damaged folders.
 
 make attacks MINUTES=10 SEED=0
 

@@ -101,7 +101,7 @@ def _shard(draw: random.Random, rows: list[Any]) -> str:
 
 
 def pictures(draw: random.Random, schema: Schema) -> list[str]:
-    """A picture of another format, size or mode, or with other bytes."""
+    """An image of another format, size or mode, or with other bytes."""
     kind = draw.choice(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "EPS", "ICO", "PCX"])
     mode = draw.choice(["RGB", "RGB", "L", "1", "P", "CMYK", "RGBA", "I;16", "F"])
     sizes = [(64, 64), (1, 1), (1, 3000), (3000, 1), (2, 2)]

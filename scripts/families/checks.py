@@ -88,7 +88,7 @@ def packing(bench: Workbench) -> None:
 
 def _records(bench: Workbench, *kinds: str) -> None:
     """Responses are marked to the token, no record's place in a batch changes what the model makes
-    of it, and its length is known without its pictures."""
+    of it, and its length is known without its images."""
     encoder = bench.encoder(*kinds)
     batch = encoder.encode(list(range(len(kinds))))
     _responses(bench, batch)
@@ -124,22 +124,22 @@ def _looked_at(bench: Workbench, batch: Batch, kind: str) -> None:
 
 
 def several(bench: Workbench) -> None:
-    """A record of two pictures, beside one of one."""
+    """A record of two images, beside one of one."""
     _records(bench, "several", "one")
 
 
 def without(bench: Workbench) -> None:
-    """A record without a picture, alone and beside one with a picture."""
+    """A record without an image, alone and beside one with an image."""
     _records(bench, "none", "one")
 
 
 def frames(bench: Workbench) -> None:
-    """A video's frames as a record's pictures."""
+    """A video's frames as a record's images."""
     _records(bench, "frames")
 
 
 def image_cache(bench: Workbench) -> None:
-    """What the image processor makes of a picture is the same from the disk."""
+    """What the image processor makes of an image is the same from the disk."""
     folder = str(bench.folder / "pictures")
     want = bench.batch("one", "other").inputs
     for _ in range(2):  # filled, then read

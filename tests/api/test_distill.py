@@ -47,7 +47,7 @@ def table(scenes_dir):
 
 @pytest.fixture(scope="module")
 def records(table):
-    """The same records as mappings with open pictures."""
+    """The same records as mappings with open images."""
     return [{**row, "image": load_image(row["image"], None)} for row in table.to_list()]
 
 

@@ -15,7 +15,7 @@ def write(text):
     return ["run", "recipe.yaml", "data.train=new.json"]
 
 
-@attack(THEME, "gave a record two pictures under one key", "the key 'image' appears twice")
+@attack(THEME, "gave a record two images under one key", "the key 'image' appears twice")
 def picture_given_twice(world):
     text = json.dumps(RECORD).replace('"image"', '"image": "other.png", "image"')
     return write(text)

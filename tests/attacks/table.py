@@ -1,4 +1,4 @@
-"""Attacks: what a hostile recipe, record, picture, model or folder tries, and the refusal."""
+"""Attacks: what a hostile recipe, record, image, model or folder tries, and the refusal."""
 
 import importlib
 from collections.abc import Callable

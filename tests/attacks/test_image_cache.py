@@ -1,4 +1,4 @@
-"""What the picture cache gives back is what was put there; a full disk ends in one line."""
+"""What the image cache gives back is what was put there; a full disk ends in one line."""
 
 import errno
 import json

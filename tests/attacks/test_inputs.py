@@ -1,4 +1,4 @@
-"""A run goes on only with the data, pictures and models that it began with."""
+"""A run goes on only with the data, images and models that it began with."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def losses(folder="runs/tiny/01-mimic"):
 
 @pytest.fixture(scope="session")
 def made(given):
-    """A folder with a run that stopped behind a checkpoint: data, pictures, teacher, student."""
+    """A folder with a run that stopped behind a checkpoint: data, images, teacher, student."""
     with world_in(given.folder / "begun", given) as world:
         prepare(world)
         assert train(world) == (None, "")
@@ -82,7 +82,7 @@ def add(path, text):
 
 
 def write_lines(path, answer):
-    """The record without its picture, as JSONL."""
+    """The record without its image, as JSONL."""
     record = {k: v for k, v in RECORD.items() if k != "image"}
     record["conversations"] = [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]
     Path(path).write_text(json.dumps(record) + "\n")
@@ -93,8 +93,8 @@ CHANGES = {
     "an answer": ("records.json", lambda p: rewrite(p, "yes", "no.")),
     "a held-out answer": ("held.json", lambda p: rewrite(p, "yes", "no.")),
     "a record more": ("records.json", twice),
-    "a picture": ("picture.png", lambda p: Image.new("RGB", (64, 64), "blue").save(p)),
-    "a picture's name": ("picture.png", lambda p: Image.new("RGB", (32, 32)).save(p, "JPEG")),
+    "an image": ("picture.png", lambda p: Image.new("RGB", (64, 64), "blue").save(p)),
+    "an image's name": ("picture.png", lambda p: Image.new("RGB", (32, 32)).save(p, "JPEG")),
     "the student's frozen weights": ("model/model.safetensors", shift),
     "the teacher's weights": ("teacher/model.safetensors", shift),
     "the teacher's settings": ("teacher/config.json", lambda p: rewrite(p, "{", '{"note": 1,')),

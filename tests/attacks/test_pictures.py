@@ -1,4 +1,4 @@
-"""Every picture goes through one door, whoever names it: formats, sizes and folders are bounded."""
+"""Every image goes through one door, whoever names it: formats, sizes and folders are bounded."""
 
 import ast
 import importlib.util
@@ -59,7 +59,7 @@ CONTENT = {
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """The folder of the data, with a secret picture beside it and a link that leads there."""
+    """The folder of the data, with a secret image beside it and a link that leads there."""
     data = tmp_path / "data"
     data.mkdir()
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
@@ -96,7 +96,7 @@ def outside(data):
 
 
 def document(value):
-    """A document's picture as lmms-eval gets it."""
+    """A document's image as lmms-eval gets it."""
     import datasets
 
     picture = datasets.Image().decode_example(value)
@@ -124,7 +124,7 @@ def test_no_door_decodes_what_training_refuses(name, places, capfd):
         "samples of records": lambda: find_questions(
             SamplesConfig(records=str(places / "a.json"), count=1)
         ),
-        "samples of pictures": lambda: find_questions(
+        "samples of images": lambda: find_questions(
             SamplesConfig(images=[str(places / "bad.png")], prompts=["?"])
         ),
         "document": lambda: document(value),

@@ -131,7 +131,7 @@ def test_lines_that_are_no_records_spoil_themselves_only(tmp_path, line):
 
 @pytest.fixture
 def stream(tmp_path):
-    """Batches of four records, of which the second has a picture of 80,000,000 x 1 pixels."""
+    """Batches of four records, of which the second has an image of 80,000,000 x 1 pixels."""
     (tmp_path / "long.png").write_bytes(png(80_000_000, 1))
     Image.new("RGB", (40, 24), "red").save(tmp_path / "a.png")
     rows = [

@@ -94,7 +94,7 @@ def test_shards_of_two_processes_make_one_cache(tmp_path, monkeypatch):
     assert cache.rows == sum(map(len, [*first.values(), *second.values()]))
     for name, packed in {**first, **second}.items():
         assert np.array_equal(cache.get(name, ""), packed)
-    with pytest.raises(DataError, match=r"row 7: its words and pictures are not in the teacher"):
+    with pytest.raises(DataError, match=r"row 7: its words and images are not in the teacher"):
         cache.get(key(999), "row 7")
 
 

@@ -96,7 +96,7 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(teacher, p
     conversation = Conversation(*teacher)
     conversation.ask(ASK, [picture])
     before = conversation.record
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for bad in (tmp_path / "none.png", tmp_path / "text.png"):
         with pytest.raises(DataError, match=bad.name):
             conversation.ask(ASK, [bad])

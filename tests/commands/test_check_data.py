@@ -39,10 +39,10 @@ def found(monkeypatch, capsys, *words):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Records of every kind of problem, and pictures."""
+    """Records of every kind of problem, and images."""
     put(tmp_path / "images", "good.png")
     (tmp_path / "secret.png").write_bytes(encoded())
-    (tmp_path / "images" / "text.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "text.png").write_bytes(b"no image")
     (tmp_path / "images" / "cut.png").write_bytes(encoded(1)[:-30])
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     answered = turns("<image>?", "a", "And?", " ")
@@ -53,7 +53,7 @@ def folder(tmp_path):
         "gone too": {"image": "gone.png", "conversations": ASKED},
         "outside": {"image": "../secret.png", "conversations": ASKED},
         "[red]linked[/red]": {"image": "link.png", "conversations": ASKED},
-        "no picture": {"image": "text.png", "conversations": ASKED},
+        "no image": {"image": "text.png", "conversations": ASKED},
         "cut": {"image": "cut.png", "conversations": ASKED},
         "two": {"images": ["good.png"] * 2, "conversations": ASKED},
         "silent": {"image": "good.png", "conversations": ASKED[:1]},
@@ -98,7 +98,7 @@ def test_every_problem_is_counted_and_placed(folder, monkeypatch, capsys, worker
     assert [p.split("(id ")[1].split(")")[0] for p in places] == ["gone", "gone too", "both too"]
     status, table, _ = run(monkeypatch, capsys, *words)
     assert status == 1
-    assert "16 records, 11 pictures" in table
+    assert "16 records, 11 images" in table
     assert "13 bad (81.25 %)" in table
     assert "(id [red]linked[/red]): link.png lies outside of" in table
     for kind, count in COUNTS.items():

@@ -89,7 +89,7 @@ def test_records_without_ground_truth_and_files_that_are_there(command, tmp_path
 
 
 def test_only_one_question_about_one_picture_is_asked(tmp_path):
-    """A pair holds no more: a system message or a second picture would be asked and not written."""
+    """A pair holds no more: a system message or a second image would be asked and not written."""
     asked = {"from": "human", "value": "<image>\nWhat?"}
     answer = {"from": "gpt", "value": "A dog."}
     system = {"from": "system", "value": "Be brief."}

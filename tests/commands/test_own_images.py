@@ -1,4 +1,4 @@
-"""examples/own_images.py: a folder of pictures becomes data, a recipe and a student."""
+"""examples/own_images.py: a folder of images becomes data, a recipe and a student."""
 
 import importlib
 import json
@@ -19,8 +19,8 @@ def photos(tmp_path):
         picture = Image.new("RGB", (50 + 9 * i, 64), (60 * i, 90, 200))
         ImageDraw.Draw(picture).ellipse((8, 8, 40, 40), fill="yellow")
         picture.save(folder / name)
-    (folder / "broken.jpg").write_text("no picture")
-    (folder / "notes.txt").write_text("no picture either")
+    (folder / "broken.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("no image either")
     return folder
 
 
@@ -56,6 +56,6 @@ def test_a_folder_of_pictures_trains_a_student(distil, tmp_path, capsys):
 
 
 def test_too_few_pictures_are_refused(distil, tmp_path):
-    with pytest.raises(DataError, match="my photos: 4 readable pictures -- add some"):
+    with pytest.raises(DataError, match="my photos: 4 readable images -- add some"):
         distil(held_out=4)
     assert not (tmp_path / "out").exists()

@@ -62,7 +62,7 @@ def test_tokens_match_by_answer_and_by_place():
 
 
 def test_as_many_image_tokens_match_one_by_one():
-    """Also where a picture is cut into tiles, and no grid is known."""
+    """Also where an image is cut into tiles, and no grid is known."""
     student, teacher = targets_of("vvvpA"), targets_of("pvvvA")
     x = torch.randn(1, 5, 2)
     got = align(student, teacher, [[((2, 2), (2, 2))]], ["a"])(x)
@@ -84,7 +84,7 @@ def test_processors_are_compared_by_what_they_do():
 
 @pytest.fixture(scope="module")
 def coarse_teacher(tiny_model_dir, tmp_path_factory):
-    """The tiny model at half the picture size: 16 image tokens instead of 64."""
+    """The tiny model at half the image size: 16 image tokens instead of 64."""
     folder = tmp_path_factory.mktemp("coarse")
     config = AutoConfig.from_pretrained(tiny_model_dir)
     config.vision_config.image_size = 32

@@ -1,4 +1,4 @@
-"""What records say beside plain text and paths: pictures in the turns, media, unknown keys."""
+"""What records say beside plain text and paths: images in the turns, media, unknown keys."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def one(folder, row, name="a.json"):
-    """The record of a row, and the numbers of its pictures."""
+    """The record of a row, and the numbers of its images."""
     (folder / name).write_text(json.dumps([row]) if name.endswith("json") else json.dumps(row))
     records = read(folder / name)
     record = records[0]
@@ -196,14 +196,14 @@ BAD_ROWS = {
     ),
     "half_named": (
         chat({"type": "image", "image": "a.png"}, {"type": "image"}, TEXT, images=["b.png"]),
-        "some image placeholders name their picture",
+        "some image placeholders name their image",
     ),
     "twice": (
         chat({"type": "image", "image": "a.png"}, TEXT, images=["b.png"]),
-        r"other pictures in the turns \(1\) than under 'images' \(1\)",
+        r"other images in the turns \(1\) than under 'images' \(1\)",
     ),
     "names_two": (
-        chat({"type": "image", "image": "a.png", "path": "b.png"}, TEXT), "names several pictures"
+        chat({"type": "image", "image": "a.png", "path": "b.png"}, TEXT), "names several images"
     ),
     "spelt_beside_a_part": (
         chat({"type": "image"}, {"type": "text", "text": "<image>\nWhat?"}, images=["a.png"]),
@@ -304,7 +304,7 @@ def test_columns_of_files_are_not_passed_over_whatever_their_name(folder):
         ({"x.mp4": b"", "x.txt": b"a ball"}, r"the file x\.mp4, which is not read"),
         ({"x.heic": b"", "x.txt": b"a ball"}, r"the file x\.heic"),
         ({"x.png": encoded(), "x.0.wav": b"", "x.txt": b"a ball"}, r"the file x\.0\.wav"),
-        ({"x.txt": b"a ball"}, "a caption without a picture"),
+        ({"x.txt": b"a ball"}, "a caption without an image"),
     ],
 )
 def test_media_in_shards_are_not_passed_over(tmp_path, members, message):

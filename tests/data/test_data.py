@@ -26,7 +26,7 @@ from tests.support.written_records import TURNS, conversations, records
 def folder(tmp_path):
     Image.new("RGB", (40, 24), "red").save(tmp_path / "red.png")
     Image.new("L", (24, 40), 9).save(tmp_path / "grey.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -184,7 +184,7 @@ def test_turns_that_a_template_refuses_are_a_bad_record(folder):
 
 
 def test_what_a_processor_refuses_is_named_and_can_be_skipped(folder):
-    """Qwen's refuses pictures 200 times as wide as high; no look at the record alone tells."""
+    """Qwen's refuses images 200 times as wide as high; no look at the record alone tells."""
     Image.new("RGB", (900, 3)).save(folder / "wide.png")
     rows = [
         {"id": name, "image": image, "conversations": conversations(TURNS)}
@@ -366,7 +366,7 @@ def test_a_filler_is_for_batches_without_pictures(folder):
     whole = Encoder(data, FAMILIES["llava"](), DataConfig(train="-"), filler=True).encode([0, 1])
     assert whole.inputs["input_ids"].shape == whole.targets.input_ids.shape
     short = Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10), filler=True)
-    with pytest.raises(DataError, match="a blank picture alone passes max_length 10"):
+    with pytest.raises(DataError, match="a blank image alone passes max_length 10"):
         short.encode([1])
 
 
@@ -390,7 +390,7 @@ def test_grid_words_take_the_smallest_box_at_each_centre():
     ],
 )
 def test_grid_words_are_of_what_a_crop_leaves(size, settings):
-    """A picture of stripes, each an object: the word of a cell is the colour that stands there."""
+    """An image of stripes, each an object: the word of a cell is the colour that stands there."""
     processor = CLIPImageProcessorPil(resample=0, do_normalize=False, do_rescale=False, **settings)
     picture, objects = Image.new("RGB", size), []
     for i in range(16):

@@ -50,7 +50,7 @@ def question(text="Two cats?"):
 
 
 class Asking(Encoder):
-    """An encoder of questions without pictures, which needs no data."""
+    """An encoder of questions without images, which needs no data."""
 
     def __init__(self, processor):
         records = SimpleNamespace(pictures=lambda record: [], where=lambda index: "here")

@@ -1,4 +1,4 @@
-"""Pictures from the disk are what the processor makes, and are not decoded again."""
+"""Images from the disk are what the processor makes, and are not decoded again."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_what_has_changed_or_is_damaged_is_made_again(data, decoded):
 
 
 def test_a_family_whose_pictures_depend_on_each_other_is_refused(data):
-    with pytest.raises(RecipeError, match=r"treats a picture otherwise.*leave it out"):
+    with pytest.raises(RecipeError, match=r"depend on other images of a batch.*leave it out"):
         encoder(data, "smolvlm")
 
 

@@ -129,7 +129,7 @@ def same(packed, apart, names):
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_packed_training_is_the_same_training(metrics, student):
-    """Attention, convolution, state and pictures: a leak would change the losses."""
+    """Attention, convolution, state and images: a leak would change the losses."""
     convert = STUDENTS[student]
     packed = metrics("packed", convert, {"size": 8, "pack": 700})
     apart = metrics("apart", convert, {"size": 8})

@@ -1,4 +1,4 @@
-"""Pictures are the same wherever they are opened, and bounded in what processors make of them."""
+"""Images are the same wherever they are opened, and bounded in what processors make of them."""
 
 import base64
 import io
@@ -50,7 +50,7 @@ def test_everything_opens_a_picture_as_training_does(folder, name):
     rows = [{"image": name, "conversations": turns("<image>?", "yes")}]
     (folder / "a.json").write_text(json.dumps(rows))
     records = Records(DataConfig(train=str(folder / "a.json")))
-    # `mmkd data pairs` stores pictures, evaluation and report read those of benchmarks.
+    # `mmkd data pairs` stores images, evaluation and report read those of benchmarks.
     stored = Image.open(io.BytesIO(_png(records[0], records)["bytes"]))
     said = [{"role": "user", "content": [{"type": "image", "url": opened(folder / name)}]}]
     named = [{"role": "user", "content": [{"type": "image", "url": str(folder / name)}]}]
@@ -66,7 +66,7 @@ def test_everything_opens_a_picture_as_training_does(folder, name):
 
 
 def test_what_a_benchmark_converts_itself_is_not_clipped(folder):
-    """lmms-eval's tasks call `convert("RGB")` on their documents' pictures."""
+    """lmms-eval's tasks call `convert("RGB")` on their documents' images."""
     doc = {"image": opened(folder / "deep.png"), "more": [opened(folder / "deep.png")], "id": 3}
     assert np.asarray(doc["image"].convert("RGB")).mean() > 250, "Pillow clips"
     found = with_eight_bits(doc)
@@ -81,7 +81,7 @@ def test_what_a_benchmark_converts_itself_is_not_clipped(folder):
         picture_as_rgb(Image.new("I", (4, 4)))
 
 
-# What processors make of long and narrow pictures
+# What processors make of long and narrow images
 
 
 def clip_llava(edge=336):
@@ -105,7 +105,7 @@ class NeverCalledError(Exception):
 
 @pytest.fixture
 def narrow(tmp_path, monkeypatch):
-    """A good record and two of pictures that fit into 145 bytes; resizing them fails the test."""
+    """A good record and two of images that fit into 145 bytes; resizing them fails the test."""
     rows = []
     for name, size in {"wide": (10_000, 2), "good": (64, 48), "high": (2, 10_000)}.items():
         Image.new("1", size).save(tmp_path / f"{name}.png")
@@ -125,9 +125,7 @@ def narrow(tmp_path, monkeypatch):
 
 def test_a_picture_that_a_processor_would_blow_up_is_refused(narrow):
     processor = clip_llava()
-    message = (
-        r"record 0 \(id wide\): the processor would make 564,480,000 pixels of a picture of 10"
-    )
+    message = r"record 0 \(id wide\): the processor would make 564,480,000 pixels of an image of 10"
     for pack in (None, 200):
         config = DataConfig(train=str(narrow / "a.json"))
         encoder = Encoder(Records(config), processor, config, pack=pack)
@@ -176,7 +174,7 @@ def test_an_evaluation_names_the_document(narrow, tiny_model_dir):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_a_scaled_shorter_edge_is_unbounded(family):
-    """Of the other families' processors none may make more of a narrow picture than of a square."""
+    """Of the other families' processors none may make more of a narrow image than of a square."""
     processor = FAMILIES[family]()
     assert scaled_edge(processor) is None
     check_scaled((10_000, 2), None)
@@ -194,6 +192,6 @@ def test_the_bound():
     check_scaled((600, 1), 224)
     check_scaled((1, 600), 224)
     check_scaled((9_000, 9_000), 336)
-    with pytest.raises(DataError, match=f"{224 * 224 * 700:,} pixels of a picture of 1 x 700"):
+    with pytest.raises(DataError, match=f"{224 * 224 * 700:,} pixels of an image of 1 x 700"):
         check_scaled((1, 700), 224)
     assert 224 * 224 * 600 < MOST_PIXELS < 224 * 224 * 700

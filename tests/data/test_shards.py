@@ -1,4 +1,4 @@
-"""Webdataset shards and pictures: read where they lie, never from elsewhere."""
+"""Webdataset shards and images: read where they lie, never from elsewhere."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_samples_that_are_too_large_or_double_are_bad_records(tmp_path, monkeypa
         records[0]
 
 
-# pictures
+# images
 
 
 def test_pictures_stay_inside_of_their_folder(tmp_path):
@@ -206,7 +206,7 @@ def test_pictures_stay_inside_of_their_folder(tmp_path):
 def test_pictures_that_are_none_are_refused(tmp_path, monkeypatch):
     cut = encoded(1)[:-30]
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
-    for content in (b"", b"no picture", script, cut):
+    for content in (b"", b"no image", script, cut):
         with pytest.raises(DataError, match="is not a readable image"):
             images.load_image({"bytes": content, "path": "x.png"}, None)
     assert images.image_size({"bytes": cut}, None) == (48, 32)  # the header is there

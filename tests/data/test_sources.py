@@ -278,7 +278,7 @@ def test_lists_of_pictures_in_tables_are_decoded_with_limits_too(tmp_path, monke
 
 
 def test_media_in_tables_are_not_opened_wherever_they_stand(tmp_path):
-    """Pictures in lists of structures, and sound that needs a library of its own."""
+    """Images in lists of structures, and sound that needs a library of its own."""
     row = {"conversations": turns("?", "a"), "extra": [{"thumb": {"bytes": b"?", "path": None}}],
            "sound": {"bytes": b"no sound", "path": None}, "number": 5}  # fmt: skip
     table = datasets.Dataset.from_list([row]).cast_column("sound", datasets.Audio())
@@ -344,7 +344,7 @@ def test_rows_of_wrong_shapes_are_one_line(tmp_path, row):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A folder as `datasets` finds one on the Hub: parquet with pictures, two splits."""
+    """A folder as `datasets` finds one on the Hub: parquet with images, two splits."""
     table = datasets.Dataset.from_list(rlaif_rows()).cast_column("image", datasets.Image())
     folder = tmp_path / "openbmb" / "RLAIF-V"
     table.to_parquet(folder / "data" / "train-00000.parquet")

@@ -72,7 +72,7 @@ BESIDE = {
             "on_policy": {"lmbda": 0.5, "max_new_tokens": 6, "temperature": 0},
         },
     ),
-    # some processes' micro-batches have no picture, vision weights have to run on all
+    # some processes' micro-batches have no image, vision weights have to run on all
     "wordy": (
         ("torch", "sharded-torch", "zero1", "zero2", "zero3"),
         {"batch": {"size": 1, "total": 4}, "wordy": True},
@@ -167,7 +167,7 @@ class Runs:
 
 
 def write_wordy(source: Path, target: Path) -> None:
-    """The records with a picture left to every third of them."""
+    """The records with an image left to every third of them."""
     rows = pq.read_table(source).to_pylist()
     for number, row in enumerate(rows):
         if number % 3:

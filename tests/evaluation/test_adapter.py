@@ -219,7 +219,7 @@ def tiny_smolvlm() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("build", [tiny_qwen, tiny_smolvlm])
 def test_other_families_answer_batched_as_singly(build: Any) -> None:
-    """Pictures of unequal sizes and numbers, and a question without any."""
+    """Images of unequal sizes and numbers, and a question without any."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = build()

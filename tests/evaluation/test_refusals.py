@@ -52,7 +52,7 @@ def test_refused_documents_are_named_and_the_rest_of_the_batch_is_answered(
 
 @pytest.mark.parametrize("build", [tiny_qwen, tiny_smolvlm])
 def test_other_families_name_what_they_refuse(build: Any) -> None:
-    """A placeholder in the question, and a picture too thin for the processor."""
+    """A placeholder in the question, and an image too thin for the processor."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = build()
@@ -156,7 +156,7 @@ def png(size: tuple[int, int]) -> bytes:
 def test_spoilt_documents_count_as_wrong_in_every_score(
     own_scenes: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    garbage = {"image": {"bytes": b"this is no picture", "path": None}}
+    garbage = {"image": {"bytes": b"this is no image", "path": None}}
     spoil(own_scenes, "pope", {1: {"question": "Is there <image> a cat?"}, 2: garbage})
     spoil(own_scenes, "pope", {3: {"image": {"bytes": png((3000, 3000)), "path": None}}})
     spoil(own_scenes, "caption", {0: garbage})

@@ -1,4 +1,4 @@
-"""`evaluate.samples`: answers about held-out pictures, without lmms-eval, on the report's page."""
+"""`evaluate.samples`: answers about held-out images, without lmms-eval, on the report's page."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def photos(tmp_path: Path) -> Path:
     (folder / "trip").mkdir(parents=True)
     for i, name in enumerate(("a.png", "b.jpg", "trip/c.png", "trip/d.webp")):
         Image.new("RGB", (300 + 9 * i, 400), (60 * i, 90, 200)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -124,7 +124,7 @@ def test_a_killed_call_asks_only_for_the_rest(
     assert len(asked) == 4  # finished
     Image.new("RGB", (90, 90), "green").save(photos / "b.jpg")
     ask(config, tiny_model_dir, out, batch_size=2)
-    assert len(asked) == 8  # other pictures
+    assert len(asked) == 8  # other images
 
 
 def test_a_question_that_a_processor_refuses_is_named(
@@ -205,15 +205,15 @@ def test_missing_pictures_are_refused_before_training(
     gone: str, photos: Path, scenes_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "none").mkdir()
-    (photos / "torn.png").write_bytes(b"no picture")
+    (photos / "torn.png").write_bytes(b"no image")
     raw, message = {
-        "folder": ({"images": str(tmp_path / "absent")}, "absent: no such folder of pictures"),
+        "folder": ({"images": str(tmp_path / "absent")}, "absent: no such folder of images"),
         "picture": ({"images": [str(photos / "absent.png")]}, "absent.png: no such image"),
         "records": (
             {"records": str(tmp_path / "absent.json")},
             r"absent\.json: no such data file -- check evaluate\.samples\.records",
         ),
-        "empty": ({"images": str(tmp_path / "none")}, "none: no pictures in it"),
+        "empty": ({"images": str(tmp_path / "none")}, "none: no images in it"),
         "broken": ({"images": [str(photos / "torn.png")]}, "torn.png: .*not a readable image"),
     }[gone]
     recipe = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path / "run", evaluate={"samples": raw})
@@ -261,10 +261,10 @@ def test_a_run_without_lmms_eval_shows_what_its_models_say(
     assert (folder / "evaluation" / "student" / "answers.json").stat().st_mtime_ns == written
     assert not list(folder.rglob("results.json"))
 
-    # Pictures that go away later: the students stay, and the page of what there is.
+    # Images that go away later: the students stay, and the page of what there is.
     for path in sorted(photos.rglob("*.*")):
         path.unlink()
-    with pytest.raises(EvaluationError, match=r"3 of 3 models failed.*no pictures in it"):
+    with pytest.raises(EvaluationError, match=r"3 of 3 models failed.*no images in it"):
         pipeline.run(load_recipe(raw))
     assert html == write_report(folder).read_text(encoding="utf-8")
 

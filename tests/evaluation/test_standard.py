@@ -54,7 +54,7 @@ def test_pope(tmp_path: Path) -> None:
 def test_mme(tmp_path: Path) -> None:
     rows, said = [], []
     pairs = [
-        # one of two pictures fully right: accuracy 75, accuracy+ 50
+        # one of two images fully right: accuracy 75, accuracy+ 50
         ("existence", "a.png", ("Yes", "No"), ("yes", "no.")),
         ("existence", "b.png", ("Yes", "No"), ("Yes", "yes")),
         # one wrong and one that is no answer: 0 and 0
@@ -153,7 +153,7 @@ def test_gqa(tmp_path: Path) -> None:
     colours = [pictures(model.asked[i])[0].getpixel((0, 0)) for i in range(3)]
     assert colours == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
     put(images[:1], folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet")
-    with pytest.raises(DataError, match="no picture with id n1"):
+    with pytest.raises(DataError, match="no image with id n1"):
         scored("gqa", tmp_path, ["Red.", "green", "yes"])
 
 

@@ -39,7 +39,7 @@ def run(folder, raw, *command):
 def first_rows(source, target, count, bad=()):
     rows = pq.read_table(source).to_pylist()[:count]
     for number in bad:
-        rows[number]["image"] = {"bytes": b"no picture", "path": None}
+        rows[number]["image"] = {"bytes": b"no image", "path": None}
     pq.write_table(type(pq.read_table(source)).from_pylist(rows, pq.read_schema(source)), target)
 
 

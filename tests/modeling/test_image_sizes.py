@@ -43,7 +43,7 @@ def fresh(name):
 
 
 def tokens(processor):
-    """Image tokens of one picture."""
+    """Image tokens of one image."""
     picture = drawn(1, SIZE)
     processing = Processing(processor)
     encoded = processing([processor.image_token], [[picture]])
@@ -109,7 +109,7 @@ def test_values_that_cannot_be():
 
 
 def test_a_models_grids_go_with_its_processors():
-    """LLaVA-NeXT counts tiles by its config: with other grids it would refuse the pictures."""
+    """LLaVA-NeXT counts tiles by its config: with other grids it would refuse the images."""
     tiles = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 2}  # fmt: skip
     config = LlavaNextConfig(

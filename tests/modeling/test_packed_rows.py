@@ -171,7 +171,7 @@ def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model)
 
 
 def test_a_picture_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
-    """Gemma 3's records mix by their pictures only."""
+    """Gemma 3's records mix by their images only."""
     texts = ["none"] * 5
     packed_stage(tmp_path, monkeypatch, "gemma3", texts)
     with pytest.raises(RecipeError, match=r"Gemma3.* does not keep packed records apart"):

@@ -49,7 +49,7 @@ def test_a_processor_that_adds_text_of_its_own_is_refused(tmp_path):
 
 @pytest.fixture
 def three(tmp_path):
-    """Three records, the second of which has a picture of its own size."""
+    """Three records, the second of which has an image of its own size."""
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     Image.new("RGB", (90, 30), "red").save(tmp_path / "odd.png")
     said = [{"from": "human", "value": "<image>\ntwo ?"}, {"from": "gpt", "value": "two cats"}]
@@ -63,7 +63,7 @@ def three(tmp_path):
 
 
 class Refusing:
-    """An image processor that raises something at pictures of one size."""
+    """An image processor that raises something at images of one size."""
 
     def __init__(self, inner, error):
         self.inner, self.error = inner, error

@@ -63,7 +63,7 @@ def test_what_cannot_be_honoured_is_refused(teacher, says, scenes_dir, tiny_mode
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_only_the_language_models_layers_are_asked_for(bits, tiny_model_dir, monkeypatch):
-    """The head, which objectives read, stays whole, and so does all that sees the pictures."""
+    """The head, which objectives read, stays whole, and so does all that sees the images."""
     monkeypatch.setattr(loading, "find_spec", lambda name: True)
     monkeypatch.setattr(loading.distributed, "choose_device", lambda wanted: GPU)
     asked = {}

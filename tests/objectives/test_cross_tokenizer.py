@@ -1,4 +1,4 @@
-"""A teacher of another family: other words, other template, other pictures, the same answers."""
+"""A teacher of another family: other words, other template, other images, the same answers."""
 
 import json
 
@@ -43,7 +43,7 @@ def write(folder, config, processor):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A SmolVLM-like student that sees a picture in 4 tokens, a LLaVA-like teacher in 16."""
+    """A SmolVLM-like student that sees an image in 4 tokens, a LLaVA-like teacher in 16."""
     families = student, teacher = two_families()
     small = {
         "hidden_size": 32,
@@ -210,7 +210,7 @@ def test_the_shipped_recipe_runs(folders, scenes_dir, tmp_path):
 
 
 def test_tiles_match_nothing_and_need_not(scenes_dir, folders):
-    """A picture cut into tiles has no grid: chunks do not ask for one, relations do."""
+    """An image cut into tiles has no grid: chunks do not ask for one, relations do."""
     config = DataConfig(train=str(scenes_dir / "train.parquet"), max_length=2048)
     theirs = load_processor(ModelConfig(model=str(folders[1])))
     alone = [build_objective(AlmConfig(kind="alm"))]

@@ -150,7 +150,7 @@ def test_a_row_of_one_token_has_no_relations_and_does_not_count():
 
 
 def affinity_twin(student, teacher, center, temperature):
-    """Rows 0 and 1 have pictures."""
+    """Rows 0 and 1 have images."""
     tables = []
     for hidden in (student, teacher):
         pictures, answers = [], []
@@ -210,7 +210,7 @@ def test_a_sample_alone_has_nothing_to_tell_apart_and_does_not_count(center):
     loss = objective(*signals, alone, 2.0).loss
     assert loss.item() == 0
     loss.backward()
-    # a micro-batch with one picture among texts is no other case
+    # a micro-batch with one image among texts is no other case
     vision = TARGETS.vision.clone()
     vision[1:] = False
     mixed = Targets(TARGETS.input_ids, TARGETS.attention, TARGETS.response, vision)

@@ -151,7 +151,7 @@ def answer_of(student, picture):
     processor, model = load_pretrained_processor(str(student)), load_pretrained(str(student))
     question = [
         {"type": "image", "path": str(picture)},
-        {"type": "text", "text": "What is in the picture?"},
+        {"type": "text", "text": "What is in the image?"},
     ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": question}],

@@ -201,7 +201,7 @@ def test_every_column_is_explained(run_dir: Path) -> None:
 
 
 def test_pictures_and_colours_are_printed(run_dir: Path) -> None:
-    """A browser leaves out lazy pictures that were never on the screen, and all backgrounds."""
+    """A browser leaves out lazy images that were never on the screen, and all backgrounds."""
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert "data:image/png" in html
     assert "lazy" not in html

@@ -1,4 +1,4 @@
-"""Rows of the standard benchmarks in the schema of their data sets on the Hub, with drawn pictures,
+"""Rows of the standard benchmarks in the schema of their data sets on the Hub, with drawn images,
 a model that says what it is told to, and its scores."""
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ def picture(colour: str = "orange") -> Pictures.Image:
 
 
 def put(rows: Sequence[Row], path: Path) -> Path:
-    """Write rows as `datasets` writes them for the Hub; PIL pictures become the type Image."""
+    """Write rows as `datasets` writes them for the Hub; PIL images become the type Image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(list(rows), features=features(rows[0])).to_parquet(path)
     return path

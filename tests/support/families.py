@@ -1,7 +1,7 @@
-"""Tiny random models of the families, from their real classes, with one picture a row.
+"""Tiny random models of the families, from their real classes, with one image a row.
 
 `make(name)` returns a model in float32 and eval mode; `inputs(name, lengths)` what it is called
-with: for each row a picture's tokens in the midst of that many words.
+with: for each row an image's tokens in the midst of that many words.
 """
 
 import subprocess
@@ -50,14 +50,14 @@ QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a family's tiny model, and what one picture looks like to it.
+    """How to build a family's tiny model, and what one image looks like to it.
 
     Attributes:
         model_type: of its config.
         settings: of its config.
-        tokens: image tokens of a picture.
-        picture: shape of a picture's pixel values.
-        extra: further inputs for a picture.
+        tokens: image tokens of an image.
+        picture: shape of an image's pixel values.
+        extra: further inputs for an image.
     """
 
     model_type: str
@@ -235,7 +235,7 @@ def make(name: str, seed: int = 0, **text: Any) -> Any:
 
 
 def inputs(name: str, lengths: list[int], side: str = "left", seed: int = 1) -> dict[str, Tensor]:
-    """One picture and `lengths[i]` words in row i, padded to one length on the given side."""
+    """One image and `lengths[i]` words in row i, padded to one length on the given side."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     rows = []

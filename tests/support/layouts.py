@@ -19,7 +19,7 @@ Turns = list[dict[str, str]]
 
 
 def drawn(number: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A picture with a shape on it, another for each number."""
+    """An image with a shape on it, another for each number."""
     picture = Image.new("RGB", size, (40 * number % 256, 90, 160))
     ImageDraw.Draw(picture).ellipse((4, 4, 20 + number % 9, 24), fill=(250, 200, 30))
     return picture
@@ -32,7 +32,7 @@ def encoded(number: int = 0, kind: str = "PNG") -> bytes:
 
 
 def put(root: Path, path: str, number: int = 0) -> str:
-    """Draw a picture at a path below a root; returns the path."""
+    """Draw an image at a path below a root; returns the path."""
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     drawn(number).save(root / path)
     return path
@@ -101,7 +101,7 @@ def llava_665k(folder: Path) -> DataConfig:
 
 
 def sharegpt4v(folder: Path) -> DataConfig:
-    """sharegpt4v_mix665k_*.json: the same, and pictures (SAM) that not everybody has."""
+    """sharegpt4v_mix665k_*.json: the same, and images (SAM) that not everybody has."""
     images = folder / "images"
     rows = [
         {
@@ -157,7 +157,7 @@ def rlaif_rows() -> list[dict[str, Any]]:
 
 
 def rlaif_v(folder: Path) -> DataConfig:
-    """RLAIF-V-Dataset_000.parquet and so on: pairs with their pictures."""
+    """RLAIF-V-Dataset_000.parquet and so on: pairs with their images."""
     rows = rlaif_rows()
     for number, some in enumerate((rows[:3], rows[3:])):
         table = pa.Table.from_pylist(some)
@@ -179,7 +179,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def sample(number: int) -> dict[str, bytes]:
-    """A sample of a webdataset shard: picture and record."""
+    """A sample of a webdataset shard: image and record."""
     said = turns("<image>\nWhich one?", f"ball {number}")
     record = {"id": f"s{number}", "image": "../../not/looked/up.jpg", "conversations": said}
     return {
@@ -189,7 +189,7 @@ def sample(number: int) -> dict[str, bytes]:
 
 
 def write_numbers(path: Path, numbers: Iterable[Any]) -> None:
-    """Records without pictures, as a list or one a line."""
+    """Records without images, as a list or one a line."""
     rows = [{"id": f"r{n}", "conversations": turns("?", f"answer {n}")} for n in numbers]
     path.write_text(
         "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)

@@ -55,7 +55,7 @@ WORDS = ("system You help . user assistant USER ASSISTANT : Assistant User two c
 OTHER_WORDS = ("What is that? There is a red book left of the black cat, and a green cup. "
                "Is there a tree? Yes. No. How many are there? ä ö ü é 🎉 🎉🎉",)  # fmt: skip
 """For a tokenizer that cuts words, umlauts and emoji elsewhere."""
-SIDE = 32  # pixels of a picture, where a family has one size
+SIDE = 32  # pixels of an image, where a family has one size
 SQUARE = {"height": SIDE, "width": SIDE}
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 CHATML = ["<|im_start|>", "<|im_end|>"]
@@ -301,7 +301,7 @@ def mistral3() -> Any:
 
 @lru_cache
 def lfm2() -> Any:
-    """Its pictures' processor is torchvision's."""
+    """Its images' processor is torchvision's."""
     from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
 
     names = ["<|startoftext|>", *CHATML, "<image>", "<|image_start|>", "<|image_end|>",

@@ -48,7 +48,7 @@ def test_the_student_takes_the_same_pictures(family):
     other = {k: v + 1 if k == "pixel_values" else v for k, v in given.items()}
     with shared.recording(), torch.no_grad():
         capture(teacher.model, other)
-    with shared.replaying():  # other pictures than the teacher saw
+    with shared.replaying():  # other images than the teacher saw
         assert torch.equal(capture(student, given).hidden, alone)
     assert ran
 

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples(recipe, tiny_model_dir
 
 def test_skipped_records_are_counted_and_listed(recipe, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     rows = [
         {
             "id": name,

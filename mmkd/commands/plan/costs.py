@@ -111,7 +111,7 @@ def idle_parameters(model: PreTrainedModel) -> int:
 
 def _patches(model: PreTrainedModel, pixels: float) -> float:
     """Vision-tower tokens behind a number of pixel values (three channels; Qwen-VL's towers read
-    each picture as two frames)."""
+    each image as two frames)."""
     vision = getattr(model.config, "vision_config", None)
     patch, frames = (getattr(vision, n, None) for n in ("patch_size", "temporal_patch_size"))
     return pixels / (3 * patch * patch * (frames or 1)) if patch else 0.0

@@ -61,7 +61,7 @@ HUB = "models from the Hub or folders, benchmarks from the Hub unless --offline"
 
 def summaries() -> dict[str, str]:
     """{starter: one line}, what it needs from the Hub included."""
-    lines = {SCENES: "the shipped scene teacher, on pictures that mmkd draws (needs no Hub)"}
+    lines = {SCENES: "the shipped scene teacher, on images that mmkd draws (needs no Hub)"}
     return lines | {name: f"{method.summary} (Hub)" for name, method in METHODS.items()}
 
 
@@ -95,7 +95,7 @@ def write_starter(method: str, choices: Choices, out: Path) -> None:
 
 
 def missing_files(choices: Choices) -> list[str]:
-    """The data, pictures and pairs of the choices that do not exist (yet)."""
+    """The data, images and pairs of the choices that do not exist (yet)."""
     given = (choices.data, choices.images, choices.pairs, choices.held_out)
     return [path for path in given if path and not path.startswith("hub:") and not _is_there(path)]
 

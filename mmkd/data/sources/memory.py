@@ -25,7 +25,7 @@ class MemoryRows:
     """Rows that are in memory, as the rows of a file. The same number always gives the same row.
 
     Args:
-        records: as in a data file; pictures are open Pillow images, bytes, or paths below `images`.
+        records: as in a data file; images are open Pillow images, bytes, or paths below `images`.
         images: the folder of paths; None if there are none.
     """
 
@@ -62,7 +62,7 @@ def memory_source(records: Any, images: Path | None = None, *, name: str = NAME)
     """A source of records in memory.
 
     Args:
-        records: with a length and rows by number. Of a `datasets.Dataset`, pictures stay as they
+        records: with a length and rows by number. Of a `datasets.Dataset`, images stay as they
             are stored until they are needed.
         images: the folder that image paths are relative to.
         name: of the source.
@@ -88,7 +88,7 @@ def memory_source(records: Any, images: Path | None = None, *, name: str = NAME)
 
 
 def _undecoded(records: Any) -> Any:
-    """The records of a `datasets.Dataset` with pictures as their bytes: what they hold is looked
+    """The records of a `datasets.Dataset` with images as their bytes: what they hold is looked
     at later, with limits. Others as they are."""
     if not hasattr(records, "features") or not hasattr(records, "with_format"):
         return records

@@ -30,7 +30,7 @@ UNREAD = frozenset(
 
 
 class ShardRows:
-    """Samples with a picture such as KEY.jpg (or several such as KEY.0.jpg in the order of their
+    """Samples with an image such as KEY.jpg (or several such as KEY.0.jpg in the order of their
     numbers, or none), and a record in KEY.json or a caption in KEY.txt."""
 
     def __init__(self, files: list[Path], train: str, prompt: str):
@@ -85,7 +85,7 @@ class ShardRows:
         except UnicodeDecodeError as error:
             raise DataError("the caption is no UTF-8", hint="repair or drop it") from error
         if not pictures:
-            raise DataError("a caption without a picture", hint="add the picture or drop it")
+            raise DataError("a caption without an image", hint="add the image or drop it")
         question = "<image>\n" * pictures + self.prompt
         return {
             "conversations": [
@@ -113,7 +113,7 @@ def _samples(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _place_of(extension: str) -> str:
-    """Orders pictures of a sample: KEY.10.jpg comes behind KEY.9.jpg wherever they lie."""
+    """Orders images of a sample: KEY.10.jpg comes behind KEY.9.jpg wherever they lie."""
     number = extension.partition(".")[0]
     return number.zfill(20) if number.isdecimal() else ""
 

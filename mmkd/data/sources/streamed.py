@@ -177,7 +177,7 @@ def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
         _read,
         features,
         HUB + source["name"],
-        at_once=50,  # pictures
+        at_once=50,  # images
         **source,
         first=first,
         count=count,

@@ -16,7 +16,7 @@ from mmkd.runtime import hub
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset`, pictures as their bytes: what they hold is looked at later,
+    """Rows of a `datasets.Dataset`, images as their bytes: what they hold is looked at later,
     with limits, and of other media nothing is.
 
     Args:
@@ -162,7 +162,7 @@ def not_loaded(error: Exception, where: str) -> DataError:
 
 
 def undecoded(features: Any) -> Any:
-    """Features of which none opens pictures, sound or the like; JSON becomes what it says.
+    """Features of which none opens images, sound or the like; JSON becomes what it says.
 
     Reading by them copies no table, which casting columns of nested ones does.
     """

@@ -79,7 +79,7 @@ def empty_evaluation(world: World) -> None:
 
 @case(
     KIND,
-    "asked for samples without pictures or records",
+    "asked for samples without images or records",
     "evaluate.samples",
     "nothing to show",
     "'images'",
@@ -90,7 +90,7 @@ def samples_of_nothing(world: World) -> None:
 
 @case(
     KIND,
-    "gave both records and a list of pictures for samples",
+    "gave both records and a list of images for samples",
     "evaluate.samples",
     "beside 'records', 'images' must be one folder",
 )
@@ -110,7 +110,7 @@ def samples_with_prompts(world: World) -> None:
 
 @case(
     KIND,
-    "named a sample picture that is not there",
+    "named a sample image that is not there",
     "gone.png: no such image",
     "evaluate.samples.images",
 )
@@ -119,16 +119,14 @@ def sample_picture_gone(world: World) -> None:
 
 
 @case(
-    KIND, "named a folder of samples that is not there", "gone: no such folder of pictures",
+    KIND, "named a folder of samples that is not there", "gone: no such folder of images",
     "check evaluate.samples.images",
 )  # fmt: skip
 def sample_folder_gone(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"images": "gone"}}
 
 
-@case(
-    KIND, "named a folder of samples without pictures", "none: no pictures in it", "read are .jpg"
-)
+@case(KIND, "named a folder of samples without images", "none: no images in it", "read are .jpg")
 def sample_folder_empty(world: World) -> None:
     Path("none").mkdir()
     world.raw["evaluate"] = {"samples": {"images": "none"}}

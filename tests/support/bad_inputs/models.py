@@ -103,7 +103,7 @@ def code_that_is_not_trusted(world: World) -> None:
     Path("model/own.py").write_text(NEW_CODE)
 
 
-@case(KIND, "gave a model that reads no pictures", "model: ", "AutoModelForImageTextToText")
+@case(KIND, "gave a model that reads no images", "model: ", "AutoModelForImageTextToText")
 def text_model(world: World) -> None:
     config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 719}
     Path("model/config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Pictures that cannot be used."""
+"""Images that cannot be used."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ def picture(name: str) -> dict[str, Any]:
     return record(image=name)
 
 
-@case(KIND, "named a picture that is not there", FIRST + "no such image: gone.png", "data.images")
+@case(KIND, "named an image that is not there", FIRST + "no such image: gone.png", "data.images")
 def missing_image(world: World) -> None:
     world.records(picture("gone.png"))
 
 
 @case(
     KIND,
-    "named a picture on the web",
+    "named an image on the web",
     FIRST + "https://example.org/a.png is a web address",
     "download it",
 )
@@ -33,9 +33,9 @@ def image_on_the_web(world: World) -> None:
 
 @case(
     KIND,
-    "gave LLaVA-1.5 a picture of 10000 x 2 pixels",
+    "gave LLaVA-1.5 an image of 10000 x 2 pixels",
     FIRST + "the processor would make",
-    "pixels of a picture of 10000 x 2",
+    "pixels of an image of 10000 x 2",
     "crop or drop it",
 )
 def image_that_a_processor_blows_up(world: World) -> None:
@@ -54,7 +54,7 @@ def image_is_a_folder(world: World) -> None:
 
 @case(
     KIND,
-    "gave bytes that are not a picture",
+    "gave bytes that are not an image",
     FIRST + "broken.png is not a readable image",
     "replace",
 )
@@ -63,7 +63,7 @@ def broken_image(world: World) -> None:
     world.records(picture("broken.png"))
 
 
-@case(KIND, "gave a picture that was cut", FIRST + "cut.jpg is not a readable image", "replace")
+@case(KIND, "gave an image that was cut", FIRST + "cut.jpg is not a readable image", "replace")
 def cut_image(world: World) -> None:
     Image.effect_noise((200, 200), 50).save("cut.jpg")
     content = Path("cut.jpg").read_bytes()
@@ -95,7 +95,7 @@ def decompression_bomb(world: World) -> None:
 
 @case(
     KIND,
-    "gave a picture with 32 bits per pixel",
+    "gave an image with 32 bits per pixel",
     FIRST + "depth.tif has numbers of 32 bits",
     "8 or 16 bits",
 )
@@ -106,7 +106,7 @@ def image_of_32_bits(world: World) -> None:
 
 @case(
     KIND,
-    "named a picture outside the folder",
+    "named an image outside the folder",
     FIRST + "../picture.png lies outside of",
     "keep images below",
 )
@@ -118,7 +118,7 @@ def image_above(world: World) -> None:
 
 @case(
     KIND,
-    "named a picture by an absolute path",
+    "named an image by an absolute path",
     FIRST + "/etc/passwd lies outside of",
     "keep images",
 )
@@ -128,7 +128,7 @@ def image_by_an_absolute_path(world: World) -> None:
 
 @case(
     KIND,
-    "linked to a picture outside the folder",
+    "linked to an image outside the folder",
     FIRST + "link.png lies outside of",
     "links' targets",
 )

@@ -49,7 +49,7 @@ def no_response(world: World) -> None:
 
 @case(
     KIND,
-    "gave a record without its picture",
+    "gave a record without its image",
     FIRST,
     "1 image placeholder(s) but 0 image(s)",
     "make the two numbers equal",
@@ -60,7 +60,7 @@ def no_image(world: World) -> None:
 
 @case(
     KIND,
-    "gave two pictures for one placeholder",
+    "gave two images for one placeholder",
     FIRST,
     "1 image placeholder(s) but 2 image(s)",
     "make the two numbers equal",
@@ -168,7 +168,7 @@ def audio_part(world: World) -> None:
 
 @case(
     KIND,
-    "gave a picture's size among the parts of a turn",
+    "gave an image's size among the parts of a turn",
     FIRST + "unknown content key 'max_pixels' beside image",
     "image_size",
 )
@@ -190,7 +190,7 @@ def turn_without_weight(world: World) -> None:
 
 @case(
     KIND,
-    "named a picture within the text",
+    "named an image within the text",
     FIRST + "the text names a file: <img>picture.png</img>",
     "write <image> in its place",
 )
@@ -201,8 +201,8 @@ def picture_named_in_the_text(world: World) -> None:
 
 @case(
     KIND,
-    "named the picture under another key",
-    FIRST + "its picture is named under 'image_path'",
+    "named the image under another key",
+    FIRST + "its image is named under 'image_path'",
     "name it under 'image'",
 )
 def picture_under_another_key(world: World) -> None:
@@ -211,7 +211,7 @@ def picture_under_another_key(world: World) -> None:
 
 @case(
     KIND,
-    "gave two pictures under two keys",
+    "gave two images under two keys",
     FIRST + "'image' and 'images' say different things",
     "drop one of them",
 )
@@ -221,7 +221,7 @@ def picture_under_two_keys(world: World) -> None:
 
 @case(
     KIND,
-    "referred to a picture that is not in the list",
+    "referred to an image that is not in the list",
     FIRST + "image placeholders have the indices [1], but the images are [0]",
     "counted from 0",
 )

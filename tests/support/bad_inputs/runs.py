@@ -183,7 +183,7 @@ def cache_of_another_processor(world: World) -> None:
 @case(
     "cache",
     "changed a record",
-    "records.json: record 0 (id r1): its words and pictures are not",
+    "records.json: record 0 (id r1): its words and images are not",
     "build the cache again",
 )
 def cache_of_another_record(world: World) -> None:

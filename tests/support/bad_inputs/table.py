@@ -109,7 +109,7 @@ class Given:
 
     @cached_property
     def good(self) -> Path:
-        """A recipe's model, teacher, records and picture."""
+        """A recipe's model, teacher, records and image."""
         folder = self.folder / "good"
         shutil.copytree(self.model, folder / "model")
         shutil.copytree(self.model, folder / "teacher")
