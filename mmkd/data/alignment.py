@@ -1,9 +1,10 @@
-"""A teacher with a processor of its own sees other tokens: which of them a student's tokens match.
+"""Align the tokens of student and teacher if their processors differ.
 
-Of one vocabulary, responses are the same tokens in both, so the k-th response token of one is that
-of the other; image tokens match one by one where there are as many, else by their place on the
-image. As logits are linear in final hidden states, the hidden state interpolated between places
-has the interpolated logits. Responses of two vocabularies match in chunks: `mmkd.data.chunks`.
+With the same vocabulary, the k-th response token of the student is the k-th response token of the
+teacher. Image tokens are matched one by one if their numbers are equal; otherwise the teacher's
+hidden states are interpolated to the student's grid of image tokens. Logits are linear in final
+hidden states, so this also interpolates the logits. Responses with different vocabularies are
+aligned in chunks: `mmkd.data.chunks`.
 """
 
 from collections.abc import Collection
@@ -22,12 +23,12 @@ from mmkd.recipe.context import StageContext
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 ALIGNED: tuple[Region, ...] = ("response", "vision")
-"""What two processors have in common."""
+"""Regions whose tokens can be aligned between two processors."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Student rows as weighted sums of teacher rows, n terms.
+    """A sparse matrix that expresses student rows as weighted sums of teacher rows, with n entries.
 
     Attributes:
         student: [n] int64, rows of the student's [B * T].
@@ -42,7 +43,7 @@ class Alignment:
     shape: tuple[int, int]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, T', D] of the teacher -> [B, T, D], zeros where nothing matches."""
+        """Map [B, T', D] of the teacher to [B, T, D], zeros for student tokens without a match."""
         terms = x.flatten(0, 1)[self.teacher] * self.weights[:, None].to(x.dtype)
         made = x.new_zeros(self.shape[0] * self.shape[1], x.shape[2])
         return made.index_add(0, self.student, terms).unflatten(0, self.shape)
@@ -61,16 +62,16 @@ def align(
     ids: list[str],
     regions: Collection[Region] = ALIGNED,
 ) -> Alignment:
-    """Match the tokens of one batch as two processors encoded it.
+    """Align the tokens of a batch that two processors have encoded.
 
     Args:
-        student, teacher: what their tokens are.
+        student, teacher: targets of the batch for each processor.
         grids: for each row and image, the student's and the teacher's grid of tokens.
-        ids: of the rows, for messages.
-        regions: what is to be matched, of `ALIGNED`.
+        ids: of the records, for messages.
+        regions: regions to align, a subset of `ALIGNED`.
 
     Raises:
-        DataError: a response has different tokens, or an image's tokens are not its grid.
+        DataError: the tokens of a response differ, or image tokens do not form their grid.
     """
     nothing = torch.zeros(0, dtype=torch.long)
     terms = [(nothing, nothing, torch.zeros(0))]
@@ -90,14 +91,14 @@ def align(
 def _responses(
     student: Targets, teacher: Targets, row: int, name: str
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The rows that predict each response token, one position before it."""
+    """Pairs of student and teacher rows that predict the same response token."""
     mine, theirs = (t.response[row].nonzero()[:, 0] for t in (student, teacher))
     shorter = min(len(mine), len(theirs))  # a sequence may be cut at max_length
     mine, theirs = mine[:shorter], theirs[:shorter]
     if not torch.equal(student.input_ids[row, mine], teacher.input_ids[row, theirs]):
         raise DataError(
-            f"the response of {name} has other tokens for the teacher than for the student",
-            hint="use models of one tokenizer family",
+            f"student and teacher tokenize the response of {name} differently",
+            hint="use models of the same tokenizer family",
         )
     return [(mine - 1, theirs - 1, torch.ones(shorter))]
 
@@ -111,8 +112,8 @@ def _pictures(
     if [sum(s) for s in sizes] != [len(mine), len(theirs)]:
         raise DataError(
             f"the images of {name} have {len(mine)} image tokens for the student and "
-            f"{len(theirs)} for the teacher, and no grid tells which belong together",
-            hint="use processors that make one grid of tokens of an image",
+            f"{len(theirs)} for the teacher, and they do not form grids that could be aligned",
+            hint="use processors that make one grid of tokens per image",
         )
     matched = []
     parts = zip(grids, mine.split(sizes[0]), theirs.split(sizes[1]), strict=True)
@@ -124,7 +125,7 @@ def _pictures(
 
 @lru_cache(maxsize=256)
 def resized(source: Grid, target: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Bilinear interpolation of one grid to another, with antialiasing where it shrinks.
+    """Bilinear interpolation between two grids, with antialiasing for downsampling.
 
     Returns:
         Terms (target cell [n], source cell [n], weight [n]); the identity for equal grids.
@@ -136,7 +137,7 @@ def resized(source: Grid, target: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _line(source: int, target: int) -> Tensor:
-    """[target, source]: interpolation along one side."""
+    """Interpolation matrix along one side, [target, source]."""
     points = torch.eye(source, dtype=torch.float64)[None, :, None]  # [1, source, 1, source]
     made = torch.nn.functional.interpolate(
         points, size=(1, target), mode="bilinear", antialias=True, align_corners=False
@@ -145,16 +146,16 @@ def _line(source: int, target: int) -> Tensor:
 
 
 def same_processor(a: Any, b: Any) -> bool:
-    """Whether two processors make the same tokens and pixels of every record."""
+    """Whether two processors return the same tokens and pixels for every record."""
     return a is b or processor_hash(a) == processor_hash(b)
 
 
 def check_compared(context: StageContext) -> None:
-    """Objectives that need a teacher have one. If teacher and student have different vocabularies
-    or processors, the objectives only compare what both have.
+    """Check that objectives that need a teacher have one, and that they can compare its tokens with
+    the student's if vocabularies or processors differ.
 
     Raises:
-        RecipeError: there is no teacher, or it cannot be compared.
+        RecipeError: there is no teacher, or its tokens cannot be compared.
     """
     needing = context.needing("teacher")
     if not needing or context.store is not None:
@@ -179,12 +180,12 @@ def check_compared(context: StageContext) -> None:
                 "teacher and student have different processors: only response and image tokens "
                 "can be aligned, at the models' outputs",
                 where=context.at(objective),
-                hint="use region response or vision, or models with one processor",
+                hint="use region response or vision, or models with the same processor",
             )
 
 
 def _check_vocabularies(context: StageContext, differ: str) -> None:
-    """The objectives can compare models with different vocabularies."""
+    """Check that the objectives can compare models with different vocabularies."""
     for objective in context.needing("teacher"):
         region = getattr(objective.config, "region", "vision")
         if not objective.any_vocabulary or region != "vision":

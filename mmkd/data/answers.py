@@ -1,4 +1,4 @@
-"""A model's own answers: the prompts for them, and the conversations that they make."""
+"""Sample answers from a model: prompts, generation, and the resulting conversations."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Sampled:
 
     Attributes:
         text: without its end tokens.
-        finished: the model ended it; False where `max_new_tokens` cut it off.
+        finished: the model ended it; False if `max_new_tokens` was reached.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Sampled:
 
 
 def generate_of(model: Any) -> Generate:
-    """`generate` of a transformers model, with pixels in the model's dtype."""
+    """The `generate` method of a model of transformers, with pixel values in the model's dtype."""
 
     def generate(inputs: dict[str, Tensor], **options: Any) -> Tensor:
         dtype = model.dtype
@@ -43,20 +43,20 @@ def generate_of(model: Any) -> Generate:
 
 
 def answers_of(record: Record) -> list[int]:
-    """Which messages of a conversation are the assistant's."""
+    """Indices of the assistant's messages in a conversation."""
     return [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
 
 
 def asked(record: Record, message: int) -> Record:
-    """The conversation before one of its messages, with the images shown until then."""
+    """The conversation before a message, with the images up to there: a prompt for the message."""
     before = record.messages[:message]
     shown = sum(p["type"] == "image" for m in before for p in m["content"])
     return replace(record, messages=before, images=record.images[:shown], rejected=None)
 
 
 def answered(record: Record, text: str, *, finished: bool = True) -> Record:
-    """A prompt with an answer. Only this answer is a response; its end of turn is part of it if the
-    answer is finished."""
+    """A prompt with an answer appended. Only this answer is trained on, with its end of turn if it
+    is finished."""
     said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     return replace(
         record,
@@ -89,24 +89,24 @@ def sample_answers(
     count: int = 1,
     ends: int | Iterable[int] | None = None,
 ) -> list[Sampled]:
-    """Sample answers from a model, without a change of the global random state.
+    """Sample answers from a model. The global random state is not changed.
 
-    Of the checkpoint's generation settings only the end tokens are used: at temperature 0 each
-    token is the model's likeliest.
+    Only the end tokens of the checkpoint's generation settings are used. Temperature 0 is greedy
+    decoding.
 
     Args:
         generate: runs the model.
-        encoder: of the model's processor.
+        encoder: encoder with the model's processor.
         prompts: conversations that end before an answer.
-        settings: how to sample.
-        seed: decides the answers.
-        device: that the model runs on.
-        count: answers to each prompt, one after another in the result.
-        ends: `eos_token_id` of the model's generation settings, beside the chat template's end of
-            turn and the tokenizer's end token.
+        settings: sampling parameters.
+        seed: of the random numbers.
+        device: of the model.
+        count: number of answers per prompt; they are neighbours in the result.
+        ends: `eos_token_id` of the model's generation settings, in addition to the chat template's
+            end of turn and the tokenizer's end token.
 
     Raises:
-        NonFiniteLossError: the model has diverged, its probabilities are no numbers.
+        NonFiniteLossError: the model's probabilities are not finite, because it has diverged.
     """
     inputs = {k: v.to(device) for k, v in encoder.prompts(prompts).items()}
     stops = end_tokens(encoder.processor, ends)
@@ -140,7 +140,7 @@ def sample_answers(
 
 
 def _sampled(row: list[int], ends: list[int], processor: Any) -> Sampled:
-    """One answer from its token ids: what follows the first end token is padding."""
+    """Decode an answer up to its first end token."""
     stop = next((i for i, token in enumerate(row) if token in ends), None)
     text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
     return Sampled(without_media_tokens(processor, text).strip(), stop is not None)

@@ -1,4 +1,4 @@
-"""A micro-batch: a model's inputs and what its tokens are."""
+"""A micro-batch: inputs of the model, and targets."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,19 +18,20 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        inputs: what the model is called with, without labels; with a filler, one row more than the
-            rest.
-        targets: what its tokens are.
-        ids: the records' ids, for messages; a pair's two rows have one.
-        skipped: messages of the records that were left out.
-        indices: the records.
-        grids: rows and columns of image tokens of each image of each row.
-        teacher: the same records as the teacher's own processor encodes them, None where it is the
+        inputs: keyword arguments of the model, without labels. With a filler they have one row more
+            than the targets.
+        targets: token ids, masks and labels.
+        ids: ids of the records, for messages; both rows of a pair have the same one.
+        skipped: error messages of records that were skipped.
+        indices: of the records.
+        grids: rows and columns of image tokens, for each image of each row.
+        teacher: the same records, encoded by the teacher's processor; None if it is the same as the
             student's.
-        alignment: which of the teacher's tokens are which of the student's.
-        stored: the teacher's distributions, where they come from its cache.
-        answers: of each record as its tokens cut them, where chunks are asked for.
-        stored_hidden: [B, T, H] float16, its final hidden states from there; zeros where none are.
+        alignment: between the tokens of student and teacher.
+        stored: output distributions from the teacher's cache.
+        answers: token boundaries in the answers of each record, if chunks are needed.
+        stored_hidden: [B, T, H] float16, final hidden states from the cache, zeros where it has
+            none.
     """
 
     inputs: dict[str, Tensor]
@@ -63,16 +64,16 @@ class Batch:
 def paired(
     batch: Batch, theirs: Batch | None, regions: Collection[Region], *, chunks: bool
 ) -> Batch:
-    """The batch with what the teacher sees of it.
+    """Add the teacher's encoding of the same records to a batch.
 
     Args:
-        batch: as the student's processor encodes it.
-        theirs: as the teacher's does, if that is another.
-        regions: where the tokens of two processors are matched one by one.
-        chunks: find the chunks of its answers.
+        batch: encoded by the student's processor.
+        theirs: encoded by the teacher's processor, if it differs.
+        regions: regions whose tokens are aligned.
+        chunks: find the chunks of the answers.
 
     Raises:
-        DataError: they do not fit.
+        DataError: the two encodings cannot be aligned.
     """
     if theirs is not None:
         rows = zip(batch.grids, theirs.grids, strict=True)

@@ -123,7 +123,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call what a template calls; the names are Jinja's, so that none of a template's fits."""
+        """Call a function for a template. The parameter names are Jinja's, which do not collide
+        with a template's keyword arguments."""
         method = getattr(__obj, "__wrapped__", __obj)  # `format` is wrapped by the sandbox
         name, value = getattr(method, "__name__", ""), getattr(method, "__self__", "")
         _check_call(name, value, (*args, *kwargs.values()))

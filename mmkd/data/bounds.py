@@ -1,4 +1,4 @@
-"""A bound on the pixels that a processor makes of an image while it resizes it.
+"""A bound on the size of images during a processor's resizing.
 
 Some processors scale an image's shorter edge to a fixed length and then crop the center. They
 enlarge a long and narrow image first: 10000 x 2 pixels become 1,680,000 x 336.
@@ -10,7 +10,7 @@ from typing import Any
 from mmkd.errors import DataError
 
 MOST_PIXELS = 2**25
-"""Of a scaled image; this many take about 0.35 GB."""
+"""Most pixels of a resized image. They take about 0.35 GB."""
 
 
 def scaled_edge(processor: Any) -> int | None:
@@ -35,7 +35,7 @@ def scaled_edge(processor: Any) -> int | None:
 
 
 def check_scaled(size: tuple[int, int], edge: int | None) -> None:
-    """Check that a processor does not make too large an image while it resizes one.
+    """Check that an image does not become too large when a processor resizes it.
 
     Args:
         size: width and height in pixels.
@@ -47,26 +47,26 @@ def check_scaled(size: tuple[int, int], edge: int | None) -> None:
     short, long = sorted(size)
     if edge is not None and edge * edge * long > MOST_PIXELS * short:
         raise DataError(
-            f"the processor would make {edge * edge * long // max(short, 1):,} pixels of an image "
-            f"of {size[0]} x {size[1]}",
+            f"the processor would resize an image of {size[0]} x {size[1]} to "
+            f"{edge * edge * long // max(short, 1):,} pixels",
             hint="crop or drop it; its shorter edge is scaled to a fixed length",
             kind="an image is too long and narrow for the processor",
         )
 
 
 MOST_CHARACTERS = 2**23
-"""Of a record's text. A tokenizer takes 350 bytes for each."""
+"""Most characters of a record's text. A tokenizer needs 350 bytes for each."""
 
 
 def check_text(messages: Sequence[Mapping[str, Any]], max_length: int) -> None:
-    """Check that a conversation is not out of all proportion to what is kept of it.
+    """Check that the text of a conversation is not much longer than `max_length`.
 
     Args:
         messages: with content as parts.
-        max_length: tokens that are kept.
+        max_length: largest number of tokens of a sequence.
 
     Raises:
-        DataError: it has more than 2^20 characters, more than 64 for each token that is kept, or
+        DataError: it has more than 2^20 characters and more than 64 per token of `max_length`, or
             more than `MOST_CHARACTERS`.
     """
     count = sum(len(part.get("text", "")) for m in messages for part in m["content"])

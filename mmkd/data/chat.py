@@ -1,7 +1,7 @@
-"""From messages to text and response mask, by the processor's own chat template.
+"""Render messages with the processor's chat template, and find the responses in the text.
 
-The template is rendered up to each assistant turn with its generation prompt, and up to the turn's
-end: what lies between is what the model has to say. No template is parsed or special-cased.
+The template is rendered up to the generation prompt of each assistant turn, and up to the end of
+the turn. The text in between is the response. No template is parsed or treated specially.
 """
 
 import re
@@ -25,7 +25,8 @@ class Rendered:
     Attributes:
         text: by the chat template.
         spans: (start, end) characters of each response, end of turn included.
-        said: of the words in each response, without what the template puts around them.
+        said: (start, end) characters of the words of each response, without text that the template
+            adds.
     """
 
     text: str
@@ -36,11 +37,11 @@ class Rendered:
 def render_chat(processor: Any, messages: list[Message]) -> Rendered:
     """Render a conversation and find its responses, end-of-turn tokens included.
 
-    A template that does not close the last turn (LLaVA-1.5's) gets the tokenizer's EOS token
-    there: a student has to learn to stop.
+    If a template does not close the last turn (LLaVA-1.5's), the tokenizer's EOS token is appended,
+    so that a student learns to stop.
 
     Raises:
-        DataError: the template rewrites earlier turns or the responses, so that no mask fits.
+        DataError: the template changes earlier turns or the responses, so they cannot be found.
     """
 
     def template(part: list[Message], prompt: bool) -> str:
@@ -61,12 +62,12 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
         said = whole.strip()
         empty = partial(template, _wordless(messages, i), False)
         at = _find_words(text, said, start, end, empty)
-        if at < 0 and i + 1 < len(messages):  # Qwen3 writes the last answer otherwise
+        if at < 0 and i + 1 < len(messages):  # Qwen3 renders the last answer differently
             end = _common_length(text, template(_wordless(messages, i + 1), False))
             at = text.find(said, start, end)
-        if start < len(prefix):  # LLaVA-OneVision's generation prompt has other whitespace
+        if start < len(prefix):  # LLaVA-OneVision's generation prompt has different whitespace
             other = (prefix[start:] + text[start : max(at, start)]).strip()
-            # Qwen3.5's begins thoughts, which it leaves out of earlier answers.
+            # Qwen3.5's prompt begins a thinking block, which is left out of earlier answers.
             if other and not text.startswith(template(messages[:i], False)):
                 raise DataError(
                     f"the chat template rewrites the conversation before turn {i}",
@@ -89,8 +90,8 @@ def render_chat(processor: Any, messages: list[Message]) -> Rendered:
 
 
 def prompt_ends_in_blank(processor: Any) -> bool:
-    """Whether the generation prompt ends in a blank (`ASSISTANT: `) that is a token of its own at
-    inference, but part of the answer's first token in training."""
+    """Whether the generation prompt ends in a space (`ASSISTANT: `), which is a token of its own at
+    inference but part of the answer's first token in training."""
     prompt, whole = render(processor, PROBE[:1], prompt=True), render(processor, PROBE)
     if not prompt.endswith((" ", "\t")) or not whole.startswith(prompt):
         return False
@@ -101,18 +102,18 @@ def prompt_ends_in_blank(processor: Any) -> bool:
 
 
 def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[], str]) -> int:
-    """Where an answer's words begin in text[start:end], or -1.
+    """Find the first character of an answer's words in text[start:end]; -1 if they are not there.
 
     Args:
         text: the rendered conversation.
-        said: the words, without blanks around them.
-        start, end: where the turn lies in the text.
-        wordless: renders the conversation with this answer left empty.
+        said: the words, without surrounding whitespace.
+        start, end: of the turn in the text.
+        wordless: renders the conversation with this answer empty.
     """
     first = text.find(said, start, end)
     if first < 0 or not said or text.find(said, first + 1, end) < 0:
         return first
-    # The template's own words may hold the answer, as "<think>" holds "hi" and "<|im_end|>" "end".
+    # The template's own text may contain the answer, as "<think>" contains "hi".
     try:
         empty = wordless()
     except DataError:  # it refuses empty answers
@@ -126,14 +127,14 @@ def _find_words(text: str, said: str, start: int, end: int, wordless: Callable[[
 
 
 def _first_blank(text: str, whole: str, at: int) -> int:
-    """Where an answer begins: at its words (`at`), or at its own leading blanks if the template
-    keeps them."""
+    """The first character of an answer: of its words (`at`), or of its leading whitespace if the
+    template keeps it."""
     blanks = len(whole) - len(whole.lstrip())
     return at - blanks if at >= blanks and text[at - blanks : at] == whole[:blanks] else at
 
 
 def _common_length(a: str, b: str) -> int:
-    if a.startswith(b):  # as good as always, and faster than looking at each character
+    if a.startswith(b):  # nearly always, and faster than comparing characters
         return len(b)
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
@@ -141,22 +142,22 @@ def _common_length(a: str, b: str) -> int:
 
 
 def _wordless(messages: list[Message], number: int) -> list[Message]:
-    """The conversation with one message left empty. Its text equals the whole one's up to the words
-    of that message."""
+    """The conversation with one message empty. Its text is equal up to the words of the message."""
     empty = {**messages[number], "content": [{"type": "text", "text": ""}]}
     return [*messages[:number], empty, *messages[number + 1 :]]
 
 
 def _end_of_turn(text: str, said_end: int, end: int, tokenizer: Any) -> tuple[int, bool]:
-    """Where a turn ends: behind its first special token, or with its last word."""
+    """The end of a turn: after its first special token, or after its last word; and whether there
+    is a special token."""
     found = _specials_of(tokenizer).search(text, said_end, end)
     return (found.end(), True) if found else (said_end, False)
 
 
 @lru_cache(maxsize=32)
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The ids of tokens that are no text: those that the tokenizer has a name for, and others that
-    are marked so, as Gemma's end of turn."""
+    """Ids of special tokens: those with a name in the tokenizer, and added tokens that are marked
+    as special, such as Gemma's end of turn."""
     marked = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     named = tokenizer.all_special_tokens
     return {**marked, **dict(zip(named, tokenizer.convert_tokens_to_ids(named), strict=True))}
@@ -169,10 +170,10 @@ def _specials_of(tokenizer: Any) -> re.Pattern[str]:
 
 
 def expanded_spans(spans: tuple[Span, ...], replacements: list[dict[str, Any]]) -> list[Span]:
-    """Move spans to the text in which image placeholders are written out.
+    """Convert spans to the text with expanded image placeholders.
 
     Args:
-        spans: characters of the text before the processor expanded it.
+        spans: (start, end) characters in the text before the processor expanded it.
         replacements: the processor's `text_replacement_offsets` of this row.
     """
     ends = [r["span"][1] for r in replacements]
@@ -184,15 +185,15 @@ def expanded_spans(spans: tuple[Span, ...], replacements: list[dict[str, Any]]) 
 
 
 def mark_tokens(offsets: list[Span], spans: list[Span], words: list[Span]) -> list[bool]:
-    """Which tokens are part of a response.
+    """Mark the tokens that are part of a response.
 
-    A token that begins before a response is part of it if it holds some of its words: tokenizers
-    join the blank that ends a generation prompt (`ASSISTANT: `) with the word behind it.
+    A token that begins before a response is part of it if it contains some of its words, because
+    tokenizers join the space at the end of a generation prompt (`ASSISTANT: `) with the next word.
 
     Args:
-        offsets: (start, end) characters of each token. A token of blanks alone may be empty: some
-            tokenizers trim blanks (`trim_offsets`).
-        spans: characters of each response, end of turn included.
+        offsets: (start, end) characters of each token. A token of whitespace may be empty, because
+            some tokenizers trim whitespace (`trim_offsets`).
+        spans: characters of each response, including the end of turn.
         words: characters of the words of each response.
     """
 

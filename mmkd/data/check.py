@@ -1,4 +1,4 @@
-"""Looking through a whole data set for records that training would stumble over."""
+"""Check all records of a data set for problems that would stop training."""
 
 import os
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from mmkd.recipe import SourceConfig
 from mmkd.runtime.interrupt import begin_worker
 from mmkd.runtime.progress import Bar
 
-CHUNK = 256  # records that a process takes at a time
+CHUNK = 256  # records per task of a process
 PLACES = 3
 
 
 @dataclass
 class Problem:
-    """One kind of problem: how many records have it, and the first of them.
+    """A kind of problem, with the number of records that have it and the first of them.
 
     Attributes:
-        places: file, record and what is wrong there.
+        places: file, record and message of the first records.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass
 class Findings:
-    """What a look through a source found; `bad` counts records, whatever their problems."""
+    """Results of checking a source. `bad` is the number of records with at least one problem."""
 
     source: SourceConfig
     records: int
@@ -47,12 +47,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Look:
-    """Checks beyond those of training.
+    """Checks in addition to those of training.
 
     Attributes:
         decode: decode images, not only their headers.
         unique_ids: find records of a source that have the same id.
-        edges: lengths in pixels to which the models' processors scale shorter edges.
+        edges: lengths in pixels to which the processors of the models scale shorter edges.
     """
 
     decode: bool = False
@@ -62,8 +62,8 @@ class Look:
 
 @dataclass
 class _Part:
-    """What a process says of some records: their images, ids if asked for, and problems as the
-    record's number, the error and its place."""
+    """A process's results for some records: number of images, ids if needed, and problems as the
+    record's index, the error and its place."""
 
     pictures: int = 0
     ids: list[tuple[int, str]] = field(default_factory=list)
@@ -71,15 +71,15 @@ class _Part:
 
 
 def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
-    """Look through a source's records in several processes.
+    """Check the records of a source in several processes.
 
     Args:
         config: the source.
-        look: what for.
-        workers: processes.
+        look: additional checks.
+        workers: number of processes.
 
     Raises:
-        DataError: the source cannot be read at all, or a process died of a record.
+        DataError: the source cannot be read, or a process died.
     """
     source = Source(config)
     found = Findings(config, len(source))
@@ -114,7 +114,7 @@ def _repeated(source: Source, part: _Part, seen: dict[str, int]) -> list[tuple[i
     found = []
     for index, name in part.ids:
         if seen.setdefault(name, index) != index:
-            what = f"record {seen[name]} has this id too"
+            what = f"record {seen[name]} has the same id"
             found.append((index, DataError(what, where=source.where(index), kind="id twice")))
     return found
 
@@ -131,7 +131,7 @@ def _parts(
         yield pool.map(_in_process, chunks)
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that looked through it died",
+            "a process that checked it died",
             where=source.config.train,
             hint="use fewer --workers if memory is short",
         ) from error
@@ -144,7 +144,7 @@ _OPENED: tuple[Source, Look]
 
 def _open(parent: int, source: Source, look: Look) -> None:
     global _OPENED
-    # Ctrl-C reaches all processes: one that dies with the queue's lock would hold up the others.
+    # Ctrl-C reaches all processes. One that dies with the queue's lock would block the others.
     begin_worker(parent)
     _OPENED = source, look
 
@@ -189,5 +189,5 @@ def _problems(record: Record, look: Look) -> Iterator[DataError]:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

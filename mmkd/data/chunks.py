@@ -1,8 +1,9 @@
-"""Answers that two tokenizers cut differently: the pieces whose ends both have in common.
+"""Chunks of answers: the shortest pieces that begin and end at token boundaries of two tokenizers.
 
-Places are characters of the answer's words. A cut lies where one token ends and the next begins, so
-there is none inside of a character whose bytes several tokens share. What the template puts around
-the words belongs to no piece, but for the end-of-turn token, which is one of its own.
+Positions are characters of the answer's words. A boundary is a position at which one token ends and
+the next begins, so there is none inside of a character whose bytes several tokens share. Text that
+the template adds to the words belongs to no chunk, except the end-of-turn token, which is a chunk
+of its own.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,17 +20,17 @@ from mmkd.objectives import Chunks, ChunkTokens
 from mmkd.recipe.context import StageContext
 
 Piece = tuple[range, range]
-"""The tokens of a chunk in the student's and in the teacher's row."""
+"""The tokens of a chunk, as ranges in the student's and the teacher's row."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Where one model's tokens cut an answer.
+    """Token boundaries of one model in an answer.
 
     Attributes:
-        words: what is said.
-        cuts: a place in the words -> the number in its row of the first token behind it.
-        end: the number of the end-of-turn token, None where there is none.
+        words: text of the answer.
+        cuts: position in the words -> index of the first token after it, in the row.
+        end: index of the end-of-turn token; None if there is none.
     """
 
     words: str
@@ -44,7 +45,7 @@ def cut_answers(
     ids: Sequence[int],
     specials: Collection[int],
 ) -> list[Answer]:
-    """The answers of one conversation as its tokens cut them.
+    """Find the token boundaries in the answers of a conversation.
 
     Args:
         rendered: the conversation.
@@ -73,10 +74,11 @@ def cut_answers(
 
 
 def _cuts(words: str, tokens: dict[int, Span]) -> dict[int, int]:
-    """Place -> number of the first token behind it.
+    """Position -> index of the first token after it.
 
-    A tokenizer may leave white space at a token's ends out of its offsets: line breaks are then of
-    the token before, other spaces of the token behind, as in byte-level BPE.
+    A tokenizer may leave out whitespace at the ends of a token from its offsets. Then line breaks
+    are assigned to the token before them and other whitespace to the token after it, as in
+    byte-level BPE.
     """
     cuts: dict[int, int] = {}
     end = 0
@@ -100,16 +102,16 @@ def pair_chunks(
     theirs: list[list[Answer]],
     names: list[str],
 ) -> Chunks:
-    """The chunks of a batch, the finest that both models' tokens allow.
+    """Find the chunks of a batch.
 
     Args:
-        student: [B, T] int64, the student's tokens, which may be cut short at T.
-        teacher: [B, T'] int64, the teacher's.
-        mine, theirs: the answers of each row as the two cut them.
+        student: [B, T] int64, tokens of the student, which may be truncated.
+        teacher: [B, T'] int64, tokens of the teacher.
+        mine, theirs: token boundaries in the answers of each row, for student and teacher.
         names: of the rows, for messages.
 
     Raises:
-        ValueError: a row has other words for the teacher than for the student.
+        ValueError: the words of an answer differ between student and teacher.
     """
     pieces: list[tuple[int, Piece]] = []
     for row, (name, ours, others) in enumerate(zip(names, mine, theirs, strict=True)):
@@ -140,22 +142,22 @@ def _tokens(ids: Tensor, pieces: list[tuple[int, range]]) -> ChunkTokens:
     places = [row * ids.shape[1] + token for row, tokens in pieces for token in tokens]
     chunk = [number for number, (_, tokens) in enumerate(pieces) for _ in tokens]
     at = torch.tensor(places, dtype=torch.long)
-    # each token is predicted one position before it stands
+    # each token is predicted at the position before it
     return ChunkTokens(at - 1, ids.flatten()[at], torch.tensor(chunk, dtype=torch.long))
 
 
 def check_chunks(context: StageContext) -> None:
-    """Objectives that compare chunks have one teacher, which is asked about all records.
+    """Check that objectives on chunks have one teacher, which is used for all records.
 
     Raises:
-        RecipeError: there are several, or one with sources of its own.
+        RecipeError: there are several teachers, or the teacher has `sources`.
     """
     teachers = context.recipe.teachers
     if len(teachers) < 2 and not any(t.sources for t in teachers):
         return
     for objective in context.needing("chunks"):
         raise RecipeError(
-            "it compares with one teacher that is asked about all records",
+            "it needs one teacher that is used for all records",
             where=context.at(objective),
             hint="name one teacher without 'sources', or use kl",
         )

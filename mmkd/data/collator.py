@@ -1,4 +1,4 @@
-"""From samples to padded tensors and the masks that say what their tokens are."""
+"""Collate samples into padded tensors and masks."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,14 +20,14 @@ from mmkd.objectives import Targets
 
 @dataclass(frozen=True)
 class Collated:
-    """What batches hold and check beside tokens and masks.
+    """What batches contain in addition to tokens and masks.
 
     Attributes:
-        vision_labels: mark what image tokens show.
+        vision_labels: labels of image tokens, from the objects of records.
         pairs: rows are chosen and rejected answers.
-        chunks: find where tokens cut the answers.
-        sources: say which data source each token's record is from.
-        answers: refuse records whose whole answer lies behind `max_length`.
+        chunks: token boundaries in the answers.
+        sources: the data source of each token's record.
+        answers: refuse records whose whole answer would be cut off by `max_length`.
     """
 
     vision_labels: bool = False
@@ -41,11 +41,11 @@ class Collator:
     """Makes padded batches of samples.
 
     Args:
-        records: the data that samples are of.
-        processor: a model's.
-        processing: of that processor.
-        max_length: tokens at which sequences are cut.
-        wanted: what batches hold beside tokens and masks.
+        records: the data set.
+        processor: of a model.
+        processing: calls the processor.
+        max_length: largest number of tokens of a sequence.
+        wanted: what batches contain in addition to tokens and masks.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Collator:
         """A padded batch.
 
         Args:
-            samples: one a row.
-            chosen: one for each record; the first of `samples`, in any order.
-            filler: samples behind them that only the model sees.
+            samples: one per row.
+            chosen: one per record; the first of `samples`, in any order.
+            filler: further samples, which are in the inputs but not in the targets.
 
         Raises:
-            DataError: one of them is bad.
+            DataError: a sample is bad.
         """
         encoded = self.process(samples + filler)
         offsets = encoded.pop("offset_mapping")
@@ -92,21 +92,21 @@ class Collator:
         return batch
 
     def process(self, samples: list[Sample], side: str = "right") -> dict[str, Any]:
-        """What the processor makes of samples.
+        """Run the processor.
 
         Args:
-            samples: one a row.
+            samples: one per row.
             side: of the padding, left or right.
 
         Raises:
-            DataError: it refuses one of them, which is named.
+            DataError: the processor refuses a sample, which the message names.
         """
         try:
             return self.processing(
                 [s.rendered.text for s in samples], [s.pictures for s in samples], side
             )
         except DataError as error:
-            if len(samples) > 1:  # which of them it is
+            if len(samples) > 1:  # find the sample
                 for sample in samples:
                     self.process([sample], side)
             first = samples[0]
@@ -122,14 +122,14 @@ class Collator:
         offsets: Tensor,
         moved: list[Any],
     ) -> Targets:
-        """What the tokens of the samples are.
+        """The targets of a batch.
 
         Args:
             encoded: tensors by name, [B, T] or with a filler [B + 1, T].
-            samples: one for each of the B rows.
-            chosen: rows that are no rejected answers.
-            offsets: [B, T, 2], of the tokens in the text.
-            moved: replacements of the placeholders of each row.
+            samples: one per row.
+            chosen: rows other than rejected answers.
+            offsets: [B, T, 2], (start, end) characters of the tokens in the text.
+            moved: replacements of image placeholders in each row.
         """
         ids = encoded["input_ids"][: len(samples)]  # [B, T]
         attention = encoded["attention_mask"][: len(samples)].bool()  # [B, T]

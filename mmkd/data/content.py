@@ -1,4 +1,4 @@
-"""Values of foreign rows, and the images that they name."""
+"""Read values and images of rows in data files."""
 
 import base64
 import binascii
@@ -22,13 +22,13 @@ FILE_URL = re.compile(r"^file:(//(localhost(?=/))?)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Index:
-    """A placeholder that names one of the record's images by its number."""
+    """A placeholder that refers to an image of the record by its index."""
 
     number: int
 
 
 def printable(value: Any, longest: int = 120) -> str:
-    """Foreign text on one line of a message: no control characters, not endless."""
+    """A value as text for a message: on one line, shortened, without control characters."""
     try:
         text = str(value)[: longest + 1]
     except Exception:  # numbers of thousands of digits, lists in lists in lists
@@ -39,7 +39,7 @@ def printable(value: Any, longest: int = 120) -> str:
 
 
 def given(value: Any) -> bool:
-    """Whether a value is there: where a row has none, tables write None, "" or empty lists."""
+    """Whether a value is given. In tables, missing values are None, "" or empty lists."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     if isinstance(value, list | tuple):
@@ -52,18 +52,18 @@ def given(value: Any) -> bool:
 
 
 def first_of(row: dict[str, Any], *keys: str) -> Any:
-    """The value of the first key that is given, or else of the first that is not None."""
+    """The value of the first key with a given value, otherwise the first that is not None."""
     found = [row[key] for key in keys if row.get(key) is not None]
     return next(filter(given, found), found[0] if found else None)
 
 
 def is_null(value: Any) -> bool:
-    """None, or the NaN that pandas writes for it."""
+    """Whether a value is None, or the NaN that pandas writes for it."""
     return value is None or value != value
 
 
 def unread(key: str, begin: str = "the record has") -> DataError:
-    """The error for a key whose content is not read; a source can ignore such keys."""
+    """The error for a key with content that mmkd does not read. A source can ignore such keys."""
     what = "media" if str(key).lower() in MEDIA else "content"
     return DataError(
         f"{begin} {what} under {printable(key)!r}, which is not read",
@@ -73,11 +73,11 @@ def unread(key: str, begin: str = "the record has") -> DataError:
 
 
 def listed(row: dict[str, Any], hint: str) -> Any:
-    """The value under `images` or `image` of a record or a turn; [] where there is none.
+    """The value of `images` or `image` in a record or a turn; [] if there is none.
 
     Args:
         row: the record or the turn.
-        hint: what to do where both are given.
+        hint: for the error if both are given.
 
     Raises:
         DataError: the two keys name different images.
@@ -90,18 +90,17 @@ def listed(row: dict[str, Any], hint: str) -> Any:
 
 def different(one: str, other: str, hint: str) -> DataError:
     """The error for two keys of which only one can be read."""
-    return DataError(f"{one!r} and {other!r} say different things", hint=hint)
+    return DataError(f"{one!r} and {other!r} differ", hint=hint)
 
 
 def pictures_of(said: Any) -> list[Any]:
-    """The images under a record's or a turn's `images` or `image`, one or a list, without those
-    that are null."""
+    """The images of a record or a turn as a list, without null values; from one image or a list."""
     found = said if isinstance(said, list) else [said]
     return [picture_of(one) for one in found if given(one)]
 
 
 def picture_of(said: Any) -> Any:
-    """An image as `mmkd.data.images.load_image` takes it.
+    """A reference to an image, as `mmkd.data.images.load_image` expects it.
 
     Args:
         said: a path, a `file:` or `data:` URL, {bytes, path}, {url}, {base64}, {data} of a base64
@@ -156,7 +155,7 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
         images: the value under the record's `images` or `image`.
 
     Raises:
-        DataError: placeholders name images that are not there, or not all of them.
+        DataError: placeholders refer to missing images, or not to all images.
     """
     own = pictures_of(images)
     numbers = [s.number for s in shown if isinstance(s, Index)]
@@ -165,16 +164,16 @@ def resolved(shown: Sequence[Any], images: Any) -> list[Any]:
         return own
     if max(len(numbers), len(named)) < len(shown):
         raise DataError(
-            "some image placeholders name their image and others do not",
-            hint="name all of them, or none",
+            "only some of the image placeholders name their image",
+            hint="name the image in all of them, or in none",
         )
     if named:
         if own and own != named:
             raise DataError(
-                f"there are other images in the turns ({len(named)}) than under 'images' "
+                f"the images in the turns ({len(named)}) differ from those under 'images' "
                 f"({len(own)})",
                 hint="keep one of the two",
-                kind="other images in the turns than under 'images'",
+                kind="images in the turns differ from those under 'images'",
             )
         return named
     every = images if isinstance(images, list) else [images]

@@ -1,4 +1,4 @@
-"""From records to batches of a stage."""
+"""Encode records as batches of a stage."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,25 +28,25 @@ from mmkd.recipe import DataConfig
 
 
 class Encoder:
-    """Turns records into padded model inputs with masks, through the processor: a `Renderer` makes
-    text of them, a `Collator` tensors, `with_stored` adds a teacher's cache and a `Packer` packs.
+    """Encodes records as padded inputs with masks. A `Renderer` makes text, a `Collator` makes
+    tensors, `with_stored` adds the outputs in a teacher's cache, and a `Packer` packs rows.
 
     Args:
-        records: the data.
-        processor: a model's.
-        config: of the data.
-        vision_labels: mark what image tokens show.
-        pairs: encode the rejected answers too, behind the chosen ones; only the last answer of a
-            conversation is then a response.
-        teacher_processor: the teacher's, if it makes other tokens or pixels.
-        filler: have the models see a blank image behind a batch that has none.
-        store: the teacher's cache, to be read beside each batch.
-        pack: most tokens of a row in which records lie one behind another; None for one a row.
-        chunks: find the pieces of responses that both models' tokens have in common.
-        aligned: match the tokens of a teacher with a processor of its own one by one: image tokens,
-            and responses if the vocabulary is the student's.
-        sources: say which data source each token's record is from.
-        answers: refuse records whose whole answer lies behind `max_length`.
+        records: the data set.
+        processor: of the student.
+        config: settings of the data.
+        vision_labels: add labels of image tokens.
+        pairs: also encode the rejected answers, after the chosen ones. Then only the last answer of
+            a conversation is a response.
+        teacher_processor: of the teacher, if it returns other tokens or pixels.
+        filler: add a blank image to the inputs of batches without images.
+        store: the teacher's cache, if outputs are read from it.
+        pack: largest number of tokens of a packed row; None: no packing.
+        chunks: find the chunks of the responses.
+        aligned: align image tokens, and responses if the vocabulary is the same, with those of a
+            teacher that has another processor.
+        sources: add the data source of each token's record.
+        answers: refuse records whose whole answer would be cut off by `max_length`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Encoder:
         )
 
     def load(self, index: int) -> Sample:
-        """Text and images of one record; raises DataError if it is bad."""
+        """Text and images of a record. Raises DataError if it is bad."""
         with located(lambda: self.records.where(index)):
             record = self.records[index]
             pictures = self.records.pictures(record, self.processing.picture)
@@ -139,7 +139,7 @@ class Encoder:
             return Sample(index, record, rendered, pictures, rejected)
 
     def length(self, index: int, *, keep: bool = True) -> int:
-        """Tokens of a record: see `Renderer.length`."""
+        """Number of tokens of a record: see `Renderer.length`."""
         return self.renderer.length(index, keep=keep)
 
     def loses_answer(self, index: int) -> bool:
@@ -156,14 +156,20 @@ class Encoder:
         return room and (self.teacher is None or self.teacher.has_room(prompt))
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """One padded batch of samples that `load` gave, without the teacher's own view."""
+        """A padded batch of samples from `load`, without the encoding by the teacher's
+        processor."""
         return self._encode(samples)
 
     def encode_records(
         self, indices: list[int], records: list[Record], skipped: list[str] | None = None
     ) -> Batch:
-        """One padded batch of records that were made from those of the data; `skipped` is passed
-        on."""
+        """A padded batch of records that are not from the data set, such as sampled answers.
+
+        Args:
+            indices: of the records from which they were made.
+            records: to encode.
+            skipped: becomes `Batch.skipped`.
+        """
         batch = replace(self._read_records(indices, records), skipped=skipped or [])
         theirs = None if self.teacher is None else self.teacher._read_records(indices, records)
         return paired(batch, theirs, self.matched, chunks=self.chunks)
@@ -181,7 +187,7 @@ class Encoder:
         """Inputs that ask for the next answer of each conversation, padded on the left.
 
         Raises:
-            DataError: a prompt is bad; its record is named by its id, since nothing else is known.
+            DataError: a prompt is bad. The message names the record by its id.
         """
         samples = []
         for record in records:
@@ -193,8 +199,8 @@ class Encoder:
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 
     def encode(self, indices: list[int]) -> Batch:
-        """One padded batch; records that are bad for one of the models are replaced by others if
-        the recipe says so."""
+        """A padded batch. With `on_bad_record: skip`, records that the processor of student or
+        teacher refuses are replaced by others."""
         if self.config.on_bad_record == "stop":
             return self._whole(list(map(self.load, indices)))
         skipped: list[str] = []
@@ -207,12 +213,12 @@ class Encoder:
         return replace(batch, skipped=skipped)
 
     def _whole(self, samples: list[Sample]) -> Batch:
-        """One padded batch with the teacher's own view."""
+        """A padded batch, with the encoding by the teacher's processor."""
         batch = self._encode(samples)
         return paired(batch, self._theirs(batch.indices), self.matched, chunks=self.chunks)
 
     def _theirs(self, indices: list[int]) -> Batch | None:
-        """The teacher's own view of these records, and of no others."""
+        """The encoding of exactly these records by the teacher's processor, if it differs."""
         if self.teacher is None:
             return None
         try:
@@ -221,10 +227,10 @@ class Encoder:
             raise error.at(f"{error.where}, for the teacher") from error
 
     def _alone(self, index: int) -> Sample:
-        """A record that both models' processors take.
+        """A sample that the processors of both models accept.
 
         Raises:
-            DataError: it is bad; what a teacher's cache lacks is not the record's fault.
+            DataError: it is bad. A record that is missing in a teacher's cache is not bad.
         """
         sample = self.load(index)
         batch, theirs = self._encode([sample], stored=False), self._theirs([index])
@@ -240,7 +246,7 @@ class Encoder:
             samples, bins = self.packer.order(samples, filler, self.pack)
         batch = self.collator(samples, chosen, filler)
         if self.store is not None and stored:
-            # What reads hidden states is never packed.
+            # Objectives that read hidden states are never used with packing.
             hidden = self.pack is None
             batch = with_stored(batch, self.store, samples, self.records.where, hidden=hidden)
         return batch if self.pack is None else self.packer(batch, bins)

@@ -1,4 +1,4 @@
-"""The first record of each data source, encoded before a run begins."""
+"""Encode the first record of each data source before a run starts."""
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
@@ -17,12 +17,12 @@ def encoder_of(context: StageContext) -> Encoder:
 
 
 def check_records(context: StageContext) -> None:
-    """The first record of each source can be encoded by the processors of student and teacher, and
-    is in the teacher's cache.
+    """Check that the first record of each source can be encoded by the processors of student and
+    teacher, and is in the teacher's cache.
 
     Raises:
-        DataError: one cannot be encoded, or is not in the cache.
-        RecipeError: the sources cannot be mixed as the recipe says.
+        DataError: a record cannot be encoded, or is not in the cache.
+        RecipeError: the sources cannot be mixed with these weights.
     """
     encoder = encoder_of(context)
     Mixture(encoder.records, context.recipe.seed)

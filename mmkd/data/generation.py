@@ -1,8 +1,8 @@
 """End tokens of answers, and the settings of `generate`.
 
-transformers takes each setting that a call does not give from the checkpoint's
-`generation_config.json`, where a repetition penalty or a list of suppressed tokens would change the
-answers unnoticed. mmkd takes over special tokens only (`TAKEN_OVER`).
+transformers reads settings that a call does not give from the checkpoint's
+`generation_config.json`. There, a repetition penalty or a list of suppressed tokens could change
+the answers unnoticed. mmkd uses only the special tokens of this file (`TAKEN_OVER`).
 """
 
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ from mmkd.errors import DataError
 
 TAKEN_OVER = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
 """Generation settings that are taken from the checkpoint."""
-# In place of transformers' defaults, 50 and 20, which would change answers.
+# Instead of transformers' defaults, 50 and 20, which would change answers.
 _OFF = {"top_k": None, "max_length": None}
-SAMPLING = (  # what has no effect on greedy decoding
+SAMPLING = (  # settings without effect on greedy decoding
     *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
     *("epsilon_cutoff", "eta_cutoff"),
 )
@@ -26,8 +26,8 @@ _BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_pena
 
 
 def neutral_settings() -> dict[str, Any]:
-    """Every setting of `generate` but `TAKEN_OVER`, to override the checkpoint's: greedy, one beam,
-    no penalty, no token suppressed or forced."""
+    """Values for all settings of `generate` except `TAKEN_OVER`, which override the checkpoint's:
+    greedy decoding, one beam, no penalties, no suppressed or forced tokens."""
     defaults = GenerationConfig._get_default_generation_params() | _OFF
     names = [n for n in vars(GenerationConfig()) if not n.startswith("_")]
     kept = (*TAKEN_OVER, "transformers_version")
@@ -57,12 +57,12 @@ def turn_ends(processor: Any) -> set[int]:
 
 def end_tokens(processor: Any, configured: int | Iterable[int] | None = None) -> list[int]:
     """Ids of all tokens that end an answer, sorted: the chat template's end of turn, the
-    tokenizer's end token, and those that the model names.
+    tokenizer's end token, and the end tokens of the model.
 
     Args:
-        processor: the model's.
+        processor: of the model.
         configured: `eos_token_id` of the model's generation settings. A model that was made from a
-            config may inherit an end token that its tokenizer does not use as one.
+            config may have a default that its tokenizer does not use as an end token.
     """
     own = [configured] if isinstance(configured, int) or configured is None else configured
     ends = {*own, processor.tokenizer.eos_token_id, *turn_ends(processor)}
@@ -70,8 +70,8 @@ def end_tokens(processor: Any, configured: int | Iterable[int] | None = None) ->
 
 
 def padding_token(processor: Any, ends: list[int]) -> int | None:
-    """Id of the token that fills up rows whose answer has ended; an end token if there is no pad
-    token."""
+    """Id of the token that pads finished answers: the pad token, or an end token if there is
+    none."""
     own = processor.tokenizer.pad_token_id
     return own if own is not None else next(iter(ends), None)
 
@@ -80,10 +80,10 @@ def set_ends(settings: GenerationConfig, processor: Any, *, from_config: bool = 
     """Add the end tokens to a model's generation settings, and make these valid to save; in place.
 
     Args:
-        settings: the model's.
-        processor: the model's.
-        from_config: the model was made from a config with random weights. The architecture's
-            default end token is then left out if it is an ordinary token of this tokenizer.
+        settings: of the model.
+        processor: of the model.
+        from_config: the model was made from a config with random weights. Then the architecture's
+            default end token is left out if it is an ordinary token of this tokenizer.
     """
     known = settings.eos_token_id
     if from_config and known is not None:
@@ -108,6 +108,6 @@ def _drop_unused(settings: GenerationConfig) -> None:
             setattr(settings, name, None)
     try:
         settings.validate(strict=True)
-    except ValueError:  # a trained student must not be lost for a setting that is wrong anyway
+    except ValueError:  # do not lose a trained student because of an invalid setting
         for name in neutral_settings():
             setattr(settings, name, None)

@@ -1,4 +1,4 @@
-"""What an image processor makes of images, kept on disk: neither decoded nor resized again."""
+"""A cache of the image processor's outputs on disk, so images are decoded and resized only once."""
 
 import hashlib
 import json
@@ -23,25 +23,25 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.runtime.files import disk_error
 
 NAME = "mmkd_picture"
-"""In an image's `info`: what it is known by."""
-VERSION = 2  # of what images are decoded to
+"""Key in an image's `info`: its name in the cache."""
+VERSION = 2  # of image decoding
 MADE = "mmkd_made"
-"""In an image's `info`: what the image processor has made of it, as it was read from the disk."""
+"""Key in an image's `info`: the image processor's output that was read from the disk."""
 LISTS = "lists"
 CHECKSUM = "checksum"
 LEVELS = " levels"
 
 
 class ImageCache:
-    """Stands in for a processor's own image processor, and looks on the disk first.
+    """Replaces the image processor of a processor, and reads its outputs from the disk.
 
-    An image that is there is not decoded: an empty one of its size goes through the processor in
-    its place. Values come back bit by bit: a file that is damaged, or is older than checksums and
-    has none, counts as one that is not there.
+    An image in the cache is not decoded; an empty image of its size is passed to the processor
+    instead. Outputs are restored bit by bit. Files that are damaged, or were written without a
+    checksum by an older version, are ignored.
 
     Args:
-        folder: of the cache; several processes may fill it at one time.
-        image_processor: a processor's own.
+        folder: of the cache; several processes may write to it at the same time.
+        image_processor: the original image processor.
 
     Raises:
         RecipeError: the output of the image processor for an image depends on the other images of a
@@ -61,7 +61,7 @@ class ImageCache:
         return getattr(self._own, name)
 
     def picture(self, ref: Any, root: Path | None) -> Image.Image:
-        """A record's image in RGB, or an empty one of its size if what is made of it is there."""
+        """Decode a record's image to RGB, or return an empty one of its size if it is cached."""
         name = _name(ref, root)
         known = _read(self._path(name))
         if known is None:
@@ -108,7 +108,7 @@ class ImageCache:
 
 
 def _name(ref: Any, root: Path | None) -> str:
-    """What a reference is known by: its bytes, or its path, time and size."""
+    """The name of an image in the cache, from its bytes, or its path, time and size."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes):
         found.update(ref["bytes"])
@@ -142,7 +142,8 @@ def _joined(parts: list[dict[str, Any]]) -> BatchFeature:
 
 
 def _write(path: Path, made: dict[str, Any], content: str) -> None:
-    """Numbers of few different values, as pixels are, are kept by the number of their value."""
+    """Write the outputs for an image. Arrays with few different values, such as pixels, are stored
+    as indices into their values."""
     arrays: dict[str, np.ndarray] = {}
     lists: dict[str, Any] = {}
     for name, value in made.items():
@@ -175,7 +176,7 @@ def _write(path: Path, made: dict[str, Any], content: str) -> None:
 
 
 def _checksum(arrays: dict[str, np.ndarray], said: dict[str, str]) -> str:
-    """Of all that a file holds, against damage and not against forgery."""
+    """Checksum of the content of a file. It detects damage, not forgery."""
     found = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), found)
@@ -184,14 +185,14 @@ def _checksum(arrays: dict[str, np.ndarray], said: dict[str, str]) -> str:
 
 
 def _levels(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different values of float32 numbers, and the number of each one's value."""
+    """The unique values of a float32 array, and for each element the index of its value."""
     bits = pa.array(array.reshape(-1).view(np.int32)).dictionary_encode()
     levels = bits.dictionary.to_numpy().view(np.float32)
     return levels, bits.indices.to_numpy().reshape(array.shape)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]] | None:
-    """The hash of an image and what was made of it; None if it is not there or damaged."""
+    """The hash of an image and the outputs for it; None if the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""Images of records: found below their folder, never outside, and decoded with limits.
+"""Load images of records, from inside of their folder only, with limits on their size.
 
-Everything in mmkd that opens an image of a user, a data set or a benchmark does it here.
+All images of users, data sets and benchmarks are opened by this module.
 """
 
 import base64
@@ -20,14 +20,14 @@ from PIL import ExifTags, Image, ImageFile
 from mmkd.data.content import printable
 from mmkd.errors import DataError
 
-# Pillow opens more; some of those (EPS) start other programs.
+# Pillow supports more formats. Some of them (EPS) start other programs.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Of files that hold images."""
+"""File suffixes of images."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEMBER_BYTES = 2**28
 MOST_PIXELS = 89_478_485  # Pillow's own default, which other libraries change
 LONGEST_SIDE = 65_535
-"""Pixels along one edge, as in JPEG. Pillow needs gigabytes to resize longer ones of one row."""
+"""Most pixels along an edge, as in JPEG. Pillow needs gigabytes to resize longer edges."""
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,16 +38,16 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What puts an image upright, by its EXIF orientation; 5 to 8 swap width and height."""
+"""Operation that turns an image upright, by its EXIF orientation. 5 to 8 swap width and height."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside of a tar, read from its place there and never unpacked.
+    """A file inside of a tar archive, which is read without unpacking the archive.
 
     Attributes:
         archive: path of the tar.
-        name: of the file, for messages; nothing on disk is looked up by it.
+        name: of the file, for messages only.
         offset, size: of its content, in bytes.
     """
 
@@ -86,7 +86,7 @@ def load_image(ref: Any, root: Path | None) -> Image.Image:
     """Decode one image reference to RGB: upright, the first frame, without transparency.
 
     Raises:
-        DataError: it is missing, outside of `root`, broken, or too large to be meant.
+        DataError: it is missing, outside of `root`, damaged, or too large.
     """
     with _opened(ref, root) as picture:
         return _as_rgb(picture)
@@ -129,7 +129,8 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """A 16-bit image scaled to 8 bits. Pillow would clip it, to white nearly everywhere."""
+    """Scale a 16-bit image to 8 bits. Pillow would clip it, so it would be white nearly
+    everywhere."""
     if picture.mode not in SIXTEEN_BITS:
         return picture
     return picture.convert("I").point(lambda level: level / 256)
@@ -140,17 +141,17 @@ def thumbnail(picture: Image.Image, side: int = 360) -> str:
     small = picture.convert("RGB")
     small.thumbnail((side, side))
     out = io.BytesIO()
-    # Lossless where it is cheap: JPEG spoils small drawings.
+    # Lossless if the file is small, because JPEG artefacts are visible in small drawings.
     kind = "png" if max(small.size) <= 128 else "jpeg"
     small.save(out, kind.upper(), **({"optimize": True} if kind == "png" else {"quality": 85}))
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
-    """Width and height by the header alone, in pixels, of the upright image.
+    """Width and height of the upright image in pixels. Only the header is read.
 
     Raises:
-        DataError: as `load_image`, for what the header tells.
+        DataError: as `load_image`, for problems that the header shows.
     """
     with _opened(ref, root) as picture:
         width, height = picture.size
@@ -158,7 +159,8 @@ def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """By the header alone, so that an image's size is the same before and after decoding."""
+    """EXIF orientation from the header only, so that an image has the same size before and after
+    decoding."""
     if picture.format == "TIFF":  # Pillow turns these itself
         return 1
     try:
@@ -197,14 +199,14 @@ def _opened(ref: Any, root: Path | None) -> Iterator[Image.Image]:
 
 
 def check_picture(picture: Image.Image, name: str) -> Image.Image:
-    """Return an image that is open and perhaps not decoded yet, if it can be used.
+    """Check an open image, which need not be decoded yet, and return it.
 
     Args:
-        picture: by Pillow.
+        picture: opened by Pillow.
         name: for messages.
 
     Raises:
-        DataError: it is of a format that is not read, too large, or has pixels of 32 bits.
+        DataError: its format is not supported, it is too large, or has 32 bits per channel.
     """
     if picture.format is not None and picture.format not in (*FORMATS, "MPO"):  # MPO: of phones
         raise DataError(
@@ -218,7 +220,7 @@ def check_picture(picture: Image.Image, name: str) -> Image.Image:
         or max(width, height) > LONGEST_SIDE
     ):
         raise too_large(name)
-    if picture.mode in ("I", "F"):  # nothing says what black and white are
+    if picture.mode in ("I", "F"):  # the values of black and white are unknown
         raise DataError(
             f"{name} has numbers of 32 bits for pixels",
             hint="store it with 8 or 16 bits a channel",
@@ -237,7 +239,7 @@ def too_large(name: str) -> DataError:
 
 
 def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
-    """A name for messages, and the file or its content."""
+    """The name of an image for messages, and its file or content."""
     if isinstance(ref, Member):
         return printable(ref.name), io.BytesIO(ref.read())
     path = ref.get("path") if isinstance(ref, dict) else ref
@@ -255,10 +257,10 @@ def _found(ref: Any, root: Path | None) -> tuple[str, Any]:
 
 
 def file_below(root: Path, path: str) -> str:
-    """The file that a path names, links followed, if it lies below `root`.
+    """Resolve a path, including links, to a file below `root`.
 
     Raises:
-        DataError: it lies outside of `root`, or is not there.
+        DataError: the file is outside of `root`, or does not exist.
     """
     name = printable(path)
     home = _resolved(os.path.abspath(root))
@@ -270,8 +272,8 @@ def file_below(root: Path, path: str) -> str:
         ) from error
     if not target.startswith(os.path.join(home, "")):
         raise DataError(
-            f"{name} lies outside of {root}",
-            hint="keep images below data.images, links' targets too",
+            f"{name} is outside of {root}",
+            hint="keep images, and targets of links, below data.images",
             kind="image outside of its folder",
         )
     if not os.path.isfile(target):

@@ -1,4 +1,4 @@
-"""Answers of a model, written as they come: a command that was stopped does not ask twice."""
+"""A journal of a model's answers, so that an interrupted command need not repeat them."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from mmkd.runtime.formats import FormatError, parse_json
 
 
 class Journal:
-    """A file of JSON lines that each reach the disk as soon as they are added.
+    """A file of JSON lines, which are written to disk as soon as they are added.
 
-    The first line is the request. A last line that was cut off by a kill is written over.
+    The first line is the request. An incomplete last line, from a killed command, is overwritten.
 
     Args:
         path: the file.
-        request: what the answers depend on, as JSON.
+        request: all settings that the answers depend on, as JSON.
 
     Raises:
         DataError: the file is damaged, or has answers to another request.
@@ -32,9 +32,9 @@ class Journal:
         except FormatError as error:
             raise DataError(f"damaged ({error})", where=str(path), hint="delete it") from error
         if not all(isinstance(line, dict) for line in lines):
-            raise DataError("damaged (a line is no object)", where=str(path), hint="delete it")
+            raise DataError("damaged (a line is not an object)", where=str(path), hint="delete it")
         if lines and lines[0] != json.loads(json.dumps(request)):
-            raise DataError("it holds answers to another request", where=str(path), hint=hint)
+            raise DataError("it has answers to another request", where=str(path), hint=hint)
         self.entries: list[dict[str, Any]] = lines[1:]
         if not lines:
             self._append(request)
@@ -56,5 +56,5 @@ class Journal:
         self._end += len(text)
 
     def delete(self) -> None:
-        """Remove the file, once the output that it was kept for is written."""
+        """Delete the file, after the command has written its output."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What image tokens show, by the boxes of a record's objects."""
+"""Labels of image tokens, from the boxes of a record's objects."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,16 +22,17 @@ def vision_labels(
     processor: Any,
     where: Callable[[int], str],
 ) -> tuple[Tensor, Tensor]:
-    """The word that names what each image token shows, and tokens that show no object.
+    """Label image tokens with the names of the objects that they show.
 
     Args:
-        objects, pictures: of each row; rows without objects or with several images get none.
+        objects, pictures: of each row. Rows without objects or with several images get no labels.
         vision: [B, T] bool, image tokens.
-        processor: of the words and images.
-        where: says of a row which record it is.
+        processor: of the model.
+        where: returns the name of a row's record for messages.
 
     Returns:
-        Labels [B, T] int64, `IGNORED` where there is none, and background [B, T] bool.
+        Labels [B, T] int64, `IGNORED` for tokens without one, and the background [B, T] bool: image
+        tokens that show no object.
     """
     labels = torch.full(vision.shape, IGNORED)  # [B, T]
     labelled = torch.zeros(len(objects), 1, dtype=torch.bool)
@@ -61,10 +62,10 @@ def _last_token(tokenizer: Any, word: str) -> int:
 
 
 def view(image_processor: Any, size: tuple[int, int]) -> Box:
-    """What of an image is left to see: all, but for what a crop of its centre cuts off.
+    """The part of an image that the model sees, after a centre crop if the processor has one.
 
     Args:
-        image_processor: a processor's, such as CLIP's.
+        image_processor: such as CLIP's.
         size: (width, height) of the image in pixels.
 
     Returns:
@@ -88,13 +89,13 @@ def view(image_processor: Any, size: tuple[int, int]) -> Box:
 
 
 def grid_words(objects: tuple[GroundedObject, ...], seen: Box, grid: int) -> list[str | None]:
-    """The word for each cell of a grid x grid image, row by row: the smallest box that covers
-    the cell's centre, None where there is none.
+    """For each cell of a grid, row by row, the name of the smallest box that covers its centre;
+    None if there is none.
 
     Args:
         objects: names and boxes in pixels.
-        seen: what the grid covers, in pixels.
-        grid: cells per side.
+        seen: the area that the grid covers, in pixels.
+        grid: number of cells per side.
     """
     by_area = sorted(
         objects, key=lambda o: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), reverse=True

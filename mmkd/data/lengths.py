@@ -1,16 +1,16 @@
-"""Lengths of records in tokens, for batches of alike length and for token budgets.
+"""Lengths of records in tokens, for `group_by_length` and token budgets.
 
-The length of a record decides where in its step it is read. So each process needs the lengths of a
-step's whole global batch, though it trains on a part of it, and a length costs as much as rendering
-and tokenizing the record. Therefore each process finds the lengths of its share of the coming
-steps only, in its workers and ahead of training, and the processes exchange them step by step.
+Lengths decide the micro-batch of each record. So each process needs the lengths of the whole global
+batch of a step, although it trains on a part of it, and computing a length means to render and
+tokenize the record. Therefore each process computes the lengths of its share of the next steps
+only, in its workers and ahead of training, and the processes exchange them step by step.
 
-Nothing is kept on the disk. An index of all lengths would be complete only when the whole data set
-has been rendered, would have to be made again whenever data, processor or template change, and
-cannot be made for streamed data. Lengths that are found ahead cost training no time either.
+Lengths are not stored on disk. An index of all lengths would require to render the whole data set
+first, and again after each change of data, processor or template; for streamed data it is
+impossible. Lengths that are computed ahead do not slow down training either.
 
-A length is a function of the record alone. A length that does not come from another process is
-found here, so batches never depend on which process has found what.
+A length is a function of the record only. A length that no other process has sent is computed here,
+so batches do not depend on which process computed a length.
 """
 
 from collections import deque
@@ -27,12 +27,12 @@ UNKNOWN = -1
 
 
 class SharedLengths:
-    """The tokens of each record, `Encoder.length`, found by all processes together.
+    """Numbers of tokens of records, `Encoder.length`, computed by all processes together.
 
     Args:
         encoder: of the records.
-        rank, world_size: which of the processes this one is.
-        workers: processes that find lengths for this one; 0 for none.
+        rank, world_size: of this process.
+        workers: number of worker processes that compute lengths for this one; 0 for none.
     """
 
     def __init__(self, encoder: Encoder, *, rank: int = 0, world_size: int = 1, workers: int = 0):
@@ -41,24 +41,25 @@ class SharedLengths:
         self._known = np.full(len(encoder.records), UNKNOWN, np.int32)
 
     def __getitem__(self, record: int) -> int:
-        """The length of one record, found here if it is not known."""
+        """The length of a record. It is computed by this process if it is not known."""
         if self._known[record] == UNKNOWN:
             self._known[record] = self._find(record)
         return int(self._known[record])
 
     def of(self, records: Sequence[int]) -> list[int]:
-        """The lengths of some records, found by all processes; every rank calls it."""
+        """The lengths of records, computed by all processes. Every rank must call it."""
         (found,) = self.ahead([records])
         return [self[record] for record in found]
 
     def ahead(self, steps: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """The records of each step, when their lengths are known; every rank iterates over it.
+        """Yields the records of each step as soon as their lengths are known. Every rank must
+        iterate over it.
 
         Args:
-            steps: the records of each, which are taken about two steps ahead.
+            steps: the records of each step. They are read about two steps ahead.
 
         Raises:
-            MmkdError, OSError: of `Encoder.length`; the other ranks then find the same lengths
+            MmkdError, OSError: from `Encoder.length`. The other ranks then compute the same lengths
                 themselves, and fail for the same reason.
         """
         begun: deque[tuple[Sequence[int], int]] = deque()
@@ -68,8 +69,8 @@ class SharedLengths:
                 share = [
                     r for r in records[self.rank :: self.world_size] if self._known[r] == UNKNOWN
                 ]
-                # As many as workers, so that all of them work for the next step; at least one,
-                # which says that the step is there.
+                # One piece per worker, so that all workers compute lengths of the next step; at
+                # least one piece, which marks the step.
                 size = max(1, -(-len(share) // max(1, self.workers)))
                 cut = by_size(share, size) or [[]]
                 begun.append((records, len(cut)))
@@ -98,5 +99,5 @@ class SharedLengths:
         return [(record, self._find(record)) for record in records]
 
     def _find(self, record: int) -> int:
-        # With workers, batches are encoded in other processes than lengths are found.
+        # With workers, batches are encoded in other processes, so this text is not needed again.
         return self.encoder.length(record, keep=self.workers == 0)

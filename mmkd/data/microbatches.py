@@ -1,4 +1,4 @@
-"""How the records of a step are cut into micro-batches, alike on every process."""
+"""Divide the records of a step into micro-batches, in the same way on every process."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,15 +20,16 @@ def by_tokens(
     *,
     packed: bool = False,
 ) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens, as few as cutting in order gives, for each process
-    the same number.
+    """Micro-batches of at most `budget` tokens, the same number for each process.
+
+    Records are added to a micro-batch in order until it is full.
 
     Args:
-        records: of a step, a multiple of `processes`.
-        lengths: tokens of each record.
-        budget: tokens; a record that is longer stands alone.
-        processes: that share the micro-batches.
-        packed: records lie one behind another; else they are padded to the longest.
+        records: of a step; their number is a multiple of `processes`.
+        lengths: number of tokens of each record.
+        budget: number of tokens. A longer record is a micro-batch of its own.
+        processes: number of processes.
+        packed: records are packed; otherwise they are padded to the longest.
     """
     made: list[list[int]] = []
     longest = total = 0
@@ -42,7 +43,7 @@ def by_tokens(
             longest = total = 0
         made[-1].append(record)
         longest, total = max(longest, length), total + length
-    while len(made) % processes:  # ends: at the latest when each record stands alone
+    while len(made) % processes:  # ends at the latest when each micro-batch has one record
         largest = max(range(len(made)), key=lambda i: len(made[i]))
         middle = (len(made[largest]) + 1) // 2
         made[largest : largest + 1] = [made[largest][:middle], made[largest][middle:]]
@@ -50,10 +51,10 @@ def by_tokens(
 
 
 def check_budget(context: StageContext) -> None:
-    """A micro-batch has room for the longest record.
+    """Check that `batch.tokens` is at least `data.max_length`.
 
     Raises:
-        RecipeError: it has not.
+        RecipeError: it is not.
     """
     tokens, longest = context.stage.batch.tokens, context.data.max_length
     if tokens is not None and tokens < longest:
@@ -65,10 +66,10 @@ def check_budget(context: StageContext) -> None:
 
 
 def check_contrast(context: StageContext) -> None:
-    """Objectives that compare the records of a micro-batch get at least two.
+    """Check that micro-batches have at least two records if an objective compares them.
 
     Raises:
-        RecipeError: each micro-batch holds one.
+        RecipeError: each micro-batch has one record.
     """
     batch, processes = context.stage.batch, distributed.world_size()
     alone = batch.size == 1
@@ -77,7 +78,7 @@ def check_contrast(context: StageContext) -> None:
     for objective in context.objectives:
         if objective.relates_records and alone:
             raise RecipeError(
-                "it compares the records of a micro-batch, and each micro-batch holds one",
+                "it compares the records of a micro-batch, and each micro-batch has one record",
                 where=context.at(objective),
                 hint="set batch.size to 2 or more, or batch.total with batch.tokens",
             )

@@ -1,16 +1,16 @@
-"""How many records of each source an epoch holds, which, and in which order.
+"""The records of an epoch: how many of each source, which ones, and in which order.
 
-Let n_i be a source's records, c_i its cap and w_i its weight. Without weights an epoch holds
-min(n_i, c_i) records of source i. With weights it holds T w_i / sum(w) of them, rounded so that
-they sum to T, where T is the sum of min(n_j, c_j), or less where a cap would be passed.
+Let n_i be the number of records of source i, c_i its cap and w_i its weight. Without weights, an
+epoch has min(n_i, c_i) records of source i. With weights it has T w_i / sum(w), rounded so that the
+sum is T. T is the sum of min(n_j, c_j), or less if a cap would be exceeded.
 
-A source walks through passes over its records, each shuffled by seed, source and pass, and an
-epoch goes on where the one before ended. So all records of a source are seen equally often, give
-or take one. The records of an epoch are shuffled by seed and epoch.
+The records of a source are read in passes, each shuffled by seed, source and pass. An epoch
+continues where the previous one ended, so all records of a source are seen equally often, up to one
+time. The records of an epoch are shuffled by seed and epoch.
 
-A source that is streamed comes in windows of some thousand records: a pass goes through them in
-their order and shuffles each. Its records keep that order in the epoch, spread among those of the
-other sources.
+A streamed source is read in windows of some thousand records. A pass reads the windows in order and
+shuffles the records of each window. They keep this order in the epoch, and are mixed with the
+records of other sources.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from mmkd.errors import RecipeError
 
 
 class Mixture:
-    """The epochs of a data set, a function of the records' numbers, weights, caps and seed.
+    """The epochs of a data set, a function of the sources' sizes, weights, caps and the seed.
 
     Raises:
         RecipeError: a source's weight is too small for one record in an epoch.
@@ -51,7 +51,7 @@ class Mixture:
         return sum(self.draws)
 
     def members(self, epoch: int) -> Tensor:
-        """[records in an epoch] int64: which ones, source behind source."""
+        """Indices of an epoch's records, ordered by source, int64."""
         parts = []
         starts = self.records.starts
         for number, (start, size, count) in enumerate(
@@ -63,10 +63,10 @@ class Mixture:
         return torch.cat(parts)
 
     def order(self, epoch: int) -> list[int]:
-        """The epoch's records, shuffled; those of a stream in their members' order."""
+        """Indices of an epoch's records, shuffled; records of a stream keep their order."""
         members = self.members(epoch)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        chosen = torch.randperm(len(members), generator=generator)  # a member for each place
+        chosen = torch.randperm(len(members), generator=generator)  # a member for each position
         begin = 0
         for window, count in zip(self.windows, self.draws, strict=True):
             if window is not None:
@@ -76,7 +76,8 @@ class Mixture:
         return members[chosen].tolist()
 
     def sample(self, most: int) -> list[int]:
-        """Some of the first epoch's records, evenly spread; of a stream from its first window."""
+        """At most `most` records of the first epoch, evenly spread; from the first window of a
+        stream."""
         members = self.members(epoch=0)
         for start, size, window in zip(self.records.starts, self.sizes, self.windows, strict=True):
             if window is not None:
@@ -85,7 +86,7 @@ class Mixture:
         return [int(members[i * len(members) // count]) for i in range(count)]
 
     def _walk(self, number: int, first: int) -> Tensor:
-        """An epoch's records of a source, from one place of its walk on."""
+        """An epoch's records of a source, beginning at position `first` of its passes."""
         size, last = self.sizes[number], first + self.draws[number]
         passes = range(first // size, -(-last // size))
         walk = torch.cat([self._pass(number, p) for p in passes])
@@ -104,12 +105,12 @@ class Mixture:
 
 
 def draws(sizes: list[int], weights: list[float | None], caps: list[int | None]) -> list[int]:
-    """Records of each source in an epoch.
+    """Number of records of each source in an epoch.
 
     Args:
-        sizes: records that there are.
-        weights: relative shares, all or none of them given.
-        caps: most records of each.
+        sizes: numbers of records.
+        weights: relative shares; all or none of them are given.
+        caps: largest numbers of records.
     """
     capped = [
         size if cap is None else min(size, cap) for size, cap in zip(sizes, caps, strict=True)

@@ -1,4 +1,4 @@
-"""From padded batches to rows of several records."""
+"""Pack padded batches into rows of several records."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,12 +23,12 @@ from mmkd.objectives import Targets
 
 
 class Packer:
-    """Puts the records of a batch one behind another in rows.
+    """Packs the records of a batch.
 
     Args:
-        records: the data that samples are of.
-        processing: of a model's processor.
-        max_length: tokens at which sequences are cut.
+        records: the data set.
+        processing: calls the processor.
+        max_length: largest number of tokens of a sequence.
     """
 
     def __init__(self, records: Records, processing: Processing, max_length: int):
@@ -37,13 +37,13 @@ class Packer:
     def order(
         self, samples: list[Sample], filler: list[Sample], capacity: int
     ) -> tuple[list[Sample], list[list[int]]]:
-        """The samples as they lie one behind another in packed rows, and their numbers by row:
-        models take images in the order of their tokens.
+        """The samples in the order of packed rows, and their indices by row. Models expect images
+        in the order of their tokens.
 
         Args:
             samples: of a batch.
-            filler: samples behind them.
-            capacity: most tokens of a row.
+            filler: further samples, after them.
+            capacity: largest number of tokens of a row.
         """
         bins = bins_of(list(map(self._tokens, samples + filler)), capacity)
         order, bins = renumbered(bins, len(samples))
@@ -55,11 +55,11 @@ class Packer:
         return min(length, self.max_length)
 
     def __call__(self, batch: Batch, bins: list[list[int]]) -> Batch:
-        """The batch in packed rows; a filler is one of the records, without targets.
+        """Pack a batch. A filler is packed like a record, but has no targets.
 
         Args:
-            batch: padded, of the samples in the order that `order` gives.
-            bins: what `order` gives.
+            batch: padded, with samples in the order that `order` returns.
+            bins: as `order` returns them.
         """
         seen = batch.inputs["attention_mask"].bool()  # [B, T], or [B + 1, T]
         count = len(batch.targets.input_ids)

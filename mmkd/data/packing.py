@@ -1,7 +1,8 @@
-"""Records one behind another in rows, none of which sees another.
+"""Packing: several records in one row, isolated from each other.
 
-Positions start at 0 with every record and there is no attention mask: transformers then keeps
-records apart in attention, mmkd's mixers in convolution and state.
+Position ids start again at 0 with each record, and there is no attention mask. From this,
+transformers isolates the records in attention, and mmkd's mixers isolate them in convolution and
+state.
 """
 
 from bisect import bisect_left, insort
@@ -20,14 +21,15 @@ from mmkd.recipe.context import StageContext
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of items, the longest first, each into the fullest bin that still takes it.
+    """Best-fit-decreasing bin packing: the longest item first, each into the fullest bin with
+    enough space.
 
     Args:
         lengths: of the items, each at most `capacity`.
         capacity: of a bin.
 
     Returns:
-        Numbers of the items, by bin.
+        Indices of the items, by bin.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what a bin still takes, its number), ascending
@@ -44,10 +46,10 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def even_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """As few bins as best-fit-decreasing needs, and these as short as it can make them."""
+    """As many bins as best-fit-decreasing needs, with the smallest capacity for that number."""
     count = len(best_fit_decreasing(lengths, capacity))
     low, high = max(max(lengths), -(-sum(lengths) // count)), capacity
-    while low < high:  # the least capacity that takes no more bins
+    while low < high:  # find the smallest capacity with the same number of bins
         middle = (low + high) // 2
         if len(best_fit_decreasing(lengths, middle)) <= count:
             high = middle
@@ -57,19 +59,19 @@ def even_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def bins_of(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Records by packed row; a record that is longer than `capacity` makes all rows as long."""
+    """Records by packed row. If a record is longer than `capacity`, its length is the capacity."""
     return even_bins(lengths, max(capacity, *lengths))
 
 
 def renumbered(bins: list[list[int]], count: int) -> tuple[list[int], list[list[int]]]:
-    """Put items in the order of their bins.
+    """Reorder items by bin.
 
     Args:
-        bins: numbers of items.
-        count: how many are put in order; later ones keep their numbers.
+        bins: indices of items, by bin.
+        count: number of items to reorder; later items keep their indices.
 
     Returns:
-        The items' numbers in the new order, and the bins by new numbers.
+        The old indices in the new order, and the bins with new indices.
     """
     order = [i for row in bins for i in row if i < count]
     place = {i: at for at, i in enumerate(order)}
@@ -77,11 +79,11 @@ def renumbered(bins: list[list[int]], count: int) -> tuple[list[int], list[list[
 
 
 class Packing:
-    """Where the tokens of padded rows go.
+    """A mapping of the tokens of padded rows to packed rows.
 
     Args:
-        attention: [B, T] bool, False on padding; padding on the right.
-        bins: numbers of the rows that lie in each packed row, every one once.
+        attention: [B, T] bool, False on padding, which is on the right.
+        bins: indices of the padded rows in each packed row; each occurs once.
     """
 
     def __init__(self, attention: Tensor, bins: Sequence[Sequence[int]]):
@@ -92,7 +94,7 @@ class Packing:
         self.positions = torch.zeros(len(bins), width, dtype=torch.long)
         for number, row in enumerate(bins):
             at = 0
-            for record in [*row, None]:  # None: what is left is a document of padding
+            for record in [*row, None]:  # None: the rest of the row is a document of padding
                 length = width - at if record is None else lengths[record]
                 places = torch.arange(length)
                 self.positions[number, at : at + length] = places
@@ -101,7 +103,7 @@ class Packing:
                 at += length
 
     def __call__(self, x: Tensor, fill: Any) -> Tensor:
-        """[B, T] -> [R, L], with `fill` where no token is."""
+        """[B, T] -> [R, L], with `fill` on padding."""
         moved = x.flatten()[self.source.clamp(min=0)]
         return moved.masked_fill(self.source < 0, fill)
 
@@ -115,9 +117,9 @@ def pack_inputs(inputs: dict[str, Tensor], packing: Packing, padding: int) -> di
     """A model's inputs in packed rows.
 
     Args:
-        inputs: of padded rows; those with images in the order of the packed rows.
+        inputs: of padded rows. Rows with images are in the order of the packed rows.
         packing: of the same rows.
-        padding: the token that fills rows up.
+        padding: id of the pad token.
     """
     made = {
         "input_ids": packing(inputs["input_ids"], padding),
@@ -131,7 +133,7 @@ def pack_inputs(inputs: dict[str, Tensor], packing: Packing, padding: int) -> di
 
 
 def pack_targets(targets: Targets, packing: Packing, ignored: int) -> Targets:
-    """What packed tokens are; nothing predicts a record's first token."""
+    """Targets in packed rows. The first token of a record is not predicted."""
 
     def moved(x: Tensor | None, fill: Any) -> Tensor | None:
         return None if x is None else packing(x, fill)
@@ -150,15 +152,16 @@ def pack_targets(targets: Targets, packing: Packing, ignored: int) -> Targets:
 
 
 def pack_stored(rows: SparseRows, packing: Packing) -> SparseRows:
-    """A teacher's stored rows for packed tokens."""
+    """A teacher's stored distributions in packed rows."""
     return replace(rows, at=packing(rows.at.view(packing.shape), -1).flatten())
 
 
 def check_packed(context: StageContext) -> None:
-    """Objectives of packed rows compare token by token, and the teacher gets the same rows.
+    """Check that packing works with a stage's objectives and teacher.
 
     Raises:
-        RecipeError: an objective does not, or the teacher has another processor.
+        RecipeError: an objective relates tokens or chunks of a row, or the teacher has another
+            processor.
     """
     if context.stage.batch.pack is None:
         return
@@ -166,13 +169,13 @@ def check_packed(context: StageContext) -> None:
     for objective in context.objectives:
         if "chunks" in objective.needs:
             raise RecipeError(
-                f"objective {objective.name} looks for chunks in records that stand alone",
+                f"objective {objective.name} needs chunks, which are found without packing only",
                 where=where,
                 hint=hint,
             )
         if objective.relates_tokens:
             raise RecipeError(
-                f"objective {objective.name} relates the tokens of a row, and packed rows hold "
+                f"objective {objective.name} relates the tokens of a row, and packed rows have "
                 "several records",
                 where=where,
                 hint=hint,

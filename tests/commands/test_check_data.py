@@ -100,7 +100,7 @@ def test_every_problem_is_counted_and_placed(folder, monkeypatch, capsys, worker
     assert status == 1
     assert "16 records, 11 images" in table
     assert "13 bad (81.25 %)" in table
-    assert "(id [red]linked[/red]): link.png lies outside of" in table
+    assert "(id [red]linked[/red]): link.png is outside of" in table
     for kind, count in COUNTS.items():
         assert any(kind in line and f" {count} " in line for line in table.splitlines()), kind
 
@@ -144,13 +144,13 @@ def test_ids_that_come_twice_are_told_where_asked_for(tmp_path, monkeypatch, cap
     status, said = found(monkeypatch, capsys, tmp_path / "a.json", "--unique-ids")
     assert (status, said["bad"]) == (1, 2)
     first = said["sources"][0]["problems"][0]["places"][0]
-    assert first == f"{tmp_path}/a.json: record 2 (id 1): record 0 has this id too"
+    assert first == f"{tmp_path}/a.json: record 2 (id 1): record 0 has the same id"
     rows = [{"id": name, "conversations": turns("?", "a")} for name in (0, 1, 0, "x" * 300, 4)]
     rows += [{"id": "x" * 299 + "y", "conversations": turns("?", "a")}, rows[0] | {"id": None}]
     (tmp_path / "b.json").write_text(json.dumps(rows))
     status, said = found(monkeypatch, capsys, tmp_path / "b.json", "--unique-ids")
     [problem] = said["sources"][0]["problems"]
-    assert problem["places"] == [f"{tmp_path}/b.json: record 2 (id 0): record 0 has this id too"]
+    assert problem["places"] == [f"{tmp_path}/b.json: record 2 (id 0): record 0 has the same id"]
 
 
 def test_a_source_that_cannot_be_read_hides_no_other(
@@ -208,5 +208,5 @@ def test_a_process_that_dies_is_told(folder, monkeypatch):
     monkeypatch.setattr(check, "CHUNK", 5)
     monkeypatch.setattr(check, "image_size", lambda *_: os._exit(1))
     source = SourceConfig(train=str(folder / "a.jsonl"), images=str(folder / "images"))
-    with pytest.raises(DataError, match="a process that looked through it died"):
+    with pytest.raises(DataError, match="a process that checked it died"):
         check_source(source, Look(), workers=2)

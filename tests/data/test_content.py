@@ -142,8 +142,8 @@ BAD_ROWS = {
     "system": ({**LLAVA, "system": "Be brief."}, "content under 'system'"),
     "tools": ({**LLAVA, "tools": '[{"name": "f"}]'}, "content under 'tools'"),
     "kto": ({**LLAVA, "kto_tag": False}, "content under 'kto_tag'"),
-    "two_texts": ({**LLAVA, "messages": chat(TEXT)["messages"]}, "say different things"),
-    "two_pictures": ({**LLAVA, "images": ["b.png"]}, "'image' and 'images' say different things"),
+    "two_texts": ({**LLAVA, "messages": chat(TEXT)["messages"]}, "differ"),
+    "two_pictures": ({**LLAVA, "images": ["b.png"]}, "'image' and 'images' differ"),
     "half_a_pair": ({**LLAVA, "rejected": "A cat."}, "'rejected' without 'chosen'"),
     "other_name": (chat(TEXT, image_path="a.png"), "named under 'image_path'"),
     "numbered": (chat(TEXT, image_1="a.png"), "named under 'image_1'"),
@@ -165,7 +165,7 @@ BAD_ROWS = {
     ),
     "pictures_of_a_turn": (
         {"messages": [{"role": "user", "content": "?", "image": "a.png", "images": ["b.png"]}]},
-        "'image' and 'images' say different things -- drop one of them$",
+        "'image' and 'images' differ -- drop one of them$",
     ),
     "tool_calls": (
         {"messages": [{"role": "user", "content": "?"},
@@ -196,11 +196,11 @@ BAD_ROWS = {
     ),
     "half_named": (
         chat({"type": "image", "image": "a.png"}, {"type": "image"}, TEXT, images=["b.png"]),
-        "some image placeholders name their image",
+        "only some of the image placeholders name their image",
     ),
     "twice": (
         chat({"type": "image", "image": "a.png"}, TEXT, images=["b.png"]),
-        r"other images in the turns \(1\) than under 'images' \(1\)",
+        r"the images in the turns \(1\) differ from those under 'images' \(1\)",
     ),
     "names_two": (
         chat({"type": "image", "image": "a.png", "path": "b.png"}, TEXT), "names several images"
@@ -220,7 +220,7 @@ BAD_ROWS = {
     ),
     "texts_beside_messages": (
         {"messages": chat(TEXT)["messages"], "texts": [{"user": "Who?", "assistant": "A ball."}]},
-        "'messages' and 'texts' say different things",
+        "'messages' and 'texts' differ",
     ),
 }  # fmt: skip
 

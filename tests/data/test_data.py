@@ -269,7 +269,7 @@ BAD = {
     ),
     "outside": (
         {"image": "../../etc/hostname", "conversations": conversations(TURNS)},
-        "lies outside of",
+        "is outside of",
     ),
     "unknown role": (
         {"image": "red.png", "conversations": conversations([("robot", "<image>")])},

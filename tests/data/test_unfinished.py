@@ -123,7 +123,7 @@ def test_a_journal_goes_on_behind_a_line_that_was_cut(tmp_path):
     assert again.entries == [{"n": 1}, {"n": 2}]
     again.add({"n": 4})
     assert Journal(path, {"model": "m", "pair": [1, 2]}).entries == [{"n": n} for n in (1, 2, 4)]
-    with pytest.raises(DataError, match=r"answers\.jsonl: it holds answers to another request"):
+    with pytest.raises(DataError, match=r"answers\.jsonl: it has answers to another request"):
         Journal(path, {"model": "other"})
     path.write_bytes(b'{"mod')
     assert Journal(path, {"model": "m"}).entries == []

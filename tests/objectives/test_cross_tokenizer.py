@@ -218,7 +218,7 @@ def test_tiles_match_nothing_and_need_not(scenes_dir, folders):
     assert batch.targets.vision.sum() != batch.teacher.targets.vision.sum()
     assert batch.targets.chunks.student.count
     both = [*alone, build_objective(RelationConfig(kind="relation"))]
-    with pytest.raises(DataError, match="no grid tells which belong together"):
+    with pytest.raises(DataError, match="do not form grids that could be aligned"):
         Encoder.of(both, config, smolvlm(), teacher_processor=theirs).encode([0])
 
 
@@ -254,6 +254,6 @@ def test_packed_rows_stored_and_several_teachers_are_refused(recipe, kind, folde
         build_cache(recipe([{"kind": kind}], teacher=stored))
     several = [{"model": str(folders[1])}, {"model": str(folders[0]), "name": "second"}]
     raw = recipe([{"kind": kind}]).model_dump(mode="json", exclude={"more_teachers"})
-    with pytest.raises(RecipeError, match="one teacher that is asked about all records"):
+    with pytest.raises(RecipeError, match="one teacher that is used for all records"):
         pipeline.run(load_recipe({**raw, "teacher": several}))
     assert not list(tmp_path.iterdir())

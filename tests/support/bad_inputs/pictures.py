@@ -35,7 +35,7 @@ def image_on_the_web(world: World) -> None:
     KIND,
     "gave LLaVA-1.5 an image of 10000 x 2 pixels",
     FIRST + "the processor would make",
-    "pixels of an image of 10000 x 2",
+    "would resize an image of 10000 x 2 to",
     "crop or drop it",
 )
 def image_that_a_processor_blows_up(world: World) -> None:
@@ -107,8 +107,8 @@ def image_of_32_bits(world: World) -> None:
 @case(
     KIND,
     "named an image outside the folder",
-    FIRST + "../picture.png lies outside of",
-    "keep images below",
+    FIRST + "../picture.png is outside of",
+    "keep images",
 )
 def image_above(world: World) -> None:
     Path("images").mkdir()
@@ -119,7 +119,7 @@ def image_above(world: World) -> None:
 @case(
     KIND,
     "named an image by an absolute path",
-    FIRST + "/etc/passwd lies outside of",
+    FIRST + "/etc/passwd is outside of",
     "keep images",
 )
 def image_by_an_absolute_path(world: World) -> None:
@@ -129,7 +129,7 @@ def image_by_an_absolute_path(world: World) -> None:
 @case(
     KIND,
     "linked to an image outside the folder",
-    FIRST + "link.png lies outside of",
+    FIRST + "link.png is outside of",
     "links' targets",
 )
 def image_behind_a_link(world: World) -> None:

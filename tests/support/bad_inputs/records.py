@@ -212,7 +212,7 @@ def picture_under_another_key(world: World) -> None:
 @case(
     KIND,
     "gave two images under two keys",
-    FIRST + "'image' and 'images' say different things",
+    FIRST + "'image' and 'images' differ",
     "drop one of them",
 )
 def picture_under_two_keys(world: World) -> None:
