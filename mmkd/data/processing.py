@@ -1,4 +1,4 @@
-"""A model's processor on rendered conversations and their images."""
+"""Run a model's processor on rendered conversations and their images."""
 
 import copy
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from mmkd.errors import DataError, MmkdError
 
 MOVED = "text_replacement_offsets"
 NOT_OF_THE_RECORD = (MmkdError, OSError, MemoryError, ImportError)
-"""Exceptions of a processor that are not the record's fault: a full disk, a missing package."""
+"""Exceptions of a processor that the record does not cause: a full disk, a missing package."""
 Size = tuple[int, int]
 
 
 class Processing:
-    """Calls a processor as its family wants it.
+    """Calls a processor with the arguments that its family needs.
 
     Args:
-        processor: a model's.
-        cache: folder that keeps processed images; None to keep none.
+        processor: of a model.
+        cache: folder for the outputs of the image processor; None for no cache.
     """
 
     def __init__(self, processor: Any, cache: Path | None = None):
@@ -45,17 +45,17 @@ class Processing:
     def __call__(
         self, texts: Sequence[str], pictures: Sequence[list[Image.Image]], side: str = "right"
     ) -> dict[str, Any]:
-        """Padded inputs of conversations, with offsets of tokens and of replaced placeholders.
+        """Padded inputs of conversations, with offsets of tokens and of expanded placeholders.
 
         Args:
-            texts: rendered, with a placeholder for each image.
+            texts: rendered conversations, with a placeholder for each image.
             pictures: of each text.
-            side: where padding goes, left or right.
+            side: of the padding, left or right.
 
         Raises:
             DataError: the processor refuses them.
         """
-        # By row: some families treat an image otherwise where it is one of several.
+        # Nested by row: some families process an image differently if a record has several.
         images = list(pictures) if any(pictures) else None
         for picture in (picture for row in pictures for picture in row):
             check_scaled(picture.size, self._edge)
@@ -69,7 +69,7 @@ class Processing:
                 add_special_tokens=special,
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
-                # Not of the text yet: some would make a tensor of the replacement offsets too.
+                # Tensors are made below: some families would convert replacement offsets too.
                 text_kwargs={"return_tensors": None},
                 images_kwargs={"return_tensors": "pt"},
             )
@@ -77,7 +77,7 @@ class Processing:
             encoded.convert_to_tensors("pt")
         except NOT_OF_THE_RECORD:
             raise
-        except Exception as error:  # families raise whatever they come upon
+        except Exception as error:  # families raise many different types
             raise _refused(error) from error
         if special:
             drop_appended(encoded, self.processor.tokenizer, side)
@@ -87,10 +87,10 @@ class Processing:
         return {**encoded, MOVED: moved}
 
     def length(self, text: str, sizes: Sequence[Size]) -> int:
-        """Tokens of one conversation, without processing its images.
+        """Number of tokens of a conversation, without processing its images.
 
         Args:
-            text: rendered.
+            text: rendered conversation.
             sizes: width and height of its images.
 
         Raises:
@@ -99,8 +99,8 @@ class Processing:
         return len(self.offsets(text)) + self.image_tokens(sizes, of=len(sizes))
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) characters of the tokens of one conversation, image placeholders as they
-        are."""
+        """(start, end) characters of the tokens of a conversation, without expanding image
+        placeholders."""
         special = not self._template_writes_bos(text)
         tokenizer = self.processor.tokenizer
         encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -108,11 +108,11 @@ class Processing:
         return found[: len(found) - appended_tokens(tokenizer)] if special else found
 
     def image_tokens(self, sizes: Sequence[Size], *, of: int) -> int:
-        """Tokens that images add to their placeholders.
+        """Number of tokens that images add to their placeholders.
 
         Args:
-            sizes: width and height of each.
-            of: images of the whole conversation.
+            sizes: width and height of each image.
+            of: number of images of the whole conversation.
 
         Raises:
             DataError: the processor refuses images of such a size.
@@ -120,8 +120,8 @@ class Processing:
         return sum(self._picture_tokens(size, min(of, 2)) for size in sizes)
 
     def _count_picture_tokens(self, size: Size, count: int) -> int:
-        """Tokens that an image adds to its placeholder; its size decides, and whether it is its
-        record's only one (`count` 1) or one of several (2)."""
+        """Number of tokens that an image adds to its placeholder. It depends on the size, and on
+        whether the record has one image (`count` 1) or several (2)."""
         check_scaled(size, self._edge)
         text = self.processor.image_token * count
         blank = [Image.new("RGB", size)] * count
@@ -137,13 +137,13 @@ class Processing:
     def grids(
         self, encoded: dict[str, Tensor], vision: Tensor, pictures: Sequence[int]
     ) -> list[list[Grid]]:
-        """Rows and columns of image tokens of each row's images: what the processor says, else a
-        square.
+        """Rows and columns of image tokens for each image of each row: from the processor's
+        outputs, or a square if these do not contain them.
 
         Args:
-            encoded: what a call gave.
+            encoded: outputs of a call.
             vision: [B, T] bool, image tokens.
-            pictures: how many each row has.
+            pictures: number of images of each row.
         """
         if "image_grid_thw" in encoded:
             merge = self.processor.image_processor.merge_size
@@ -159,25 +159,25 @@ class Processing:
 
     @staticmethod
     def _check_text(texts: Sequence[str], moved: Any, offsets: Tensor) -> None:
-        """Tokens lie in the text as it was rendered, its placeholders written out.
+        """Check that offsets of tokens refer to the rendered text with expanded placeholders.
 
         Raises:
-            DataError: a token lies behind that, so all might lie elsewhere than they should.
+            DataError: a token is outside of this text, so the processor has changed it.
         """
         ends = offsets[..., 1].amax(1).tolist()
         for text, replaced, end in zip(texts, moved or [[]] * len(texts), ends, strict=True):
             added = sum(len(r["replacement"]) - len(r["text"]) for r in replaced)
             if end > len(text) + added:
                 raise DataError(
-                    "the processor adds text of its own to the chat template's",
+                    "the processor adds text to the rendered conversation",
                     hint="choose a family whose chat template writes the whole conversation",
                 )
 
     def _check_images(
         self, pictures: Sequence[Sequence[Any]], moved: Sequence[list[Any]], ids: Tensor
     ) -> None:
-        """Check that each row has as many image tokens as image features. If the numbers differ,
-        models fail or take the features of another row.
+        """Check that the numbers of image tokens and image features are equal in each row. If they
+        differ, models fail or use the features of another row.
 
         Args:
             pictures: of each row.
@@ -206,7 +206,7 @@ class Processing:
     @property
     def image_token_id(self) -> int:
         """The id of the token that image features replace."""
-        # The tokenizer's first: Gemma 3's processor names the token that it puts before them.
+        # The tokenizer is asked first: Gemma 3's processor has the token before the features.
         for part in (self.processor.tokenizer, self.processor):
             known = getattr(part, "image_token_id", None)
             if known is not None:
@@ -215,13 +215,13 @@ class Processing:
 
 
 def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:
-    """Remove, in place, the special tokens that a tokenizer appends to a text, such as the EOS
-    token of `add_eos_token`: chat templates write their own, and an answer cannot follow one.
+    """Remove, in place, special tokens that a tokenizer appends to a text, such as the EOS token of
+    `add_eos_token`. Chat templates write their own, and no answer can follow an EOS token.
 
     Args:
-        encoded: tensors by name, those of tokens [B, T, ...], with special tokens.
-        tokenizer: the one that made them.
-        side: side of the padding, left or right.
+        encoded: tensors by name; tensors of tokens are [B, T, ...].
+        tokenizer: that made them.
+        side: of the padding, left or right.
     """
     count = appended_tokens(tokenizer)
     if not count:
@@ -243,7 +243,7 @@ def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:
 
 @lru_cache(maxsize=32)
 def appended_tokens(tokenizer: Any) -> int:
-    """How many special tokens a tokenizer appends to a text."""
+    """Number of special tokens that a tokenizer appends to a text."""
     words = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for first in range(len(whole) - len(words), -1, -1):

@@ -1,4 +1,4 @@
-"""Records: the sources of a data set as one sequence."""
+"""The records of a data set: all of its sources as one sequence."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +20,21 @@ from mmkd.data.unread import without
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SourceConfig
 
-# Of a sequence's length: steps of the golden ratio land far from all earlier ones.
+# Fraction of a sequence's length. Multiples of the golden ratio are far from all earlier ones.
 STRIDE = 0.618
-# Replacements lie all over the data: where so many are bad, nearly all are.
+# Replacements are spread over the data. If so many are bad, nearly all records are.
 MOST_TRIED = 1_000
 
 T = TypeVar("T")
 
 
 class Source:
-    """One source's records; errors name the file and the record.
+    """The records of one source. Errors name the file and the record.
 
     Args:
-        config: the source.
-        share: part of its records that is held out from training; None to hold out none.
-        held_out: hold the held-out records, instead of the others.
+        config: settings of the source.
+        share: share of its records that is held out from training; None for none.
+        held_out: contain the held-out records instead of the others.
     """
 
     def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
@@ -48,7 +48,7 @@ class Source:
             self._numbers = self._split(share, held_out)
 
     def _split(self, share: float, held_out: bool) -> np.ndarray:
-        """[n] int64, ascending: the rows that are held out, or those that are not."""
+        """Indices of the rows that are held out, or of those that are not, [n] int64, ascending."""
         count = len(self._rows)
         if count == 1:
             raise DataError(
@@ -61,7 +61,7 @@ class Source:
         return (first if held_out else ~first).nonzero()[0]
 
     def _number(self, index: int) -> int:
-        """The row of a record."""
+        """Index of a record's row."""
         return index if self._numbers is None else int(self._numbers[index])
 
     def __len__(self) -> int:
@@ -69,23 +69,23 @@ class Source:
 
     @property
     def window(self) -> int | None:
-        """Of a stream, how many records from multiples of it on are read together."""
+        """Number of records in a window of a stream; None for other sources."""
         return self._rows.window if isinstance(self._rows, StreamedRows) else None
 
     @property
     def commit(self) -> str | None:
-        """Of a data set from the Hub; None for others, and where the Hub cannot be asked."""
+        """Commit of a data set on the Hub; None for other sources, or if the Hub is unreachable."""
         return getattr(self._rows, "commit", None)
 
     def id(self, index: int) -> str:
-        """What a record calls itself; "" where it does not, or cannot be read."""
+        """Id of a record; "" if it has none, or cannot be read."""
         try:
             return record_id(self._row(self._number(index)))
         except DataError:
             return ""
 
     def where(self, index: int) -> str:
-        """Words for an error message: the file, the record's number and its id."""
+        """Place of a record for messages: the file, the record's index and its id."""
         name = printable(self.id(index))
         return self._rows.place(self._number(index)) + (f" (id {name})" if name else "")
 
@@ -94,7 +94,7 @@ class Source:
             return without(self._rows.row(number), ignore)
         except (DataError, OSError, MemoryError):
             raise
-        except Exception as error:  # values that a table's types do not promise
+        except Exception as error:  # unexpected values
             raise unparsed(error) from error
 
     def __getitem__(self, index: int) -> Record:
@@ -105,8 +105,8 @@ class Source:
 
 
 def _shuffled(count: int) -> np.ndarray:
-    """[count] int64: the numbers below `count`, shuffled in an order that depends on nothing else.
-    Those of a shorter sequence have the same order, so appending records moves few of them."""
+    """The integers below `count` in a fixed pseudo-random order, [count] int64. The integers below
+    a smaller count have the same order among each other, so appending records changes little."""
     with np.errstate(over="ignore"):  # SplitMix64
         key = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -115,11 +115,11 @@ def _shuffled(count: int) -> np.ndarray:
 
 
 class Records:
-    """The records of all sources, one source behind another.
+    """The records of all sources, one source after the other.
 
     Args:
-        config: of the data.
-        held_out: hold the records of `data.validation`, instead of those for training.
+        config: settings of the data.
+        held_out: contain the records of `data.validation` instead of those for training.
     """
 
     def __init__(self, config: DataConfig, *, held_out: bool = False):
@@ -141,15 +141,15 @@ class Records:
 
     @property
     def starts(self) -> list[int]:
-        """The first record of each source."""
+        """Index of the first record of each source."""
         return [0, *self._ends[:-1]]
 
     def __len__(self) -> int:
-        """Records of all sources; an epoch may hold fewer or more of them (`Mixture`)."""
+        """Number of records of all sources. An epoch may have fewer or more (`Mixture`)."""
         return self._ends[-1]
 
     def source_of(self, index: int) -> int:
-        """Which source a record is of."""
+        """Index of a record's source."""
         return bisect_right(self._ends, index)
 
     def _at(self, index: int) -> tuple[Source, int]:
@@ -159,7 +159,7 @@ class Records:
         return self.sources[number], index - self.starts[number]
 
     def where(self, index: int) -> str:
-        """Words for an error message: the file, the record's number and its id."""
+        """Place of a record for messages: the file, the record's index and its id."""
         source, own = self._at(index)
         return source.where(own)
 
@@ -168,15 +168,15 @@ class Records:
         return source[own]
 
     def tried(self, index: int) -> Iterator[int]:
-        """A record and what is read in its place, one after another while they are bad: far away,
-        since neighbours are often bad for the same reason, but in the same window of a stream."""
+        """Yields a record, then its replacements if it is bad. Replacements are far away, since
+        neighbours are often bad for the same reason, but in the same window of a stream."""
         first, size = self._span(index)
         stride = coprime(size)
         for attempt in range(min(size, MOST_TRIED)):
             yield first + (index - first + attempt * stride) % size
 
     def _span(self, index: int) -> tuple[int, int]:
-        """The first of the records that a record may be replaced by, and how many they are."""
+        """The first record of the range of possible replacements of a record, and its size."""
         source, own = self._at(index)
         if source.window is None:
             return 0, len(self)
@@ -184,15 +184,15 @@ class Records:
         return index - own + begin, min(source.window, len(source) - begin)
 
     def usable(self, index: int, read: Callable[[int], T], skipped: list[str]) -> T:
-        """What `read` makes of a record, or of the first in its place that is not bad.
+        """Read a record, or its first replacement that is not bad.
 
         Args:
-            index: the record.
-            read: raises DataError of a bad one.
-            skipped: gets the errors.
+            index: of the record.
+            read: reads a record; raises DataError if it is bad.
+            skipped: error messages are appended to it.
 
         Raises:
-            DataError: all that are tried are bad.
+            DataError: all replacements are bad.
         """
         reason = ""
         for number in self.tried(index):
@@ -216,15 +216,15 @@ class Records:
     def pictures(
         self, record: Record, load: Callable[[Any, Path | None], Image.Image] = load_image
     ) -> list[Image.Image]:
-        """A record's images, decoded to RGB, or as `load` makes them of reference and root."""
+        """A record's images, decoded to RGB, or the results of `load` for reference and root."""
         return [load(ref, record.root) for ref in record.images]
 
 
 class GivenRecords(Records):
-    """Stands in for the records of a data set where an encoder gets its records one by one.
+    """Replaces the records of a data set for an encoder that is given single records.
 
     Args:
-        name: what messages call their place.
+        name: of the data in messages.
     """
 
     def __init__(self, name: str):
@@ -240,14 +240,14 @@ class GivenRecords(Records):
 
 @cache
 def coprime(size: int) -> int:
-    """A stride without a common divisor with `size`, so that steps of it come to every record."""
+    """A stride that is coprime to `size`, so that its multiples reach every record."""
     near = count(int(STRIDE * size))
     return next(n for n in near if gcd(n, size) == 1)
 
 
 @contextmanager
 def located(where: Callable[[], str]) -> Iterator[None]:
-    """Say where a data error happened, unless it says so itself."""
+    """Context manager that adds the place to a data error without one."""
     try:
         yield
     except DataError as error:

@@ -1,4 +1,4 @@
-"""From records to text, and what the text alone says: lengths, and answers that are cut off."""
+"""Render records as text, and compute lengths and cut-off answers from the text."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,20 +18,19 @@ from mmkd.recipe import DataConfig
 RENDERED_KEPT = 50_000
 
 Answers = tuple[Rendered, Rendered | None]
-"""A record's conversation; of a pair the one with the chosen answer, and the one with the rejected
-answer."""
+"""A record's conversation; for a preference pair, the chosen and the rejected one."""
 
 
 class Renderer:
-    """Renders records by a processor's chat template.
+    """Renders records with a processor's chat template.
 
     Args:
-        records: the data.
-        processor: a model's.
-        processing: of that processor.
-        config: of the data.
-        pairs: render the rejected answers too.
-        answers: a record whose whole answer lies behind `max_length` is bad.
+        records: the data set.
+        processor: of a model.
+        processing: calls the processor.
+        config: settings of the data.
+        pairs: also render the rejected answers.
+        answers: a record whose whole answer would be cut off by `max_length` is bad.
     """
 
     def __init__(
@@ -49,11 +48,11 @@ class Renderer:
         self._kept = lru_cache(maxsize=RENDERED_KEPT)(self._render)
 
     def __call__(self, index: int, *, keep: bool = True) -> Answers:
-        """One record of the data as text.
+        """Render a record of the data set.
 
         Args:
-            index: the record.
-            keep: keep the text for the next call.
+            index: of the record.
+            keep: store the text for the next call.
 
         Raises:
             DataError: it is bad.
@@ -64,7 +63,7 @@ class Renderer:
         return self.render(self.records[index])
 
     def render(self, record: Record) -> Answers:
-        """A record as text.
+        """Render a record.
 
         Raises:
             DataError: it is bad.
@@ -89,7 +88,7 @@ class Renderer:
         return replace(whole, spans=whole.spans[-1:], said=whole.said[-1:])
 
     def prompt(self, record: Record) -> str:
-        """The text that asks for the next answer of a conversation.
+        """Render a conversation with the generation prompt at its end.
 
         Raises:
             DataError: it is bad.
@@ -97,12 +96,12 @@ class Renderer:
         return render(self.processor, record.messages, prompt=True)
 
     def length(self, index: int, *, keep: bool = True) -> int:
-        """Tokens of a record, of a pair's longer answer; of a bad one what is read in its place
-        has, or 0 if that would stop the run.
+        """Number of tokens of a record; for a pair, of the longer answer. For a bad record, it is
+        the length of its replacement, or 0 if bad records stop the run.
 
         Args:
-            index: the record.
-            keep: keep what is rendered, for a batch that this process encodes.
+            index: of the record.
+            keep: store the text, because this process will also encode the record.
         """
         skip = self.config.on_bad_record == "skip"
         for number in self.records.tried(index) if skip else [index]:
@@ -119,14 +118,13 @@ class Renderer:
         return 0
 
     def _cuts_off(self, answers: Sequence[Rendered], sizes: list[Size]) -> bool:
-        """Whether `max_length` leaves no token of an answer of one of a record's conversations, and
-        the objectives need it."""
+        """Whether `max_length` cuts off a whole answer of a record, and the objectives need it."""
         before = (tokens_before_answer(self.processing, r, sizes) for r in answers)
         limit = self.config.max_length
         return self.answers and any(n is not None and n >= limit for n in before)
 
     def loses_answer(self, index: int) -> bool:
-        """Whether `max_length` cuts off a record's whole answer; False for a record that is bad for
+        """Whether `max_length` cuts off a record's whole answer. False for a record that is bad for
         other reasons."""
         try:
             sizes = self.records.sizes(self.records[index])

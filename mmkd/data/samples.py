@@ -1,4 +1,4 @@
-"""Records ready to be encoded."""
+"""Samples: rendered records with their images, ready to be encoded."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ NO_INDEX = -1
 
 @dataclass(frozen=True)
 class Sample:
-    """A record with its text and images; of a preference pair, one of its two answers."""
+    """A record with its text and images; for a preference pair, with one of its two answers."""
 
     index: int
     record: Record
@@ -27,7 +27,7 @@ class Sample:
 
     @property
     def key(self) -> bytes:
-        """What a cache knows it by."""
+        """Its key in a cache."""
         messages: list[Any] = self.record.messages
         if self.record.unfinished:
             messages = [*messages, "unfinished"]

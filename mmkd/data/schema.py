@@ -1,6 +1,6 @@
-"""What a row of a data file says, in one shape whatever its schema.
+"""Parse rows of data files, in any of the supported schemas, into records.
 
-These schemas are read, three of them of preference pairs:
+The schemas are these; the last three are for preference pairs:
 
     LLaVA           {id, image | images, conversations: [{from: human|gpt|system, value}]}
     chat messages   {id?, images?, messages: [{role, content}]}
@@ -9,8 +9,8 @@ These schemas are read, three of them of preference pairs:
     TRL pairs       {images?, prompt: [messages] | str, chosen: [messages] | str, rejected: ...}
     RLAIF-V         {image, question: str, chosen: str, rejected: str}
 
-`image` may be a list too. Metadata is passed over. A key with content that is not read is refused:
-see `mmkd.data.unread`.
+`image` may be a list too. Metadata is ignored. Keys with content that mmkd does not read are
+refused: see `mmkd.data.unread`.
 """
 
 import math
@@ -31,13 +31,13 @@ from mmkd.data.unread import ONE_OF_THEM, refuse_unread
 from mmkd.errors import DataError
 
 PROMPTS = ("prompt", "question", "conversations", "messages")
-"""What a preference pair's answers answer, unless they repeat it themselves."""
+"""Keys of the prompt of a preference pair, if the answers do not repeat it."""
 ANSWERS = ("conversations", "messages", "texts", "chosen")
 
 
 @dataclass(frozen=True)
 class GroundedObject:
-    """Something on the image: its word and its box (left, top, right, bottom) in pixels."""
+    """An object in an image: its name, and its box (left, top, right, bottom) in pixels."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -45,14 +45,14 @@ class GroundedObject:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation with its images, in the order of their placeholders; of a preference pair
-    the chosen one, and the one with the rejected answer.
+    """A conversation with its images, in the order of their placeholders. For a preference pair,
+    the chosen and the rejected conversation.
 
     Attributes:
         images: paths below `root`, {bytes, path} pairs, members of an archive, or decoded images.
         last_answer_only: earlier answers belong to the prompt.
-        unfinished: the last answer was cut off, so its end of turn is no part of the response.
-        root: the folder that image paths must not leave; None where there is none.
+        unfinished: the last answer was cut off, so it has no end of turn.
+        root: folder to which image paths are restricted; None if there is none.
     """
 
     id: str
@@ -66,15 +66,15 @@ class Record:
 
 
 def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> Record:
-    """One row in any of the schemas.
+    """Parse a row in any of the schemas.
 
     Args:
         row: of a data file.
-        index: its number, the id of a row without one.
-        root: the folder of its image paths.
+        index: of the row; its id if the row has none.
+        root: folder of its image paths.
 
     Raises:
-        DataError: what is wrong with the row; the caller adds where.
+        DataError: the row is bad. The caller adds the place.
     """
     try:
         return _parsed(row, index, root)
@@ -85,7 +85,7 @@ def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> R
 
 
 def unparsed(error: Exception) -> DataError:
-    """An error for a row that has values of which nobody has thought."""
+    """The error for a row with unexpected values."""
     deep = isinstance(error, RecursionError)
     reason = "it is nested too deeply" if deep else f"{type(error).__name__}: {printable(error)}"
     return DataError(
@@ -105,7 +105,7 @@ def _parsed(row: dict[str, Any], index: int, root: Path | None) -> Record:
         found = parse_conversation(_turns_of(row))
         messages, pictures = found.messages, resolved(found.shown, images)
         _check_answered(messages)
-    # LLaVA's conversations always say where their images go.
+    # LLaVA's conversations always have image placeholders.
     free = not row.get("conversations")
     for conversation in (messages, rejected):
         if conversation is not None:
@@ -134,7 +134,7 @@ def _is_unfinished(row: dict[str, Any], messages: list[Message], pair: bool) -> 
 
 
 def record_id(row: dict[str, Any]) -> str:
-    """What a row calls itself; "" where it does not, or not in words."""
+    """The id of a row; "" if it has none that is a text or a number."""
     try:
         return str(next((row[k] for k in ("id", "idx") if row.get(k) is not None), ""))
     except (ValueError, RecursionError):  # thousands of digits, lists in lists in lists
@@ -142,7 +142,7 @@ def record_id(row: dict[str, Any]) -> str:
 
 
 def _turns_of(row: dict[str, Any]) -> Turns:
-    """The turns of a row that is no preference pair."""
+    """The turns of a row other than a preference pair."""
     if row.get("conversations"):
         return _from_first_question(parse_turns(row["conversations"]))
     if row.get("messages"):
@@ -160,8 +160,8 @@ def _turns_of(row: dict[str, Any]) -> Turns:
 
 
 def _from_first_question(turns: Turns) -> Turns:
-    """Without the answers that nobody asked for: conversations cut out of longer ones begin with
-    one, and LLaVA's own code leaves it out too."""
+    """Drop answers before the first question. Excerpts of longer conversations begin with one, and
+    LLaVA's code drops it too."""
     asked = next((i for i, t in enumerate(turns) if role_of(t) not in ("gpt", "assistant")), None)
     return [] if asked is None else turns[asked:]
 
@@ -174,7 +174,7 @@ def _preference(row: dict[str, Any], images: Any) -> tuple[list[Message], list[A
     pictures, others = (_pictures(c, images) for c in (chosen, rejected))
     if chosen.messages[:-1] != rejected.messages[:-1] or pictures != others:
         raise DataError(
-            "chosen and rejected answer different prompts", hint="repeat the prompt in both"
+            "chosen and rejected have different prompts", hint="repeat the prompt in both"
         )
     if chosen.messages == rejected.messages:
         raise DataError("chosen and rejected are the same", hint="drop the record")
@@ -218,8 +218,8 @@ def _check_answered(messages: list[Message]) -> None:
 
 
 def _place_images(messages: list[Message], images: int, free: bool) -> None:
-    """Check that every image has its placeholder; where none is written and that is `free`, all
-    stand before the first question."""
+    """Check that each image has a placeholder. If there is none and `free` is set, placeholders are
+    added before the first question."""
     placeholders = sum(p["type"] == "image" for m in messages for p in m["content"])
     if placeholders == 0 and images and free:
         first = next((m for m in messages if m["role"] == "user"), None)
@@ -251,11 +251,11 @@ def _object(said: Any) -> GroundedObject:
         raise DataError(
             f"{printable(name, 40)!r} has the box {box}",
             hint="give left, top, right, bottom in pixels",
-            kind="an object's box is none",
+            kind="an object's box is not valid",
         )
     return GroundedObject(name, box)
 
 
 def text_of(message: Message) -> str:
-    """The words of a message."""
+    """The text of a message, without images."""
     return "".join(part.get("text", "") for part in message["content"])

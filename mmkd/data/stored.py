@@ -1,4 +1,4 @@
-"""What a teacher's cache says of a batch's records."""
+"""Read outputs for a batch from a teacher's cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,15 +23,15 @@ def with_stored(
     *,
     hidden: bool,
 ) -> Batch:
-    """The batch with what the cache has of its records.
+    """Add the outputs in the cache to a batch.
 
     Args:
         batch: padded, of the samples.
         store, samples, where: as in `stored_rows`.
-        hidden: read final hidden states too.
+        hidden: also read final hidden states.
 
     Raises:
-        DataError: a record is not in the cache, or with other tokens.
+        DataError: a record is not in the cache, or has other tokens there.
     """
     said = (store, batch.targets, samples, where)
     batch = replace(batch, stored=stored_rows(*said))
@@ -41,16 +41,16 @@ def with_stored(
 def stored_rows(
     store: Store, targets: Targets, samples: Sequence[Sample], where: Callable[[int], str]
 ) -> SparseRows:
-    """The teacher's distributions of the rows that the cache covers.
+    """The teacher's distributions at the positions that the cache covers.
 
     Args:
         store: the cache.
         targets: [B, T], of the samples.
-        samples: one a row.
-        where: words for the place of a record by its number.
+        samples: one per row.
+        where: returns the place of a record for messages.
 
     Raises:
-        DataError: a record is not in the cache, or with other tokens.
+        DataError: a record is not in the cache, or has other tokens there.
     """
     covered = covered_rows(targets, store.manifest["regions"])  # [B, T]
     found = []
@@ -59,7 +59,7 @@ def stored_rows(
         rows = store.get(sample.key, place)
         if len(rows) != count:
             raise DataError(
-                f"the teacher's cache has {len(rows)} tokens of it, the student sees {count}",
+                f"the teacher's cache has {len(rows)} of its tokens, and the student {count}",
                 where=place,
                 hint="build the cache again",
             )
@@ -72,8 +72,8 @@ def stored_rows(
 def stored_hidden(
     store: Store, targets: Targets, samples: Sequence[Sample], where: Callable[[int], str]
 ) -> Tensor | None:
-    """The teacher's final hidden states, [B, T, H] float16, zeros where the cache has none; None if
-    it has none at all. Arguments as in `stored_rows`."""
+    """The teacher's final hidden states, [B, T, H] float16, zeros at positions that are not stored;
+    None if the cache has no hidden states. Arguments as in `stored_rows`."""
     if store.hidden is None:
         return None
     covered = covered_rows(targets, store.hidden["regions"])  # [B, T]

@@ -1,7 +1,7 @@
 """Batches in a deterministic order.
 
-The order is a function of seed and step alone, so that a resumed run sees the same batches and the
-number of processes does not change what a step sees.
+The order is a function of seed and step only. So a resumed run has the same batches, and the
+records of a step do not depend on the number of processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from mmkd.recipe import BatchConfig
 class BatchStream:
     """The micro-batches of a stage, addressed by step.
 
-    Step s of the global batch size G sees records s*G ... (s+1)*G - 1 of an endless sequence of
-    epochs, each a `Mixture` of the sources in an order by seed and epoch number, as
-    `mmkd.data.microbatches` cuts them.
+    With a global batch size G, step s has the records s*G ... (s+1)*G - 1 of an endless sequence of
+    epochs. Each epoch is a `Mixture` of the sources, shuffled by seed and epoch. The records of a
+    step are divided into micro-batches by `mmkd.data.microbatches`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BatchStream:
         return self._epochs[epoch][offset]
 
     def plan(self, step: int) -> list[list[int]]:
-        """The records of each of this rank's micro-batches of a step."""
+        """The records of a step in this rank's micro-batches."""
         return self._cut(self._records(step))
 
     def _records(self, step: int) -> list[int]:
@@ -77,7 +77,7 @@ class BatchStream:
         return cut[self.rank :: self.world_size]
 
     def seen(self, steps: int) -> list[int]:
-        """The records that the first `steps` steps see, ascending."""
+        """The records of the first `steps` steps, ascending."""
         count, found = steps * self.records_per_step, set[int]()
         for epoch in range(-(-count // len(self.mixture))):
             if len(found) == len(self.encoder.records):
@@ -91,11 +91,12 @@ class BatchStream:
         return [self.encoder.encode(indices) for indices in self.plan(step)]
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step in first ... last - 1; every rank iterates over it.
+        """Yields the micro-batches of each step in first ... last - 1. Every rank must iterate over
+        it.
 
         Raises:
-            MmkdError: of `Encoder.encode` or `Encoder.length`.
-            PeerError: a worker process or another rank is gone.
+            MmkdError: from `Encoder.encode` or `Encoder.length`.
+            PeerError: a worker process or another rank has ended.
         """
         counts: list[int] = []
 

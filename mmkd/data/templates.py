@@ -1,8 +1,8 @@
-"""Rendering conversations by a processor's chat template.
+"""Render conversations with a processor's chat template.
 
-Most templates take a message's content as a list of parts. Others take one string: they get the
-parts joined, with the processor's placeholder for each image. A short conversation is rendered once
-to find out which of the two a template takes.
+Most templates expect a message's content as a list of parts. Others expect one string; for these,
+the parts are joined, with the processor's placeholder for each image. A short conversation is
+rendered once to find out which of the two a template expects.
 """
 
 import re
@@ -20,12 +20,12 @@ PROBE: list[Message] = [
     {"role": "assistant", "content": [{"type": "text", "text": ANSWERED}]},
 ]
 REPR = re.compile(r"""['"]type['"]\s*:""")
-"""What a list of parts looks like when a template prints it."""
+"""Text of a list of parts, if a template prints it like a string."""
 MEDIA_TOKENS = ("image_token", "video_token", "audio_token")
 
 
 def render(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
-    """A conversation as text, with a placeholder for each image.
+    """Render a conversation as text, with a placeholder for each image.
 
     Args:
         processor: with a chat template.
@@ -47,8 +47,8 @@ def check_processor(processor: Any) -> None:
     """Check that a processor can be used for training.
 
     Raises:
-        CheckpointError: see `check_template`; or its tokenizer is not a fast one, which alone
-            gives offsets.
+        CheckpointError: see `check_template`; or the tokenizer is not a fast one, which is needed
+            for the offsets of tokens.
     """
     if not getattr(processor.tokenizer, "is_fast", False):
         raise CheckpointError(
@@ -60,16 +60,17 @@ def check_processor(processor: Any) -> None:
 
 
 def check_template(processor: Any) -> None:
-    """Check that the chat template takes a question about an image and an answer.
+    """Check that the chat template can render a question about an image and an answer.
 
     Raises:
-        CheckpointError: there is none, or it takes content neither as parts nor as a string.
+        CheckpointError: there is no template, or it accepts content neither as parts nor as a
+            string.
     """
     string_roles(processor)
 
 
 def string_roles(processor: Any) -> frozenset[str]:
-    """The roles whose content the chat template takes as a string."""
+    """The roles whose content the chat template expects as a string."""
     template = getattr(processor, "chat_template", None)
     if not template:
         raise CheckpointError(
@@ -81,7 +82,7 @@ def string_roles(processor: Any) -> frozenset[str]:
 
 
 def shaped(processor: Any, messages: list[Message]) -> list[Message]:
-    """Messages as the chat template takes them: content as parts or as a string, by role."""
+    """Messages in the form that the chat template expects: content as parts or as a string."""
     roles = string_roles(processor)
     return [_joined(processor, m) if m["role"] in roles else m for m in messages]
 
@@ -97,8 +98,8 @@ def media_tokens(processor: Any) -> tuple[str, ...]:
 
 
 def without_media_tokens(processor: Any, text: str) -> str:
-    """A model's answer without tokens that the processor would take for an image; a model can
-    generate them as text."""
+    """Remove image tokens from a model's answer. A model can generate them, and the processor would
+    treat them as an image."""
     tokens = media_tokens(processor)
     while found := next((t for t in tokens if t in text), None):
         text = text.replace(found, "")
@@ -130,7 +131,8 @@ def _string_roles(processor: Any, template: str) -> frozenset[str]:
 
 
 def _system(processor: Any, roles: frozenset[str]) -> frozenset[str]:
-    """The same for a system message. A template that takes none refuses it when it renders one."""
+    """The same for a system message. A template without system messages raises an error when it
+    renders one."""
     system: Message = {"role": "system", "content": [{"type": "text", "text": "five plums"}]}
     rest = [_joined(processor, m) if m["role"] in roles else m for m in PROBE]
     for found, first in (
@@ -157,7 +159,7 @@ def _joined(processor: Any, message: Message) -> Message:
 
 
 def _placeholder(processor: Any) -> str:
-    """The text that the family's own template writes for an image."""
+    """The text that a template with parts writes for an image."""
     token: str = processor.image_token
     around = "<|vision_start|>", "<|vision_end|>"  # Qwen2-VL and later
     known = processor.tokenizer.get_vocab()
@@ -186,7 +188,7 @@ def _apply(processor: Any, messages: list[Message], *, prompt: bool = False) -> 
         ) from error
     except (MmkdError, OSError, ImportError):
         raise
-    except Exception as error:  # a template is a program, and may do anything with a message
+    except Exception as error:  # a template is a program, and may raise any exception
         reason = printable(error).replace(HINT, "; ").strip() or type(error).__name__
         raise DataError(
             f"the chat template refuses it: {reason}",
@@ -209,21 +211,22 @@ def _check_texts(processor: Any, messages: list[Message]) -> None:
 
 
 def _check_complete(processor: Any, messages: list[Message], text: str) -> None:
-    """Check that the text holds all texts but answers, and one placeholder for each image."""
+    """Check that the rendered text contains all texts except answers, and one placeholder for each
+    image."""
     shown = sum(p["type"] == "image" for m in messages for p in m["content"])
     written = text.count(processor.image_token)
     if shown != written:
         raise DataError(
             f"the chat template writes {written} image placeholder(s) for {shown} image(s)",
             hint="use a template that writes one for each image",
-            kind="the chat template writes other numbers of images",
+            kind="the chat template writes another number of images",
         )
     for number, message in enumerate(messages):
         if message["role"] == "assistant":  # render_chat looks for these
             continue
         if any(p.get("text", "").strip() not in text for p in message["content"]):
             raise DataError(
-                f"the chat template leaves out or changes what {message['role']!r} says in turn "
+                f"the chat template leaves out or changes the text of {message['role']!r} in turn "
                 f"{number}",
                 hint="use a template that keeps it, or drop the turn",
                 kind="the chat template leaves out a turn",

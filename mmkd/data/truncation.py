@@ -1,4 +1,4 @@
-"""Cutting batches at `max_length`, and finding records that lose their whole answer."""
+"""Truncate batches at `max_length`, and find records whose whole answer is cut off."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,14 +22,14 @@ def truncate(
     image_token: int,
     where: Callable[[int], str],
 ) -> Batch:
-    """The batch with sequences cut at `limit` tokens.
+    """Truncate the sequences of a batch.
 
     Args:
-        batch: of the samples, perhaps with one filler row more.
-        samples: one a row.
-        limit: tokens.
+        batch: of the samples, perhaps with a filler row.
+        samples: one per row.
+        limit: largest number of tokens.
         image_token: id of the token that image features replace.
-        where: gives the place of a record for messages.
+        where: returns the place of a record for messages.
 
     Raises:
         DataError: the limit cuts off a part of an image.
@@ -41,9 +41,9 @@ def truncate(
     cut = pictures[:, limit:].any(1).nonzero()[:, 0].tolist()
     if cut:
         raise DataError(
-            f"its images alone pass max_length {limit}"
+            f"its images have more tokens than max_length {limit}"
             if cut[0] < len(samples)
-            else f"a blank image alone passes max_length {limit}",
+            else f"a blank image has more tokens than max_length {limit}",
             where=where(samples[min(cut[0], len(samples) - 1)].index),
             hint="raise data.max_length or use smaller images",
         )
@@ -62,16 +62,16 @@ def truncate(
 def check_answers(
     response: Tensor, samples: Sequence[Sample], limit: int, where: Callable[[int], str]
 ) -> None:
-    """Check that every sample with an answer has at least one token of it left.
+    """Check that each sample with an answer still has at least one token of it.
 
     Args:
-        response: [B, T] bool, of the cut sequences.
-        samples: one a row; of a pair its chosen and its rejected answer.
-        limit: tokens at which they were cut.
-        where: gives the place of a record for messages.
+        response: [B, T] bool, of the truncated sequences.
+        samples: one per row; for a pair, the chosen and the rejected answer.
+        limit: number of tokens at which they were truncated.
+        where: returns the place of a record for messages.
 
     Raises:
-        DataError: a record has no token that is trained on.
+        DataError: no token of a record would be trained on.
     """
     for sample, left in zip(samples, response.any(1).tolist(), strict=True):
         if sample.rendered.spans and not left:
@@ -81,7 +81,7 @@ def check_answers(
 def no_answer_left(limit: int) -> DataError:
     """The error for a record whose answers begin after `max_length` tokens."""
     return DataError(
-        f"max_length {limit} cuts off its whole answer: there is nothing to learn",
+        f"max_length {limit} cuts off its whole answer",
         hint="raise data.max_length, use smaller images, or drop the record",
         kind="max_length cuts off the whole answer",
     )
@@ -90,8 +90,8 @@ def no_answer_left(limit: int) -> DataError:
 def tokens_before_answer(
     processing: Processing, rendered: Rendered, sizes: Sequence[Size]
 ) -> int | None:
-    """Tokens before the first token of an answer, without processing the images; None where there
-    is no answer."""
+    """Number of tokens before the first token of an answer, without processing the images; None if
+    there is no answer."""
     offsets = processing.offsets(rendered.text)
     marks = mark_tokens(offsets, list(rendered.spans), list(rendered.said))
     if True not in marks:
@@ -102,7 +102,7 @@ def tokens_before_answer(
 
 
 def needs_answers(objective: Objective) -> bool:
-    """Whether an objective learns nothing from a record whose answer is cut off."""
+    """Whether an objective has no loss on a record whose answer is cut off."""
     region = getattr(objective.config, "region", None)
     return (
         region == "response"

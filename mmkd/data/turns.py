@@ -1,13 +1,13 @@
-"""The turns of a conversation: text, and the images between it.
+"""Parse the turns of a conversation: text with images.
 
-Published data writes images in three ways, and each is read:
+Published data sets refer to images in three ways:
 
     "<image>\\nWhat is this?"                        LLaVA: the record's next image
     {"type": "image"}, {"type": "image", "index": 1} the record's next image, or that one of them
     {"type": "image", "image": "a.png"}              the image itself (also `image_url`, `url`,
                                                      `path`, `base64`, `bytes`, `source`)
 
-A part of a conversation that cannot be read is refused, never passed over.
+A part of a conversation that cannot be read raises an error; it is never ignored.
 """
 
 import re
@@ -39,7 +39,7 @@ TURN_KEYS = frozenset(
 )  # fmt: skip
 """Keys of a turn that belong to the conversation, and that mmkd does not render."""
 TRAINED = {"weight": 1, "loss_weight": 1, "loss": 1, "train": 1, "trainable": 1, "masked": 0}
-"""Keys of a turn that say whether it is trained on, each with the value that says yes."""
+"""Keys of a turn that decide whether it is trained on, each with its value for training."""
 TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image", "image_url", "input_image")
 PART_KEYS = frozenset({"type", "text", "index", "detail", "cache_control", "annotations"})
@@ -63,13 +63,15 @@ class Conversation:
 
 
 def parse_turns(said: Any) -> list[dict[str, Any]]:
-    """A list of turns in either schema.
+    """Check that a value is a list of turns.
 
     Raises:
-        DataError: `said` is not one.
+        DataError: it is not.
     """
     if not isinstance(said, list) or not all(isinstance(t, dict) for t in said):
-        raise DataError("a conversation is no list of turns", hint="give each turn a role and text")
+        raise DataError(
+            "a conversation is not a list of turns", hint="give each turn a role and text"
+        )
     return said
 
 
@@ -78,10 +80,10 @@ def role_of(turn: dict[str, Any]) -> Any:
 
 
 def parse_conversation(turns: Turns) -> Conversation:
-    """Messages with placeholders for images, and what the placeholders stand for.
+    """Parse turns into messages with placeholders, and the images of the placeholders.
 
     Raises:
-        DataError: a turn has no known role or no text, or content that is not read.
+        DataError: a turn has no known role, no text, or content that mmkd does not read.
     """
     messages: list[Message] = []
     shown: list[Any] = []
@@ -136,8 +138,8 @@ def _refuse_unread(turn: dict[str, Any], role: str) -> None:
                 raise unread(key, f"a turn of {role!r} has")
         elif name in TRAINED and not (is_null(value) or value == TRAINED[name]):
             raise DataError(
-                f"a turn of {role!r} has {printable(key)}: {printable(value, 20)}, but every "
-                "answer is trained on",
+                f"a turn of {role!r} has {printable(key)}: {printable(value, 20)}, but mmkd trains "
+                "on every answer",
                 hint="cut the record before this turn, or name the key in 'ignore' of its source "
                 "to train on it",
                 kind=f"a turn has {key}",
@@ -147,7 +149,7 @@ def _refuse_unread(turn: dict[str, Any], role: str) -> None:
 def _with_own(
     turn: dict[str, Any], parts: list[dict[str, Any]], shown: list[Any]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A turn's parts with the images under its own `images` or `image`."""
+    """The parts of a turn, with the images of its own `images` or `image`."""
     own = pictures_of(listed(turn, "drop one of them"))
     if not own:
         return parts, shown
@@ -167,12 +169,12 @@ def _check_text(message: Message) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError("text holds half of a character", hint="fix its encoding") from error
+        raise DataError("text has half of a surrogate pair", hint="fix its encoding") from error
     named = NAMED_IN_TEXT.search(text) if message["role"] != "assistant" else None
     if named is not None:
         raise DataError(
             f"the text names a file: {printable(named.group(), 60)}",
-            hint="write <image> in its place, and the path under 'images'",
+            hint="write <image> instead, and the path under 'images'",
             kind="the text names an image, sound or video",
         )
 
@@ -196,7 +198,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
     for key in said:
         if key not in known and given(said[key]):
             raise DataError(
-                f"unknown content key {printable(key, 40)!r} beside {kind}",
+                f"unknown content key {printable(key, 40)!r} of type {kind}",
                 hint="drop it; the recipe's image_size sets the size of images",
                 kind="unknown content key",
             )
@@ -213,7 +215,7 @@ def _part(said: Any) -> list[tuple[dict[str, Any], Any]]:
 
 
 def _shown(part: dict[str, Any]) -> Any:
-    """The image of a part of type image, its number, or None for the record's next one."""
+    """The image of a part of type image, or its `Index`, or None for the record's next image."""
     found = {key: part[key] for key in PICTURE_KEYS if given(part.get(key))}
     whole = isinstance(found.get("bytes"), bytes)
     path = found.pop("path", None) if whole else None  # a name for messages
@@ -237,7 +239,7 @@ def _shown(part: dict[str, Any]) -> Any:
 
 
 def _split_placeholders(text: str) -> list[dict[str, Any]]:
-    """LLaVA writes images as '<image>' on a line of their own."""
+    """Split a text at LLaVA's '<image>' placeholders, which are on lines of their own."""
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(PLACEHOLDER)):
         if i > 0:

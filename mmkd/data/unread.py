@@ -1,6 +1,6 @@
 """Keys of a record whose content mmkd does not read.
 
-Such records are refused. All other keys are metadata (`source`, `model`, `width`, `score`, ...).
+Records with such keys are refused. All other keys are metadata (`source`, `model`, `width`, ...).
 """
 
 import re
@@ -21,22 +21,22 @@ SAID = frozenset(
     {"system", "system_prompt", "history", "tools", "functions", "documents", "kto_tag",
      "rejected_response", "rejected_messages"}
 )  # fmt: skip
-"""Keys that other tools make part of the conversation, or that say how it is trained on."""
+"""Keys that other tools use as a part of the conversation, or to decide what is trained on."""
 CONVERSATIONS = ("conversations", "messages", "texts")
 TURNS = (*CONVERSATIONS, "prompt", "chosen", "rejected")
-"""Keys of a record that hold turns."""
+"""Keys of a record that contain turns."""
 ONE_OF_THEM = "drop one of them, or name it in 'ignore' of the source"
 PICTURE = re.compile(
     r"(image|img|picture|photo|screenshot)s?(_?\d+)?(_(path|file|filename|url|uri|base64|b64)s?)?"
 )
-"""Keys that can name an image. A record may have them beside `image` or `images`."""
+"""Keys that can name an image. They are refused only in records without `image` and `images`."""
 
 
 def without(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A record without the keys that its source ignores.
+    """Remove the keys that a source ignores from a record.
 
-    They are left out of its turns too, if mmkd refuses them there: `text` may be metadata in a
-    record, but in a turn it is what is said.
+    They are removed from its turns too, if mmkd refuses them there: `text` may be metadata of a
+    record, but in a turn it is the text.
     """
     if not keys:
         return row
@@ -54,13 +54,13 @@ def without(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def refuse_unread(row: dict[str, Any]) -> None:
-    """Check that no content of a record would be passed over.
+    """Check that no content of a record would be ignored.
 
     Args:
-        row: a record as it stands in its file.
+        row: a record as in its file.
 
     Raises:
-        DataError: it has media, images or a part of the conversation under a key that is not
+        DataError: it has media, images or a part of the conversation under a key that mmkd does not
             read, or different conversations under two keys.
     """
     for key in row.keys() - READ:
@@ -68,7 +68,7 @@ def refuse_unread(row: dict[str, Any]) -> None:
         value = row[key]
         if ((name in MEDIA or name in SAID) and given(value)) or _is_file(value):
             raise unread(key)
-        if name == "kto_tag" and value is not None:  # false marks an answer to unlearn
+        if name == "kto_tag" and value is not None:  # false marks a rejected answer
             raise unread(key)
     _refuse_in_texts(row)
     _refuse_twice(row)
@@ -76,7 +76,7 @@ def refuse_unread(row: dict[str, Any]) -> None:
 
 
 def _is_file(value: Any) -> bool:
-    """Whether a value holds a file's content, as columns of images, sound or video do."""
+    """Whether a value is a file's content, as in columns of images, sound or video."""
     if isinstance(value, list):
         return any(map(_is_file, value[:1]))
     if isinstance(value, dict):
@@ -85,7 +85,7 @@ def _is_file(value: Any) -> bool:
 
 
 def _refuse_in_texts(row: dict[str, Any]) -> None:
-    """Check The Cauldron's exchanges, of which question and answer are read."""
+    """Check The Cauldron's exchanges, in which mmkd reads question and answer."""
     for exchange in _list(row.get("texts")):
         for key, value in exchange.items():
             name = str(key).lower()
@@ -95,7 +95,7 @@ def _refuse_in_texts(row: dict[str, Any]) -> None:
 
 
 def _refuse_twice(row: dict[str, Any]) -> None:
-    """Check that a record does not hold different conversations under two keys."""
+    """Check that a record does not have different conversations under two keys."""
     if row.get("chosen") and row.get("rejected"):
         return
     found = [key for key in CONVERSATIONS if given(row.get(key))]
@@ -122,7 +122,7 @@ def _words(row: dict[str, Any], key: str) -> Any:
 
 
 def _refuse_unnamed_pictures(row: dict[str, Any]) -> None:
-    """A record whose images all stand under other keys would be trained without them."""
+    """Refuse a record whose images are all under unknown keys. It would be trained without them."""
     names = [k for k in row.keys() - READ if isinstance(k, str) and PICTURE.fullmatch(k.lower())]
     named = sorted(key for key in names if given(row[key]))
     if not named or given(row.get("image")) or given(row.get("images")) or _shows_pictures(row):

@@ -1,4 +1,4 @@
-"""Whether two tokenizers have the same tokens, and a model a row for each."""
+"""Compare the vocabularies of tokenizers, and check the sizes of embeddings and heads."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from mmkd.errors import CheckpointError
 
 
 def shared_vocabulary(student: Any, teacher: Any) -> int:
-    """How many token ids student and teacher share, from id 0 to the last one of a token.
+    """Number of token ids that student and teacher share, from id 0.
 
-    Heads are often padded to different sizes; rows past the shared tokens get no mass.
+    Heads are often padded to different sizes. Rows after the shared tokens get probability 0.
 
     Args:
-        student, teacher: the two tokenizers.
+        student, teacher: tokenizers.
 
     Raises:
         CheckpointError: an id stands for different tokens, or only one tokenizer has it.
     """
     mine, theirs = ({i: t for t, i in v.get_vocab().items()} for v in (student, teacher))
-    # Vocabularies may have gaps: an id that both lack is not a difference.
+    # Vocabularies may have gaps. An id that both lack is not a difference.
     differing = [i for i in mine.keys() | theirs.keys() if mine.get(i) != theirs.get(i)]
     if differing:
         at = min((i for i in differing if i in mine and i in theirs), default=min(differing))
@@ -25,7 +25,7 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
             f"the vocabularies differ: id {at} is {mine.get(at)!r} for the student and "
             f"{theirs.get(at)!r} for the teacher",
             where="teacher and student",
-            hint="distil between models of one tokenizer family, or train with 'ce' alone",
+            hint="distil between models of the same tokenizer family, or train with 'ce' only",
         )
     return max(mine, default=-1) + 1
 
@@ -35,7 +35,7 @@ def check_head(model: Any, tokenizer: Any, where: str) -> None:
 
     Args:
         model: on any device, `meta` included.
-        tokenizer: the one that makes its inputs.
+        tokenizer: of its inputs.
         where: name of the model in messages.
 
     Raises:
@@ -49,14 +49,15 @@ def check_head(model: Any, tokenizer: Any, where: str) -> None:
     for name, table in tables.items():
         if table is not None and table.weight.shape[0] < tokens:
             raise CheckpointError(
-                f"the tokenizer has {tokens} tokens, the model's {name} {table.weight.shape[0]}",
+                f"the tokenizer has {tokens} tokens, and the model's {name} has "
+                f"{table.weight.shape[0]} rows",
                 where=where,
                 hint="use the processor that belongs to it, or resize_token_embeddings and save it",
             )
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
-    """Whether every token id stands for the same token in both tokenizers."""
+    """Whether each token id is the same token in both tokenizers."""
     try:
         shared_vocabulary(student, teacher)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Work that is done ahead of its use, in the worker processes of a data loader."""
+"""Compute results ahead of their use, in the worker processes of a data loader."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,19 +18,19 @@ Result = TypeVar("Result")
 def work_ahead(
     work: Callable[[Task], Result], tasks: Iterator[Task], workers: int, *, waiting: int = 4
 ) -> Iterator[Result | Exception]:
-    """The results of tasks, in the order of the tasks.
+    """Yields the results of tasks, in the order of the tasks.
 
     Args:
-        work: what is done with a task.
-        tasks: taken one by one in this process, `waiting` for each worker ahead of the results.
-        workers: processes; 0 to work in this one whenever a result is asked for.
-        waiting: tasks.
+        work: function of a task.
+        tasks: are read one by one in this process, `waiting` tasks per worker ahead of the results.
+        workers: number of processes; 0 to compute each result in this process when it is needed.
+        waiting: number of tasks that are read ahead, per worker.
 
     Yields:
         A result, or the `MmkdError` or `OSError` that `work` raised.
 
     Raises:
-        PeerError: a worker is gone.
+        PeerError: a worker has ended.
     """
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         _Worked(work),
@@ -40,7 +40,7 @@ def work_ahead(
         collate_fn=_as_it_is,
         worker_init_fn=partial(begin_worker, os.getpid()),
         prefetch_factor=waiting if workers else None,
-        # Its own: a loader draws a seed, and a resumed run must not draw one more.
+        # A generator of its own: a loader draws a seed, and would change the global random state.
         generator=torch.Generator(),
     )
     try:
@@ -57,7 +57,7 @@ def _as_it_is(result: Any) -> Any:
 
 
 class _Worked(torch.utils.data.Dataset[Any], Generic[Task, Result]):
-    """Results by their tasks; what a worker process holds."""
+    """The data set of a worker process: results by their tasks."""
 
     def __init__(self, work: Callable[[Task], Result]):
         self.work = work
@@ -66,6 +66,6 @@ class _Worked(torch.utils.data.Dataset[Any], Generic[Task, Result]):
         try:
             return self.work(task)
         except (MmkdError, OSError) as error:
-            # Returned, not raised: a loader raises a worker's errors with the worker's traceback
-            # as their message.
+            # Returned instead of raised: a loader would raise it with the worker's traceback as its
+            # message.
             return error

@@ -97,7 +97,7 @@ def decoded(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FormatError(f"no UTF-8 at byte {error.start}") from error
+        raise FormatError(f"not UTF-8 at byte {error.start}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _half(character: str) -> str:
-    return f"half of a character, \\u{ord(character):x}"
+    return f"half of a surrogate pair, \\u{ord(character):x}"
 
 
 def _reason(error: yaml.YAMLError) -> str:

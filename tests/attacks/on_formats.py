@@ -33,7 +33,7 @@ def deep_record(world):
     return write(json.dumps(RECORD)[:-1] + f', "more": {deep}}}')
 
 
-@attack(THEME, "wrote half of a character into an answer", r"half of a character, \ud800")
+@attack(THEME, "wrote half of a surrogate pair into an answer", r"half of a surrogate pair, \ud800")
 def half_of_a_character_in_a_record(world):
     return write(json.dumps(RECORD).replace('"yes"', r'"\ud800"'))
 

@@ -102,7 +102,7 @@ def endless_value(world):
     write(good(world, changed=("steps: 1", "steps: " + "x" * 1_000_000)))
 
 
-@attack(THEME, "wrote half of a character", r"half of a character, \ud800")
+@attack(THEME, "wrote half of a surrogate pair", r"half of a surrogate pair, \ud800")
 def half_of_a_character(world):
     write(good(world, changed=("model: model", 'model: "\\ud800"')))
 
@@ -162,7 +162,7 @@ def utf_16(world):
     write(good(world).encode("utf-16"))
 
 
-@attack(THEME, "saved the recipe in Latin-1", "recipe.yaml: not YAML: no UTF-8 at byte 7")
+@attack(THEME, "saved the recipe in Latin-1", "recipe.yaml: not YAML: not UTF-8 at byte 7")
 def latin_1(world):
     write(good(world, changed=("name: tiny", "name: tïny")).encode("latin-1"))
 

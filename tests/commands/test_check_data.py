@@ -78,8 +78,8 @@ COUNTS = {
     "numbers of placeholders and images differ": 1,
     "an answer is empty": 1,
     "unknown role": 1,
-    "an object's box is none": 1,
-    "a record is no JSON object": 1,
+    "an object's box is not valid": 1,
+    "a record is not a JSON object": 1,
 }
 
 

@@ -180,7 +180,7 @@ BAD_ROWS = {
     "untrained_turn": (
         {"messages": [{"role": "user", "content": "?"},
                       {"role": "assistant", "content": "!", "weight": 0}]},
-        "has weight: 0, but every answer is trained on",
+        "has weight: 0, but mmkd trains on every answer",
     ),
     "qwen_1": (
         {"conversations": turns("Picture 1: <img>a.png</img>\nWhat?", "A ball.")},

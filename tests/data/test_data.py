@@ -214,7 +214,7 @@ def test_pictures_longer_than_a_sequence_can_be_skipped(folder):
     config = DataConfig(train="-", max_length=50, on_bad_record="skip")
     batch = Encoder(records(folder, rows), FAMILIES["llava"](), config).encode([0, 1, 2])
     assert batch.ids == ["1", "1", "1"]
-    assert ["its images alone pass max_length 50" in s for s in batch.skipped] == [True]
+    assert ["its images have more tokens than max_length 50" in s for s in batch.skipped] == [True]
 
 
 def test_a_record_that_the_teachers_processor_refuses_is_read_by_neither(folder):
@@ -328,7 +328,7 @@ def test_long_records_are_cut_behind_the_images_only(folder):
     assert cut.targets.input_ids.shape[1] == 60
     assert (cut.targets.input_ids == whole.targets.input_ids[:, :60]).all()
     assert cut.inputs["input_ids"].shape == cut.inputs["attention_mask"].shape == (1, 60)
-    with pytest.raises(DataError, match="images alone pass max_length 10"):
+    with pytest.raises(DataError, match="images have more tokens than max_length 10"):
         Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10)).encode([0])
 
 
@@ -366,7 +366,7 @@ def test_a_filler_is_for_batches_without_pictures(folder):
     whole = Encoder(data, FAMILIES["llava"](), DataConfig(train="-"), filler=True).encode([0, 1])
     assert whole.inputs["input_ids"].shape == whole.targets.input_ids.shape
     short = Encoder(data, FAMILIES["llava"](), DataConfig(train="-", max_length=10), filler=True)
-    with pytest.raises(DataError, match="a blank image alone passes max_length 10"):
+    with pytest.raises(DataError, match="a blank image has more tokens than max_length 10"):
         short.encode([1])
 
 

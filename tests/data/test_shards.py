@@ -103,7 +103,7 @@ def special(tar, kind, name="part/0001.png"):
 def test_links_and_devices_in_shards_are_refused(tmp_path, kind):
     with tarfile.open(write_tar(tmp_path / "a.tar", sample(0)), "a") as tar:
         special(tar, kind)
-    with pytest.raises(DataError, match=r"a\.tar: part/0001\.png is no plain file"):
+    with pytest.raises(DataError, match=r"a\.tar: part/0001\.png is not a regular file"):
         read(tmp_path / "a.tar")
 
 
@@ -148,11 +148,11 @@ def test_damaged_shards_are_named(tmp_path):
     cases = {
         "cut.tar": (
             content[: second + 600],
-            r"behind part/0001\.json: unexpected end of data -- copy or pack it again",
+            r"after part/0001\.json: unexpected end of data -- copy or pack it again",
         ),
         "header.tar": (
             content[: second + 148] + b"garbage!" + content[second + 156 :],
-            r"damaged behind part/0001\.png",
+            r"damaged after part/0001\.png",
         ),
         "none.tar": (b"x" * 2000, "cannot read"),
     }

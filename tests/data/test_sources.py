@@ -118,10 +118,10 @@ def test_a_broken_line_is_one_bad_record_and_a_broken_list_is_named(tmp_path):
     with pytest.raises(DataError, match=r"b\.json: cannot read: ',' or '\]' expected: line 2 col"):
         read(tmp_path / "b.json")
     (tmp_path / "c.json").write_text(f"[{good}] {good}")
-    with pytest.raises(DataError, match="more text behind the list"):
+    with pytest.raises(DataError, match="more text after the list"):
         read(tmp_path / "c.json")
     (tmp_path / "d.json").write_bytes(f"[{good}".encode()[:-5] + b"\xff\xfe")
-    with pytest.raises(DataError, match="no UTF-8 at byte"):
+    with pytest.raises(DataError, match="not UTF-8 at byte"):
         read(tmp_path / "d.json")
     (tmp_path / "e.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="cannot read"):
@@ -173,7 +173,7 @@ def test_what_is_wrong_far_inside_of_a_file_is_placed(tmp_path, monkeypatch):
         content = (start + between.join([good] * 400) + end).encode()
         at = len(content) - 40
         (tmp_path / name).write_bytes(content[:at] + b"\xff" + content[at + 1 :])
-        with pytest.raises(DataError, match=rf"no UTF-8 at byte {at} "):
+        with pytest.raises(DataError, match=rf"not UTF-8 at byte {at} "):
             read(tmp_path / name)
     (tmp_path / "d.jsonl").write_text("\n\n{'id': 1}\n")
     with pytest.raises(DataError, match=r"quotes: line 3 column 2 -- repair the file: a list"):

@@ -127,7 +127,7 @@ def test_a_turn_that_the_template_leaves_out_is_a_bad_record(folder):
         "for m in messages", "for m in messages if m['role'] != 'system'"
     )
     turns = [("system", "Answer in French."), *TURNS[:2]]
-    with pytest.raises(DataError, match="leaves out or changes what 'system' says in turn 0"):
+    with pytest.raises(DataError, match="leaves out or changes the text of 'system' in turn 0"):
         batch_of(folder, with_template("llava", template), turns)
     batch_of(folder, FAMILIES["llava"](), turns)
 

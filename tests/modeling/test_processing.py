@@ -43,7 +43,7 @@ def test_a_processor_that_adds_text_of_its_own_is_refused(tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"image": "red.png", "conversations": said}]))
     config = DataConfig(train=str(data))
-    with pytest.raises(DataError, match="adds text of its own"):
+    with pytest.raises(DataError, match="adds text to the rendered conversation"):
         Encoder(Records(config), processor, config).encode([0])
 
 

@@ -1,4 +1,4 @@
-"""Where records come from: files, shards, data sets and memory, each as rows by number."""
+"""Sources of records: files, shards, data sets and memory, each as rows with an index."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,27 +16,27 @@ __all__ = ["Rows", "StreamedRows", "find_files", "is_there", "memory_source", "o
 
 
 class Rows(Protocol):
-    """Rows by number, in an order that does not change."""
+    """Rows by index, in a fixed order."""
 
     @property
     def folder(self) -> Path | None:
-        """What image paths are relative to if the recipe does not say."""
+        """Folder of relative image paths, if the recipe names none."""
 
     def __len__(self) -> int: ...
 
     def place(self, index: int) -> str:
-        """The file of a row, and its number there."""
+        """The file of a row, and its index there, for messages."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """A row as it stands in its file.
+        """A row with the values in its file.
 
         Raises:
-            DataError: it cannot be read; without where.
+            DataError: it cannot be read. The error has no place.
         """
 
 
 def is_there(config: SourceConfig) -> bool:
-    """Whether a source's files have been built or downloaded; the Hub's may be at any time."""
+    """Whether the files of a source exist. True for a data set on the Hub."""
     if config.train.startswith(HUB) or is_saved(Path(config.train)):
         return True
     try:
@@ -46,7 +46,7 @@ def is_there(config: SourceConfig) -> bool:
 
 
 def open_rows(config: SourceConfig) -> Rows:
-    """The rows of a source.
+    """Open the rows of a source.
 
     Raises:
         DataError: there are none, or they cannot be read.

@@ -1,4 +1,4 @@
-"""Tables that `datasets` keeps on disk, mapped into memory by every process."""
+"""Arrow tables that `datasets` stores on disk, memory-mapped by every process."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from mmkd.runtime.files import disk_error
 from mmkd.runtime.progress import track
 
 Stamp = tuple[str, int, int]
-"""Path, bytes and time of change of a file."""
+"""Path, size in bytes and modification time of a file."""
 
-# Part of what a kept table is known by: raise it when what one holds changes.
+# Part of the key of a stored table. Increase it when the content of tables changes.
 VERSION = 2
 MOST_NAMED = 20
 
@@ -25,17 +25,17 @@ def keep(
     at_once: int = 1000,
     **arguments: Any,
 ) -> Any:
-    """The rows that `make(**arguments)` yields, made once and then read from the disk.
+    """A table of the rows that `make(**arguments)` yields. It is made once and then read from disk.
 
     Args:
-        make: a function of a module, called only where the same arguments are not kept yet.
-        features: the table's `datasets.Features`.
-        where: what messages call it.
-        at_once: rows in memory before they are written.
-        arguments: what the rows depend on; files as their `stamps`.
+        make: a function of a module. It is not called if there is a table for the same arguments.
+        features: `datasets.Features` of the table.
+        where: its name in messages.
+        at_once: number of rows in memory before they are written.
+        arguments: everything the rows depend on; files as their `stamps`.
 
     Raises:
-        DataError: of `make`.
+        DataError: from `make`.
     """
     import datasets
 
@@ -54,7 +54,8 @@ def _rows(make: Callable[..., Iterable[dict[str, Any]]], version: int, arguments
 
 
 def unreadable(error: Exception, where: str) -> DataError:
-    """What `datasets` raised, in one line; a problem of the data that caused it as it is."""
+    """A one-line error for an exception of `datasets`. A DataError that caused it is returned
+    unchanged."""
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, DataError):
         cause = cause.__cause__
@@ -70,7 +71,7 @@ def unreadable(error: Exception, where: str) -> DataError:
 
 
 def stamps(files: list[Path]) -> list[Stamp]:
-    """What a kept table knows its files by."""
+    """The stamps of files, which are part of a table's key."""
     found = []
     for file in files:
         facts = file.stat()
@@ -81,11 +82,11 @@ def stamps(files: list[Path]) -> list[Stamp]:
 def of_each_file(
     files: list[Stamp], read: Callable[[str], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of all files, each with the number of its file.
+    """The rows of all files, each with the index of its file.
 
     Args:
-        files: their stamps.
-        read: gives the rows of a file by its path.
+        files: stamps of the files.
+        read: yields the rows of a file.
 
     Raises:
         DataError: some files cannot be read; all of them are named.

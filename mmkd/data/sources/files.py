@@ -1,4 +1,4 @@
-"""From what a recipe says of a source to its files."""
+"""Find the files of a source."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_FILES = 100_000
-MOST_DIGITS = 18  # of a number in a range
+MOST_DIGITS = 18  # most digits of a number in a range
 
 
 def find_files(train: str) -> list[Path]:
@@ -22,7 +22,7 @@ def find_files(train: str) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    # Not `Path.is_file`, which raises OSError for names that are too long.
+    # `Path.is_file` would raise OSError for names that are too long.
     if os.path.isfile(train):
         return [Path(train)]
     if os.path.isdir(train):
@@ -46,7 +46,7 @@ def _matching(name: str) -> list[Path]:
 
 
 def _below_folder(name: str) -> str:
-    """A pattern whose leading folders mean themselves where they are there: `a[1]/*.json` is not
+    """Escape the leading folders of a pattern if they exist, so that `a[1]/*.json` does not match
     `a1/*.json`."""
     parts = Path(name).parts
     for count in range(len(parts) - 1, 0, -1):
@@ -56,10 +56,10 @@ def _below_folder(name: str) -> str:
 
 
 def exact(file: Path) -> str:
-    """A file's name for `datasets`, which takes names for patterns, addresses and archives.
+    """Escape a file's name for `datasets`, which interprets names as patterns, URLs and archives.
 
     Raises:
-        DataError: it cannot be told such a name.
+        DataError: the name cannot be escaped.
     """
     name = str(file)
     if "::" in name or os.path.expandvars(str(file.absolute())) != str(file.absolute()):
@@ -74,10 +74,10 @@ def exact(file: Path) -> str:
 
 
 def kind_of(files: list[Path], train: str) -> str:
-    """json, parquet or tar; json of JSON lines too.
+    """The kind of files: json (also for JSON lines), parquet or tar.
 
     Raises:
-        DataError: another kind, or several.
+        DataError: the kind is unknown, or there are several.
     """
     kinds = {KINDS.get(f.suffix, "") for f in files}
     if kinds == {""} or len(kinds) > 1:
@@ -98,10 +98,10 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _expand(train: str) -> list[str]:
-    """Every name of a pattern with {first..last}, zeros in front kept.
+    """Expand ranges {first..last} of a pattern, with their leading zeros.
 
     Raises:
-        DataError: a range is empty, or all of them together name too many files.
+        DataError: a range is empty, or there would be too many files.
     """
     count = 1
     for first, last in RANGE.findall(train):

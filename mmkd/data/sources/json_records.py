@@ -1,8 +1,9 @@
-"""Records of JSON files, kept as text: no two of them need the same keys and types.
+"""Records of JSON files, stored as text, because their keys and types may differ.
 
-Published files mix ids of numbers and strings, lack `image` here and there, and have keys of their
-own. A table with typed columns refuses such rows or invents keys; here each is parsed alone. Files
-are read in pieces: a list of 665,000 records in one line takes no more memory than its largest one.
+Published files have ids that are numbers or strings, records without `image`, and additional keys.
+A table with typed columns refuses such rows or adds keys; here each record is parsed by itself.
+Files are read in pieces: a list of 665,000 records in one line needs no more memory than its
+    largest one.
 
 ijson also reads lists in pieces, but returns parsed values, where a table needs their text. Parsing
 a file and writing each record as JSON again takes longer than finding where records end: 1.9 s and
@@ -23,13 +24,13 @@ from mmkd.errors import DataError
 from mmkd.runtime.formats import FormatError, parse_json
 
 BETWEEN = re.compile(r"\s*")
-NO_JSON = "a record is no JSON object"
-REPAIR = "repair the file: a list of records, or one a line"
+NO_JSON = "a record is not a JSON object"
+REPAIR = "repair the file: a list of records, or one record per line"
 PIECE = 2**22  # bytes
 
 
 class JsonRows:
-    """Records of json files (a list each) or jsonl files (one a line)."""
+    """Records of json files (one list each) or jsonl files (one record per line)."""
 
     def __init__(self, files: list[Path], train: str):
         from datasets import Features, Value
@@ -52,10 +53,10 @@ class JsonRows:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        DataError: it is none.
+        DataError: `text` is not a JSON object.
     """
     try:
         row = parse_json(text)
@@ -81,8 +82,8 @@ def _texts(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[str]:
-    """The lines that are not empty. One may be broken, and is so only when it is read; where the
-    first is, this is another kind of file altogether."""
+    """The lines that are not empty. A broken line raises an error only when its record is read, but
+    if the first line is broken, the file is not JSON lines."""
     first, at = True, file.tell()
     for number, content in enumerate(file, start=1):
         text = _decoded(content, at).strip()
@@ -98,29 +99,35 @@ def _lines(file: BinaryIO) -> Iterator[str]:
 
 
 def _decoded(content: bytes, at: int, decoder: codecs.IncrementalDecoder | None = None) -> str:
-    """UTF-8 that stands at a byte of its file."""
+    """Decode UTF-8.
+
+    Args:
+        content: bytes to decode.
+        at: offset of `content` in its file, for messages.
+        decoder: an incremental decoder, if `content` is a part of the text.
+    """
     try:
         return content.decode() if decoder is None else decoder.decode(content, not content)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 at byte {at + error.start}") from error
+        raise ValueError(f"not UTF-8 at byte {at + error.start}") from error
 
 
 class _Text:
-    """A file's text, of which only what has not been passed is in memory.
+    """The text of a file. Only a part of it is in memory.
 
     Attributes:
-        text: that part, as far as it has been read.
+        text: the part that has been read and not been dropped.
     """
 
     def __init__(self, file: BinaryIO):
         self.text = ""
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._bytes = file.tell()  # that have been decoded
-        self._line = self._column = 1  # where `text` begins
+        self._bytes = file.tell()  # number of decoded bytes
+        self._line = self._column = 1  # position of the first character of `text`
 
     def more(self) -> bool:
-        """Read on, as much again as there is; False at the file's end."""
+        """Read as much text as is in memory already; False at the end of the file."""
         content = self._file.read(max(PIECE, len(self.text)))
         at = self._bytes - len(self._decoder.getstate()[0])
         self.text += _decoded(content, at, self._decoder)
@@ -128,14 +135,14 @@ class _Text:
         return bool(content)
 
     def solid(self, at: int) -> int:
-        """The place of the first character from `at` on that is no whitespace, or the end."""
+        """Position of the first character from `at` on that is not whitespace, or the end."""
         while True:
             at = BETWEEN.match(self.text, at).end()  # type: ignore[union-attr]
             if at < len(self.text) or not self.more():
                 return at
 
     def value(self, at: int) -> int:
-        """The end of the JSON value that begins at `at`."""
+        """Position after the JSON value that begins at `at`."""
         decode = json.JSONDecoder().raw_decode
         while True:
             try:
@@ -147,7 +154,7 @@ class _Text:
                     raise self.error(error.msg, error.pos) from error
 
     def passed(self, at: int) -> int:
-        """Forget what is before `at`; its new place."""
+        """Drop the text before `at`, and return the new position of `at`."""
         self._line, self._column = self._position(at)
         self.text = self.text[at:]
         return 0
@@ -164,7 +171,7 @@ class _Text:
 
 
 def _elements(file: _Text) -> Iterator[str]:
-    """The texts of a JSON list's elements. One that is broken has no others behind it."""
+    """The texts of the elements of a JSON list. After a broken element, reading stops."""
     at = file.solid(file.solid(0) + 1)
     if not file.text.startswith("]", at):
         while True:
@@ -180,4 +187,4 @@ def _elements(file: _Text) -> Iterator[str]:
                 at = file.passed(at)
     rest = file.solid(at + 1)
     if rest < len(file.text):
-        raise file.error("more text behind the list", rest)
+        raise file.error("more text after the list", rest)

@@ -1,4 +1,4 @@
-"""Records in memory: a list, a data set of `datasets`, or one of torch."""
+"""Records in memory: a list, a `datasets.Dataset`, or a data set of torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from mmkd.errors import DataError
 from mmkd.recipe import SourceConfig
 
 NAME = "dataset"
-"""What messages call records in memory."""
+"""Name of records in memory in messages."""
 
 
 class Numbered(Protocol):
-    """Records by number: a list, a `datasets.Dataset`, a `torch.utils.data.Dataset`."""
+    """Records by index: a list, a `datasets.Dataset`, a `torch.utils.data.Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -22,11 +22,11 @@ class Numbered(Protocol):
 
 
 class MemoryRows:
-    """Rows that are in memory, as the rows of a file. The same number always gives the same row.
+    """Rows in memory. The same index must always return the same row.
 
     Args:
-        records: as in a data file; images are open Pillow images, bytes, or paths below `images`.
-        images: the folder of paths; None if there are none.
+        records: as in a data file. Images are open Pillow images, bytes, or paths below `images`.
+        images: folder of image paths; None if there are none.
     """
 
     def __init__(self, records: Numbered, images: Path | None):
@@ -49,7 +49,7 @@ class MemoryRows:
 
 
 class MemorySource(SourceConfig):
-    """A source of a recipe whose rows are given, in place of the files that `train` names."""
+    """A source of a recipe with rows in memory, instead of the files that `train` names."""
 
     _rows: MemoryRows = PrivateAttr()
 
@@ -62,17 +62,17 @@ def memory_source(records: Any, images: Path | None = None, *, name: str = NAME)
     """A source of records in memory.
 
     Args:
-        records: with a length and rows by number. Of a `datasets.Dataset`, images stay as they
-            are stored until they are needed.
-        images: the folder that image paths are relative to.
+        records: with a length and an index. Images of a `datasets.Dataset` are not decoded until
+            they are needed.
+        images: folder of relative image paths.
         name: of the source.
 
     Raises:
-        DataError: they have no length or no numbers, as streams.
+        DataError: the records have no length or no index, such as streams.
     """
     if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         raise DataError(
-            f"a {type(records).__name__} has no length, or no records by number",
+            f"a {type(records).__name__} has no length or no index",
             where=name,
             hint="give a list, a datasets.Dataset, or a torch Dataset with __len__ and __getitem__",
         )
@@ -88,8 +88,8 @@ def memory_source(records: Any, images: Path | None = None, *, name: str = NAME)
 
 
 def _undecoded(records: Any) -> Any:
-    """The records of a `datasets.Dataset` with images as their bytes: what they hold is looked
-    at later, with limits. Others as they are."""
+    """Turn off decoding of images in a `datasets.Dataset`, because mmkd decodes them with limits.
+    Other records are returned unchanged."""
     if not hasattr(records, "features") or not hasattr(records, "with_format"):
         return records
     from mmkd.data.sources.tables import TableRows

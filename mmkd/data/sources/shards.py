@@ -1,10 +1,10 @@
-"""Records of webdataset shards: tars in which neighbours of one name up to the first dot make a
-sample. The tars are never unpacked: their headers are read once, and files from their places.
+"""Records of webdataset shards: tar files in which consecutive files with the same name, up to the
+first dot, form a sample. They are not unpacked: headers are read once, then files at their offsets.
 
 wids, the indexed reader of webdataset, is not in the package of webdataset 1.0.2. That of 0.2.111
 accepts damaged headers, cannot read the long names of pax and GNU tars, returns wrong samples
-behind two files of one name, and builds its index again in every process. Here the index is an
-Arrow table on the disk, and a tar or a sample that cannot be read is an error that names it.
+after two files of one name, and builds its index again in every process. Here the index is an Arrow
+table on disk, and errors name the tar file or the sample that cannot be read.
 """
 
 import tarfile
@@ -26,12 +26,12 @@ UNREAD = frozenset(
      "ogg", "opus", "m4a", "aac", "avif", "heic", "heif", "jxl", "jp2", "svg", "eps", "pdf", "ppm",
      "pgm", "ico", "tga", "psd", "dds", "exr", "dcm"}
 )  # fmt: skip
-"""Media that are not read. A sample that has one is refused, not trained on without it."""
+"""Media that mmkd does not read. A sample with one is refused, instead of training without it."""
 
 
 class ShardRows:
-    """Samples with an image such as KEY.jpg (or several such as KEY.0.jpg in the order of their
-    numbers, or none), and a record in KEY.json or a caption in KEY.txt."""
+    """Samples with an image such as KEY.jpg (or several such as KEY.0.jpg, ordered by number, or
+    none), and a record in KEY.json or a caption in KEY.txt."""
 
     def __init__(self, files: list[Path], train: str, prompt: str):
         from datasets import Features, Value
@@ -76,14 +76,14 @@ class ShardRows:
         return row if row.get("id") is not None else {**row, "id": key}
 
     def _said(self, members: dict[str, Member], pictures: int) -> dict[str, Any]:
-        """The sample's record; a json that holds none is what a downloader noted on a caption."""
+        """The record of a sample. A JSON file without a conversation is metadata of a caption."""
         row = parse_object(members["json"].read()) if "json" in members else {}
         if any(row.get(name) for name in ANSWERS) or "txt" not in members:
             return row
         try:
             caption = members["txt"].read().decode()
         except UnicodeDecodeError as error:
-            raise DataError("the caption is no UTF-8", hint="repair or drop it") from error
+            raise DataError("the caption is not UTF-8", hint="repair or drop it") from error
         if not pictures:
             raise DataError("a caption without an image", hint="add the image or drop it")
         question = "<image>\n" * pictures + self.prompt
@@ -113,16 +113,16 @@ def _samples(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _place_of(extension: str) -> str:
-    """Orders images of a sample: KEY.10.jpg comes behind KEY.9.jpg wherever they lie."""
+    """Sort key of the images of a sample: KEY.10.jpg comes after KEY.9.jpg."""
     number = extension.partition(".")[0]
     return number.zfill(20) if number.isdecimal() else ""
 
 
 def _members(archive: str) -> Iterator[tuple[str, int, int]]:
-    """Name, place and size of each file; a name is a name only, no path is made of it.
+    """Name, offset and size of each file. Names are never used as paths.
 
     Raises:
-        DataError: it is no plain tar, damaged, or holds what is no plain file.
+        DataError: the archive is compressed or damaged, or has links or other special files.
     """
     last = ""
     try:
@@ -130,22 +130,22 @@ def _members(archive: str) -> Iterator[tuple[str, int, int]]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay there
                 last = printable(member.name)
-                if member.size < 0:  # the next header would be this one again
+                if member.size < 0:  # the next header would be the same one
                     raise DataError(f"damaged at {last}", hint="copy or pack it again")
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(f"{last} is no plain file", hint="pack plain files only")
+                    raise DataError(f"{last} is not a regular file", hint="pack regular files only")
                 yield member.name, member.offset_data, member.size
-            # tarfile takes a broken header for the end.
+            # tarfile treats a broken header as the end.
             with open(archive, "rb") as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
                     where = last or "its begin"
-                    raise DataError(f"damaged behind {where}", hint="copy or pack it again")
+                    raise DataError(f"damaged after {where}", hint="copy or pack it again")
     except (tarfile.TarError, OSError, ValueError) as error:
         hint = (
             "copy or pack it again" if last else "name tars without compression, or copy it again"
         )
-        behind = f" behind {last}" if last else ""
+        behind = f" after {last}" if last else ""
         raise DataError(f"cannot read{behind}: {printable(error)}", hint=hint) from error

@@ -1,17 +1,16 @@
-"""Records of a Hub data set that is never whole on the disk: windows of it, read as a run comes to
-them.
+"""Stream a data set of the Hub in windows, without downloading all of it.
 
-A window is a number of rows that follow one another in the data set's order. It is read once, kept
-as a table, and gone when the run is two windows further, but for the first one, at which all that
-comes before a run looks; while one is used, a process of its own reads the next.
-`mmkd.data.mixture` goes through the windows in their order.
+A window is a number of consecutive rows. Each window is downloaded once, cached as an Arrow table
+and deleted two windows later. The first window is kept, because preflight, plan and check read it.
+While a window is used, a separate process downloads the next one. `mmkd.data.mixture` reads the
+windows in order.
 
-`datasets` reads the rows, and its `IterableDataset.state_dict` says where the next window begins.
+`datasets` reads the rows, and its `IterableDataset.state_dict` is the start of the next window.
 Batches do not come from the iterator itself: a run resumes at a step, with any number of processes
-and workers, and an iterator's state is of one number of them. StatefulDataLoader of torchdata 0.11
-refuses a state of another `num_workers`, and `datasets` gives each worker other files. mosaicml
-streaming resumes with another number of processes, but only reads data sets that were written in
-its own format before.
+and workers, and an iterator's state belongs to one number of them. StatefulDataLoader of torchdata
+0.11 refuses a state of another `num_workers`, and `datasets` gives each worker other files.
+mosaicml streaming resumes with another number of processes, but only reads data sets in its own
+format.
 """
 
 import json
@@ -36,19 +35,21 @@ from mmkd.runtime.progress import track
 
 BYTES = "__bytes__"
 LOOKS = 512
-"""Who asks a window for so many rows goes through it; what looks before a run asks for fewer."""
+"""After reads of this many rows of a window, the next one is downloaded. Checks before a run read
+fewer rows."""
 
 
 class WorkerError(DataError):
-    """A loader's worker was about to read: `datasets` would leave shards to the other workers."""
+    """A data loader's worker would have read a stream. `datasets` would give it some shards
+    only."""
 
 
 class StreamedRows:
-    """The first rows of a Hub data set, in its order.
+    """The first rows of a data set on the Hub, in its order.
 
     Attributes:
-        window: rows that are read together, the first of them at multiples of it.
-        commit: of the data set; None where the Hub cannot be asked.
+        window: number of rows per window.
+        commit: of the data set; None if the Hub is unreachable.
 
     Raises:
         DataError: the first window cannot be read, or is empty.
@@ -68,7 +69,7 @@ class StreamedRows:
             "revision": config.revision,
         }
         self._tables: dict[int, Any] = {}
-        self._asked_for: Counter[int] = Counter()  # rows, by window
+        self._asked_for: Counter[int] = Counter()  # number of reads, by window
         self._length = config.stream
         first = len(self._rows_of(0))
         known = read_state(self._source, self.window).get("examples")
@@ -99,7 +100,7 @@ class StreamedRows:
 
         try:
             return json.loads(kept["text"], object_hook=restore)
-        except (IndexError, TypeError) as error:  # a record of the data set's says BYTES itself
+        except (IndexError, TypeError) as error:  # a record of the data set has the key BYTES
             raise DataError(f"a record has the key {BYTES}", hint="drop it") from error
 
     def _rows_of(self, number: int) -> Any:
@@ -126,13 +127,13 @@ class StreamedRows:
                     raise DataError(f"cannot read on: {reason}", hint="run the same command again")
             try:
                 return kept_window(*asked)
-            except WorkerError:  # one that is two windows further has removed it meanwhile
+            except WorkerError:  # a process that is two windows ahead has deleted it
                 continue
         return kept_window(*asked)
 
     def _read_ahead(self, number: int) -> None:
-        """Begin to read a window, unless there is none or another process of this machine has
-        begun."""
+        """Start to download a window, unless there is none or another process on this machine has
+        started."""
         if number * self.window >= self._length:
             return
         asked = self._asked(number)
@@ -152,7 +153,7 @@ class StreamedRows:
 
 
 def _is_dead(begun: Path) -> bool:
-    """Whether the process that had begun to read ahead is gone: it ends with its run."""
+    """Whether the process that was downloading a window has ended. It ends with its run."""
     try:
         os.kill(int(begun.read_text()), 0)
     except ProcessLookupError:
@@ -163,12 +164,12 @@ def _is_dead(begun: Path) -> bool:
 
 
 def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
-    """The table of a window, read if it is not there; several processes that ask read it once.
+    """The table of a window. It is downloaded if it does not exist, once for all processes.
 
     Args:
         source: name, subset, split and revision of the data set.
         first: the window's first row.
-        count: its rows; fewer where the data set ends.
+        count: number of rows; fewer at the end of the data set.
     """
     from datasets import Features, Value
 
@@ -183,7 +184,7 @@ def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
         count=count,
     )
     state = state_file(source, first)
-    # Several processes write the same; who reads it half written takes the window for missing.
+    # Several processes write the same content. To a reader, an incomplete file is a missing window.
     state.parent.mkdir(parents=True, exist_ok=True)
     state.with_suffix(f".{count}.table").write_text(found.cache_files[0]["filename"])
     state.with_suffix(".begun").unlink(missing_ok=True)
@@ -191,25 +192,26 @@ def kept_window(source: dict[str, Any], first: int, count: int) -> Any:
 
 
 def is_kept(source: dict[str, Any], first: int, count: int) -> bool:
-    """Whether the table of a window of so many rows is on the disk."""
+    """Whether the table of a window is on disk."""
     known = state_file(source, first).with_suffix(f".{count}.table")
     return known.is_file() and Path(known.read_text()).is_file()
 
 
 def _forget(table: Any) -> None:
-    """Remove a window's table from the disk; who has it open keeps it until the end."""
+    """Delete a window's table. Processes that have opened it can still read it."""
     for folder in {Path(file["filename"]).parent for file in table.cache_files}:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_state(source: dict[str, Any], first: int) -> dict[str, Any]:
-    """What is known of the place of a row in the data set's files; empty if nothing is."""
+    """The iterator's state at a row; empty if it is not known."""
     path = state_file(source, first)
     return read_json(path) if path.is_file() else {}
 
 
 def state_file(source: dict[str, Any], first: int) -> Path:
-    """Where that is kept: who reads from a row on reads none before it."""
+    """File of the iterator's state at a row. With it, reading from a row skips all rows before
+    it."""
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -220,14 +222,15 @@ def state_file(source: dict[str, Any], first: int) -> Path:
 def _read(
     name: str, subset: str | None, split: str, revision: str | None, first: int, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows as JSON with what is bytes beside it: a table of any columns is one of these two."""
+    """Rows as JSON text, with bytes in a second column, so that one table format fits all data
+    sets."""
     import datasets
 
     if get_worker_info() is not None:
-        raise WorkerError("a worker reads no stream")
+        raise WorkerError("a worker cannot read a stream")
     source = {"name": name, "subset": subset, "split": split, "revision": revision}
     if not Path(name).exists():
-        hub.unreachable()  # asked here, once: the libraries would retry for minutes
+        hub.unreachable()  # checked once here: the libraries would retry for minutes
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         plain = None if rows.features is None else undecoded(rows.features)
@@ -269,7 +272,7 @@ def _command(*asked: Any) -> list[str]:
 
 
 def main(said: str) -> None:
-    """Read a window in a process of its own; what is wrong is its last line."""
+    """Download a window in a separate process. An error is the last line of its output."""
     try:
         kept_window(*json.loads(said))
     except DataError as error:

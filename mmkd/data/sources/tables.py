@@ -1,4 +1,4 @@
-"""Records in tables: parquet files, data sets saved by `datasets`, and those of the Hub."""
+"""Records in tables: Parquet files, data sets saved by `datasets`, and data sets of the Hub."""
 
 import glob
 import os
@@ -16,16 +16,16 @@ from mmkd.runtime import hub
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset`, images as their bytes: what they hold is looked at later,
-    with limits, and of other media nothing is.
+    """Rows of a `datasets.Dataset`. Images are bytes, which mmkd decodes later with limits. Other
+    media are not decoded.
 
     Args:
         table: the data set.
-        folder: what image paths are relative to.
-        files: for messages: where the rows come from, with the number of rows until each one's end.
+        folder: of relative image paths.
+        files: names of the files for messages, with the number of rows up to the end of each.
 
     Attributes:
-        commit: of a data set from the Hub; None for others.
+        commit: of a data set on the Hub; None for others.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TableRows:
 
 
 def parquet_rows(files: list[Path], train: str) -> TableRows:
-    """Rows of parquet files, one behind another.
+    """Rows of Parquet files, one file after the other.
 
     Raises:
         DataError: they cannot be read, or have different columns.
@@ -59,7 +59,7 @@ def parquet_rows(files: list[Path], train: str) -> TableRows:
     datasets.disable_progress_bars()
     try:
         names = [str(f) for f in files]
-        # Before `datasets`, which logs what it cannot read.
+        # Checked before `datasets` reads them, because it logs errors.
         rows = [pyarrow.parquet.read_metadata(file.absolute()).num_rows for file in files]
         table = datasets.load_dataset("parquet", data_files=[*map(exact, files)], split="train")
     except Exception as error:
@@ -76,7 +76,7 @@ def saved_rows(folder: Path) -> TableRows:
     """Rows of a folder that `save_to_disk` wrote.
 
     Raises:
-        DataError: it is damaged, or holds several splits.
+        DataError: it is damaged, or has several splits.
     """
     import datasets
 
@@ -93,7 +93,7 @@ def saved_rows(folder: Path) -> TableRows:
 
 
 def hub_rows(config: SourceConfig) -> TableRows:
-    """Rows of a whole Hub data set.
+    """Rows of a data set on the Hub.
 
     Raises:
         DataError: it cannot be loaded.
@@ -103,7 +103,7 @@ def hub_rows(config: SourceConfig) -> TableRows:
     name = hub_name(config)
     datasets.disable_progress_bars()
     if not Path(name).exists():
-        hub.unreachable()  # asked here, once: the libraries would retry for minutes
+        hub.unreachable()  # checked once here: the libraries would retry for minutes
     try:
         table = datasets.load_dataset(
             name, config.subset, split=config.split, revision=config.revision
@@ -118,16 +118,17 @@ def hub_rows(config: SourceConfig) -> TableRows:
 
 
 def _commit(table: Any) -> str | None:
-    """The commit of a data set from the Hub: `datasets` keeps each in a folder called by it."""
+    """The commit of a data set on the Hub, from the name of its folder in the cache of
+    `datasets`."""
     kept = table.cache_files
     return Path(kept[0]["filename"]).parent.name if kept else None
 
 
 def hub_name(config: SourceConfig) -> str:
-    """The name that `datasets` is given.
+    """The name of a data set for `datasets`.
 
     Raises:
-        DataError: it would take the name for something else.
+        DataError: `datasets` would interpret the name differently.
     """
     name = config.train.removeprefix(HUB)
     if glob.has_magic(name):
@@ -145,7 +146,7 @@ def hub_name(config: SourceConfig) -> str:
 
 
 def not_loaded(error: Exception, where: str) -> DataError:
-    """Why a Hub data set cannot be loaded."""
+    """The error for a data set on the Hub that cannot be loaded."""
     silence = hub.unreachable()
     if silence is not None and isinstance(error, ConnectionError):
         return DataError(
@@ -162,9 +163,9 @@ def not_loaded(error: Exception, where: str) -> DataError:
 
 
 def undecoded(features: Any) -> Any:
-    """Features of which none opens images, sound or the like; JSON becomes what it says.
+    """Features that do not decode images, sound and other media. JSON columns are parsed.
 
-    Reading by them copies no table, which casting columns of nested ones does.
+    Reading with these features does not copy the table, unlike casting nested columns.
     """
     import datasets
 

@@ -69,7 +69,7 @@ def broken_lines(world: World) -> None:
 @case(
     KIND,
     "gave a file that is not UTF-8",
-    "records.json: cannot read: no UTF-8 at byte 10",
+    "records.json: cannot read: not UTF-8 at byte 10",
     "repair the file",
 )
 def another_encoding(world: World) -> None:
@@ -93,7 +93,12 @@ def no_tar(world: World) -> None:
     world.raw["data"] = {"train": "part.tar"}
 
 
-@case(KIND, "put a link into a shard", "part.tar: 1.jpg is no plain file", "pack plain files only")
+@case(
+    KIND,
+    "put a link into a shard",
+    "part.tar: 1.jpg is not a regular file",
+    "pack regular files only",
+)
 def link_in_a_tar(world: World) -> None:
     with tarfile.open("part.tar", "w") as tar:
         member = tarfile.TarInfo("1.jpg")

@@ -205,7 +205,7 @@ def no_chat_template(world: World) -> None:
     "the vocabularies differ",
     "<|user|>",
     "<|human|>",
-    "models of one tokenizer family",
+    "models of the same tokenizer family",
 )
 def another_vocabulary(world: World) -> None:
     world.teach()

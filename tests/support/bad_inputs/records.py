@@ -26,7 +26,7 @@ def answer_behind_max_length(world: World) -> None:
 @case(
     KIND,
     "gave a system message that the chat template leaves out",
-    FIRST + "the chat template leaves out or changes what 'system' says in turn 0",
+    FIRST + "the chat template leaves out or changes the text of 'system' in turn 0",
     "drop the turn",
 )
 def turn_that_the_template_leaves_out(world: World) -> None:
@@ -77,7 +77,7 @@ def unknown_role(world: World) -> None:
 @case(
     KIND,
     "wrote a conversation as text",
-    FIRST + "a conversation is no list of turns",
+    FIRST + "a conversation is not a list of turns",
     "give each turn",
 )
 def conversation_of_text(world: World) -> None:
@@ -169,7 +169,7 @@ def audio_part(world: World) -> None:
 @case(
     KIND,
     "gave an image's size among the parts of a turn",
-    FIRST + "unknown content key 'max_pixels' beside image",
+    FIRST + "unknown content key 'max_pixels' of type image",
     "image_size",
 )
 def size_of_a_picture_in_a_turn(world: World) -> None:
