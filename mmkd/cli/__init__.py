@@ -1,5 +1,5 @@
-"""Commands. Each parses its arguments and calls one function. An error is printed as one line, with
-exit status 2."""
+"""The commands. Each command parses its arguments and calls one function. Errors are printed as one
+line, with exit status 2."""
 
 import atexit
 import os
@@ -12,7 +12,7 @@ from mmkd.runtime import interrupt
 
 
 def entry() -> None:
-    """The whole process of a command."""
+    """Entry point of the process of a command."""
     try:
         main()
     except _StoppedExit as end:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _explained(error: Exception) -> MmkdError:
-    """What an exception says to a user; one that says nothing is raised again."""
+    """The message of an exception for users. Other exceptions are raised again."""
     if isinstance(error, MmkdError):
         return error
     if isinstance(error, ValueError):
@@ -74,7 +74,7 @@ def _run() -> None:
 
 
 def _stopped(end: StoppedError) -> NoReturn:
-    if int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes have stopped
+    if int(os.environ.get("RANK", 0)) == 0:  # one line for all processes
         print(f"mmkd: {end}")
     if _has_peers():
         _exit_now(interrupt.status())

@@ -1,4 +1,4 @@
-"""The groups of commands, and arguments that several commands share."""
+"""Groups of commands, and arguments of several commands."""
 
 import gc
 import sys
@@ -104,7 +104,7 @@ Trusted = Annotated[
 
 
 def named(plugins: list[str] | None) -> list[str]:
-    """Plugins, and whose code is trusted, as arguments of a command."""
+    """Plugins and trusted code as arguments of a command."""
     from mmkd.runtime import consent
 
     return [*(word for name in plugins or [] for word in ("--plugin", name)), *consent.words()]
@@ -126,13 +126,13 @@ def begin(
 ) -> "Recipe":
     """Load the recipe of a command that resumes when it is called again.
 
-    For several processes, the command is launched in each of them, and this process exits with
+    With several processes, the command is launched in each of them, and this process exits with
     their status.
 
     Args:
-        command: the command's name.
+        command: name of the command.
         recipe, overrides, plugins, processes: arguments of the command.
-        options: further arguments, for the processes that are launched.
+        options: further arguments for the launched processes.
     """
     from mmkd.recipe import load_recipe
 
@@ -147,14 +147,14 @@ def begin(
 
 
 def notes(as_json: bool) -> AbstractContextManager[Any]:
-    """Inside, notes and progress go to stderr if stdout is to hold JSON alone."""
+    """Context manager: notes and progress are printed on stderr if stdout is for JSON."""
     return redirect_stdout(sys.stderr if as_json else sys.stdout)
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Inside, Python does not look for cycles of unused objects. Imports and plans make many
-    objects and hardly any cycles, and the search takes a seventh of their time."""
+    """Context manager that turns off Python's garbage collector. Imports and plans make many
+    objects and hardly any cycles, and the collector takes a seventh of their time."""
     gc.disable()
     try:
         yield

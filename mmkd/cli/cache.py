@@ -1,4 +1,4 @@
-"""A teacher's cache: build it, and describe it."""
+"""Commands for a teacher's cache: build it, and print its statistics."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data sets: build and look at them."""
+"""Commands for data sets."""
 
 import json
 from pathlib import Path

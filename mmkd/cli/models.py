@@ -1,4 +1,4 @@
-"""Models: convert them, score them, ask them."""
+"""Commands for models: convert, eval, chat."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -25,7 +25,7 @@ def convert(
     ] = None,
     layers: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="layers that become Mamba, in place of --keep-attention"),
+        typer.Option(help="layers that become Mamba, instead of --keep-attention"),
     ] = None,
     init: Annotated[str, typer.Option(help="default, inherit, mimic or exact")] = "mimic",
     experts: Annotated[
@@ -37,8 +37,8 @@ def convert(
     conversion: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="a conversion as a recipe has it, such as '{kind: depth_pruning, decoder: [0]}'; "
-            "comes before Mamba and experts; may be given several times"
+            help="a conversion as in a recipe, such as '{kind: depth_pruning, decoder: [0, 2]}'; "
+            "applied before Mamba and experts; may be given several times"
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -46,8 +46,8 @@ def convert(
     plugin: Plugins = None,
     trusted: Trusted = None,
 ) -> None:
-    """Write a student with Mamba-2 mixers for attention, experts for feed-forward networks, or
-    other conversions."""
+    """Write a student: attention replaced by Mamba-2, feed-forward networks by experts, or other
+    conversions."""
     from mmkd.recipe import load_student
     from mmkd.runtime.progress import say
     from mmkd.students import layer_choice, write_converted
@@ -108,7 +108,7 @@ def evaluate(
     from mmkd.report.tables import print_scores
 
     if out is not None:
-        interrupt.can_go_on(AGAIN)  # finished tasks are kept there
+        interrupt.can_go_on(AGAIN)  # finished tasks are stored there
     given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
     scores, failed = score_models(
         find_models(model, student, given, include, local),
@@ -144,7 +144,7 @@ def chat(
         typer.Option(help="label of one of the run's students"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token always")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="of sampled answers")] = 0,
     device: Device = "auto",
     revision: Revision = None,

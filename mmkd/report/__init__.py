@@ -1,4 +1,4 @@
-"""The run's page and its tables in the terminal."""
+"""The report of a run: an HTML page, and tables in the terminal."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from mmkd.runtime.progress import on_console, say
 
 
 def write_report(folder: Path, *, use: bool = False) -> Path:
-    """Write `folder/report.html`, print the score tables where reports go to the console, and
-    return the page's path.
+    """Write `folder/report.html`, print the score tables if the console is used, and return the
+    path of the page.
 
     Unfinished runs and runs without evaluation get a page too.
 
     Args:
         folder: a run's folder.
-        use: also print where the students are, and code that asks one about an image.
+        use: also print the folders of the students, and code that asks one about an image.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder is not a run.
     """
     run = read_run(folder)
     tables = build_tables(run)

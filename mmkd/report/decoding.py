@@ -1,4 +1,4 @@
-"""The table of decoding: what one more token costs behind contexts of several lengths."""
+"""The table of decoding times: the cost of a token after contexts of several lengths."""
 
 from statistics import fmean
 
@@ -7,7 +7,7 @@ from mmkd.report.rundata import Run, Scores
 from mmkd.report.tables import Scored, Table, compact
 from mmkd.runtime.run_folder import TEACHER
 
-# Times are listed, not ranked: equal models differ in them by noise alone.
+# Times are not ranked, because they differ between equal models too.
 KINDS: list[tuple[str, str, Unit]] = [
     ("milliseconds", "ms", "number"),
     ("speed", "speed", "times"),
@@ -16,7 +16,7 @@ KINDS: list[tuple[str, str, Unit]] = [
 
 
 def decoding_table(run: Run) -> Table | None:
-    """Teacher first, then the students, each with its seeds; None where nothing was timed."""
+    """The teacher first, then the students, each over its seeds; None if nothing was timed."""
     models = _timed_models(run)
     seeds = [scores for model in models for scores in model.seeds.values()]
     contexts = sorted({context for scores in seeds for context in scores}, key=int)
@@ -34,8 +34,8 @@ def decoding_table(run: Run) -> Table | None:
 
 
 def decoding_sentence(run: Run) -> str:
-    """The first student against the teacher behind the longest context; "" where not both were
-    timed."""
+    """A comparison of the first student with the teacher after the longest context; "" unless both
+    were timed."""
     models = {model.role: model for model in reversed(_timed_models(run))}
     if "teacher" not in models or "student" not in models:
         return ""
@@ -51,7 +51,7 @@ def decoding_sentence(run: Run) -> str:
     held = teacher[context]["cache_bytes"]
     return (
         f"After {int(context):,} tokens {student.label} decodes {mean('speed'):.1f} times as fast "
-        f"as the teacher, and its cache takes {compact(mean('cache_bytes'), 'B')} in place of "
+        f"as the teacher, and its cache takes {compact(mean('cache_bytes'), 'B')} instead of "
         f"{compact(held, 'B')}."
     )
 
@@ -72,7 +72,7 @@ def _timed_models(run: Run) -> list[Scored]:
 
 
 def _values(rows: list[dict[str, float]], teacher: dict[float, float]) -> Scores:
-    """{context: {kind: value}}; a speed where the teacher was timed at the same context."""
+    """{context: {kind: value}}, with a speed if the teacher was timed at the same context."""
     found = {}
     for row in rows:
         context, taken = row["context"], row["milliseconds"]

@@ -1,23 +1,23 @@
-"""How evenly experts are used: what a stage's last steps say, by layer."""
+"""Tables of the load of experts by layer, from the last steps of a stage."""
 
 from dataclasses import dataclass
 
 from mmkd.report.rundata import Load, Run
 
-LAST = 10  # steps that a share is the mean of
+LAST = 10  # number of steps over which a share is averaged
 
 
 @dataclass(frozen=True)
 class Share:
-    """One expert's share of its layer's choices: in percent, and against an even share, -1 to 1
-    (unused to twice as often as even, or more)."""
+    """The share of tokens of one expert: in percent, and relative to an even share, from -1
+    (unused) to 1 (twice an even share or more)."""
 
     percent: float
     tilt: float
 
     @property
     def style(self) -> str:
-        """Of a table's cell: the busier, the stronger its colour."""
+        """Style of a table cell. The colour is stronger for busier experts."""
         return f"--heat: {round(50 * (1 + self.tilt))}%"
 
 
@@ -31,7 +31,7 @@ class LoadTable:
 
 
 def load_tables(run: Run) -> list[LoadTable]:
-    """A table for each sparse student and stage; of several seeds the first."""
+    """A table for each sparse student and stage; the first seed if there are several."""
     found = []
     for group in run.groups:
         member = next(m for m in run.members if m.group == group)

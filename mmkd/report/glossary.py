@@ -1,4 +1,4 @@
-"""A sentence on each column of the score tables."""
+"""A description of each column of the score tables."""
 
 from collections.abc import Iterable, Sequence
 
@@ -54,7 +54,7 @@ def glossary(columns: Iterable[Column]) -> list[tuple[str, str]]:
 
 
 def meaning(column: Column) -> str:
-    """What a column's numbers mean; for a task that is not known here, where they come from."""
+    """The meaning of a column's numbers, or their origin if the task is unknown."""
     task, metric = column.key
     if column.key in ABOUT:
         return ABOUT[column.key]
@@ -63,7 +63,7 @@ def meaning(column: Column) -> str:
 
 
 def _names(columns: Sequence[Column]) -> str:
-    """The columns' names with their group once, such as "POPE random, popular"."""
+    """The names of columns, with the name of their group once, such as "POPE random, popular"."""
     group = f"{columns[0].group} " if len({c.group for c in columns}) == 1 else ""
     names = (c.title if group else c.name for c in columns)
     return f"{group.strip()} {', '.join(names)}".strip()

@@ -1,4 +1,4 @@
-"""Which metrics make the headline, how they are named, and which direction is better."""
+"""The headline metrics, their names, and which direction is better."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,12 +7,12 @@ Better = Literal["higher", "lower"] | None
 # percent: a share of 1; points: a share of 100
 Unit = Literal["percent", "points", "number", "count", "bytes", "times"]
 Key = tuple[str, str]  # task, metric
-COST = ""  # the task of what a model costs
+COST = ""  # the task of columns with costs of a model
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a score table; `better` is None where neither direction is."""
+    """One column of a score table; `better` is None if neither direction is better."""
 
     key: Key
     group: str
@@ -26,7 +26,7 @@ class Column:
 
     @property
     def is_share(self) -> bool:
-        """The value is read with a percent sign."""
+        """Whether the value is shown with a percent sign."""
         return self.unit in ("percent", "points")
 
 
@@ -82,7 +82,7 @@ HEADLINE: dict[str, list[Column]] = {
     ],
     "mmmu_val": [Column(("mmmu_val", "mmmu_acc"), "MMMU", "val")],
 }
-# Cost is listed, not ranked by speed: equal students differ in tokens/s by noise alone.
+# Speed is not ranked, because tokens/s differ between equal students too.
 COSTS = [
     Column((COST, "parameters"), "Model", "parameters", "lower", "count"),
     Column((COST, "weights_bytes"), "Model", "weights", "lower", "bytes"),
@@ -97,7 +97,7 @@ _NEITHER = ("yes_rate", "majority", "invalid_rate")
 
 
 def direction(metric: str) -> Better:
-    """Whether more is better, by a metric's name; None where the name does not tell."""
+    """Whether larger values are better, from the metric's name; None if the name does not tell."""
     words = metric.lower().replace("-", "_").split("_")
     if any(part in metric for part in _NEITHER):
         return None
@@ -107,7 +107,7 @@ def direction(metric: str) -> Better:
 
 
 def headline_columns(task: str, metrics: list[str]) -> list[Column]:
-    """The columns of a task: its headline, or all its metrics where none is known."""
+    """The columns of a task: its headline metrics, or all metrics if none are defined."""
     known = [c for c in HEADLINE.get(task, []) if c.key[1] in metrics]
     return known or all_columns(task, metrics, unit="number")
 

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, every text from a run escaped by Jinja."""
+"""The HTML page: one self-contained file. Jinja escapes all texts from a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of question: a bar a model, and what always giving one answer would reach."""
+    """One kind of question: one bar per model, and the accuracy of a constant answer."""
 
     name: str
     majority: float
@@ -108,7 +108,7 @@ def colour(run: Run) -> Any:
 
 
 def cell(table: Table, row: Row, column: Column) -> Cell:
-    """A score's text and how it looks: best student, gain, loss."""
+    """A score as text, with its style: best student, gain or loss."""
     value = row.values.get(column.key)
     text = format_value(value, column.unit, sign=row.role == "difference")
     text, _, spread = text.partition(" ± ")
@@ -128,7 +128,7 @@ def _beyond_spread(value: Value) -> bool:
 
 
 def spans(table: Table) -> list[tuple[str, int]]:
-    """Groups of columns that stand side by side, for the table's upper heading."""
+    """Groups of neighbouring columns, for the table's upper heading."""
     found: list[tuple[str, int]] = []
     for column in table.columns:
         if found and found[-1][0] == column.group:
@@ -166,7 +166,7 @@ def kinds(run: Run, table: Table) -> list[Kind]:
 
 
 def every_metric(run: Run) -> Table:
-    """All metrics of all tasks, models as rows; the page turns it on its side."""
+    """All metrics of all tasks, models as rows. The page transposes it."""
     models = scored_models(run)
     metrics = metrics_by_task(models)
     columns = [c for task, names in metrics.items() for c in all_columns(task, names)]
@@ -174,7 +174,7 @@ def every_metric(run: Run) -> Table:
 
 
 def students(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(label, [(stage, objectives)]) of every student, without its seeds."""
+    """(label, [(stage, objectives)]) for each student; seeds are merged."""
     found = []
     for group in run.groups:
         member = next(m for m in run.members if m.group == group)

@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG whose colours the page's style sheet decides."""
+"""Curves of a run as inline SVG. The colours are defined in the page's style sheet."""
 
 import io
 import re
@@ -27,7 +27,7 @@ BESIDE = (ANSWER_CE, TEACHER_KL)  # measured on held-out records in addition to 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_POINTS = 400
 SERIES = 6  # colours in page.css: --series-0 ... --series-5
-_INK = "#010203"  # stands for the page's text colour
+_INK = "#010203"  # is replaced by the page's text colour
 _SIZE = (4.4, 2.3)  # inches; the page scales it
 
 
@@ -79,7 +79,7 @@ def stage_panels(run: Run) -> list[StagePanels]:
 def _metrics(stages: Sequence[StageLog]) -> list[str]:
     keys = dict.fromkeys(key for stage in stages for line in stage.lines for key in line)
     objectives = [key for key in keys if key not in STEP_METRICS]
-    # With one objective of weight 1 the total says the same again.
+    # With one objective of weight 1, the total is the same curve.
     total = ["loss"] if any(_has_total(stage) for stage in stages) else []
     sparse = [BUSIEST] if any(stage.loads for stage in stages) else []
     measured = {key for stage in stages for line in stage.validations for key in line}
@@ -135,7 +135,7 @@ def style_of(run: Run, member: MemberLog) -> tuple[int, int]:
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """Exponential moving average without the pull of a start value."""
+    """Exponential moving average with correction of the initial bias."""
     keep = 1 - 2 / (window + 1)
     total = weight = 0.0
     out = []
@@ -146,7 +146,7 @@ def smoothed(values: Sequence[float], window: float) -> list[float]:
 
 
 def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
-    """The curves as an SVG element; `salt` keeps ids of several plots on a page apart."""
+    """The curves as an SVG element; `salt` makes ids unique if a page has several plots."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()

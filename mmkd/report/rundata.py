@@ -1,4 +1,4 @@
-"""Reads a run's folder for the report. Missing and broken parts are left out."""
+"""Read a run's folder for the report. Missing and damaged parts are left out."""
 
 import json
 import math
@@ -32,7 +32,7 @@ from mmkd.runtime.shapes import (
 from mmkd.runtime.steplog import read_lines
 
 Scores = Mapping[str, Mapping[str, float]]
-Load = dict[str, list[float]]  # layer -> each expert's share of the choices
+Load = dict[str, list[float]]  # layer -> share of tokens of each expert
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class StageLog:
     Attributes:
         config: the stage in the resolved recipe.
         lines: numbers of metrics.jsonl, one per step.
-        loads: its experts' shares, one per step of a sparse student.
+        loads: shares of tokens of the experts, one per step of a sparse student.
         done: the stage is finished.
-        steps: its number of steps; None if that is known at its end only.
+        steps: number of steps; None if it is not known before the end.
         file: identifies metrics.jsonl: members that share a stage have the same file.
         validations: numbers of validation.jsonl, one line per validation.
         kept: the step whose student was kept, if it was chosen by validation.
@@ -72,9 +72,9 @@ class MemberLog:
     """One student: a label that its seeds share, a seed, and its stages.
 
     Attributes:
-        folder: its own in the run.
-        changes: what its conversions did, one line for each.
-        student: the newest folder of a student that it has written, of any stage.
+        folder: of the student in the run.
+        changes: descriptions of its conversions, one line each.
+        student: the newest folder of a student that a stage has written.
     """
 
     label: str
@@ -111,9 +111,9 @@ class Run:
     """Everything the report shows.
 
     Attributes:
-        results: {label: what its results.json holds}.
+        results: {label: content of its results.json}.
         decoding: {label: rows of its decode.json}, as `mmkd.evaluation.decode.DecodeRow`.
-        answers: {label: what its answers.json holds}, as `mmkd.evaluation.samples` writes it.
+        answers: {label: content of its answers.json}, as `mmkd.evaluation.samples` writes it.
     """
 
     folder: RunFolder
@@ -140,14 +140,14 @@ class Run:
         """A path of the recipe on this machine.
 
         It is relative to the folder in which the recipe was run. That is the working directory, or
-        else probably the folder that holds `output_dir`.
+        otherwise probably the folder that contains `output_dir`.
         """
         places = (Path(), self.folder.path.resolve().parent.parent)
         return next((p / path for p in places if (p / path).exists()), Path(path))
 
     @property
     def expected(self) -> int:
-        """How many students the recipe asks for; those not begun have no folder yet."""
+        """Number of students of the recipe. Students that have not started have no folder."""
         groups, seeds = 1 + len(self.recipe.get("variants") or {}), self.recipe.get("seeds") or [0]
         return max(groups * len(seeds), len(self.members))
 
@@ -161,7 +161,7 @@ def read_run(path: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        CheckpointError: the folder holds no run, or its recipe is broken.
+        CheckpointError: the folder is not a run, or its recipe is damaged.
     """
     folder = RunFolder(path)
     if not folder.recipe.is_file():
@@ -185,7 +185,7 @@ def read_run(path: Path) -> Run:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """A recipe as the run wrote it.
+    """Read a recipe that a run has written.
 
     Raises:
         CheckpointError: it is damaged.
@@ -195,7 +195,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         Written.model_validate(found)
     except ValueError as error:
         raise CheckpointError(
-            "it is damaged: no recipe that a run has written",
+            "it is damaged, or not the recipe of a run",
             where=str(path),
             hint="bring the file back, or run the recipe again",
         ) from error
@@ -255,7 +255,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_load(value: Any) -> bool:
-    """Whether a line says each expert's share, by layer."""
+    """Whether a value has the share of tokens of each expert, by layer."""
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(v, list) and v and all(map(_is_number, v)) for v in value.values())
@@ -264,7 +264,7 @@ def _is_load(value: Any) -> bool:
 def _evaluations(
     folder: RunFolder, file: Callable[[EvaluationFolder], Path], shape: type[Shape]
 ) -> dict[str, dict[str, Any]]:
-    """{label: what this file of its evaluation holds}; damaged ones are named and left out."""
+    """{label: content of a file of its evaluation}. Damaged files are logged and left out."""
     found = {}
     for label, files in folder.every_evaluation():
         path = file(files)
@@ -272,14 +272,14 @@ def _evaluations(
             continue
         held = read_if(shape, path)
         if held is None:
-            say(f"{path}: it is damaged, left out; `mmkd run` of the recipe makes it again")
+            say(f"{path}: it is damaged and left out; `mmkd run` of the recipe writes it again")
         else:
             found[label] = held
     return found
 
 
 def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
-    """A model's answers to one task; empty where they were not kept, or are damaged."""
+    """A model's answers to one task; empty if they were not saved, or are damaged."""
     path = run.folder.evaluation(label).samples(task)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -292,7 +292,7 @@ def read_samples(run: Run, label: str, task: str) -> list[dict[str, Any]]:
 
 
 def student_size(folder: Path | None) -> tuple[int, int] | None:
-    """Parameters and bytes of a student's safetensors, from their headers alone.
+    """Number of parameters and bytes of a student's safetensors, from their headers.
 
     Raises:
         CheckpointError: a file is damaged.

@@ -17,8 +17,8 @@ from mmkd.report.rundata import Run, read_samples
 from mmkd.runtime.run_folder import TEACHER
 
 PER_TASK = 9
-PER_WORDY_TASK = 6  # where answers are sentences
-WORDY = 30  # characters
+PER_WORDY_TASK = 6  # documents of a task whose answers are sentences
+WORDY = 30  # characters from which on an answer is a sentence
 Sample = dict[str, Any]
 
 
@@ -45,7 +45,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """The chosen documents of one task and how often the models disagree on it."""
+    """The chosen documents of one task, and how often the models disagree."""
 
     task: str
     wordy: bool
@@ -55,7 +55,7 @@ class TaskSamples:
 
 
 def sample_labels(run: Run) -> dict[str, str]:
-    """{row label: evaluation label}: the teacher, and of every student its first seed."""
+    """{row label: evaluation label} of the teacher and of each student's first seed."""
     chosen = {TEACHER: TEACHER} if run.teacher else {}
     for member in run.members:
         if member.label in run.results:
@@ -64,7 +64,8 @@ def sample_labels(run: Run) -> dict[str, str]:
 
 
 def choose_samples(run: Run) -> list[TaskSamples]:
-    """For every task that all models answered, half the documents where they disagree."""
+    """Choose documents of each task that all models have answered; half of them are documents on
+    which the models disagree."""
     labels = sample_labels(run)
     tasks = dict.fromkeys(
         task for label in labels.values() for task in run.results[label].get("scores", {})
@@ -86,7 +87,8 @@ def _task_samples(run: Run, task: str, labels: dict[str, str]) -> TaskSamples | 
 
 
 def join(answers: dict[str, list[Sample]]) -> dict[int, dict[str, Sample]]:
-    """{doc_id: {label: sample}} of the documents that all models answered alike numbered."""
+    """{doc_id: {label: sample}} of the documents that all models have answered under the same
+    id."""
     tables = {name: {s["doc_id"]: s for s in rows} for name, rows in answers.items()}
     if not tables:
         return {}
@@ -96,7 +98,7 @@ def join(answers: dict[str, list[Sample]]) -> dict[int, dict[str, Sample]]:
 
 
 def disagree(samples: dict[str, Sample]) -> bool:
-    """Some model is right where another is wrong; without verdicts: the words differ."""
+    """Whether some models are right and others wrong, or, without verdicts, the texts differ."""
     verdicts = {s.get("correct") for s in samples.values()}
     if None in verdicts:
         return len({str(s.get("prediction")).strip() for s in samples.values()}) > 1
@@ -113,7 +115,7 @@ def pick(joined: dict[int, dict[str, Sample]], differing: Iterable[int], count: 
 
 
 def _spread(joined: dict[int, dict[str, Sample]], docs: Sequence[int]) -> list[int]:
-    """Round-robin over kinds, within a kind in an order that only the question decides."""
+    """Round-robin over kinds. Within a kind, the order depends on the question only."""
     by_kind: dict[str, list[int]] = {}
     for doc in sorted(docs, key=lambda d: _order(d, joined[d])):
         by_kind.setdefault(_kind(joined[doc]), []).append(doc)
@@ -176,7 +178,7 @@ def trained_on(run: Run) -> bool:
 
 
 def _files(run: Run, train: str) -> set[str]:
-    """The files that a source names, however it is written; its name if they are not here."""
+    """The files of a source, independent of its spelling; its name if they do not exist here."""
     try:
         return {str(path.resolve()) for path in find_files(str(run.find(train)))}
     except DataError:
@@ -184,8 +186,8 @@ def _files(run: Run, train: str) -> set[str]:
 
 
 def _own_answers(run: Run, label: str) -> list[Sample]:
-    """The answers as lines of `samples/<task>.jsonl`. A question that could not be asked has the
-    reason as its prediction."""
+    """The answers in the form of `samples/<task>.jsonl`. If a question could not be asked, the
+    prediction is the reason."""
     return [
         {
             "doc_id": number,
@@ -215,7 +217,7 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
         wanted[int(first["doc_id"])] = first.get("id")
     try:
         rows = _rows(paths, wanted)
-    except (OSError, ValueError, KeyError):  # images less are no reason to lose the report
+    except (OSError, ValueError, KeyError):  # write the report without these images
         return {}
     shown = {}
     for doc, (row, folder) in rows.items():
@@ -226,8 +228,8 @@ def load_pictures(run: Run, task: str, documents: Sequence[dict[str, Sample]]) -
 
 
 def _rows(paths: Sequence[Path], wanted: dict[int, Any]) -> dict[int, tuple[Sample, Path]]:
-    """Rows by number, counted through all files, with the folders of their files; a row whose id is
-    another one than the sample's is left out."""
+    """Rows by index, counted over all files, with the folders of their files. Rows whose id differs
+    from the sample's are left out."""
     found, start = {}, 0
     for path in paths:
         file = pq.ParquetFile(path)
@@ -253,8 +255,8 @@ def _data_uri(image: dict[str, Any], folder: Path) -> str:
 
 
 def picture_files(run: Run, task: str) -> list[Path]:
-    """The parquet files with a task's documents, in order: where the evaluation found them, or
-    those that the task's own file names."""
+    """The Parquet files with a task's documents, in order: those that the evaluation read, or those
+    that the task file names."""
     for results in run.results.values():
         found = [run.find(name) for name in results.get("data", {}).get(task) or []]
         if found and all(path.is_file() for path in found):

@@ -1,7 +1,7 @@
 """Sizes of models' weights, compared at one dtype.
 
-Beside a student in float32, a teacher in bfloat16 would look half as large as it is. If models have
-different numbers of bytes per parameter, all sizes are given in 16 bits.
+Compared with a student in float32, a teacher in bfloat16 would seem half as large as it is. If
+models have different numbers of bytes per parameter, all sizes are given for 16 bits.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ that stay float32 cause small differences."""
 def compared(
     columns: Sequence[Column], models: Sequence[dict[int, Scores]]
 ) -> tuple[list[Column], list[dict[int, Scores]]]:
-    """The columns, and the models' scores by seed, with sizes that can be compared."""
+    """The columns and the models' scores by seed, with comparable sizes."""
     costs = [s[COST] for seeds in models for s in seeds.values() if BYTES in s.get(COST, {})]
     widths = [c[BYTES] / c[COUNT] for c in costs if c.get(COUNT)]
     if len(widths) == len(costs) and (not widths or max(widths) <= EQUAL * min(widths)):

@@ -1,4 +1,4 @@
-"""A run in a few sentences. Every figure comes from the run's files."""
+"""A summary of a run in a few sentences. All numbers come from the run's files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def _unbroken(sentence: str) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """Warnings to read before quoting a number of the page."""
+    """Warnings about the numbers on the page."""
     found = [_unfinished(m) for m in run.members if not m.done]
     waiting = run.expected - len(run.members)
     if waiting:
@@ -58,8 +58,8 @@ def _complete(answers: dict[str, Any] | None) -> bool:
 
 
 def evaluation_warnings(run: Run) -> list[str]:
-    """Scores of other weights, tasks without scores, and documents that models could not be asked
-    about."""
+    """Warnings about scores of other weights, tasks without scores, and documents that models could
+    not be asked about."""
     found = [
         f"{label}: its scores are of other weights than the run holds now; run the recipe "
         "again to score these weights."
@@ -80,7 +80,7 @@ def evaluation_warnings(run: Run) -> list[str]:
 
 
 def held_out_notes(run: Run) -> list[str]:
-    """Notes on the losses on held-out records, and on the students that were kept by them."""
+    """Notes on the losses on held-out records, and on the students that were chosen by them."""
     stages = [(m, s) for m in run.members for s in m.stages if s.validations]
     if not stages:
         return []
@@ -197,7 +197,7 @@ def duration(seconds: float) -> str:
 
 
 def _result(tables: Tables) -> list[str]:
-    """One sentence on the VQA score, or on the first quality metric there is."""
+    """A sentence on the VQA score, or on the first other quality metric."""
     columns = [c for c in tables.main.columns if c.key[0] != COST]
     column = next((c for c in columns if c.key[1] == VQA_OVERALL), columns[0] if columns else None)
     if column is None:
@@ -232,7 +232,7 @@ def _unfinished(member: MemberLog) -> str:
 
 
 def provenance_rows(run: Run) -> list[tuple[str, str]]:
-    """Name and value of what the run depended on."""
+    """Name and value of everything that the run depended on."""
     found = run.provenance
     machine, git = found.get("machine") or {}, found.get("git") or {}
     rows = [("command", " ".join(map(str, found.get("command", []))))]
@@ -248,7 +248,7 @@ def provenance_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def _changes(run: Run) -> dict[str, list[str]]:
-    """What conversions did, by students that share a label."""
+    """Descriptions of conversions, by label of the students."""
     return {m.group: [line.strip() for line in m.changes] for m in run.members}
 
 

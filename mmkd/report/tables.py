@@ -1,6 +1,6 @@
-"""Scores as tables: one row a model, seeds as mean ± standard deviation, the best student marked.
+"""Tables of scores: one row per model, mean ± standard deviation over seeds, best student marked.
 
-The standard deviation is that of a sample (n - 1); a single seed has none.
+The standard deviation is that of a sample (n - 1). A single seed has none.
 """
 
 import math
@@ -70,7 +70,7 @@ class Table:
         return any(r.role == "difference" for r in self.rows)
 
     def best(self, column: Column) -> set[str]:
-        """Labels of the best students; none where there is nothing to choose."""
+        """Labels of the best students; empty if there is only one or no direction is better."""
         found = {
             r.label: r.values[column.key].mean
             for r in self.rows
@@ -118,8 +118,8 @@ class Scored:
 
 
 def scored_models(run: Run) -> list[Scored]:
-    """The teacher, then the students in the recipe's order, each with all its seeds and behind
-    what its earlier stages made, where that was scored."""
+    """The teacher, then the students in the recipe's order, each over its seeds and after the
+    students of its earlier stages if these were scored."""
     found: list[Scored] = []
     if run.teacher:
         found.append(Scored(TEACHER, "teacher", {0: _with_costs(run.teacher)}))
@@ -144,7 +144,7 @@ def scored_models(run: Run) -> list[Scored]:
 
 
 def _stages(run: Run, group: str) -> list[Scored]:
-    """What the earlier stages of one student made, where that was scored."""
+    """The students of the earlier stages of one student, if they were scored."""
     members = [m for m in run.members if m.group == group]
     found = []
     for stage in dict.fromkeys(s.name for m in members for s in m.stages):
@@ -192,7 +192,7 @@ def make_tables(models: Sequence[Scored]) -> Tables:
 
 
 def metrics_by_task(models: Sequence[Scored]) -> dict[str, list[str]]:
-    """{task: metrics} over all models: tasks with a known headline first, in its order."""
+    """{task: metrics} of all models. Tasks with headline metrics come first, in a fixed order."""
     found: dict[str, dict[str, None]] = {}
     for scores in (s for model in models for s in model.seeds.values()):
         for task, values in scores.items():
@@ -203,7 +203,7 @@ def metrics_by_task(models: Sequence[Scored]) -> dict[str, list[str]]:
 
 
 def _first(models: Sequence[Scored], key: Key) -> Value | None:
-    """A value that is the same for all models, as baselines are."""
+    """A value that is equal for all models, such as a baseline."""
     task, metric = key
     for scores in (s for model in models for s in model.seeds.values()):
         if metric in scores.get(task, {}):
@@ -230,8 +230,8 @@ def _kind_table(task: str, metrics: list[str], models: Sequence[Scored]) -> Tabl
 
 
 def comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Two members differ in label, teacher, objectives and conversions only: trained on the same
-    batches, as long."""
+    """Whether two members differ in label, teacher, objectives and conversions only, so that they
+    were trained on the same batches."""
     return _budget(a) == _budget(b)
 
 
@@ -328,7 +328,7 @@ def print_scores(scores: dict[str, Scores]) -> None:
 
 
 def print_tables(tables: Tables) -> None:
-    """All tables in the terminal; nothing where there are no scores."""
+    """Print all tables in the terminal."""
     if not tables.main.columns:
         console.print("no scores yet", highlight=False)
         return
@@ -338,7 +338,7 @@ def print_tables(tables: Tables) -> None:
 
 
 def print_table(table: Table) -> None:
-    """One table in the terminal, on its side where it is too wide."""
+    """Print a table in the terminal. It is transposed if it is too wide."""
     unbounded = console.options.update(max_width=10_000)
     wide = _drawn(table)
     fits = console.measure(wide, options=unbounded).maximum <= console.width

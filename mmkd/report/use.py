@@ -1,4 +1,4 @@
-"""Where a run's students are, and a few lines of Python that ask a model about an image."""
+"""Folders of a run's students, and Python code that asks a model about an image."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 
 
 def how_to_use(run: Run) -> str | None:
-    """The folders of the finished students, and Python code that asks the first of them about a
+    """The folders of the finished students, and Python code that asks the first of them about an
     image; None if no student is finished."""
     finished = {m.label: m.finished_student for m in run.members if m.finished_student is not None}
     if not finished:
@@ -52,7 +52,7 @@ def snippet(name: str, *, needs_code: bool) -> str:
 
     Args:
         name: folder or Hub id of the model.
-        needs_code: transformers has to run code from its folder.
+        needs_code: transformers must run code from its folder.
     """
     trust = ", trust_remote_code=True" if needs_code else ""
     return SNIPPET.format(name=json.dumps(name, ensure_ascii=False), trust=trust)

@@ -1,4 +1,4 @@
-"""Whether a run's scores are of the weights that it holds now."""
+"""Find scores of a run that do not belong to its current weights."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from mmkd.runtime.shapes import Shape, read_if
 
 
 def other_weights(run: Run) -> list[str]:
-    """Labels of the models whose scores are of other weights than the run holds now.
+    """Labels of the models whose scores do not belong to the run's current weights.
 
-    Models without weights on this machine, and evaluations that do not tell their weights, are
+    Models without weights on this machine, and evaluations without a checksum of the weights, are
     left out.
     """
     return [label for label, folder in _models(run).items() if _differ(run, label, folder)]
@@ -36,5 +36,5 @@ def _differ(run: Run, label: str, folder: Path) -> bool:
 
 
 def _requested(folder: EvaluationFolder) -> str | None:
-    """The weights that an evaluation was asked to score; None where nothing tells."""
+    """Checksum of the weights that an evaluation has scored; None if it is not known."""
     return (read_if(Shape, folder.request) or {}).get("weights")

@@ -1,1 +1,1 @@
-"""A recipe from start to end: checks before the first step, stages, resuming, evaluation."""
+"""Run a recipe: checks before the first step, stages, resuming, evaluation."""

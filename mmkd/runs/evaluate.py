@@ -1,4 +1,4 @@
-"""Scores the models of a run."""
+"""Evaluate the models of a run."""
 
 from mmkd.evaluation.models import evaluate_models
 from mmkd.recipe import ModelConfig, Recipe

@@ -1,4 +1,4 @@
-"""A recipe from start to end: stages in order, resume, evaluation."""
+"""Run a recipe from start to end: stages in order, resuming, evaluation."""
 
 import shutil
 from collections.abc import Sequence
@@ -33,20 +33,20 @@ def run(
     """Train every member, evaluate, and return the run's folder.
 
     A second call on the same folder continues: finished stages are skipped, an unfinished one
-    resumes from its newest checkpoint, finished evaluations are kept. Where the recipe has changed
-    since, the stages before the first changed one are kept. Nothing is written before recipe,
-    models and data have been looked through.
+    resumes from its newest checkpoint, finished evaluations are kept. If the recipe has changed,
+    the stages before the first changed one are kept. Recipe, models and data are checked before
+    anything is written.
 
     Args:
         recipe: to run.
-        from_stage: a stage's name: work of this stage and those behind it may be replaced where the
-            recipe has changed. It is moved away, see `mmkd.runs.resume`. Without it such a recipe
+        from_stage: name of a stage. If the recipe has changed, the work of this stage and later
+            ones may be replaced; it is moved, see `mmkd.runs.resume`. Without it, a changed recipe
             is refused.
-        callbacks: called at moments of every stage that is trained.
+        callbacks: are called in each stage that is trained.
 
     Raises:
-        MmkdError: in one line, what is wrong with recipe, models or data.
-        EvaluationError: the students are trained, and some model could not be evaluated.
+        MmkdError: a one-line error about recipe, models or data.
+        EvaluationError: the students are trained, but a model could not be evaluated.
     """
     timeout_s = max(stage.engine.timeout_s for stage in recipe.stages)
     device = distributed.choose_device(recipe.stages[0].engine.device)
@@ -62,17 +62,17 @@ def run(
             train(member, recipe, course, callbacks)
         distributed.barrier()
         if recipe.evaluate is not None:
-            distributed.leave()  # one process scores for hours, and waiting ends in a timeout
+            distributed.leave()  # one process evaluates for hours; waiting would time out
             if distributed.rank() == 0:
                 evaluate(recipe, todo)
     return run_folder(recipe).path
 
 
 def _refuse_foreign(folder: RunFolder) -> None:
-    """A run writes recipe.yaml: refuse a folder whose recipe.yaml a person wrote.
+    """Refuse a folder with a recipe.yaml that no run has written, because a run would overwrite it.
 
     Raises:
-        CheckpointError: it holds one, and no run.
+        CheckpointError: the folder has such a file.
     """
     path = folder.recipe
     if not path.is_file() or folder.provenance.exists():
@@ -81,14 +81,15 @@ def _refuse_foreign(folder: RunFolder) -> None:
     whole = {"label", "seed", "output_dir", "variants", "seeds", "stages"}  # as a run writes it
     if not isinstance(held, dict) or not whole <= set(held):
         raise CheckpointError(
-            "the run's folder holds a recipe.yaml that no run has written",
+            "the run's folder has a recipe.yaml that no run has written",
             where=str(path),
             hint="give the run another name or output_dir",
         )
 
 
 def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> list[Restart | None]:
-    """Look through everything before anything is written; from where each member starts again."""
+    """Check everything before anything is written. Returns for each member where it starts
+    again."""
     _refuse_foreign(run_folder(recipe))
     restarts = [find_restart(member, from_stage) for member in todo]
     check_stage(from_stage, todo, restarts)
@@ -106,7 +107,7 @@ def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> li
 
 
 def _check(member: Member, restart: Restart | None) -> None:
-    """Look through what a member trains, and the checkpoints that it goes on from."""
+    """Check a member's stages, and the checkpoints from which it resumes."""
     preflight.check(member.recipe)
     kept = member.recipe.stages[: None if restart is None else restart.index]
     for stage, folder in zip(kept, member.stages, strict=False):
@@ -115,19 +116,19 @@ def _check(member: Member, restart: Restart | None) -> None:
 
 
 def _start_again(restarts: list[Restart | None], from_stage: str | None) -> None:
-    """Make room where the recipe has changed."""
+    """Move the work of stages that start again, because the recipe has changed."""
     if distributed.rank() == 0:
         changed = [restart for restart in restarts if restart is not None]
         for restart in changed:
             target = start_again(restart)
-            say(f"{restart}; what was there before is in {target}")
+            say(f"{restart}; the earlier work is in {target}")
         if from_stage is not None and not changed:
             say(f"--from-stage {from_stage}: the recipe has not changed, nothing is trained again")
     distributed.barrier()
 
 
 def _course(todo: list[Member]) -> Course:
-    """The stages that are still to train, in order; those that members share come once."""
+    """The stages that are not trained yet, in order; stages that members share occur once."""
     steps: dict[str, int | None] = {}
     kinds: dict[str, str] = {}
     for number, member in enumerate(todo):
@@ -181,20 +182,20 @@ def train(
 
 
 def _tidy(member: Member) -> None:
-    """Finished stages need no checkpoints; a run that was killed behind a stage has left some."""
+    """Delete checkpoints of finished stages, which a run that was killed after a stage has left."""
     for folder in member.stages:
-        written = any(folder.student.glob("*.safetensors"))  # else it can be made again
+        written = any(folder.student.glob("*.safetensors"))  # otherwise the checkpoints are needed
         if distributed.rank() == 0 and written and folder.is_done():
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
-    """Take over the stages that another member has trained in the same way from the same start:
-    they would come out the same."""
+    """Copy stages that another member has trained with the same settings from the same start. Their
+    results would be identical."""
     done = sum(folder.is_done() for folder in member.stages)
     same = {other.label: _common_stages(member, other) for other in trained}
     source = max(trained, key=lambda other: same[other.label], default=None)
-    distributed.barrier()  # all ranks have looked before one of them changes what is there
+    distributed.barrier()  # all ranks have read the folder before one of them changes it
     if source is None or same[source.label] <= done or member.folder == source.folder:
         return
     shared = range(done, same[source.label])
@@ -212,6 +213,6 @@ def share_stages(member: Member, trained: list[Member], recipe: Recipe) -> None:
 
 
 def _common_stages(member: Member, other: Member) -> int:
-    """How many of the other's finished stages begin both recipes."""
+    """Number of the other member's finished stages at the start of both recipes."""
     finished = (folder.is_done() for folder in other.stages)
     return min(common_stages(member.recipe, other.recipe), len(list(takewhile(bool, finished))))

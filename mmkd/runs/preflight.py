@@ -1,4 +1,5 @@
-"""Checks of a recipe before a run writes its first file. They stand beside what they check."""
+"""Checks of a recipe before a run writes its first file. Each check is in the module of its
+feature."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,10 +53,10 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
 
     Args:
         recipe: the recipe of one student.
-        data: encode the first records too; False if the data do not exist yet.
+        data: also encode the first records; False if the data do not exist yet.
 
     Raises:
-        MmkdError: an error that would end a stage, from an unknown group of parameters to a first
+        MmkdError: an error that would end a stage, such as an unknown parameter group or a first
             record that cannot be encoded.
     """
     check_trackers(recipe.report_to)
@@ -64,7 +65,7 @@ def check(recipe: Recipe, *, data: bool = True) -> None:
 
 
 def check_stage(context: StageContext, *, data: bool = True) -> None:
-    """Check a stage against its models, which may have weights or none; arguments and errors as of
+    """Check a stage with its models, which may be on the meta device; arguments and errors as in
     `check`."""
     for look in OF_SETTINGS + (OF_DATA if data else ()):
         look(context)

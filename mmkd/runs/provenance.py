@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions, code, machine, data."""
+"""Provenance of a run: versions, code, machine, data."""
 
 import hashlib
 import importlib.metadata
@@ -29,7 +29,7 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 
 
 def collect(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides the run's losses, as JSON."""
+    """Everything that determines the run's losses, as JSON."""
     data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
     program = Path(sys.argv[0]).name
     models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
@@ -57,7 +57,7 @@ CONTINUED, REPLACED = "continued", "replaced"
 
 
 def describe(member: Member, recipe: Recipe) -> None:
-    """Write down what a member trains, on what and where; `recipe` is the whole run's."""
+    """Write recipe and provenance of a member; `recipe` is that of the whole run."""
     if distributed.rank() == 0:
         folder = run_folder(recipe)
         write_text(folder.recipe, to_yaml(recipe))
@@ -66,11 +66,10 @@ def describe(member: Member, recipe: Recipe) -> None:
 
 
 def write(path: Path, recipe: Recipe) -> None:
-    """Write down where the run's numbers come from.
+    """Write the provenance of a run.
 
-    What the file says already stays. Where a run goes on in another way than it began, as with
-    another version or on another machine, the keys that differ are added to `continued`. Plugins
-    that differ are also named in a line.
+    Existing content is kept. If a run continues under other conditions, such as another version or
+    machine, the keys that differ are added to `continued`. Plugins that differ are also logged.
     """
     found = read_if(Provenance, path) or {}
     now = redact_all(collect(recipe))
@@ -90,7 +89,7 @@ def write(path: Path, recipe: Recipe) -> None:
 
 
 def source_facts(config: SourceConfig) -> str:
-    """What tells a source's content from another's, in words."""
+    """A description of a source's content with a checksum."""
     if config.train.startswith(HUB):
         told = {k: getattr(config, k) for k in ("subset", "split", "revision", "stream")}
         return ", ".join(f"{k} {v}" for k, v in told.items() if v is not None)
@@ -100,7 +99,7 @@ def source_facts(config: SourceConfig) -> str:
         return "not there"
     if len(files) == 1 and files[0].suffix != ".tar":
         return f"sha256 {file_hash(files[0])}"
-    # Shards hold the images too: hashing them would take longer than many a stage.
+    # Shards contain images: hashing them would take longer than many stages.
     shards = files[0].suffix == ".tar"
     seen = hashlib.sha256()
     for file in files:
@@ -123,7 +122,7 @@ def _versions() -> dict[str, str]:
 def _git() -> dict[str, Any] | None:
     def git(*words: str) -> str:
         here = Path(__file__).parent
-        # A project that mmkd is installed in may name a program in its settings.
+        # The git settings of a project could name programs that git runs.
         command = ["git", "-c", "core.fsmonitor=false", *words]
         return subprocess.run(
             command, cwd=here, capture_output=True, text=True, check=True, timeout=20

@@ -1,4 +1,4 @@
-"""What a stage reads: its data and models, found without reading their content."""
+"""Find the inputs of a stage, its data and models, without reading their content."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from mmkd.runtime.hub import model_commit
 from mmkd.students import start_folder
 
 PICTURES = 2_000
-"""Records of a source whose images are noted."""
+"""Number of records of a source whose images are noted."""
 OF_MODELS = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
 
 
@@ -106,7 +106,7 @@ def forget_sources() -> None:
 
 @dataclass(frozen=True)
 class _DataRead:
-    """What a data source reads: its files, those of its images that are noted, its commit."""
+    """Inputs of a data source: its files, its noted image files, its commit."""
 
     files: list[str]
     pictures: list[str]
@@ -114,7 +114,7 @@ class _DataRead:
 
 
 def _named(part: SourceConfig) -> str:
-    """A Hub data set's name, with what chooses a part of it."""
+    """Name of a data set on the Hub, with subset, split and revision."""
     return " ".join([part.train, *filter(None, (part.subset, part.split, part.revision))])
 
 
@@ -139,7 +139,7 @@ def _data_read(config: str) -> _DataRead:
         records = Source(part)
     except DataError:  # refused elsewhere
         return _DataRead([], [])
-    # Records of the Hub hold their images, and those of a stream are in windows far apart.
+    # Records on the Hub contain their images, and records of a stream are in distant windows.
     if part.stream is not None or (from_hub and not path.is_dir()):
         return _DataRead([str(file) for file in files], [], records.commit)
     files = [file for file in files if file.suffix.lower() not in SUFFIXES]

@@ -1,9 +1,9 @@
-"""Which stages of a run are kept when its recipe has changed.
+"""Decide which stages of a run are kept if its recipe has changed.
 
-A stage is kept, finished or not, if it and all stages before it are the same in the recipe that the
-folder holds. The run starts again from the first stage that has changed:
+A stage is kept, finished or not, if it and all stages before it are equal in the recipe of the
+folder. The run starts again from the first stage that has changed:
 
-<member>/replaced/N/     what was trained before, with the files that described it
+<member>/replaced/N/     earlier work, with the files that describe it
   training.yaml  recipe.yaml  provenance.json  report.html
   02-<stage>/ ...  evaluation/<label>/ ...  release/<label>/  tensorboard/02-<stage>/
 """
@@ -23,8 +23,8 @@ from mmkd.runtime.run_folder import REPLACED, MemberFolder, RunFolder, StageFold
 from mmkd.runtime.shapes import Provenance, read_if
 
 LAYOUT = ("engine", "batch", "checkpoint", "activation_checkpointing")
-"""Keys of a stage that may change between its beginning and its end: where and in which pieces it
-runs. How many records a step sees is for the checkpoint to tell."""
+"""Keys of a stage that may change while it is not finished. The number of records per step must not
+change, which is checked when a checkpoint is loaded."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Restart:
     """The stage from which a member starts again.
 
     Attributes:
-        member: under the recipe as it is now.
-        index: of the first stage that is not kept; the number of stages if the last ones were
-            dropped.
-        stage: its name; its old name if it was dropped.
-        keys: the dotted keys in which the recipe differs.
-        names: of the old recipe's stages.
-        begun: stages that are not kept hold work already.
+        member: with the current recipe.
+        index: of the first stage that is not kept; the number of stages if the last stages were
+            removed.
+        stage: its name; its old name if it was removed.
+        keys: dotted keys in which the recipes differ.
+        names: of the stages in the old recipe.
+        begun: stages that are not kept have work already.
     """
 
     member: Member
@@ -50,27 +50,27 @@ class Restart:
 
     @property
     def folders(self) -> list[StageFolder]:
-        """The stages' folders that are not kept."""
+        """Folders of the stages that are not kept."""
         return self.member.folder.stages_from(self.index)
 
     def __str__(self) -> str:
         kept = ", ".join(self.names[: self.index])
         keys = ", ".join(self.keys)
-        said = f"{self.member.label}: starts again from stage {self.stage}, it differs in {keys}"
+        said = f"{self.member.label}: starts again from stage {self.stage}, which differs in {keys}"
         return said + (f"; {kept} kept" if kept else "")
 
 
 def find_restart(member: Member, from_stage: str | None = None) -> Restart | None:
-    """The stage from which a member has to start again; None if it keeps everything in its folder.
+    """Find the stage from which a member must start again; None if all stages are kept.
 
     Args:
-        member: under the recipe as it is now.
-        from_stage: the stage from which on earlier work may be replaced.
+        member: with the current recipe.
+        from_stage: the first stage whose work may be replaced.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe, or replacing work was not allowed;
-            the keys that differ are named.
-        CheckpointError: the folder does not say any more which recipe it was.
+        RecipeError: the folder has a run of another recipe, or replacing work was not allowed; with
+            the keys that differ.
+        CheckpointError: the recipe in the folder is damaged.
     """
     folder = member.folder
     path = folder.training
@@ -79,7 +79,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise CheckpointError(
-            "it is damaged (no mapping)",
+            "it is damaged (not a mapping)",
             where=str(path),
             hint="bring the file back, or delete the run's folder",
         )
@@ -111,7 +111,7 @@ def find_restart(member: Member, from_stage: str | None = None) -> Restart | Non
 def _allowed(
     index: int, keys: list[str], from_stage: str | None, recipe: Recipe, old: list[str]
 ) -> int:
-    """The stage to start from, where the first one that has changed is `index`."""
+    """The stage to start from, if `index` is the first one that has changed."""
     if from_stage is None:
         return index
     names = [s.name for s in recipe.stages]
@@ -131,7 +131,7 @@ def _allowed(
 def check_stage(
     from_stage: str | None, todo: Sequence[Member], restarts: Sequence[Restart | None]
 ) -> None:
-    """Refuse the name of a stage that no member has, where nothing has changed either.
+    """Refuse an unknown name of a stage, if nothing has changed either.
 
     Raises:
         RecipeError: there is no such stage.
@@ -156,26 +156,26 @@ def _another(
             + (f"keeps {kept}, starts again from there" if kept else "starts again from there")
             + f" and moves the old work to {REPLACED}/; or give the run another name"
         )
-    what = f"the folder holds a run of another recipe, it differs in {', '.join(keys)}"
+    what = f"the folder has a run of another recipe, which differs in {', '.join(keys)}"
     if restart is not None:
         what += f" (stage {restart.stage})"
     return RecipeError(what, where=str(folder.path), hint=hint)
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings of all stages together, without the data: a stage may have its own."""
+    """The settings outside of stages, without the data, which a stage may override."""
     return {k: v for k, v in recipe.items() if k not in ("stages", "data", "report_to")}
 
 
 def _effective(recipe: Recipe, index: int) -> dict[str, Any]:
-    """The settings that determine a stage's result, beside those of `_whole`."""
+    """The settings that determine a stage's result, in addition to those of `_whole`."""
     stage = recipe.stages[index]
     said = stage.model_dump(mode="json", exclude=set(LAYOUT))
     return {**said, "data": recipe.stage_data(stage).model_dump(mode="json")}
 
 
 def _changed_keys(old: Recipe, new: Recipe, index: int) -> list[str]:
-    """The dotted keys in which stage `index` differs, three at most."""
+    """At most three dotted keys in which stage `index` differs."""
     if index in (len(old.stages), len(new.stages)):
         return [f"stages.{index}"]
     keys = _differences(_effective(old, index), _effective(new, index))
@@ -185,7 +185,7 @@ def _changed_keys(old: Recipe, new: Recipe, index: int) -> list[str]:
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """The dotted keys in which two recipes differ, three at most."""
+    """At most three dotted keys in which two recipes differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         pairs = [(k, a.get(k), b.get(k)) for k in {**a, **b}]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -197,13 +197,13 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def start_again(restart: Restart) -> Path:
-    """Move the stages that a member does not keep to `replaced/N`, with their scores, report,
-    release and charts, so that none of these is taken for the new student's. One process calls it.
+    """Move the stages that are not kept to `replaced/N`, with their scores, report, release and
+    charts, which do not belong to the new student. Only one process may call it.
 
-    A kill in the middle loses nothing: the same command moves the rest.
+    If it is killed, nothing is lost: the same command moves the rest.
 
     Returns:
-        The folder that has it now.
+        The new folder.
     """
     member, run = restart.member, run_folder(restart.member.recipe)
     earlier = member.folder.replaced
@@ -237,7 +237,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _note(run: RunFolder, restart: Restart, target: Path) -> None:
-    """Write into the run's provenance what was replaced, and where the kept stages come from."""
+    """Add replaced and kept stages to the run's provenance."""
     path = run.provenance
     found = read_if(Provenance, path) or {}
     said = {

@@ -1,4 +1,4 @@
-"""The student that a stage of a run starts from; what conversions make of it is written first."""
+"""The student from which a stage of a run starts. Converted students are written to disk first."""
 
 from typing import Any
 
@@ -19,15 +19,16 @@ from mmkd.students.start import source_folder
 
 
 def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
-    """Student and processor that a stage starts from. All ranks must call it.
+    """Student and processor from which a stage starts. All ranks must call it.
 
     Args:
         member: the student.
         index: of the stage, from 0.
-        recipe: the whole run's.
+        recipe: of the whole run.
 
     Raises:
-        CheckpointError: the model cannot be loaded, or the student of the stage before is gone.
+        CheckpointError: the model cannot be loaded, or the student of the previous stage is
+            missing.
         RecipeError: a conversion does not fit the model.
     """
     own, folder = member.recipe, member.folder
@@ -51,7 +52,7 @@ def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrain
 def _write(
     member: Member, recipe: Recipe, config: StudentConfig, folder: StudentFolder, index: int
 ) -> None:
-    """Write a from-scratch or converted student, unless it is there. Rank 0 writes."""
+    """Write a from-scratch or converted student, unless it exists. Rank 0 writes."""
     if not folder.is_done() and distributed.rank() == 0:
         report = write_converted(config, folder.student, seed=member.recipe.seed + index)
         for line in report.lines:

@@ -22,14 +22,14 @@ from mmkd.runtime.shapes import Shape, read_if
 
 NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",
              "seeds"}  # fmt: skip
-"""Parts of a recipe that the time of a step does not depend on."""
+"""Keys of a recipe on which the time of a step does not depend."""
 LENGTH = {"steps", "epochs", "checkpoint", "optimizer", "schedule"}
-"""The same for the parts of the stage, whose kind of optimizer counts all the same."""
+"""The same for keys of a stage. The kind of optimizer is added separately."""
 
 
 def timing_file(recipe: Recipe, index: int) -> Path:
-    """The file with the timing of a stage. Different recipes with one run's name have different
-    files."""
+    """The file with the timing of a stage. Recipes with the same name but other settings have
+    different files."""
     name = f"{recipe.stages[index].name}-{_key(recipe, index)}.json"
     return run_folder(recipe).timings / name
 
@@ -42,7 +42,7 @@ def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:
 
 
 def seconds_per_step(recipe: Recipe, index: int) -> float | None:
-    """Seconds of a step of a stage on this machine; None if it was not timed here."""
+    """Seconds per step of a stage on this machine; None if it was not timed here."""
     found = read_if(Shape, timing_file(recipe, index)) or {}
     seconds = found.get("seconds")
     if found.get("machine") != _machine(recipe, index) or not isinstance(seconds, int | float):
@@ -78,7 +78,7 @@ def _machine(recipe: Recipe, index: int) -> dict[str, Any]:
 
 
 def stage_kind(recipe: Recipe, index: int) -> str:
-    """Equal for stages whose steps take the same time."""
+    """A key that is equal for stages whose steps take the same time."""
     return _key(recipe, index)
 
 
@@ -94,14 +94,14 @@ def steps_of(recipe: Recipe, stage: StageConfig) -> int | None:
 
 
 def steps_over(stage: StageConfig, records: int) -> int:
-    """Optimizer steps of a stage whose epoch has so many records."""
+    """Optimizer steps of a stage whose epoch has `records` records."""
     per_step = stage.batch.records_per_step(distributed.world_size())
     return stage.steps or max(1, round((stage.epochs or 1.0) * records / per_step))
 
 
 @cache
 def _records(data: str) -> int:
-    """Records of an epoch; the members of a study have the same data."""
+    """Records of an epoch, cached because the members of a study have the same data."""
     return len(Mixture(Records(DataConfig.model_validate_json(data)), seed=0))
 
 

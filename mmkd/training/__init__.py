@@ -1,1 +1,1 @@
-"""One stage: its parts, its steps, its checkpoints and its validation."""
+"""Training of one stage: its setup, steps, checkpoints and validation."""

@@ -1,4 +1,4 @@
-"""Code of users that runs at moments of a stage."""
+"""Callbacks: code of users that is called during a stage."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,22 +7,22 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base of callbacks: each method is called at one moment of a stage, and does nothing here.
+    """Base class of callbacks. The methods do nothing; override those that you need.
 
-    With several processes, each process calls its own callbacks. An exception that a method raises
-    ends the stage, after its newest checkpoint if it has one. Metrics are those of
-    `metrics.jsonl`; do not change them.
+    With several processes, each process calls its own callbacks. An exception in a method ends the
+    stage, which can resume from its newest checkpoint. Metrics are those of `metrics.jsonl`; do not
+    change them.
     """
 
     def on_stage_begin(self, stage: "Stage") -> None:
-        """Before the first step. `stage.config.name` is its name, `stage.steps` its last step,
-        `stage.engine.model` the student."""
+        """Called before the first step. `stage.config.name` is the stage's name, `stage.steps` its
+        last step, `stage.engine.model` the student."""
 
     def on_step_end(self, step: int, metrics: dict[str, Any]) -> None:
-        """After the update of each step; the first one is 1."""
+        """Called after the update of each step. Steps are counted from 1."""
 
     def on_validation_end(self, step: int, metrics: dict[str, Any]) -> None:
-        """After the held-out records were measured behind a step."""
+        """Called after the validation at a step."""
 
     def on_stage_end(self, stage: "Stage", metrics: dict[str, Any]) -> None:
-        """After the last step, with its metrics; the student is not written yet."""
+        """Called after the last step, with its metrics, before the student is written."""

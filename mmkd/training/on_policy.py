@@ -1,8 +1,8 @@
-"""On-policy distillation: the student answers, and the teacher scores every token of the answer.
+"""On-policy distillation: the loss is computed on answers that the student has sampled.
 
-Generalized knowledge distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1): a
-share lambda of the responses is sampled from the student, the rest is the data set's; gradients do
-not go through the sampling.
+This is generalized knowledge distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm
+1): a share lambda of the responses is sampled from the student, the others are those of the data
+set. Gradients do not flow through the sampling.
 """
 
 import random
@@ -24,7 +24,7 @@ class OnPolicy:
     """Replaces some of a batch's answers with the student's own.
 
     Attributes:
-        config: share of the answers, and how they are sampled.
+        config: share of sampled answers, and sampling parameters.
         encoder: of the stage.
         engine: runs the student.
         seed: of the stage.
@@ -38,13 +38,13 @@ class OnPolicy:
     ends: int | list[int] | None = None
 
     def batch(self, batch: Batch, step: int, micro: int) -> tuple[Batch, int]:
-        """The batch with the student's answers, and how many there are.
+        """The batch with answers of the student, and the number of these answers.
 
-        Of a conversation with several answers one is drawn, and the conversation ends with it. The
-        data set's answers stay where `max_length` has no room for another, or where the chat
-        template or a processor refuses the student's: some templates take `</think>` in an answer
-        for the end of its thoughts. The draw is a function of seed, step, micro-batch and rank
-        alone.
+        In a conversation with several answers, one is chosen at random, and the conversation ends
+        with it. An answer of the data set is not replaced if `max_length` leaves no space for
+        another one, or if the chat template or a processor refuses the student's answer (some
+        templates interpret `</think>` in an answer). The choice is a function of seed, step,
+        micro-batch and rank.
         """
         place = (step * 4096 + micro) * self.engine.world_size + self.engine.rank
         draw = random.Random(self.seed * 2**32 + place)
@@ -68,7 +68,7 @@ class OnPolicy:
             )
         own = dict(enumerate(records))
         for i, prompt, answer in zip(chosen, prompts, answers, strict=True):
-            # A response needs a token: of an empty one that is its end.
+            # A response needs at least one token: for an empty answer, the end of turn.
             ended = answer.finished or not answer.text
             own[i] = answered(prompt, answer.text, finished=ended)
         try:
@@ -87,23 +87,23 @@ class OnPolicy:
         return True
 
     def _answers(self, record: Record) -> list[int]:
-        """The answers that the student may replace, since `max_length` leaves room for others."""
+        """Indices of the answers that may be replaced, because `max_length` leaves space."""
         found = answers_of(record)
         return [i for i in found if self.encoder.has_room(asked(record, i))]
 
 
 def check_on_policy(context: StageContext) -> None:
-    """No objective needs the data set's own answers.
+    """Check that no objective needs the answers of the data set.
 
     Raises:
-        RecipeError: one does.
+        RecipeError: an objective needs them.
     """
     if context.stage.on_policy is None:
         return
     for objective in context.objectives:
         if isinstance(objective, CrossEntropy | Preference):
             raise RecipeError(
-                "with 'on_policy' the responses are the student's own, not the data set's",
+                "with 'on_policy' responses are sampled from the student, not from the data set",
                 where=context.at(objective),
                 hint="distil with kl, reverse_kl or jsd, or put it in a stage of its own",
             )

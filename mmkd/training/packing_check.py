@@ -1,4 +1,4 @@
-"""Whether a model keeps packed records apart: seen, not assumed."""
+"""Check numerically that packing does not leak information between sequences."""
 
 import copy
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from mmkd.modeling.capture import capture
 from mmkd.teachers import LiveTeacher
 
 RECORDS = 3
-LOOKED_AT = 64  # records among which those with images are found
+LOOKED_AT = 64  # number of records that are searched for images
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-ROUGH = 5e-2  # in 16 bit
+ROUGH = 5e-2  # for 16-bit dtypes
 
 
 @torch.no_grad()
@@ -27,23 +27,24 @@ def check_packing(
     teachers: Sequence[LiveTeacher],
     device: torch.device,
 ) -> None:
-    """Run some records packed, in two rows, and alone; every rank calls it.
+    """Run some records packed into two rows, and one by one, and compare final hidden states. Every
+    rank must call it.
 
     Args:
         encoder: of the stage.
-        student: whole on this process.
-        teachers: all that run live, placed in any way.
+        student: with all weights on this process.
+        teachers: all live teachers, with any placement.
         device: of this rank.
 
     Raises:
-        RecipeError: a model's final hidden states differ.
+        RecipeError: the final hidden states of a model differ.
     """
     apart, together = copy.copy(encoder), copy.copy(encoder)
     apart.store = together.store = None
     records = _with_pictures(encoder.records)
     apart.pack = None
     alone = apart.encode(records)
-    lengths = alone.inputs["attention_mask"].sum(1).tolist()  # of a filler too
+    lengths = alone.inputs["attention_mask"].sum(1).tolist()  # including a filler
     together.pack = sum(sorted(lengths)[-2:])
     packing = Packing(alone.inputs["attention_mask"].bool(), bins_of(lengths, together.pack))
     batches = alone.to(device), together.encode(records).to(device)
@@ -58,7 +59,7 @@ def check_packing(
 
 
 def _with_pictures(records: Records) -> list[int]:
-    """Some records, those with images before others; of a small data set one several times."""
+    """Some records, first those with images. In a small data set, records are repeated."""
 
     def without(index: int) -> bool:
         try:
@@ -77,8 +78,8 @@ def _compare(model: PreTrainedModel, packing: Packing, alone: Tensor, packed: Te
     distance = float((found - expected).norm() / expected.norm())
     if not distance < TOLERANCE.get(alone.dtype, ROUGH):
         raise RecipeError(
-            f"{type(model).__name__} does not keep packed records apart "
+            f"{type(model).__name__} does not isolate packed records from each other "
             f"(hidden states differ by {distance:.1e})",
             where="batch.pack",
-            hint="set it to null: records of alike length share a micro-batch all the same",
+            hint="set it to null; group_by_length reduces padding without packing",
         )

@@ -1,7 +1,7 @@
-"""A vision tower that teacher and student have in common runs once a batch.
+"""Run a vision tower that teacher and student share only once per batch.
 
-Many students keep their teacher's frozen tower. Where both towers are bit-equal, the student takes
-what the teacher's made of the images.
+Many students keep their teacher's frozen vision tower. If both towers are bit-equal, the student
+uses the outputs of the teacher's tower.
 """
 
 import copy
@@ -18,10 +18,10 @@ from mmkd_models.parts import find_parts
 
 
 class SharedVision:
-    """Keeps what the teacher's tower returns, and returns it for the student's.
+    """Records outputs of the teacher's tower, and returns them in place of the student's.
 
     Args:
-        teacher, student: models with the same tower, as `share_vision` finds them.
+        teacher, student: models with the same tower, as checked by `share_vision`.
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel):
@@ -31,11 +31,11 @@ class SharedVision:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, the teacher runs."""
+        """Context manager for the teacher's forward pass, which records outputs."""
         self._calls = []
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._calls.append((args, kwargs, copy.copy(output)))  # models write into outputs
+            self._calls.append((args, kwargs, copy.copy(output)))  # models modify outputs
 
         handle = self._teacher.register_forward_hook(keep, with_kwargs=True)
         try:
@@ -45,7 +45,8 @@ class SharedVision:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Inside, the student runs on the same batch."""
+        """Context manager for the student's forward pass on the same batch, which returns the
+        recorded outputs."""
         module: Any = self._student
         original, own = module.forward, module.__dict__.get("forward")
         calls = iter(self._calls)
@@ -61,19 +62,19 @@ class SharedVision:
             yield
         finally:
             del module.forward
-            if own is not None:  # another library has put it there
+            if own is not None:  # another library has set it
                 module.forward = own
             self._calls = []
 
 
 @torch.no_grad()
 def share_vision(teacher: LiveTeacher, student: PreTrainedModel) -> SharedVision | None:
-    """What runs the tower once, if the student's is the teacher's to the last bit, is frozen and
-    draws nothing.
+    """A `SharedVision`, if the student's tower is bit-equal to the teacher's, frozen, and uses no
+    random numbers; otherwise None. Every rank must call it.
 
     Args:
-        teacher: placed in any way; every rank calls it.
-        student: whole on this process, its trainable weights chosen.
+        teacher: with any placement.
+        student: with all weights on this process, after its trainable weights were chosen.
     """
     mine, theirs = find_parts(student).vision, find_parts(teacher.model).vision
     if mine is None or theirs is None or type(mine) is not type(theirs):
@@ -85,7 +86,7 @@ def share_vision(teacher: LiveTeacher, student: PreTrainedModel) -> SharedVision
     left = dict(mine.state_dict())
     prefix = next(n for n, m in teacher.model.named_modules() if m is theirs) + "."
     differ = False
-    for name, tensor in teacher.tensors(prefix):  # to the end: each may have to be gathered
+    for name, tensor in teacher.tensors(prefix):  # no early exit: all ranks gather each tensor
         own = left.pop(name.removeprefix(prefix), None)
         differ |= own is None or own.dtype != tensor.dtype
         differ = differ or not torch.equal(own, tensor.to(own.device))
@@ -107,7 +108,7 @@ def _tower(model: PreTrainedModel) -> nn.Module:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether it has dropout, as a layer or as a setting."""
+    """Whether a module has dropout, as a layer or as a setting."""
     layers = [m.p for m in module.modules() if isinstance(m, nn.Dropout)]
     said = [v for k, v in _settings(module).items() if "drop" in k and isinstance(v, int | float)]
     return any(layers + said)

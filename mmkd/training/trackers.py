@@ -1,7 +1,7 @@
-"""Charts of a stage's steps in TensorBoard, Weights & Biases or Trackio.
+"""Log a stage's metrics to TensorBoard, Weights & Biases or Trackio.
 
-They come beside `metrics.jsonl`, which is always written. A tracker that fails is left out from
-there on: training does not depend on charts.
+`metrics.jsonl` is always written too. A tracker that fails is not used any more, and training
+continues.
 
 The trackers of `accelerate` call the same three constructors and pass arguments on. What this
 module adds would stay: a run id that belongs to the stage's folder, no step logged twice after a
@@ -38,12 +38,12 @@ PREFIX, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class Tracked:
-    """The stage of a run whose steps are tracked.
+    """A stage that is tracked.
 
     Attributes:
-        recipe: of the student that is trained.
-        run: the run's folder.
-        stage: the stage's folder inside of it.
+        recipe: of the student.
+        run: folder of the run.
+        stage: folder of the stage, inside of the run's.
     """
 
     recipe: Recipe
@@ -52,7 +52,7 @@ class Tracked:
 
     @property
     def path(self) -> Path:
-        """Where the stage is inside of its run, such as `kd-seed0/01-mimic`."""
+        """Path of the stage inside of the run, such as `kd-seed0/01-mimic`."""
         return self.stage.relative_to(self.run)
 
     @property
@@ -62,12 +62,12 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage's chart goes on.
+    """Where the chart of a stage continues.
 
     Attributes:
-        id: of the stage, the same whenever it is resumed.
-        new: nothing of it was tracked before.
-        step: where the stage resumes.
+        id: of the stage; it stays the same when the stage resumes.
+        new: the stage was not tracked before.
+        step: at which the stage resumes.
     """
 
     id: str
@@ -76,10 +76,10 @@ class Place:
 
 
 class Tracker(Protocol):
-    """One kind of charts; making one starts it."""
+    """A tracker. It starts when it is constructed."""
 
     replaces: bool
-    """Whether a step that is logged again takes the place of what was logged before."""
+    """Whether a step that is logged again replaces its earlier values."""
 
     def __init__(self, tracked: Tracked, place: Place): ...
 
@@ -89,7 +89,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder, `tensorboard/` and the stage's path."""
+    """Event files in the run's folder, under `tensorboard/` and the stage's path."""
 
     replaces = True
 
@@ -97,7 +97,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = RunFolder(tracked.run).tensorboard / tracked.path
-        # What a killed process wrote past its checkpoint is written again.
+        # Steps that a killed process logged after its checkpoint are logged again.
         self._writer = SummaryWriter(str(folder), purge_step=place.step + 1)
         if place.new:
             indented = redact(to_yaml(tracked.recipe)).replace("\n", "\n    ")
@@ -145,7 +145,7 @@ class Trackio:
     def __init__(self, tracked: Tracked, place: Place):
         import trackio
 
-        # It says in colours where its dashboard is, whether or not there is a terminal.
+        # It prints the address of its dashboard in colours, even without a terminal.
         with nullcontext() if live() else redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project=PROJECT,
@@ -171,15 +171,15 @@ KINDS: dict[TrackerName, Callable[[Tracked, Place], Tracker]] = {
 
 
 class Trackers:
-    """All that a recipe asks for, over one stage; used as a context manager."""
+    """All trackers of a recipe, for one stage; a context manager."""
 
     def __init__(self, tracked: Tracked | None, *, step: int, written: int, active: bool = True):
         """
         Args:
-            tracked: the stage; None tracks nothing.
-            step: where it resumes.
-            written: the last step that was logged before it was resumed.
-            active: whether this rank tracks.
+            tracked: the stage; None for no tracking.
+            step: at which the stage resumes.
+            written: last step that was logged before the stage resumed.
+            active: whether this rank logs.
         """
         self._tracked = tracked if active else None
         self._step, self._written = step, written
@@ -197,8 +197,8 @@ class Trackers:
         return self
 
     def log(self, metrics: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
-        """One line of `metrics.jsonl`, and the line of `validation.jsonl` of the same step if there
-        is one: some trackers take no step twice."""
+        """Log a line of `metrics.jsonl` together with the line of `validation.jsonl` of the same
+        step, because some trackers accept a step only once."""
         step, flat = metrics["step"], flattened(metrics)
         if validation is not None:
             flat |= flattened(validation, VALIDATION)
@@ -225,15 +225,15 @@ class Trackers:
 
 
 def check_trackers(names: list[TrackerName]) -> None:
-    """They can be imported.
+    """Check that the trackers can be imported.
 
     Raises:
-        RecipeError: one cannot.
+        RecipeError: a tracker cannot be imported.
     """
     for name in names:
         try:
             importlib.import_module(MODULES[name])
-        except Exception as error:  # a broken installation raises anything
+        except Exception as error:  # broken installations raise many different types
             reason = " ".join(str(error).split())
             raise RecipeError(
                 f"{name} cannot be imported ({reason})", where="report_to", hint=INSTALL
@@ -241,8 +241,8 @@ def check_trackers(names: list[TrackerName]) -> None:
 
 
 def flattened(metrics: dict[str, Any], path: str = PREFIX) -> dict[str, float]:
-    """Numbers by path, `step` left out; of a list, such as the shares of a layer's experts, the
-    least and the largest."""
+    """Numbers by path, without `step`. For a list, such as the shares of a layer's experts, the
+    smallest and the largest number."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         below = f"{path}/{name}"
@@ -256,7 +256,7 @@ def flattened(metrics: dict[str, Any], path: str = PREFIX) -> dict[str, float]:
 
 
 def _place(path: Path, step: int) -> Place:
-    # The id belongs to the folder: a run that was deleted and begun again is another one.
+    # The id is stored in the folder, so a run that was deleted and started again has a new one.
     known = (read_if(Shape, path) or {}).get("id")
     new = not isinstance(known, str)
     if new:

@@ -168,5 +168,5 @@ def test_a_model_that_mixes_records_is_refused(metrics, monkeypatch):
         return made
 
     monkeypatch.setattr("mmkd.data.packer.pack_inputs", without_borders)
-    with pytest.raises(RecipeError, match="does not keep packed records apart"):
+    with pytest.raises(RecipeError, match="does not isolate packed records"):
         metrics("mixed", [], {"size": 4, "pack": 500}, objectives=[{"kind": "ce"}])

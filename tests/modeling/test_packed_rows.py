@@ -174,13 +174,13 @@ def test_a_picture_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
     """Gemma 3's records mix by their images only."""
     texts = ["none"] * 5
     packed_stage(tmp_path, monkeypatch, "gemma3", texts)
-    with pytest.raises(RecipeError, match=r"Gemma3.* does not keep packed records apart"):
+    with pytest.raises(RecipeError, match=r"Gemma3.* does not isolate packed records"):
         packed_stage(tmp_path, monkeypatch, "gemma3", [*texts, "one", "other"])
 
 
 def test_several_rows_are_looked_at_before_the_first_step(tmp_path, monkeypatch, flash):
     """Flash attention finds the borders of a single row by itself."""
-    with pytest.raises(RecipeError, match="does not keep packed records apart"):
+    with pytest.raises(RecipeError, match="does not isolate packed records"):
         packed_stage(tmp_path, monkeypatch, "llava", ["one", "none", "other"], flash)
 
 
@@ -190,5 +190,5 @@ def test_every_teacher_is_looked_at(tmp_path):
     isolate_packed_sequences(told)
     encoder, device = bench.encoder("none", "one"), torch.device("cpu")
     check_packing(encoder, told, [LiveTeacher(told, device)], device)
-    with pytest.raises(RecipeError, match="does not keep packed records apart"):
+    with pytest.raises(RecipeError, match="does not isolate packed records"):
         check_packing(encoder, told, [LiveTeacher(m, device) for m in (told, untold)], device)

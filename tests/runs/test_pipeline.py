@@ -172,7 +172,7 @@ def test_finished_stages_are_kept_and_another_recipe_is_refused(
     path.write_text(yaml.safe_dump(older))  # as written before these keys were there
     pipeline.run(load_recipe(raw))
     before = sorted(p.name for p in folder.rglob("*"))
-    with pytest.raises(RecipeError, match=r"it differs in stages\.0\.optimizer\.lr"):
+    with pytest.raises(RecipeError, match=r"which differs in stages\.0\.optimizer\.lr"):
         pipeline.run(load_recipe(raw, ["stages.0.optimizer.lr=0.5"]))
     assert sorted(p.name for p in folder.rglob("*")) == before
 

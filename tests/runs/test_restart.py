@@ -64,7 +64,7 @@ def test_stages_before_the_first_changed_one_are_kept(
     name = changed.stages[first].name
     with pytest.raises(RecipeError) as refused:
         pipeline.run(changed)
-    assert f"it differs in {key}" in str(refused.value)
+    assert f"which differs in {key}" in str(refused.value)
     assert f"--from-stage {name}" in str(refused.value)
     assert listing == sorted(p for p in folder.rglob("*"))
     trained = started(raw, monkeypatch)
@@ -72,7 +72,7 @@ def test_stages_before_the_first_changed_one_are_kept(
     pipeline.run(changed, from_stage=name)
     assert trained == [s.name for s in changed.stages[first:]]
     said = " ".join(capsys.readouterr().out.split())
-    assert f"starts again from stage {name}, it differs in {key}" in said
+    assert f"starts again from stage {name}, which differs in {key}" in said
     for number, stage in enumerate(FOLDERS):
         old = folder / stage if number < first else folder / "replaced" / "1" / stage
         assert weights(old) == before[stage]
@@ -93,7 +93,7 @@ def test_what_was_not_begun_needs_no_leave(raw, monkeypatch, capsys):
     trained = started(raw, monkeypatch)
     pipeline.run(load_recipe(raw))
     assert trained == ["two", "three"]
-    assert "starts again from stage two, it differs in stages.1; one kept" in " ".join(
+    assert "starts again from stage two, which differs in stages.1; one kept" in " ".join(
         capsys.readouterr().out.split()
     )
     assert weights(folder / "01-one") == kept

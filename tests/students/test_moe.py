@@ -325,7 +325,7 @@ def test_placements_of_experts(layers, chosen):
             "put 'depth_pruning' before",
         ),
         ([MOE, WidthPruningConfig(kind="width_pruning", decoder=8)], "put 'width_pruning' before"),
-        ([MoeConfig(kind="moe", layers=[7])], r"layers \[7\] in 4 layers"),
+        ([MoeConfig(kind="moe", layers=[7])], r"layers \[7\] of 4"),
         ([MoeConfig(kind="moe", layers=[])], "no layer is chosen"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_stage_on_policy_resumes_with_the_same_answers(
 
 @pytest.mark.parametrize("objective", [{"kind": "ce"}, {"kind": "preference"}])
 def test_labels_have_no_place_on_policy(scenes_dir, tiny_model_dir, tmp_path, objective):
-    with pytest.raises(RecipeError, match="the responses are the student's own"):
+    with pytest.raises(RecipeError, match="responses are sampled from the student"):
         run(scenes_dir, tiny_model_dir, tmp_path, "ce", objectives=[objective])
     assert not (tmp_path / "ce").exists()
 

@@ -13,7 +13,7 @@ from tests.support.bad_inputs.table import RUN, World, case, record
 @case(
     "run",
     "changed the recipe of a run",
-    "runs/tiny: the folder holds a run of another recipe",
+    "runs/tiny: the folder has a run of another recipe",
     "seed",
     "give the run another name",
 )
@@ -25,7 +25,7 @@ def run_of_another_recipe(world: World) -> None:
 @case(
     "run",
     "changed a stage that is trained",
-    "runs/tiny: the folder holds a run of another recipe, it differs in stages.0.optimizer.lr",
+    "runs/tiny: the folder has a run of another recipe, which differs in stages.0.optimizer.lr",
     "`mmkd run RECIPE --from-stage mimic`",
 )
 def run_of_a_changed_stage(world: World) -> None:
