@@ -1,4 +1,4 @@
-"""From a stage's recipe and models to a stage that runs, and its run."""
+"""Build a stage from its settings and models, and run it."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -55,24 +55,24 @@ def build_stage(
     tracked: Tracked | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Stage:
-    """The stage, ready for its first step.
+    """Build a stage that is ready for its first step.
 
     Args:
-        config: the stage.
-        student: what trains; moved to the engine's device.
-        processor: the student's processor.
-        teachers: loaded; those that the stage's objectives need are asked.
-        data: the records.
-        folder: the stage's folder in the run directory.
+        config: settings of the stage.
+        student: is trained in place, and moved to the engine's device.
+        processor: of the student.
+        teachers: loaded teachers. The stage uses those that its objectives need.
+        data: settings of the data.
+        folder: of the stage, in the run's folder.
         seed: of dropout and data order.
-        tracked: the stage as its run's trackers see it, if they do.
-        callbacks: called at moments of the stage.
+        tracked: names the stage for trackers; None for no tracking.
+        callbacks: are called during the stage.
     """
-    set_seed(seed)  # first: new adapters and dropout draw from here on
+    set_seed(seed)  # first, because new adapters and dropout use random numbers
     device = distributed.choose_device(config.engine.device)
     alone = _objectives_of(config, student, processor, teachers.processor)
     objectives = ask_each(alone, teachers.settings, data)
-    # Before `_prepare_student`: the student as its own teacher is a copy without adapters.
+    # Before `_prepare_student`, because a copy of the student must not have adapters.
     own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
     asked = teachers.for_stage(objectives, own)
     reference: Reference | None = choose_reference(objectives, asked, own)
@@ -84,7 +84,7 @@ def build_stage(
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
     vision = _prepare_student(config, student, asked, objectives, encoder, device)
     engine = build_engine(config, student, steps, device)
-    # After the engine, which says in what precision it runs.
+    # After the engine, which decides the precision.
     if isinstance(reference, LiveReference) and reference.once:
         reference = store(reference, stream, steps, folder, engine.autocast)
     return Stage(
@@ -112,8 +112,8 @@ def _encoder_of(
     teacher_processor: Any,
     teachers: TeacherSet,
 ) -> Encoder:
-    """What makes the stage's batches. Where processes run a model together, each needs an image in
-    every batch, at least a blank one."""
+    """The encoder of the stage. If a model is sharded over processes, each batch must have an
+    image, at least a blank one, because all processes must run the vision tower."""
     return Encoder.of(
         objectives,
         data,
@@ -145,12 +145,12 @@ def _prepare_student(
     encoder: Encoder,
     device: torch.device,
 ) -> SharedVision | None:
-    """Choose what trains of the student, and find out whether its vision tower is the primary
-    teacher's; then the tower runs once a batch.
+    """Choose the trainable parameters, and check whether the vision tower can be shared with the
+    primary teacher, so that it runs only once per batch.
 
-    The order of these steps matters, and all come before the engine, which may spread the weights:
-    packing is checked on the models as they were loaded, whole and without adapters; towers are
-    compared once it is known which weights train.
+    The order of these steps matters. All of them come before the engine, which may shard the
+    weights. Packing is checked with full weights and without adapters. Towers are compared after
+    trainable parameters were chosen.
     """
     if config.batch.pack is not None:
         for model in [student, *(t.model for t in teachers.live)]:
@@ -166,7 +166,7 @@ def _prepare_student(
 def _on_policy_of(
     config: StageConfig, student: PreTrainedModel, encoder: Encoder, engine: Engine, seed: int
 ) -> OnPolicy | None:
-    """What samples the student's own answers, where the recipe wants them."""
+    """The sampler of the student's answers; None without `on_policy`."""
     if config.on_policy is None:
         return None
     ends = student.generation_config.eos_token_id
@@ -176,7 +176,7 @@ def _on_policy_of(
 def _objectives_of(
     config: StageConfig, student: PreTrainedModel, processor: Any, teacher_processor: Any
 ) -> list[Objective]:
-    """The stage's objectives, before there is one for each of several teachers."""
+    """The stage's objectives, before they are copied for each of several teachers."""
     shared = None
     if teacher_processor is not None:
         words = processor.tokenizer, teacher_processor.tokenizer
@@ -194,7 +194,7 @@ def _objectives_of(
 
 
 def _only_adapters(config: StageConfig) -> bool:
-    """Nothing but adapters trains, and each process has all other weights whole."""
+    """Whether only adapters are trained, and weights are not sharded."""
     if config.train.lora is None or config.train.groups:
         return False
     if config.engine.kind == "torch":
@@ -215,10 +215,10 @@ def run_stage(
     callbacks: Sequence[Callback] = (),
     write: bool = True,
 ) -> Metrics:
-    """Train `student` in place through one stage and write `folder/student` and `done.json`.
+    """Train `student` in place for one stage, and write `folder/student` and `done.json`.
 
     Args:
-        write: False leaves out both, and the student in memory is all that there is.
+        write: False to write neither of the two.
         config, student, processor, teachers, data, folder, seed, tracked, callbacks: as in
             `build_stage`.
     """
@@ -233,7 +233,7 @@ def run_stage(
         tracked=tracked,
         callbacks=callbacks,
     )
-    with deferred():  # a signal behind the last step must not lose it
+    with deferred():  # a signal after the last step must not prevent writing the student
         metrics = stage.train()
         steps = metrics.get("step", stage.steps)
         done = {"steps": steps, "metrics": metrics}

@@ -1,18 +1,18 @@
-"""Checkpoints of an unfinished stage: what training changed, random states, step.
+"""Checkpoints of an unfinished stage: everything that training changes, random states, step.
 
 checkpoints/step-N/
   state.json                 step, number of ranks, size and checksum of every other file
   tensors-RANK-PART.safetensors
   random-RANK.pt
 
-A folder `step-N` exists only when it is complete. Tensors are whole and named by what they are, so
-that any engine on any number of ranks goes on from them. The data position needs no state: batches
-are addressed by step.
+A folder `step-N` exists only if it is complete. Tensors are not sharded and have fixed names, so
+any engine with any number of ranks can load them. The position in the data needs no state, because
+batches are a function of the step.
 
-torch.distributed.checkpoint also loads into another number of ranks. For that, tensors that are cut
-among ranks must be DTensors or ShardedTensors; the parts that DeepSpeed makes are neither. It
-writes no checksums, by which a damaged file is found before anything of it is loaded, and describes
-the files in a pickle, which can run code when it is read.
+torch.distributed.checkpoint can also load with another number of ranks. For that, sharded tensors
+must be DTensors or ShardedTensors; DeepSpeed's shards are neither. It writes no checksums, with
+which damage is found before anything is loaded, and describes the files in a pickle, which can run
+code when it is read.
 """
 
 import json
@@ -51,12 +51,13 @@ def save_checkpoint(
     keep: int | None,
     only_weights: bool = False,
 ) -> None:
-    """Write `folder/step-N`, then delete all but the newest `keep`, if given. Every rank calls it.
+    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints, if given. Every
+    rank must call it.
 
-    With `only_weights` the optimizer's states are left out: nothing can resume from it.
+    With `only_weights`, optimizer states are left out, and training cannot resume from it.
 
     Raises:
-        CheckpointError: on all ranks, if one could not write; older checkpoints stay.
+        CheckpointError: on all ranks, if one rank could not write. Older checkpoints are kept.
     """
     target = folder / f"step-{step}"
     partial = folder / f"step-{step}.partial"
@@ -101,8 +102,11 @@ def _write(
 ) -> tuple[dict[str, Any], str | None]:
     """Write this rank's share of the tensors and its random states.
 
-    Returns its files with size and checksum, and what went wrong. A rank that cannot write still
-    goes through all tensors: gathering them takes every rank.
+    A rank that cannot write still iterates over all tensors, because gathering them needs all
+    ranks.
+
+    Returns:
+        Its files with size and checksum, and error messages.
     """
     problem: str | None = None
     names: list[str] = []
@@ -131,10 +135,10 @@ def _write(
 
 
 def _attempt(write: Callable[[], Any]) -> str | None:
-    """Write; returns what went wrong."""
+    """Call `write`, and return the error message, if there is one."""
     try:
         write()
-    except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own
+    except (OSError, SafetensorError, RuntimeError) as error:  # types of the different libraries
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
@@ -145,12 +149,13 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> int:
-    """Go on from the newest sound checkpoint below `folder`; returns its step, 0 if there is none.
+    """Resume from the newest undamaged checkpoint in `folder`. Returns its step, 0 if there is
+    none.
 
-    A damaged one is named and passed over. Every rank calls it.
+    Damaged checkpoints are logged and skipped. Every rank must call it.
 
     Raises:
-        CheckpointError: its steps saw another number of records.
+        CheckpointError: its steps had another number of records.
     """
     for path in reversed(find_checkpoints(folder)):
         damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
@@ -169,10 +174,10 @@ def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> i
 
 
 def check_batch(folder: Path, records_per_step: int) -> None:
-    """What can be told without reading the checkpoints below `folder` whole.
+    """Check the number of records per step of checkpoints, without loading tensors.
 
     Raises:
-        CheckpointError: their steps saw another number of records.
+        CheckpointError: the steps of a checkpoint had another number of records.
     """
     for path in find_checkpoints(folder):
         if read_if(State, path / STATE) is not None:  # else it is passed over
@@ -183,14 +188,14 @@ def _refuse_other_batch(path: Path, records_per_step: int) -> None:
     saw = read_json(path / STATE)["records_per_step"]
     if saw != records_per_step:
         raise CheckpointError(
-            f"a step saw {saw} records, now it would see {records_per_step}",
+            f"a step had {saw} records, and now it would have {records_per_step}",
             where=str(path),
-            hint=f"set batch.total={saw}, it holds for any number of processes",
+            hint=f"set batch.total={saw}, which is valid for any number of processes",
         )
 
 
 def _damage(path: Path, engine: Engine) -> str | None:
-    """What is wrong with a checkpoint; ranks share the files among them."""
+    """A description of a checkpoint's damage, or None. Each rank checks a share of the files."""
     state = read_if(State, path / STATE)
     if state is None:
         return f"{STATE} cannot be read"
@@ -198,7 +203,7 @@ def _damage(path: Path, engine: Engine) -> str | None:
     if state["step"] != step_of(path):
         return f"{STATE} is of step {state['step']}"
     if unknown := {f.name for f in path.glob("*.safetensors")} - set(files):
-        return f"{STATE} knows nothing of {min(unknown)}"
+        return f"{STATE} does not list {min(unknown)}"
     for number, (name, facts) in enumerate(sorted(files.items())):
         if number % engine.world_size == engine.rank:
             file = path / name
@@ -210,7 +215,7 @@ def _damage(path: Path, engine: Engine) -> str | None:
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, read when asked for."""
+    """The tensors of a checkpoint by name. They are read when they are accessed."""
 
     def __init__(self, folder: Path):
         self._files: dict[str, Path] = {}
@@ -230,10 +235,10 @@ class SavedTensors(Mapping[str, Tensor]):
 
 
 def load_weights(folder: Path, step: int, engine: Engine) -> None:
-    """Take the weights of `folder/step-N`. Every rank calls it.
+    """Load the weights of `folder/step-N` into the student. Every rank must call it.
 
     Raises:
-        CheckpointError: it is gone or damaged.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     path = folder / f"step-{step}"
     damages = distributed.gather([d] if (d := _damage(path, engine)) else [])
@@ -251,12 +256,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint is of."""
+    """The step of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def random_states() -> dict:
-    """The states of all random generators that this process draws from."""
+    """The states of all random number generators of this process."""
     state: Any = np.random.get_state()
     kind, keys, position, has_gauss, gauss = state
     version, internal, normal = random.getstate()
@@ -271,7 +276,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Go on drawing from what `random_states` gave."""
+    """Restore the states that `random_states` has returned."""
     torch.set_rng_state(states["torch"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))

@@ -1,14 +1,14 @@
-"""One stage: the training loop.
+"""The training loop of a stage.
 
     for each step:
-        rows_o <- rows that objective o covers, summed over micro-batches and ranks
+        rows_o <- number of rows of objective o, summed over micro-batches and ranks
         for each micro-batch:
             s <- student(batch);  t <- teacher(batch)
             loss <- sum_o weight_o * (1/rows_o) * sum over this micro-batch's rows of o(s, t)
             backward(loss)
         clip, update
 
-so that every objective is a mean per covered token of the global batch.
+So each objective is a mean per covered token of the global batch.
 """
 
 import math
@@ -49,25 +49,25 @@ from mmkd.training.trackers import Tracked, Trackers
 from mmkd.training.validation import Validation
 
 Metrics = dict[str, Any]
-"""Numbers by name; the shares of tokens that experts get are lists by layer."""
+"""Numbers by name. The experts' shares of tokens are lists by layer."""
 
 Scored = tuple[dict[str, Tensor], dict[int, Tensor]]
-"""The loss and its parts by name, and how often each expert was chosen by layer."""
+"""The loss, its parts by name, and by layer the number of tokens of each expert."""
 
 Forward = Callable[[dict[str, Tensor], Callable[[Signals], Scored], CaptureRequest], Scored]
-"""A forward of the student, with or without gradients; see `mmkd.engines.Engine`."""
+"""A forward pass of the student, with or without gradients; see `mmkd.engines.Engine`."""
 
 BARREN_STEPS = 50
-"""After so many steps in a row in which no objective covers a token, a stage stops."""
+"""A stage stops after this many steps in a row in which no objective covers a token."""
 
 
 @dataclass
 class Stage:
-    """Everything one stage works with; `build_stage` makes it.
+    """The parts of a stage, made by `build_stage`.
 
     Attributes:
-        callbacks: called at moments of the stage, in their order.
-        barren: the last steps in a row in which no objective covered a token.
+        callbacks: are called during the stage, in order.
+        barren: number of last steps in a row in which no objective covered a token.
     """
 
     config: StageConfig
@@ -86,7 +86,7 @@ class Stage:
     barren: int = 0
 
     def train(self) -> Metrics:
-        """Run to the last step, from the newest checkpoint if there is one."""
+        """Train to the last step, from the newest checkpoint if there is one."""
         files = StageFolder(self.folder)
         saved = files.checkpoints
         records = self.stream.records_per_step
@@ -141,7 +141,7 @@ class Stage:
         return metrics
 
     def _validate(self, step: int) -> Metrics | None:
-        """The line of a validation, where the step is followed by one."""
+        """Validate if it is due at this step; returns the line of `validation.jsonl`."""
         validation = self.validation
         if validation is None or not validation.due(step, self.steps):
             return None
@@ -180,7 +180,7 @@ class Stage:
         return {**described, **sampled, **self._sources(batches), **self._shares(load)}
 
     def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
-        """The batches with the student's own answers where the recipe wants them."""
+        """The batches, with answers of the student if the stage is on-policy."""
         if self.on_policy is None:
             return batches, {}
         made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
@@ -200,7 +200,7 @@ class Stage:
         return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
 
     def _require_rows(self, rows: dict[str, float]) -> None:
-        """Refuse to go on where no objective has had a token for many steps, or in all steps.
+        """Stop if no objective has covered a token for many steps, or in all steps.
 
         Raises:
             DataError: on all ranks.
@@ -208,7 +208,7 @@ class Stage:
         self.barren = 0 if any(rows.values()) else self.barren + 1
         if self.barren >= min(BARREN_STEPS, self.steps):
             raise DataError(
-                f"no record of {self.barren} steps in a row has a token to learn from",
+                f"no objective covers a token in {self.barren} steps in a row",
                 where=f"stage {self.config.name}",
                 hint="look at the records with `mmkd data check`, and at data.max_length and the "
                 "objectives' regions",
@@ -252,7 +252,7 @@ class Stage:
             return forward(batch.inputs, compare, plan.student_request(layers))
 
     def _sources(self, batches: list[Batch]) -> Metrics:
-        """How many of the global batch's records each source of a mixture gave."""
+        """Number of records of each source of a mixture in the global batch."""
         records = self.stream.encoder.records
         if len(records.sources) == 1:
             return {}
@@ -263,7 +263,7 @@ class Stage:
         return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
 
     def _shares(self, load: dict[int, Tensor]) -> Metrics:
-        """The share of the global batch's tokens that each expert of each sparse layer got."""
+        """Share of the global batch's tokens of each expert, by sparse layer."""
         if not load:
             return {}
         counts = self.engine.total(torch.stack(list(load.values())))  # [layers, E]
@@ -309,5 +309,5 @@ class Stage:
 
 
 def _is_barren(line: Metrics) -> bool:
-    """Whether a step's line says that nothing was learned in it."""
+    """Whether a line of metrics.jsonl is of a step in which no objective covered a token."""
     return line.get("loss") == 0 and line.get("supervised_tokens") == 0

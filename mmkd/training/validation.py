@@ -1,15 +1,16 @@
-"""A stage's losses on held-out records (`data.validation`), measured every few steps of training.
+"""Measure a stage's losses on held-out records (`data.validation`) every few steps.
 
-    validation.jsonl            a line for each validation: step, each objective's mean, and more
+    validation.jsonl            a line for each validation: step, means of objectives, and more
     checkpoints/best/step-N     weights of the best one, with `validation.keep: best`
 
-Every objective is a mean per covered token over all held-out records, as in training: neither the
-batch layout nor the number of processes changes it, unless the objective compares the records of a
-micro-batch. Training is not affected: a validation has no gradients and no dropout, and afterwards
-random generators continue as if it had drawn nothing. Two metrics are measured whatever the
-objectives are, so that stages with different objectives can be compared: `answer_ce`, the
-cross-entropy of the records' answers, and `teacher_kl`, the KL divergence from the teacher on them,
-where the stage has a teacher of the same vocabulary.
+As in training, each objective is a mean per covered token, here over all held-out records. It does
+not depend on the batch layout and the number of processes, unless the objective compares the
+records of a micro-batch. Training is not affected: there are no gradients and no dropout, and the
+states of random number generators are restored. Two metrics do not depend on the objectives, so
+that stages with different objectives can be compared: `answer_ce`, the cross-entropy of the
+    records' answers, and
+`teacher_kl`, the KL divergence from the teacher on the answers, if the stage has a teacher with the
+same vocabulary.
 """
 
 import math
@@ -49,14 +50,14 @@ BEST = "best"
 
 
 class Validation:
-    """The held-out records of a stage, and what was measured on them.
+    """Measures losses on the held-out records of a stage.
 
     Args:
-        config: the stage.
-        objectives: the stage's, then the metrics that are measured beside them.
+        config: settings of the stage.
+        objectives: of the stage, and additional metrics.
         encoder: of the held-out records.
-        folder: the stage's.
-        seed: of the stage, for objectives that draw.
+        folder: of the stage.
+        seed: of the stage, for objectives with random numbers.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Validation:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the best weights are kept."""
+        """Folder of the best weights."""
         return StageFolder(self.folder).checkpoints / BEST
 
     @cached_property
     def plan(self) -> list[list[int]]:
-        """The micro-batches of all processes together; every process asks for it."""
+        """The micro-batches of all processes. Every process must call it."""
         batch, indices = self.stage.batch, chosen(self.encoder, self.config.records)
         found = SharedLengths(
             self.encoder,
@@ -90,24 +91,24 @@ class Validation:
             workers=self.encoder.config.workers,
         )
         lengths = dict(zip(indices, found.of(indices), strict=True))
-        order = sorted(lengths, key=lengths.__getitem__)  # alike in length: little padding
+        order = sorted(lengths, key=lengths.__getitem__)  # similar lengths need little padding
         if self.config.size is None and batch.tokens is not None:
             return by_tokens(order, lengths, batch.tokens, 1, packed=batch.pack is not None)
         return by_size(order, self.config.size or batch.size)
 
     def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """This process's micro-batches, and whether each counts. All processes have to take part in
-        each forward of a model that is spread over them: a process that has no micro-batch left
-        repeats the last one, which then does not count."""
+        """This process's micro-batches, each with whether it counts. All processes must take part
+        in each forward pass of a sharded model, so a process without further micro-batches repeats
+        its last one, which does not count."""
         for share in distributed.equal_shares(self.plan, 1):
             yield self.encoder.encode(share[0] if share else self.plan[-1]), bool(share)
 
     def begin(self, step: int, *, active: bool) -> None:
-        """Read what was measured up to the step that the stage resumes at.
+        """Read the validations up to the step at which the stage resumes.
 
         Args:
             step: of the checkpoint.
-            active: whether this process writes.
+            active: whether this process writes files.
         """
         path = StageFolder(self.folder).validation
         self._log = StepLog(path, step, active=active, key=self.config.metric)
@@ -116,20 +117,20 @@ class Validation:
         for line in self._log.found:
             self._remember(line)
         for path in find_checkpoints(self.checkpoints) if active else []:
-            if step_of(path) > step:  # of steps that are trained again
+            if step_of(path) > step:  # these steps are trained again
                 shutil.rmtree(path)
 
     def due(self, step: int, last: int) -> bool:
-        """Whether a step is followed by a validation."""
+        """Whether there is a validation after a step."""
         return self.config.interval is not None and (
             step % self.config.interval == 0 or step == last
         )
 
     def measure(self, losses: Callable[[Batch], dict[str, torch.Tensor]], engine: Engine) -> Any:
-        """Means over all held-out records, by name; every process calls it.
+        """Means over all held-out records, by name. Every process must call it.
 
         Args:
-            losses: each objective's sum over a batch's rows, and its metrics.
+            losses: returns sums over a batch's rows for each objective, and its metrics.
             engine: of the stage.
         """
         sums: dict[str, torch.Tensor] = {}
@@ -156,18 +157,18 @@ class Validation:
         return {"loss": loss, **means, **facts_said}
 
     def _facts(self, batch: Batch) -> torch.Tensor:
-        """Records, supervised tokens, skipped records and each objective's rows."""
+        """Numbers of records, supervised tokens, skipped records, and rows of each objective."""
         targets = batch.targets
         rows = [int(o.rows(targets.of(o.sources)).sum()) for o in self.objectives]
         facts = [len(batch.ids), int(targets.response.sum()), len(batch.skipped), *rows]
         return torch.tensor(facts, dtype=torch.float64)
 
     def note(self, line: dict[str, Any], engine: Engine, last: int) -> dict[str, Any]:
-        """Write down a validation's line, and keep the student's weights if they are the best so
-        far and more steps follow; every process calls it.
+        """Write the line of a validation, and save the student's weights if they are the best so
+        far and more steps follow. Every process must call it.
 
         Raises:
-            NonFiniteLossError: a value is infinite or no number.
+            NonFiniteLossError: a value is not finite.
             CheckpointError: the weights cannot be written.
         """
         step = line["step"]
@@ -180,7 +181,7 @@ class Validation:
             )
         value = line[self.config.metric]
         better = torch.tensor(float(self.best is None or value < self.best[1]))
-        # The first process decides: sums may round differently on the others.
+        # The first process decides, because sums may be rounded differently on others.
         better = better if engine.rank == 0 else torch.zeros_like(better)
         better = engine.total(better.to(engine.device))
         line = {**line, "best": bool(better)}
@@ -213,8 +214,8 @@ class Validation:
         return self.config.patience is not None and self.worse_since >= self.config.patience
 
     def prune(self) -> None:
-        """Delete weights that are no longer the best, except those that the stage would need if it
-        resumed from one of its checkpoints. One process calls it."""
+        """Delete weights that are not the best any more, except those that are needed to resume
+        from one of the stage's checkpoints. Only one process may call it."""
         found = {step_of(path): path for path in find_checkpoints(self.checkpoints)}
         resumed = map(step_of, find_checkpoints(self.checkpoints.parent))
         needed = {max((b for b in found if b <= step), default=0) for step in resumed}
@@ -222,11 +223,14 @@ class Validation:
             shutil.rmtree(found[step])
 
     def finish(self, engine: Engine, step: int) -> dict[str, Any]:
-        """Give the student the weights that the recipe keeps, after the stage's last step; returns
-        what is kept, for `done.json`. Every process calls it.
+        """Load the weights that the stage keeps into the student, after the last step. Every
+        process must call it.
+
+        Returns:
+            The entry for `done.json`.
 
         Raises:
-            CheckpointError: the best weights are gone or damaged.
+            CheckpointError: the best weights are missing or damaged.
         """
         assert self.best is not None
         best, value = self.best
@@ -237,7 +241,7 @@ class Validation:
 
 
 def chosen(encoder: Encoder, most: int | None) -> list[int]:
-    """Records of a validation, evenly spread over those that are held out."""
+    """Indices of at most `most` held-out records, evenly spread."""
     count = len(encoder.records)
     some = count if most is None else min(count, most)
     return [i * count // some for i in range(some)]
@@ -245,8 +249,7 @@ def chosen(encoder: Encoder, most: int | None) -> list[int]:
 
 @contextmanager
 def undisturbed(seed: int) -> Iterator[None]:
-    """Inside, random generators begin at `seed`; afterwards they go on as if nothing had been
-    drawn."""
+    """Context manager that seeds the random number generators, and restores their states."""
     states = random_states()
     set_seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""From a stage's recipe to the validation of its held-out records, and the checks before a run."""
+"""Build the validation of a stage, and check it before a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,18 +34,18 @@ def build_validation(
     folder: Path,
     seed: int,
 ) -> Validation | None:
-    """What measures a stage's losses on held-out records; None where the recipe holds none out.
+    """Build the validation of a stage; None if no records are held out.
 
     Args:
-        config: the stage.
-        objectives: of the stage, before there is one for each of several teachers.
-        encoder: of the training records; held-out records are read in the same way.
+        config: settings of the stage.
+        objectives: of the stage, before they are copied for each of several teachers.
+        encoder: of the training records. Held-out records are encoded in the same way.
         teachers: of the recipe.
-        folder: the stage's.
+        folder: of the stage.
         seed: of the stage.
 
     Raises:
-        RecipeError: the stage wants validation in a way that cannot be.
+        RecipeError: validation is not possible with these settings.
         DataError: the held-out records cannot be opened.
     """
     data = encoder.config
@@ -68,15 +68,15 @@ def build_validation(
 
 
 def _teacher_processor(encoder: Encoder) -> Any:
-    """That of the teacher whose view a batch has; the student's where both are equal."""
+    """The processor of the teacher, if it differs from the student's; otherwise the student's."""
     return (encoder.teacher or encoder).processor
 
 
 def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataConfig) -> bool:
-    """Whether a stage measures held-out records.
+    """Whether a stage has validation.
 
     Raises:
-        RecipeError: it should, and cannot.
+        RecipeError: the settings of validation are not possible.
     """
     where = f"stage {config.name}: validation"
     if config.validation.interval is None:
@@ -90,7 +90,7 @@ def _measures(config: StageConfig, objectives: Sequence[Objective], data: DataCo
     references = [o.config for o in objectives if isinstance(o, Preference)]
     if any(r.reference != "none" and r.reference_logps == "once" for r in references):
         raise RecipeError(
-            "the reference of preferences runs once, over the training records only",
+            "the reference of preferences is computed once, for training records only",
             where=where,
             hint="set reference_logps to live, or validation.interval to null",
         )
@@ -103,19 +103,19 @@ def _asked(
     teachers: Sequence[TeacherConfig],
     held_out: DataConfig,
 ) -> list[Objective]:
-    """What is measured: a stage's objectives and the metrics beside them, for each teacher that the
-    stage asks.
+    """The objectives of a validation: those of the stage and additional metrics, for each of its
+    teachers.
 
     Args:
         objectives, encoder, teachers: as in `build_validation`.
-        held_out: the records that are held out.
+        held_out: the held-out records.
 
     Raises:
-        RecipeError: a teacher is asked about a source that the held-out records do not have.
+        RecipeError: a teacher names a source that the held-out records do not have.
     """
     alone = [*objectives, *_beside(objectives, encoder)]
     if not any(o.config.compares_outputs for o in objectives):
-        return alone  # the stage runs its first teacher only
+        return alone  # the stage has one teacher only
     try:
         return ask_each(alone, teachers, held_out)
     except RecipeError as error:
@@ -134,7 +134,7 @@ def _check_metric(config: StageConfig, measured: Sequence[Objective]) -> None:
 
 
 def _beside(objectives: Sequence[Objective], encoder: Encoder) -> list[Objective]:
-    """The metrics that are measured beside a stage's objectives, with weight 0."""
+    """Metrics in addition to a stage's objectives, as objectives with weight 0."""
     settings: list[ObjectiveConfig] = [CrossEntropyConfig(name=ANSWER_CE, weight=0)]
     shared = None
     compared = [o for o in objectives if compares(o)]
@@ -153,11 +153,12 @@ def _beside(objectives: Sequence[Objective], encoder: Encoder) -> list[Objective
 
 
 def check_held_out(validation: Validation, store: Store | None) -> None:
-    """Check that held-out records can be encoded: with a teacher's cache all that a validation
-    reads, which the cache has to hold, else the first one of each source.
+    """Check that held-out records can be encoded. With a teacher's cache, all records of a
+    validation are checked, because they must be in the cache; otherwise the first record of each
+    source.
 
     Raises:
-        DataError: one cannot be encoded, or is not in the cache.
+        DataError: a record cannot be encoded, or is not in the cache.
     """
     encoder = validation.encoder
     for first in encoder.records.starts if store is None else []:
@@ -169,7 +170,8 @@ def check_held_out(validation: Validation, store: Store | None) -> None:
 
 
 def check_validation(context: StageContext) -> None:
-    """The held-out records can be measured: see `build_validation` and `check_held_out`."""
+    """Check that the held-out records can be measured; see `build_validation` and
+    `check_held_out`."""
     validation = build_validation(
         context.stage,
         context.objectives,

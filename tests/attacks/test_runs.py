@@ -288,7 +288,7 @@ def test_a_run_without_a_token_to_learn_from_is_refused(world):
     write_recipe(world)
     status, message = run(RUN, world.patch)
     assert status == 2
-    assert "stage mimic: no record of 3 steps in a row has a token to learn from" in message
+    assert "stage mimic: no objective covers a token in 3 steps in a row" in message
     assert not (world.folder / "runs/tiny/01-mimic/done.json").exists()
 
 

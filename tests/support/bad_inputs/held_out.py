@@ -103,7 +103,7 @@ def bad_held_out_record(world: World) -> None:
 @case(
     KIND,
     "asked to validate preferences with `reference_logps: once`",
-    "stage mimic: validation: the reference of preferences runs once",
+    "stage mimic: validation: the reference of preferences is computed once",
     "set reference_logps to live",
 )
 def validation_behind_a_stored_reference(world: World) -> None:

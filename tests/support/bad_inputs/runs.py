@@ -57,7 +57,7 @@ def from_a_later_stage(world: World) -> list[str]:
 @case(
     "run",
     "resumed with another batch",
-    "checkpoints/step-1: a step saw 4 records, now it would",
+    "checkpoints/step-1: a step had 4 records, and now it would",
     "set batch.total=4",
 )
 def checkpoint_of_another_batch(world: World) -> None:
