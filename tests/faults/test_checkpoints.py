@@ -106,7 +106,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(begun, monkeypatch):
 
 def test_another_number_of_records_is_refused(begun):
     begun("part", stop=4)
-    with pytest.raises(CheckpointError, match=r"a step had 4 records, and now it would have 8 -- set"):
+    with pytest.raises(CheckpointError, match="had 4 records, and now it would have 8 -- set"):
         begun("part", batch={"size": 8})
     folder = begun("part", batch={"size": 2, "total": 4})
     assert len(losses(folder)) == 8
