@@ -199,13 +199,13 @@ def attention_by_a_kernel(world):
     change("model/config.json", attn_implementation="evil/kernel")
 
 
-@attack(THEME, "converted a model whose attention is a repository", "the Hub (evil/kernel@v1)")
+@attack(THEME, "converted a model whose attention is a repository", "attention (evil/kernel@v1)")
 def attention_by_a_kernel_under_convert(world):
     change("model/config.json", _attn_implementation="evil/kernel@v1")
     return ["convert", "model", "--layers", "0", "--out", "converted"]
 
 
-@attack(THEME, "named a repository of kernels in a recipe", "code from the Hub (evil/kernel)")
+@attack(THEME, "named a repository of kernels in a recipe", "its attention (evil/kernel)")
 def attention_by_a_recipes_kernel(world):
     config = json.loads(Path("model/config.json").read_text())
     kept = {k: config[k] for k in ("model_type", "text_config", "vision_config")}

@@ -71,7 +71,7 @@ def test_as_many_image_tokens_match_one_by_one():
 
 def test_what_cannot_be_aligned_is_one_line():
     one, other = targets_of("vvpAB"), targets_of("vpAC")
-    with pytest.raises(DataError, match="the response of a7 has other tokens"):
+    with pytest.raises(DataError, match="tokenize the response of a7 differently"):
         align(one, other, [[((1, 2), (1, 1))]], ["a7"])
     with pytest.raises(DataError, match="2 image tokens for the student and 1 for the teacher"):
         align(one, targets_of("vpAB"), [[((1, 1), (1, 1))]], ["a7"])

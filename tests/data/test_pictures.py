@@ -149,7 +149,7 @@ def test_the_check_of_a_recipe_finds_them(narrow, decode):
     found = check_source(SourceConfig(train=str(narrow / "a.json")), Look(decode, edges=(edge,)), 1)
     (problem,) = found.problems.values()
     assert (found.bad, problem.records) == (2, 2)
-    assert "record 0 (id wide): the processor would make" in problem.places[0]
+    assert "record 0 (id wide): the processor would resize" in problem.places[0]
 
 
 def test_an_evaluation_names_the_document(narrow, tiny_model_dir):
@@ -166,7 +166,9 @@ def test_an_evaluation_names_the_document(narrow, tiny_model_dir):
 
     docs = [{"image": opened(narrow / f"{name}.png")} for name in ("wide", "good")]
     adapter.task_dict = {"narrow": {"test": docs}}
-    with pytest.raises(DataError, match="narrow document 0: the processor would make 564,480,000"):
+    with pytest.raises(
+        DataError, match="narrow document 0: the processor would resize .* to 564,480,000"
+    ):
         adapter._prompt(Asked)
     Asked.doc_id = 1
     assert adapter._prompt(Asked).images[0].size == (64, 48)

@@ -112,7 +112,9 @@ def test_a_broken_line_is_one_bad_record_and_a_broken_list_is_named(tmp_path):
     records = read(tmp_path / "a.jsonl")
     assert (len(records), records[3].id) == (4, "g")
     for index in (1, 2):
-        with pytest.raises(DataError, match=rf"a\.jsonl: record {index}: a record is no JSON obj"):
+        with pytest.raises(
+            DataError, match=rf"a\.jsonl: record {index}: a record is not a JSON obj"
+        ):
             records[index]
     (tmp_path / "b.json").write_text(f"[{good},\n {good} {good}]")
     with pytest.raises(DataError, match=r"b\.json: cannot read: ',' or '\]' expected: line 2 col"):

@@ -210,7 +210,7 @@ def test_the_table_stands_on_the_page_and_in_the_terminal(run_dir, monkeypatch):
 def test_a_sentence_says_what_decoding_costs_where_all_seeds_were_timed(run_dir):
     assert decoding_sentence(read_run(run_dir)) == (
         "After 1,000 tokens student decodes 1.5 times as fast as the teacher, "
-        "and its cache takes 700 B in place of 5.0 kB."
+        "and its cache takes 700 B instead of 5.0 kB."
     )
     (run_dir / "evaluation" / "teacher" / "decode.json").unlink()
     assert decoding_sentence(read_run(run_dir)) == ""

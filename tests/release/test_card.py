@@ -227,7 +227,7 @@ def test_limits_are_told(hub_run):
     card = card_of(hub_run)  # the teacher alone was scored on another task
     assert "the first 50 questions of each task only" in card.text
     assert "One seed" in card.text
-    assert lines_with(card, "- Scored on local files in place of the Hub's data: `scenes_vqa`.")
+    assert lines_with(card, "- Scored on local files instead of the Hub's data: `scenes_vqa`.")
     assert "alice" not in str(card)
     assert all(r.dataset_args == {"limit": 50} for r in card.data.eval_results)
 

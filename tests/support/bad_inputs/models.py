@@ -218,7 +218,7 @@ def another_vocabulary(world: World) -> None:
     "vocabulary",
     "added tokens to the tokenizers, not to the models",
     "student: the tokenizer has ",
-    " tokens, the model's head ",
+    " tokens, and the model's head has ",
     "resize_token_embeddings",
 )
 def more_tokens_than_rows(world: World) -> None:
@@ -233,7 +233,7 @@ def more_tokens_than_rows(world: World) -> None:
     "vocabulary",
     "added tokens to the student's tokenizer alone, without a teacher",
     "student: the tokenizer has ",
-    " tokens, the model's head ",
+    " tokens, and the model's head has ",
     "resize_token_embeddings",
 )
 def more_tokens_than_rows_without_a_teacher(world: World) -> None:

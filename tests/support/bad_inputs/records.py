@@ -192,7 +192,7 @@ def turn_without_weight(world: World) -> None:
     KIND,
     "named an image within the text",
     FIRST + "the text names a file: <img>picture.png</img>",
-    "write <image> in its place",
+    "write <image> instead",
 )
 def picture_named_in_the_text(world: World) -> None:
     asked = {"from": "human", "value": "Picture 1: <img>picture.png</img>\nIs there a cat?"}

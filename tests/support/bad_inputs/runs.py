@@ -171,7 +171,7 @@ def cache_of_another_teacher(world: World) -> None:
 @case(
     "cache",
     "changed the processor",
-    "teacher.cache cache: it was built with another processor",
+    "teacher.cache cache: it was built with a processor other than",
     "build it again",
 )
 def cache_of_another_processor(world: World) -> None:

@@ -101,7 +101,7 @@ overridden(
 @case(
     KIND,
     "gave an adapter to a head that shares the embeddings' weight",
-    "stages.train.lora: the head shares its weight",
+    "stages.train.lora: the head's weight is tied",
     "leave 'head' out",
 )
 def adapter_on_a_tied_head(world: World) -> None:
