@@ -1,8 +1,8 @@
 """Settings of the objectives, as a recipe writes them.
 
-This module does not import torch, so that a recipe is read, and its mistakes are reported, without
-the seconds that the import of torch takes. The code behind each class of settings stands in the
-other modules of this package, and `mmkd.objectives.build` joins the two.
+This module does not import torch, which takes seconds, so that recipes are checked quickly. The
+code of each objective is in the other modules of this package; `mmkd.objectives.build` combines the
+two.
 """
 
 from typing import Annotated, ClassVar, Literal, get_args
@@ -14,9 +14,9 @@ from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED, Bounded
 
 Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 Region = Literal["response", "prompt", "vision", "all"]
-# distribution: the head's output, layers: what happens inside of decoder layers, matrices and
-# projections: more of it, experts: routers, pairs: chosen and rejected answers, chunks: pieces of
-# answers that student and teacher tokenize alike at their ends
+# distribution: the head's output; layers: tensors of decoder layers; matrices, projections: further
+# tensors of layers; experts: router logits; pairs: chosen and rejected answers; chunks: pieces of
+# answers that begin and end at token boundaries of student and teacher
 Need = Literal[
     "teacher",
     "vision_labels",
@@ -31,10 +31,11 @@ Need = Literal[
 
 
 class ObjectiveConfig(Bounded):
-    """Settings that every objective has, and what they make it need.
+    """Base class of settings of objectives, with the inputs that the objective requires.
 
-    A subclass gives its own `needs` and `reads_hidden`: a `ClassVar` where they are always the
-    same, a property where they depend on its other settings.
+    A subclass defines `needs` and `reads_hidden`: as a `ClassVar` if they are constant, as a
+        property
+    if they depend on other settings.
     """
 
     weight: float = Field(
@@ -49,24 +50,24 @@ class ObjectiveConfig(Bounded):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What has to be there for the objective."""
+        """The inputs that the objective requires."""
         return frozenset()
 
     @property
     def reads_hidden(self) -> tuple[Region, ...]:
-        """Regions of the teacher's final hidden states that the objective reads, if it reads
-        nothing else of it."""
+        """Regions in which the objective reads the teacher's final hidden states, if it reads
+        nothing else of the teacher."""
         return ()
 
     @property
     def metric_name(self) -> str:
-        """Its name in metrics and messages."""
+        """The objective's name in metrics and messages."""
         return self.name or str(getattr(self, "kind"))  # noqa: B009
 
     @property
     def compares_outputs(self) -> bool:
-        """Whether the objective compares what a teacher's head sees or says, and nothing else of
-        it. Of several teachers, it asks each."""
+        """Whether the objective compares only the input or output of a teacher's head. Such
+        objectives use all teachers if there are several."""
         on_outputs = isinstance(self, HeadObjectiveConfig) or bool(self.reads_hidden)
         return on_outputs and "teacher" in self.needs
 
@@ -75,12 +76,12 @@ class ObjectiveConfig(Bounded):
         for need in self.needs:
             if need not in get_args(Need):
                 known = nearest(str(need), get_args(Need))
-                raise ValueError(f"it needs {need!r}, which there is not{HINT}{known}")
+                raise ValueError(f"it needs {need!r}, which is unknown{HINT}{known}")
         return self
 
 
 class HeadObjectiveConfig(ObjectiveConfig):
-    """Settings of a `HeadObjective`, which is a loss on the head's output."""
+    """Settings of a `HeadObjective`, a loss on the head's output."""
 
 
 class CrossEntropyConfig(HeadObjectiveConfig):
@@ -180,7 +181,7 @@ class LayerwiseConfig(ObjectiveConfig):
     teacher_layers: list[Layer] | None = Field(
         None, description="teacher layers, one for each student layer; the same numbers by default"
     )
-    teacher_forced: bool = Field(True, description="student layers get the teacher's input")
+    teacher_forced: bool = Field(True, description="student layers run on the teacher's input")
     region: Region = Field("all", description="tokens that it covers")
 
     @model_validator(mode="after")
@@ -209,7 +210,7 @@ class HiddenMseConfig(LayerwiseConfig):
     """Mean squared error of the hidden states after each layer."""
 
     kind: Literal["hidden_mse"]
-    teacher_forced: bool = Field(False, description="student layers get the teacher's input")
+    teacher_forced: bool = Field(False, description="student layers run on the teacher's input")
 
 
 class MatrixConfig(LayerwiseConfig):
@@ -236,7 +237,7 @@ class MiniLmConfig(LayerwiseConfig):
     relations: list[Projection] = Field(
         ["queries", "keys", "values"], min_length=1, description="which of the three are compared"
     )
-    teacher_forced: Literal[False] = Field(False, description="not for this objective")
+    teacher_forced: Literal[False] = Field(False, description="not possible for this objective")
 
 
 class AffinityConfig(ObjectiveConfig):
@@ -251,7 +252,7 @@ class AffinityConfig(ObjectiveConfig):
 
 
 class TokenLabelsConfig(ObjectiveConfig):
-    """Cross-entropy of image tokens against the word of the object they show."""
+    """Cross-entropy of image tokens with the name of the object that they show."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"vision_labels", "distribution"})
 
@@ -271,7 +272,7 @@ class RouterObjectiveConfig(ObjectiveConfig):
 
 
 class BalanceConfig(RouterObjectiveConfig):
-    """Uneven use of experts; the minimum is 1 per layer, if all are chosen equally often."""
+    """Load-balancing loss of experts; the minimum is 1 per layer, for equal load."""
 
     kind: Literal["balance"]
     weight: float = Field(
@@ -280,7 +281,7 @@ class BalanceConfig(RouterObjectiveConfig):
 
 
 class RouterZConfig(RouterObjectiveConfig):
-    """Size of the routers' logits."""
+    """Penalty of large router logits."""
 
     kind: Literal["router_z"]
     weight: float = Field(
@@ -325,7 +326,7 @@ class PreferenceConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _smooths(self) -> "PreferenceConfig":
         if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError("'label_smoothing' belongs to 'loss: sigmoid' -- leave it out")
+            raise ValueError("'label_smoothing' is for 'loss: sigmoid' only -- leave it out")
         return self
 
 
@@ -348,4 +349,4 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     HiddenMseConfig,
     MatrixConfig,
 )
-"""Of the objectives that come with mmkd."""
+"""Settings of mmkd's own objectives."""

@@ -1,9 +1,9 @@
-"""The recipe: what a user writes, and the one place that knows defaults.
+"""The recipe: all settings of a run, with their defaults.
 
-A recipe is YAML. `extends: other.yaml` (relative to the file) merges over another recipe, dotted
-`key.path=value` overrides come last, unknown keys are errors that name the nearest known one.
-Relative paths in a recipe are tried from the working directory first, then from the folder of the
-file that they are written in; `mmkd.recipe.paths` says more.
+A recipe is YAML. `extends: other.yaml` (relative to the file) merges the file over another recipe.
+Overrides `key.path=value` are applied last. Unknown keys are errors that name the nearest known
+key. Relative paths are resolved from the working directory first, then from the folder of the
+recipe file: `mmkd.recipe.paths`.
 """
 
 from mmkd.recipe.conversions import (

@@ -1,4 +1,4 @@
-"""What every part of a recipe is."""
+"""Base classes of all parts of a recipe."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -19,4 +19,4 @@ LocalPath = Annotated[str, PathKey()]
 """Type of a key that holds a file, a folder or a pattern of files: `mmkd.recipe.paths`."""
 
 BOTH = "both of them or neither -- "
-"""Begins what a validator says of two keys that stand for each other."""
+"""Beginning of messages about two keys of which exactly one must be given."""

@@ -1,5 +1,5 @@
-"""How a student's structure changes before a stage: what a conversion is, and the settings of
-mmkd's own as a recipe writes them. The code behind these is in `mmkd.students`.
+"""Conversions: changes of a student's structure before a stage. The base class, and the settings of
+mmkd's own conversions, whose code is in `mmkd.students`.
 
 This module does not import torch.
 """
@@ -19,16 +19,16 @@ Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 
 
 class ConversionConfig(Strict):
-    """Settings that every conversion has. A subclass says its kind: `kind: Literal["..."]`."""
+    """Base class of settings of conversions. A subclass defines `kind: Literal["..."]`."""
 
     kind: str
 
 
 class Conversion:
-    """Base of all conversions; a subclass names its settings and changes a model.
+    """Base class of all conversions. A subclass sets `config_class` and implements `convert`.
 
     Attributes:
-        config_class: of its settings.
+        config_class: class of its settings.
     """
 
     config_class: ClassVar[type[ConversionConfig]]
@@ -42,34 +42,34 @@ class Conversion:
 
     @property
     def where(self) -> str:
-        """The place that messages name."""
+        """The place in messages."""
         return f"student.convert: {self.config.kind}"
 
     def check(self, model: "PreTrainedModel") -> None:
         """Check that the conversion fits a model, without changing it.
 
-        It is called before `convert`, and before a run writes its first file. Then the model has no
-        weights: its tensors are on the meta device.
+        It is called before `convert`, and before a run writes its first file. In the second case
+        the model is on the meta device.
 
         Raises:
-            ValueError: the conversion does not fit. `convert` may raise it too; the user reads its
-                text behind `where`.
-            RecipeError: the same, with a place and a hint of its own.
+            ValueError: the conversion does not fit. `convert` may raise it too. The message is
+                printed after `where`.
+            RecipeError: the same, with its own place and hint.
         """
 
     def convert(self, model: "PreTrainedModel") -> list[str]:
-        """Change a model in place, so that its folder loads with the same structure.
+        """Convert a model in place. Its saved folder must load with the new structure.
 
-        It must work without weights too, on the meta device: `mmkd plan` counts what it makes.
+        It must work on the meta device too, because `mmkd plan` counts the parameters.
 
         Returns:
-            A line for each change, which the run's log and report show.
+            Descriptions of the changes, one line each, for the run's log and report.
         """
         raise NotImplementedError
 
 
 class DepthPruningConfig(ConversionConfig):
-    """Keep a subset of the layers, in the given order; the width stays."""
+    """Keep some of the layers, in the given order. The width does not change."""
 
     kind: Literal["depth_pruning"]
     decoder: list[Layer] | None = Field(None, description="decoder layers to keep; all by default")
@@ -77,7 +77,7 @@ class DepthPruningConfig(ConversionConfig):
 
 
 class WidthPruningConfig(ConversionConfig):
-    """Keep a part of the neurons of every MLP, those with the largest weights."""
+    """Keep the neurons of each MLP that have the largest weights."""
 
     kind: Literal["width_pruning"]
     decoder: int | None = Field(
@@ -87,7 +87,7 @@ class WidthPruningConfig(ConversionConfig):
 
 
 class EveryNth(Strict):
-    """Every n-th layer: 0, n, 2n, ..., or the last of each n."""
+    """Every n-th layer: 0, n, 2n, ..., or n-1, 2n-1, ..."""
 
     every: int = Field(ge=1, le=MOST, description="n")
     first: bool = Field(True, description="the first of each n; false: the last")
@@ -133,9 +133,9 @@ MambaInit = Literal["default", "inherit", "mimic", "exact"]
 
 
 class MambaConfig(ConversionConfig):
-    """Attention of some decoder layers becomes a Mamba-2 mixer, seeded from it.
+    """Replace the attention of some decoder layers with Mamba-2 mixers, initialised from it.
 
-    What is left out of the mixer's form is what the init wants (`mmkd.students.mamba.FORMS`).
+    Settings of the mixer that are not given depend on `init` (`mmkd.students.mamba.FORMS`).
     """
 
     kind: Literal["mamba"]
@@ -151,8 +151,8 @@ class MambaConfig(ConversionConfig):
     activation: Literal["silu", "none"] | None = Field(
         None, description="activation after the convolution"
     )
-    norm: Literal["head_rms", "none"] | None = Field(None, description="of what the state gives")
-    gate: Literal["silu", "none"] | None = Field(None, description="of what the state gives")
+    norm: Literal["head_rms", "none"] | None = Field(None, description="norm of the output")
+    gate: Literal["silu", "none"] | None = Field(None, description="gate of the output")
     norm_before_gate: bool | None = Field(None, description="false: the gate comes first")
     rope: bool | None = Field(None, description="apply the attention's rotary positions to C and B")
     state: Literal["query", "kv"] | None = Field(
@@ -173,7 +173,8 @@ class RouterConfig(Strict):
 
 
 class MoeConfig(ConversionConfig):
-    """Feed-forward networks of some decoder layers become experts, which start as copies of it."""
+    """Replace the feed-forward networks of some decoder layers with experts, initialised as
+    copies."""
 
     kind: Literal["moe"]
     experts: int = Field(4, ge=2, le=4096, description="experts per layer")
@@ -191,15 +192,17 @@ class MoeConfig(ConversionConfig):
 
 
 def _check(cls: Any) -> None:
-    """
+    """Check a class before its registration.
+
     Raises:
-        TypeError: it is no conversion, or has no settings of one.
+        TypeError: `cls` is not a subclass of `Conversion`, or its settings are not a
+            `ConversionConfig`.
     """
     if not (isinstance(cls, type) and issubclass(cls, Conversion)):
-        raise TypeError("it is no conversion")
+        raise TypeError("it is not a subclass of Conversion")
     settings = getattr(cls, "config_class", ConversionConfig)
     if not issubclass(settings, ConversionConfig):
-        raise TypeError(f"its settings, {settings.__name__}, are no ConversionConfig")
+        raise TypeError(f"its settings, {settings.__name__}, are not a ConversionConfig")
 
 
 T = TypeVar("T", bound=type[Conversion])
@@ -209,11 +212,12 @@ CONVERSIONS: Registry[Conversion] = Registry(
 
 
 def add_conversion(cls: T) -> T:
-    """Make a conversion known by its kinds; a class decorator.
+    """Class decorator that registers a conversion under its kinds.
 
     Raises:
-        TypeError: it is no conversion, or has no settings of one.
-        ValueError: another one has the kind.
+        TypeError: `cls` is not a subclass of `Conversion`, or its settings are not a
+            `ConversionConfig`.
+        ValueError: another conversion has the kind.
     """
     return CONVERSIONS.add(cls)
 

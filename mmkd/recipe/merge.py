@@ -15,7 +15,7 @@ Key = str | int
 
 
 def merged(below: Any, above: Any, key: str = "") -> Any:
-    """`above` over `below`: mappings are merged key by key, anything else is replaced.
+    """Merge `above` over `below`: mappings are merged by key, other values are replaced.
 
     Args:
         below, above: values of YAML.
@@ -37,16 +37,16 @@ def merged(below: Any, above: Any, key: str = "") -> Any:
 
 
 def with_key(raw: Any, path: str, value: Any) -> Any:
-    """A copy of `raw` with the value under a dotted path.
+    """A copy of `raw` with another value at a dotted path.
 
     Args:
         raw: mappings and lists of YAML.
-        path: `stages.0.optimizer.lr` or `stages[0].optimizer.lr`; mappings that are missing on the
-            way are added, items of lists are not.
-        value: replaces what is there.
+        path: `stages.0.optimizer.lr` or `stages[0].optimizer.lr`. Missing mappings are added,
+            missing items of lists are not.
+        value: the new value.
 
     Raises:
-        ValueError: `path` is malformed, or does not lead through `raw`.
+        ValueError: `path` is malformed, or does not exist in `raw`.
     """
     return _with(raw, _parts(path), value, "")
 

@@ -89,8 +89,8 @@ class ModelConfig(Strict):
     )
     trust_remote_code: bool = Field(
         False,
-        description="says that the model contains Python code; it runs only with "
-        "--trust-remote-code on the command line",
+        description="the model contains Python code; it runs only with --trust-remote-code on the "
+        "command line",
     )
     image_size: ImageSizeConfig | None = Field(
         None, description="size of images, instead of the processor's own"
@@ -144,7 +144,7 @@ class TeacherConfig(ModelConfig):
         1.0, gt=0, le=1e6, description="factor of the objectives on this teacher's outputs"
     )
     sources: list[str] = Field(
-        [], description="names of the data sources that it teaches on; all by default"
+        [], description="names of the data sources on which it is used; all by default"
     )
     source: Literal["live", "cache", "self"] = Field(
         "live",
@@ -244,7 +244,7 @@ class Recipe(Strict):
     evaluate: EvaluateConfig | None = None
     release: ReleaseConfig | None = None
     variants: dict[Label, list[str]] = Field(
-        {}, description="label -> overrides; each is trained in the same run, from the same start"
+        {}, description="label -> overrides; each variant is trained in the same run"
     )
     seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field(
         [], description="train everything once per seed; [seed] by default"
@@ -260,7 +260,7 @@ class Recipe(Strict):
 
     @property
     def teachers(self) -> list[TeacherConfig]:
-        """All of them, the first one first."""
+        """All teachers, the primary one first."""
         return [] if self.teacher is None else [self.teacher, *self.more_teachers]
 
     @model_validator(mode="after")
@@ -268,14 +268,14 @@ class Recipe(Strict):
         if len({t.name for t in self.teachers}) != len(self.teachers):
             raise ValueError("two teachers have the same name -- give each a 'name'")
         if self.more_teachers and any(t.source != "live" for t in self.teachers):
-            raise ValueError("one of several teachers does not run -- give each 'source: live'")
+            raise ValueError("several teachers must all run -- give each 'source: live'")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name -- rename one")
         largest = max([self.seed, *self.seeds])
         if largest + len(self.stages) - 1 > MOST_SEED:  # each stage has a seed of its own
             raise ValueError(
-                f"the seed {largest} has no room for {len(self.stages)} stages behind it -- give "
+                f"the seed {largest} is too large for {len(self.stages)} stages -- give "
                 f"{MOST_SEED - len(self.stages) + 1} or less"
             )
         self._check_labels()
@@ -284,7 +284,7 @@ class Recipe(Strict):
         return self
 
     def _check_labels(self) -> None:
-        """Labels name folders of the run, and rows beside the teacher's."""
+        """Check that labels differ from names of the run's folders and from the teacher's label."""
         labels = [self.label, *self.variants]
         if self.teacher is not None and self.teacher.model is not None and TEACHER in labels:
             raise ValueError(

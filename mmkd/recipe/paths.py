@@ -1,4 +1,4 @@
-"""Relative paths in a recipe: from the working directory, or else from the recipe's own folder.
+"""Resolve relative paths in a recipe: from the working directory, or from the recipe's folder.
 
 A key whose type is `LocalPath` (`mmkd.recipe.base`) holds a path. A relative path that exists in
 the working directory stays as it is. A path that exists only in the folder of the file in which it
@@ -99,10 +99,10 @@ def _at(node: Any, key: Key, folder: Path) -> Any:
 
 
 def find(path: str, folder: Path) -> str:
-    """The path as it leads from the working directory, if it exists in `folder` alone.
+    """A path that exists only in `folder`, relative to the working directory.
 
-    A path that exists in the working directory or nowhere, is absolute, or names no file of this
-    machine (`hub:`, a URL) stays the same.
+    A path is not changed if it exists in the working directory or nowhere, is absolute, or is not a
+    file of this machine (`hub:`, a URL).
     """
     other = path.startswith(HUB) or "://" in path or not path
     if other or os.path.isabs(path) or _is_there(path) or not _is_there(str(folder / path)):
@@ -111,7 +111,7 @@ def find(path: str, folder: Path) -> str:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file, a folder, or one file of a pattern is there."""
+    """Whether a file, a folder, or a file that matches a pattern exists."""
     if os.path.exists(path):
         return True
     pattern = RANGE.sub("*", path)

@@ -1,4 +1,4 @@
-"""Where records come from: one source, or a mixture of several."""
+"""Settings of the data: one source of records, or a mixture of several."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,7 @@ PATTERN = set("*?[{")
 
 
 class SourceConfig(Strict):
-    """Where records come from, and how many of them are in an epoch."""
+    """A source of records, and its share of an epoch."""
 
     train: LocalPath = Field(
         description="file, glob, folder or tar shards of records, or hub:OWNER/NAME"
@@ -66,14 +66,14 @@ class SourceConfig(Strict):
         keys = ("subset", "split", "revision", "stream", "window")
         told = [k for k in keys if getattr(self, k) != fields[k].default]
         if told and not self.train.startswith(HUB):
-            raise ValueError(f"'{told[0]}' is of Hub data sets -- write train as hub:OWNER/NAME")
+            raise ValueError(f"'{told[0]}' is for Hub data sets -- write train as hub:OWNER/NAME")
         if "window" in told and self.stream is None:
-            raise ValueError("'window' is of streams -- set 'stream' to a number of records")
+            raise ValueError("'window' is for streams -- set 'stream' to a number of records")
         return self
 
     @property
     def label(self) -> str:
-        """What metrics and messages call it."""
+        """Its name in metrics and messages."""
         if self.name is not None:
             return self.name
         if self.train.startswith(HUB):
@@ -82,7 +82,7 @@ class SourceConfig(Strict):
 
 
 ONLY_TRAINING = ("weight", "cap", "stream", "window")
-"""Keys of a source that say how training draws from it."""
+"""Keys of a source that are for training only."""
 
 
 class HeldOutConfig(Strict):

@@ -43,7 +43,7 @@ class ScheduleConfig(Strict):
 SIZE = 8
 
 
-MOST_RECORDS = 10**7  # of an optimizer step: a list of them is made for each
+MOST_RECORDS = 10**7  # of an optimizer step, because each step makes a list of its records
 
 
 class BatchConfig(Strict):
@@ -77,11 +77,11 @@ class BatchConfig(Strict):
     @model_validator(mode="after")
     def _one_count(self) -> "BatchConfig":
         if self.total is not None and self.accumulate != 1:
-            raise ValueError("both of them -- give either 'accumulate' or 'total'")
+            raise ValueError("both are given -- give either 'accumulate' or 'total'")
         if self.tokens is not None and self.size != SIZE:
-            raise ValueError("both of them -- give either 'size' or 'tokens'")
+            raise ValueError("both are given -- give either 'size' or 'tokens'")
         if self.tokens is not None and self.total is None:
-            raise ValueError("'tokens' needs 'total' -- add it, the records of an optimizer step")
+            raise ValueError("'tokens' needs 'total' -- add it: records per optimizer step")
         records = self.total or self.size * self.accumulate
         if records > MOST_RECORDS:
             raise ValueError(
@@ -93,7 +93,7 @@ class BatchConfig(Strict):
         """Records per optimizer step.
 
         Raises:
-            RecipeError: `total` does not divide.
+            RecipeError: `total` is not divisible.
         """
         if self.total is None:
             return self.size * self.accumulate * processes
@@ -101,32 +101,33 @@ class BatchConfig(Strict):
         if self.total % least:
             size = "" if self.tokens is not None else f"size {self.size} x "
             raise RecipeError(
-                f"total {self.total} is no multiple of {size}{processes} processes",
+                f"total {self.total} is not a multiple of {size}{processes} processes",
                 where="stages.batch",
                 hint="change one of them",
             )
         return self.total
 
     def micro_steps(self, processes: int) -> int | None:
-        """Micro-steps per optimizer step; None where `tokens` decides it step by step."""
+        """Micro-batches per optimizer step and process; None with `tokens`, which decides it for
+        each step."""
         if self.tokens is not None:
             return None
         return self.records_per_step(processes) // (self.size * processes)
 
     def micro_batch(self, length: float) -> float:
-        """Records of a micro-batch, if they are of `length` tokens."""
+        """Number of records of `length` tokens in a micro-batch."""
         return self.size if self.tokens is None else max(1.0, self.tokens / length)
 
 
 class CheckpointConfig(Strict):
-    """When a stage saves what it needs to resume."""
+    """Checkpoints, from which an unfinished stage resumes."""
 
     interval: int = Field(200, ge=1, le=MOST, description="steps between checkpoints")
     keep_last: int = Field(1, ge=1, le=MOST, description="number of newest checkpoints to keep")
 
 
 class ValidationConfig(Strict):
-    """When a stage measures its losses on `data.validation`, and how it uses them."""
+    """Validation on the held-out records of `data.validation`."""
 
     interval: int | None = Field(
         200,
@@ -217,7 +218,7 @@ class EngineConfig(Strict):
         given += ["offload"] * (self.offload != "none")
         if self.kind == "torch" and given:
             raise ValueError(
-                f"{given[0]!r} is of kind deepspeed, and the engine's kind is torch -- set 'kind: "
+                f"{given[0]!r} is for kind deepspeed, and the engine's kind is torch -- set 'kind: "
                 "deepspeed', or leave it out"
             )
         return self
@@ -239,11 +240,11 @@ STEP_METRICS = frozenset(
         "seconds",
     }
 )
-"""Keys of a step's metrics beside its objectives."""
+"""Keys of a step's metrics in addition to its objectives."""
 
 ANSWER_CE, TEACHER_KL = "answer_ce", "teacher_kl"
 VALIDATION_METRICS = frozenset({ANSWER_CE, TEACHER_KL, "records", "best"})
-"""Keys of a validation's metrics beside those of a step."""
+"""Keys of a validation's metrics in addition to those of a step."""
 
 
 class SamplingConfig(Strict):
@@ -266,8 +267,8 @@ class SamplingConfig(Strict):
     def _divides(cls, value: float) -> float:
         if 0 < value < LEAST_TEMPERATURE:
             raise ValueError(
-                f"got {value}, which logits cannot be divided by -- 0 takes the likeliest token, "
-                f"else give {LEAST_TEMPERATURE} or more"
+                f"got {value}, which is too small -- give 0 for greedy decoding, or at least "
+                f"{LEAST_TEMPERATURE}"
             )
         return value
 
@@ -281,7 +282,7 @@ class OnPolicyConfig(SamplingConfig):
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters for the linear layers of some groups, whose own weights are frozen."""
+    """Low-rank adapters for the linear layers of some groups. The layers' weights are frozen."""
 
     groups: list[str] = Field(
         ["language_model"],
@@ -304,14 +305,14 @@ class LoraConfig(Strict):
     def _head_without_dropout(self) -> "LoraConfig":
         if self.dropout and "head" in self.groups:
             raise ValueError(
-                "the head's adapter takes no dropout, its losses see weights only -- set it to 0, "
-                "or leave 'head' out"
+                "the head's adapter cannot have dropout, because losses read its weight -- set it "
+                "to 0, or leave 'head' out"
             )
         return self
 
 
 class TrainConfig(Strict):
-    """What trains: parameter groups and adapters. A list names groups."""
+    """Trainable parameters: groups and adapters. A list contains names of groups."""
 
     groups: list[str] = Field([], description="parameter groups of which all weights train")
     lora: LoraConfig | None = Field(None, description="adapters for further groups")
@@ -319,12 +320,12 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _something(self) -> "TrainConfig":
         if not self.groups and self.lora is None:
-            raise ValueError("nothing trains -- name groups, or add 'lora'")
+            raise ValueError("nothing is trained -- name groups, or add 'lora'")
         return self
 
     @property
     def words(self) -> str:
-        """What trains, for tables."""
+        """A description for tables."""
         if self.lora is None:
             return ", ".join(self.groups)
         kind = "DoRA" if self.lora.dora else "LoRA"
@@ -383,6 +384,6 @@ class StageConfig(Strict):
             raise ValueError("two objectives have the same name -- give each a 'name'")
         if taken := (STEP_METRICS | VALIDATION_METRICS) & {*names}:
             raise ValueError(
-                f"an objective has the name {min(taken)!r}, which a metric has -- give it another"
+                f"an objective has the name of a metric, {min(taken)!r} -- give it another name"
             )
         return self
