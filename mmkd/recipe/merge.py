@@ -1,6 +1,6 @@
-"""Values of YAML: merging one recipe over another, and setting single keys by their path.
+"""Merge one recipe over another, and set single keys by their path.
 
-Nothing in a text is interpolated: `${price}` stays `${price}`, with and without overrides.
+Texts are not interpolated: `${price}` stays `${price}`.
 
 OmegaConf sets keys by the same paths, but takes `${price}` for an interpolation and fails when it
 is resolved. The command line of pydantic-settings takes a list whole: it has no path to a key of

@@ -110,7 +110,7 @@ for name, did, word, *parts in [
         "cold_sampling",
         "sampled at 1e-300",
         "stages.0.on_policy={temperature: 1.0e-300}",
-        "cannot be divided by",
+        "too small",
     ),
 ]:
     by_override(THEME, name, did, word, *parts)
@@ -121,7 +121,7 @@ def prompt_with_escapes(world):
     world.raw["evaluate"] = {"samples": {"images": ["picture.png"], "prompts": ["a\x1b[2J"]}}
 
 
-@attack(THEME, "gave the last seed to two stages", "the seed 4294967295 has no room for 2 stages")
+@attack(THEME, "gave the last seed to two stages", "the seed 4294967295 is too large for 2 stages")
 def seed_without_room(world):
     world.raw["seeds"] = [1, 2**32 - 1]
     world.raw["stages"].append({**world.raw["stages"][0], "name": "second"})

@@ -153,9 +153,9 @@ def test_the_convert_command_takes_any_conversion(
         (changed('Literal["kv_heads"]', "str"), ONE_HEAD,
          "KvHeads has no kind: give its config_class 'kind: Literal[...]'"),
         (changed("@add_conversion\nclass KvHeads(Conversion)", "@add_conversion\nclass KvHeads"),
-         ONE_HEAD, "cannot be loaded (TypeError: it is no conversion)"),
+         ONE_HEAD, "cannot be loaded (TypeError: it is not a subclass of Conversion)"),
         (changed("(ConversionConfig)", "(BaseModel)").replace("Field\n", "BaseModel, Field\n"),
-         ONE_HEAD, "(TypeError: its settings, KvHeadsConfig, are no ConversionConfig)"),
+         ONE_HEAD, "(TypeError: its settings, KvHeadsConfig, are not a ConversionConfig)"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, entry, said):
@@ -175,7 +175,7 @@ def test_what_goes_wrong_is_one_line(recipe, tmp_path, monkeypatch, capsys, code
     ("code", "said"),
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("class KvHeads: pass", "TypeError: it is no conversion"),
+        ("class KvHeads: pass", "TypeError: it is not a subclass of Conversion"),
         (changed("kv_heads", "other"), "it is not of the kind 'kv_heads'"),
     ],
 )

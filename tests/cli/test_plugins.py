@@ -95,7 +95,7 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
         (["--plugin", "my.py"], CODE.group(1).replace('Literal["hidden_cosine"]', "str"), {},
          "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
         (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
-         "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
+         "it needs 'teachr', which is unknown -- did you mean 'teacher'?"),
         (["--plugin", "my.py"], changed("config_class", "needs = None\n    config_class"), {},
          "Cosine defines 'needs': move it to its settings, CosineConfig"),
         (["--plugin", "my.py"], changed("needs: ClassVar", "needs: frozenset[str]"), {},

@@ -178,7 +178,7 @@ def test_control_characters_of_an_answer_are_escaped(capsys):
         ([TEACHER, "?", "--student", "kd"], "not a run's folder, and --student names a student"),
         ([TEACHER, "--json"], "--json prints one answer -- add a question to the command"),
         ([TEACHER, "?", "--image", "none.png"], "none.png: no such image -- check the path"),
-        ([TEACHER, "?", "--temperature", "1e-9"], "temperature: got 1e-09, which logits cannot"),
+        ([TEACHER, "?", "--temperature", "1e-9"], "temperature: got 1e-09, which is too"),
         ([TEACHER, "?", "--compare", "nothing"], "nothing: no such model folder -- "),
         ([TEACHER, "?", "--compare", TEACHER], "--compare: it is the model itself -- name another"),
     ],

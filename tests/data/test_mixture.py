@@ -158,7 +158,7 @@ BASE = {"name": "x", "student": {"model": "m"},
         ({"sources": [{"train": "a", "weight": 1}, {"train": "b"}]}, "every source a 'weight', or"),
         ({"sources": [{"train": "a", "weight": float("inf")}]}, "data.sources.0.weight"),
         ({"sources": [{"train": "a", "cap": 0}]}, "data.sources.0.cap"),
-        ({"sources": [{"train": "a.json", "split": "test"}]}, "'split' is of Hub data sets"),
+        ({"sources": [{"train": "a.json", "split": "test"}]}, "'split' is for Hub data sets"),
         ({"sources": [{"train": "a.json", "wieght": 1}]}, "did you mean 'weight'?"),
     ],
 )

@@ -203,7 +203,7 @@ def test_windows_of_other_sizes_are_told_apart(repository, alone):
 
 
 def test_a_window_without_a_stream_is_refused(repository):
-    with pytest.raises(ValidationError, match="'window' is of streams"):
+    with pytest.raises(ValidationError, match="'window' is for streams"):
         SourceConfig(train="hub:a/b", window=5)
 
 

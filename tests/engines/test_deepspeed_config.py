@@ -105,13 +105,13 @@ def test_what_contradicts_is_named(file, engine, settings, changes, message):
 
 
 def test_settings_of_deepspeed_on_the_torch_engine_are_refused():
-    with pytest.raises(ValueError, match="'zero' is of kind deepspeed"):
+    with pytest.raises(ValueError, match="'zero' is for kind deepspeed"):
         stage({"kind": "torch", "zero": 2})
 
 
 def test_a_total_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="total 6 is no multiple of size 4 x 2 processes"):
+    with pytest.raises(RecipeError, match="total 6 is not a multiple of size 4 x 2 processes"):
         resolve(stage({}, batch={"size": 4, "total": 6}))
     made = resolve(stage({}, batch={"size": 4, "total": 16}))
     assert made["gradient_accumulation_steps"] == 2

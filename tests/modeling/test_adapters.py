@@ -208,7 +208,7 @@ def test_adapters_go_on_where_they_stopped(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("groups", "lora", "said"),
     [
-        ([], {"groups": ["head"], "dropout": 0.1}, "takes no dropout"),
+        ([], {"groups": ["head"], "dropout": 0.1}, "cannot have dropout"),
         ([], {"groups": ["embeddings"]}, "no linear layers in embeddings"),
         ([], {"groups": ["langauge_model"]}, "did you mean 'language_model'"),
         (["all"], {}, "no linear layers in language_model -- .*are not fully trained"),

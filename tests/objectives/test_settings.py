@@ -58,7 +58,7 @@ def test_an_unknown_need_is_named():
         kind: Literal["misspelt"]
         needs: ClassVar = frozenset({"teachr"})
 
-    with pytest.raises(ValidationError, match="'teachr', which there is not -- did you mean 'tea"):
+    with pytest.raises(ValidationError, match="'teachr', which is unknown -- did you mean 'tea"):
         Misspelt(kind="misspelt")
 
 

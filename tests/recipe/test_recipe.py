@@ -102,7 +102,7 @@ def stage(**changes):
         (stage(objectives=[{"kind": "ce"}, {"kind": "ce"}]), ["same name"]),
         (
             stage(objectives=[{"kind": "ce", "name": "loss"}]),
-            ["stages.0", "the name 'loss', which a metric has", "give it another"],
+            ["stages.0", "the name of a metric, 'loss'", "give it another"],
         ),
         (stage(objectives=[{"kind": "ce", "name": "kl.a"}]), ["stages.0.objectives.0.name"]),
         (changed(student={}), ["student", "either 'model'"]),

@@ -162,7 +162,7 @@ def test_one_teacher_has_a_weight_too(world):
             "teacher ocr: sources: no data source 'leters' -- did you mean",
         ),
         ({"name": "chat"}, "two teachers have the same name"),
-        ({"source": "self", "model": None}, "one of several teachers does not run"),
+        ({"source": "self", "model": None}, "several teachers must all run"),
         ({"weight": 0}, "greater than 0"),
     ],
 )

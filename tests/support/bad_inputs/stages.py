@@ -31,7 +31,7 @@ overridden(
     KIND,
     "size_and_tokens",
     "stages.0.batch={size: 4, tokens: 4096, total: 4}",
-    "stages.0.batch: both of them -- give either 'size' or 'tokens'",
+    "stages.0.batch: both are given -- give either 'size' or 'tokens'",
 )
 overridden(
     KIND,
@@ -45,7 +45,7 @@ overridden(
     KIND,
     "total_that_does_not_divide",
     "stages.0.batch={size: 4, total: 6}",
-    "stages.batch: total 6 is no multiple of size 4",
+    "stages.batch: total 6 is not a multiple of size 4",
     "change one of them",
 )
 overridden(
@@ -94,7 +94,7 @@ overridden(
     KIND,
     "adapter_with_dropout_on_the_head",
     "stages.0.train={lora: {groups: [head], dropout: 0.1}}",
-    "stages.0.train.lora: the head's adapter takes no dropout",
+    "stages.0.train.lora: the head's adapter cannot have dropout",
 )
 
 
@@ -116,7 +116,7 @@ overridden(
     KIND,
     "zero_without_deepspeed",
     "stages.0.engine.zero=2",
-    "stages.0.engine: 'zero' is of kind deepspeed, and the engine's kind is torch",
+    "stages.0.engine: 'zero' is for kind deepspeed, and the engine's kind is torch",
 )
 overridden(
     KIND,
