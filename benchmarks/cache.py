@@ -4,8 +4,9 @@
 
 No teacher with 152,000 tokens is at hand here, so the distributions are made: p falls as a power of
 the rank, with an exponent drawn for each token from a range, and the student's logits are the
-teacher's with noise. How much mass lies behind the k likeliest tokens decides the error, and is
-printed beside it. Read speed: from the disk's cache through checksum-free slices to tensors.
+teacher's with noise. The error depends on the probability of all tokens but the k
+most likely ones, which is printed too. Read speed: from the disk's cache through checksum-free
+slices to tensors.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def main() -> None:
     errors = [error(codec, e, args.noise, args.rows) for e in EXPONENTS]
     fast = speed(codec, args.records, args.tokens)
     table = Table(title=f"k = {args.k} of {args.vocabulary:,}")
-    for name in ("exponents", "mass behind k", "KL", "mean distance, of KL"):
+    for name in ("exponents", "mass after k", "KL", "mean distance, of KL"):
         table.add_column(name, justify="right")
     for e in errors:
         low, high = e["exponents"]

@@ -5,7 +5,7 @@
 DistillKit's format is written after its README: ids in ceil(log2 V) bits, the first values
 in bfloat16, a polynomial over the rank through the others with float32 coefficients. `recommended`
 and `budget` are its two settings there. Ranks run from 0 to 1 and the fit is in float64, which is
-the format at its best. What lies behind the k tokens is left out and the rest scaled to 1 (`zero`),
+the format at its best. All other tokens are left out and the k tokens scaled to 1 (`zero`),
 or one cell more (`uniform`), as in its losses.
 
 Distributions are made as in `benchmarks.cache`. Time: from hidden states and stored rows that are

@@ -1,4 +1,4 @@
-"""Steps of a real size on a GPU, beside what `mmkd plan` computes of them.
+"""Steps of a realistic size on a GPU, compared with the predictions of `mmkd plan`.
 
     mmkd data build scenes --out data/scenes --seed 0
     python -m benchmarks.large --json runs/bench/large.json

@@ -1,4 +1,4 @@
-"""Whole training steps: beside a teacher, from its cache, without one, and their floor.
+"""Whole training steps: with a live teacher, from its cache, without a teacher, and a lower bound.
 
     python -m benchmarks.step --json runs/bench/step.json
     python -m benchmarks.step --device cuda --precision bfloat16 --json ...
@@ -29,7 +29,7 @@ STUDENTS = {"quickstart": [], "teacher": ["student.convert=[]"]}
 
 
 def recipes(folder: Path, args: argparse.Namespace, records: int) -> dict[str, Recipe]:
-    """The stage beside the teacher, from its cache, and with cross-entropy alone, on the first
+    """The stage with a live teacher, from its cache, and with cross-entropy alone, on the first
     records."""
     data = folder / "records.parquet"
     pq.write_table(pq.read_table("data/scenes/train.parquet").slice(0, records), data)
@@ -43,7 +43,7 @@ def recipes(folder: Path, args: argparse.Namespace, records: int) -> dict[str, R
     ]
     cache = ["teacher.source=cache", f"teacher.cache={{folder: {folder / 'cache'}}}"]
     return {
-        "beside the teacher": load_recipe(RECIPE, common),
+        "with a live teacher": load_recipe(RECIPE, common),
         "from its cache": load_recipe(RECIPE, common + cache),
         "cross-entropy": load_recipe(RECIPE, [*common, "stages.0.objectives=[{kind: ce}]"]),
     }
@@ -74,7 +74,7 @@ def main() -> None:
                 stage.step(number + 1, [batches[number % 8]])
 
             calls[label] = step
-            if label == "beside the teacher":
+            if label == "with a live teacher":
 
                 def floor(
                     stage: Any = stage,

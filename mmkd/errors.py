@@ -15,7 +15,7 @@ HINT = " -- "
 LONGEST = 2000
 """Characters of a problem, or of its place, in a message."""
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Characters that turn the direction of the text behind them."""
+"""Characters that turn the direction of the text after them."""
 
 
 def one_row(text: str) -> str:

@@ -39,7 +39,7 @@ Schema = dict[str, Any]
 
 
 class Reference:
-    """The page as it grows: a section for every mapping, behind the one that names it first.
+    """The page: a section for each mapping, after the one that names it first.
 
     Args:
         schema: a JSON schema whose mappings are in `$defs`.
@@ -63,7 +63,7 @@ class Reference:
 
     def _write(self, into: list[str], heading: str, model: Schema, path: str) -> None:
         place = len(into)
-        into.append("")  # what it names comes behind it
+        into.append("")  # mappings that it names come after it
         told = heading.startswith("###")
         keys = [
             (key, schema)

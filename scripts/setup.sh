@@ -9,7 +9,7 @@ PIP="$VENV/bin/pip install --quiet --disable-pip-version-check"
 echo "installing into $VENV (a few minutes the first time)"
 "$VENV/bin/python" -c "import torch" 2>/dev/null || $PIP "torch==2.13.0"
 $PIP -e ".[dev]"
-# lmms-eval's own dependency list brings a torchvision that breaks beside a CPU torch.
+# lmms-eval's own dependency list installs a torchvision that does not work with a CPU torch.
 $PIP --no-deps "lmms-eval==0.7.3"
 # The processors of most families need torchvision, in the build for the installed torch. Any other
 # build breaks transformers, so it is removed again.

@@ -1,4 +1,4 @@
-"""What mkdocs does beside Markdown: equations become MathML, which browsers draw without scripts.
+"""Hooks of mkdocs: equations become MathML, which browsers draw without scripts.
 
 Pages write equations as GitHub does: ```math blocks, and $`...`$ within a line. The site brings the
 part of the font STIX Two Math that they need, as many systems have none for equations.

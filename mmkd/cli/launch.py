@@ -17,7 +17,7 @@ from mmkd.errors import AGAIN
 from mmkd.runtime.interrupt import LAUNCHER, REPEAT_SECONDS, SIGNALS, held
 
 GRACE_SECONDS = 10.0
-"""How long processes may go on beside one that failed."""
+"""Seconds that other processes may continue after one has failed."""
 
 STOP_SECONDS = 600.0
 """How long processes that were asked to stop may take: for the rest of a step and for saving."""
@@ -63,7 +63,7 @@ class _Stop:
         number: the first signal; 0 before it.
         heard: when it came, in seconds of `time.monotonic`.
         killed: a second one came, and the processes were killed.
-        well: exit statuses of processes that have stopped as they should, beside 0.
+        well: exit statuses in addition to 0 of processes that have stopped as they should.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ def _kill_late(workers: list[subprocess.Popen], heard: float) -> bool:
 
 
 def _stop(workers: list[subprocess.Popen]) -> int:
-    """End the processes beside one that failed; returns its status."""
+    """End the other processes after one has failed; returns its status."""
     codes = {i: code for i, w in enumerate(workers) if (code := w.poll()) not in (None, 0)}
     # One that was killed comes first: the others fail because of it.
     failed = min(codes, key=lambda i: codes[i] > 0)

@@ -73,7 +73,7 @@ class Clock:
         return time.perf_counter()
 
     def medians(self) -> dict[str, float]:
-        """Median seconds of each part over the steps behind the first ones."""
+        """Median seconds of each part over the steps after the first ones."""
         kept = self.steps[WARM_UP:] or self.steps
         names = {name for step in kept for name in step}
         return {name: statistics.median(s.get(name, 0.0) for s in kept) for name in names}

@@ -1,4 +1,4 @@
-"""`mmkd chat`: ask a student about images in the terminal, beside its teacher if asked to."""
+"""`mmkd chat`: ask a student about images in the terminal, optionally together with its teacher."""
 
 import json
 import sys

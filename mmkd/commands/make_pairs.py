@@ -83,8 +83,8 @@ def make_pairs(
     """Ask a model the first question of every record several times, and write the best and the
     worst answer of each as a pair.
 
-    Answers are kept beside `out` until it is written, and a second call with the same settings goes
-    on from them.
+    Answers are stored next to `out` until it is written, and a second call with the same settings
+    goes on from them.
 
     Args:
         model: folder or Hub id.

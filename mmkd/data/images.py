@@ -164,7 +164,7 @@ def _orientation(picture: Image.Image) -> int:
     if picture.format == "TIFF":  # Pillow turns these itself
         return 1
     try:
-        # Not the format's own: PNG's decodes the image to look behind it.
+        # Not the format's own method: PNG's decodes the image to find EXIF data after it.
         found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata turn nothing
         return 1

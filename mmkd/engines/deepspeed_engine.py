@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO engines behind the protocol (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+"""DeepSpeed's ZeRO engines with the interface of `Engine` (Rajbhandari et al. 2020, arXiv
+1910.02054)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -103,7 +103,7 @@ def left_padding(tokenizer: Any) -> Iterator[None]:
 
 
 def split_images(messages: Sequence[Message], where: str) -> tuple[list[Message], list[Any]]:
-    """lmms-eval's messages to the template's: placeholders in the text, images beside it."""
+    """Convert lmms-eval's messages to the template's: placeholders in the text, and images."""
     turns: list[Message] = []
     images: list[Any] = []
     for message in messages:

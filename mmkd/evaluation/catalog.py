@@ -66,7 +66,7 @@ class Task:
 
     @property
     def judged(self) -> str | None:
-        """A metric that a language model behind an API makes."""
+        """A metric that a language model with an API computes."""
         for metric in self.metrics:
             static = str(metric.get("aggregation")).endswith("_static")
             if _JUDGED.search(str(metric.get("metric"))) and not static:
@@ -123,7 +123,7 @@ class Chosen:
 
     Attributes:
         names: what lmms-eval is to run: tasks and groups, without aliases and tags.
-        tasks: the single tasks behind them.
+        tasks: the single tasks of these groups.
         folders: folders that hold the files of all of them.
     """
 

@@ -50,7 +50,7 @@ class DecodeRow:
 
 
 class Decoder:
-    """Decodes token after token behind a context of any length.
+    """Decodes token by token after a context of any length.
 
     Args:
         model: in eval mode; it runs where it is.

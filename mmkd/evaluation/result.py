@@ -58,7 +58,7 @@ class EvaluationResult:
 
 def write_result(result: EvaluationResult, out: Path) -> None:
     """Write the samples, then `results.json`. An older `results.json` is deleted first, so that it
-    never stands beside samples of another evaluation."""
+    is never combined with samples of another evaluation."""
     folder = EvaluationFolder(out)
     folder.results.unlink(missing_ok=True)
     for task, samples in result.samples.items():

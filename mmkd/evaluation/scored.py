@@ -22,7 +22,7 @@ def simple_evaluate(
     from tenacity import RetryError
 
     where = ", ".join(tasks)
-    # some tasks print their categories' scores, or write them beside the working directory
+    # some tasks print their categories' scores, or write them to the working directory
     with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         try:
             found: dict[str, Any] | None = evaluator.simple_evaluate(
@@ -37,7 +37,7 @@ def simple_evaluate(
                 verbosity="ERROR",
                 cli_args=Namespace(output_path=scratch, process_with_media=True),
             )
-        except RetryError as error:  # lmms-eval hides the cause behind five retries
+        except RetryError as error:  # lmms-eval hides the cause after five retries
             cause = error.last_attempt.exception() or error
             if isinstance(cause, MmkdError):
                 raise cause from None

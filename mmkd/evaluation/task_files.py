@@ -50,7 +50,7 @@ def included(config: dict[str, Any]) -> list[str]:
 
 
 def data_files(config: dict[str, Any], folder: Path) -> list[Path]:
-    """The local files behind the documents of a task; none if they come from elsewhere.
+    """The local files with the documents of a task; none if they come from elsewhere.
 
     Args:
         config: the task's keys.

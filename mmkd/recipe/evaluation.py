@@ -39,7 +39,7 @@ class SamplesConfig(Strict):
         if self.records is None and not self.images:
             raise ValueError("nothing to show -- give 'records' or 'images'")
         if self.records is not None and isinstance(self.images, list):
-            raise ValueError("beside 'records', 'images' must be one folder -- name it")
+            raise ValueError("with 'records', 'images' must be one folder -- name it")
         told = self.prompts != type(self).model_fields["prompts"].default
         if self.records is not None and told:
             raise ValueError(

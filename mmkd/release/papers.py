@@ -1,4 +1,4 @@
-"""The papers behind a recipe's methods, as the methods' own files name them."""
+"""The papers of a recipe's methods, as cited in the modules of the methods."""
 
 from typing import Any, NamedTuple
 

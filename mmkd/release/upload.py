@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 TRIES = 4
 FIRST_WAIT = 2.0  # seconds; doubled after every try
-# An older release's parts would stay beside new weights, and transformers might load them.
+# Files of an older release would remain, and transformers might load them with the new weights.
 OLD_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 AGAIN = "run the same command again: what the Hub has is not sent twice"
 LOG_IN = "log in with 'hf auth login' or set HF_TOKEN, with a token that may write"

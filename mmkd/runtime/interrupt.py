@@ -283,7 +283,7 @@ _launchers: list[int] = []
 def end_with_launcher() -> None:
     """End this process, whatever it is doing, as soon as the launcher that has started it is gone.
 
-    A process that no launcher has started, such as one behind `nohup`, stays.
+    A process that no launcher has started, such as one under `nohup`, stays.
     """
     global _launchers
     said = os.environ.pop(LAUNCHER, None)  # what this process starts has another one
@@ -352,7 +352,7 @@ def _parent_of(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[1])  # behind the name: state, parent
+    return int(stat.rpartition(")")[2].split()[1])  # after the name: state, parent
 
 
 def begin_worker(parent: int, *_: Any) -> None:

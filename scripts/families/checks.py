@@ -124,12 +124,12 @@ def _looked_at(bench: Workbench, batch: Batch, kind: str) -> None:
 
 
 def several(bench: Workbench) -> None:
-    """A record of two images, beside one of one."""
+    """A batch with a record of two images and a record of one."""
     _records(bench, "several", "one")
 
 
 def without(bench: Workbench) -> None:
-    """A record without an image, alone and beside one with an image."""
+    """A record without an image, alone and in a batch with another that has one."""
     _records(bench, "none", "one")
 
 

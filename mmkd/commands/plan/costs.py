@@ -110,7 +110,7 @@ def idle_parameters(model: PreTrainedModel) -> int:
 
 
 def _patches(model: PreTrainedModel, pixels: float) -> float:
-    """Vision-tower tokens behind a number of pixel values (three channels; Qwen-VL's towers read
+    """Vision-tower tokens of a number of pixel values (three channels; Qwen-VL's towers read
     each image as two frames)."""
     vision = getattr(model.config, "vision_config", None)
     patch, frames = (getattr(vision, n, None) for n in ("patch_size", "temporal_patch_size"))
@@ -194,7 +194,7 @@ def memory(
     """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk; the
     student's trainable weights are chosen.
 
-    What is kept on the CPU beside a GPU stands under `cpu`, outside of the total. ZeRO stage 1
+    Memory on the CPU of a GPU run is under `cpu`, and not in the total. ZeRO stage 1
     spreads master weights and optimizer states, 2 gradients too, 3 weights too (Rajbhandari et al.
     2020, arXiv 1910.02054, section 3).
     """

@@ -196,7 +196,7 @@ def _planned_teachers(
     student: PreTrainedModel,
     device: torch.device,
 ) -> list[PlannedTeacher]:
-    """The teachers that run beside a stage, the primary one first, as the run will place them."""
+    """The teachers that run in a stage, the primary one first, as the run will place them."""
     planned = []
     for config in needed_teachers(recipe.teachers, stage.objectives):
         if config.source == "self":

@@ -171,7 +171,7 @@ _ROWS: dict[str, Any] = {
     "memory, estimated": lambda s: human(s["memory_bytes"]["total"], "B"),
     "  there is": lambda s: _fits(s["memory_bytes"]["total"], s["device_memory_bytes"]),
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
-    "  beside it, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
+    "  in addition, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
 
 

@@ -1,6 +1,6 @@
 """`mmkd init`: a commented recipe of a published method, for a pair of models of the user's.
 
-The stages of the templates beside this file are those of `configs/`; a test compares them.
+The stages of the templates in this folder are those of `configs/`; a test compares them.
 """
 
 import json
@@ -27,7 +27,7 @@ class Method:
     Attributes:
         summary: one line.
         one_model: the student is made of the teacher's own model, if no other is named.
-        pairs: the last stage needs preference pairs beside the data.
+        pairs: the last stage needs preference pairs in addition to the data.
     """
 
     summary: str

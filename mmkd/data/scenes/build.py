@@ -255,7 +255,7 @@ def build_scenes(
         out: the folder to write.
         seed: decides every scene and question.
         train, validation: pictures in these splits.
-        evaluation: pictures behind each evaluation file.
+        evaluation: number of images per evaluation file.
         progress: wraps the row iterators, for a progress bar: (rows, name, expected total).
 
     Raises:
