@@ -1,7 +1,6 @@
-"""DeepSpeed's settings: the recipe's, and those of the user's file that the recipe leaves open.
+"""DeepSpeed's config: settings of the recipe, and further settings of the user's DeepSpeed file.
 
-The file may say `auto` wherever the recipe knows the value, and may repeat the recipe; where it
-says otherwise, nothing starts.
+For settings of the recipe, the file may have `auto` or the same value. Another value is an error.
 """
 
 from importlib.util import find_spec

@@ -353,7 +353,7 @@ class MmkdModel(lmms):
             "pad_token_id": padding_token(self.processor, self.end_tokens),
         }
         started = self._clock()
-        # not inference_mode: its tensors must not stay behind in a model that trains on
+        # not inference_mode: a model with its tensors could not be trained further
         with torch.no_grad():
             generate: Any = self.model.generate
             output = generate(**inputs, **options)

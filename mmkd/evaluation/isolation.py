@@ -104,7 +104,7 @@ def warnings_only() -> Iterator[None]:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Turn the bars of lmms-eval, datasets and transformers off, unless they are to be shown."""
+    """Turn the bars of lmms-eval, datasets and transformers off, unless `shown`."""
     if shown:
         yield
         return

@@ -92,7 +92,7 @@ def samples_of_nothing(world: World) -> None:
     KIND,
     "gave both records and a list of images for samples",
     "evaluate.samples",
-    "beside 'records', 'images' must be one folder",
+    "with 'records', 'images' must be one folder",
 )
 def samples_of_two_sources(world: World) -> None:
     world.raw["evaluate"] = {"samples": {"records": "train.json", "images": ["picture.png"]}}

@@ -1,6 +1,6 @@
 """Reading images: decoded and processed each time, and from the cache of processed images.
 
-    python -m benchmarks.pictures --json runs/bench/pictures.json
+    python -m benchmarks.images --json runs/bench/images.json
 
 Photo-like JPEGs of 640 x 480 through the image processors of LLaVA-1.5 (336 x 336) and Qwen2.5-VL
 (its own size), PIL-backed; one process. `first`: with the cache still empty.
