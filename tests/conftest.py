@@ -1,4 +1,4 @@
-"""What many tests share: a small scene data set and a tiny model that can be loaded."""
+"""Shared fixtures: a small scene data set and a tiny model."""
 
 import io
 import os

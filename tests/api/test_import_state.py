@@ -1,4 +1,4 @@
-"""A program that imports mmkd stays as it was: what it sees, logs and shows is its own choice."""
+"""Importing mmkd does not change the state of a program: environment, logging and warnings."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Convert, evaluate and ask models from Python, and a training loop of one's own."""
+"""`convert`, `evaluate` and `generate` in Python, and a custom training loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Folders and recipes that try to run code of their own: each leaves the file `ran` if it can."""
+"""Folders and recipes that try to run code. Each would write the file `ran`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names that become paths, and labels that stand for something else."""
+"""Names that are used in paths, and labels with a reserved meaning."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recipes, commands and folders that would carry a secret to others."""
+"""Recipes, commands and folders that contain a secret, which must not be published."""
 
 import json
 from pathlib import Path

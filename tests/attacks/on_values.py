@@ -1,4 +1,4 @@
-"""Values that a recipe's keys could hold, and that nothing can compute with."""
+"""Values of recipe keys with which no computation is possible."""
 
 from tests.attacks.table import attack, by_override
 

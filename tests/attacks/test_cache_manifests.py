@@ -1,4 +1,4 @@
-"""A cache's manifest of another shape is refused in one line."""
+"""A cache manifest with another structure is refused in one line."""
 
 import copy
 import json

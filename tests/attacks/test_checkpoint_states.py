@@ -1,4 +1,4 @@
-"""A checkpoint's state.json of another shape is damage, which a run names and passes over."""
+"""A checkpoint whose state.json has another structure is damaged: a run logs and skips it."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Files of the current folder that are named like modules: mmkd imports none of them."""
+"""mmkd imports no files of the current folder that have the names of modules."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files of a run's folder that are valid and hold something else, or nothing."""
+"""Files of a run's folder that are valid but have other content, or are empty."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A model that has diverged: nothing is sampled from it, and the run says so."""
+"""A model that has diverged: sampling ends with an error."""
 
 import pytest
 import torch

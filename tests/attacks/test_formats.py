@@ -1,4 +1,4 @@
-"""The readers of YAML and JSON: they give plain values, or say in one line why not."""
+"""The YAML and JSON parsers return plain values or a one-line error."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The attacks that are drawn by chance: the same seed draws the same, and what breaks is seen."""
+"""Random attacks: the same seed gives the same attacks, and failures are detected."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What the image cache gives back is what was put there; a full disk ends in one line."""
+"""The image cache returns exactly what was stored; a full disk is a one-line error."""
 
 import errno
 import json

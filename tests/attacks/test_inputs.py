@@ -1,4 +1,4 @@
-"""A run goes on only with the data, images and models that it began with."""
+"""A run resumes only with the data, images and models with which it started."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What commands leave alone beside their outputs, keep of consent, and tell others."""
+"""Commands change no other files, store no consent, and send no private data."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A file's name means that file, whatever characters it has, and ranges of names are bounded."""
+"""File names with any characters refer to that file, and ranges of names are limited."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Every image goes through one door, whoever names it: formats, sizes and folders are bounded."""
+"""All images are opened by one module, with limits on formats, sizes and folders."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""No value anywhere in a record does more than spoil that record."""
+"""A bad value anywhere in a record affects that record only."""
 
 import copy
 import datetime

@@ -1,4 +1,4 @@
-"""Commands that meet a kill, a stop, a full disk or each other in the middle of their work."""
+"""Commands that are interrupted by a kill, a signal, a full disk or another command."""
 
 import json
 import os

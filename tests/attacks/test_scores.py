@@ -1,4 +1,4 @@
-"""Scores of weights that a run no longer holds are named by its report, and never published."""
+"""Scores of other weights than the current ones are marked in the report and not published."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Chat templates that come with a model are bounded in what they raise, take and write."""
+"""Limits on errors, time, memory and output of chat templates of models."""
 
 import copy
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Every key of a recipe has bounds: values past them are refused when the recipe is read."""
+"""Every key of a recipe has bounds. Values outside of them are refused."""
 
 import math
 from typing import Any, get_args, get_origin

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that names it, exit status 2, and nothing on disk."""
+"""Bad input gives a one-line error, exit status 2, and no files on disk."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Conversions from outside of the package: a file named by the command, an installed package."""
+"""Conversions from plugins: a file that the command names, and an installed package."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`mmkd convert`: a model folder becomes a student's folder, or one line says why not."""
+"""`mmkd convert` writes a student's folder, or prints a one-line error."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Objectives from outside of the package: a file named by the command, an installed package."""
+"""Objectives from plugins: a file that the command names, and an installed package."""
 
 import json
 import re

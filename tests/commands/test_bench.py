@@ -1,4 +1,4 @@
-"""`mmkd bench`: parts that add up to the step, beside a floor of the models' own work."""
+"""`mmkd bench`: the parts add up to the step, and there is a lower bound of the models' time."""
 
 import json
 import time

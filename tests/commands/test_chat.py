@@ -1,4 +1,4 @@
-"""`mmkd chat`, and the conversations that it holds."""
+"""`mmkd chat` and its conversations."""
 
 import io
 import json

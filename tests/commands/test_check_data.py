@@ -1,4 +1,4 @@
-"""`mmkd data check`: every problem is counted, placed and named, and nothing good is."""
+"""`mmkd data check` counts and names each problem, and reports no good records."""
 
 import json
 import os

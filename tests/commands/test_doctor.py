@@ -1,4 +1,4 @@
-"""The doctor: a row for whatever it meets, and a command that fixes it."""
+"""`mmkd doctor`: a row for each check, with a command that fixes problems."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A teacher with a processor of its own: other image tokens, the same answers."""
+"""Alignment with a teacher that has another processor: other image tokens, the same answers."""
 
 import json
 

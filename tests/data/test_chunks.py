@@ -1,4 +1,4 @@
-"""Chunks: the pieces of answers that two tokenizers have in common, on nasty text."""
+"""Chunks of answers for two tokenizers, on difficult texts."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""What records say beside plain text and paths: images in the turns, media, unknown keys."""
+"""Content of records other than text and paths: images in turns, media, unknown keys."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Lengths of records, found by several processes together."""
+"""Lengths of records, computed by several processes."""
 
 import multiprocessing
 import os

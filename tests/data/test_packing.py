@@ -1,4 +1,4 @@
-"""Records one behind another in a row: none sees another, and nothing is lost."""
+"""Packing: records in a row are isolated, and losses do not change."""
 
 import json
 import random

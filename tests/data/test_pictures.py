@@ -1,4 +1,4 @@
-"""Images are the same wherever they are opened, and bounded in what processors make of them."""
+"""Images are decoded in the same way everywhere, and their resized size is limited."""
 
 import base64
 import io

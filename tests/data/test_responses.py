@@ -1,4 +1,4 @@
-"""Which tokens count as an answer, whatever template and tokenizer a family has."""
+"""Tokens of answers for the templates and tokenizers of all families."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Webdataset shards and images: read where they lie, never from elsewhere."""
+"""Webdataset shards are read without unpacking, and images only from inside of their folder."""
 
 import io
 import json

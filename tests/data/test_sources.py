@@ -1,4 +1,4 @@
-"""Where records come from: published layouts, files, and the Hub."""
+"""Sources of records: published formats, files, and the Hub."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The order of records, and how steps are cut into micro-batches."""
+"""The order of records, and the micro-batches of a step."""
 
 import pytest
 import torch

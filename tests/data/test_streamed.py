@@ -1,4 +1,4 @@
-"""Streamed Hub data sets: windows of rows, read where a run comes to them."""
+"""Streamed data sets of the Hub, which are read in windows of rows."""
 
 import json
 import shutil

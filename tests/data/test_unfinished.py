@@ -1,4 +1,4 @@
-"""Answers that were cut off are not taught as finished, and answers are kept as they come."""
+"""Truncated answers are trained without an end of turn, and answers are stored at once."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""docs/families.md says what happens."""
+"""The table of docs/families.md is up to date."""
 
 import pytest
 from transformers.utils import is_torchvision_available

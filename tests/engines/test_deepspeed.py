@@ -1,4 +1,4 @@
-"""DeepSpeed's stages 0 to 3 train what plain torch trains, and go on where any of them stopped.
+"""ZeRO stages 0 to 3 train like the torch engine, and resume from checkpoints of any engine.
 
 The student is a sparse hybrid, its objectives read the output, image tokens and layers; all runs of
 a number of processes share one launch.

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: the recipe's, a file's, and what contradicts."""
+"""DeepSpeed's config: from the recipe, from a file, and contradictions between the two."""
 
 import json
 

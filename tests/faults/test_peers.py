@@ -1,4 +1,4 @@
-"""A process that is gone, hangs or never comes: the others say so and end, and the run goes on."""
+"""If a process dies, hangs or never starts, the others end with an error, and the run resumes."""
 
 import json
 import os

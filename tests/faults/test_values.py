@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run before it is saved, and the run goes on."""
+"""A loss that is not finite ends the run before it is saved, and the run can resume."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A GPU trains and answers what the processor does; skipped where torch sees none.
+"""Training and generation on a GPU equal those on a CPU; skipped without a GPU.
 
 Float32 is compared without TF32: what is left are sums in another order. mamba-ssm's kernels
 multiply float32 in TF32 by themselves, so hybrids have the tolerance of their tests.

@@ -1,4 +1,4 @@
-"""`image_size`: each family's own settings by the recipe's keys, and refused where it has none."""
+"""`image_size` sets the size settings of each family; unsupported keys are refused."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Queries, keys and values as an attention compares them: behind norms, without gates."""
+"""Queries, keys and values of an attention after its norms, without gates."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Objectives on layers beside each other: each reads the run of the student that it asks for."""
+"""Several layer-wise objectives: each reads the kind of run that it needs."""
 
 import copy
 import itertools

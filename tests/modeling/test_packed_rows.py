@@ -1,4 +1,4 @@
-"""Packed forward and gradient of every family are those of each record alone."""
+"""Packed forward and backward passes equal those of single records, for every family."""
 
 import copy
 
@@ -21,12 +21,12 @@ from tests.support.zoo import ZOO
 KINDS = ("one", "none", "several", "other", "frames")
 PACKED = [name for name in ZOO if name not in ("paligemma", "nemotron_h_omni")]
 TOLD = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "lfm2_vl", "lfm3_vl"]
-"""Those whom positions alone do not tell where records begin."""
+"""Families for which position ids are not enough to isolate records."""
 
 
 @pytest.fixture
 def batches(tmp_path):
-    """Records alone, the same packed in rows of several, and where each of them lies there."""
+    """Single records, the same records packed into rows, and their positions there."""
 
     def make(name):
         member = ZOO[name]
@@ -94,7 +94,7 @@ def test_a_packed_record_is_what_it_is_alone(name, batches):
 
 @pytest.mark.parametrize("name", TOLD)
 def test_without_borders_records_see_each_other(name, batches):
-    """Or the test above would show nothing."""
+    """Without isolation, the test above would fail."""
     found = batches(name)
     assert min(compare(ZOO[name].make(1), *found)) > 1e-3
 
@@ -120,8 +120,8 @@ def test_hybrid_students(name, batches):
 
 
 def naive_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Flash attention as transformers calls it: by borders, else causal over whole rows, whose
-    padding is on the right."""
+    """Flash attention as transformers calls it: with sequence boundaries, or causal over whole rows
+    with padding on the right."""
     rows, heads, length, _ = query.shape
     edges = kwargs.get("cu_seq_lens_q")
     edges = torch.arange(0, rows * length + 1, length) if edges is None else edges
@@ -164,14 +164,14 @@ def test_flash_attention_is_told_the_borders(name, batches, flash):
 
 
 def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model):
-    """A stage whose model is not told where records begin."""
+    """A stage without hooks that isolate records."""
     monkeypatch.setattr("mmkd.training.build.isolate_packed_sequences", lambda model: None)
     bench = Workbench(ZOO[name].make, ZOO[name].processor(), tmp_path)
     return bench.stage(change(bench.make(1)), *kinds, batch={"pack": 4096})
 
 
 def test_a_picture_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
-    """Gemma 3's records mix by their images only."""
+    """Without isolation, only image tokens of Gemma 3's records mix."""
     texts = ["none"] * 5
     packed_stage(tmp_path, monkeypatch, "gemma3", texts)
     with pytest.raises(RecipeError, match=r"Gemma3.* does not isolate packed records"):
@@ -179,7 +179,7 @@ def test_a_picture_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
 
 
 def test_several_rows_are_looked_at_before_the_first_step(tmp_path, monkeypatch, flash):
-    """Flash attention finds the borders of a single row by itself."""
+    """Flash attention derives the boundaries of a single row from position ids."""
     with pytest.raises(RecipeError, match="does not isolate packed records"):
         packed_stage(tmp_path, monkeypatch, "llava", ["one", "none", "other"], flash)
 

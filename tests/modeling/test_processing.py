@@ -1,4 +1,4 @@
-"""Processors and models of families that do some things in a way of their own."""
+"""Processors and models of families with special behaviour."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""4- and 8-bit teachers: what is asked of bitsandbytes, and where nothing here can do it.
+"""4- and 8-bit teachers: arguments for bitsandbytes, and errors without it.
 
 No test machine has a GPU with bitsandbytes: the call is looked at, not what it makes.
 """

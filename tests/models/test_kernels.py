@@ -1,4 +1,4 @@
-"""Which backend a call takes; mamba-ssm's kernels under Triton's interpreter."""
+"""The backend of a call, and mamba-ssm's kernels with Triton's interpreter."""
 
 import contextlib
 import json

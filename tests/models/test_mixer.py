@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer against the attention it is seeded from."""
+"""The Mamba-2 mixer compared with the attention from which it is initialised."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A teacher of another family: other words, other template, other images, the same answers."""
+"""A teacher of another family, with another tokenizer, template and image processor."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What an objective needs is said by its settings, which are read without torch."""
+"""Settings define the needs of objectives, and can be imported without torch."""
 
 from typing import ClassVar, Literal, get_args
 

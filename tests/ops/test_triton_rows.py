@@ -1,4 +1,4 @@
-"""Which backend the head's losses take, and the Triton kernel's own cases in other processes."""
+"""The backend of losses on the head's output, and tests of the Triton kernel in subprocesses."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Cut models: what configs and modules say of single layers follows the layers."""
+"""Depth pruning: per-layer settings of configs and modules follow the kept layers."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Training that breaks off at a chosen step."""
+"""Training that is interrupted at a chosen step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

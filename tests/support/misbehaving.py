@@ -1,4 +1,4 @@
-"""Checks of the doctor that go wrong, in a module that another process imports at once."""
+"""Checks of the doctor that fail, in a module that other processes import quickly."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What documentation pages hold: code blocks, and changes to files that they describe."""
+"""Content of documentation pages: code blocks, and described changes to files."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real processors of the families around one small tokenizer: no hub.
+"""Real processors of the families with one small tokenizer, without the Hub.
 
 They work without torchvision but for those whose classes cannot be imported then (ImportError).
 """

@@ -1,4 +1,4 @@
-"""Answers of conversations as tokenizers cut them, and two families that cut them otherwise."""
+"""Token boundaries of answers, and two families with different tokenizers."""
 
 import copy
 from functools import lru_cache

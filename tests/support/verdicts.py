@@ -1,4 +1,4 @@
-"""What lmms-eval would collect from a task's verdicts."""
+"""Results that lmms-eval would collect from a task."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Run directories as training and evaluation leave them, for the report."""
+"""Folders of runs, as training and evaluation write them, for tests of the report."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A stage's teachers by name: who is a member, and who is asked about a batch."""
+"""The teachers of a stage: members, and which of them run on a batch."""
 
 from dataclasses import replace
 

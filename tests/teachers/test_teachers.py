@@ -1,4 +1,4 @@
-"""Several teachers: one objective per teacher, over the records that it is asked about."""
+"""Several teachers: one objective per teacher, on the records of its data sources."""
 
 import json
 

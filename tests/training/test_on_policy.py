@@ -1,4 +1,4 @@
-"""On-policy distillation: whose answers a stage trains on, reproducibly."""
+"""On-policy distillation: the sampled answers, and their reproducibility."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A frozen vision tower that teacher and student have in common runs once."""
+"""A frozen vision tower that teacher and student share runs once."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Trackers: the same numbers as metrics.jsonl, once each, and never in the way of training."""
+"""Trackers get the numbers of metrics.jsonl, each once, and cannot stop training."""
 
 import inspect
 import json

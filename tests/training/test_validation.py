@@ -1,4 +1,4 @@
-"""Losses on held-out records: what they are, that training does not notice, and what follows."""
+"""Validation: values, no effect on training, best student and early stopping."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What users get wrong: one table of cases, and the page that is made of it."""
+"""Bad inputs: a table of cases, and the page that is generated from it."""
 
 from tests.support.bad_inputs import (  # noqa: F401
     commands,

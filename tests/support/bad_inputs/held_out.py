@@ -1,4 +1,4 @@
-"""Held-out records, and what stages do with them."""
+"""Held-out records and validation."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recipes that cannot be read, and keys with values that they do not take."""
+"""Recipes that cannot be read, and keys with invalid values."""
 
 import yaml
 

@@ -1,4 +1,4 @@
-"""Runs and teacher caches that cannot go on."""
+"""Runs and teacher caches that cannot be resumed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Stages with settings that do not fit together."""
+"""Stages with contradictory settings."""
 
 import json
 from typing import Any

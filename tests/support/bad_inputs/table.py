@@ -1,4 +1,4 @@
-"""Cases of bad input: what the user did, and what mmkd has to say."""
+"""Cases of bad input: the action of a user, and the expected message."""
 
 import hashlib
 import io
