@@ -187,7 +187,7 @@ BAD_ROWS = {
         "the text names a file: <img>a.png</img>",
     ),
     "web": ({**LLAVA, "image": "https://example.org/a.png"}, "a.png is a web address"),
-    "data_url": (chat({"image": "data:video/mp4;base64,AAAA"}, TEXT), "a data URL is not a pict"),
+    "data_url": (chat({"image": "data:video/mp4;base64,AAAA"}, TEXT), "a data URL is not an ima"),
     "base64": (chat({"image": "data:image/png;base64,A"}, TEXT), "base64 is damaged"),
     "index": (chat({"type": "image", "index": 1}, TEXT, images=["a.png"]), r"the indices \[1\]"),
     "unused": (

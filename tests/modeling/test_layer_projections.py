@@ -124,7 +124,7 @@ def test_what_is_read_is_what_the_attention_rotates(kind, settings, monkeypatch)
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("phi3", {}, "no q_proj of its own .it has o_proj, qkv_proj"),
+        ("phi3", {}, "no separate q_proj .it has o_proj, qkv_proj"),
         ("hunyuan_v1_dense", {}, "an unknown norm: query_layernorm"),
     ],
 )
