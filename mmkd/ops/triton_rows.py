@@ -8,13 +8,15 @@ which replaces the student's logits. Formulas and names are those of `mmkd.ops.d
 Importing this module needs triton; `mmkd.ops.backends` does it where a call may take the kernel.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkd.ops.distributions import Part, alike
-from mmkd.ops.terms import SparseRows
+from mmkd.ops.distributions import LARGEST_EXPONENT, Part, alike
+from mmkd.ops.terms import HeadLoss, SparseRows
 
 BLOCK = 4096
 WARPS = 16
@@ -22,6 +24,8 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # The log-probability of places past the vocabulary: a number whose exp is 0, and 0 times it too.
 OUTSIDE = tl.constexpr(-1e4)
+LARGEST = tl.constexpr(LARGEST_EXPONENT)
+LOG_2 = tl.constexpr(math.log(2))
 
 
 def chunk_losses(
@@ -66,7 +70,7 @@ def _launch(
     labels = torch.stack(targets, 1) if targets else None  # [C, ces]
     # Read before the kernel overwrites them, by torch, which refuses labels past the vocabulary.
     chosen = None if labels is None else logits[:, :width].gather(1, labels)
-    kinds = tuple(loss.settled for loss in losses)
+    kinds = tuple(loss.kind for loss in losses)
     compared = any(kind != "ce" for kind in kinds)
     t = theirs if compared else None
     values = sums.new_empty(len(logits), len(part), dtype=torch.float32)
@@ -84,7 +88,7 @@ def _launch(
             width,
             float(temperature),
             tuple(float(loss.scale) for loss in losses),
-            tuple(float(loss.beta if loss.kind == "jsd" else loss.alpha) for loss in losses),
+            tuple(_share(loss) for loss in losses),
             kinds=kinds,
             ces=kinds.count("ce"),
             sloped=any(kind not in ("ce", "kl") for kind in kinds),
@@ -96,6 +100,10 @@ def _launch(
         )
     for (number, _), value in zip(part, values.sum(0, dtype=torch.float64), strict=True):
         sums[number] += value
+
+
+def _share(loss: HeadLoss) -> float:
+    return float(loss.beta if loss.kind == "jsd" else loss.order[0])
 
 
 @triton.jit
@@ -128,7 +136,7 @@ def _row(
         values: [C, losses], out.
         width: tokens that get mass.
         temperature: divides z and t.
-        scales, shares: by loss; a share is beta or alpha.
+        scales, shares: by loss; a share is beta, alpha or the order of an alpha divergence.
         kinds: by loss, those of cross-entropies first.
         ces: number of cross-entropies.
         sloped: whether any other than ce and kl is there.
@@ -235,6 +243,20 @@ def _compare(kind: tl.constexpr, share, log_q, log_p):
         lead = log_q - tl.log(mixture)
         found = q * lead
         slope = lead - share * q / mixture
+    elif kind == "soft_reverse_kl":
+        behind = log_q - log_p
+        slope = tl.maximum(behind, 0.0) + tl.log(1 + tl.exp(-tl.abs(behind))) - LOG_2
+        found = (p + q) * slope
+    elif kind == "alpha" or kind == "hellinger" or kind == "pearson" or kind == "neyman":
+        factor = 1.0
+        if kind == "hellinger":
+            factor = 0.5
+        elif kind != "alpha":
+            factor = 2.0
+        bound = LARGEST / tl.maximum(tl.abs(share), tl.abs(share - 1))
+        log_r = tl.minimum(tl.maximum(log_p - log_q, -bound), bound)
+        slope = -factor * (tl.exp(share * log_r) - 1) / share
+        found = q * slope + factor * p * (tl.exp((share - 1) * log_r) - 1) / (share - 1)
     else:
         tl.static_assert(kind == "jsd")
         mixture = tl.maximum(share * p + (1 - share) * q, TINY)
