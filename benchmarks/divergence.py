@@ -27,7 +27,7 @@ from benchmarks.peers import Method, peers
 from mmkd.ops import linear_divergence
 from mmkd.runtime.progress import console
 
-KINDS = ("kl", "reverse_kl", "jsd")
+KINDS = ("kl", "reverse_kl", "jsd", "jeffreys", "soft_reverse_kl", "hellinger", "pearson")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -64,9 +64,18 @@ def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tenso
         rows = kl(log_p, log_q)
     elif kind == "reverse_kl":
         rows = kl(log_q, log_p)
+    elif kind == "jeffreys":
+        rows = kl(log_p, log_q) + kl(log_q, log_p)
+    elif kind == "hellinger":
+        rows = ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
+    elif kind == "pearson":
+        rows = (2 * log_p - log_q).exp().sum(-1) - 1
     else:
         log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-        rows = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+        rows = {
+            "jsd": lambda: 0.5 * (kl(log_p, log_m) + kl(log_q, log_m)),
+            "soft_reverse_kl": lambda: 2 * kl(log_m, log_p),
+        }[kind]()
     return (rows * mask).sum() / mask.sum()
 
 

@@ -45,14 +45,22 @@ def _trl() -> dict[str, Method]:
     from trl.experimental.gkd import GKDTrainer
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor) -> Tensor:
+    def dense(
+        kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        if kind not in BETA:
+            return None
         with torch.no_grad():
             theirs = (ht @ wt.t())[None]
         return GKDTrainer.generalized_jsd_loss(
             (hs @ ws.t())[None], theirs, labels=_labels(mask)[None], beta=BETA[kind]
         )
 
-    def tiles(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor) -> Tensor:
+    def tiles(
+        kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        if kind not in BETA:
+            return None
         # Its trainer drops masked rows first on devices with Triton, as done here.
         found, _ = ChunkedDivergenceFunction.apply(
             hs[mask], ws, None, ht[mask], wt, None, BETA[kind]
@@ -65,7 +73,11 @@ def _trl() -> dict[str, Method]:
 def _liger() -> dict[str, Method]:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    def chunked(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor) -> Tensor:
+    def chunked(
+        kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        if kind not in BETA:
+            return None
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
             weight_soft_loss=1.0,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkd.objectives.base import Targets
 from mmkd.objectives.scoring import HeadObjective
-from mmkd.objectives.settings import DivergenceConfig, JsdConfig, SkewConfig
+from mmkd.objectives.settings import AlphaConfig, DivergenceConfig, JsdConfig, SkewConfig
 from mmkd.ops import HeadLoss
 
 
@@ -36,3 +36,7 @@ class Jsd(Divergence):
 
 class SkewDivergence(Divergence):
     config_class = SkewConfig
+
+
+class AlphaDivergence(Divergence):
+    config_class = AlphaConfig

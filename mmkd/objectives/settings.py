@@ -98,7 +98,16 @@ class DivergenceConfig(HeadObjectiveConfig):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
 
-    kind: Literal["kl", "reverse_kl", "tvd"]
+    kind: Literal[
+        "kl",
+        "reverse_kl",
+        "jeffreys",
+        "soft_reverse_kl",
+        "hellinger",
+        "pearson",
+        "neyman",
+        "tvd",
+    ]
     region: Region = Field("response", description="tokens that it covers")
     temperature: float = Field(
         1.0, ge=LEAST_TEMPERATURE, le=1e6, description="divides both logits; no T^2 factor"
@@ -117,6 +126,13 @@ class SkewConfig(DivergenceConfig):
 
     kind: Literal["skew_kl", "skew_reverse_kl"]  # type: ignore[assignment]
     alpha: float = Field(0.1, ge=0, lt=1, description="skew")
+
+
+class AlphaConfig(DivergenceConfig):
+    """Amari's alpha divergence, between `reverse_kl` (0) and `kl` (1) and beyond."""
+
+    kind: Literal["alpha"]  # type: ignore[assignment]
+    alpha: float = Field(0.5, ge=-5, le=5, description="order of the divergence")
 
 
 BinaryKind = Literal["kl", "reverse_kl", "tvd"]
@@ -335,6 +351,7 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     DivergenceConfig,
     JsdConfig,
     SkewConfig,
+    AlphaConfig,
     AlmConfig,
     UldConfig,
     RelationConfig,

@@ -11,13 +11,27 @@ g = dL/dq:
     jsd               g = (1 - b) log(q / m),             m = b p + (1 - b) q
     skew_kl           g = -(1 - a) p / m,                 m = a p + (1 - a) q
     skew_reverse_kl   g = log(q / m) - a q / m,           m = a q + (1 - a) p
+    soft_reverse_kl   g = log((p + q) / 2p)
+    alpha             g = -(r^a - 1) / a,                 r = p / q
     tvd               g = -1/2 sign(p - q)
+
+`hellinger`, `pearson` and `neyman` are multiples of `alpha`, and `jeffreys` is `kl` + `reverse_kl`.
+Constants are left out of g: they do not change the gradient.
+
+`alpha` grows with a power of r. As an f-divergence, sum q f(r) with f(r) = (r^a - 1 - a (r - 1)) /
+(a (a - 1)), it stays one when f is continued by its tangents outside of [1/R, R]. This is done with
+R such that no power exceeds exp(20), so value and gradient agree and stay finite.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from mmkd.ops.terms import HeadLoss, SparseRows
+from mmkd.ops.terms import ALPHAS, HeadLoss, SparseRows
+
+LARGEST_EXPONENT = 20.0
+"""Log of the largest power of p / q in an `alpha` divergence."""
 
 LEAST_LOG = -80.0
 """Smallest log-probability of the tokens that are not stored. Their probability may be 0."""
@@ -94,7 +108,8 @@ def alike(part: Part, whole: int) -> dict[tuple[float, int], Part]:
     groups: dict[tuple[float, int], Part] = {}
     for number, loss in part:
         temperature = 1.0 if loss.kind == "ce" else loss.temperature
-        groups.setdefault((temperature, loss.vocab_size or whole), []).append((number, loss))
+        group = groups.setdefault((temperature, loss.vocab_size or whole), [])
+        group += [(number, computed) for computed in loss.computed()]
     return groups
 
 
@@ -123,13 +138,14 @@ class _Distributions:
         for number, loss in part:
             if loss.kind == "ce":
                 continue
-            if loss.effective_kind == "kl":
+            if loss.kind == "kl":
                 value = _dot(self.p, self.ahead) + self.offset
                 on_q += loss.scale
                 on_p += loss.scale
             else:
                 buffer = self.workspace("slope" if slope is None else "more", *self.q.shape)
-                value, g = getattr(self, f"_{loss.effective_kind}")(loss, buffer)
+                name = "alpha" if loss.kind in ALPHAS else loss.kind
+                value, g = getattr(self, f"_{name}")(loss, buffer)
                 g = g.mul_(loss.scale) if loss.scale != 1 else g
                 slope = g if slope is None else slope.add_(g)
             sums[number] += value.sum(dtype=torch.float64)
@@ -166,6 +182,24 @@ class _Distributions:
         value = _dot(self.q, log_ratio)
         mixture = self._mixture(1 - a, self.workspace("mixture", *self.q.shape))
         return value, log_ratio.sub_(torch.div(self.q, mixture, out=mixture), alpha=a)
+
+    def _soft_reverse_kl(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        # log((p + q) / 2p) = log((1 + q / p) / 2)
+        log_inverse_ratio = torch.add(self.ahead, self.offset[:, None], out=buffer).neg_()
+        g = torch.logaddexp(log_inverse_ratio, log_inverse_ratio.new_zeros(()), out=buffer).sub_(
+            math.log(2)
+        )
+        return _dot(self.p, g) + _dot(self.q, g), g
+
+    def _alpha(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        # f is f(R) + f'(R) (r - R) where r > R, so that q f = q g + p f' everywhere.
+        a, factor = loss.order
+        bound = LARGEST_EXPONENT / max(abs(a), abs(a - 1))
+        log_r = torch.add(self.ahead, self.offset[:, None], out=buffer).clamp_(-bound, bound)
+        slope = torch.mul(log_r, a - 1, out=self.workspace("power", *buffer.shape)).expm1_()
+        g = log_r.mul_(a).expm1_()
+        value = _dot(self.p, slope) / (a - 1) - _dot(self.q, g) / a
+        return factor * value, g.mul_(-factor / a)
 
     def _tvd(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         apart = torch.sub(self.q, self.p, out=buffer)

@@ -4,11 +4,21 @@ Let p and q be the distributions of teacher and student for one row, both softma
 
     kl                KL(p || q)                          forward KL, Hinton et al. 2015
     reverse_kl        KL(q || p)                          MiniLLM, arXiv 2306.08543
+    jeffreys          KL(p || q) + KL(q || p)
     jsd               b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q
                                                           GKD, arXiv 2306.13649, eq. 1
     skew_kl           KL(p || a p + (1 - a) q)            DistiLLM, arXiv 2402.03898, eq. 3
     skew_reverse_kl   KL(q || a q + (1 - a) p)            DistiLLM, arXiv 2402.03898, section 3.1
+    soft_reverse_kl   2 KL(m || p), m = (p + q) / 2       f-distill, arXiv 2502.15681
+    hellinger         sum (sqrt p - sqrt q)^2             the same
+    pearson           sum (p - q)^2 / q
+    neyman            sum (p - q)^2 / p                   f-distill
+    alpha             (sum p^a q^(1 - a) - 1) / (a (a - 1))   Amari 1985
     tvd               1/2 sum |p - q|                     total variation, arXiv 2307.15190
+
+`alpha` has the limits `kl` at a = 1 and `reverse_kl` at a = 0, which are computed there.
+`hellinger` is half of `alpha` at a = 1/2; `pearson` and `neyman` are twice `alpha` at a = 2 and -1.
+Powers of p / q are bounded: `mmkd.ops.distributions`.
 
 No constant is dropped: each divergence is 0 when p and q are equal. No kind is multiplied by the
 factor T^2 of Hinton et al.; use the objective's weight for it. For b = 0 and b = 1 the formula of
@@ -49,7 +59,8 @@ def linear_divergence(
         kind: one of `DIVERGENCES`, defined at the top of this module.
         temperature: T > 0 divides both models' logits; the result is not multiplied by T^2.
         beta: weight of the teacher in the mixture of `jsd`, in [0, 1].
-        alpha: skew of `skew_kl` and `skew_reverse_kl`, in [0, 1).
+        alpha: skew of `skew_kl` and `skew_reverse_kl`, in [0, 1); order of `alpha`, any
+            finite number.
         mask: [N] bool, True for rows that count; None keeps all.
         student_bias: [Vs] or None.
         teacher_bias: [Vt] or None.

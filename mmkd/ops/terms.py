@@ -1,11 +1,18 @@
 """The inputs of a loss on a head's output: kind, rows, and the teacher's distributions."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+DIVERGENCES = (
+    *("kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "soft_reverse_kl"),
+    *("hellinger", "pearson", "neyman", "alpha", "tvd"),
+)
+
+ALPHAS = {"hellinger": (0.5, 0.5), "pearson": (2.0, 2.0), "neyman": (-1.0, 2.0)}
+"""Divergences that are a multiple of the `alpha` divergence: its order and the factor."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class HeadLoss:
         targets: [N] int64, the tokens of `ce`.
         temperature: divides the logits of a divergence.
         beta: weight of the teacher in the mixture of jsd.
-        alpha: skew of skew_kl and skew_reverse_kl.
+        alpha: skew of skew_kl and skew_reverse_kl; order of alpha.
         vocab_size: tokens with a probability; None for all rows of the head.
     """
 
@@ -73,15 +80,29 @@ class HeadLoss:
     def scaled(self, scale: float) -> "HeadLoss":
         return replace(self, scale=scale)
 
+    def computed(self) -> list["HeadLoss"]:
+        """The losses that are computed for it, whose sum it is.
+
+        `jeffreys` is `kl` and `reverse_kl`. A kind is replaced by its limit where the setting
+        reaches it: `jsd` with beta 0 or 1, a skew of 0, and `alpha` of order 0 or 1.
+        """
+        ends = ["reverse_kl", "kl"]
+        if self.kind == "jeffreys":
+            kinds = ["kl", "reverse_kl"]
+        elif self.kind == "jsd" and self.beta in (0.0, 1.0):
+            kinds = [ends[int(1 - self.beta)]]
+        elif self.kind == "alpha" and self.alpha in (0.0, 1.0):
+            kinds = [ends[int(self.alpha)]]
+        elif self.kind.startswith("skew_") and self.alpha == 0.0:
+            kinds = [self.kind.removeprefix("skew_")]
+        else:
+            return [self]
+        return [replace(self, kind=kind) for kind in kinds]
+
     @property
-    def effective_kind(self) -> str:
-        """The kind that is computed: `jsd` with beta 0 or 1 is `kl` or `reverse_kl`, and a skewed
-        divergence with alpha 0 is the plain one."""
-        if self.kind == "jsd" and self.beta in (0.0, 1.0):
-            return "kl" if self.beta == 0.0 else "reverse_kl"
-        if self.alpha == 0.0 and self.kind.startswith("skew_"):
-            return self.kind.removeprefix("skew_")
-        return self.kind
+    def order(self) -> tuple[float, float]:
+        """Order and factor of an `alpha` divergence or of a multiple of one."""
+        return ALPHAS.get(self.kind, (self.alpha, 1.0))
 
 
 def check(loss: HeadLoss, student: Head, teacher: Head | SparseRows | None) -> None:
@@ -102,7 +123,10 @@ def check(loss: HeadLoss, student: Head, teacher: Head | SparseRows | None) -> N
         raise ValueError(f"temperature is {loss.temperature}, it must be positive")
     if not 0 <= loss.beta <= 1:
         raise ValueError(f"beta is {loss.beta}, it must be in [0, 1]")
-    if not 0 <= loss.alpha < 1:
+    if loss.kind == "alpha":
+        if not math.isfinite(loss.alpha):
+            raise ValueError(f"alpha is {loss.alpha}, it must be finite")
+    elif not 0 <= loss.alpha < 1:
         raise ValueError(f"alpha is {loss.alpha}, it must be in [0, 1)")
     if teacher is None:
         raise ValueError(f"{loss.kind} needs a teacher")

@@ -9,13 +9,15 @@ the student's logits. Formulas and names are those of `mmkd.ops.distributions`.
 Importing this module needs triton; `mmkd.ops.backends` does it where a call may take the kernel.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkd.ops.distributions import Part, alike
-from mmkd.ops.terms import SparseRows
+from mmkd.ops.distributions import LARGEST_EXPONENT, Part, alike
+from mmkd.ops.terms import HeadLoss, SparseRows
 
 BLOCK = 4096
 WARPS = 16
@@ -23,6 +25,8 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Log-probability of indices past the vocabulary. Its exp is 0, and 0 times it is 0 (unlike -inf).
 OUTSIDE = tl.constexpr(-1e4)
+LARGEST = tl.constexpr(LARGEST_EXPONENT)
+LOG_2 = tl.constexpr(math.log(2))
 
 
 def chunk_losses(
@@ -67,7 +71,7 @@ def _launch(
     labels = torch.stack(targets, 1) if targets else None  # [C, ces]
     # torch gathers these before the kernel overwrites them, and raises for labels out of range.
     chosen = None if labels is None else logits[:, :width].gather(1, labels)
-    kinds = tuple(loss.effective_kind for loss in losses)
+    kinds = tuple(loss.kind for loss in losses)
     compared = any(kind != "ce" for kind in kinds)
     t = theirs if compared else None
     values = sums.new_empty(len(logits), len(part), dtype=torch.float32)
@@ -85,7 +89,7 @@ def _launch(
             width,
             float(temperature),
             tuple(float(loss.scale) for loss in losses),
-            tuple(float(loss.beta if loss.kind == "jsd" else loss.alpha) for loss in losses),
+            tuple(_share(loss) for loss in losses),
             kinds=kinds,
             ces=kinds.count("ce"),
             sloped=any(kind not in ("ce", "kl") for kind in kinds),
@@ -97,6 +101,10 @@ def _launch(
         )
     for (number, _), value in zip(part, values.sum(0, dtype=torch.float64), strict=True):
         sums[number] += value
+
+
+def _share(loss: HeadLoss) -> float:
+    return float(loss.beta if loss.kind == "jsd" else loss.order[0])
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def _row(
         values: [C, losses], output.
         width: number of tokens with a probability.
         temperature: divides z and t.
-        scales, shares: by loss; a share is beta or alpha.
+        scales, shares: by loss; a share is beta, alpha or the order of an alpha divergence.
         kinds: by loss, those of cross-entropies first.
         ces: number of cross-entropies.
         sloped: whether there is any loss other than ce and kl.
@@ -236,6 +244,24 @@ def _compare(kind: tl.constexpr, share, log_q, log_p):
         log_ratio = log_q - tl.log(mixture)
         found = q * log_ratio
         slope = log_ratio - share * q / mixture
+    elif kind == "soft_reverse_kl":
+        log_inverse_ratio = log_q - log_p
+        slope = (
+            tl.maximum(log_inverse_ratio, 0.0)
+            + tl.log(1 + tl.exp(-tl.abs(log_inverse_ratio)))
+            - LOG_2
+        )
+        found = (p + q) * slope
+    elif kind == "alpha" or kind == "hellinger" or kind == "pearson" or kind == "neyman":
+        factor = 1.0
+        if kind == "hellinger":
+            factor = 0.5
+        elif kind != "alpha":
+            factor = 2.0
+        bound = LARGEST / tl.maximum(tl.abs(share), tl.abs(share - 1))
+        log_r = tl.minimum(tl.maximum(log_p - log_q, -bound), bound)
+        slope = -factor * (tl.exp(share * log_r) - 1) / share
+        found = q * slope + factor * p * (tl.exp((share - 1) * log_r) - 1) / (share - 1)
     else:
         tl.static_assert(kind == "jsd")
         mixture = tl.maximum(share * p + (1 - share) * q, TINY)

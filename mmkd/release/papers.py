@@ -10,6 +10,7 @@ class Paper(NamedTuple):
     arxiv: str
 
 
+F_DISTILL = Paper("f-distill", "2502.15681")
 GKD = Paper("GKD", "2306.13649")
 DISTILLM = Paper("DistiLLM", "2402.03898")
 LLAVA_KD = Paper("LLaVA-KD", "2410.16236")
@@ -29,6 +30,9 @@ _OBJECTIVES = {
     "jsd": [GKD],
     "skew_kl": [DISTILLM],
     "skew_reverse_kl": [DISTILLM],
+    "soft_reverse_kl": [F_DISTILL],
+    "hellinger": [F_DISTILL],
+    "neyman": [F_DISTILL],
     "tvd": [Paper("total variation", "2307.15190")],
     "alm": [Paper("ALM", "2503.20083")],
     "uld": [Paper("ULD", "2402.12030")],

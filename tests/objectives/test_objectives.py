@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mmkd.errors import CheckpointError
 from mmkd.modeling.capture import capture, check_supported
 from mmkd.objectives import REGISTRY, Layerwise, Signals, Targets, build_objective
-from mmkd.objectives.divergence import DivergenceConfig, JsdConfig, SkewConfig
+from mmkd.objectives.divergence import AlphaConfig, DivergenceConfig, JsdConfig, SkewConfig
 from mmkd.objectives.language_modeling import CrossEntropyConfig
 from mmkd.objectives.token_labels import TokenLabelsConfig
+from tests.support.divergences import by_definition
 
 B, T, H, V = 3, 9, 5, 13
 #            img img  prompt   response  pad
@@ -98,6 +99,11 @@ CONFIGS = [
     JsdConfig(kind="jsd", beta=0.2, region="vision"),
     SkewConfig(kind="skew_kl", alpha=0.3),
     SkewConfig(kind="skew_reverse_kl", alpha=0.3),
+    AlphaConfig(kind="alpha", alpha=0.3, region="prompt"),
+    *(
+        DivergenceConfig(kind=k, region="all")
+        for k in ("jeffreys", "soft_reverse_kl", "hellinger", "pearson", "neyman")
+    ),
 ]
 
 
@@ -107,26 +113,10 @@ def test_divergences(config):
     temperature = config.temperature
 
     def row(b, i):
-        p = logp(teacher, b, i, temperature).exp().detach()
-        q = logp(s, b, i, temperature).exp()
-
-        def kl(x, y):
-            return (x * (x / y).log()).sum()
-
-        match config.kind:
-            case "kl":
-                return kl(p, q)
-            case "reverse_kl":
-                return kl(q, p)
-            case "tvd":
-                return 0.5 * (p - q).abs().sum()
-            case "jsd":
-                m = config.beta * p + (1 - config.beta) * q
-                return config.beta * kl(p, m) + (1 - config.beta) * kl(q, m)
-            case "skew_kl":
-                return kl(p, config.alpha * p + (1 - config.alpha) * q)
-            case _:
-                return kl(q, config.alpha * q + (1 - config.alpha) * p)
+        log_p = logp(teacher, b, i, temperature).detach()
+        log_q = logp(s, b, i, temperature)
+        shares = {"beta": getattr(config, "beta", 0.5), "alpha": getattr(config, "alpha", 0.1)}
+        return by_definition(config.kind, log_p, log_q, **shares)
 
     got = build_objective(config)(s, teacher, t, 5.0).loss
     same(got, twin(t.predicts(config.region), row, 5.0), leaves(s))

@@ -17,7 +17,8 @@ from mmkd.runtime.registry import settings_kinds
 
 NEEDS = {
     "ce": {"distribution"},
-    "kl reverse_kl tvd jsd skew_kl skew_reverse_kl": {"teacher", "distribution"},
+    "kl reverse_kl jeffreys tvd jsd skew_kl skew_reverse_kl": {"teacher", "distribution"},
+    "soft_reverse_kl hellinger pearson neyman alpha": {"teacher", "distribution"},
     "relation affinity": {"teacher", "distribution"},
     "alm uld": {"teacher", "distribution", "chunks"},
     "mixer_mse layer_l2 hidden_mse": {"teacher", "layers"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmkd.objectives import REGISTRY, Chunks, ChunkTokens, Signals, Targets, build_objective
-from mmkd.ops import head_losses, linear_uld, token_logps
+from mmkd.ops import DIVERGENCES, head_losses, linear_uld, token_logps
 
 B, T, H, V = 4, 30, 6, 40
 PROJECTING = (head_losses, linear_uld, token_logps)
@@ -13,10 +13,7 @@ SETTINGS = {
     "ce": {},
     "kl": {},
     "reverse_kl": {},
-    "tvd": {},
-    "jsd": {},
-    "skew_kl": {},
-    "skew_reverse_kl": {},
+    **{kind: {} for kind in DIVERGENCES[2:]},
     "token_labels": {"at": "decoder", "background": True},
     "alm": {},
     "uld": {},

@@ -13,6 +13,7 @@ from mmkd.ops import (
     linear_cross_entropy,
     linear_divergence,
 )
+from tests.support.divergences import by_definition
 from tests.support.heads import N, V, parts
 
 
@@ -25,34 +26,33 @@ def twin_row(kind, p, q, beta, alpha):
     def mix(share, a, b):
         return [share * x + (1 - share) * y for x, y in zip(a, b, strict=True)]
 
+    def total(term):
+        return sum(term(x, y) for x, y in zip(p, q, strict=True))
+
     return {
         "kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "jsd": lambda: beta * kl(p, mix(beta, p, q)) + (1 - beta) * kl(q, mix(beta, p, q)),
         "skew_kl": lambda: kl(p, mix(alpha, p, q)),
         "skew_reverse_kl": lambda: kl(q, mix(alpha, q, p)),
-        "tvd": lambda: 0.5 * sum(abs(x - y) for x, y in zip(p, q, strict=True)),
+        "jeffreys": lambda: kl(p, q) + kl(q, p),
+        "soft_reverse_kl": lambda: total(lambda x, y: (x + y) * math.log((x + y) / (2 * x))),
+        "hellinger": lambda: total(lambda x, y: (math.sqrt(x) - math.sqrt(y)) ** 2),
+        "pearson": lambda: total(lambda x, y: y * (x / y - 1) ** 2),
+        "neyman": lambda: total(lambda x, y: x * (y / x - 1) ** 2),
+        "alpha": lambda: (
+            total(lambda x, y: x**alpha * y ** (1 - alpha) - y) / (alpha * (alpha - 1))
+        ),
+        "tvd": lambda: 0.5 * total(lambda x, y: abs(x - y)),
     }[kind]()
 
 
 def twin(kind, student, teacher, temperature, beta, alpha, mask, vocab):
     """Mean over kept rows in float64, with autograd over dense logits."""
     (hs, ws, bs), (ht, wt, bt) = student, teacher
-    q = torch.softmax((hs @ ws.t() + bs)[:, :vocab] / temperature, -1)
-    p = torch.softmax((ht @ wt.t() + bt)[:, :vocab] / temperature, -1).detach()
-    m = beta * p + (1 - beta) * q
-
-    def kl(a, b):
-        return (a * (a / b).log()).sum(-1)
-
-    rows = {
-        "kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
-        "skew_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
-        "skew_reverse_kl": lambda: kl(q, alpha * q + (1 - alpha) * p),
-        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
-    }[kind]()
+    log_q = torch.log_softmax((hs @ ws.t() + bs)[:, :vocab] / temperature, -1)
+    log_p = torch.log_softmax((ht @ wt.t() + bt)[:, :vocab] / temperature, -1).detach()
+    rows = by_definition(kind, log_p, log_q, beta=beta, alpha=alpha)
     return (rows * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -71,9 +71,11 @@ def call(student, teacher, **kwargs):
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_value_equals_the_definition_term_by_term(kind):
     student, teacher, _ = parts(0)
-    got = call(student, teacher, kind=kind, beta=0.3, alpha=0.2)
-    p = torch.softmax(teacher[0] @ teacher[1].t() + teacher[2], -1).tolist()
-    q = torch.softmax(student[0] @ student[1].t() + student[2], -1).tolist()
+    got = call(student, teacher, kind=kind, temperature=8.0, beta=0.3, alpha=0.2)
+    p, q = (
+        torch.softmax((hidden @ weight.t() + bias) / 8, -1).tolist()
+        for hidden, weight, bias in (teacher, student)
+    )
     want = sum(twin_row(kind, a, b, 0.3, 0.2) for a, b in zip(p, q, strict=True)) / N
     assert got.item() == pytest.approx(want, rel=1e-12)
 
@@ -106,10 +108,12 @@ def test_value_and_gradients_equal_the_dense_twin(kind, temperature, chunk_size,
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_float32_stays_close_to_float64(kind):
     student, teacher, mask = parts(2)
-    want = call(student, teacher, kind=kind, mask=mask)
+    # Squares of p / q magnify the rounding of far logits.
+    how = {"kind": kind, "temperature": 4.0 if kind in ("pearson", "neyman") else 1.0}
+    want = call(student, teacher, mask=mask, **how)
     want_grads = torch.autograd.grad(want, student)
     single = [t.detach().float().requires_grad_() for t in student]
-    got = call(single, [t.float() for t in teacher], kind=kind, mask=mask)
+    got = call(single, [t.float() for t in teacher], mask=mask, **how)
     got_grads = torch.autograd.grad(got, single)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
     for a, b in zip(got_grads, want_grads, strict=True):
@@ -156,6 +160,61 @@ def test_skew_without_skew_is_kl_and_jsd_ends_are_kl():
     assert near == pytest.approx(kl.item(), rel=1e-3)
 
 
+def test_alpha_has_the_other_divergences_as_cases_and_limits():
+    student, teacher, _ = parts(20)
+
+    def value_and_gradients(kind, **settings):
+        value = call(student, teacher, kind=kind, **settings)
+        return [value, *torch.autograd.grad(value, student)]
+
+    def agree(kind, order, factor, rtol):
+        got = value_and_gradients("alpha", alpha=order)
+        for a, b in zip(got, value_and_gradients(kind), strict=True):
+            torch.testing.assert_close(factor * a, b, rtol=rtol, atol=rtol / 10)
+
+    agree("hellinger", 0.5, 0.5, 1e-12)
+    agree("pearson", 2.0, 2.0, 1e-12)
+    agree("neyman", -1.0, 2.0, 1e-12)
+    for end, kind in ((1.0, "kl"), (0.0, "reverse_kl")):
+        agree(kind, end, 1.0, 0)
+        for near in (end - 1e-7, end + 1e-7):
+            agree(kind, near, 1.0, 1e-5)
+
+
+def test_jeffreys_is_the_sum_of_both_kl():
+    student, teacher, mask = parts(21)
+    total, sums = head_losses(Head(*student), [HeadLoss("jeffreys", mask, 0.3)], Head(*teacher))
+    both = [HeadLoss(kind, mask, 0.3) for kind in ("kl", "reverse_kl")]
+    want, parts_ = head_losses(Head(*student), both, Head(*teacher))
+    assert sums.item() == pytest.approx(parts_.sum().item(), rel=1e-14)
+    for a, b in zip(
+        torch.autograd.grad(total, student), torch.autograd.grad(want, student), strict=True
+    ):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("kind", ["jeffreys", "hellinger", "jsd", "tvd"])
+def test_symmetric_divergences_stay_when_the_models_are_exchanged(kind):
+    student, teacher, _ = parts(22)
+    there = call(student, teacher, kind=kind).item()
+    assert call(teacher, student, kind=kind).item() == pytest.approx(there, rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [-1.0, 0.5, 2.0, 3.0])
+def test_bounded_powers_are_those_of_a_continued_f(order):
+    """Far outside of the bounds the loss grows as p and q do, and its gradient is the value's."""
+    z = torch.tensor([[30.0, 0.0, -35.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([[-35.0, 30.0, 2.0, 1.5]], dtype=torch.float64)
+    eye = torch.eye(4, dtype=torch.float64)
+    got = linear_divergence(z, eye, t, eye, kind="alpha", alpha=order)
+    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(z, -1)
+    want = by_definition("alpha", log_p, log_q, beta=0.5, alpha=order).sum()
+    assert (log_p - log_q).abs().max() > 20
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+    (a,), (b,) = torch.autograd.grad(got, z), torch.autograd.grad(want, z)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_extreme_logits_stay_finite(kind):
     student, teacher, _ = parts(7)
@@ -184,6 +243,7 @@ def test_frozen_head_gets_no_gradient_and_the_teacher_never_does():
         ({"kind": "kl", "temperature": 0.0}, "temperature"),
         ({"kind": "jsd", "beta": 1.5}, "beta"),
         ({"kind": "skew_kl", "alpha": 1.0}, "alpha"),
+        ({"kind": "alpha", "alpha": math.inf}, "alpha is inf, it must be finite"),
         ({"kind": "kl", "vocab_size": V + 1}, "vocab_size"),
         ({"kind": "kl", "mask": torch.ones(N)}, "mask must be bool"),
         ({"kind": "kl", "chunk_size": 0}, "chunk_size"),

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mmkd.errors import RecipeError
+from mmkd.ops import DIVERGENCES
 from mmkd.recipe import Recipe, load_recipe, to_yaml
 from mmkd.recipe.merge import merged, with_key
 from mmkd.runs.pipeline import members
@@ -60,7 +61,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
 
 def test_the_schema_names_every_objective():
     text = str(Recipe.model_json_schema())
-    for kind in ("ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"):
+    for kind in ("ce", *DIVERGENCES, "relation", "preference"):
         assert f"'{kind}'" in text
 
 

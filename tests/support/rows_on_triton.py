@@ -4,7 +4,6 @@
 """
 
 import functools
-import math
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from mmkd.ops import DIVERGENCES, Head, HeadLoss, SparseRows, head_losses, triton_rows
 from mmkd.ops.distributions import Workspace
 from mmkd.ops.distributions import chunk_losses as torch_losses
+from tests.support.divergences import by_definition
 from tests.support.heads import N, V, parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,23 +83,8 @@ def twin_sum(loss, z, t):
     if loss.kind == "ce":
         return -log_q.gather(1, loss.targets[: len(z), None]).sum()
 
-    def mix(share, a, b):
-        return torch.logaddexp(a + math.log(share), b + math.log(1 - share))
-
-    def kl(a, b):
-        return (a.exp() * (a - b)).sum()
-
-    a, b = loss.alpha, loss.beta
-    return {
-        "kl": lambda: kl(log_p, log_q),
-        "reverse_kl": lambda: kl(log_q, log_p),
-        "jsd": lambda: (
-            b * kl(log_p, mix(b, log_p, log_q)) + (1 - b) * kl(log_q, mix(b, log_p, log_q))
-        ),
-        "skew_kl": lambda: kl(log_p, mix(a, log_p, log_q)),
-        "skew_reverse_kl": lambda: kl(log_q, mix(a, log_q, log_p)),
-        "tvd": lambda: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(),
-    }[loss.kind]()
+    rows = by_definition(loss.kind, log_p, log_q, beta=loss.beta, alpha=loss.alpha)
+    return rows.sum()
 
 
 def agree(got, want, rtol=1e-5, atol=1e-5):
@@ -107,8 +92,7 @@ def agree(got, want, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("block", [32, 4096], indirect=True)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("block", "temperature"), [(32, 1.0), (4096, 2.5)], indirect=["block"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_equals_its_definition_and_torch(kind, temperature):
     z, t = logits(0)
