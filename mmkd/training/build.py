@@ -1,6 +1,7 @@
 """From a stage's recipe and models to a stage that runs, and its run."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,23 +44,13 @@ from mmkd.training.validation_setup import build_validation
 from mmkd_models.layout import mamba_layers
 
 
-def build_stage(
-    config: StageConfig,
-    *,
-    student: PreTrainedModel,
-    processor: Any,
-    teachers: LoadedTeachers,
-    data: DataConfig,
-    folder: Path,
-    seed: int,
-    tracked: Tracked | None = None,
-    callbacks: Sequence[Callback] = (),
-) -> Stage:
-    """The stage, ready for its first step.
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """What a stage is built from.
 
-    Args:
+    Attributes:
         config: the stage.
-        student: what trains; moved to the engine's device.
+        student: the model that is trained, in place; moved to the engine's device.
         processor: the student's processor.
         teachers: loaded; those that the stage's objectives need are asked.
         data: the records.
@@ -68,57 +59,73 @@ def build_stage(
         tracked: the stage as its run's trackers see it, if they do.
         callbacks: called at moments of the stage.
     """
-    set_seed(seed)  # first: new adapters and dropout draw from here on
+
+    config: StageConfig
+    student: PreTrainedModel
+    processor: Any
+    teachers: LoadedTeachers
+    data: DataConfig
+    folder: Path
+    seed: int
+    tracked: Tracked | None = None
+    callbacks: Sequence[Callback] = ()
+
+
+def build_stage(inputs: StageInputs) -> Stage:
+    """The stage, ready for its first step."""
+    config, student, teachers = inputs.config, inputs.student, inputs.teachers
+    set_seed(inputs.seed)  # first: new adapters and dropout draw from here on
     device = distributed.choose_device(config.engine.device)
-    alone = _objectives_of(config, student, processor, teachers.processor)
-    objectives = ask_each(alone, teachers.settings, data)
+    alone = _objectives_of(inputs)
+    objectives = ask_each(alone, teachers.settings, inputs.data)
     # Before `_prepare_student`: the student as its own teacher is a copy without adapters.
     own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
     asked = teachers.for_stage(objectives, own)
     reference: Reference | None = choose_reference(objectives, asked, own)
-    encoder = _encoder_of(config, objectives, data, processor, teachers.processor, asked)
+    encoder = _encoder_of(inputs, objectives, asked)
     held_out = build_validation(
-        config, alone, encoder, teachers=teachers.settings, folder=folder, seed=seed
+        config,
+        alone,
+        encoder,
+        teachers=teachers.settings,
+        folder=inputs.folder,
+        seed=inputs.seed,
     )
-    stream = _stream_of(config, encoder, seed)
+    stream = _stream_of(config, encoder, inputs.seed)
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    vision = _prepare_student(config, student, asked, objectives, encoder, device)
+    vision = _prepare_student(inputs, asked, objectives, encoder, device)
     engine = build_engine(config, student, steps, device)
     # After the engine, which says in what precision it runs.
     if isinstance(reference, LiveReference) and reference.once:
-        reference = store(reference, stream, steps, folder, engine.autocast)
+        reference = store(reference, stream, steps, inputs.folder, engine.autocast)
     return Stage(
         config=config,
         engine=engine,
         teachers=asked,
         vision=vision,
         reference=reference,
-        on_policy=_on_policy_of(config, student, encoder, engine, seed),
+        on_policy=_on_policy_of(inputs, encoder, engine),
         objectives=objectives,
         stream=stream,
         steps=steps,
-        folder=folder,
-        tracked=tracked,
+        folder=inputs.folder,
+        tracked=inputs.tracked,
         validation=held_out,
-        callbacks=callbacks,
+        callbacks=inputs.callbacks,
     )
 
 
 def _encoder_of(
-    config: StageConfig,
-    objectives: Sequence[Objective],
-    data: DataConfig,
-    processor: Any,
-    teacher_processor: Any,
-    teachers: TeacherSet,
+    inputs: StageInputs, objectives: Sequence[Objective], teachers: TeacherSet
 ) -> Encoder:
     """What makes the stage's batches. Where processes run a model together, each needs a picture in
     every batch, at least a blank one."""
+    config = inputs.config
     return Encoder.of(
         objectives,
-        data,
-        processor,
-        teacher_processor=teacher_processor,
+        inputs.data,
+        inputs.processor,
+        teacher_processor=inputs.teachers.processor,
         filler=config.engine.kind == "deepspeed" or any(t.spread for t in teachers.live),
         store=teachers.store,
         pack=config.batch.pack,
@@ -138,8 +145,7 @@ def _stream_of(config: StageConfig, encoder: Encoder, seed: int) -> BatchStream:
 
 
 def _prepare_student(
-    config: StageConfig,
-    student: PreTrainedModel,
+    inputs: StageInputs,
     teachers: TeacherSet,
     objectives: Sequence[Objective],
     encoder: Encoder,
@@ -152,6 +158,7 @@ def _prepare_student(
     packing is checked on the models as they were loaded, whole and without adapters; towers are
     compared once it is known which weights train.
     """
+    config, student = inputs.config, inputs.student
     if config.batch.pack is not None:
         for model in [student, *(t.model for t in teachers.live)]:
             tell_borders(model)
@@ -163,29 +170,26 @@ def _prepare_student(
     return share_vision(primary, student) if any(map(compares, objectives)) else None
 
 
-def _on_policy_of(
-    config: StageConfig, student: PreTrainedModel, encoder: Encoder, engine: Engine, seed: int
-) -> OnPolicy | None:
+def _on_policy_of(inputs: StageInputs, encoder: Encoder, engine: Engine) -> OnPolicy | None:
     """What samples the student's own answers, where the recipe wants them."""
-    if config.on_policy is None:
+    config = inputs.config.on_policy
+    if config is None:
         return None
-    ends = student.generation_config.eos_token_id
-    return OnPolicy(config.on_policy, encoder, engine, seed, ends)
+    ends = inputs.student.generation_config.eos_token_id
+    return OnPolicy(config, encoder, engine, inputs.seed, ends)
 
 
-def _objectives_of(
-    config: StageConfig, student: PreTrainedModel, processor: Any, teacher_processor: Any
-) -> list[Objective]:
+def _objectives_of(inputs: StageInputs) -> list[Objective]:
     """The stage's objectives, before there is one for each of several teachers."""
-    shared = None
-    if teacher_processor is not None:
-        words = processor.tokenizer, teacher_processor.tokenizer
+    config, shared = inputs.config, None
+    if inputs.teachers.processor is not None:
+        words = inputs.processor.tokenizer, inputs.teachers.processor.tokenizer
         shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
     return [
         build_objective(
             o,
             shared_vocabulary=shared,
-            mamba_layers=mamba_layers(student.config),
+            mamba_layers=mamba_layers(inputs.student.config),
             head_memory=config.engine.head_memory * 2**20,
             head_backend=config.engine.head_backend,
         )
@@ -202,37 +206,15 @@ def _only_adapters(config: StageConfig) -> bool:
     return resolve(config)["zero_optimization"]["stage"] < 3
 
 
-def run_stage(
-    config: StageConfig,
-    *,
-    student: PreTrainedModel,
-    processor: Any,
-    teachers: LoadedTeachers,
-    data: DataConfig,
-    folder: Path,
-    seed: int,
-    tracked: Tracked | None = None,
-    callbacks: Sequence[Callback] = (),
-    write: bool = True,
-) -> Metrics:
-    """Train `student` in place through one stage and write `folder/student` and `done.json`.
+def run_stage(inputs: StageInputs, *, write: bool = True) -> Metrics:
+    """Train the student in place through one stage and write `student` and `done.json` into the
+    stage's folder.
 
     Args:
+        inputs: what the stage is built from.
         write: False leaves out both, and the student in memory is all that there is.
-        config, student, processor, teachers, data, folder, seed, tracked, callbacks: as in
-            `build_stage`.
     """
-    stage = build_stage(
-        config,
-        student=student,
-        processor=processor,
-        teachers=teachers,
-        data=data,
-        folder=folder,
-        seed=seed,
-        tracked=tracked,
-        callbacks=callbacks,
-    )
+    stage = build_stage(inputs)
     with deferred():  # a signal behind the last step must not lose it
         metrics = stage.train()
         steps = metrics.get("step", stage.steps)
@@ -242,8 +224,9 @@ def run_stage(
         weights = stage.engine.weights()
         stage.engine.close()
         if stage.engine.rank == 0 and write:
-            files = StageFolder(folder)
-            write_student(student, processor, files.student, weights, config.train.lora)
+            files = StageFolder(inputs.folder)
+            lora = inputs.config.train.lora
+            write_student(inputs.student, inputs.processor, files.student, weights, lora)
             write_json(files.done, done)
         stage.engine.barrier()
     return metrics
