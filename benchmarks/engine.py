@@ -117,8 +117,7 @@ def main() -> None:
     stage = recipe.stages[0]
     batch = stage.batch.model_copy(update={"size": args.records // processes, "total": None})
     stage = stage.model_copy(update={"batch": batch})
-    objectives = [build_objective(o) for o in stage.objectives]
-    encoder = Encoder.of(objectives, recipe.data, load_processor(recipe.student))
+    encoder = Encoder.of(stage.objectives, recipe.data, load_processor(recipe.student))
     stream = BatchStream(encoder, batch, seed=0, rank=distributed.rank(), world_size=processes)
     steps = Steps(recipe, stage, [stream.batches(number)[0] for number in range(8)])
     methods = {"plain": steps.plain(), **{name: steps.on(e) for name, e in ENGINES.items()}}

@@ -122,13 +122,14 @@ def _encoder_of(
     every batch, at least a blank one."""
     config = inputs.config
     return Encoder.of(
-        objectives,
+        config.objectives,
         inputs.data,
         inputs.processor,
         teacher_processor=inputs.teachers.processor,
         filler=config.engine.kind == "deepspeed" or any(t.spread for t in teachers.live),
         store=teachers.store,
         pack=config.batch.pack,
+        sources=any(o.sources is not None for o in objectives),
     )
 
 
