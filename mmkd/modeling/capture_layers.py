@@ -33,7 +33,7 @@ class Recorder:
     """The tensors of a model's layers in one forward, filed by the run that made them.
 
     Attributes:
-        matrices: record mixing matrices too.
+        matrices: layers whose mixing matrix is recorded too.
         projections: record what the projections of queries, keys and values return too.
         first: by layer, the run that it makes when the model calls it; layers that are not listed
             are not recorded then.
@@ -43,7 +43,7 @@ class Recorder:
         mixers: the layers' attentions or mixers, for `signals`.
     """
 
-    matrices: bool = False
+    matrices: frozenset[int] = frozenset()
     projections: bool = False
     first: dict[int, Run] = field(default_factory=dict)
     beside: Run | None = None
@@ -140,7 +140,7 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
     def mixer_out(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         entering = _hidden(args, kwargs)
         recorder.keep(index, mixer_input=entering, mixer_output=_first(output))
-        if recorder.matrices:
+        if index in recorder.matrices:
             with recorder.paused():  # a mixer projects once more
                 matrix = _matrix(module, entering, kwargs, output)
             recorder.keep(index, matrix=matrix)
