@@ -5,11 +5,14 @@ from typing import get_args
 from mmkd.errors import RecipeError
 from mmkd.recipe import Every, Head, Named, Placement, Tail
 
-WHERE = "student.convert: mamba"
 
-
-def choose(placement: Placement, count: int, *, where: str = WHERE) -> list[int]:
+def choose(placement: Placement, count: int, *, where: str) -> list[int]:
     """The layers that a placement names, of `count` layers.
+
+    Args:
+        placement: as a recipe writes it.
+        count: of the model's decoder layers.
+        where: the conversion, for messages.
 
     Raises:
         RecipeError: it names layers that are not there.
@@ -45,20 +48,26 @@ def _named(name: str, count: int) -> list[int]:
     }[name]
 
 
-def converted_layers(keep: Placement | None, convert: Placement | None, count: int) -> list[int]:
+def converted_layers(
+    keep: Placement | None, convert: Placement | None, count: int, *, where: str
+) -> list[int]:
     """The layers that become Mamba, from what keeps attention or from what does not.
+
+    Args:
+        keep, convert: placements, one of them given.
+        count, where: as in `choose`.
 
     Raises:
         RecipeError: nothing is left to convert, or the placement does not fit.
     """
     if convert is not None:
-        chosen = choose(convert, count)
+        chosen = choose(convert, count, where=where)
     else:
-        kept = choose(keep or [], count)
+        kept = choose(keep or [], count, where=where)
         chosen = [i for i in range(count) if i not in kept]
     if not chosen:
         raise RecipeError(
-            f"all {count} layers keep their attention", where=WHERE, hint="keep fewer"
+            f"all {count} layers keep their attention", where=where, hint="keep fewer"
         )
     return chosen
 
