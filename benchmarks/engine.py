@@ -6,10 +6,12 @@
 The quickstart's student, cross-entropy on real batches, float32: one step is a forward, a backward,
 clipping and AdamW. `plain` is that loop written down, under DistributedDataParallel where there are
 several processes; the engines are those that a recipe names. All in turn in one process (in each of
-the launched ones), medians.
+the launched ones), medians. Then the collectives of one step of the quickstart's mimic stage on
+each engine, counted.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from benchmarks.measure import median_seconds, save
+from benchmarks.measure import Collectives, median_seconds, save
+from mmkd.commands.bench import prepare
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
@@ -104,6 +107,20 @@ class Steps:
         return step
 
 
+def count_collectives(engine: dict[str, Any]) -> dict[str, int]:
+    """Collectives of the second step of the quickstart's mimic stage, by name."""
+    changes = ["variants={}", "stages.0.batch={size: 4}", "stages.0.engine={device: cpu}"]
+    changes += [f"stages.0.engine.{key}={value}" for key, value in engine.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        stage, _ = prepare(load_recipe(RECIPE, changes), 0, Path(folder))
+        for number in (1, 2):
+            batches = stage.stream.batches(number)
+            with Collectives() as found:
+                stage.step(number, batches)
+        stage.engine.close()
+    return dict(found.counts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=32, help="of all processes together")
@@ -117,15 +134,16 @@ def main() -> None:
     stage = recipe.stages[0]
     batch = stage.batch.model_copy(update={"size": args.records // processes, "total": None})
     stage = stage.model_copy(update={"batch": batch})
-    objectives = [build_objective(o) for o in stage.objectives]
-    encoder = Encoder.of(objectives, recipe.data, load_processor(recipe.student))
+    encoder = Encoder.of(stage.objectives, recipe.data, load_processor(recipe.student))
     stream = BatchStream(encoder, batch, seed=0, rank=distributed.rank(), world_size=processes)
     steps = Steps(recipe, stage, [stream.batches(number)[0] for number in range(8)])
     methods = {"plain": steps.plain(), **{name: steps.on(e) for name, e in ENGINES.items()}}
     seconds = median_seconds(methods, args.repeats)
+    collectives = {name: count_collectives(engine) for name, engine in ENGINES.items()}
     if distributed.rank() == 0:
         report(seconds, processes)
-        save(args, processes=processes, seconds=seconds)
+        console.print(collectives)
+        save(args, processes=processes, seconds=seconds, collectives=collectives)
     distributed.disconnect()
 
 

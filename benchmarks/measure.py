@@ -7,12 +7,14 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.runtime.files import write_json
 from mmkd.runtime.progress import console
@@ -35,6 +37,23 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Collectives(TorchDispatchMode):
+    """Inside, counts the collectives of this process, whoever calls them.
+
+    Attributes:
+        counts: by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._opname.strip("_")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def peak_bytes(make: Callable[..., Callable[[], Any]], size: tuple, small: tuple) -> int:

@@ -23,7 +23,7 @@ from mmkd.recipe.context import StageContext
 from mmkd.runs.preflight import check_stage
 from mmkd.runtime import distributed
 from mmkd.teachers import LoadedTeachers, Teacher, place_teacher
-from mmkd.training.build import run_stage
+from mmkd.training.build import StageInputs, run_stage
 from mmkd.training.callbacks import Callback
 from mmkd_models.layout import mamba_layers
 
@@ -149,17 +149,17 @@ def distill(
     with ExitStack() as stack:
         folder = _folder(out, stack)
         before = learner.model.config._attn_implementation
-        metrics = run_stage(
-            config if out is not None else _without_checkpoints(config),
+        inputs = StageInputs(
+            config=config if out is not None else _without_checkpoints(config),
             student=learner.model,
             processor=learner.processor,
             teachers=_placed(recipe, guide, device),
             data=records,
             folder=folder,
             seed=seed,
-            write=out is not None,
             callbacks=[history, *callbacks],
         )
+        metrics = run_stage(inputs, write=out is not None)
     _finish(learner, config, before)
     place = None if out is None else folder
     steps = history.steps

@@ -60,4 +60,5 @@ def build_encoder(
         DataError: there are no records.
     """
     config = data_of(dataset, images, None, data)
-    return Encoder.of(objectives, config, processor, teacher_processor=teacher_processor)
+    settings = [o.config for o in objectives]
+    return Encoder.of(settings, config, processor, teacher_processor=teacher_processor)

@@ -34,7 +34,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
 from mmkd.students import student_at
 from mmkd.teachers import LiveReference, LiveTeacher, LoadedTeachers, TeacherSet, load_teachers
-from mmkd.training.build import build_stage
+from mmkd.training.build import StageInputs, build_stage
 from mmkd.training.shared_vision import SharedVision
 from mmkd.training.stage import Stage
 
@@ -168,8 +168,8 @@ def prepare(
     distributed.connect(device, timeout_s=config.engine.timeout_s)
     preflight.check(recipe)
     student, processor = student_at(recipe, index), load_processor(recipe.student)
-    stage = build_stage(
-        config,
+    inputs = StageInputs(
+        config=config,
         student=student,
         processor=processor,
         teachers=load_teachers(recipe, [config]) if teachers is None else teachers,
@@ -177,7 +177,7 @@ def prepare(
         folder=folder,
         seed=recipe.seed + index,
     )
-    return stage, student
+    return build_stage(inputs), student
 
 
 def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:

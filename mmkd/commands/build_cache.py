@@ -25,7 +25,7 @@ from mmkd.data.vocabulary import check_head, shared_vocabulary
 from mmkd.engines import choose_precision
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import ObjectiveConfig, Region, Signals, build_objective
+from mmkd.objectives import ObjectiveConfig, Region, Signals
 from mmkd.objectives.relation import logit_factor
 from mmkd.ops.head_losses import project, rows_per_chunk
 from mmkd.recipe import DataConfig, Recipe, StageConfig, TeacherConfig
@@ -188,7 +188,7 @@ def _store_data(
 ) -> None:
     """Store this process's share of a data set's records."""
     encoder = Encoder.of(
-        [build_objective(o) for o in stage.objectives],
+        stage.objectives,
         data,
         processor,
         records=records,

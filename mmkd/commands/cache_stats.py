@@ -15,7 +15,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.objectives import Objective, Signals, build_objective
+from mmkd.objectives import Signals
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 from mmkd.recipe import ModelConfig, Recipe
 from mmkd.runtime import distributed
@@ -70,9 +70,8 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     model = student_at(recipe, 0) if student is None else load_model(ModelConfig(model=student))
     torch.nn.Module.to(model, device)
-    objectives: list[Objective] = [build_objective(o) for o in stage.objectives]
     processor = load_processor(recipe.student)
-    encoder = Encoder.of(objectives, recipe.stage_data(stage), processor, store=store)
+    encoder = Encoder.of(stage.objectives, recipe.stage_data(stage), processor, store=store)
     count, size = min(records, len(encoder.records)), stage.batch.size
     sums, tokens, difference = torch.zeros(2, dtype=torch.float64), 0, 0.0
     with Bar("compare", -(-count // size)) as bar:

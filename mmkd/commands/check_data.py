@@ -18,7 +18,6 @@ from mmkd.data.records import Records
 from mmkd.data.truncation import no_answer_left
 from mmkd.errors import DataError, RecipeError
 from mmkd.modeling.loading import load_processor
-from mmkd.objectives import build_objective
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
 from mmkd.runtime.progress import console
 
@@ -135,7 +134,7 @@ def _tokens(
     for data in _data(recipe):
         records = Records(data)
         stages = [stage for stage in recipe.stages if recipe.stage_data(stage) == data]
-        objectives = [build_objective(o) for stage in stages for o in stage.objectives]
+        objectives = [o for stage in stages for o in stage.objectives]
         whole, cut = (
             Encoder.of(
                 objectives,

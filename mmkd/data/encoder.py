@@ -23,7 +23,7 @@ from mmkd.data.templates import check_processor
 from mmkd.data.truncation import needs_answers
 from mmkd.data.vocabulary import same_vocabulary
 from mmkd.errors import DataError
-from mmkd.objectives import Need, Objective, Region
+from mmkd.objectives import Need, ObjectiveConfig, Region
 from mmkd.recipe import DataConfig
 
 
@@ -101,7 +101,7 @@ class Encoder:
     @classmethod
     def of(
         cls,
-        objectives: Sequence[Objective],
+        objectives: Sequence[ObjectiveConfig],
         config: DataConfig,
         processor: Any,
         *,
@@ -110,8 +110,15 @@ class Encoder:
         filler: bool = False,
         store: Store | None = None,
         pack: int | None = None,
+        sources: bool = False,
     ) -> "Encoder":
-        """The encoder that a stage's objectives need."""
+        """The encoder that a stage's objectives need.
+
+        Args:
+            objectives: their settings.
+            config, processor, teacher_processor, records, filler, store, pack, sources: as in
+                `Encoder`; without `records`, those of `config`.
+        """
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
         by_token = [o for o in objectives if "teacher" in o.needs and "chunks" not in o.needs]
         return cls(
@@ -126,7 +133,7 @@ class Encoder:
             pack=pack,
             chunks="chunks" in needs,
             aligned=bool(by_token),
-            sources=any(o.sources is not None for o in objectives),
+            sources=sources,
             answers=any(map(needs_answers, objectives)),
         )
 

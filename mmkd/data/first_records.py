@@ -8,7 +8,7 @@ from mmkd.recipe.context import StageContext
 def encoder_of(context: StageContext) -> Encoder:
     """The encoder of a stage's records."""
     return Encoder.of(
-        context.objectives,
+        context.stage.objectives,
         context.data,
         context.processor,
         teacher_processor=context.teacher_processor,

@@ -11,8 +11,8 @@ from mmkd.data.chat import Rendered, mark_tokens
 from mmkd.data.processing import Processing, Size
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
-from mmkd.objectives import Objective, Targets
-from mmkd.objectives.affinity import Affinity
+from mmkd.objectives import ObjectiveConfig, Targets
+from mmkd.objectives.settings import AffinityConfig
 
 
 def truncate(
@@ -101,11 +101,10 @@ def tokens_before_answer(
     return first + processing.image_tokens(sizes[:images], of=len(sizes))
 
 
-def needs_answers(objective: Objective) -> bool:
+def needs_answers(objective: ObjectiveConfig) -> bool:
     """Whether an objective has no loss on a record whose answer is cut off."""
-    region = getattr(objective.config, "region", None)
     return (
-        region == "response"
+        getattr(objective, "region", None) == "response"
         or bool(objective.needs & {"pairs", "chunks"})
-        or isinstance(objective, Affinity)
+        or isinstance(objective, AffinityConfig)
     )

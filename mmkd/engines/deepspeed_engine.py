@@ -1,5 +1,14 @@
 """DeepSpeed's ZeRO engines with the interface of `Engine` (Rajbhandari et al. 2020, arXiv
-1910.02054)."""
+1910.02054).
+
+Checkpoints have gathered tensors by name, read and written by DeepSpeed's public `safe_get_*` and
+`safe_set_*` functions. These need the optimizer's states, which DeepSpeed makes in its first step
+and has no public way to make before. A resume therefore uses members of its ZeRO optimizers that
+are not documented: `single_partition_of_fp32_groups` and `fp32_partitioned_groups_flat`, the
+weights that this process updates (stages 1 and 2, and 3); `_optimizer_step`, which makes the
+states; `_hp_optimizer_states_linked` and `_lazy_init_hp_params_optimizer_state`, which link them
+to the weights.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext

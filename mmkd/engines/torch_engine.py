@@ -1,4 +1,14 @@
-"""The engine for one process, or a few with replicated weights: plain torch."""
+"""The engine for one process, or a few with replicated weights: plain torch.
+
+torch's own DistributedDataParallel is not used. It averages the gradients of one forward and its
+backward; here gradients add up over micro-steps of several objectives, into float32 copies of
+16-bit weights (`mmkd.engines.masters`), some weights have no gradient in some steps, and a step may
+have none at all. DDP also groups weights anew after its first step, by the order in which their
+gradients came. With more than two processes sums are then rounded in another order, so that the
+losses of a resumed run would differ in the last bits. The price is that the sums do not overlap
+with the backward. torch's FSDP2 (`fully_shard`) would spread the weights; this engine replicates
+them, and `mmkd.engines.deepspeed_engine` spreads them.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -33,7 +33,7 @@ class Recorder:
     """Records tensors of a model's layers in one forward pass, by run.
 
     Attributes:
-        matrices: also record mixing matrices.
+        matrices: layers whose mixing matrix is recorded too.
         projections: also record the outputs of the query, key and value projections.
         first: by layer, the kind of its run when the model calls it. Other layers are not recorded.
         extra_run: kind of the additional run in progress, if any.
@@ -42,7 +42,7 @@ class Recorder:
         mixers: the attention or mixer of each layer, for `signals`.
     """
 
-    matrices: bool = False
+    matrices: frozenset[int] = frozenset()
     projections: bool = False
     first: dict[int, Run] = field(default_factory=dict)
     extra_run: Run | None = None
@@ -139,7 +139,7 @@ def _record(layer: Any, index: int, recorder: Recorder) -> list[Any]:
     def mixer_out(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         entering = _hidden(args, kwargs)
         recorder.keep(index, mixer_input=entering, mixer_output=_first(output))
-        if recorder.matrices:
+        if index in recorder.matrices:
             with recorder.paused():  # computing the matrix calls the mixer's projections again
                 matrix = _matrix(module, entering, kwargs, output)
             recorder.keep(index, matrix=matrix)

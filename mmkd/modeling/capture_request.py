@@ -22,7 +22,7 @@ class CaptureRequest:
 
     Attributes:
         layers: layers whose free run is recorded.
-        matrices: also record mixing matrices.
+        matrices: layers whose mixing matrix is recorded too, in each of their runs.
         projections: also record queries, keys and values.
         forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
         forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
@@ -30,7 +30,7 @@ class CaptureRequest:
     """
 
     layers: frozenset[int] = frozenset()
-    matrices: bool = False
+    matrices: frozenset[int] = frozenset()
     projections: bool = False
     forced_mixers: Mapping[int, LayerSignals] = field(default_factory=dict)
     forced_blocks: Mapping[int, LayerSignals] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class LayerPlan:
         free: the student's free run is needed.
         forced_mixers: student layers whose mixer runs on the input of the teacher's mixer.
         forced_blocks: student layers that run on the input of the teacher's layer.
-        matrices: mixing matrices are needed.
+        matrices: student layers whose mixing matrix is read.
         projections: queries, keys and values are needed.
     """
 
@@ -60,7 +60,7 @@ class LayerPlan:
     free: bool = True
     forced_mixers: frozenset[int] = frozenset()
     forced_blocks: frozenset[int] = frozenset()
-    matrices: bool = False
+    matrices: frozenset[int] = frozenset()
     projections: bool = False
 
     @property
@@ -97,14 +97,18 @@ class LayerPlan:
             free=len(forced) < len(layerwise) or any("distribution" in o.needs for o in objectives),
             forced_mixers=layers("mixer"),
             forced_blocks=layers("block"),
-            matrices=any("matrices" in o.needs for o in objectives),
+            matrices=frozenset(
+                mine for o in layerwise if "matrices" in o.needs for mine, _ in o.pairs
+            ),
             projections=any("projections" in o.needs for o in objectives),
         )
 
     def teacher_request(self) -> CaptureRequest:
         """The request for the teacher's forward pass."""
         return CaptureRequest(
-            frozenset(self.pairs.values()), matrices=self.matrices, projections=self.projections
+            frozenset(self.pairs.values()),
+            matrices=frozenset(self.pairs[mine] for mine in self.matrices),
+            projections=self.projections,
         )
 
     def student_request(self, teacher: Mapping[int, LayerSignals]) -> CaptureRequest:

@@ -21,7 +21,7 @@ from mmkd.runtime.files import link_folder, read_yaml, write_folder
 from mmkd.runtime.progress import Course, say, say_heading
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
 from mmkd.teachers import load_teachers
-from mmkd.training.build import run_stage
+from mmkd.training.build import StageInputs, run_stage
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import check_batch
 from mmkd.training.trackers import Tracked
@@ -166,8 +166,8 @@ def train(
         if distributed.rank() == 0:
             say_heading(f"{member.label}: {place}, {stages[index].name}")
         with course.part(str(folders[index].path), place):
-            run_stage(
-                stages[index],
+            inputs = StageInputs(
+                config=stages[index],
                 student=student,
                 processor=processor,
                 teachers=teachers,
@@ -177,6 +177,7 @@ def train(
                 tracked=Tracked(member.recipe, run_folder(recipe).path, folders[index].path),
                 callbacks=callbacks,
             )
+            run_stage(inputs)
         _tidy(member)
         distributed.barrier()
 

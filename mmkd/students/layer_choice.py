@@ -5,16 +5,14 @@ from typing import get_args
 from mmkd.errors import RecipeError
 from mmkd.recipe import EveryNth, FirstLayers, LastLayers, LayerSelection, NamedLayers
 
-WHERE = "student.convert: mamba"
 
-
-def choose(selection: LayerSelection, count: int, *, where: str = WHERE) -> list[int]:
+def choose(selection: LayerSelection, count: int, *, where: str) -> list[int]:
     """Indices of the layers that a selection names.
 
     Args:
         selection: as a recipe writes it.
-        count: number of layers of the model.
-        where: place that an error names.
+        count: number of decoder layers of the model.
+        where: the conversion, for messages.
 
     Raises:
         RecipeError: it names layers that do not exist.
@@ -51,26 +49,26 @@ def _named(name: str, count: int) -> list[int]:
 
 
 def converted_layers(
-    keep: LayerSelection | None, convert: LayerSelection | None, count: int
+    keep: LayerSelection | None, convert: LayerSelection | None, count: int, *, where: str
 ) -> list[int]:
     """Indices of the layers that become Mamba.
 
     Args:
         keep: the layers that keep attention, if `convert` is None.
         convert: the layers to convert.
-        count: number of layers of the model.
+        count, where: as in `choose`.
 
     Raises:
         RecipeError: no layer is left to convert, or the selection names layers that do not exist.
     """
     if convert is not None:
-        chosen = choose(convert, count)
+        chosen = choose(convert, count, where=where)
     else:
-        kept = choose(keep or [], count)
+        kept = choose(keep or [], count, where=where)
         chosen = [i for i in range(count) if i not in kept]
     if not chosen:
         raise RecipeError(
-            f"all {count} layers keep their attention", where=WHERE, hint="keep fewer"
+            f"all {count} layers keep their attention", where=where, hint="keep fewer"
         )
     return chosen
 

@@ -73,8 +73,8 @@ class MambaConversion(Conversion):
         return _described(mixer, inherited, chosen, len(layers), self.config.init)
 
     def _chosen(self, model: PreTrainedModel) -> list[int]:
-        count = len(find_parts(model).decoder_layers)
-        return converted_layers(self.config.keep_attention, self.config.layers, count)
+        count, config = len(find_parts(model).decoder_layers), self.config
+        return converted_layers(config.keep_attention, config.layers, count, where=self.where)
 
 
 def _described(

@@ -1,6 +1,7 @@
 """Build a stage from its settings and models, and run it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,21 +44,11 @@ from mmkd.training.validation_setup import build_validation
 from mmkd_models.layout import mamba_layers
 
 
-def build_stage(
-    config: StageConfig,
-    *,
-    student: PreTrainedModel,
-    processor: Any,
-    teachers: LoadedTeachers,
-    data: DataConfig,
-    folder: Path,
-    seed: int,
-    tracked: Tracked | None = None,
-    callbacks: Sequence[Callback] = (),
-) -> Stage:
-    """Build a stage that is ready for its first step.
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """Everything from which a stage is built.
 
-    Args:
+    Attributes:
         config: settings of the stage.
         student: is trained in place, and moved to the engine's device.
         processor: of the student.
@@ -68,60 +59,77 @@ def build_stage(
         tracked: names the stage for trackers; None for no tracking.
         callbacks: are called during the stage.
     """
-    set_seed(seed)  # first, because new adapters and dropout use random numbers
+
+    config: StageConfig
+    student: PreTrainedModel
+    processor: Any
+    teachers: LoadedTeachers
+    data: DataConfig
+    folder: Path
+    seed: int
+    tracked: Tracked | None = None
+    callbacks: Sequence[Callback] = ()
+
+
+def build_stage(inputs: StageInputs) -> Stage:
+    """Build a stage that is ready for its first step."""
+    config, student, teachers = inputs.config, inputs.student, inputs.teachers
+    set_seed(inputs.seed)  # first, because new adapters and dropout use random numbers
     device = distributed.choose_device(config.engine.device)
-    alone = _objectives_of(config, student, processor, teachers.processor)
-    objectives = ask_each(alone, teachers.settings, data)
+    alone = _objectives_of(inputs)
+    objectives = ask_each(alone, teachers.settings, inputs.data)
     # Before `_prepare_student`, because a copy of the student must not have adapters.
     own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
     asked = teachers.for_stage(objectives, own)
     reference: Reference | None = choose_reference(objectives, asked, own)
-    encoder = _encoder_of(config, objectives, data, processor, teachers.processor, asked)
+    encoder = _encoder_of(inputs, objectives, asked)
     held_out = build_validation(
-        config, alone, encoder, teachers=teachers.settings, folder=folder, seed=seed
+        config,
+        alone,
+        encoder,
+        teachers=teachers.settings,
+        folder=inputs.folder,
+        seed=inputs.seed,
     )
-    stream = _stream_of(config, encoder, seed)
+    stream = _stream_of(config, encoder, inputs.seed)
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
-    vision = _prepare_student(config, student, asked, objectives, encoder, device)
+    vision = _prepare_student(inputs, asked, objectives, encoder, device)
     engine = build_engine(config, student, steps, device)
     # After the engine, which decides the precision.
     if isinstance(reference, LiveReference) and reference.once:
-        reference = store(reference, stream, steps, folder, engine.autocast)
+        reference = store(reference, stream, steps, inputs.folder, engine.autocast)
     return Stage(
         config=config,
         engine=engine,
         teachers=asked,
         vision=vision,
         reference=reference,
-        on_policy=_on_policy_of(config, student, encoder, engine, seed),
+        on_policy=_on_policy_of(inputs, encoder, engine),
         objectives=objectives,
         stream=stream,
         steps=steps,
-        folder=folder,
-        tracked=tracked,
+        folder=inputs.folder,
+        tracked=inputs.tracked,
         validation=held_out,
-        callbacks=callbacks,
+        callbacks=inputs.callbacks,
     )
 
 
 def _encoder_of(
-    config: StageConfig,
-    objectives: Sequence[Objective],
-    data: DataConfig,
-    processor: Any,
-    teacher_processor: Any,
-    teachers: TeacherSet,
+    inputs: StageInputs, objectives: Sequence[Objective], teachers: TeacherSet
 ) -> Encoder:
     """The encoder of the stage. If a model is sharded over processes, each batch must have an
     image, at least a blank one, because all processes must run the vision tower."""
+    config = inputs.config
     return Encoder.of(
-        objectives,
-        data,
-        processor,
-        teacher_processor=teacher_processor,
+        config.objectives,
+        inputs.data,
+        inputs.processor,
+        teacher_processor=inputs.teachers.processor,
         filler=config.engine.kind == "deepspeed" or any(t.spread for t in teachers.live),
         store=teachers.store,
         pack=config.batch.pack,
+        sources=any(o.sources is not None for o in objectives),
     )
 
 
@@ -138,8 +146,7 @@ def _stream_of(config: StageConfig, encoder: Encoder, seed: int) -> BatchStream:
 
 
 def _prepare_student(
-    config: StageConfig,
-    student: PreTrainedModel,
+    inputs: StageInputs,
     teachers: TeacherSet,
     objectives: Sequence[Objective],
     encoder: Encoder,
@@ -152,6 +159,7 @@ def _prepare_student(
     weights. Packing is checked with full weights and without adapters. Towers are compared after
     trainable parameters were chosen.
     """
+    config, student = inputs.config, inputs.student
     if config.batch.pack is not None:
         for model in [student, *(t.model for t in teachers.live)]:
             isolate_packed_sequences(model)
@@ -163,29 +171,26 @@ def _prepare_student(
     return share_vision(primary, student) if any(map(compares, objectives)) else None
 
 
-def _on_policy_of(
-    config: StageConfig, student: PreTrainedModel, encoder: Encoder, engine: Engine, seed: int
-) -> OnPolicy | None:
+def _on_policy_of(inputs: StageInputs, encoder: Encoder, engine: Engine) -> OnPolicy | None:
     """The sampler of the student's answers; None without `on_policy`."""
-    if config.on_policy is None:
+    config = inputs.config.on_policy
+    if config is None:
         return None
-    ends = student.generation_config.eos_token_id
-    return OnPolicy(config.on_policy, encoder, engine, seed, ends)
+    ends = inputs.student.generation_config.eos_token_id
+    return OnPolicy(config, encoder, engine, inputs.seed, ends)
 
 
-def _objectives_of(
-    config: StageConfig, student: PreTrainedModel, processor: Any, teacher_processor: Any
-) -> list[Objective]:
+def _objectives_of(inputs: StageInputs) -> list[Objective]:
     """The stage's objectives, before they are copied for each of several teachers."""
-    shared = None
-    if teacher_processor is not None:
-        words = processor.tokenizer, teacher_processor.tokenizer
+    config, shared = inputs.config, None
+    if inputs.teachers.processor is not None:
+        words = inputs.processor.tokenizer, inputs.teachers.processor.tokenizer
         shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
     return [
         build_objective(
             o,
             shared_vocabulary=shared,
-            mamba_layers=mamba_layers(student.config),
+            mamba_layers=mamba_layers(inputs.student.config),
             head_memory=config.engine.head_memory * 2**20,
             head_backend=config.engine.head_backend,
         )
@@ -202,37 +207,15 @@ def _only_adapters(config: StageConfig) -> bool:
     return resolve(config)["zero_optimization"]["stage"] < 3
 
 
-def run_stage(
-    config: StageConfig,
-    *,
-    student: PreTrainedModel,
-    processor: Any,
-    teachers: LoadedTeachers,
-    data: DataConfig,
-    folder: Path,
-    seed: int,
-    tracked: Tracked | None = None,
-    callbacks: Sequence[Callback] = (),
-    write: bool = True,
-) -> Metrics:
-    """Train `student` in place for one stage, and write `folder/student` and `done.json`.
+def run_stage(inputs: StageInputs, *, write: bool = True) -> Metrics:
+    """Train the student in place for one stage, and write `student` and `done.json` into the
+    stage's folder.
 
     Args:
+        inputs: everything from which the stage is built.
         write: False to write neither of the two.
-        config, student, processor, teachers, data, folder, seed, tracked, callbacks: as in
-            `build_stage`.
     """
-    stage = build_stage(
-        config,
-        student=student,
-        processor=processor,
-        teachers=teachers,
-        data=data,
-        folder=folder,
-        seed=seed,
-        tracked=tracked,
-        callbacks=callbacks,
-    )
+    stage = build_stage(inputs)
     with deferred():  # a signal after the last step must not prevent writing the student
         metrics = stage.train()
         steps = metrics.get("step", stage.steps)
@@ -242,8 +225,9 @@ def run_stage(
         weights = stage.engine.weights()
         stage.engine.close()
         if stage.engine.rank == 0 and write:
-            files = StageFolder(folder)
-            write_student(student, processor, files.student, weights, config.train.lora)
+            files = StageFolder(inputs.folder)
+            lora = inputs.config.train.lora
+            write_student(inputs.student, inputs.processor, files.student, weights, lora)
             write_json(files.done, done)
         stage.engine.barrier()
     return metrics

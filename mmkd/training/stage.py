@@ -1,12 +1,13 @@
 """The training loop of a stage.
 
     for each step:
-        rows_o <- number of rows of objective o, summed over micro-batches and ranks
+        rows_o <- number of rows of objective o, summed over micro-batches and ranks  (all-reduce)
         for each micro-batch:
             s <- student(batch);  t <- teacher(batch)
             loss <- sum_o weight_o * (1/rows_o) * sum over this micro-batch's rows of o(s, t)
             backward(loss)
-        clip, update
+        metrics, requests to stop, summed over ranks  (all-reduce)
+        sum gradients over ranks, clip, update
 
 So each objective is a mean per covered token of the global batch.
 """
@@ -18,14 +19,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkd.data.batch import Batch
 from mmkd.data.stream import BatchStream
-from mmkd.engines import Engine, StepResult
+from mmkd.engines import Engine
 from mmkd.errors import AGAIN, DataError, NonFiniteLossError, StoppedError
 from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import (
@@ -36,7 +36,7 @@ from mmkd.objectives import (
 )
 from mmkd.recipe import StageConfig
 from mmkd.runtime import distributed
-from mmkd.runtime.interrupt import asked, deferred
+from mmkd.runtime.interrupt import asked, deferred, requested
 from mmkd.runtime.progress import Bar
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
@@ -45,11 +45,9 @@ from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.shared_vision import SharedVision
+from mmkd.training.step_metrics import Metrics, count_batches, sum_losses
 from mmkd.training.trackers import Tracked, Trackers
 from mmkd.training.validation import Validation
-
-Metrics = dict[str, Any]
-"""Numbers by name. The experts' shares of tokens are lists by layer."""
 
 Scored = tuple[dict[str, Tensor], dict[int, Tensor]]
 """The loss, its parts by name, and by layer the number of tokens of each expert."""
@@ -68,6 +66,7 @@ class Stage:
     Attributes:
         callbacks: are called during the stage, in order.
         barren: number of last steps in a row in which no objective covered a token.
+        stop: a rank was asked to stop before the update of the last step.
     """
 
     config: StageConfig
@@ -84,6 +83,7 @@ class Stage:
     validation: Validation | None = None
     callbacks: Sequence[Callback] = ()
     barren: int = 0
+    stop: bool = False
 
     def train(self) -> Metrics:
         """Train to the last step, from the newest checkpoint if there is one."""
@@ -124,7 +124,7 @@ class Stage:
                 bar.advance(f"loss {metrics['loss']:.4f}, {speed:,.0f} supervised tokens/s")
                 if self.validation is not None and self.validation.exhausted:
                     break
-                stop = asked(self.engine.device)
+                stop = self._must_stop(validated=measured is not None)
                 if step < self.steps and (stop or step % self.config.checkpoint.interval == 0):
                     keep = self.config.checkpoint.keep_last
                     log.sync()
@@ -160,44 +160,49 @@ class Stage:
         """One optimizer step over the global batch."""
         batches = [b.to(self.engine.device) for b in batches]
         batches, sampled = self._sampled(step, batches)
-        rows = self._rows(batches)
-        self._require_rows(rows)
+        records = self.stream.encoder.records
+        counts = count_batches(batches, self.objectives, records, self.engine, sampled=sampled)
+        self._require_rows(counts.rows)
         sums: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            losses, counts = self._losses(batch, rows, self.objectives, self.engine.forward)
+            losses, chosen = self._losses(batch, counts.rows, self.objectives, self.engine.forward)
             self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
-            load = {layer: load.get(layer, 0) + count for layer, count in counts.items()}
-        means = self.engine.total(torch.stack(list(sums.values()))).tolist()
-        metrics = dict(zip(sums, means, strict=True))
-        self._check_finite(step, metrics, batches)
+            load = {layer: load.get(layer, 0) + count for layer, count in chosen.items()}
+        totals = sum_losses(sums, load, self.engine, stop=requested())
+        self._check_finite(step, totals.losses, batches)
+        self.stop = totals.stop
         result = self.engine.step()
         if not math.isfinite(result.grad_norm):
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
-        described = self._describe(step, metrics, result, batches)
-        return {**described, **sampled, **self._sources(batches), **self._shares(load)}
+        return {
+            "step": step,
+            **totals.losses,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            **counts.metrics,
+            **totals.metrics,
+        }
 
-    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Metrics]:
-        """The batches, with answers of the student if the stage is on-policy."""
+    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], int | None]:
+        """The batches, with answers of the student if the stage is on-policy, and their number."""
         if self.on_policy is None:
-            return batches, {}
+            return batches, None
         made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
-        count = torch.tensor(float(sum(n for _, n in made)), device=self.engine.device)
-        return [batch for batch, _ in made], {"sampled": float(self.engine.total(count))}
+        return [batch for batch, _ in made], sum(n for _, n in made)
 
-    def _rows(self, batches: list[Batch]) -> dict[str, float]:
-        counts = torch.tensor(
-            [
-                sum(int(o.rows(b.targets.of(o.sources)).sum()) for b in batches)
-                for o in self.objectives
-            ],
-            dtype=torch.float64,
-            device=self.engine.device,
-        )
-        names = [o.name for o in self.objectives]
-        return dict(zip(names, self.engine.total(counts).tolist(), strict=True))
+    def _must_stop(self, *, validated: bool) -> bool:
+        """Whether to stop after this step; equal on all ranks.
+
+        A rank's request to stop is summed together with the step's losses, without a further
+        all-reduce, so a request during the update ends the next step. Ranks exchange requests
+        again after a validation, which may take long. A single process needs no exchange.
+        """
+        if self.engine.world_size == 1:
+            return requested()
+        return asked(self.engine.device) if validated else self.stop
 
     def _require_rows(self, rows: dict[str, float]) -> None:
         """Stop if no objective has covered a token for many steps, or in all steps.
@@ -251,26 +256,6 @@ class Stage:
             layers = primary.layers if isinstance(primary, Signals) else {}
             return forward(batch.inputs, compare, plan.student_request(layers))
 
-    def _sources(self, batches: list[Batch]) -> Metrics:
-        """Number of records of each source of a mixture in the global batch."""
-        records = self.stream.encoder.records
-        if len(records.sources) == 1:
-            return {}
-        counts = torch.zeros(len(records.sources), dtype=torch.float64, device=self.engine.device)
-        for index in (i for batch in batches for i in batch.indices):
-            counts[records.source_of(index)] += 1
-        names = [s.config.label for s in records.sources]
-        return {"sources": dict(zip(names, self.engine.total(counts).tolist(), strict=True))}
-
-    def _shares(self, load: dict[int, Tensor]) -> Metrics:
-        """Share of the global batch's tokens of each expert, by sparse layer."""
-        if not load:
-            return {}
-        counts = self.engine.total(torch.stack(list(load.values())))  # [layers, E]
-        shares = (counts / counts.sum(1, keepdim=True)).tolist()
-        rounded = [[round(share, 4) for share in layer] for layer in shares]
-        return {"expert_load": dict(zip(map(str, load), rounded, strict=True))}
-
     def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
@@ -281,31 +266,6 @@ class Stage:
                 hint="lower the learning rate, or look at these samples; "
                 "nothing of this step was saved",
             )
-
-    def _describe(
-        self, step: int, losses: Metrics, result: StepResult, batches: list[Batch]
-    ) -> Metrics:
-        tokens = torch.tensor(
-            [
-                [b.targets.attention.sum() for b in batches],
-                [b.targets.response.sum() for b in batches],
-                [len(b.skipped) for b in batches],
-                [b.targets.attention.numel() for b in batches],
-            ],
-            dtype=torch.float64,
-            device=self.engine.device,
-        )
-        real, supervised, skipped, places = self.engine.total(tokens.sum(1)).tolist()
-        return {
-            "step": step,
-            **losses,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "tokens": real,
-            "supervised_tokens": supervised,
-            "skipped": skipped,
-            "padding": round(1 - real / places, 4),
-        }
 
 
 def _is_barren(line: Metrics) -> bool:

@@ -55,7 +55,7 @@ def build_validation(
     asked = _asked(objectives, encoder, teachers, named)
     _check_metric(config, asked)
     held_out = Encoder.of(
-        asked,
+        [o.config for o in asked],
         data,
         encoder.processor,
         teacher_processor=_teacher_processor(encoder),
@@ -63,6 +63,7 @@ def build_validation(
         filler=bool(encoder.filler),
         store=encoder.store,
         pack=config.batch.pack,
+        sources=any(o.sources is not None for o in asked),
     )
     return Validation(config, asked, held_out, folder, seed)
 

@@ -19,7 +19,7 @@ from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.students import write_student
 from mmkd.teachers import LiveTeacher, LoadedTeachers
-from mmkd.training.build import build_stage
+from mmkd.training.build import StageInputs, build_stage
 from mmkd.training.stage import Stage
 
 SAID = ("two cats and a dog", "No hat: none at all.")
@@ -101,8 +101,8 @@ class Workbench:
         if teacher is not None:
             live = LiveTeacher(teacher, torch.device("cpu"))
             teachers = LoadedTeachers({"teacher": live}, processor=self.processor)
-        return build_stage(
-            StageConfig.model_validate(config),
+        inputs = StageInputs(
+            config=StageConfig.model_validate(config),
             student=student,
             processor=self.processor,
             teachers=teachers,
@@ -110,6 +110,7 @@ class Workbench:
             folder=self.folder / "stage",
             seed=0,
         )
+        return build_stage(inputs)
 
     def step(self, stage: Stage) -> dict[str, Any]:
         """Run the stage's step; its metrics."""

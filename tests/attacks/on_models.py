@@ -44,7 +44,7 @@ ODD = {
 
 def scored(folder="model"):
     """The command that scores a folder's model; it finds a task."""
-    from tests.attacks.on_code import tasks
+    from tests.attacks.code import tasks
 
     tasks()
     return ["eval", folder, "--tasks", "scenes_pope", "--include", "tasks"]

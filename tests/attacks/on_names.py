@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.attacks.on_code import TASK, task
+from tests.attacks.code import TASK, task
 from tests.attacks.table import add, attack, by_recipe
 
 THEME = "paths"

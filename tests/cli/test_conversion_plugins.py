@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from mmkd.objectives import OBJECTIVES
 from mmkd.recipe import CONVERSIONS, load_recipe
 from mmkd.recipe.conversions import AnyConversionConfig
-from tests.support.outside import install, mmkd
+from tests.support.outside import (
+    broken_packages,
+    changed,
+    check_broken_package,
+    error_line,
+    install,
+    mmkd,
+)
 from tests.support.pages import blocks
 from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
@@ -22,6 +29,7 @@ PAGE = DOCS / "extending.md"
 (SHOWN,) = [text for text in blocks(PAGE, "yaml") if "kv_heads" in text]
 ENTRY = ("mmkd.conversions", "kv_heads", "KvHeads")
 ONE_HEAD = {"kind": "kv_heads", "heads": 1}
+NO_SETTINGS = changed(CODE, "(ConversionConfig)", "(BaseModel)")
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +61,6 @@ def plugin(tmp_path):
     path = tmp_path / "my_conversion.py"
     path.write_text(CODE)
     return path
-
-
-def changed(old, new):
-    """The page's code with other words."""
-    assert old in CODE
-    return CODE.replace(old, new)
 
 
 def has_merged_heads(before, after):
@@ -149,13 +151,13 @@ def test_the_convert_command_takes_any_conversion(
         (CODE, {"kind": "kv_heads", "heads": True}, "'heads' is true -- give a number"),
         (CODE, {"kind": "kv_heads", "heads": 3},
          "student.convert: kv_heads: 2 heads are no multiple of 3"),
-        (changed("kv_heads", "mamba"), ONE_HEAD, "two conversions have the kind 'mamba'"),
-        (changed('Literal["kv_heads"]', "str"), ONE_HEAD,
+        (changed(CODE, "kv_heads", "mamba"), ONE_HEAD, "two conversions have the kind 'mamba'"),
+        (changed(CODE, 'Literal["kv_heads"]', "str"), ONE_HEAD,
          "KvHeads has no kind: give its config_class 'kind: Literal[...]'"),
-        (changed("@add_conversion\nclass KvHeads(Conversion)", "@add_conversion\nclass KvHeads"),
-         ONE_HEAD, "cannot be loaded (TypeError: it is not a subclass of Conversion)"),
-        (changed("(ConversionConfig)", "(BaseModel)").replace("Field\n", "BaseModel, Field\n"),
-         ONE_HEAD, "(TypeError: its settings, KvHeadsConfig, are not a ConversionConfig)"),
+        (changed(CODE, "class KvHeads(Conversion)", "class KvHeads"), ONE_HEAD,
+         "cannot be loaded (TypeError: it is no conversion)"),
+        (changed(NO_SETTINGS, "Field\n", "BaseModel, Field\n"), ONE_HEAD,
+         "(TypeError: its settings, KvHeadsConfig, are no ConversionConfig)"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, entry, said):
@@ -165,28 +167,13 @@ def test_what_goes_wrong_is_one_line(recipe, tmp_path, monkeypatch, capsys, code
         Path("my.py").write_text(code)
         words = (*words, "--plugin", "my.py")
     assert command(monkeypatch, *words) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert said in error_line(capsys)
     assert not (tmp_path / "tiny").exists()
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("class KvHeads: pass", "TypeError: it is not a subclass of Conversion"),
-        (changed("kv_heads", "other"), "it is not of the kind 'kv_heads'"),
-    ],
-)
+@pytest.mark.parametrize(("code", "said"), broken_packages(CODE, ENTRY, "conversion"))
 def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
-    install(tmp_path, monkeypatch, code, ENTRY)
-    assert command(monkeypatch, "run", recipe(ONE_HEAD)) == 2
-    error = capsys.readouterr().err
-    assert "the entry point outside_mmkd:KvHeads cannot be used (" in error
-    assert said in error
-    assert error.endswith(" -- fix its package, or uninstall it\n")
-    assert error.count("\n") == 1
+    check_broken_package(tmp_path, monkeypatch, capsys, recipe(ONE_HEAD), code, ENTRY, said)
 
 
 def test_a_kind_of_mmkd_is_never_looked_for_outside(tmp_path, monkeypatch):

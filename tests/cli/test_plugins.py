@@ -8,20 +8,20 @@ import pytest
 import yaml
 
 from mmkd.objectives import OBJECTIVES, REGISTRY
-from tests.support.outside import install, mmkd
+from tests.support.outside import (
+    broken_packages,
+    changed,
+    check_broken_package,
+    error_line,
+    install,
+    mmkd,
+)
 from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
 
 PAGE = DOCS / "extending.md"
-CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S).group(1)
 ENTRY = ("mmkd.objectives", "hidden_cosine", "Cosine")
-
-
-def changed(old, new):
-    """The page's code with other words."""
-    code = CODE.group(1)
-    assert old in code
-    return code.replace(old, new)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def cosines(folder):
 
 def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
     file = tmp_path / "my_objective.py"
-    file.write_text(CODE.group(1))
+    file.write_text(CODE)
     words = ("run", recipe(region="vision", weight=0.5), "--plugin", file)
     assert mmkd(monkeypatch, *words) in (0, None)
     found = cosines(tmp_path)
@@ -74,7 +74,7 @@ def test_the_file_in_the_docs_trains(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, CODE.group(1), ENTRY)
+    install(tmp_path, monkeypatch, CODE, ENTRY)
     assert mmkd(monkeypatch, "run", recipe()) in (0, None)
     assert len(cosines(tmp_path)) == 4
 
@@ -86,25 +86,26 @@ def test_an_installed_package_needs_no_plugin(recipe, tmp_path, monkeypatch):
         (["--plugin", "no.such.module"], None, {}, "cannot be loaded (ModuleNotFoundError"),
         (["--plugin", "my.py"], "1 / 0", {}, "cannot be loaded (ZeroDivisionError"),
         (["--plugin", "my.py"], "raise SystemExit(0)", {}, "cannot be loaded (SystemExit"),
-        (["--plugin", "my.py"], CODE.group(1), {"regoin": "all"},
+        (["--plugin", "my.py"], CODE, {"regoin": "all"},
          "stages.0.objectives.1.regoin: unknown key -- did you mean 'region'?"),
-        (["--plugin", "my.py"], CODE.group(1), {"region": "al"},
+        (["--plugin", "my.py"], CODE, {"region": "al"},
          "stages.0.objectives.1.region: got 'al' -- input should be 'response', 'vision' or 'all'"),
-        (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "kl"), {},
+        (["--plugin", "my.py"], changed(CODE, "hidden_cosine", "kl"), {},
          "two objectives have the kind 'kl'"),
-        (["--plugin", "my.py"], CODE.group(1).replace('Literal["hidden_cosine"]', "str"), {},
+        (["--plugin", "my.py"], changed(CODE, 'Literal["hidden_cosine"]', "str"), {},
          "Cosine has no kind: give its config_class 'kind: Literal[...]'"),
-        (["--plugin", "my.py"], CODE.group(1).replace('"teacher", "dis', '"teachr", "dis'), {},
-         "it needs 'teachr', which is unknown -- did you mean 'teacher'?"),
-        (["--plugin", "my.py"], changed("config_class", "needs = None\n    config_class"), {},
+        (["--plugin", "my.py"], changed(CODE, '"teacher", "dis', '"teachr", "dis'), {},
+         "it needs 'teachr', which there is not -- did you mean 'teacher'?"),
+        (["--plugin", "my.py"], changed(CODE, "config_class", "needs = None\n    config_class"), {},
          "Cosine defines 'needs': move it to its settings, CosineConfig"),
-        (["--plugin", "my.py"], changed("needs: ClassVar", "needs: frozenset[str]"), {},
+        (["--plugin", "my.py"], changed(CODE, "needs: ClassVar", "needs: frozenset[str]"), {},
          "a recipe could set 'needs' of CosineConfig: annotate it as ClassVar"),
-        (["--plugin", "my.py"], changed("ObjectiveConfig", "HeadObjectiveConfig"), {},
+        (["--plugin", "my.py"], changed(CODE, "ObjectiveConfig", "HeadObjectiveConfig"), {},
          "Cosine and CosineConfig differ: settings of a HeadObjective, and no others, are"),
-        (["--plugin", "my.py"], changed("@add_objective", "add_objective(CosineConfig)\n"), {},
-         "cannot be loaded (TypeError: it is not a subclass of Objective)"),
-        (["--plugin", "my.py"], CODE.group(1).replace("hidden_cosine", "other"), {},
+        (["--plugin", "my.py"],
+         changed(CODE, "@add_objective", "add_objective(CosineConfig)\n"), {},
+         "cannot be loaded (TypeError: it is no objective)"),
+        (["--plugin", "my.py"], changed(CODE, "hidden_cosine", "other"), {},
          "unknown kind 'hidden_cosine'"),
         ([], None, {}, "unknown kind 'hidden_cosine'"),
     ],
@@ -116,33 +117,18 @@ def test_what_goes_wrong_is_one_line(
     if code is not None:
         Path("my.py").write_text(code)
     assert mmkd(monkeypatch, "run", recipe(**objective), *words) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert said in error_line(capsys)
     assert not (tmp_path / "tiny").exists()
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("class Cosine: pass", "TypeError: it is not a subclass of Objective"),
-        (CODE.group(1).replace("hidden_cosine", "other"), "it is not of the kind 'hidden_cosine'"),
-    ],
-)
+@pytest.mark.parametrize(("code", "said"), broken_packages(CODE, ENTRY, "objective"))
 def test_a_broken_package_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, said):
-    install(tmp_path, monkeypatch, code, ENTRY)
-    assert mmkd(monkeypatch, "run", recipe()) == 2
-    error = capsys.readouterr().err
-    assert "the entry point outside_mmkd:Cosine cannot be used (" in error
-    assert said in error
-    assert error.endswith(" -- fix its package, or uninstall it\n")
-    assert error.count("\n") == 1
+    check_broken_package(tmp_path, monkeypatch, capsys, recipe(), code, ENTRY, said)
 
 
 def test_two_objectives_of_one_kind_are_refused(recipe, tmp_path, monkeypatch, capsys):
     for name in ("a.py", "b.py"):
-        (tmp_path / name).write_text(CODE.group(1))
+        (tmp_path / name).write_text(CODE)
     words = ("--plugin", tmp_path / "a.py", "--plugin", tmp_path / "b.py")
     assert mmkd(monkeypatch, "run", recipe(), *words) == 2
     assert "two objectives have the kind 'hidden_cosine'" in capsys.readouterr().err

@@ -15,7 +15,6 @@ from mmkd.data.answers import Sampled
 from mmkd.data.encoder import Encoder
 from mmkd.data.templates import render
 from mmkd.errors import DataError
-from mmkd.objectives import build_objective
 from mmkd.objectives.entry import AnyObjectiveConfig
 from mmkd.recipe import DataConfig, OnPolicyConfig, TeacherConfig, load_recipe
 from mmkd.runs import pipeline
@@ -125,8 +124,8 @@ def test_the_teachers_own_view_needs_the_answer_too(folder):
 def test_what_reads_no_answer_needs_none(folder, objective, needed):
     data = records(folder, [row("long", LONG_TURNS)])
     config = DataConfig(train="-", max_length=limit_of(data, llava()))
-    built = build_objective(TypeAdapter(AnyObjectiveConfig).validate_python(objective))
-    encoder = Encoder.of([built], config, llava(), records=data)
+    settings = TypeAdapter(AnyObjectiveConfig).validate_python(objective)
+    encoder = Encoder.of([settings], config, llava(), records=data)
     if needed:
         with pytest.raises(DataError, match=LOST):
             encoder.encode([0])

@@ -19,8 +19,8 @@ from mmkd.report.tables import Value, format_value
 from mmkd.runs import pipeline
 from mmkd.runtime.files import read_json
 from mmkd_models.cache import GrowingLayer, HybridCache
-from tests.models.test_hybrid import student
 from tests.support import families
+from tests.support.hybrids import student
 from tests.support.recipes import tiny_recipe
 
 CONTEXT, STEPS = 70, 3

@@ -23,6 +23,7 @@ from mmkd.objectives.minilm import MiniLmConfig
 from mmkd.recipe import MambaConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.students import convert
+from mmkd_models.parts import find_parts
 from tests.support import families
 from tests.support.recipes import tiny_recipe
 
@@ -67,7 +68,14 @@ def pair(family):
 
 def losses(teacher, student, batch, kinds):
     """Each objective's value, and the gradient of their sum."""
-    objectives = [build_objective(KINDS[k]) for k in kinds]
+    said = said_of(teacher, student, batch, [KINDS[k] for k in kinds])
+    gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    return said, gradients
+
+
+def said_of(teacher, student, batch, settings):
+    """Each objective's value, for `count` 20; the student has the gradients of their sum."""
+    objectives = [build_objective(s) for s in settings]
     plan = LayerPlan.of(objectives)
     with torch.no_grad():
         theirs = capture(teacher, batch, plan.teacher_request())
@@ -77,8 +85,7 @@ def losses(teacher, student, batch, kinds):
     total, said = score(objectives, mine, theirs, targets, {o.name: 20.0 for o in objectives})
     student.zero_grad()
     total.backward()
-    gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-    return {k: said[k].item() for k in kinds}, gradients
+    return {o.name: said[o.name].item() for o in objectives}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,7 @@ def test_only_the_layers_that_objectives_force_are_forced():
 def test_a_plan_asks_the_teacher_and_then_the_student():
     objectives = [build_objective(KINDS[k]) for k in ("block", "mixer_mse", "minilm")]
     plan = LayerPlan.of(objectives)
+    assert not plan.matrices
     assert plan.teacher_request() == CaptureRequest(frozenset({1, 3}), projections=True)
     x = torch.zeros(1)
     theirs = {layer: LayerSignals(x, x, x) for layer in (1, 3)}
@@ -170,6 +178,78 @@ def test_a_plan_asks_the_teacher_and_then_the_student():
     assert request.forced_mixers == theirs
     without = plan.student_request({})  # the teacher did not run on this batch
     assert without == CaptureRequest(frozenset({1, 3}), projections=True)
+
+
+def test_matrices_are_recorded_of_the_layers_that_are_compared_by_them():
+    matrix = MatrixConfig(kind="matrix", layers=[3], teacher_layers=[2])
+    hidden = HiddenMseConfig(kind="hidden_mse", layers=[0, 1])
+    plan = LayerPlan.of([build_objective(matrix), build_objective(hidden)])
+    assert plan.teacher_request() == CaptureRequest(frozenset({0, 1, 2}), matrices=frozenset({2}))
+    request = plan.student_request({})
+    assert request == CaptureRequest(frozenset({0, 1}), matrices=frozenset({3}))
+
+
+def test_a_matrix_beside_a_free_objective_on_attention_layers_equals_a_float64_twin():
+    """The student's attention layers keep no probabilities: nothing reads a matrix of them."""
+    teacher, student = (model.double() for model in pair("llava"))
+    student.set_attn_implementation("sdpa")
+    batch = families.inputs("llava", [5, 9], side="right")
+    batch["pixel_values"] = batch["pixel_values"].double()
+    heads = {"kind": "mixer_mse", "name": "attention", "teacher_forced": False}
+    settings = [
+        MatrixConfig(kind="matrix", layers=[3]),
+        HiddenMseConfig(kind="hidden_mse", layers=[0, 2]),
+        MixerMseConfig(**heads, layers=[0, 2]),
+    ]
+    together = said_of(teacher, student, batch, settings)
+    for config in settings:
+        alone = said_of(teacher, student, batch, [config])
+        name = config.metric_name
+        assert together[name] == pytest.approx(alone[name], rel=1e-6)
+    rows = batch["attention_mask"].nonzero().tolist()
+    theirs, mine = probed(teacher, batch), probed(student, batch)
+    mixer = find_parts(student).decoder_layers[3].self_attn
+    matrix = mixer.matrix(theirs[3]["entering"], theirs[3]["position_embeddings"])
+    distance = (matrix - theirs[3]["probabilities"]).square().sum(-1).sqrt()  # [B, heads, T]
+    want = {"matrix": sum(distance[b, :, t].mean() for b, t in rows)}
+    for name, kept in (("hidden_mse", "leaving"), ("attention", "heads")):
+        want[name] = sum(
+            (mine[layer][kept][b, t] - theirs[layer][kept][b, t]).square().mean() / 2
+            for layer in (0, 2)
+            for b, t in rows
+        )
+    for name, value in want.items():
+        assert value > 1e-3
+        assert together[name] == pytest.approx(value.item() / 20.0, rel=1e-5), name
+
+
+def probed(model, batch):
+    """What goes through the decoder layers of a plain forward, by layer."""
+    found, handles = {}, []
+    for index, layer in enumerate(find_parts(model).decoder_layers):
+        seen = found.setdefault(index, {})
+
+        def mixed(module, args, kwargs, output, seen=seen):
+            seen["entering"] = kwargs["hidden_states"]
+            seen["position_embeddings"] = kwargs["position_embeddings"]
+            seen["probabilities"] = output[1]
+
+        def projected(module, args, seen=seen):
+            seen["heads"] = args[0]
+
+        def left(module, args, output, seen=seen):
+            seen["leaving"] = output[0] if isinstance(output, tuple) else output
+
+        handles += [
+            layer.self_attn.register_forward_hook(mixed, with_kwargs=True),
+            layer.self_attn.o_proj.register_forward_pre_hook(projected),
+            layer.register_forward_hook(left),
+        ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def test_a_run_is_never_written_twice():

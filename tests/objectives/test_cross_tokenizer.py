@@ -84,11 +84,11 @@ def folders(tmp_path_factory):
 def test_a_batch_has_chunks_where_they_are_asked_for(scenes_dir, folders):
     config = DataConfig(train=str(scenes_dir / "train.parquet"), max_length=2048)
     mine, theirs = (load_processor(ModelConfig(model=str(f))) for f in folders)
-    objectives = [build_objective(AlmConfig(kind="alm"))]
-    encoder = Encoder.of(objectives, config, mine, teacher_processor=theirs)
+    objective = build_objective(AlmConfig(kind="alm"))
+    encoder = Encoder.of([objective.config], config, mine, teacher_processor=theirs)
     batch = encoder.encode([0, 1, 2])
     found = batch.targets.chunks
-    rows = objectives[0].rows(batch.targets)
+    rows = objective.rows(batch.targets)
     assert rows.sum() == found.student.count > 30
     assert not (rows & ~batch.targets.predicts("response")).any()
     assert torch.equal(batch.targets.next_ids().flatten()[found.student.rows], found.student.ids)
@@ -111,7 +111,7 @@ def test_what_is_bad_for_the_teacher_alone_is_skipped_for_both(scenes_dir, folde
     theirs.chat_template = theirs.chat_template.replace(
         "c['text'] + ' '", "c['text'] | replace('red', 'RED') + ' '"
     )
-    objectives = [build_objective(AlmConfig(kind="alm"))]
+    objectives = [AlmConfig(kind="alm")]
 
     def encoder(on_bad_record):
         config = DataConfig(
@@ -140,7 +140,8 @@ def test_one_model_has_no_loss(scenes_dir, folders):
     objectives = [build_objective(c) for c in (AlmConfig(kind="alm"), UldConfig(kind="uld"))]
 
     def losses(other):
-        encoder = Encoder.of(objectives, config, processor, teacher_processor=other)
+        settings = [o.config for o in objectives]
+        encoder = Encoder.of(settings, config, processor, teacher_processor=other)
         batch = encoder.encode([0, 1])
         signals = capture(student, batch.inputs)
         counts = {o.name: float(o.rows(batch.targets).sum()) for o in objectives}
@@ -213,12 +214,12 @@ def test_tiles_match_nothing_and_need_not(scenes_dir, folders):
     """An image cut into tiles has no grid: chunks do not ask for one, relations do."""
     config = DataConfig(train=str(scenes_dir / "train.parquet"), max_length=2048)
     theirs = load_processor(ModelConfig(model=str(folders[1])))
-    alone = [build_objective(AlmConfig(kind="alm"))]
+    alone = [AlmConfig(kind="alm")]
     batch = Encoder.of(alone, config, smolvlm(), teacher_processor=theirs).encode([0])
     assert batch.targets.vision.sum() != batch.teacher.targets.vision.sum()
     assert batch.targets.chunks.student.count
-    both = [*alone, build_objective(RelationConfig(kind="relation"))]
-    with pytest.raises(DataError, match="do not form grids that could be aligned"):
+    both = [*alone, RelationConfig(kind="relation")]
+    with pytest.raises(DataError, match="no grid tells which belong together"):
         Encoder.of(both, config, smolvlm(), teacher_processor=theirs).encode([0])
 
 

@@ -34,9 +34,9 @@ def started(raw, monkeypatch):
     """What the run of a recipe trains: the stages' names."""
     trained, run_stage = [], pipeline.run_stage
 
-    def watched(config, **settings):
-        trained.append(config.name)
-        return run_stage(config, **settings)
+    def watched(inputs):
+        trained.append(inputs.config.name)
+        return run_stage(inputs)
 
     monkeypatch.setattr(pipeline, "run_stage", watched)
     return trained

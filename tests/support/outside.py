@@ -1,4 +1,5 @@
-"""Code from outside of mmkd: the command line in this process, and an installed package."""
+"""Code from outside of mmkd: the command line in this process, an installed package, and how mmkd
+refuses code that is broken."""
 
 import sys
 
@@ -31,3 +32,48 @@ def install(folder, monkeypatch, code, entry):
     group, kind, name = entry
     (info / "entry_points.txt").write_text(f"[{group}]\n{kind} = outside_mmkd:{name}\n")
     monkeypatch.syspath_prepend(str(folder))
+
+
+def changed(code, old, new):
+    """Code with other words."""
+    assert old in code
+    return code.replace(old, new)
+
+
+def error_line(capsys):
+    """What a refused command printed on standard error: one line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def broken_packages(code, entry, what):
+    """Parameters for `check_broken_package`: code of a package, and why it cannot be used.
+
+    Args:
+        code: of a package that can be used.
+        entry: its entry point, as `install` takes it.
+        what: "objective" or "conversion".
+    """
+    _, kind, name = entry
+    return [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (f"class {name}: pass", f"TypeError: it is no {what}"),
+        (changed(code, kind, "other"), f"it is not of the kind '{kind}'"),
+    ]
+
+
+def check_broken_package(folder, monkeypatch, capsys, recipe, code, entry, said):
+    """A run whose recipe names the kind of a broken package is refused in one line.
+
+    Args:
+        recipe: of the run.
+        said: why the package cannot be used.
+        folder, code, entry: as in `install`.
+    """
+    install(folder, monkeypatch, code, entry)
+    assert mmkd(monkeypatch, "run", recipe) == 2
+    error = error_line(capsys)
+    assert f"the entry point outside_mmkd:{entry[2]} cannot be used (" in error
+    assert said in error
+    assert error.endswith(" -- fix its package, or uninstall it\n")

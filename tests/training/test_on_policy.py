@@ -83,7 +83,7 @@ def engine_of(folder, lmbda, scenes_dir, seed=0, temperature=1.0, tokens=5):
     return OnPolicy(settings, encoder, engine, seed)
 
 
-def test_a_share_of_the_answers_is_sampled(tiny_model_dir, scenes_dir):
+def test_a_scale_to_global_mean_the_answers_is_sampled(tiny_model_dir, scenes_dir):
     policy = engine_of(tiny_model_dir, 0.5, scenes_dir)
     before = policy.encoder.encode(list(range(32)))
     state = torch.get_rng_state()

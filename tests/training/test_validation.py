@@ -1,23 +1,31 @@
 """Validation: values, no effect on training, best student and early stopping."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mmkd.commands.build_cache import build_cache
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.errors import CheckpointError, DataError, NonFiniteLossError, RecipeError
+from mmkd.errors import DataError, NonFiniteLossError, RecipeError
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.training import stage
 from tests.support.recipes import tiny_recipe
 from tests.support.tiny import write_tiny_model
+from tests.support.validated_runs import (
+    Broken,
+    break_off,
+    lines,
+    losses,
+    run,
+    same_weights,
+    validated_recipe,
+)
 
 EVERY_KIND = [
     {"kind": "ce"},
@@ -38,47 +46,9 @@ def teacher_dir(scenes_dir, tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def recipe(scenes_dir, tiny_model_dir, teacher_dir, tmp_path):
-    def make(name="tiny", *, validation=None, held_out=True, data=None, **changes):
-        own = {"train": str(scenes_dir / "train.parquet"), "max_length": 128, **(data or {})}
-        if held_out:
-            own.setdefault("validation", str(scenes_dir / "validation.parquet"))
-        stage = {
-            "objectives": [{"kind": "ce"}, {"kind": "kl"}],
-            "steps": 2,
-            "batch": {"size": 2},
-            "checkpoint": {"interval": 1, "keep_last": 1},
-            **({"validation": validation} if validation is not None else {}),
-            **changes.pop("stage", {}),
-        }
-        changes.setdefault("teacher", {"model": str(teacher_dir)})
-        return tiny_recipe(
-            scenes_dir, tiny_model_dir, tmp_path, name=name, data=own, stage=stage, **changes
-        )
-
-    return make
-
-
-def lines(folder: Path, file: str = "validation.jsonl") -> list[dict]:
-    path = folder / "01-mimic" / file
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "01-mimic" / "student" / "model.safetensors")
-
-
-def run(raw: dict) -> Path:
-    return pipeline.run(load_recipe(raw))
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    mine, theirs = weights(a), weights(b)
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
-
-
-def losses(folder: Path) -> list[dict]:
-    """The steps' metrics without what the clock says."""
-    return [{**line, "seconds": 0} for line in lines(folder, "metrics.jsonl")]
+    return partial(
+        validated_recipe, scenes_dir, tiny_model_dir, tmp_path, teacher={"model": str(teacher_dir)}
+    )
 
 
 def cross_entropy_of(folder: Path, held_out: Path) -> tuple[float, float]:
@@ -197,7 +167,7 @@ def test_a_share_is_never_trained_on(scenes_dir, tmp_path):
     assert held_out.where(0).startswith(Records(DataConfig(train=str(path))).where(number))
 
 
-def test_the_share_of_a_longer_file_is_nearly_the_same(scenes_dir, tmp_path):
+def test_the_scale_to_global_mean_a_longer_file_is_nearly_the_same(scenes_dir, tmp_path):
     table = pq.read_table(scenes_dir / "train.parquet")
     pq.write_table(table.slice(0, 60), tmp_path / "shorter.parquet")
     data = [DataConfig(train=str(p), validation=0.25)
@@ -213,126 +183,6 @@ def test_some_of_the_records_are_measured(recipe):
 
 
 # Best step, patience, resume
-
-
-class Broken(Exception):  # noqa: N818
-    pass
-
-
-def break_off(monkeypatch, at: int) -> None:
-    """A run stops before a step, as a kill would; the step before has left a checkpoint."""
-    step = stage.Stage.step
-
-    def watched(self, number, batches):
-        if number == at:
-            raise Broken
-        return step(self, number, batches)
-
-    monkeypatch.setattr(stage.Stage, "step", watched)
-
-
-@pytest.fixture
-def worsening(recipe):
-    """A stage whose validation is best in its middle: the learning rate is far too high."""
-
-    def make(name, steps=6, checkpoint=1, **validation):
-        validation = {"interval": 1, "records": 4, "metric": "answer_ce", **validation}
-        raw = recipe(name, validation=validation, teacher=None)
-        raw["stages"][0] |= {
-            "objectives": [{"kind": "ce"}],
-            "steps": steps,
-            "batch": {"size": 2},
-            "optimizer": {"lr": 0.4},
-            "schedule": {"kind": "constant", "warmup": 0},
-            "checkpoint": {"interval": checkpoint},
-        }
-        return raw
-
-    return make
-
-
-def test_the_best_student_is_kept(worsening):
-    folder = run(worsening("kept", keep="best"))
-    found = lines(folder)
-    values = [line["answer_ce"] for line in found]
-    best = values.index(min(values)) + 1
-    assert 1 < best < 5, values
-    done = json.loads((folder / "01-mimic" / "done.json").read_text())
-    assert done["validation"]["best_step"] == done["validation"]["kept_step"] == best
-    assert not (folder / "01-mimic" / "checkpoints").exists()
-    # the very weights of that step: a stage of a constant rate that ends there
-    short = run(worsening("short", steps=best, patience=9))
-    assert same_weights(folder, short)
-
-
-@pytest.mark.parametrize("checkpoint", [1, 2])
-def test_the_best_student_survives_a_kill_before_any_step(worsening, monkeypatch, checkpoint):
-    want = run(worsening("whole", keep="best"))
-    for at in (2, 4, 6):
-        raw = worsening(f"broken-{at}", checkpoint=checkpoint, keep="best")
-        with monkeypatch.context() as patch:
-            break_off(patch, at)
-            with pytest.raises(Broken):
-                run(raw)
-        got = run(raw)
-        assert same_weights(got, want), at
-        assert losses(got) == losses(want)
-        strip = [[{**line, "seconds": 0} for line in lines(f)] for f in (got, want)]
-        assert strip[0] == strip[1]
-
-
-def test_weights_that_a_resumed_stage_needs_are_kept(worsening, monkeypatch):
-    """Best after the newest checkpoint, and gone on with from an older one."""
-    raw = worsening("pruned", steps=5, keep="best", checkpoint=2)
-    with monkeypatch.context() as patch:
-        break_off(patch, 4)
-        with pytest.raises(Broken):
-            run(raw)
-    saved = pipeline.run_folder(load_recipe(raw)).path / "01-mimic" / "checkpoints"
-    kept = sorted(p.name for p in (saved / "best").glob("step-*"))
-    bests = [line["step"] for line in lines(saved.parent.parent) if line["best"]]
-    assert kept == [f"step-{s}" for s in bests if s >= max(b for b in bests if b <= 2)]
-    for name in kept:
-        files = json.loads((saved / "best" / name / "state.json").read_text())["files"]
-        assert not any("optimizer" in file for file in files)
-
-
-def test_only_the_best_weights_and_those_of_a_checkpoint_are_on_the_disk(worsening, monkeypatch):
-    """Where every validation is better than the last one, and checkpoints are rare."""
-    raw = worsening("improving", steps=8, checkpoint=4, keep="best")
-    raw["stages"][0]["optimizer"] = {"lr": 1e-3}
-    with monkeypatch.context() as patch:
-        break_off(patch, 8)
-        with pytest.raises(Broken):
-            run(raw)
-    folder = pipeline.run_folder(load_recipe(raw)).path
-    assert [line["best"] for line in lines(folder)] == [True] * 7
-    best = folder / "01-mimic" / "checkpoints" / "best"
-    assert sorted(path.name for path in best.iterdir()) == ["step-4", "step-7"]
-
-
-def test_a_stage_without_improvement_stops(worsening):
-    folder = run(worsening("patient", steps=12, keep="best", patience=2))
-    found = lines(folder)
-    values = [line["answer_ce"] for line in found]
-    best = values.index(min(values)) + 1
-    assert len(found) == len(lines(folder, "metrics.jsonl")) == best + 2 < 12
-    done = json.loads((folder / "01-mimic" / "done.json").read_text())
-    assert done["steps"] == best + 2
-    assert done["validation"]["kept_step"] == best
-
-
-def test_damaged_best_weights_are_an_error(worsening, monkeypatch):
-    raw = worsening("damaged", keep="best")
-    with monkeypatch.context() as patch:
-        break_off(patch, 6)
-        with pytest.raises(Broken):
-            run(raw)
-    folder = pipeline.run_folder(load_recipe(raw)).path / "01-mimic" / "checkpoints" / "best"
-    for path in folder.glob("step-*/tensors*"):
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"best.*damaged.*delete the stage"):
-        run(raw)
 
 
 def test_a_validation_that_is_not_finite_stops_the_stage(recipe, monkeypatch):
@@ -487,7 +337,7 @@ def test_held_out_records_are_said_plainly(data, said):
         DataConfig(train="t.parquet", validation=data)
 
 
-def test_no_share_of_a_stream_is_held_out():
+def test_no_scale_to_global_mean_a_stream_is_held_out():
     with pytest.raises(ValueError, match="a share of a stream cannot"):
         DataConfig(sources=[{"train": "hub:a/b", "stream": 10}], validation=0.1)
 

@@ -228,7 +228,7 @@ def sample_data(
         rows = {o.name: length for o in objectives}
         return Sample(length, length, length, 0.0, 0.0, rows), 0
     records = Records(data)
-    encoder = Encoder.of(objectives, data, processor, records=records)
+    encoder = Encoder.of([o.config for o in objectives], data, processor, records=records)
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)

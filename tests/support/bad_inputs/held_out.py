@@ -65,7 +65,7 @@ def unknown_metric(world: World) -> None:
     "recipe.yaml: data: a share of a stream cannot be held out",
     "give 'validation' a file",
 )
-def share_of_a_stream(world: World) -> None:
+def scale_to_global_mean_a_stream(world: World) -> None:
     world.raw["data"] = {"sources": [{"train": "hub:me/data", "stream": 9}], "validation": 0.1}
 
 
