@@ -155,9 +155,9 @@ def test_the_convert_command_takes_any_conversion(
         (changed(CODE, 'Literal["kv_heads"]', "str"), ONE_HEAD,
          "KvHeads has no kind: give its config_class 'kind: Literal[...]'"),
         (changed(CODE, "class KvHeads(Conversion)", "class KvHeads"), ONE_HEAD,
-         "cannot be loaded (TypeError: it is no conversion)"),
+         "cannot be loaded (TypeError: it is not a subclass of Conversion)"),
         (changed(NO_SETTINGS, "Field\n", "BaseModel, Field\n"), ONE_HEAD,
-         "(TypeError: its settings, KvHeadsConfig, are no ConversionConfig)"),
+         "(TypeError: its settings, KvHeadsConfig, are not a ConversionConfig)"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(recipe, tmp_path, monkeypatch, capsys, code, entry, said):

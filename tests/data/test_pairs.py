@@ -79,7 +79,7 @@ def test_earlier_answers_are_prompt(folder):
     ("change", "message"),
     [
         ({"rejected": [{"from": "human", "value": "<image>\nHat?"}, said("x")]},
-         "answer different prompts"),
+         "have different prompts"),
         ({"rejected": SCHEMAS["llava"]["chosen"]}, "are the same"),
         ({"rejected": None}, "neither 'conversations' nor 'messages'"),
         ({"rejected": [ASKED, said("  ")]}, "no response of the assistant"),

@@ -149,7 +149,7 @@ def broken_config(saved, tmp_path, change):
         (lambda c: c["layout"]["mamba"].update(d_state=16), "another shape"),
         (lambda c: c["layout"]["mamba"].update(layers=[0, 1]), "missing"),
         (lambda c: c["layout"]["mamba"].update(width=1), "unknown key 'width'"),
-        (lambda c: c.update(base_model_type="llama9"), "'llama9' is no family"),
+        (lambda c: c.update(base_model_type="llama9"), "has no 'base_model_type' 'llama9'"),
         (lambda c: c.pop("layout"), "'layout' is missing"),
     ],
 )

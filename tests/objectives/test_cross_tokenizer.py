@@ -219,7 +219,7 @@ def test_tiles_match_nothing_and_need_not(scenes_dir, folders):
     assert batch.targets.vision.sum() != batch.teacher.targets.vision.sum()
     assert batch.targets.chunks.student.count
     both = [*alone, RelationConfig(kind="relation")]
-    with pytest.raises(DataError, match="no grid tells which belong together"):
+    with pytest.raises(DataError, match="do not form grids that could be aligned"):
         Encoder.of(both, config, smolvlm(), teacher_processor=theirs).encode([0])
 
 

@@ -60,7 +60,7 @@ def test_what_cannot_be_converted_faithfully_stays_untouched():
     )
     model = PaliGemmaForConditionalGeneration(config)
     before = type(model)
-    with pytest.raises(RecipeError, match="both ways over its prefix"):
+    with pytest.raises(RecipeError, match="over image and prompt is bidirectional"):
         convert(model, MambaConfig(kind="mamba", keep_attention=[0]))
     assert type(model) is before
 

@@ -58,7 +58,7 @@ def broken_packages(code, entry, what):
     _, kind, name = entry
     return [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        (f"class {name}: pass", f"TypeError: it is no {what}"),
+        (f"class {name}: pass", f"TypeError: it is not a subclass of {what.title()}"),
         (changed(code, kind, "other"), f"it is not of the kind '{kind}'"),
     ]
 
