@@ -248,7 +248,7 @@ def test_what_needs_one_vocabulary_is_refused(recipe, objective, tmp_path):
 
 @pytest.mark.parametrize("kind", ["alm", "uld"])
 def test_packed_rows_stored_and_several_teachers_are_refused(recipe, kind, folders, tmp_path):
-    with pytest.raises(RecipeError, match=r"batch.pack: objective .* chunks .* set it to null"):
+    with pytest.raises(RecipeError, match=r"batch.pack: objective .* chunks, .* set it to null"):
         pipeline.run(recipe([{"kind": kind}], stage={"batch": {"size": 2, "pack": 512}}))
     stored = {"model": str(folders[0]), "source": "cache", "cache": {"folder": str(tmp_path / "c")}}
     with pytest.raises(RecipeError, match=r"it needs tensors that a teacher's cache"):

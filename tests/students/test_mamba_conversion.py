@@ -12,7 +12,7 @@ from mmkd_models.parts import find_parts
 from tests.support import families
 from tests.support.hybrids import generate, student
 
-PLACEMENTS = [
+SELECTIONS = [
     ("every:4", {"every": 4}, [0, 4]),
     ("every:4:last", {"every": 4, "first": False}, [3, 7]),
     ("head:2", {"head": 2}, [0, 1]),
@@ -22,17 +22,17 @@ PLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "placement", "layers"), PLACEMENTS)
-def test_placements(text, placement, layers):
+@pytest.mark.parametrize(("text", "selection", "layers"), SELECTIONS)
+def test_layer_selections(text, selection, layers):
     spoken, written = (
-        MambaConfig(kind="mamba", keep_attention=p).keep_attention for p in (parse(text), placement)
+        MambaConfig(kind="mamba", keep_attention=p).keep_attention for p in (parse(text), selection)
     )
     assert spoken == written
     assert choose(written, 8, where="here") == layers
 
 
 @pytest.mark.parametrize("text", ["every", "every:0", "every:4:middle", "head:", "half", "1,,2"])
-def test_a_placement_that_cannot_be_read(text):
+def test_a_selection_that_cannot_be_read(text):
     with pytest.raises(RecipeError, match="every:4"):
         parse(text)
 
@@ -109,5 +109,5 @@ def test_layers_are_dropped_before_attention_becomes_mamba():
     assert report.lines[0] == "decoder: kept layers [0, 2] of 4"
     assert "Mamba-2 mixers (mimic) in layers [1], attention in [0]" in report.lines[1]
     assert "inherited: q_proj.weight" in report.lines[2]
-    with pytest.raises(RecipeError, match="put 'layers' before 'mamba' and 'moe'"):
+    with pytest.raises(RecipeError, match="put 'depth_pruning' before 'mamba' and 'moe'"):
         convert(model, cut)
