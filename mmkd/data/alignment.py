@@ -192,6 +192,6 @@ def _check_vocabularies(context: StageContext, differ: str) -> None:
             raise RecipeError(
                 f"{differ}, and this objective compares them token by token",
                 where=context.at(objective),
-                hint="use alm or uld for responses and relation for image tokens, or models of one "
-                "tokenizer family",
+                hint="use alm or uld for responses and relation for image tokens, or models of the "
+                "same tokenizer family",
             )

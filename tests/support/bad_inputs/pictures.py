@@ -130,7 +130,7 @@ def image_by_an_absolute_path(world: World) -> None:
     KIND,
     "linked to an image outside the folder",
     FIRST + "link.png is outside of",
-    "links' targets",
+    "targets of links",
 )
 def image_behind_a_link(world: World) -> None:
     Path("images").mkdir()

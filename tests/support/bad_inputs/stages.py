@@ -68,7 +68,9 @@ def one_record_to_compare(world: World) -> None:
     world.stage(batch={"size": 1})
 
 
-overridden(KIND, "no_groups", "stages.0.train=[]", "stages.0.train: nothing trains", "name groups")
+overridden(
+    KIND, "no_groups", "stages.0.train=[]", "stages.0.train: nothing is trained", "name groups"
+)
 overridden(
     KIND,
     "unknown_group",
