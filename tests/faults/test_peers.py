@@ -15,6 +15,7 @@ from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
 ENGINES = {"torch": {"kind": "torch"}, "zero2": {"kind": "deepspeed", "zero": 2}}
+STEPS = 40
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"}
 
 
@@ -34,33 +35,42 @@ class Run:
         return [json.loads(line)["loss"] for line in self.lines()]
 
 
-@pytest.fixture(params=ENGINES)
-def disturbed(request, scenes_dir, tiny_model_dir, tmp_path):
+@pytest.fixture(scope="module", params=ENGINES)
+def quiet(request, scenes_dir, tiny_model_dir, tmp_path_factory):
+    """An engine, and the losses of a run of two processes on it that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("quiet")
+    run = Run(folder, recipe(request.param, scenes_dir, tiny_model_dir, folder))
+    finish(run)
+    return request.param, run.losses()
+
+
+def recipe(engine, scenes, model, folder):
+    stage = {
+        "steps": STEPS,
+        "batch": {"size": 2, "total": 4},
+        "checkpoint": {"interval": 5},
+        "engine": {"device": "cpu", "timeout_s": 15, **ENGINES[engine]},
+    }
+    return tiny_recipe(scenes, model, folder, stage=stage)
+
+
+def finish(run):
+    process = run.start()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+@pytest.fixture
+def disturbed(quiet, scenes_dir, tiny_model_dir, tmp_path):
     """A run of two processes that a signal to one of them disturbs after some steps.
 
-    Returns its exit status, what it said, and losses after it went on with those of a quiet run.
+    Returns its exit status, its output, and its losses after it was resumed with those of the
+    quiet run.
     """
+    engine, expected = quiet
 
     def make(number):
-        runs = [
-            Run(
-                tmp_path,
-                tiny_recipe(
-                    scenes_dir,
-                    tiny_model_dir,
-                    tmp_path,
-                    name=name,
-                    stage={
-                        "steps": 40,
-                        "batch": {"size": 2, "total": 4},
-                        "checkpoint": {"interval": 5},
-                        "engine": {"device": "cpu", "timeout_s": 15, **ENGINES[request.param]},
-                    },
-                ),
-            )
-            for name in ("quiet", "disturbed")
-        ]
-        quiet, run = runs
+        run = Run(tmp_path, recipe(engine, scenes_dir, tiny_model_dir, tmp_path))
         process = run.start()
         deadline = time.monotonic() + 120
         while len(run.lines()) < 8:
@@ -68,11 +78,8 @@ def disturbed(request, scenes_dir, tiny_model_dir, tmp_path):
             time.sleep(0.01)
         psutil.Process(process.pid).children()[1].send_signal(number)
         output, _ = process.communicate(timeout=120)
-        for again in runs:
-            finished = again.start()
-            said, _ = finished.communicate(timeout=120)
-            assert finished.returncode == 0, said
-        return process.returncode, output, run.losses(), quiet.losses()
+        finish(run)
+        return process.returncode, output, run.losses(), expected
 
     return make
 
