@@ -90,7 +90,7 @@ def rename_override(override: str, path: Path = (), report: Report = _log) -> st
     except FormatError:
         return override
     new_value = rename(value, path, report)
-    if new_value != value:
+    if new_value is not value and new_value != value:  # nan differs from itself
         text = json.dumps(new_value, ensure_ascii=False)
     return f"{new_keys}{equals}{text}"
 

@@ -8,7 +8,7 @@ import yaml
 
 from mmkd.errors import RecipeError
 from mmkd.recipe import load_recipe, load_student, load_written, to_yaml
-from mmkd.recipe.renamed import RENAMED_KEYS, RENAMED_KINDS, rename
+from mmkd.recipe.renamed import RENAMED_KEYS, RENAMED_KINDS, rename, rename_override
 from mmkd.runs.members import members
 from mmkd.runtime import progress
 
@@ -165,3 +165,10 @@ def test_the_recipe_of_an_older_run_loads_without_notes(notes):
         node[path[-1]] = node.pop(name)
     assert load_written(written) == new
     assert not notes()
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=.nan", "stages.0.optimizer={lr: .nan}", "data.train=[", "x"]
+)
+def test_an_override_without_old_names_stays_as_it_is(override):
+    assert rename_override(override) == override
