@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart teacher study test lint format docs faults attacks bench clean
+.PHONY: help setup quickstart teacher study test unit lint format docs faults attacks bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,8 +46,12 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-test: lint $(VENV)/.tested ## lint, types, unit tests and one run from start to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+test: $(VENV)/.tested ## lint, types, unit tests and one run from start to end
+	$(MAKE) --no-print-directory -j 2 lint unit
+
+unit: $(VENV)/.tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 docs: $(VENV)/.documents ## build the documentation into site/
 	$(BIN)/python -m scripts.reference
@@ -64,7 +68,7 @@ faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twent
 MINUTES ?= 10
 SEED ?= 0
 attacks: $(VENV)/.tested ## spoil recipes, data and folders by chance, for MINUTES=10 from SEED=0
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attacks
+	OMP_NUM_THREADS=1 MMKD_ALL_PAIRS=1 $(BIN)/python -m pytest tests/attacks
 	$(BIN)/python -m scripts.attacks --minutes $(MINUTES) --seed $(SEED)
 
 bench: data/scenes/dataset.json ## time and memory of all parts (an hour); peers where installed

@@ -8,7 +8,28 @@ from typing import Any
 
 import pytest
 
+from tests.support.places import ROOT
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+
+LONGEST = (
+    "engines/test_deepspeed.py",
+    "faults/test_interrupt.py",
+    "attacks/test_damage.py",
+    "faults/test_kills.py",
+    "faults/test_peers.py",
+    "training/test_validation_processes.py",
+    "training/test_stage.py",
+    "documents/test_python_page.py",
+    "cli/test_bad_input.py",
+)
+"""Files that take minutes. They run first, so that no worker waits for one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ KINDS = ("one", "none", "several", "other", "frames")
 PACKED = [name for name in ZOO if name not in ("paligemma", "nemotron_h_omni")]
 TOLD = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "lfm2_vl", "lfm3_vl"]
 """Families for which position ids are not enough to isolate records."""
+ROUNDING = 1e-5
+"""Norms, rotary embeddings and scans compute in float32; a leak changes more than 1e-3."""
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_a_packed_record_is_what_it_is_alone(name, batches):
     found = batches(name)
     model = ZOO[name].make(1)
     isolate_packed_sequences(model)
-    assert max(compare(model, *found)) < 1e-6
+    assert max(compare(model, *found)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", TOLD)
@@ -108,7 +110,7 @@ def test_layers_that_run_again_in_the_backward_pass(name, batches):
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) <= 3
     model.train()
     model.activation_checkpointing_enable()
-    assert max(compare(model, *batches(name))) < 1e-6
+    assert max(compare(model, *batches(name))) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
@@ -116,7 +118,7 @@ def test_hybrid_students(name, batches):
     model = ZOO[name].make(1)
     convert(model, [MambaConfig(kind="mamba", layers=[1])])
     isolate_packed_sequences(model)
-    assert max(compare(model, *batches(name))) < 1e-6
+    assert max(compare(model, *batches(name))) < ROUNDING
 
 
 def naive_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -160,7 +162,7 @@ def test_flash_attention_is_told_the_borders(name, batches, flash):
     found = batches(name)
     model = flash(ZOO[name].make(1))
     isolate_packed_sequences(model)
-    assert max(compare(model, *found)) < 1e-6
+    assert max(compare(model, *found)) < ROUNDING
 
 
 def packed_stage(tmp_path, monkeypatch, name, kinds, change=lambda model: model):
