@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from mmkd.errors import CheckpointError, MmkdError, RecipeError
 from mmkd.modeling.foreign_models import check_settings, refuse_kernels, refuse_pickled
 from mmkd.modeling.image_sizes import limit_config, limit_processor
 from mmkd.modeling.quiet import quiet_libraries
+from mmkd.modeling.skeletons import copied, without_weights
 from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd.runtime import consent, distributed, hub
 from mmkd.runtime.files import read_json
@@ -110,10 +111,26 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
     """The model on torch's `meta` device, without memory for its weights."""
     config = load_config(source)
     told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
-    with torch.device("meta"), _in_words(*told):
-        return model_class(config).from_config(
-            config, dtype=DTYPES[source.dtype], trust_remote_code=consent.granted(source.model)
-        )
+
+    def make() -> PreTrainedModel:
+        with without_weights(), _in_words(*told):
+            model: PreTrainedModel = model_class(config).from_config(
+                config, dtype=DTYPES[source.dtype], trust_remote_code=consent.granted(source.model)
+            )
+        return model
+
+    return copied(identity(source, config), make)
+
+
+def identity(source: ModelConfig, config: Any) -> tuple[Hashable, ...]:
+    """What a model without weights depends on.
+
+    Args:
+        source: the model.
+        config: of `load_config`.
+    """
+    trusted = consent.granted(source.model)
+    return type(config), repr(config.to_dict()), source.model, source.dtype, trusted
 
 
 def model_class(config: Any) -> Any:

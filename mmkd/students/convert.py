@@ -31,6 +31,11 @@ class ConversionReport:
     lines: list[str] = field(default_factory=list)
 
 
+def is_built_in(config: ConversionConfig) -> bool:
+    """Whether mmkd itself has the conversion."""
+    return config.kind in _BUILT_IN
+
+
 def build_conversion(config: ConversionConfig) -> Conversion:
     """The conversion that a recipe's entry asks for."""
     cls = _BUILT_IN.get(config.kind) or CONVERSIONS.find(config.kind)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.modeling.skeletons import without_weights
 
 _INDEX = ("layer_idx", "layer_index", "layer_id", "layer_number")
 _PLAIN = (int, float, str, bool, type(None))
@@ -16,7 +17,7 @@ _PLAIN = (int, float, str, bool, type(None))
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class from the present config, without storage for weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), without_weights():
         return type(model)(copy.deepcopy(model.config))
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mmkd.modeling.loading import load_model, skeleton
+from mmkd.modeling.loading import identity, load_config, load_model, skeleton
+from mmkd.modeling.skeletons import copied
 from mmkd.recipe import Recipe, StudentConfig
 from mmkd.runtime import consent
 from mmkd.runtime.run_folder import MemberFolder
 from mmkd.runtime.seeds import set_seed
-from mmkd.students.convert import convert
+from mmkd.students.convert import convert, is_built_in
 
 
 def student_at(
@@ -32,18 +33,35 @@ def student_at(
         CheckpointError: the model cannot be loaded.
         RecipeError: a conversion does not fit the model.
     """
-    make = skeleton if meta else load_model
     if folder is not None:
+        make = skeleton if meta else load_model
         return make(written_config(recipe.student, start_folder(recipe, index, folder)))
-    if not meta:
-        set_seed(recipe.seed)
-    student = make(recipe.student)
+    if meta:
+        return _skeleton_at(recipe, index)
+    set_seed(recipe.seed)
+    student = load_model(recipe.student)
     convert(student, recipe.student.convert)
     for number, stage in enumerate(recipe.stages[: index + 1]):
-        if stage.convert and not meta:
+        if stage.convert:
             set_seed(recipe.seed + number)
         convert(student, stage.convert)
     return student
+
+
+def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
+    """As `student_at`, on the meta device. Students of a study often differ in other settings."""
+    stages = recipe.stages[: index + 1]
+    conversions = [*recipe.student.convert, *(c for s in stages for c in s.convert)]
+
+    def make() -> PreTrainedModel:
+        student = skeleton(recipe.student)
+        convert(student, conversions)
+        return student
+
+    if not all(map(is_built_in, conversions)):  # others may read what no key knows
+        return make()
+    described = tuple(c.model_dump_json() for c in conversions)
+    return copied((*identity(recipe.student, load_config(recipe.student)), *described), make)
 
 
 def start_folder(recipe: Recipe, index: int, folder: MemberFolder) -> Path | None:
