@@ -123,7 +123,7 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
 
 
 def identity(source: ModelConfig, config: Any) -> tuple[Hashable, ...]:
-    """What a model without weights depends on.
+    """Key of the cache of models without weights: everything that such a model depends on.
 
     Args:
         source: the model.

@@ -1,4 +1,7 @@
-"""Models without weights: made quickly, and copied where the same one is asked for again."""
+"""Models without weights, on torch's meta device, with a cache.
+
+`no_init_weights` of transformers also skips initialization, but leaves tied weights untied.
+"""
 
 import copy
 from collections import OrderedDict
@@ -11,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 KEPT = 8
-"""Number of models that are kept to be copied."""
-_INITIALISERS = frozenset(
+"""Number of models that are cached."""
+_INITIALIZERS = frozenset(
     {
         torch.nn.init.uniform_,
         torch.nn.init.normal_,
@@ -24,8 +27,8 @@ _INITIALISERS = frozenset(
 _kept: OrderedDict[Hashable, PreTrainedModel] = OrderedDict()
 
 
-class _NoValues(TorchFunctionMode):
-    """Functions that would draw initial values return their tensor as it is."""
+class _NoInitialization(TorchFunctionMode):
+    """Mode in which functions that draw initial values return their tensor unchanged."""
 
     def __torch_function__(
         self,
@@ -34,25 +37,28 @@ class _NoValues(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _INITIALISERS:
+        if func in _INITIALIZERS:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Inside, new parameters are on torch's `meta` device. No values are drawn for them: a tensor
-    on this device has none, and to draw them takes a third of a model's time."""
-    with torch.device("meta"), _NoValues():
+    """Context manager in which new parameters are on torch's `meta` device and are not initialized:
+    tensors on this device have no values, but initializing them takes a third of the time."""
+    with torch.device("meta"), _NoInitialization():
         yield
 
 
 def copied(key: Hashable, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model without weights, which the caller may change.
+    """Build a model on the meta device, or copy it if the same one was built before.
 
     Args:
-        key: all that the model depends on.
-        make: builds the model. It is called where none is kept for this key.
+        key: everything that the model depends on.
+        make: builds the model; called if there is none for this key.
+
+    Returns:
+        A model that the caller may change.
     """
     if key not in _kept:
         _kept[key] = make()

@@ -32,7 +32,7 @@ class ConversionReport:
 
 
 def is_built_in(config: ConversionConfig) -> bool:
-    """Whether mmkd itself has the conversion."""
+    """Whether a conversion is part of mmkd, not of a plugin."""
     return config.kind in _BUILT_IN
 
 

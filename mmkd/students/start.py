@@ -49,7 +49,8 @@ def student_at(
 
 
 def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
-    """As `student_at`, on the meta device. Students of a study often differ in other settings."""
+    """`student_at` on the meta device. The model is cached, since the students of a study often
+    differ in other settings only."""
     stages = recipe.stages[: index + 1]
     conversions = [*recipe.student.convert, *(c for s in stages for c in s.convert)]
 
@@ -58,7 +59,8 @@ def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
         convert(student, conversions)
         return student
 
-    if not all(map(is_built_in, conversions)):  # others may read what no key knows
+    # A conversion of a plugin may depend on more than its settings.
+    if not all(map(is_built_in, conversions)):
         return make()
     described = tuple(c.model_dump_json() for c in conversions)
     return copied((*identity(recipe.student, load_config(recipe.student)), *described), make)

@@ -1,5 +1,7 @@
 """Models without weights are as their configs say, and their copies are independent."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from mmkd.modeling.skeletons import without_weights
 from mmkd.recipe import ModelConfig, load_recipe
 from mmkd.students import student_at
 from mmkd.students.convert import convert
+from mmkd.students.rebuilt import skeleton_of
 from tests.support.recipes import tiny_recipe
+from tests.support.zoo import ZOO
 
-CONVERSIONS = [{"kind": "layers", "decoder": [1]}, {"kind": "mamba", "keep_attention": []}]
+CONVERSIONS = [{"kind": "depth_pruning", "decoder": [1]}, {"kind": "mamba", "keep_attention": []}]
 
 
 def described(model):
@@ -75,3 +79,17 @@ def test_a_changed_config_is_another_model(scenes_dir, tiny_model_dir, tmp_path)
 def test_a_dtype_is_another_model(tiny_model_dir, dtype):
     model = skeleton(ModelConfig(model=str(tiny_model_dir), dtype=dtype))
     assert next(model.parameters()).dtype is getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_tied_weights_stay_tied(name):
+    model = ZOO[name].make(1)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        expected = type(model)(copy.deepcopy(model.config))
+    made = skeleton_of(model)
+    assert described(made) == described(expected)
+
+    def tied(of):
+        return of.get_output_embeddings().weight is of.get_input_embeddings().weight
+
+    assert tied(made) == tied(expected)
