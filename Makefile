@@ -50,8 +50,7 @@ test: $(VENV)/.tested ## lint, types, unit tests and one run from start to end
 	$(MAKE) --no-print-directory -j 2 lint unit
 
 unit: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
-		--no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 docs: $(VENV)/.documents ## build the documentation into site/
 	$(BIN)/python -m scripts.reference

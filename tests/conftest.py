@@ -8,22 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.places import ROOT
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
-
-
-LONGEST = (
-    "engines/test_deepspeed.py",
-    "training/test_stage.py",
-    "training/test_validation_processes.py",
-)
-"""Files that take minutes. They run first, so that no worker waits for one of them at the end."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mmkd.cli import models  # noqa: F401 -- registers `eval`
 from mmkd.cli.app import app
 from mmkd.errors import DataError, MmkdError
 from mmkd.evaluation.run import check, evaluate
