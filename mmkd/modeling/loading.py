@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +122,7 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
     return copied(identity(source, config), make)
 
 
-def identity(source: ModelConfig, config: Any) -> tuple[Hashable, ...]:
+def identity(source: ModelConfig, config: Any) -> tuple[Any, ...]:
     """Key of the cache of models without weights: everything that such a model depends on.
 
     Args:
