@@ -67,7 +67,7 @@ faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twent
 MINUTES ?= 10
 SEED ?= 0
 attacks: $(VENV)/.tested ## spoil recipes, data and folders by chance, for MINUTES=10 from SEED=0
-	OMP_NUM_THREADS=1 MMKD_ALL_PAIRS=1 $(BIN)/python -m pytest tests/attacks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attacks
 	$(BIN)/python -m scripts.attacks --minutes $(MINUTES) --seed $(SEED)
 
 bench: data/scenes/dataset.json ## time and memory of all parts (an hour); peers where installed

@@ -291,7 +291,7 @@ def test_a_cache_is_for_its_data_teacher_and_processor(raw, tmp_path, scenes_dir
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"objectives": [{"kind": "relation"}]}, "it needs hidden states.*hidden: true"),
+        ({"objectives": [{"kind": "relation"}]}, "it needs hidden states, .*hidden: true"),
         ({"objectives": [{"kind": "layer_l2"}]}, "tensors that a teacher's cache does not contain"),
         ({"objectives": [{"kind": "kl", "temperature": 2.0}]}, "at temperature 1, it needs 2"),
         ({"objectives": [{"kind": "preference"}]}, "it needs tensors that"),

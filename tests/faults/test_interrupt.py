@@ -123,10 +123,10 @@ def long_run(scenes_dir, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_in_a_step_saves_and_the_same_command_goes_on(long_run, processes):
     nproc = ("--nproc", processes)
-    whole, folder = long_run("whole", steps=16)
+    whole, folder = long_run("whole", steps=40)
     assert finish(start("run", whole, *nproc))[0] == 0
     expected = [losses(folder / stage) for stage in ("01-mimic", "02-second")]
-    recipe, folder = long_run("stopped", steps=16)
+    recipe, folder = long_run("stopped", steps=40)
     process = start("run", recipe, *nproc)
     wait_for(lambda: len(lines(folder / "01-mimic" / "metrics.jsonl")) >= 5, process)
     ctrl_c(process)
