@@ -71,9 +71,11 @@ def call(student, teacher, **kwargs):
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_value_equals_the_definition_term_by_term(kind):
     student, teacher, _ = parts(0)
-    got = call(student, teacher, kind=kind, temperature=8.0, beta=0.3, alpha=0.2)
+    # At 1, the powers of some p / q of these two would pass their bound.
+    temperature = 8.0 if kind in ("pearson", "neyman") else 1.0
+    got = call(student, teacher, kind=kind, temperature=temperature, beta=0.3, alpha=0.2)
     p, q = (
-        torch.softmax((hidden @ weight.t() + bias) / 8, -1).tolist()
+        torch.softmax((hidden @ weight.t() + bias) / temperature, -1).tolist()
         for hidden, weight, bias in (teacher, student)
     )
     want = sum(twin_row(kind, a, b, 0.3, 0.2) for a, b in zip(p, q, strict=True)) / N

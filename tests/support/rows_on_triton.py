@@ -92,7 +92,8 @@ def agree(got, want, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize(("block", "temperature"), [(32, 1.0), (4096, 2.5)], indirect=["block"])
+@pytest.mark.parametrize("block", [32, 4096], indirect=True)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_equals_its_definition_and_torch(kind, temperature):
     z, t = logits(0)
