@@ -1,7 +1,5 @@
 """Load models and processors from a folder or the Hub, or build them from a config."""
 
-import json
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,13 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,24 +15,19 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_torchvision_available
-from transformers.utils import logging as transformers_logging
 
-from mmkd.errors import CheckpointError, MmkdError, RecipeError
+from mmkd.errors import CheckpointError, RecipeError
 from mmkd.modeling.foreign_models import check_settings, refuse_kernels, refuse_pickled
 from mmkd.modeling.image_sizes import limit_config, limit_processor
-from mmkd.modeling.quiet import quiet_libraries
+from mmkd.modeling.loading_errors import FOLDER, SAVE, first_sentence, one_line_errors
 from mmkd.modeling.skeletons import copied, without_weights
 from mmkd.recipe import ImageSizeConfig, ModelConfig, Quantization, TeacherConfig
 from mmkd.runtime import consent, distributed, hub
-from mmkd.runtime.files import read_json
 from mmkd_models.configuration_mmkd import StudentConfigMixin
 from mmkd_models.modeling_mmkd import MmkdForImageTextToText
 from mmkd_models.parts import find_parts
 
-FOLDER = "give a folder with config.json, safetensors and processor files, or a Hub id"
 CHECK = "check model_type and its settings"
-SAVE = "save the processor into the model's folder (processor.save_pretrained)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,7 +52,7 @@ def load_config(source: ModelConfig) -> Any:
         config = AutoConfig.for_model(kind, **settings)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"no such architecture ({_reason(error)})",
+            f"no such architecture ({first_sentence(error)})",
             where=f"config of {kind}",
             hint=CHECK,
         ) from error
@@ -84,7 +70,7 @@ def load_model(source: ModelConfig) -> PreTrainedModel:
     dtype = DTYPES[source.dtype]
     if source.config is not None:
         config = load_config(source)
-        with _in_words("config", "model", CHECK):
+        with one_line_errors("config", "model", CHECK):
             model = AutoModelForImageTextToText.from_config(
                 config,
                 dtype=dtype,
@@ -113,7 +99,7 @@ def skeleton(source: ModelConfig) -> PreTrainedModel:
     told = ("config", "model", CHECK) if source.model is None else (source.model, "model")
 
     def make() -> PreTrainedModel:
-        with without_weights(), _in_words(*told):
+        with without_weights(), one_line_errors(*told):
             model: PreTrainedModel = model_class(config).from_config(
                 config, dtype=DTYPES[source.dtype], trust_remote_code=consent.granted(source.model)
             )
@@ -310,101 +296,10 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
     check_settings(folder)
     if not folder.exists():
         hub.unreachable()  # checked once here: the libraries would retry each file for minutes
-    with _in_words(name, what), consent.guard(name, trusted=trusted):
+    with one_line_errors(name, what), consent.guard(name, trusted=trusted):
         yield
     if not folder.exists():
         hub.say_if_unreachable(name)
-
-
-@contextmanager
-def _in_words(name: str, what: str, hint: str | None = None) -> Iterator[None]:
-    """Context manager that turns errors of transformers into one line, without their log lines."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    try:
-        with quiet_libraries():
-            yield
-    except MmkdError:
-        raise
-    except Exception as error:  # missing and damaged files raise many different types
-        raise _nowhere(error, name) or CheckpointError(
-            f"cannot load the {what} ({_reason(error)})",
-            where=name,
-            hint=hint or _hint(error, name, what),
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _nowhere(error: BaseException, name: str) -> CheckpointError | None:
-    """The error for a name that is neither a folder nor on the Hub; None for other errors."""
-    causes = _causes(error)
-    offline = LocalEntryNotFoundError | OfflineModeIsEnabled
-    if any(isinstance(e, offline) for e in causes) and (reason := hub.unreachable()):
-        return CheckpointError(
-            f"no such folder, and the Hub cannot be reached ({reason})",
-            where=name,
-            hint=hub.hint("check the path"),
-        )
-    if any(type(e) is RepositoryNotFoundError for e in causes):
-        return CheckpointError(
-            "no such folder, and no such model on the Hub",
-            where=name,
-            hint="check the path or the id; a private model needs 'hf auth login'",
-        )
-    return None
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An exception and its chain of causes."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    return causes
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of a library's message. The rest is often general advice."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    sentence = lines[0].partition(". ")[0].removesuffix(".")
-    return textwrap.shorten(sentence, 200, placeholder=" ...")
-
-
-def _hint(error: BaseException, name: str, what: str) -> str:
-    """A hint for an error of transformers."""
-    causes = _causes(error)
-    if "trust_remote_code" in str(error):
-        return consent.how(name)
-    if AutoModelForImageTextToText.__name__ in str(error):
-        return "choose a model that reads images and writes text"
-    if "num2words" in str(error):
-        return "pip install num2words"
-    wants = ["video processor", "torchvision"]
-    if (Path(name) / "preprocessor_config.json").is_file():
-        wants.append("image processor")  # the file exists, but its class cannot be imported
-    if not is_torchvision_available() and any(word in str(error).lower() for word in wants):
-        return "install the torchvision that fits your torch: `mmkd doctor` has the command"
-    if isinstance(error, ImportError):
-        return "install what is missing, or set attn_implementation to sdpa"
-    if any(isinstance(e, SafetensorError | json.JSONDecodeError) for e in causes):
-        return f"{_broken(Path(name))} is damaged: copy or download it again"
-    if not Path(name).exists():
-        if any(isinstance(e, GatedRepoError) for e in causes):
-            return "ask for access on the model's page, then 'hf auth login'"
-        if (reason := hub.unreachable()) is not None:
-            return hub.hint(f"give a folder: the Hub cannot be reached ({reason})")
-        return "check the id on the Hub; private and gated models need 'hf auth login'"
-    return SAVE if what == "processor" else FOLDER
-
-
-def _broken(folder: Path) -> str:
-    """Name of a JSON file of a folder that cannot be parsed; "a file" if there is none."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            read_json(path)
-        except (OSError, ValueError):
-            return path.name
-    return "a file"
 
 
 def parameter_count(module: torch.nn.Module | None) -> int:
