@@ -4,6 +4,7 @@ line, with exit status 2."""
 import atexit
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from mmkd.cli.once import is_first
@@ -109,6 +110,7 @@ def _has_peers() -> bool:
 
 
 def _exit_now(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader of a pipe may be gone
+            stream.flush()
     os._exit(status)

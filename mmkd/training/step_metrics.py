@@ -1,11 +1,11 @@
 """The metrics of a step, summed over ranks in two all-reduces.
 
-    counts <- all-reduce(rows of each objective, tokens, skipped records, ...)   before the forwards
-    totals <- all-reduce(losses, load of each expert, stop requests)             after the backwards
+    counts = all_reduce(rows of each objective, tokens, skipped records, ...)   before the forwards
+    totals = all_reduce(losses, load of each expert, stop requests)             after the backwards
 
-The first one cannot wait, since every loss is divided by its rows. The second one is read before
-the update, so that a loss that is infinite or no number never reaches the weights. Until then
-everything stays on the device: no micro-batch waits for the host.
+The first all-reduce comes before the forwards, because each loss is divided by its number of rows.
+The second one is read before the update, so that a non-finite loss never changes the weights.
+Between the two, all values stay on the device: no micro-batch synchronizes with the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Counts:
-    """What the global batch holds.
+    """Counts of the global batch.
 
     Attributes:
-        rows: that each objective covers, by its name.
-        metrics: tokens, skipped records and what else a step's line says of the batch.
+        rows: number of rows that each objective covers, by its name.
+        metrics: tokens, skipped records and other counts, as logged.
     """
 
     rows: dict[str, float]
@@ -39,12 +39,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the forwards of all ranks gave.
+    """Sums over the micro-batches of all ranks.
 
     Attributes:
         losses: the loss, and each objective's part and metrics, by name.
-        metrics: the share of tokens that each expert of each sparse layer got; empty without one.
-        stop: some rank was asked to stop.
+        metrics: share of the tokens of each expert, by sparse layer; empty without sparse layers.
+        stop: at least one rank was asked to stop.
     """
 
     losses: dict[str, float]
@@ -76,15 +76,15 @@ def count_batches(
     *,
     sampled: int | None,
 ) -> Counts:
-    """Count what the global batch holds; every rank calls it.
+    """Count rows, tokens and records of the global batch. All ranks must call it.
 
     Args:
         batches: this rank's micro-batches, on the engine's device.
         objectives: of the stage.
         records: of the stage's data, one or several sources.
         engine: of the stage.
-        sampled: answers of this rank's micro-batches that are the student's own; None without
-            on-policy distillation.
+        sampled: number of answers in this rank's micro-batches that the student sampled; None
+            without on-policy distillation.
     """
     targets = [b.targets for b in batches]
     values = {
@@ -116,7 +116,7 @@ def count_batches(
 
 
 def _of_sources(batches: Sequence[Batch], records: Records) -> Tensor:
-    """How many records of the micro-batches come from each source."""
+    """Number of records from each source, [sources]."""
     counts = torch.zeros(len(records.sources), dtype=torch.float64)
     if len(records.sources) > 1:
         for index in (i for batch in batches for i in batch.indices):
@@ -127,13 +127,13 @@ def _of_sources(batches: Sequence[Batch], records: Records) -> Tensor:
 def sum_losses(
     losses: Mapping[str, Tensor], load: Mapping[int, Tensor], engine: Engine, *, stop: bool
 ) -> Totals:
-    """Sum what the forwards gave; every rank calls it.
+    """Sum the losses and expert loads over ranks. All ranks must call it.
 
     Args:
         losses: float64, by name.
-        load: how often each expert was chosen, by layer.
+        load: number of tokens of each expert, [E], by layer.
         engine: of the stage.
-        stop: this rank was asked to stop.
+        stop: whether this rank was asked to stop.
     """
     values = {"losses": torch.stack(list(losses.values())), "stop": torch.tensor(stop)}
     if load:
