@@ -6,7 +6,14 @@ from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ
 from mmkd.objectives.base import Objective
 from mmkd.objectives.cross_tokenizer import Alm, Uld
-from mmkd.objectives.divergence import AlphaDivergence, Divergence, Jsd, SkewDivergence
+from mmkd.objectives.divergence import (
+    AlphaDivergence,
+    BalancedKl,
+    Divergence,
+    Enhanced,
+    Jsd,
+    SkewDivergence,
+)
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Matrix, MixerMse
 from mmkd.objectives.minilm import MiniLm
@@ -23,6 +30,8 @@ CLASSES: tuple[type[Objective], ...] = (
     Jsd,
     SkewDivergence,
     AlphaDivergence,
+    BalancedKl,
+    Enhanced,
     Alm,
     Uld,
     Relation,

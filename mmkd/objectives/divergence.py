@@ -7,14 +7,28 @@ temperature T. LLaVA-MoD uses `kl` over the response (arXiv 2408.15881, section 
 over the image tokens (arXiv 2410.16236, section 3.2).
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from mmkd.objectives.base import Targets
 from mmkd.objectives.scoring import HeadObjective
-from mmkd.objectives.settings import AlphaConfig, DivergenceConfig, JsdConfig, SkewConfig
+from mmkd.objectives.divergence_settings import (
+    AlphaConfig,
+    BalancedKlConfig,
+    DivergenceConfig,
+    EnhancedConfig,
+    JsdConfig,
+    SkewConfig,
+)
 from mmkd.ops import HeadLoss
+
+
+_OF_LOSS = {"kind", "temperature", "teacher_temperature", "top_k", "top_p", "rest"} | {
+    *("beta", "alpha", "gamma")
+}
+"""Settings that a loss has too."""
 
 
 class Divergence(HeadObjective):
@@ -25,7 +39,7 @@ class Divergence(HeadObjective):
         return targets.predicts(self.config.region)
 
     def head_loss(self, targets: Targets) -> HeadLoss:
-        settings = self.config.model_dump(include={"kind", "temperature", "beta", "alpha"})
+        settings = self.config.model_dump(include=_OF_LOSS)
         rows = self.rows(targets).flatten()
         return HeadLoss(mask=rows, vocab_size=self.shared_vocabulary, **settings)
 
@@ -40,3 +54,18 @@ class SkewDivergence(Divergence):
 
 class AlphaDivergence(Divergence):
     config_class = AlphaConfig
+
+
+class BalancedKl(Divergence):
+    config_class = BalancedKlConfig
+    config: BalancedKlConfig
+
+    def head_loss(self, targets: Targets) -> HeadLoss:
+        return replace(super().head_loss(targets), kappa=self.config.kappa * self.config.sign)
+
+
+class Enhanced(Divergence):
+    config_class = EnhancedConfig
+
+    def head_loss(self, targets: Targets) -> HeadLoss:
+        return replace(super().head_loss(targets), targets=targets.next_ids().flatten())

@@ -5,135 +5,27 @@ code of each objective is in the other modules of this package; `mmkd.objectives
 two.
 """
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.errors import HINT, nearest
-from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED, Bounded
-
-Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
-Region = Literal["response", "prompt", "vision", "all"]
-# distribution: the head's output; layers: tensors of decoder layers; matrices, projections: further
-# tensors of layers; experts: router logits; pairs: chosen and rejected answers; chunks: pieces of
-# answers that begin and end at token boundaries of student and teacher
-Need = Literal[
-    "teacher",
-    "vision_labels",
-    "distribution",
-    "layers",
-    "matrices",
-    "projections",
-    "experts",
-    "pairs",
-    "chunks",
-]
-
-
-class ObjectiveConfig(Bounded):
-    """Base class of settings of objectives, with the inputs that the objective requires.
-
-    A subclass defines `needs` and `reads_hidden`: as a `ClassVar` if they are constant, as a
-        property
-    if they depend on other settings.
-    """
-
-    weight: float = Field(
-        1.0, ge=0, le=1e6, description="factor of this objective in the stage's loss"
-    )
-    name: str | None = Field(
-        None,
-        max_length=NAME,
-        pattern=NAMED,
-        description="name in metrics; the kind by default",
-    )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The inputs that the objective requires."""
-        return frozenset()
-
-    @property
-    def reads_hidden(self) -> tuple[Region, ...]:
-        """Regions in which the objective reads the teacher's final hidden states, if it reads
-        nothing else of the teacher."""
-        return ()
-
-    @property
-    def metric_name(self) -> str:
-        """The objective's name in metrics and messages."""
-        return self.name or str(getattr(self, "kind"))  # noqa: B009
-
-    @property
-    def compares_outputs(self) -> bool:
-        """Whether the objective compares only the input or output of a teacher's head. Such
-        objectives use all teachers if there are several."""
-        on_outputs = isinstance(self, HeadObjectiveConfig) or bool(self.reads_hidden)
-        return on_outputs and "teacher" in self.needs
-
-    @model_validator(mode="after")
-    def _needs_are_known(self) -> "ObjectiveConfig":
-        for need in self.needs:
-            if need not in get_args(Need):
-                known = nearest(str(need), get_args(Need))
-                raise ValueError(f"it needs {need!r}, which is unknown{HINT}{known}")
-        return self
-
-
-class HeadObjectiveConfig(ObjectiveConfig):
-    """Settings of a `HeadObjective`, a loss on the head's output."""
-
-
-class CrossEntropyConfig(HeadObjectiveConfig):
-    """Cross-entropy on the text of the data set."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"distribution"})
-
-    kind: Literal["ce"] = "ce"
-    region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
-
-
-class DivergenceConfig(HeadObjectiveConfig):
-    """Divergence between the teacher's and the student's next-token distributions."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
-
-    kind: Literal[
-        "kl",
-        "reverse_kl",
-        "jeffreys",
-        "soft_reverse_kl",
-        "hellinger",
-        "pearson",
-        "neyman",
-        "tvd",
-    ]
-    region: Region = Field("response", description="tokens that it covers")
-    temperature: float = Field(
-        1.0, ge=LEAST_TEMPERATURE, le=1e6, description="divides both logits; no T^2 factor"
-    )
-
-
-class JsdConfig(DivergenceConfig):
-    """Generalised Jensen-Shannon divergence."""
-
-    kind: Literal["jsd"]  # type: ignore[assignment]
-    beta: float = Field(0.5, ge=0, le=1, description="weight of the teacher in the mixture")
-
-
-class SkewConfig(DivergenceConfig):
-    """KL against a mixture of teacher and student."""
-
-    kind: Literal["skew_kl", "skew_reverse_kl"]  # type: ignore[assignment]
-    alpha: float = Field(0.1, ge=0, lt=1, description="skew")
-
-
-class AlphaConfig(DivergenceConfig):
-    """Amari's alpha divergence, between `reverse_kl` (0) and `kl` (1) and beyond."""
-
-    kind: Literal["alpha"]  # type: ignore[assignment]
-    alpha: float = Field(0.5, ge=-5, le=5, description="order of the divergence")
-
+from mmkd.objectives.base_settings import (
+    HeadObjectiveConfig,
+    Layer,
+    Need,
+    ObjectiveConfig,
+    Region,
+)
+from mmkd.objectives.divergence_settings import (
+    AlphaConfig,
+    BalancedKlConfig,
+    CrossEntropyConfig,
+    DivergenceConfig,
+    EnhancedConfig,
+    JsdConfig,
+    SkewConfig,
+)
+from mmkd.runtime.fields import LEAST_TEMPERATURE
 
 BinaryKind = Literal["kl", "reverse_kl", "tvd"]
 
@@ -352,6 +244,8 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     JsdConfig,
     SkewConfig,
     AlphaConfig,
+    BalancedKlConfig,
+    EnhancedConfig,
     AlmConfig,
     UldConfig,
     RelationConfig,

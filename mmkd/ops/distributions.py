@@ -14,8 +14,10 @@ g = dL/dq:
     soft_reverse_kl   g = log((p + q) / 2p)
     alpha             g = -(r^a - 1) / a,                 r = p / q
     tvd               g = -1/2 sign(p - q)
+    enhanced          q sum(w) - w,                       w of `mmkd.ops.divergence`
 
-`hellinger`, `pearson` and `neyman` are multiples of `alpha`, and `jeffreys` is `kl` + `reverse_kl`.
+`hellinger`, `pearson` and `neyman` are multiples of `alpha`, `jeffreys` is `kl` + `reverse_kl`, and
+`balanced_kl` is a sum of the two with weights of rows, which get no gradient.
 Constants are left out of g: they do not change the gradient.
 
 `alpha` grows with a power of r. As an f-divergence, sum q f(r) with f(r) = (r^a - 1 - a (r - 1)) /
@@ -24,17 +26,23 @@ R such that no power exceeds exp(20), so value and gradient agree and stay finit
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mmkd.ops.terms import ALPHAS, HeadLoss, SparseRows
+from mmkd.ops.cells import Cells, cells_of_logits, cells_of_stored
+from mmkd.ops.terms import ALPHAS, HeadLoss, SparseRows, TeacherPart
 
 LARGEST_EXPONENT = 20.0
 """Log of the largest power of p / q in an `alpha` divergence."""
 
-LEAST_LOG = -80.0
-"""Smallest log-probability of the tokens that are not stored. Their probability may be 0."""
+NO_CELL = -1e4
+"""Logit of a cell that is not compared. Its probability is 0 in both distributions."""
+
+Factor = Tensor | float
+"""A number, or one for each row, [C]."""
 
 Part = list[tuple[int, HeadLoss]]
 """Losses, each with its index."""
@@ -69,7 +77,7 @@ def chunk_losses(
 
     Args:
         logits: [C, V] of the student; overwritten.
-        theirs: [C, V'] of the teacher, overwritten, or its stored rows.
+        theirs: [C, V'] of the teacher, overwritten, or its stored rows; None for `ce` alone.
         rows: [C], indices of the rows.
         part: the losses that cover these rows.
         sums: [losses], float64.
@@ -78,16 +86,22 @@ def chunk_losses(
     whole = logits.shape[1]
     groups = alike(part, whole)
     grad: Tensor | None = None
-    for (temperature, width), some in groups.items():
+    for (temperature, width, read), some in groups.items():
         z = logits[:, :width]
         compared = any(loss.kind != "ce" for _, loss in some)
-        t = theirs[:, :width] if compared and isinstance(theirs, Tensor) else None
         if temperature != 1 or len(groups) > 1:
             z = z / temperature
-            t = None if t is None else t / temperature
-        if compared and isinstance(theirs, SparseRows):
-            found = _sparse(z, theirs, rows, some, sums, workspace)
+        if not compared or theirs is None:
+            found = _Distributions(z, None, workspace).losses(rows, some, sums)
+        elif isinstance(theirs, SparseRows):
+            cells = cells_of_stored(theirs, rows, read)
+            found = _on_cells(z, cells, rows, some, sums, workspace)
+        elif not read.is_whole:
+            cells = cells_of_logits(theirs[:, :width], read)
+            found = _on_cells(z, cells, rows, some, sums, workspace)
         else:
+            t = theirs[:, :width]
+            t = t / read.temperature if read.temperature != 1 or len(groups) > 1 else t
             found = _Distributions(z, t, workspace).losses(rows, some, sums)
         found = found if temperature == 1 else found.div_(temperature)
         if grad is None and width == whole and len(groups) == 1:
@@ -98,18 +112,26 @@ def chunk_losses(
     return grad
 
 
-def alike(part: Part, whole: int) -> dict[tuple[float, int], Part]:
-    """Group losses by the softmax that they need: its temperature and number of tokens.
+def alike(part: Part, whole: int) -> dict[tuple[float, int, TeacherPart], Part]:
+    """Group losses by what they read: the student's temperature, the number of tokens, and the part
+    of the teacher's distribution. A cross-entropy, which reads no teacher, joins any group with the
+    softmax that it needs.
 
     Args:
         part: the losses.
         whole: number of tokens of the head.
     """
-    groups: dict[tuple[float, int], Part] = {}
+    groups: dict[tuple[float, int, TeacherPart], Part] = {}
     for number, loss in part:
-        temperature = 1.0 if loss.kind == "ce" else loss.temperature
-        group = groups.setdefault((temperature, loss.vocab_size or whole), [])
-        group += [(number, computed) for computed in loss.computed()]
+        key = (loss.temperature, loss.vocab_size or whole, loss.teacher_part)
+        if loss.kind == "ce":
+            key = (1.0, key[1], TeacherPart())
+        groups.setdefault(key, []).extend((number, computed) for computed in loss.computed())
+    for key, some in list(groups.items()):
+        if all(loss.kind == "ce" for _, loss in some):
+            others = [known for known in groups if known[:2] == key[:2] and known != key]
+            if others:
+                groups[others[0]].extend(groups.pop(key))
     return groups
 
 
@@ -133,29 +155,55 @@ class _Distributions:
     def losses(self, rows: Tensor, part: Part, sums: Tensor) -> Tensor:
         """Add the losses to `sums`, and return the gradient of the scaled losses, [C, V]."""
         labels, on_q = _add_labels(self.z, self.log_sum, rows, part, sums)
-        on_p = 0.0
+        on_p: Factor = 0.0
         slope: Tensor | None = None  # g, summed over losses
-        for number, loss in part:
-            if loss.kind == "ce":
-                continue
+        target: Tensor | None = None  # of `enhanced`, summed over losses
+        for number, loss, weights in self._weighted(rows, part):
+            factor = weights * loss.scale
             if loss.kind == "kl":
                 value = _dot(self.p, self.ahead) + self.offset
-                on_q += loss.scale
-                on_p += loss.scale
+                on_q = on_q + factor
+                on_p = on_p + factor
+            elif loss.kind == "enhanced":
+                value, wanted = self._enhanced(loss, rows)
+                on_q = on_q + factor * wanted.sum(1)
+                wanted = _scaled(wanted, factor)
+                target = wanted if target is None else target.add_(wanted)
             else:
                 buffer = self.workspace("slope" if slope is None else "more", *self.q.shape)
                 name = "alpha" if loss.kind in ALPHAS else loss.kind
                 value, g = getattr(self, f"_{name}")(loss, buffer)
-                g = g.mul_(loss.scale) if loss.scale != 1 else g
+                g = _scaled(g, factor)
                 slope = g if slope is None else slope.add_(g)
-            sums[number] += value.sum(dtype=torch.float64)
+            sums[number] += (value * weights).sum(dtype=torch.float64)
         if slope is not None:
             grad = slope.add_((on_q - _dot(self.q, slope))[:, None]).mul_(self.q)
         else:
-            grad = self.q.mul_(on_q) if on_q != 1 else self.q
-        if on_p:
+            grad = _scaled(self.q, on_q)
+        if isinstance(on_p, Tensor):
+            grad.addcmul_(self.p, on_p[:, None], value=-1)
+        elif on_p:
             grad.add_(self.p, alpha=-on_p)
+        if target is not None:
+            grad.sub_(target)
         return _less_labels(grad, labels)
+
+    def _weighted(self, rows: Tensor, part: Part) -> Iterator[tuple[int, HeadLoss, Factor]]:
+        """The divergences, with the weights of rows in their sums."""
+        for number, loss in part:
+            weights = loss.factors(rows, self.z.dtype)
+            if loss.kind == "balanced_kl":
+                share = torch.sigmoid(self._entropy_difference() / loss.kappa)  # [C]
+                yield number, replace(loss, kind="kl"), weights * 2 * (1 - share)
+                yield number, replace(loss, kind="reverse_kl"), weights * 2 * share
+            elif loss.kind != "ce":
+                yield number, loss, weights
+
+    def _entropy_difference(self) -> Tensor:
+        """Entropy of the student minus that of the teacher, [C]."""
+        of_q = self.log_sum - _dot(self.q, self.z)
+        of_p = self.log_sum - self.offset - _dot(self.p, self.ahead) - _dot(self.p, self.z)
+        return of_q - of_p
 
     # Each of these returns the loss of each row, [C], and g, [C, V], which is stored in `buffer`.
 
@@ -201,6 +249,18 @@ class _Distributions:
         value = _dot(self.p, slope) / (a - 1) - _dot(self.q, g) / a
         return factor * value, g.mul_(-factor / a)
 
+    def _enhanced(self, loss: HeadLoss, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, [C], and the target w, [C, V], which is not normalised."""
+        assert loss.targets is not None
+        label = loss.targets[rows, None]
+        target = torch.pow(self.p, loss.gamma)
+        own = self.p.gather(1, label)
+        target.scatter_(1, label, own.log1p().mul_(loss.gamma).expm1_())
+        total = target.sum(1)
+        entropy = torch.xlogy(target, target, out=self.workspace("power", *target.shape)).sum(1)
+        value = entropy - torch.xlogy(total, total) + total * self.log_sum - _dot(target, self.z)
+        return value, target
+
     def _tvd(self, loss: HeadLoss, buffer: Tensor) -> tuple[Tensor, Tensor]:
         apart = torch.sub(self.q, self.p, out=buffer)
         return 0.5 * apart.abs().sum(1), apart.sign_().mul_(0.5)
@@ -215,54 +275,81 @@ class _Distributions:
         return self._mixture(share, buffer).log_().neg_().add_(self.z).sub_(self.log_sum[:, None])
 
 
-def _sparse(
-    z: Tensor, stored: SparseRows, rows: Tensor, part: Part, sums: Tensor, workspace: Workspace
+def _on_cells(
+    z: Tensor, cells: Cells, rows: Tensor, part: Part, sums: Tensor, workspace: Workspace
 ) -> Tensor:
-    """Add the losses against stored rows to `sums`, and return the gradient of the scaled losses,
-    [C, V].
+    """Add the losses against a part of the teacher's tokens to `sums`, and return the gradient of
+    the scaled losses, [C, V].
 
-    The k stored tokens and the set of all others form a vocabulary of k + 1 entries, with logits
-    log q. The gradient of the last entry is distributed over its tokens in proportion to q.
+    The k tokens and the set of all others form a vocabulary of k + 1 entries, with logits log q.
+    The gradient of the last entry is distributed over its tokens in proportion to q.
     """
     q, log_sum = _softmax(z, workspace("q", *z.shape))
-    at = stored.at[rows]
-    ids = stored.ids[at]  # [C, k]
-    log_p = torch.cat([stored.log_probs[at], stored.log_rest[at, None]], 1).to(z.dtype)
+    ids, kept = cells.ids, cells.kept  # [C, k], [C, k + 1]
     known = q.gather(1, ids)
-    rest = q.scatter_(1, ids, 0).sum(1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
-    cells = torch.cat([z.gather(1, ids) - log_sum[:, None], rest.log()], 1)  # [C, k + 1]
-    compared = [(number, loss) for number, loss in part if loss.kind != "ce"]
-    fresh = Workspace(z.dtype, z.device)
-    theirs = log_p.clamp_(min=LEAST_LOG)
-    by_cell = _Distributions(cells, theirs, fresh).losses(rows, compared, sums)
+    q.scatter_(1, ids, known.masked_fill(kept[:, :-1], 0))
+    rest = q.sum(1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
+    ours = torch.cat([z.gather(1, ids) - log_sum[:, None], rest.log()], 1)  # [C, k + 1]
+    ours = ours.masked_fill_(~kept, NO_CELL)
+    theirs = cells.log_p.to(z.dtype).masked_fill(~kept, NO_CELL)
+    compared = [(number, _by_cell(loss, cells, rows)) for number, loss in part if loss.kind != "ce"]
+    by_cell = _Distributions(ours, theirs, Workspace(z.dtype, z.device)).losses(
+        rows, compared, sums
+    )
     labels, on_q = _add_labels(z, log_sum, rows, part, sums)
-    grad = q.mul_(by_cell[:, -1:] / rest + on_q)
-    grad.scatter_(1, ids, by_cell[:, :-1] + on_q * known)
+    share = by_cell[:, -1:] / rest  # [C, 1]
+    grad = q.mul_(share + _column(on_q))
+    own = torch.where(kept[:, :-1], by_cell[:, :-1], known * share)
+    grad.scatter_(1, ids, own + _column(on_q) * known)
     return _less_labels(grad, labels)
 
 
-Labels = list[tuple[Tensor, float]]
+def _by_cell(loss: HeadLoss, cells: Cells, rows: Tensor) -> HeadLoss:
+    """The loss with the cells of its labels in place of their tokens."""
+    if loss.kind != "enhanced":
+        return loss
+    assert loss.targets is not None
+    same = cells.kept[:, :-1] & (cells.ids == loss.targets[rows, None])
+    found = torch.where(same.any(1), same.int().argmax(1), cells.ids.shape[1])
+    return replace(loss, targets=loss.targets.index_copy(0, rows, found))
+
+
+Labels = list[tuple[Tensor, Factor]]
 
 
 def _add_labels(
     z: Tensor, log_sum: Tensor, rows: Tensor, part: Part, sums: Tensor
-) -> tuple[Labels, float]:
-    """Add the cross-entropies to `sums`, and return their labels [C, 1] with scales, and the sum of
-    all scales."""
+) -> tuple[Labels, Factor]:
+    """Add the cross-entropies to `sums`, and return their labels [C, 1] with factors, and the sum
+    of all factors."""
     labels: Labels = []
+    whole: Factor = 0.0
     for number, loss in part:
         if loss.kind == "ce":
             assert loss.targets is not None
             chosen = loss.targets[rows, None]
-            sums[number] += (log_sum - z.gather(1, chosen)[:, 0]).sum(dtype=torch.float64)
-            labels.append((chosen, loss.scale))
-    return labels, sum(scale for _, scale in labels)
+            weights = loss.factors(rows, z.dtype)
+            value = (log_sum - z.gather(1, chosen)[:, 0]) * weights
+            sums[number] += value.sum(dtype=torch.float64)
+            labels.append((chosen, weights * loss.scale))
+            whole = whole + weights * loss.scale
+    return labels, whole
 
 
 def _less_labels(grad: Tensor, labels: Labels) -> Tensor:
-    for chosen, scale in labels:
-        grad.scatter_add_(1, chosen, torch.full_like(chosen, -scale, dtype=grad.dtype))
+    for chosen, factor in labels:
+        less = torch.ones_like(chosen, dtype=grad.dtype).mul_(_column(factor))
+        grad.scatter_add_(1, chosen, less.neg_())
     return grad
+
+
+def _column(factor: Factor) -> Factor:
+    return factor[:, None] if isinstance(factor, Tensor) else factor
+
+
+def _scaled(x: Tensor, factor: Factor) -> Tensor:
+    """x [C, V] times a factor of its rows, in place."""
+    return x.mul_(_column(factor)) if isinstance(factor, Tensor) or factor != 1 else x
 
 
 def _softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,21 @@ Let p and q be the distributions of teacher and student for one row, both softma
     neyman            sum (p - q)^2 / p                   f-distill
     alpha             (sum p^a q^(1 - a) - 1) / (a (a - 1))   Amari 1985
     tvd               1/2 sum |p - q|                     total variation, arXiv 2307.15190
+    balanced_kl       w KL(q || p) + (2 - w) KL(p || q),  in the spirit of BD-KD, arXiv 2212.12965
+                      w = 2 sigmoid((H(q) - H(p)) / kappa) of each row, without gradient
+    enhanced          W KL(w / W || q), W = sum w,        OFA-KD, arXiv 2310.19444, target enhancement
+                      w = p^gamma, but (1 + p)^gamma - 1 at the next token of the text
 
 `alpha` has the limits `kl` at a = 1 and `reverse_kl` at a = 0, which are computed there.
 `hellinger` is half of `alpha` at a = 1/2; `pearson` and `neyman` are twice `alpha` at a = 2 and -1.
 Powers of p / q are bounded: `mmkd.ops.distributions`.
 
-No constant is dropped: each divergence is 0 when p and q are equal. No kind is multiplied by the
+`enhanced` has the gradient of cross-entropy against w, which is OFA-KD's loss, and the gradient of
+`kl` for gamma = 1. `top_k`, `top_p` and `rest` reduce p and q to a part of the tokens: see
+`mmkd.ops.cells`.
+
+No constant is dropped: each divergence is 0 when p and q are
+equal (`enhanced`: when q is w / W). No kind is multiplied by the
 factor T^2 of Hinton et al.; use the objective's weight for it. For b = 0 and b = 1 the formula of
 `jsd` is 0, so `kl` and `reverse_kl` are computed instead, which are its limits up to scale. GKD
 does the same.
@@ -40,8 +49,16 @@ def linear_divergence(
     *,
     kind: str,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    rest: str = "cell",
     beta: float = 0.5,
     alpha: float = 0.1,
+    kappa: float = 1.0,
+    gamma: float = 1.0,
+    targets: Tensor | None = None,
+    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -56,11 +73,19 @@ def linear_divergence(
         student_weight: [Vs, Hs], the student's head.
         teacher_hidden: [N, Ht]; gets no gradient.
         teacher_weight: [Vt, Ht]; gets no gradient.
-        kind: one of `DIVERGENCES`, defined at the top of this module.
+        kind: one of those defined at the top of this module.
         temperature: T > 0 divides both models' logits; the result is not multiplied by T^2.
+        teacher_temperature: divides the teacher's logits in its place.
+        top_k: read only the teacher's k most likely tokens.
+        top_p: read only its most likely tokens up to this probability, in (0, 1].
+        rest: `cell` keeps one entry for the other tokens, `drop` keeps none.
         beta: weight of the teacher in the mixture of `jsd`, in [0, 1].
         alpha: skew of `skew_kl` and `skew_reverse_kl`, in [0, 1); order of `alpha`, any
             finite number.
+        kappa: scale of the difference of entropies of `balanced_kl`; not 0.
+        gamma: exponent of `enhanced`, positive.
+        targets: [N] int64, the next tokens, for `enhanced`.
+        row_weights: [N], factors of the rows, without gradient; the mean is over their number.
         mask: [N] bool, True for rows that count; None keeps all.
         student_bias: [Vs] or None.
         teacher_bias: [Vt] or None.
@@ -78,9 +103,17 @@ def linear_divergence(
     loss = HeadLoss(
         kind,
         mask,
+        row_weights=row_weights,
+        targets=targets,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        top_k=top_k,
+        top_p=top_p,
+        rest=rest,
         beta=beta,
         alpha=alpha,
+        kappa=kappa,
+        gamma=gamma,
         vocab_size=vocab_size,
     )
     total, _ = head_losses(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mmkd.ops.backends import kernel_for
+from mmkd.ops.checks import check
 from mmkd.ops.distributions import Part, Workspace, chunk_losses
-from mmkd.ops.terms import Head, HeadLoss, SparseRows, check
+from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 
 CHUNK_BYTES = 112 * 2**20
 BUFFERS = 5
@@ -44,7 +45,8 @@ def head_losses(
         chunk_size: rows projected at once; what fits in `memory` if None.
         memory: bytes for a chunk's logits and the tensors computed from them.
         backend: "auto" (a Triton kernel on CUDA where it fits and runs, else torch), "torch" or
-            "triton". The kernel supports neither float64 nor stored rows.
+            "triton". The kernel supports neither float64, stored rows, weights of rows, a part of
+            the teacher's tokens, nor `balanced_kl` and `enhanced`.
 
     Returns:
         The sum of scale times loss, differentiable once, and each loss's own sum, [len(losses)],
@@ -59,7 +61,7 @@ def head_losses(
         check(loss, student, teacher)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, it must be at least 1")
-    kernel = kernel_for(backend, student.hidden, _unfit(student, teacher))
+    kernel = kernel_for(backend, student.hidden, _unfit(student, losses, teacher))
     # Autocast would round the float32 reductions and products that are explicit here.
     with torch.autocast(student.hidden.device.type, enabled=False):
         total, sums = _HeadLosses.apply(
@@ -75,12 +77,21 @@ def head_losses(
     return total, sums
 
 
-def _unfit(student: Head, teacher: Head | SparseRows | None) -> str | None:
+def _unfit(
+    student: Head, losses: Sequence[HeadLoss], teacher: Head | SparseRows | None
+) -> str | None:
     """Why the kernel cannot take these, or None."""
     if student.hidden.dtype == torch.float64:
         return "the kernel does not support torch.float64"
     if isinstance(teacher, SparseRows):
         return "the kernel does not support stored rows"
+    for loss in losses:
+        if loss.kind not in ("ce", *DIVERGENCES):
+            return f"the kernel does not support {loss.kind}"
+        if loss.row_weights is not None:
+            return "the kernel does not support weights of rows"
+        if loss.kind != "ce" and not loss.teacher_part.is_whole:
+            return "the kernel does not support a part of the teacher's tokens"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ DIVERGENCES = (
     *("kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "soft_reverse_kl"),
     *("hellinger", "pearson", "neyman", "alpha", "tvd"),
 )
+
+WITH_LABELS = ("enhanced",)
+"""Divergences that depend on the next token of the text."""
+
+KINDS = ("ce", *DIVERGENCES, "balanced_kl", *WITH_LABELS)
 
 ALPHAS = {"hellinger": (0.5, 0.5), "pearson": (2.0, 2.0), "neyman": (-1.0, 2.0)}
 """Divergences that are a multiple of the `alpha` divergence: its order and the factor."""
@@ -53,28 +59,64 @@ class SparseRows:
         return SparseRows(*(t.to(device) for t in vars(self).values()))
 
 
+class TeacherPart(NamedTuple):
+    """The part of the teacher's distribution that a loss reads, see `mmkd.ops.cells`.
+
+    Attributes:
+        temperature: divides the teacher's logits.
+        top_k: number of tokens; None for all.
+        top_p: probability of the tokens; None for all.
+        rest: what happens to the other tokens: `cell` or `drop`.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    rest: str = "cell"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the distribution over all tokens that are known."""
+        return self.top_k is None and self.top_p is None and self.rest == "cell"
+
+
 @dataclass(frozen=True)
 class HeadLoss:
     """One loss and the rows that it covers.
 
     Attributes:
-        kind: `ce` or one of `DIVERGENCES`.
+        kind: one of `KINDS`.
         mask: [N] bool, the rows; None for all.
         scale: factor of the loss's sum over rows in the total.
-        targets: [N] int64, the tokens of `ce`.
+        row_weights: [N], factors of the rows in the sum, without gradient; None for 1.
+        targets: [N] int64, the tokens of `ce` and `enhanced`.
         temperature: divides the logits of a divergence.
+        teacher_temperature: divides the teacher's logits in its place; None for `temperature`.
+        top_k: the teacher's most likely tokens that a divergence reads; None for all.
+        top_p: the divergence reads the teacher's most likely tokens up to this probability.
+        rest: `cell` compares the total probability of the other tokens, `drop` ignores them.
         beta: weight of the teacher in the mixture of jsd.
         alpha: skew of skew_kl and skew_reverse_kl; order of alpha.
+        kappa: scale of the difference of entropies of balanced_kl; a negative one exchanges the
+            two weights.
+        gamma: exponent of the teacher's probabilities in enhanced.
         vocab_size: tokens with a probability; None for all rows of the head.
     """
 
     kind: str
     mask: Tensor | None = None
     scale: float = 1.0
+    row_weights: Tensor | None = None
     targets: Tensor | None = None
     temperature: float = 1.0
+    teacher_temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    rest: str = "cell"
     beta: float = 0.5
     alpha: float = 0.1
+    kappa: float = 1.0
+    gamma: float = 1.0
     vocab_size: int | None = None
 
     def scaled(self, scale: float) -> "HeadLoss":
@@ -100,56 +142,19 @@ class HeadLoss:
         return [replace(self, kind=kind) for kind in kinds]
 
     @property
+    def teacher_part(self) -> TeacherPart:
+        """The part of the teacher's distribution that it reads."""
+        own = self.teacher_temperature
+        temperature = self.temperature if own is None else own
+        return TeacherPart(temperature, self.top_k, self.top_p, self.rest)
+
+    def factors(self, rows: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """Factors of rows [C] in the sum, [C] or 1."""
+        return 1.0 if self.row_weights is None else self.row_weights.detach()[rows].to(dtype)
+
+    @property
     def order(self) -> tuple[float, float]:
         """Order and factor of an `alpha` divergence or of a multiple of one."""
         return ALPHAS.get(self.kind, (self.alpha, 1.0))
 
 
-def check(loss: HeadLoss, student: Head, teacher: Head | SparseRows | None) -> None:
-    rows, size = student.hidden.shape[0], student.weight.shape[0]
-    if student.hidden.dim() != 2:
-        raise ValueError(f"hidden states must be [N, H], got {list(student.hidden.shape)}")
-    if loss.mask is not None and (loss.mask.dtype != torch.bool or loss.mask.shape != (rows,)):
-        raise ValueError(
-            f"mask must be bool [{rows}], got {loss.mask.dtype} {list(loss.mask.shape)}"
-        )
-    if loss.kind == "ce":
-        if loss.targets is None or loss.targets.shape != (rows,):
-            raise ValueError(f"ce needs targets [{rows}]")
-        return
-    if loss.kind not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {loss.kind!r}, known: {', '.join(DIVERGENCES)}")
-    if loss.temperature <= 0:
-        raise ValueError(f"temperature is {loss.temperature}, it must be positive")
-    if not 0 <= loss.beta <= 1:
-        raise ValueError(f"beta is {loss.beta}, it must be in [0, 1]")
-    if loss.kind == "alpha":
-        if not math.isfinite(loss.alpha):
-            raise ValueError(f"alpha is {loss.alpha}, it must be finite")
-    elif not 0 <= loss.alpha < 1:
-        raise ValueError(f"alpha is {loss.alpha}, it must be in [0, 1)")
-    if teacher is None:
-        raise ValueError(f"{loss.kind} needs a teacher")
-    if isinstance(teacher, SparseRows):
-        _check_stored(loss, teacher, rows)
-        return
-    if teacher.hidden.shape[0] != rows:
-        raise ValueError(f"{rows} student rows but {teacher.hidden.shape[0]} teacher rows")
-    smaller = min(size, teacher.weight.shape[0])
-    if loss.vocab_size is None and size != teacher.weight.shape[0]:
-        raise ValueError(
-            f"the heads have {size} (student) and {teacher.weight.shape[0]} (teacher) rows: give "
-            "vocab_size, the number of tokens that both share"
-        )
-    if loss.vocab_size is not None and not 0 < loss.vocab_size <= smaller:
-        raise ValueError(f"vocab_size is {loss.vocab_size}, it must be between 1 and {smaller}")
-
-
-def _check_stored(loss: HeadLoss, teacher: SparseRows, rows: int) -> None:
-    if loss.temperature != 1:
-        raise ValueError(f"stored rows are of temperature 1, the loss asks for {loss.temperature}")
-    if teacher.at.shape != (rows,):
-        raise ValueError(f"stored rows are for {len(teacher.at)} rows, the batch has {rows}")
-    wanted = teacher.at if loss.mask is None else teacher.at[loss.mask]
-    if bool((wanted < 0).any()):
-        raise ValueError(f"{int((wanted < 0).sum())} rows of {loss.kind} are not stored")

@@ -45,11 +45,12 @@ def chunk_losses(
     groups = alike(part, logits.shape[1])
     if len(groups) > 1:
         grad = torch.zeros_like(logits, dtype=torch.float32)
-        for (temperature, width), some in groups.items():
-            _launch(logits, theirs, grad, rows, some, sums, temperature, width)
+        for (temperature, width, read), some in groups.items():
+            temperatures = (temperature, read.temperature)
+            _launch(logits, theirs, grad, rows, some, sums, temperatures, width)
         return grad
-    (((temperature, width), some),) = groups.items()
-    _launch(logits, theirs, logits, rows, some, sums, temperature, width)
+    (((temperature, width, read), some),) = groups.items()
+    _launch(logits, theirs, logits, rows, some, sums, (temperature, read.temperature), width)
     logits[:, width:] = 0
     return logits
 
@@ -61,10 +62,11 @@ def _launch(
     rows: Tensor,
     part: Part,
     sums: Tensor,
-    temperature: float,
+    temperatures: tuple[float, float],
     width: int,
 ) -> None:
-    """Losses at one temperature; their gradient replaces `logits` or is added to another `grad`."""
+    """Losses at one temperature of the student and one of the teacher. Their gradient replaces
+    `logits`, or is added to another `grad`."""
     part = sorted(part, key=lambda item: item[1].kind != "ce")
     losses = [loss for _, loss in part]
     targets = [x.targets[rows] for x in losses if x.kind == "ce" and x.targets is not None]
@@ -87,7 +89,8 @@ def _launch(
             0 if t is None else t.stride(0),
             grad.stride(0),
             width,
-            float(temperature),
+            float(temperatures[0]),
+            float(temperatures[1]),
             tuple(float(loss.scale) for loss in losses),
             tuple(_share(loss) for loss in losses),
             kinds=kinds,
@@ -120,6 +123,7 @@ def _row(
     grad_stride,
     width,
     temperature,
+    t_temperature,
     scales,
     shares,
     kinds: tl.constexpr,
@@ -136,7 +140,7 @@ def _row(
         labels, chosen: [C, ces], the tokens of cross-entropies and their logits, or None.
         values: [C, losses], output.
         width: number of tokens with a probability.
-        temperature: divides z and t.
+        temperature, t_temperature: divide z and t.
         scales, shares: by loss; a share is beta, alpha or the order of an alpha divergence.
         kinds: by loss, those of cross-entropies first.
         ces: number of cross-entropies.
@@ -152,7 +156,7 @@ def _row(
     top_z, log_z = _log_sum(z, width, temperature, block)
     if t is not None:
         t += row * t_stride
-        top_t, log_t = _log_sum(t, width, temperature, block)
+        top_t, log_t = _log_sum(t, width, t_temperature, block)
 
     on_q = 0.0
     on_p = 0.0
@@ -169,7 +173,7 @@ def _row(
         for start in range(0, width, block):
             at = start + tl.arange(0, block)
             log_q = _log_probs(z, at, width, temperature, top_z, log_z)
-            log_p = _log_probs(t, at, width, temperature, top_t, log_t)
+            log_p = _log_probs(t, at, width, t_temperature, top_t, log_t)
             for i in tl.static_range(len(kinds)):
                 if kinds[i] != "ce" and kinds[i] != "kl":
                     found, slope = _compare(tl.constexpr(kinds[i]), shares[i], log_q, log_p)
@@ -181,7 +185,7 @@ def _row(
         log_q = _log_probs(z, at, width, temperature, top_z, log_z)
         factor = tl.zeros([block], tl.float32) + on_q
         if t is not None:
-            log_p = _log_probs(t, at, width, temperature, top_t, log_t)
+            log_p = _log_probs(t, at, width, t_temperature, top_t, log_t)
             p = tl.exp(log_p)
         for i in tl.static_range(len(kinds)):
             if kinds[i] == "kl":

@@ -9,6 +9,7 @@ from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import HeadObjectiveConfig, ObjectiveConfig, Signals, StoredSignals
+from mmkd.objectives.divergence_settings import DivergenceConfig
 from mmkd.recipe import StageConfig, TeacherConfig
 from mmkd.recipe.context import StageContext
 from mmkd.runtime.hashes import weights_hash
@@ -68,18 +69,22 @@ def check_storable(
                 where=where,
                 hint=LIVE,
             )
-        temperature = getattr(objective, "temperature", 1.0)
-        if isinstance(objective, HeadObjectiveConfig) and temperature != 1:
-            raise RecipeError(
-                f"a teacher's cache has distributions at temperature 1, it needs {temperature:g}",
-                where=where,
-                hint=LIVE,
-            )
+        if isinstance(objective, DivergenceConfig) and objective.rest == "cell":
+            _check_temperature(objective.temperature_of_teacher, where)
     if objectives and stage.on_policy is not None:
         raise RecipeError(
             "a teacher's cache does not contain the student's own answers",
             where=f"stage {stage.name}: on_policy",
             hint=LIVE,
+        )
+
+
+def _check_temperature(temperature: float, where: str) -> None:
+    if temperature != 1:
+        raise RecipeError(
+            f"a teacher's cache has distributions at temperature 1, it needs {temperature:g}",
+            where=where,
+            hint=f"set 'rest: drop', which needs only the stored tokens, or {LIVE}",
         )
 
 
@@ -130,6 +135,7 @@ def check_stored(context: StageContext) -> None:
     check_storable(context.stage, [o.config for o in reading], hidden=store.hidden is not None)
     held, length = store.manifest["max_length"], context.data.max_length
     for objective in reading:
+        _check_tokens(objective.config, store.manifest["k"], context.at(objective))
         regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]
         if objective.reads_hidden and store.hidden is not None:
             regions, wanted = store.hidden["regions"], [*objective.reads_hidden]
@@ -140,3 +146,13 @@ def check_stored(context: StageContext) -> None:
                 where=context.at(objective),
                 hint=AGAIN,
             )
+
+
+def _check_tokens(objective: ObjectiveConfig, stored: int, where: str) -> None:
+    if isinstance(objective, DivergenceConfig) and (objective.top_k or 1) > stored:
+        raise RecipeError(
+            f"the teacher's cache has {stored} tokens of a distribution, it needs "
+            f"{objective.top_k}",
+            where=where,
+            hint="lower top_k, or build the cache with a larger teacher.cache.k",
+        )
