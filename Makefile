@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes or test workers share the cores: more threads each would only slow them down.
-TEST_WORKERS ?= 2
+# A third worker runs where the tests of two others wait for processes.
+TEST_WORKERS ?= 3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart teacher study test unit lint format docs faults attacks bench clean
+.PHONY: help setup quickstart teacher study test test-all unit lint format docs faults attacks bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,8 +49,13 @@ $(VENV)/.tested: $(VENV)/.installed
 test: $(VENV)/.tested ## lint, types, unit tests and one run from start to end
 	$(MAKE) --no-print-directory -j 2 lint unit
 
+test-all: $(VENV)/.tested ## the same with further engines, launchers and numbers of processes
+	$(MAKE) --no-print-directory -j 2 lint unit CASES="slow or not slow"
+
+CASES ?= not slow
 unit: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "$(CASES)"
 
 docs: $(VENV)/.documents ## build the documentation into site/
 	$(BIN)/python -m scripts.reference
@@ -61,7 +66,7 @@ $(VENV)/.documents: $(VENV)/.installed
 	touch $@
 
 faults: $(VENV)/.installed ## kill runs a hundred times at random moments (twenty minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "slow or not slow"
 	$(BIN)/python tests/faults/kills.py --kills 110 --json runs/faults.json
 
 MINUTES ?= 10

@@ -11,6 +11,19 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
 
+LONGEST = (
+    *("engines/test_deepspeed", "faults/test_peers", "documents/test_python_page"),
+    *("release/test_upload", "cli/test_launch", "attacks/test_damage", "faults/test_kills"),
+    *("runs/test_pipeline", "training/test_validation_processes", "faults/test_interrupt"),
+)
+"""Files that take a minute or more. They start first, so that no worker ends long after others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """DeepSpeed says there that this process is one of one; what a test starts must not read it."""

@@ -7,9 +7,9 @@ Importing this package does not import torch: a recipe needs only `settings`, `r
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmkd.objectives.base_settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
 from mmkd.objectives.entry import AnyObjectiveConfig
 from mmkd.objectives.registry import OBJECTIVES, add_objective
-from mmkd.objectives.settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
 
 if TYPE_CHECKING:
     from mmkd.objectives.balance import expert_counts

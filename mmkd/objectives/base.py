@@ -14,8 +14,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from mmkd.objectives.base_settings import Need, ObjectiveConfig, Region
 from mmkd.objectives.chunks import Chunks
-from mmkd.objectives.settings import Need, ObjectiveConfig, Region
 from mmkd.ops import CHUNK_BYTES, SparseRows
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mmkd.objectives.affinity import Affinity
 from mmkd.objectives.balance import Balance, RouterZ
 from mmkd.objectives.base import Objective
+from mmkd.objectives.base_settings import ObjectiveConfig
 from mmkd.objectives.cross_tokenizer import Alm, Uld
 from mmkd.objectives.divergence import (
     AlphaDivergence,
@@ -20,7 +21,6 @@ from mmkd.objectives.minilm import MiniLm
 from mmkd.objectives.preference import Preference
 from mmkd.objectives.registry import OBJECTIVES
 from mmkd.objectives.relation import Relation
-from mmkd.objectives.settings import ObjectiveConfig
 from mmkd.objectives.token_labels import TokenLabels
 from mmkd.ops import CHUNK_BYTES
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmkd.objectives.base import Targets
-from mmkd.objectives.scoring import HeadObjective
 from mmkd.objectives.divergence_settings import (
     AlphaConfig,
     BalancedKlConfig,
@@ -22,8 +21,8 @@ from mmkd.objectives.divergence_settings import (
     JsdConfig,
     SkewConfig,
 )
+from mmkd.objectives.scoring import HeadObjective
 from mmkd.ops import HeadLoss
-
 
 _OF_LOSS = {"kind", "temperature", "teacher_temperature", "top_k", "top_p", "rest"} | {
     *("beta", "alpha", "gamma")

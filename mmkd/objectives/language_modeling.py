@@ -8,8 +8,8 @@ M are the rows that predict the tokens of the region.
 from torch import Tensor
 
 from mmkd.objectives.base import Targets
+from mmkd.objectives.divergence_settings import CrossEntropyConfig
 from mmkd.objectives.scoring import HeadObjective
-from mmkd.objectives.settings import CrossEntropyConfig
 from mmkd.ops import HeadLoss
 
 

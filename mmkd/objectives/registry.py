@@ -5,7 +5,8 @@ This module does not import torch.
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmkd.objectives.settings import SETTINGS, HeadObjectiveConfig
+from mmkd.objectives.base_settings import HeadObjectiveConfig
+from mmkd.objectives.settings import SETTINGS
 from mmkd.runtime.registry import Registry
 
 if TYPE_CHECKING:

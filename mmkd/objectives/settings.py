@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mmkd.objectives.base_settings import (
-    HeadObjectiveConfig,
     Layer,
     Need,
     ObjectiveConfig,

@@ -50,7 +50,7 @@ def cells_of_stored(stored: SparseRows, rows: Tensor, part: TeacherPart) -> Cell
         part: with a temperature of 1, or without the rest.
     """
     at = stored.at[rows]
-    logs, order = stored.log_probs[at].sort(1, descending=True, stable=True)
+    logs, order = stored.log_probs[at].sort(dim=1, descending=True, stable=True)
     ids = stored.ids[at].gather(1, order)
     chosen = _chosen(logs, part)
     folded = logs.masked_fill(chosen, -torch.inf)

@@ -58,9 +58,10 @@ def _check_settings(loss: HeadLoss) -> None:
     if loss.kind not in KINDS:
         raise ValueError(f"unknown divergence {loss.kind!r}, known: {', '.join(KINDS[1:])}")
     part = loss.teacher_part
-    for name, value in (("temperature", loss.temperature), ("the teacher's temperature", part.temperature)):
-        if value <= 0:
-            raise ValueError(f"{name} is {value}, it must be positive")
+    if loss.temperature <= 0:
+        raise ValueError(f"temperature is {loss.temperature}, it must be positive")
+    if part.temperature <= 0:
+        raise ValueError(f"the teacher's temperature is {part.temperature}, it must be positive")
     if part.top_k is not None and part.top_k < 1:
         raise ValueError(f"top_k is {part.top_k}, it must be at least 1")
     if part.top_p is not None and not 0 < part.top_p <= 1:

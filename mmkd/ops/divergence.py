@@ -17,8 +17,9 @@ Let p and q be the distributions of teacher and student for one row, both softma
     tvd               1/2 sum |p - q|                     total variation, arXiv 2307.15190
     balanced_kl       w KL(q || p) + (2 - w) KL(p || q),  in the spirit of BD-KD, arXiv 2212.12965
                       w = 2 sigmoid((H(q) - H(p)) / kappa) of each row, without gradient
-    enhanced          W KL(w / W || q), W = sum w,        OFA-KD, arXiv 2310.19444, target enhancement
-                      w = p^gamma, but (1 + p)^gamma - 1 at the next token of the text
+    enhanced          W KL(w / W || q), W = sum w,        target enhancement of OFA-KD,
+                      arXiv 2310.19444; w = p^gamma, but (1 + p)^gamma - 1 at the next token
+                      of the text
 
 `alpha` has the limits `kl` at a = 1 and `reverse_kl` at a = 0, which are computed there.
 `hellinger` is half of `alpha` at a = 1/2; `pearson` and `neyman` are twice `alpha` at a = 2 and -1.

@@ -1,6 +1,5 @@
 """The inputs of a loss on a head's output: kind, rows, and the teacher's distributions."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -156,5 +155,3 @@ class HeadLoss:
     def order(self) -> tuple[float, float]:
         """Order and factor of an `alpha` divergence or of a multiple of one."""
         return ALPHAS.get(self.kind, (self.alpha, 1.0))
-
-

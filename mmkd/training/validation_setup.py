@@ -11,7 +11,7 @@ from mmkd.data.records import Records
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import Objective, ObjectiveConfig, Preference, build_objective
-from mmkd.objectives.settings import CrossEntropyConfig, DivergenceConfig
+from mmkd.objectives.divergence_settings import CrossEntropyConfig, DivergenceConfig
 from mmkd.recipe import (
     ANSWER_CE,
     TEACHER_KL,

@@ -11,6 +11,7 @@ import pytest
 from mmkd.data.sources import streamed
 from tests.support.bad_inputs import world_in
 from tests.support.bad_inputs.table import write
+from tests.support.slow import slow
 
 MODULES = (
     *("torch", "transformers", "datasets", "yaml", "numpy", "typer", "huggingface_hub"),
@@ -61,8 +62,10 @@ DEEPSPEED = (BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29439", "--
 # deepspeed's own launcher imports from the folder, before mmkd does anything.
 @pytest.mark.parametrize(
     ("launcher", "environment"),
-    [(TORCHRUN, {}), (DEEPSPEED, {"PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"})],
-    ids=["torchrun", "deepspeed"],
+    [
+        pytest.param(TORCHRUN, {}, id="torchrun"),
+        slow(DEEPSPEED, {"PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}, name="deepspeed"),
+    ],
 )
 def test_processes_of_a_launcher_import_nothing_from_their_folder(world, launcher, environment):
     world.stage(batch={"size": 1, "total": 2})

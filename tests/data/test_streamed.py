@@ -20,6 +20,7 @@ from mmkd.recipe import DataConfig, SourceConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.training import stage
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import only
 
 SHARDS, IN_EACH, WINDOW = 3, 25, 10
 WHOLE = SHARDS * IN_EACH
@@ -207,7 +208,7 @@ def test_a_window_without_a_stream_is_refused(repository):
         SourceConfig(train="hub:a/b", window=5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", only([2], [0, 2]))
 def test_a_run_on_a_stream_goes_on_where_it_stopped(
     scenes_dir, tiny_model_dir, tmp_path, monkeypatch, workers
 ):

@@ -7,6 +7,7 @@ import yaml
 
 from tests.support import warm
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import only
 
 CHECKPOINT, STUDENT = 300_000, 250_000  # bytes: less than one file of a checkpoint, of a student
 
@@ -45,7 +46,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", only([2], [1, 2]))
 def test_full_while_a_checkpoint_is_written(runs, processes):
     expected, recipe, folder = runs(processes, every=2)
     done = start(recipe, processes, CHECKPOINT)
@@ -61,7 +62,7 @@ def test_full_while_a_checkpoint_is_written(runs, processes):
     assert losses(folder) == expected
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", only([2], [1, 2]))
 def test_full_while_the_student_is_written(runs, processes):
     expected, recipe, folder = runs(processes, every=100)
     done = start(recipe, processes, STUDENT)

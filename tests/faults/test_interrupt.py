@@ -19,9 +19,10 @@ from tests.support.interrupted import (
     wait_for,
     workers,
 )
+from tests.support.slow import only
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", only([2], [1, 2]))
 def test_ctrl_c_in_a_step_saves_and_the_same_command_goes_on(long_run, processes):
     nproc = ("--nproc", processes)
     whole, folder = long_run("whole", steps=40)

@@ -13,17 +13,18 @@ from tests.support.interrupted import (
     wait_for,
     workers,
 )
+from tests.support.slow import slow
 
 
 @pytest.mark.parametrize(
     ("launcher", "hanging"),
     [
-        ("nproc", False),
+        slow("nproc", False),
         ("nproc", True),
-        ("torchrun", False),
+        slow("torchrun", False),
         ("torchrun", True),
         # it starts a second launcher, which goes on: a process has to see itself that it is alone
-        ("deepspeed", False),
+        slow("deepspeed", False),
     ],
 )
 def test_processes_end_with_the_launcher_that_is_killed(long_run, launcher, hanging):

@@ -13,6 +13,7 @@ import yaml
 
 from tests.support import warm
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import only
 
 ENGINES = {"torch": {"kind": "torch"}, "zero2": {"kind": "deepspeed", "zero": 2}}
 STEPS = 40
@@ -35,7 +36,7 @@ class Run:
         return [json.loads(line)["loss"] for line in self.lines()]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=only(["zero2"], ENGINES))
 def quiet(request, scenes_dir, tiny_model_dir, tmp_path_factory):
     """An engine, and the losses of a run of two processes on it that nothing disturbs."""
     folder = tmp_path_factory.mktemp("quiet")

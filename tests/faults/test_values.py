@@ -11,6 +11,7 @@ from mmkd.runs import pipeline
 from mmkd.training import stage
 from mmkd.training.checkpoint import find_checkpoints
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import only
 
 ENGINES = {
     "torch": {"kind": "torch"},
@@ -19,7 +20,7 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", only(["torch", "zero3"], ENGINES))
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_no_number(scenes_dir, tiny_model_dir, tmp_path, monkeypatch, engine, where):
     def run(name):

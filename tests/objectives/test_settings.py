@@ -6,19 +6,15 @@ import pytest
 from pydantic import ValidationError
 
 from mmkd.objectives import REGISTRY, HeadObjective, HeadObjectiveConfig, build_objective
-from mmkd.objectives.settings import (
-    SETTINGS,
-    Need,
-    ObjectiveConfig,
-    PreferenceConfig,
-    RelationConfig,
-)
+from mmkd.objectives.base_settings import Need, ObjectiveConfig
+from mmkd.objectives.settings import SETTINGS, PreferenceConfig, RelationConfig
 from mmkd.runtime.registry import settings_kinds
 
 NEEDS = {
     "ce": {"distribution"},
     "kl reverse_kl jeffreys tvd jsd skew_kl skew_reverse_kl": {"teacher", "distribution"},
     "soft_reverse_kl hellinger pearson neyman alpha": {"teacher", "distribution"},
+    "balanced_kl enhanced": {"teacher", "distribution"},
     "relation affinity": {"teacher", "distribution"},
     "alm uld": {"teacher", "distribution", "chunks"},
     "mixer_mse layer_l2 hidden_mse": {"teacher", "layers"},

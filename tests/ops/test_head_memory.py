@@ -14,6 +14,8 @@ SETTINGS = {
     "kl": {},
     "reverse_kl": {},
     **{kind: {} for kind in DIVERGENCES[2:]},
+    "balanced_kl": {},
+    "enhanced": {"gamma": 1.5},
     "token_labels": {"at": "decoder", "background": True},
     "alm": {},
     "uld": {},

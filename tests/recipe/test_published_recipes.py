@@ -11,6 +11,7 @@ from mmkd.recipe import ModelConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd_models.layout import mamba_layers, moe_layers
 from tests.support.places import CONFIGS
+from tests.support.slow import only
 
 DEPTH = 32
 # What becomes Mamba of 32 layers.
@@ -24,6 +25,9 @@ LAYERS = {
     "llava_mod/preference": [],
     "llava_kd/llava_onevision": [],
 }
+# of each method the recipe with most in it
+QUICK = ["matvlm/mamba_50", "mmmamba/hybrid", "llava_mod/qwen3_vl", "llava_mod/preference"]
+QUICK += ["llava_kd/llava_onevision"]
 NEW = ("conv_weight", "conv_bias", "dt_proj", "dt_bias", "A_log", "D", "gate_proj", "norm_weight")
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -63,7 +67,7 @@ def shortened(name, model, scenes, out):
     return load_recipe(raw)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", only(QUICK, LAYERS))
 def test_a_published_recipe_runs(name, deep_model_dir, scenes_dir, tmp_path):
     recipe = shortened(name, deep_model_dir, scenes_dir, tmp_path)
     folder = pipeline.run(recipe)

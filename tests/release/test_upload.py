@@ -27,6 +27,7 @@ from mmkd.students import write
 from tests.support import families, hub_server
 from tests.support.hub_server import TOKEN
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import only
 
 STUDENTS = {
     "dense": [],
@@ -164,7 +165,7 @@ def answer_of(student, picture):
         return model.generate(**inputs, max_new_tokens=64).tolist()
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", only(["sparse hybrid"], STUDENTS))
 def test_what_arrives_says_the_same_without_mmkd(student, trained, hub, tmp_path, picture):
     """The card's own lines, word for word: by the name on the Hub, and from a downloaded folder."""
     run = trained(student)
@@ -193,7 +194,7 @@ def test_what_arrives_says_the_same_without_mmkd(student, trained, hub, tmp_path
     assert (json.loads(said), modules) == (want, "[]")
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", only(["sparse hybrid"], STUDENTS))
 def test_it_answers_every_question_as_it_was_scored(
     student, trained, scenes_dir, tmp_path, picture
 ):

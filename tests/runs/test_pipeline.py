@@ -18,6 +18,7 @@ from mmkd.runs import pipeline
 from mmkd.runtime.files import read_json
 from tests.support import warm
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import slow
 from tests.support.tiny import write_tiny_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "true"}
@@ -106,7 +107,7 @@ def test_a_killed_run_continues_with_the_same_figures(
 @pytest.mark.parametrize(
     ("objectives", "data"),
     [
-        ([{"kind": "ce"}, {"kind": "kl"}], "train"),
+        slow([{"kind": "ce"}, {"kind": "kl"}], "train"),  # as in the tests of engines
         # its baseline is a mean over both processes, which share the work of the reference
         ([{"kind": "preference", "loss": "kto_pair", "reference_logps": "once"}], "preferences"),
     ],

@@ -13,6 +13,7 @@ from mmkd.runs import pipeline
 from mmkd.runtime.files import locked, read_json, read_yaml
 from tests.support import warm
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import slow
 
 STAGES = ("one", "two", "three")
 FOLDERS = [f"{i:02d}-{name}" for i, name in enumerate(STAGES, 1)]
@@ -45,10 +46,10 @@ def started(raw, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "first", "key"),
     [
-        ("stages.0.optimizer.lr=1e-2", 0, "stages.0.optimizer.lr"),
+        slow("stages.0.optimizer.lr=1e-2", 0, "stages.0.optimizer.lr"),
         ("stages.1.optimizer.lr=1e-2", 1, "stages.1.optimizer.lr"),
-        ("stages.2.objectives.0.weight=2", 2, "stages.2.objectives.0.weight"),
-        ("stages.1.name=renamed", 1, "stages.1.name"),
+        slow("stages.2.objectives.0.weight=2", 2, "stages.2.objectives.0.weight"),
+        slow("stages.1.name=renamed", 1, "stages.1.name"),
         ("stages.2.data={train: DATA, max_length: 1024}", 2, "stages.2.data.max_length"),
         ("data.max_length=1024", 0, "data.max_length"),
     ],

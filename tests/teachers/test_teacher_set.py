@@ -11,7 +11,8 @@ from mmkd.data.records import Records
 from mmkd.modeling.capture_request import CaptureRequest
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Objective, build_objective
-from mmkd.objectives.settings import DivergenceConfig, HiddenMseConfig, PreferenceConfig
+from mmkd.objectives.divergence_settings import DivergenceConfig
+from mmkd.objectives.settings import HiddenMseConfig, PreferenceConfig
 from mmkd.recipe import DataConfig, ModelConfig, TeacherConfig, load_recipe
 from mmkd.teachers import (
     LiveTeacher,

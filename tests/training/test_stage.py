@@ -18,6 +18,16 @@ from mmkd.runs import pipeline
 from tests.support.recipes import tiny_recipe
 
 
+PARTS = [
+    {"kind": "kl", "name": "kl_top", "top_k": 5},
+    {"kind": "reverse_kl", "name": "nucleus", "top_p": 0.9, "rest": "drop", "region": "prompt"},
+    {"kind": "jsd", "name": "cooler", "teacher_temperature": 0.5, "region": "all"},
+    {"kind": "balanced_kl"},
+    {"kind": "enhanced", "gamma": 1.5},
+]
+NAMES = ("kl_top", "nucleus", "cooler", "balanced_kl", "enhanced")
+
+
 def train(raw):
     folder = pipeline.run(load_recipe(raw))
     lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
@@ -41,6 +51,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, scenes_dir
         {"kind": "tvd", "region": "vision"},
         {"kind": "relation"},
     ]
+    objectives += PARTS
     results = []
     layouts = [{"size": 8}, {"size": 2, "accumulate": 4}, {"size": 1, "accumulate": 8}]
     for number, batch in enumerate([*layouts, {"total": 8, "tokens": 260}]):
@@ -60,7 +71,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, scenes_dir
         results.append(train(raw))
     for metrics, weights in results[1:]:
         for got, want in zip(metrics, results[0][0], strict=True):
-            for key in ("loss", "ce", "kl", "tvd", "relation", "grad_norm"):
+            for key in ("loss", "ce", "kl", "tvd", "relation", "grad_norm", *NAMES):
                 assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
             assert got["supervised_tokens"] == want["supervised_tokens"]
         for name, tensor in weights.items():
