@@ -113,9 +113,7 @@ class EnhancedConfig(DivergenceConfig):
     """KL against a teacher whose probability of the next token of the text is increased."""
 
     kind: Literal["enhanced"]  # type: ignore[assignment]
-    region: Literal["response", "prompt"] = Field(  # type: ignore[assignment]
-        "response", description="tokens that it covers"
-    )
+    region: Literal["response", "prompt"] = Field("response", description="tokens that it covers")
     gamma: float = Field(
         1.0, ge=0.1, le=10, description="exponent of the probabilities; 1 has the gradient of `kl`"
     )

@@ -17,7 +17,6 @@ from mmkd.recipe import STEP_METRICS, ModelConfig, load_recipe
 from mmkd.runs import pipeline
 from tests.support.recipes import tiny_recipe
 
-
 PARTS = [
     {"kind": "kl", "name": "kl_top", "top_k": 5},
     {"kind": "reverse_kl", "name": "nucleus", "top_p": 0.9, "rest": "drop", "region": "prompt"},
