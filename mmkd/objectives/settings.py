@@ -147,7 +147,8 @@ class ChunkObjectiveConfig(ObjectiveConfig):
 
 
 def _or_infinite(value: Any, validate: Callable[[Any], float]) -> float:
-    return math.inf if value in ("inf", math.inf) else validate(value)
+    # Infinity: what `json.dumps` makes of it, in overrides with paths
+    return math.inf if value in ("inf", "Infinity", math.inf) else validate(value)
 
 
 TemperatureOrInf = Annotated[
@@ -166,7 +167,6 @@ TemperatureOrInf = Annotated[
 ]
 """A temperature, or `inf` (in YAML also `.inf`). JSON has no infinity, so there it is a text."""
 
-Debiasing = Literal["none", "outcome", "both"]
 GAMMA = 0.1
 
 
@@ -183,11 +183,11 @@ class AlmConfig(ChunkObjectiveConfig):
         "proportional to 1/tau; inf: the limit of tau times the loss",
         json_schema_extra={"default": "inf"},
     )
-    debias: Debiasing | None = Field(
-        None,
+    debias: Literal["auto", "none", "outcome", "both"] = Field(
+        "auto",
         description="outcome: with the probability that the piece ends where it ends (the paper); "
-        "both: also given that it begins where it begins; none: neither. By default both at "
-        "temperature inf, and none at other temperatures",
+        "both: also given that it begins where it begins; none: neither; auto: both at temperature "
+        "inf, and none at other temperatures",
     )
     gamma: float = Field(
         GAMMA,
@@ -199,7 +199,7 @@ class AlmConfig(ChunkObjectiveConfig):
 
     @model_validator(mode="after")
     def _merges_what_ends(self) -> "AlmConfig":
-        if self.debias is None:
+        if self.debias == "auto":
             self.debias = "both" if self.temperature == math.inf else "none"
         if self.debias == "none" and self.gamma != GAMMA:
             raise ValueError("'gamma' is for 'debias: outcome' or 'both' only -- leave it out")
