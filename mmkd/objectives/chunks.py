@@ -41,6 +41,12 @@ class ChunkTokens:
         after the chunk."""
         return self.rows[self._changes(1)] + 1
 
+    @property
+    def follows(self) -> Tensor:
+        """[chunks] bool: chunks that come directly after the chunk before them."""
+        first, last = self.first_rows, self.last_rows
+        return torch.cat([first[:1] < 0, first[1:] == last[:-1]])
+
     def _changes(self, offset: int) -> Tensor:
         """[n] bool: the first token of each chunk (offset 0), or the last one (offset 1)."""
         marks = torch.ones(len(self.chunk) + 1, dtype=torch.bool, device=self.chunk.device)

@@ -24,11 +24,12 @@ or are special. If one of them comes next, the text before is complete under bot
 
 x is the text before the chunk, and p(B | x) is the probability that the next token is in B.
 `outcome` is the paper's debiasing ("append_space" in the authors' code, tokenkit). `both` is
-mmkd's: it also removes the bias of the context, for chunks whose first token is in B under both
-tokenizers. Then the result is the likelihood of the chunk up to a boundary, given a boundary before
-it. For two models of one law of texts it is the same. A chunk that begins inside of a word keeps
-the bias of its context. The end of turn is a special token, after which no text goes on: there,
-p(B | x c) is 1.
+mmkd's: it also removes the bias of the context, for chunks that come directly after another chunk
+and whose first token is in B under both tokenizers. Then the result is the likelihood of the chunk
+up to a boundary, given a boundary before it. For two models of one law of texts it is the same. The
+chunk before pays for p(B | x); without one, nothing would keep the student from tokens that are not
+in B. A chunk that begins inside of a word keeps the bias of its context. The end of turn is a
+special token, after which no text goes on: there, p(B | x c) is 1.
 
 A chunk with p(B | x c) < gamma under the teacher ends inside of a word, and is merged with the next
 chunks of its answer, as in the authors' code. This depends on the answer alone, not on the batch. n
@@ -108,13 +109,20 @@ class Alm(ChunkObjective):
         with torch.no_grad():
             theirs = self._masses(teacher, chunks.teacher, bounds.teacher, bounds)
         ends = _ends(theirs[1], bounds.answer, self.config.gamma)
-        begins = bounds.student[chunks.student.first_ids]
-        begins = begins & bounds.teacher[chunks.teacher.first_ids]  # [chunks]
-        given = begins if self.config.debias == "both" else torch.zeros_like(begins)
+        given = self._given(chunks, bounds)  # [chunks]
         return (
-            _merged(logps[0], *mine, ends=ends, given=given),
-            _merged(logps[1], *theirs, ends=ends, given=given),
+            _merged(logps[0], *mine, ends=ends, given=given & chunks.student.follows),
+            _merged(logps[1], *theirs, ends=ends, given=given & chunks.teacher.follows),
         )
+
+    def _given(self, chunks: Chunks, bounds: Boundaries) -> Tensor:
+        """[chunks] bool: chunks whose likelihoods are conditional on a boundary before them."""
+        if self.config.debias != "both":
+            return torch.zeros_like(bounds.closing)
+        begins = bounds.student[chunks.student.first_ids]
+        begins = begins & bounds.teacher[chunks.teacher.first_ids]
+        begins[1:] &= bounds.answer[1:] == bounds.answer[:-1]
+        return begins
 
     def _masses(
         self, signals: Signals, tokens: ChunkTokens, mask: Tensor, bounds: Boundaries
