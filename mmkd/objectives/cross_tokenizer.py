@@ -27,9 +27,10 @@ x is the text before the chunk, and p(B | x) is the probability that the next to
 mmkd's: it also removes the bias of the context, for chunks that come directly after another chunk
 and whose first token is in B under both tokenizers. Then the result is the likelihood of the chunk
 up to a boundary, given a boundary before it. For two models of one law of texts it is the same. The
-chunk before pays for p(B | x); without one, nothing would keep the student from tokens that are not
-in B. A chunk that begins inside of a word keeps the bias of its context. The end of turn is a
-special token, after which no text goes on: there, p(B | x c) is 1.
+student learns p(B | x) from the chunk before. The first chunk of an answer has none, and with the
+last term nothing would lower the probability of wrong tokens that are not in B. A chunk that begins
+inside of a word keeps the bias of its context. The end of turn is a special token, after which no
+text goes on: there, p(B | x c) is 1.
 
 A chunk with p(B | x c) < gamma under the teacher ends inside of a word, and is merged with the next
 chunks of its answer, as in the authors' code. This depends on the answer alone, not on the batch. n

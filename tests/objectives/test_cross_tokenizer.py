@@ -199,6 +199,7 @@ def test_losses_do_not_depend_on_the_batch_layout(recipe, settings):
         stage = {"batch": batch, "optimizer": {"kind": "sgd", "lr": 0.1}}
         made = recipe([{"kind": "alm", **settings}], steps=2, stage=stage)
         made.name = f"of-{size}"
+        made.data.workers = int(size == 1)  # chunks also come from another process
         folder = pipeline.run(made)
         lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
         results.append([json.loads(line) for line in lines])
