@@ -16,7 +16,8 @@ boundary of both tokenizers. The end of turn is a chunk of its own. For n chunks
 Debiasing of `alm`. The likelihood of a chunk's tokens depends on how the tokenizer could have gone
 on: after "a", a model with a token "ab" excludes the continuation "b", and a model without it does
 not. So two models of the same distribution over texts differ. Let B be the tokens that begin with
-white space or are special. If one of them comes next, the text before is complete under both tokenizers:
+white space or are special. If one of them comes next, the text before is complete under both
+tokenizers:
 
     none      log p(c | x)
     outcome   log p(c | x) + log p(B | x c)
@@ -26,11 +27,11 @@ x is the text before the chunk, and p(B | x) is the probability that the next to
 `outcome` is the paper's debiasing ("append_space" in the authors' code, tokenkit). `both` is
 mmkd's: it also removes the bias of the context, for chunks that come directly after another chunk
 and whose first token is in B under both tokenizers. Then the result is the likelihood of the chunk
-up to a boundary, given a boundary before it. It is the same for two models of one distribution over texts.
-The student learns p(B | x) from the chunk before. The first chunk of an answer has none, and with the
-last term nothing would lower the probability of wrong tokens that are not in B. A chunk that begins
-inside of a word keeps the bias of its context. The end of turn is a special token, after which no
-text goes on: there, p(B | x c) is 1.
+up to a boundary, given a boundary before it. It is the same for two models of one distribution over
+texts. The student learns p(B | x) from the chunk before. The first chunk of an answer has none, and
+with the last term nothing would lower the probability of wrong tokens that are not in B. A chunk
+that begins inside of a word keeps the bias of its context. The end of turn is a special token,
+after which no text goes on: there, p(B | x c) is 1.
 
 A chunk with p(B | x c) < gamma under the teacher ends inside of a word, and is merged with the next
 chunks of its answer, as in the authors' code. This depends on the answer alone, not on the batch. n
