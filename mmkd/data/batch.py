@@ -62,7 +62,10 @@ class Batch:
 
 
 def paired(
-    batch: Batch, theirs: Batch | None, regions: Collection[Region], *, chunks: bool
+    batch: Batch,
+    theirs: Batch | None,
+    regions: Collection[Region],
+    boundary_tokens: tuple[Tensor, Tensor] | None,
 ) -> Batch:
     """Add the teacher's encoding of the same records to a batch.
 
@@ -70,7 +73,8 @@ def paired(
         batch: encoded by the student's processor.
         theirs: encoded by the teacher's processor, if it differs.
         regions: regions whose tokens are aligned.
-        chunks: find the chunks of the answers.
+        boundary_tokens: of student and teacher, to find the chunks of the answers; None to find no
+            chunks.
 
     Raises:
         DataError: the two encodings cannot be aligned.
@@ -81,10 +85,11 @@ def paired(
         ids = batch.ids * (len(grids) // len(batch.ids))
         alignment = align(batch.targets, theirs.targets, grids, ids, regions)
         batch = replace(batch, teacher=theirs, alignment=alignment)
-    if chunks:
+    if boundary_tokens is not None:
         other = theirs or batch
         tokens = batch.targets.input_ids, other.targets.input_ids
-        found = pair_chunks(*tokens, batch.answers, other.answers, batch.ids)
+        answers = batch.answers, other.answers
+        found = pair_chunks(*tokens, *answers, batch.ids, boundary_tokens)
         batch = replace(batch, targets=replace(batch.targets, chunks=found))
     return batch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmkd.data.chat import Rendered, Span, expanded_spans
 from mmkd.errors import RecipeError
-from mmkd.objectives import Chunks, ChunkTokens
+from mmkd.objectives import Boundaries, Chunks, ChunkTokens
 from mmkd.recipe.context import StageContext
 
 Piece = tuple[range, range]
@@ -101,6 +101,7 @@ def pair_chunks(
     mine: list[list[Answer]],
     theirs: list[list[Answer]],
     names: list[str],
+    boundary_tokens: tuple[Tensor, Tensor] | None = None,
 ) -> Chunks:
     """Find the chunks of a batch.
 
@@ -109,33 +110,49 @@ def pair_chunks(
         teacher: [B, T'] int64, tokens of the teacher.
         mine, theirs: token boundaries in the answers of each row, for student and teacher.
         names: of the rows, for messages.
+        boundary_tokens: [V] and [V'] bool, the tokens of student and teacher that begin with white
+            space or are special; None for chunks without boundaries.
 
     Raises:
         ValueError: the words of an answer differ between student and teacher.
     """
+    widths = student.shape[1], teacher.shape[1]
     pieces: list[tuple[int, Piece]] = []
+    answers: list[int] = []
+    closing: list[bool] = []
+    count = 0
     for row, (name, ours, others) in enumerate(zip(names, mine, theirs, strict=True)):
         if [a.words for a in ours] != [a.words for a in others]:
             raise ValueError(f"the answers of {name} are not those of the teacher's row")
         for pair in zip(ours, others, strict=True):
-            pieces += [(row, piece) for piece in _pieces(*pair)]
-    widths = student.shape[1], teacher.shape[1]
-    pieces = [(r, p) for r, p in pieces if all(t.stop <= w for t, w in zip(p, widths, strict=True))]
+            for piece, ends in _pieces(*pair):
+                if all(t.stop <= width for t, width in zip(piece, widths, strict=True)):
+                    pieces.append((row, piece))
+                    answers.append(count)
+                    closing.append(ends)
+            count += 1
+    bounds = None
+    if boundary_tokens is not None:
+        numbers = torch.tensor(answers, dtype=torch.long)
+        bounds = Boundaries(numbers, torch.tensor(closing, dtype=torch.bool), *boundary_tokens)
     return Chunks(
         _tokens(student, [(row, piece[0]) for row, piece in pieces]),
         _tokens(teacher, [(row, piece[1]) for row, piece in pieces]),
+        bounds,
     )
 
 
-def _pieces(mine: Answer, theirs: Answer) -> Iterator[Piece]:
+def _pieces(mine: Answer, theirs: Answer) -> Iterator[tuple[Piece, bool]]:
+    """The chunks of an answer, and whether each is the end of the turn."""
     shared = sorted(mine.cuts.keys() & theirs.cuts.keys())
     for start, stop in pairwise(shared):
-        yield (
+        words = (
             range(mine.cuts[start], mine.cuts[stop]),
             range(theirs.cuts[start], theirs.cuts[stop]),
         )
+        yield words, False
     if mine.end is not None and theirs.end is not None:
-        yield range(mine.end, mine.end + 1), range(theirs.end, theirs.end + 1)
+        yield (range(mine.end, mine.end + 1), range(theirs.end, theirs.end + 1)), True
 
 
 def _tokens(ids: Tensor, pieces: list[tuple[int, range]]) -> ChunkTokens:

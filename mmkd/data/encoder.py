@@ -10,6 +10,7 @@ from torch import Tensor
 from mmkd.cache import Store
 from mmkd.data.alignment import ALIGNED, same_processor
 from mmkd.data.batch import Batch, paired
+from mmkd.data.boundaries import boundary_tokens
 from mmkd.data.chat import Rendered
 from mmkd.data.collator import Collated, Collator
 from mmkd.data.packer import Packer
@@ -179,7 +180,7 @@ class Encoder:
         """
         batch = replace(self._read_records(indices, records), skipped=skipped or [])
         theirs = None if self.teacher is None else self.teacher._read_records(indices, records)
-        return paired(batch, theirs, self.matched, chunks=self.chunks)
+        return paired(batch, theirs, self.matched, self._boundary_tokens())
 
     def _read_records(self, indices: list[int], records: list[Record]) -> Batch:
         samples = []
@@ -222,7 +223,15 @@ class Encoder:
     def _whole(self, samples: list[Sample]) -> Batch:
         """A padded batch, with the encoding by the teacher's processor."""
         batch = self._encode(samples)
-        return paired(batch, self._theirs(batch.indices), self.matched, chunks=self.chunks)
+        return paired(batch, self._theirs(batch.indices), self.matched, self._boundary_tokens())
+
+    def _boundary_tokens(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens of student and teacher that begin with white space or are special; None if no
+        chunks are found."""
+        if not self.chunks:
+            return None
+        theirs = (self.teacher or self).processor
+        return boundary_tokens(self.processor.tokenizer), boundary_tokens(theirs.tokenizer)
 
     def _theirs(self, indices: list[int]) -> Batch | None:
         """The encoding of exactly these records by the teacher's processor, if it differs."""
@@ -242,7 +251,7 @@ class Encoder:
         sample = self.load(index)
         batch, theirs = self._encode([sample], stored=False), self._theirs([index])
         with located(lambda: self.records.where(index)):
-            paired(batch, theirs, self.matched, chunks=self.chunks)
+            paired(batch, theirs, self.matched, self._boundary_tokens())
         return sample
 
     def _encode(self, chosen: list[Sample], *, stored: bool = True) -> Batch:

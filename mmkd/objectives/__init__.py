@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         TeacherSignals,
     )
     from mmkd.objectives.build import REGISTRY, build_objective
-    from mmkd.objectives.chunks import Chunks, ChunkTokens
+    from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
     from mmkd.objectives.language_modeling import CrossEntropy
     from mmkd.objectives.layerwise import Layerwise
     from mmkd.objectives.minilm import MiniLm
@@ -45,7 +45,7 @@ _MODULES = {
         "TeacherSignals",
     ),
     "build": ("REGISTRY", "build_objective"),
-    "chunks": ("Chunks", "ChunkTokens"),
+    "chunks": ("Boundaries", "Chunks", "ChunkTokens"),
     "language_modeling": ("CrossEntropy",),
     "layerwise": ("Layerwise",),
     "minilm": ("MiniLm",),
@@ -72,6 +72,7 @@ __all__ = [
     "OBJECTIVES",
     "REGISTRY",
     "AnyObjectiveConfig",
+    "Boundaries",
     "ChunkTokens",
     "Chunks",
     "CrossEntropy",

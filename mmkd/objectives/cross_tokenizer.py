@@ -3,18 +3,39 @@
 Both objectives compare chunks: the shortest pieces of a response that begin and end at a token
 boundary of both tokenizers. The end of turn is a chunk of its own. For n chunks c:
 
-    alm   L = 1/n sum_c D(p(c)^(1/tau), q(c)^(1/tau))
-          p(c) and q(c) are the likelihoods of the chunk, given the text before it, under teacher
-          and student. D is a divergence between Bernoulli distributions: `mmkd.ops.likelihood`.
-          This is Approximate Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083) on
-          its shortest chunks, without its debiasing of chunks. KL and tau = 100 are the defaults of
-          the authors' code (tokenkit, `binary_ce` and `binarization_temp`); KL differs by a
-          constant.
+    alm   L = 1/n sum_c D(p(c), q(c))
+          p(c) and q(c) are the likelihoods of the chunk under teacher and student, and D is a
+          divergence between Bernoulli distributions at a temperature tau: `mmkd.ops.likelihood`.
+          This is Approximate Likelihood Matching (Minixhofer, Vulić and Ponti, arXiv 2503.20083).
     uld   L = 1/n sum_c sum_i |p_(i) - q_(i)|
           p and q are the sorted next-token distributions at the first token of a chunk:
           `mmkd.ops.uld`. This is Universal Logit Distillation (Boizard et al. 2024,
           arXiv 2402.12030). The paper compares the k-th tokens of both models; here both
           distributions belong to the same place in the text.
+
+Debiasing of `alm`. The likelihood of a chunk's tokens depends on how the tokenizer could have gone
+on: after "a", a model with a token "ab" excludes the continuation "b", and a model without it does
+not. So two models of the same distribution over texts differ. Let B be the tokens that begin with
+white space or are special. If one of them comes next, the text before is complete under both
+tokenizers:
+
+    none      log p(c | x)
+    outcome   log p(c | x) + log p(B | x c)
+    both      log p(c | x) + log p(B | x c) - log p(B | x)
+
+x is the text before the chunk, and p(B | x) is the probability that the next token is in B.
+`outcome` is the paper's debiasing ("append_space" in the authors' code, tokenkit). `both` is
+mmkd's: it also removes the bias of the context, for chunks that come directly after another chunk
+and whose first token is in B under both tokenizers. Then the result is the likelihood of the chunk
+up to a boundary, given a boundary before it. It is the same for two models of one distribution over
+texts. The student learns p(B | x) from the chunk before. The first chunk of an answer has none, and
+with the last term nothing would lower the probability of wrong tokens that are not in B. A chunk
+that begins inside of a word keeps the bias of its context. The end of turn is a special token,
+after which no text goes on: there, p(B | x c) is 1.
+
+A chunk with p(B | x c) < gamma under the teacher ends inside of a word, and is merged with the next
+chunks of its answer, as in the authors' code. This depends on the answer alone, not on the batch. n
+is the number of chunks before they are merged, because it must be known before the models run.
 """
 
 from typing import ClassVar
@@ -23,9 +44,9 @@ import torch
 from torch import Tensor
 
 from mmkd.objectives.base import Objective, Outcome, Signals, Targets
-from mmkd.objectives.chunks import Chunks, ChunkTokens
+from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
 from mmkd.objectives.settings import AlmConfig, UldConfig
-from mmkd.ops import Head, binary_divergence, linear_uld, token_logps
+from mmkd.ops import Head, binary_divergence, linear_uld, set_logps, token_logps
 
 
 class ChunkObjective(Objective):
@@ -63,16 +84,71 @@ class Alm(ChunkObjective):
     config: AlmConfig
 
     def _total(self, student: Signals, teacher: Signals, chunks: Chunks) -> Tensor:
+        how = self.config
         mine = self._logps(student, chunks.student)
         with torch.no_grad():
             theirs = self._logps(teacher, chunks.teacher)
-        how = self.config
+        if how.debias != "none":
+            mine, theirs = self._debiased(student, teacher, chunks, (mine, theirs))
         return binary_divergence(
             theirs, mine, kind=how.divergence, temperature=how.temperature
         ).sum()
 
+    def _debiased(
+        self, student: Signals, teacher: Signals, chunks: Chunks, logps: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods of merged chunks under student and teacher, [merged] each.
+
+        Args:
+            student, teacher: their signals.
+            chunks: of the batch.
+            logps: log-likelihoods of the chunks' tokens under student and teacher, [chunks] each.
+        """
+        bounds = chunks.boundaries
+        if bounds is None:
+            raise ValueError(f"objective {self.name!r} needs the boundaries of chunks")
+        mine = self._masses(student, chunks.student, bounds.student, bounds)
+        with torch.no_grad():
+            theirs = self._masses(teacher, chunks.teacher, bounds.teacher, bounds)
+        ends = _ends(theirs[1], bounds.answer, self.config.gamma)
+        given = self._given(chunks, bounds)  # [chunks]
+        return (
+            _merged(logps[0], *mine, ends=ends, given=given & chunks.student.follows),
+            _merged(logps[1], *theirs, ends=ends, given=given & chunks.teacher.follows),
+        )
+
+    def _given(self, chunks: Chunks, bounds: Boundaries) -> Tensor:
+        """[chunks] bool: chunks whose likelihoods are conditional on a boundary before them."""
+        if self.config.debias != "both":
+            return torch.zeros_like(bounds.closing)
+        begins = bounds.student[chunks.student.first_ids]
+        begins = begins & bounds.teacher[chunks.teacher.first_ids]
+        begins[1:] &= bounds.answer[1:] == bounds.answer[:-1]
+        return begins
+
+    def _masses(
+        self, signals: Signals, tokens: ChunkTokens, mask: Tensor, bounds: Boundaries
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of a boundary before and after each chunk, [chunks] each.
+
+        Most chunks begin where another one ends, so each position is projected once.
+        """
+        both = torch.cat([tokens.first_rows, tokens.last_rows])
+        rows, places = both.unique(return_inverse=True)
+        head = _head(signals, rows)
+        found = set_logps(
+            head.hidden,
+            head.weight,
+            mask,
+            bias=head.bias,
+            vocab_size=self.shared_vocabulary,
+            memory=self.head_memory,
+        )[places]
+        before, after = found.chunk(2)
+        return before, after.masked_fill(bounds.closing, 0)
+
     def _logps(self, signals: Signals, tokens: ChunkTokens) -> Tensor:
-        """Log-likelihoods of the chunks, [chunks]."""
+        """Log-likelihoods of the chunks' tokens, [chunks]."""
         head = _head(signals, tokens.rows)
         found = token_logps(
             head.hidden,
@@ -83,6 +159,37 @@ class Alm(ChunkObjective):
             memory=self.head_memory,
         )
         return found.new_zeros(tokens.count).index_add(0, tokens.chunk, found)
+
+
+def _ends(after: Tensor, answer: Tensor, gamma: float) -> Tensor:
+    """[chunks] bool: the last chunk of each merged chunk. A merged chunk ends where a boundary has
+    at least probability gamma, or where the answer ends.
+
+    Args:
+        after: [chunks], the teacher's log-probability of a boundary after each chunk.
+        answer: [chunks] int64, ascending.
+        gamma: 0 for no merging.
+    """
+    ends = after.exp() >= gamma
+    ends[:-1] |= answer[1:] != answer[:-1]
+    ends[-1:] = True
+    return ends
+
+
+def _merged(logps: Tensor, before: Tensor, after: Tensor, *, ends: Tensor, given: Tensor) -> Tensor:
+    """Log-likelihoods of merged chunks under one model, at most 0.
+
+    Args:
+        logps: [chunks], log-likelihoods of the chunks' tokens.
+        before, after: [chunks], log-probabilities of a boundary before and after each chunk.
+        ends: [chunks] bool, the last chunk of each merged chunk.
+        given: [chunks] bool, whether the likelihood is conditional on a boundary before the chunk.
+    """
+    starts = ends.roll(1)  # the last chunk is an end, so the first one is a start
+    group = starts.cumsum(0) - 1  # [chunks], index of the merged chunk
+    sums = after[ends] - before.masked_fill(~given, 0)[starts]
+    # rounding could make a certain chunk's likelihood larger than 1
+    return sums.index_add(0, group, logps).clamp(max=0)
 
 
 class Uld(ChunkObjective):

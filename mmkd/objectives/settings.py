@@ -5,9 +5,11 @@ code of each objective is in the other modules of this package; `mmkd.objectives
 two.
 """
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainSerializer, WithJsonSchema, WrapValidator, model_validator
 
 from mmkd.objectives.base_settings import (
     Layer,
@@ -35,6 +37,30 @@ class ChunkObjectiveConfig(ObjectiveConfig):
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution", "chunks"})
 
 
+def _or_infinite(value: Any, validate: Callable[[Any], float]) -> float:
+    # Infinity: what `json.dumps` makes of it, in overrides with paths
+    return math.inf if value in ("inf", "Infinity", math.inf) else validate(value)
+
+
+TemperatureOrInf = Annotated[
+    float,
+    Field(ge=LEAST_TEMPERATURE, le=1e6),
+    WrapValidator(_or_infinite),
+    PlainSerializer(lambda value: "inf" if value == math.inf else value, when_used="json"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": 1e6},
+                {"const": "inf", "type": "string"},
+            ]
+        }
+    ),
+]
+"""A temperature, or `inf` (in YAML also `.inf`). JSON has no infinity, so there it is a text."""
+
+GAMMA = 0.1
+
+
 class AlmConfig(ChunkObjectiveConfig):
     """Likelihoods of pieces of responses, for any two tokenizers."""
 
@@ -42,13 +68,33 @@ class AlmConfig(ChunkObjectiveConfig):
     divergence: BinaryKind = Field(
         "kl", description="between the probabilities that a piece is generated or not"
     )
-    temperature: float = Field(
-        100.0,
-        ge=LEAST_TEMPERATURE,
-        le=1e6,
+    temperature: TemperatureOrInf = Field(
+        math.inf,
         description="tau: likelihoods are raised to the power of 1/tau, and the loss is "
-        "proportional to 1/tau",
+        "proportional to 1/tau; inf: the limit of tau times the loss",
+        json_schema_extra={"default": "inf"},
     )
+    debias: Literal["auto", "none", "outcome", "both"] = Field(
+        "auto",
+        description="outcome: with the probability that the piece ends where it ends (the paper); "
+        "both: also given that it begins where it begins; none: neither; auto: both at temperature "
+        "inf, and none at other temperatures",
+    )
+    gamma: float = Field(
+        GAMMA,
+        ge=0,
+        lt=1,
+        description="with `debias`, a piece that ends with less than this probability under the "
+        "teacher is merged with the next one; 0: pieces are not merged",
+    )
+
+    @model_validator(mode="after")
+    def _merges_what_ends(self) -> "AlmConfig":
+        if self.debias == "auto":
+            self.debias = "both" if self.temperature == math.inf else "none"
+        if self.debias == "none" and self.gamma != GAMMA:
+            raise ValueError("'gamma' is for 'debias: outcome' or 'both' only -- leave it out")
+        return self
 
 
 class UldConfig(ChunkObjectiveConfig):

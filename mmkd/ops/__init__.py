@@ -13,6 +13,7 @@ from mmkd.ops.divergence import linear_divergence
 from mmkd.ops.gram import gram_inner
 from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
 from mmkd.ops.likelihood import BinaryKind, binary_divergence
+from mmkd.ops.set_logps import set_logps
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
 from mmkd.ops.uld import linear_uld
@@ -36,6 +37,7 @@ __all__ = [
     "linear_divergence",
     "linear_uld",
     "route",
+    "set_logps",
     "ssd_matrix",
     "ssd_scan",
     "ssd_step",

@@ -6,6 +6,7 @@ Unlike in `head_losses`, the result is a value per row, so gradients cannot be c
 forward pass. The backward pass computes the logits of each chunk again.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.chunk = chunk
-        found = hidden.new_empty(len(hidden), dtype=_wide(hidden))
-        for rows in _chunks(len(hidden), chunk):
+        found = hidden.new_empty(len(hidden), dtype=wide(hidden))
+        for rows in chunks_of(len(hidden), chunk):
             logits = project(hidden[rows], weight, bias)  # [C, V]
             chosen = logits.gather(1, targets[rows, None])[:, 0]
             found[rows] = chosen - logits.logsumexp(1)
@@ -72,35 +73,61 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden, weight, bias, targets = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wide = _wide(hidden)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
-        for rows in _chunks(len(hidden), ctx.chunk):
+
+        def step(rows: slice) -> Tensor:
             # d l / d logits = onehot - softmax
             step = project(hidden[rows], weight, bias).softmax(1).neg_()  # [C, V]
             step.scatter_add_(1, targets[rows, None], torch.ones_like(step[:, :1]))
-            step *= grad[rows, None]
-            if grad_bias is not None:
-                grad_bias += step.sum(0)
-            narrow = step.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = narrow @ weight.to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += narrow.t() @ hidden[rows]
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            return step.mul_(grad[rows, None])
+
+        wanted = ctx.needs_input_grad[:3]
+        return (*head_gradients(hidden, weight, bias, wanted, step, ctx.chunk), None, None)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def head_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    step: Callable[[slice], Tensor],
+    chunk: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias from those of the logits, chunk by chunk.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V] or None.
+        wanted: which of the three gradients are computed; the others are None.
+        step: maps a chunk of rows to the gradient of its logits, [C, V].
+        chunk: number of rows of a chunk.
+    """
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=wide(hidden)) if wanted[1] else None
+    grad_bias = None
+    if bias is not None and wanted[2]:
+        grad_bias = torch.zeros_like(bias, dtype=wide(hidden))
+    for rows in chunks_of(len(hidden), chunk):
+        logits = step(rows)
+        if grad_bias is not None:
+            grad_bias += logits.sum(0)
+        narrow = logits.to(hidden.dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows] = narrow @ weight.to(hidden.dtype)
+        if grad_weight is not None:
+            grad_weight += narrow.t() @ hidden[rows]
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums over logits: that of `x`, at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
+def chunks_of(rows: int, chunk: int) -> list[slice]:
+    """The rows of each chunk."""
     return [slice(i, i + chunk) for i in range(0, rows, chunk)]

@@ -15,6 +15,7 @@ _SETTINGS = {
     "temperature": "T",
     "beta": "β",
     "alpha": "α",
+    "debias": "debias",
     "region": "region",
 }
 _UNSAID = {"temperature": 1.0, "region": "response"}

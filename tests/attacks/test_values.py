@@ -99,6 +99,8 @@ def wrapped(annotation: Any, value: Any) -> Any:
     return [value] if list in kinds else value
 
 
+INFINITE = ("AlmConfig", "temperature")
+"""The one number that may be infinite."""
 KEYS = [
     (model, name, hostile)
     for model in models()
@@ -106,6 +108,7 @@ KEYS = [
     for wanted, values in (({int, float}, NUMBERS), ({str}, TEXTS))
     for hostile in values
     if _kinds(model, name) & wanted and Any not in _kinds(model, name)
+    if (model.__name__, name) != INFINITE or hostile != math.inf
 ]
 
 

@@ -94,6 +94,11 @@ def test_a_batch_has_chunks_where_they_are_asked_for(scenes_dir, folders):
     assert torch.equal(batch.targets.next_ids().flatten()[found.student.rows], found.student.ids)
     other = batch.teacher.targets
     assert torch.equal(other.next_ids().flatten()[found.teacher.rows], found.teacher.ids)
+    bounds = found.boundaries
+    assert bounds.student.shape == (max(mine.tokenizer.get_vocab().values()) + 1,)
+    assert bounds.teacher.shape == (max(theirs.tokenizer.get_vocab().values()) + 1,)
+    assert bounds.answer.shape == bounds.closing.shape == (found.student.count,)
+    assert 0 < bounds.closing.sum() <= bounds.answer.max() + 1
     said = [
         "".join(part["text"] for part in message["content"])
         for index in batch.indices
@@ -183,6 +188,24 @@ def test_a_student_learns_from_another_family(recipe, kind):
     assert losses.isfinite().all()
     first, last = losses[:5].mean(0), losses[-5:].mean(0)
     assert (last < 0.9 * first).all(), (first, last)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gamma": 0.5}, {"temperature": 100.0}])
+def test_losses_do_not_depend_on_the_batch_layout(recipe, settings):
+    """With chunks that are merged, too."""
+    results = []
+    for size in (4, 1):
+        batch = {"size": size, "accumulate": 4 // size}
+        stage = {"batch": batch, "optimizer": {"kind": "sgd", "lr": 0.1}}
+        made = recipe([{"kind": "alm", **settings}], steps=2, stage=stage)
+        made.name = f"of-{size}"
+        made.data.workers = int(size == 1)  # chunks also come from another process
+        folder = pipeline.run(made)
+        lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+        results.append([json.loads(line) for line in lines])
+    for got, want in zip(*results, strict=True):
+        for key in ("loss", "alm", "grad_norm"):
+            assert got[key] == pytest.approx(want[key], rel=1e-4), key
 
 
 def test_the_students_own_answers_have_chunks_too(recipe):

@@ -128,19 +128,67 @@ def test_the_divergence_of_likelihoods(kind, temperature):
 def test_certain_and_hopeless_chunks_are_finite(kind):
     sure = torch.tensor([0.0, 0.0, -500.0, -500.0])
     mine = torch.tensor([0.0, -500.0, 0.0, -500.0], requires_grad=True)
-    for temperature in (1.0, 100.0):
+    for temperature in (1.0, 100.0, math.inf):
         loss = binary_divergence(sure, mine, kind=kind, temperature=temperature)
         assert loss.isfinite().all()
         assert loss[0] == loss[3] == 0
         assert torch.autograd.grad(loss.sum(), mine)[0].isfinite().all()
 
 
+def limit(kind, a, b):
+    """The limit of tau times the divergence, of log-likelihoods, term by term."""
+    a, b = a - 1e-6, b - 1e-6
+    if kind == "tvd":
+        return abs(a - b)
+    if kind == "reverse_kl":
+        a, b = b, a
+    return (a - b) + a * math.log(b / a)
+
+
+PAIRS = (
+    torch.tensor([-1e-3, -0.3, -2.0, -9.0, -4.0, -2.0, 0.0, -300.0], dtype=torch.float64),
+    torch.tensor([-0.5, -1e-3, -2.0, -3.0, -30.0, -2.001, -300.0, 0.0], dtype=torch.float64),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limit_of_tau_times_the_divergence(kind):
+    log_p, log_q = PAIRS[0], PAIRS[1].clone().requires_grad_()
+    got = binary_divergence(log_p, log_q, kind=kind)
+    pairs = list(zip(log_p.tolist(), log_q.tolist(), strict=True))
+    want = torch.tensor([limit(kind, *pair) for pair in pairs], dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-13)
+    assert got[2].item() == 0
+    tau = 1e4  # larger ones lose the digits of 1 - p
+    there = tau * binary_divergence(
+        log_p + tau * 1e-6, log_q + tau * 1e-6, kind=kind, temperature=tau
+    )
+    inner = [0, 1, 3, 4, 5]  # neither equal nor certain
+    torch.testing.assert_close(
+        there[inner], binary_divergence(log_p + 1e-6, log_q + 1e-6, kind=kind)[inner],
+        rtol=2e-3, atol=0,
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(got.sum(), log_q)
+    for i, (p, q) in enumerate(pairs):
+        if (i == 2 and kind == "tvd") or q == 0:
+            continue  # a corner; a step past certainty
+        step = 1e-6 * max(1, abs(q))
+        up, down = (limit(kind, p, q + d) for d in (step, -step))
+        assert slope[i].item() == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-8)
+
+
+def test_the_limit_for_a_likely_and_an_unlikely_text():
+    log_p, log_q = (torch.tensor([math.log(x)], dtype=torch.float64) for x in (0.6, 0.2))
+    assert binary_divergence(log_p, log_q).item() == pytest.approx(0.5124, abs=1e-4)
+
+
 def test_settings_out_of_range_are_refused():
     x = torch.zeros(2)
     with pytest.raises(ValueError, match="unknown kind 'jsd'"):
         binary_divergence(x, x, kind="jsd")
-    with pytest.raises(ValueError, match="temperature is 0"):
-        binary_divergence(x, x, temperature=0)
+    for temperature in (0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+            binary_divergence(x, x, temperature=temperature)
 
 
 WIDTHS = 7, 5
@@ -202,7 +250,7 @@ def agree(student, got, want):
 
 def test_alm_compares_the_likelihoods_of_chunks(case):
     student, teacher, beside, targets = case
-    objective = build_objective(AlmConfig(kind="alm"))
+    objective = build_objective(AlmConfig(kind="alm", temperature=100.0))
     assert objective.rows(targets).nonzero().tolist() == [[0, 2], [0, 4], [1, 1]]
     want = 0.0
     mine, theirs = likelihoods(student, CHUNKS.student), likelihoods(teacher, CHUNKS.teacher)
@@ -226,7 +274,9 @@ def test_uld_compares_distributions_where_chunks_begin(case):
     agree(student, got, want / 5)
 
 
-@pytest.mark.parametrize("config", [AlmConfig(kind="alm"), UldConfig(kind="uld")])
+@pytest.mark.parametrize(
+    "config", [AlmConfig(kind="alm"), AlmConfig(kind="alm", debias="none"), UldConfig(kind="uld")]
+)
 def test_a_batch_without_chunks_has_no_loss(case, config):
     student, _, beside, targets = case
     none = ChunkTokens(*[torch.zeros(0, dtype=torch.long)] * 3)

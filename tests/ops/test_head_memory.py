@@ -4,11 +4,19 @@ loss does not depend on it."""
 import pytest
 import torch
 
-from mmkd.objectives import REGISTRY, Chunks, ChunkTokens, Signals, Targets, build_objective
-from mmkd.ops import DIVERGENCES, head_losses, linear_uld, token_logps
+from mmkd.objectives import (
+    REGISTRY,
+    Boundaries,
+    Chunks,
+    ChunkTokens,
+    Signals,
+    Targets,
+    build_objective,
+)
+from mmkd.ops import DIVERGENCES, head_losses, linear_uld, set_logps, token_logps
 
 B, T, H, V = 4, 30, 6, 40
-PROJECTING = (head_losses, linear_uld, token_logps)
+PROJECTING = (head_losses, linear_uld, set_logps, token_logps)
 SETTINGS = {
     "ce": {},
     "kl": {},
@@ -40,6 +48,8 @@ def targets():
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     numbers = torch.arange(1, B * T)
     tokens = ChunkTokens(numbers - 1, ids.flatten()[numbers], (numbers - 1) // 2)
+    answer = torch.arange(tokens.count) // 7
+    boundaries = Boundaries(answer, answer < 0, *[torch.arange(V) % 3 == 0] * 2)
     return Targets(
         ids,
         everywhere,
@@ -49,7 +59,7 @@ def targets():
         everywhere,
         rejected=torch.arange(B) >= B // 2,
         reference_logps=torch.zeros(B, dtype=torch.float64),
-        chunks=Chunks(tokens, tokens),
+        chunks=Chunks(tokens, tokens, boundaries),
     )
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from mmkd.data.boundaries import boundary_tokens
 from mmkd.data.chat import render_chat, special_tokens
 from mmkd.data.chunks import cut_answers, pair_chunks
 from mmkd.data.vocabulary import same_vocabulary
@@ -50,7 +51,8 @@ def spelled(tokenizer, tokens):
 def chunked(mine, theirs, messages, length=None):
     student, teacher = (cut(p, messages) for p in (mine, theirs))
     ids = [x[0][:, :length] for x in (student, teacher)]
-    return pair_chunks(*ids, student[1], teacher[1], ["a7"])
+    masks = boundary_tokens(mine.tokenizer), boundary_tokens(theirs.tokenizer)
+    return pair_chunks(*ids, student[1], teacher[1], ["a7"], masks)
 
 
 @lru_cache

@@ -16,6 +16,13 @@ overridden(
 )
 overridden(
     KIND,
+    "gamma_without_debiasing",
+    "stages.0.objectives=[{kind: alm, temperature: 100.0, gamma: 0.5}]",
+    "stages.0.objectives.0: 'gamma' is for 'debias: outcome' or 'both' only",
+    "leave it out",
+)
+overridden(
+    KIND,
     "objectives_of_one_name",
     "stages.0.objectives=[{kind: ce}, {kind: ce}]",
     "stages.0: two objectives have the same name",
