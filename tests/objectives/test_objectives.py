@@ -7,10 +7,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mmkd.errors import CheckpointError
 from mmkd.modeling.capture import capture, check_supported
 from mmkd.objectives import REGISTRY, Layerwise, Signals, Targets, build_objective
-from mmkd.objectives.divergence import AlphaConfig, DivergenceConfig, JsdConfig, SkewConfig
-from mmkd.objectives.language_modeling import CrossEntropyConfig
+from mmkd.objectives.divergence_settings import (
+    AlphaConfig,
+    BalancedKlConfig,
+    CrossEntropyConfig,
+    DivergenceConfig,
+    EnhancedConfig,
+    JsdConfig,
+    SkewConfig,
+)
 from mmkd.objectives.token_labels import TokenLabelsConfig
-from tests.support.divergences import by_definition
+from tests.support.divergences import balanced_kl, by_definition, enhanced
 
 B, T, H, V = 3, 9, 5, 13
 #            img img  prompt   response  pad
@@ -122,6 +129,30 @@ def test_divergences(config):
     same(got, twin(t.predicts(config.region), row, 5.0), leaves(s))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_balanced_kl(sign):
+    t, s, teacher = targets(), signals(2), signals(3, width=8)
+    config = BalancedKlConfig(kind="balanced_kl", kappa=0.4, sign=sign, region="all")
+
+    def row(b, i):
+        return balanced_kl(logp(teacher, b, i).detach(), logp(s, b, i), sign * 0.4)
+
+    got = build_objective(config)(s, teacher, t, 5.0).loss
+    same(got, twin(t.predicts("all"), row, 5.0), leaves(s))
+
+
+@pytest.mark.parametrize("region", ["response", "prompt"])
+def test_enhanced(region):
+    t, s, teacher = targets(), signals(2), signals(3, width=8)
+    config = EnhancedConfig(kind="enhanced", gamma=1.7, region=region)
+
+    def row(b, i):
+        return enhanced(logp(teacher, b, i), logp(s, b, i), t.input_ids[b, i + 1], 1.7)
+
+    got = build_objective(config)(s, teacher, t, 5.0).loss
+    same(got, twin(t.predicts(region), row, 5.0), leaves(s))
+
+
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("at", ["connector", "decoder"])
 def test_token_labels(at, background):
@@ -163,7 +194,7 @@ def test_a_shared_vocabulary_keeps_mass_off_the_padding_rows():
 
 def test_every_kind_of_the_registry_is_tested_here():
     """All but those that have a file of their own."""
-    tested = {c.kind for c in CONFIGS} | {"ce", "token_labels"}
+    tested = {c.kind for c in CONFIGS} | {"ce", "token_labels", "balanced_kl", "enhanced"}
     tested |= {"relation", "balance", "router_z", "preference", "affinity", "alm", "uld"}
     assert tested == {kind for kind, cls in REGISTRY.items() if not issubclass(cls, Layerwise)}
 

@@ -17,28 +17,6 @@ def logs(student, teacher, temperature=1.0, of_teacher=None):
     return torch.log_softmax((ht @ wt.t() + bt)[:, :V] / (of_teacher or temperature), -1), log_q
 
 
-def entropy(log_x):
-    return -(log_x.exp() * log_x).sum(-1)
-
-
-def balanced(log_p, log_q, kappa):
-    """By the definition, with weights that autograd does not see."""
-    share = torch.sigmoid((entropy(log_q) - entropy(log_p)) / kappa).detach()
-    forward = (log_p.exp() * (log_p - log_q)).sum(-1)
-    reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return 2 * (1 - share) * forward + 2 * share * reverse
-
-
-def enhanced(log_p, log_q, gamma):
-    """OFA-KD's cross-entropy, less its smallest value."""
-    p = log_p.exp().detach()
-    target = p**gamma
-    own = p.gather(1, TARGETS[:, None])
-    target = target.scatter(1, TARGETS[:, None], (1 + own) ** gamma - 1)
-    least = (target * (target / target.sum(1, keepdim=True)).log()).sum(1)
-    return least - (target * log_q).sum(1)
-
-
 def gradients(total, student):
     return torch.autograd.grad(total, student)
 
@@ -54,11 +32,11 @@ def assert_equal(got, want, **bounds):
 @pytest.mark.parametrize(
     ("kind", "settings", "definition"),
     [
-        ("balanced_kl", {"kappa": 1.0}, lambda p, q: balanced(p, q, 1.0)),
-        ("balanced_kl", {"kappa": -0.3}, lambda p, q: balanced(p, q, -0.3)),
-        ("enhanced", {"gamma": 1.0}, lambda p, q: enhanced(p, q, 1.0)),
-        ("enhanced", {"gamma": 1.6}, lambda p, q: enhanced(p, q, 1.6)),
-        ("enhanced", {"gamma": 0.5}, lambda p, q: enhanced(p, q, 0.5)),
+        ("balanced_kl", {"kappa": 1.0}, lambda p, q: balanced_kl(p, q, 1.0)),
+        ("balanced_kl", {"kappa": -0.3}, lambda p, q: balanced_kl(p, q, -0.3)),
+        ("enhanced", {"gamma": 1.0}, lambda p, q: enhanced(p, q, TARGETS, 1.0)),
+        ("enhanced", {"gamma": 1.6}, lambda p, q: enhanced(p, q, TARGETS, 1.6)),
+        ("enhanced", {"gamma": 0.5}, lambda p, q: enhanced(p, q, TARGETS, 0.5)),
     ],
 )
 def test_value_and_gradients_equal_the_twin(
@@ -128,9 +106,7 @@ def test_gamma_1_has_the_value_and_the_gradient_of_kl():
 def test_enhanced_is_zero_at_its_target(gamma):
     _, teacher, _ = parts(36)
     log_p, _ = logs(teacher, teacher)
-    target = log_p.exp() ** gamma
-    own = log_p.exp().gather(1, TARGETS[:, None])
-    target = target.scatter(1, TARGETS[:, None], (1 + own) ** gamma - 1)
+    target = enhanced_target(log_p.exp(), TARGETS, gamma)
     eye = torch.eye(V, dtype=torch.float64)
     head = Head(target.log().requires_grad_(), eye)
     loss = HeadLoss("enhanced", targets=TARGETS, gamma=gamma)

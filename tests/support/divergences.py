@@ -47,3 +47,24 @@ def by_definition(kind: str, log_p: Tensor, log_q: Tensor, *, beta: float, alpha
         ),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
     }[kind]()
+
+
+def balanced_kl(log_p: Tensor, log_q: Tensor, kappa: float) -> Tensor:
+    """The divergence by row, with weights that autograd does not see."""
+    p, q = log_p.exp(), log_q.exp()
+    gap = (p * log_p).sum(-1) - (q * log_q).sum(-1)  # entropy of q less that of p
+    share = torch.sigmoid(gap / kappa).detach()
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return 2 * (1 - share) * forward + 2 * share * reverse
+
+
+def enhanced(log_p: Tensor, log_q: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """OFA-KD's cross-entropy by row, less its smallest value; labels are [...]."""
+    target = enhanced_target(log_p.exp(), labels, gamma)
+    least = (target * (target / target.sum(-1, keepdim=True)).log()).sum(-1)
+    return least - (target * log_q).sum(-1)
+
+
+def enhanced_target(p: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    own = p.gather(-1, labels[..., None])
+    return (p**gamma).scatter(-1, labels[..., None], (1 + own) ** gamma - 1).detach()
