@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmkd.ops import DIVERGENCES, Head, HeadLoss, head_losses, linear_divergence
+from tests.support.divergences import balanced_kl, enhanced, enhanced_target
 from tests.support.heads import N, V, parts
 
 TARGETS = torch.arange(N) * 3 % V
