@@ -42,6 +42,12 @@ class Divergence(HeadObjective):
         rows = self.rows(targets).flatten()
         return HeadLoss(mask=rows, vocab_size=self.shared_vocabulary, **settings)
 
+    def acceptance(self, targets: Targets) -> HeadLoss | None:
+        if not self.config.acceptance:
+            return None
+        rows = self.rows(targets).flatten()
+        return HeadLoss("tvd", rows, scale=0.0, vocab_size=self.shared_vocabulary)
+
 
 class Jsd(Divergence):
     config_class = JsdConfig

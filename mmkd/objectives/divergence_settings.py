@@ -57,6 +57,12 @@ class DivergenceConfig(HeadObjectiveConfig):
         "drop: compare only the distributions over the chosen tokens",
     )
 
+    acceptance: bool = Field(
+        False,
+        description="report the share of the teacher's tokens that speculative decoding would "
+        "accept from the student, 1 - tvd at temperature 1",
+    )
+
     @property
     def temperature_of_teacher(self) -> float:
         """What divides the teacher's logits."""

@@ -10,6 +10,10 @@ and r_r of the rejected one:
     sigmoid    -log s(b (r_c - r_r))                (DPO, arXiv 2305.18290, eq. 7)
     ipo        (r_c - r_r - 1 / (2 b))^2            (arXiv 2310.12036)
     hinge      max(0, 1 - b (r_c - r_r))            (SLiC, arXiv 2305.10425)
+    margin_mse (r_c - r_r)^2                        (Margin-MSE, arXiv 2010.02666)
+
+`margin_mse` makes the student's difference between two answers equal to that of the reference. It
+does not depend on which of them is the chosen one.
 
 s is the logistic function and b is `beta`. z is computed over the micro-batches of all ranks and
 gets no gradient. LLaVA-MoD's reference is the teacher. `self` is the student before the stage, as
@@ -43,8 +47,8 @@ def preference_loss(
     Args:
         policy_chosen, policy_rejected: [B], log-probabilities of whole answers by the student.
         reference_chosen, reference_rejected: [B], by the reference; zeros for none.
-        kind: kto_pair, sigmoid, ipo or hinge, defined at the top of this module.
-        beta: positive.
+        kind: one of those defined at the top of this module.
+        beta: positive; not used by `margin_mse`.
         label_smoothing: probability that the labels of a pair are swapped, below 0.5; for
             `sigmoid` only.
 
@@ -85,6 +89,8 @@ def preference_loss(
         terms = terms - label_smoothing * F.logsigmoid(-beta * margin)
     elif kind == "ipo":
         terms = (margin - 1 / (2 * beta)).square()
+    elif kind == "margin_mse":
+        terms = margin.square()
     else:
         terms = F.relu(1 - beta * margin)
     return terms.sum() / max(len(terms), 1)
@@ -162,10 +168,11 @@ class Preference(Objective):
         if self.config.lambda_sft:
             loss = loss - self.config.lambda_sft * likelihood.mean()
         share = len(pairs[0]) / count
+        scale = 1.0 if self.config.loss == "margin_mse" else self.config.beta
         ratios = [(pairs[0] - pairs[2]).detach(), (pairs[1] - pairs[3]).detach()]
         metrics = {
             "accuracy": (ratios[0] > ratios[1]).to(loss.dtype).mean() * share,
-            "margin": self.config.beta * (ratios[0] - ratios[1]).mean() * share,
+            "margin": scale * (ratios[0] - ratios[1]).mean() * share,
             "chosen": ratios[0].mean() * share,
             "rejected": ratios[1].mean() * share,
         }

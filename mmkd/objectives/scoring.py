@@ -24,10 +24,14 @@ class HeadObjective(Objective):
         """The loss on the head's output, with a mask of the rows in [B * T] that it covers."""
         raise NotImplementedError
 
+    def acceptance(self, targets: Targets) -> HeadLoss | None:
+        """The total variation distance, which is only measured, for the metric `acceptance`."""
+        return None
+
     def __call__(
         self, student: Signals, teacher: TeacherSignals | None, targets: Targets, count: float
     ) -> Outcome:
-        total, _ = _one_pass([self], [1 / count], student, teacher, targets)
+        total, *_ = _one_pass([self], [1 / count], student, teacher, targets)
         return Outcome(total)
 
 
@@ -37,23 +41,40 @@ def _one_pass(
     student: Signals,
     teacher: TeacherSignals | None,
     targets: Targets,
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of losses, with gradients, and each loss's sum over its rows, without."""
-    losses = []
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The weighted sum of losses, with gradients, and without: each loss's sum over its rows, and
+    by objective the number of rows less their total variation distances."""
+    losses, measured = [], {}
     for objective, factor in zip(objectives, factors, strict=True):
         if "teacher" in objective.needs and teacher is None:
             raise ValueError(f"objective {objective.name!r} needs a teacher")
-        loss = objective.head_loss(targets.of(objective.sources))
-        losses.append(loss.scaled(factor))
+        covered = targets.of(objective.sources)
+        losses.append(objective.head_loss(covered).scaled(factor))
+        if (distance := objective.acceptance(covered)) is not None:
+            measured[objective.name] = distance
     theirs: Head | SparseRows | None
     if isinstance(teacher, StoredSignals):
         theirs = teacher.rows
     else:
         theirs = None if teacher is None else _head(teacher)
     how = objectives[0]  # all objectives of a stage have the same head_memory and head_backend
-    return head_losses(
-        _head(student), losses, theirs, memory=how.head_memory, backend=how.head_backend
+    total, sums = head_losses(
+        _head(student),
+        [*losses, *measured.values()],
+        theirs,
+        memory=how.head_memory,
+        backend=how.head_backend,
     )
+    accepted = {
+        name: _rows(loss) - distance
+        for (name, loss), distance in zip(measured.items(), sums[len(losses) :], strict=True)
+    }
+    return total, sums[: len(losses)], accepted
+
+
+def _rows(loss: HeadLoss) -> Tensor:
+    assert loss.mask is not None
+    return loss.mask.sum()
 
 
 def _head(signals: Signals) -> Head:
@@ -95,11 +116,19 @@ def score(
     speaking = [o for o in objectives if o not in silent]
     terms: list[Tensor] = []
     said: dict[str, Tensor] = {o.name: student.hidden.new_zeros(()) for o in silent}
-    metrics: dict[str, Tensor] = {}
+    # Names in an order that does not depend on the batch: ranks add them up by position.
+    metrics: dict[str, Tensor] = {
+        _accepts(o): student.hidden.new_zeros(())
+        for o in objectives
+        if isinstance(o, HeadObjective) and o.acceptance(targets) is not None
+    }
     for name, heads in _passes(speaking).items():
         factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums = _one_pass(heads, factors, student, asked(name), targets)
+        total, sums, accepted = _one_pass(heads, factors, student, asked(name), targets)
         terms.append(total)
+        metrics |= {
+            _accepts(o): accepted[o.name] / counts[o.name] for o in heads if o.name in accepted
+        }
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
     for objective in speaking:
         if isinstance(objective, HeadObjective):
@@ -112,6 +141,10 @@ def score(
         metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
     total = torch.stack(terms).sum() if terms else 0 * student.hidden.sum()
     return total, {o.name: said[o.name] for o in objectives} | metrics
+
+
+def _accepts(objective: Objective) -> str:
+    return f"{objective.name}/acceptance"
 
 
 def _passes(objectives: Sequence[Objective]) -> dict[str | None, list[HeadObjective]]:

@@ -242,7 +242,7 @@ class RouterZConfig(RouterObjectiveConfig):
     )
 
 
-PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
+PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge", "margin_mse"]
 
 
 class PreferenceConfig(ObjectiveConfig):
@@ -280,6 +280,15 @@ class PreferenceConfig(ObjectiveConfig):
     def _smooths(self) -> "PreferenceConfig":
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError("'label_smoothing' is for 'loss: sigmoid' only -- leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_margins(self) -> "PreferenceConfig":
+        if self.loss == "margin_mse" and self.reference == "none":
+            raise ValueError("'loss: margin_mse' needs the margins of a reference -- set one")
+        # A resolved recipe has the default.
+        if self.loss == "margin_mse" and self.beta != type(self).model_fields["beta"].default:
+            raise ValueError("'loss: margin_mse' has no 'beta' -- leave it out")
         return self
 
 

@@ -173,8 +173,9 @@ class _Distributions:
                 buffer = self.workspace("slope" if slope is None else "more", *self.q.shape)
                 name = "alpha" if loss.kind in ALPHAS else loss.kind
                 value, g = getattr(self, f"_{name}")(loss, buffer)
-                g = _scaled(g, factor)
-                slope = g if slope is None else slope.add_(g)
+                if loss.scale:  # 0 is for losses that are only measured
+                    g = _scaled(g, factor)
+                    slope = g if slope is None else slope.add_(g)
             sums[number] += (value * weights).sum(dtype=torch.float64)
         if slope is not None:
             grad = slope.add_((on_q - _dot(self.q, slope))[:, None]).mul_(self.q)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mmkd.data.encoder import Encoder
@@ -19,7 +20,7 @@ from mmkd.recipe import DataConfig, load_recipe
 from mmkd.runs import pipeline
 from tests.support.recipes import tiny_recipe
 
-KINDS = ("kto_pair", "sigmoid", "ipo", "hinge")
+KINDS = ("kto_pair", "sigmoid", "ipo", "hinge", "margin_mse")
 
 
 def sigmoid(x):
@@ -42,6 +43,8 @@ def twin(kind, pairs, beta, smoothing=0.0):
             terms.append(-(1 - smoothing) * right.log() - smoothing * wrong.log())
         elif kind == "ipo":
             terms.append((c - r - 1 / (2 * beta)) ** 2)
+        elif kind == "margin_mse":
+            terms.append((c - r) ** 2)
         else:
             terms.append(torch.clamp(1 - beta * (c - r), min=0))
     return sum(terms) / len(terms)
@@ -77,6 +80,7 @@ def test_losses_of_one_pair_by_hand():
     assert losses["sigmoid"] == pytest.approx(-math.log(sigmoid(1.5)), rel=1e-12)
     assert losses["ipo"] == pytest.approx((3 - 1) ** 2, rel=1e-12)
     assert losses["hinge"] == 0
+    assert losses["margin_mse"] == pytest.approx(((-3 + 7) - (-5 + 6)) ** 2, rel=1e-12)
     smooth = float(preference_loss(*one, kind="sigmoid", beta=0.5, label_smoothing=0.1))
     by_hand = -0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5))
     assert smooth == pytest.approx(by_hand, rel=1e-12)
@@ -86,8 +90,35 @@ def test_a_student_that_is_its_reference_has_the_losses_of_no_preference():
     same = pair(-3.0, -7.0, -3.0, -7.0)
     losses = {k: float(preference_loss(*same, kind=k, beta=0.1)) for k in KINDS}
     assert losses == pytest.approx(
-        {"kto_pair": 0.5, "sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
+        {"kto_pair": 0.5, "sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0, "margin_mse": 0.0}
     )
+
+
+def test_margins_know_neither_the_scale_of_a_model_nor_the_order_of_answers():
+    chosen, rejected, reference_chosen, reference_rejected = pair(-3.0, -7.0, -5.0, -6.0)
+    how = {"kind": "margin_mse", "beta": 0.1}
+    want = preference_loss(chosen, rejected, reference_chosen, reference_rejected, **how)
+    moved = (chosen + 4, rejected + 4, reference_chosen - 2, reference_rejected - 2)
+    assert preference_loss(*moved, **how).item() == pytest.approx(want.item(), rel=1e-12)
+    swapped = (rejected, chosen, reference_rejected, reference_chosen)
+    assert preference_loss(*swapped, **how).item() == want.item()
+    far = preference_loss(
+        chosen, rejected, reference_chosen, reference_rejected, kind="ipo", beta=1e9
+    )
+    assert far.item() == pytest.approx(want.item(), rel=1e-6)  # ipo's limit
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reference": "none"}, "'loss: margin_mse' needs the margins of a reference"),
+        ({"beta": 0.5}, "'loss: margin_mse' has no 'beta'"),
+        ({"label_smoothing": 0.1}, "'label_smoothing' is for 'loss: sigmoid' only"),
+    ],
+)
+def test_settings_that_margins_do_not_have(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        PreferenceConfig(kind="preference", loss="margin_mse", **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,14 +203,17 @@ def whole_answers(signals, targets):
 
 
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("reference", ["teacher", "none"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [*((kind, "teacher") for kind in KINDS), *((kind, "none") for kind in KINDS[:-1])],
+)
 def test_the_objective_equals_its_twin(kind, reference, average):
     signals, targets = batch_of_pairs()
+    scale = {"beta": 0.3} if kind != "margin_mse" else {}
     config = PreferenceConfig(
         kind="preference",
         loss=kind,
-        beta=0.3,
+        **scale,
         reference=reference,
         average=average,
         lambda_sft=0.2,
@@ -203,7 +237,9 @@ def test_the_objective_equals_its_twin(kind, reference, average):
         torch.testing.assert_close(a, b)
     leads = [((pc - rc) - (pr - rr)).item() for pc, pr, rc, rr in pairs]
     assert float(outcome.metrics["accuracy"]) == sum(x > 0 for x in leads) / 4
-    assert float(outcome.metrics["margin"]) == pytest.approx(0.3 * sum(leads) / 4)
+    assert float(outcome.metrics["margin"]) == pytest.approx(
+        scale.get("beta", 1.0) * sum(leads) / 4
+    )
 
 
 def test_other_objectives_see_the_chosen_answers_alone():
