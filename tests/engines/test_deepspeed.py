@@ -28,6 +28,8 @@ OBJECTIVES = [
     {"kind": "ce"},
     {"kind": "kl", "weight": 0.5},
     {"kind": "kl", "name": "kl_vision", "region": "vision"},
+    {"kind": "kl", "name": "kl_top", "top_k": 5, "acceptance": True},
+    {"kind": "balanced_kl", "weight": 0.5},
     {"kind": "relation"},
     {"kind": "layer_l2"},
     {"kind": "router_z", "weight": 0.01},  # balance is a micro-batch's own
@@ -37,6 +39,8 @@ CONVERT = [
     {"kind": "moe", "experts": 4, "top_k": 2, "layers": "all"},
 ]
 STEPS, STOP = 6, 5
+LOGGED = ("loss", "ce", "kl", "kl_vision", "kl_top", "kl_top/acceptance", "balanced_kl", "relation",
+          "layer_l2", "grad_norm")  # fmt: skip
 SPREAD = "spread.json"
 ENGINES = {
     "torch": {},
@@ -223,7 +227,7 @@ def test_every_engine_trains_the_same(runs, name):
     got, want = runs.metrics(name), runs.metrics("torch-1")
     assert len(got) == len(want) == STEPS
     for mine, theirs in zip(got, want, strict=True):
-        for key in ("loss", "ce", "kl", "kl_vision", "relation", "layer_l2", "grad_norm"):
+        for key in LOGGED:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (key, mine["step"])
         assert mine["lr"] == theirs["lr"]
         assert mine["supervised_tokens"] == theirs["supervised_tokens"]

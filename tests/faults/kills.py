@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.progress import console
+from tests.support import warm
 from tests.support.recipes import tiny_recipe
 from tests.support.tiny import write_tiny_model
 
@@ -69,11 +71,39 @@ class Kill:
     status: int | None
 
 
+def start_cold(words: list[str], log: Path) -> subprocess.Popen:
+    """Start `mmkd` with a new Python, in a session of its own."""
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mmkd.cli", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def start_warm(words: list[str], log: Path) -> warm.Command:
+    """The same from a process that has imported the libraries, which takes no seconds."""
+    return warm.Command(*words, log=log, session=True)
+
+
+Process = subprocess.Popen | warm.Command
+
+
 class Run:
     """One recipe on one engine, and what its folder says."""
 
-    def __init__(self, home: Path, name: str, engine: str):
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        engine: str,
+        start: Callable[[list[str], Path], Process] = start_cold,
+    ):
         settings, self.nproc = ENGINES[engine]
+        self._start = start
+        self.seconds_to_start = 6.0 if start is start_cold else 2.0
         self.engine, self.folder = engine, home / name
         self.log = home / f"{name}.log"
         self.recipe = home / f"{name}.yaml"
@@ -108,17 +138,10 @@ class Run:
         )
         self.recipe.write_text(yaml.safe_dump(raw))
 
-    def start(self) -> subprocess.Popen:
-        with self.log.open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "mmkd.cli", "run", self.recipe, "--nproc", str(self.nproc)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def start(self) -> Process:
+        return self._start(["run", str(self.recipe), "--nproc", str(self.nproc)], self.log)
 
-    def workers(self, process: subprocess.Popen) -> list[psutil.Process]:
+    def workers(self, process: Process) -> list[psutil.Process]:
         """The processes that train, or score."""
         own = psutil.Process(process.pid)
         if self.nproc == 1:
@@ -211,7 +234,7 @@ def disturb(run: Run, draw: random.Random) -> Kill | None:
     while not there() and process.poll() is None:
         assert time.monotonic() < deadline, f"{run.engine} hangs\n{run.log.read_text()[-4000:]}"
         time.sleep(0.001)
-    time.sleep(draw.uniform(0, {"start": 6, "evaluation": 6}.get(aim, 0.05)))
+    time.sleep(draw.uniform(0, run.seconds_to_start if aim in ("start", "evaluation") else 0.05))
     if process.poll() is not None:
         return None
     workers = run.workers(process)
@@ -238,19 +261,25 @@ def disturb(run: Run, draw: random.Random) -> Kill | None:
     )
 
 
-def torment(home: Path, engine: str, kills: int, draw: random.Random) -> list[Kill]:
+def torment(
+    home: Path,
+    engine: str,
+    kills: int,
+    draw: random.Random,
+    start: Callable[[list[str], Path], Process] = start_cold,
+) -> list[Kill]:
     """Kill runs on an engine that often, some times each, and compare each with a quiet one.
 
     Raises:
         AssertionError: a run came out otherwise, hangs, or lost more than its last steps.
     """
-    quiet = Run(home, f"quiet-{len(list(home.glob('*.yaml')))}", engine)
+    quiet = Run(home, f"quiet-{len(list(home.glob('*.yaml')))}", engine, start)
     quiet.finish()
     expected = quiet.outcome()
     assert not expected["left"]
     found: list[Kill] = []
     while len(found) < kills:
-        run = Run(home, f"killed-{len(list(home.glob('*.yaml')))}", engine)
+        run = Run(home, f"killed-{len(list(home.glob('*.yaml')))}", engine, start)
         for _ in range(min(draw.randint(6, 12), kills - len(found))):
             kill = disturb(run, draw)
             if kill is None:

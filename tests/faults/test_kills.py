@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.faults.kills import ENGINES, torment
+from tests.faults.kills import ENGINES, start_warm, torment
 from tests.support.slow import only
 
 
@@ -15,5 +15,6 @@ def test_killed_runs_end_like_quiet_ones(scenes_dir, tmp_path, engine):
 
     shutil.copytree(scenes_dir, tmp_path / "scenes")
     write_tiny_model(scenes_dir / "processor", tmp_path / "model", dropout=0.2)
-    kills = torment(tmp_path, engine, 3, random.Random(list(ENGINES).index(engine)))
+    draw = random.Random(list(ENGINES).index(engine))
+    kills = torment(tmp_path, engine, 3, draw, start_warm)
     assert len(kills) == 3

@@ -42,6 +42,7 @@ class Command:
         session: start it in a session of its own, as the first process of a terminal.
         largest: bytes that a file which it writes may have; None for no limit.
         merged: write stderr to stdout.
+        log: file for the output; None keeps it in memory.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Command:
         session: bool = False,
         largest: int | None = None,
         merged: bool = True,
+        log: Path | None = None,
     ):
         assert not set(env or {}) & set(FIXED), "start `python -m mmkd.cli` with this variable"
         self.args = [str(word) for word in words]
@@ -62,7 +64,7 @@ class Command:
             "session": session,
             "largest": largest,
         }
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115
+        self._out = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115
         self._err = self._out if merged else tempfile.TemporaryFile()  # noqa: SIM115
         self.returncode: int | None = None
         reading, writing = os.pipe()
