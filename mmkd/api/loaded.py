@@ -11,6 +11,7 @@ from mmkd.data.vocabulary import check_head
 from mmkd.errors import CheckpointError, MmkdError
 from mmkd.modeling.capture import check_supported
 from mmkd.modeling.loading import DTYPES, load_model, load_pretrained_processor, load_processor
+from mmkd.modeling.own_tokens import check_own_tokens
 from mmkd.recipe import ModelConfig
 
 ModelLike = PreTrainedModel | str | Path
@@ -45,6 +46,8 @@ def load(model: ModelLike, processor: Any, role: str, config: ModelConfig | None
         processor = processor or _beside(model, role)
     else:
         assert config is not None
+        if processor is not None and config.model is not None:
+            check_own_tokens(config.model, processor, role, revision=config.revision)
         processor = processor or load_processor(config)
         model = load_model(config)
         check_supported(model, role)

@@ -24,6 +24,7 @@ from mmkd.data.schema import Record
 from mmkd.data.vocabulary import check_head
 from mmkd.errors import DataError
 from mmkd.modeling.loading import load_pretrained, load_pretrained_processor
+from mmkd.modeling.own_tokens import check_own_tokens
 from mmkd.recipe import DataConfig, ImageSizeConfig, Quantization, SamplingConfig
 from mmkd.runtime.distributed import choose_device
 
@@ -186,6 +187,7 @@ def load_answering(
     """
     place = choose_device(str(device))
     # The processor is loaded first: if it is missing, no time is spent on gigabytes of weights.
+    other = isinstance(processor, str) and processor != name
     if processor is None or isinstance(processor, str):
         processor = load_pretrained_processor(
             processor or name,
@@ -193,6 +195,8 @@ def load_answering(
             trust_remote_code=trust_remote_code,
             image_size=image_size,
         )
+    if other:
+        check_own_tokens(name, processor, name, revision=revision, trusted=trust_remote_code)
     model: Any = load_pretrained(
         name,
         dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"),

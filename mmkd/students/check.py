@@ -8,6 +8,7 @@ from mmkd.data.vocabulary import check_head
 from mmkd.modeling.adapters import targets
 from mmkd.modeling.capture import check_supported
 from mmkd.modeling.loading import skeleton
+from mmkd.modeling.own_tokens import check_source_tokens
 from mmkd.recipe import ModelConfig
 from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
@@ -28,6 +29,7 @@ def check_student(source: ModelConfig, processor: Any) -> None:
     student = skeleton(source)
     check_supported(student, "student")
     check_head(student, processor.tokenizer, "student")
+    check_source_tokens(source, processor, "student")
     check_processor(processor)
     if prompt_ends_in_blank(processor) and distributed.rank() == 0:
         say_once(

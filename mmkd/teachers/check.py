@@ -9,6 +9,7 @@ from mmkd.data.vocabulary import check_head
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import check_supported
 from mmkd.modeling.loading import check_quantization, load_processor, skeleton
+from mmkd.modeling.own_tokens import check_source_tokens
 from mmkd.recipe import Recipe, TeacherConfig
 from mmkd.runtime import distributed
 from mmkd.teachers.assign import ask_each
@@ -27,6 +28,7 @@ def check_teacher(teacher: TeacherConfig, where: str) -> tuple[PreTrainedModel, 
     model, processor = skeleton(teacher), load_processor(teacher)
     check_supported(model, where)
     check_head(model, processor.tokenizer, where)
+    check_source_tokens(teacher, processor, where)
     return model, processor
 
 

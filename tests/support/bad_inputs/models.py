@@ -216,6 +216,22 @@ def another_vocabulary(world: World) -> None:
 
 @case(
     "vocabulary",
+    "gave the student the processor of another model",
+    "student: the processor has other tokens than the model: id ",
+    "<|human|>",
+    "in the model's own tokenizer",
+    "whose embeddings belong to this tokenizer",
+)
+def processor_of_another_model(world: World) -> None:
+    shutil.copytree("model", "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = Path("other") / name
+        path.write_text(path.read_text().replace("<|user|>", "<|human|>"))
+    world.raw["student"]["processor"] = "other"
+
+
+@case(
+    "vocabulary",
     "added tokens to the tokenizers, not to the models",
     "student: the tokenizer has ",
     " tokens, and the model's head has ",
