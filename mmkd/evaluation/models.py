@@ -151,6 +151,7 @@ def _score(
         out=out.path,
         batch_size=settings.batch_size,
         limit=settings.limit,
+        calibration=settings.calibration,
         **running,
     )
     write_json(out.request, request)
@@ -171,10 +172,15 @@ def _answered(out: EvaluationFolder, request: dict[str, Any]) -> bool:
 
 
 def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
-    """Whether two requests are one. Data of which one of them knows nothing are taken for equal:
-    older versions wrote nothing down, and data that are gone cannot be scored again."""
+    """Whether the results of one request answer another. Data of which one of them knows nothing
+    are taken for equal: older versions wrote nothing down, and data that are gone cannot be scored
+    again. Scores of older versions, which have no calibration, are kept for the same reason: a run
+    is not evaluated again because of a new version. Results with calibration answer a request
+    without it."""
     data = found.get("data"), request["data"]
-    return (None in data or data[0] == data[1]) and {**found, "data": request["data"]} == request
+    calibrated = found.get("calibration", True) or not request["calibration"]
+    equal = {key: request[key] for key in ("data", "calibration")}
+    return calibrated and (None in data or data[0] == data[1]) and {**found, **equal} == request
 
 
 def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:
@@ -196,10 +202,11 @@ def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:
 
 
 def _asked(path: Path) -> dict[str, Any]:
-    """The request of a finished evaluation. Keys that were added since get their defaults."""
+    """The request of a finished evaluation. Keys that were added since get their defaults, except
+    for `calibration`, see `_same`."""
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
-    del unset["decode"], unset["samples"]
+    del unset["decode"], unset["samples"], unset["calibration"]
     return UNSAID | unset | (read_if(Shape, path) or {})
 
 
