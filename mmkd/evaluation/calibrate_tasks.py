@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmkd.data.schema import Record
-from mmkd.errors import CheckpointError
+from mmkd.errors import MmkdError
 from mmkd.evaluation.adapter import MmkdModel, Request, evaluation_mode
 from mmkd.evaluation.answer_options import options_of
 from mmkd.evaluation.calibration import Calibration, Exercise
@@ -33,7 +33,7 @@ def calibrate_task(adapter: MmkdModel, task: str, documents: Documents) -> dict[
     """
     try:
         found = Calibration(adapter.model, adapter.processor, task)
-    except CheckpointError as error:
+    except MmkdError as error:
         say_once(f"no calibration: {error.what}")
         return {}
     asked = [(adapter.asked.get((task, d["doc_id"])), d) for d in documents]

@@ -20,7 +20,7 @@ class EvaluationResult:
         parameters: number of weights, tied ones counted once.
         weights_bytes: size of the weight files; of the weights in memory if there are no files.
         tokens_per_second: generated tokens per second inside `generate`, over all tasks.
-        seconds: wall time of loading data, answering and scoring.
+        seconds: wall time of loading data, answering, scoring and calibration.
         lmms_eval: version of lmms-eval.
         device, dtype: where and in which type the model ran.
         batch_size, limit: as passed; with a limit the scores are of the first documents only.
