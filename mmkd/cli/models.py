@@ -115,7 +115,7 @@ def evaluate(
     if out is not None:
         interrupt.can_go_on(AGAIN)  # finished tasks are stored there
     given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
-    results = {}
+    results: dict[str, Any] = {}
     scores, failed = score_models(
         find_models(model, student, given, include, local),
         out,

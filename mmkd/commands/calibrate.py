@@ -19,7 +19,7 @@ from mmkd.errors import DataError, MmkdError, RecipeError, nearest
 from mmkd.evaluation.calibration import answer_rows, inputs_as
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.ops.calibration import Reliability, token_predictions
-from mmkd.ops.temperature import fit_temperature
+from mmkd.ops.temperature import NoMinimumError, fit_temperature
 from mmkd.recipe import DataConfig, Recipe, TeacherConfig
 from mmkd.report.calibration import reliability_table
 from mmkd.runtime import distributed, interrupt
@@ -81,10 +81,13 @@ def calibrate(
     try:
         temperature = fit_temperature(rows.hidden, weight, rows.targets, **shared)
     except ValueError as error:
+        right = not isinstance(error, NoMinimumError) or error.lowest
         raise DataError(
             f"no temperature fits: {error}",
             where=encoder.records.name,
-            hint="give more records that the teacher was not trained on",
+            hint="give more records that the teacher was not trained on"
+            if right
+            else "its predictions are no better than chance: check its weights, processor and data",
         ) from error
     measured = {}
     for name, value in (("before", 1.0), ("after", temperature)):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.batch import Batch
-from mmkd.data.chat import mark_tokens
+from mmkd.data.chat import Rendered, mark_tokens
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import GivenRecords
 from mmkd.data.schema import Message, Record
@@ -128,7 +128,8 @@ class Calibration:
         self, signals: Signals, targets: Targets, row: int, exercise: Exercise
     ) -> Predictions | None:
         """The prediction of an option; None if the options do not differ in one token."""
-        words = [self._answer_tokens(exercise, option) for option in exercise.options]
+        rendered = self._encoder.renderer.render(exercise.answered(exercise.truth))[0]
+        words = [self._answer_tokens(rendered, option) for option in exercise.options]
         true = exercise.options.index(exercise.truth)
         place = place_of_difference(words)
         if place is None or words[true] != targets.input_ids[row][targets.response[row]].tolist():
@@ -141,13 +142,21 @@ class Calibration:
             logits = logits + signals.head_bias[tokens].double()
         return predictions(logits[None], torch.tensor([true], device=hidden.device))
 
-    def _answer_tokens(self, exercise: Exercise, answer: str) -> list[int]:
-        """Ids of the tokens of an answer, end of turn included, without processing the images."""
-        rendered = self._encoder.renderer.render(exercise.answered(answer))[0]
+    def _answer_tokens(self, rendered: Rendered, answer: str) -> list[int]:
+        """Ids of the tokens of an answer, end of turn included, without processing the images.
+
+        Args:
+            rendered: the conversation with another answer.
+            answer: replaces the words of that one.
+        """
+        start, stop = rendered.said[-1]
+        text = rendered.text[:start] + answer + rendered.text[stop:]
+        end = rendered.spans[-1][1] + len(answer) - (stop - start)
         encoded = self.processor.tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True
+            text, add_special_tokens=False, return_offsets_mapping=True
         )
-        marks = mark_tokens(encoded["offset_mapping"], [*rendered.spans], [*rendered.said])
+        spans, said = [(rendered.spans[-1][0], end)], [(start, start + len(answer))]
+        marks = mark_tokens(encoded["offset_mapping"], spans, said)
         return [i for i, marked in zip(encoded["input_ids"], marks, strict=True) if marked]
 
     def facts(self) -> dict[str, Any]:

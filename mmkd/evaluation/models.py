@@ -174,11 +174,10 @@ def _answered(out: EvaluationFolder, request: dict[str, Any]) -> bool:
 def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether the results of one request answer another. Data of which one of them knows nothing
     are taken for equal: older versions wrote nothing down, and data that are gone cannot be scored
-    again. Scores of older versions, which have no calibration, are kept for the same reason: a run
-    is not evaluated again because of a new version. Results with calibration answer a request
-    without it."""
+    again. Results with calibration answer a request without it too. Results of older versions have
+    none and are kept: a new version does not evaluate a run again."""
     data = found.get("data"), request["data"]
-    calibrated = found.get("calibration", True) or not request["calibration"]
+    calibrated = found["calibration"] or not request["calibration"]
     equal = {key: request[key] for key in ("data", "calibration")}
     return calibrated and (None in data or data[0] == data[1]) and {**found, **equal} == request
 
@@ -202,11 +201,10 @@ def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:
 
 
 def _asked(path: Path) -> dict[str, Any]:
-    """The request of a finished evaluation. Keys that were added since get their defaults, except
-    for `calibration`, see `_same`."""
+    """The request of a finished evaluation. Keys that were added since get their defaults."""
     fields = EvaluateConfig.model_fields
     unset = {name: f.default for name, f in fields.items() if not f.is_required()}
-    del unset["decode"], unset["samples"], unset["calibration"]
+    del unset["decode"], unset["samples"]
     return UNSAID | unset | (read_if(Shape, path) or {})
 
 

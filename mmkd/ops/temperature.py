@@ -25,6 +25,22 @@ TOLERANCE = 1e-9
 MOST_PASSES = 100
 
 
+class NoMinimumError(ValueError):
+    """The loss still falls at a bound of the temperature.
+
+    Attributes:
+        lowest: at the lowest temperature; False at the highest.
+    """
+
+    def __init__(self, temperature: float, *, lowest: bool):
+        self.lowest = lowest
+        bound = "lowest" if lowest else "highest"
+        super().__init__(
+            f"the negative log-likelihood still falls at temperature {temperature:g}, the {bound} "
+            "one that is tried"
+        )
+
+
 @torch.no_grad()
 def fit_temperature(
     hidden: Tensor,
@@ -52,9 +68,9 @@ def fit_temperature(
         memory: bytes for a chunk's logits and the tensors computed from them.
 
     Raises:
-        ValueError: shapes that do not match, no rows, logits that are not finite, or no minimum
-            between `LOWEST` and `HIGHEST`. Without a wrong prediction, the loss falls to 0 as T
-            does.
+        NoMinimumError: there is none between `LOWEST` and `HIGHEST`. If every prediction is right,
+            the loss falls to 0 with T; if they are no better than chance, it falls as T grows.
+        ValueError: shapes that do not match, no rows, or logits that are not finite.
     """
     if not len(hidden):
         raise ValueError("there are no rows")
@@ -70,10 +86,7 @@ def fit_temperature(
         if slope == 0:
             break
         if (slope < 0 and b == top) or (slope > 0 and b == bottom):
-            raise ValueError(
-                f"the negative log-likelihood still falls at temperature {1 / b:g}, the "
-                f"{'lowest' if b == top else 'highest'} one that is tried"
-            )
+            raise NoMinimumError(1 / b, lowest=b == top)
         low, high = (b, high) if slope < 0 else (low, b)
         step = b - slope / curvature if curvature > 0 else math.inf
         if not low < step < high:

@@ -16,7 +16,9 @@ def model(seed=0, dtype=torch.float64, rows=N):
     hidden = torch.randn(rows, H, generator=g, dtype=torch.float64).to(dtype)
     weight = torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype)
     bias = torch.randn(V, generator=g, dtype=torch.float64).to(dtype)
-    return hidden, weight, bias, torch.randint(V, (rows,), generator=g)
+    logits = hidden.double() @ weight.double().t() + bias.double()
+    drawn = torch.multinomial((logits / 1.5).softmax(1), 1, generator=g)[:, 0] if rows else []
+    return hidden, weight, bias, torch.as_tensor(drawn, dtype=torch.int64)
 
 
 def twin_rows(logits, targets):
@@ -45,7 +47,7 @@ def twin_ece(confidences, correct, bins):
 
 def of(confidence, correct):
     zeros = torch.zeros(len(confidence), dtype=torch.float64)
-    return Predictions(torch.as_tensor(confidence).double(), torch.as_tensor(correct), zeros, zeros)
+    return Predictions(torch.as_tensor(confidence, dtype=torch.float64), torch.as_tensor(correct), zeros, zeros)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 10, 100])
@@ -61,7 +63,7 @@ def test_tokens_are_judged_as_by_definition(chunk, temperature):
     ):
         got = getattr(found, name)
         assert got.dtype == (torch.bool if name == "correct" else torch.float64)
-        torch.testing.assert_close(got.double(), torch.tensor(values).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(got.double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
