@@ -47,7 +47,9 @@ def twin_ece(confidences, correct, bins):
 
 def of(confidence, correct):
     zeros = torch.zeros(len(confidence), dtype=torch.float64)
-    return Predictions(torch.as_tensor(confidence, dtype=torch.float64), torch.as_tensor(correct), zeros, zeros)
+    return Predictions(
+        torch.as_tensor(confidence, dtype=torch.float64), torch.as_tensor(correct), zeros, zeros
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 10, 100])
@@ -63,7 +65,9 @@ def test_tokens_are_judged_as_by_definition(chunk, temperature):
     ):
         got = getattr(found, name)
         assert got.dtype == (torch.bool if name == "correct" else torch.float64)
-        torch.testing.assert_close(got.double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            got.double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
