@@ -8,7 +8,7 @@ from tqdm import tqdm
 from mmkd.data.schema import Record
 from mmkd.errors import MmkdError
 from mmkd.evaluation.adapter import MmkdModel, Request, evaluation_mode
-from mmkd.evaluation.answer_options import options_of
+from mmkd.evaluation.answer_options import options_of, truth_of
 from mmkd.evaluation.calibration import Calibration, Exercise
 from mmkd.evaluation.refusals import is_of_document
 from mmkd.recipe import ANSWER_ECE, TOKEN_ECE
@@ -16,15 +16,20 @@ from mmkd.runtime import interrupt
 from mmkd.runtime.progress import say, say_once
 
 Documents = Sequence[Mapping[str, Any]]
+Asked = tuple[Request, Mapping[str, Any], str]
+"""A request, its document and the true answer."""
 
 
-def calibrate_task(adapter: MmkdModel, task: str, documents: Documents) -> dict[str, Any]:
+def calibrate_task(
+    adapter: MmkdModel, task: str, documents: Documents, template: Any = None
+) -> dict[str, Any]:
     """How well a model's confidence on a task's true answers matches its accuracy.
 
     Args:
         adapter: has answered the task.
         task: its name.
         documents: as lmms-eval logs them, with `doc_id`, `doc` and `target`.
+        template: `doc_to_target` of the task.
 
     Returns:
         As `Calibration.facts`, with the number of documents that are left out: those without a true
@@ -36,14 +41,15 @@ def calibrate_task(adapter: MmkdModel, task: str, documents: Documents) -> dict[
     except MmkdError as error:
         say_once(f"no calibration: {error.what}")
         return {}
-    asked = [(adapter.asked.get((task, d["doc_id"])), d) for d in documents]
     refused = adapter.refusals.reasons.get(task, {})
-    usable = [
-        (request, d)
-        for request, d in asked
-        if request is not None and d["doc_id"] not in refused and _truth(d)
-    ]
-    usable.sort(key=lambda pair: -pair[0].length)  # similar lengths need little padding
+    usable: list[Asked] = []
+    for logged in documents:
+        number = logged["doc_id"]
+        request = adapter.asked.get((task, number))
+        truth = truth_of(logged["doc"], logged.get("target"), template)
+        if request is not None and number not in refused and truth:
+            usable.append((request, logged["doc"], truth))
+    usable.sort(key=lambda asked: -asked[0].length)  # similar lengths need little padding
     hidden = adapter.rank != 0 or (None if adapter.progress is None else not adapter.progress)
     bar = tqdm(total=len(usable), desc="Calibrating", unit="question", disable=hidden)
     added = 0
@@ -69,15 +75,7 @@ def ece_scores(facts: Mapping[str, Any]) -> dict[str, float]:
     return {metric: facts[kind]["ece"] for metric, kind in names.items() if kind in facts}
 
 
-def _truth(document: Mapping[str, Any]) -> str:
-    """The true answer of a document; "" if it is not a text."""
-    target = document.get("target")
-    return target.strip() if isinstance(target, str) else ""
-
-
-def _add(
-    adapter: MmkdModel, found: Calibration, part: list[tuple[Request, Mapping[str, Any]]]
-) -> int:
+def _add(adapter: MmkdModel, found: Calibration, part: list[Asked]) -> int:
     """Add a batch, and return the number of documents that were added. If the model or its
     processor refuses the batch, its halves are added one after the other.
 
@@ -86,7 +84,7 @@ def _add(
         Exception: an error that is not about a document.
     """
     try:
-        exercises = [_exercise(adapter, request, document) for request, document in part]
+        exercises = [_exercise(adapter, *asked) for asked in part]
         predicted = found.predict(exercises)
     except Exception as error:
         interrupt.stop_here()
@@ -100,8 +98,9 @@ def _add(
     return len(part)
 
 
-def _exercise(adapter: MmkdModel, request: Request, document: Mapping[str, Any]) -> Exercise:
+def _exercise(
+    adapter: MmkdModel, request: Request, document: Mapping[str, Any], truth: str
+) -> Exercise:
     turns, images = adapter.conversation(request)
     name = f"{request.task} document {request.doc_id}"
-    truth = _truth(document)
-    return Exercise(Record(name, turns, images), truth, options_of(document["doc"], truth))
+    return Exercise(Record(name, turns, images), truth, options_of(document, truth))

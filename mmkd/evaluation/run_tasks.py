@@ -74,15 +74,18 @@ def _run_task(
 
     raw = simple_evaluate(adapter, [name], manager, limit)
     scores = collect_scores(raw, [name])
-    samples, unanswered, calibrated = {}, {}, {}
+    samples, unanswered = {}, {}
+    calibrated: dict[str, Any] = {}
     for task in scores:
         adapter.refusals.require_answers(task)
         reasons = adapter.refusals.reasons.get(task, {})
         samples[task] = [sample_of(s, reasons.get(s["doc_id"])) for s in raw["samples"][task]]
         if found := adapter.refusals.of(task):
             unanswered[task] = found
-        if calibration and (facts := calibrate_task(adapter, task, raw["samples"][task])):
-            calibrated[task] = facts
+        if calibration:
+            template = manager.target_template(task)
+            facts = calibrate_task(adapter, task, raw["samples"][task], template)
+            calibrated |= {task: facts} if facts else {}
             scores[task] |= ece_scores(facts)
     return {
         "scores": scores,

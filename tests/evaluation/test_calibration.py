@@ -12,10 +12,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmkd.data.schema import Record
-from mmkd.evaluation.answer_options import options_of
+from mmkd.evaluation.answer_options import options_of, truth_of
 from mmkd.evaluation.calibration import Calibration, Exercise, place_of_difference
 from mmkd.evaluation.run import evaluate
 from mmkd.report.calibration import merged, print_reliability
+from tests.support import benchmarks_in_small as small
+from tests.support.benchmarks_in_small import put
 
 QUESTIONS = [
     ("Is there a cat?", "yes", ("yes", "no"), "red"),
@@ -162,6 +164,10 @@ def test_options_are_compared_where_they_differ(
         ({"A": "x", "B": "y", "C": "nan", "D": None}, "B", ("A", "B")),
         ({"choice_a": "x", "choice_b": "y", "choice_c": "z", "choice_d": "w"}, "A",
          ("A", "B", "C", "D")),
+        ({"options": "['a', 'b']"}, "B", ("A", "B")),
+        ({"options": "[]"}, "B", ()),
+        ({"options": "[a, b"}, "B", ()),
+        ({"options": "a or b"}, "B", ()),
         ({"kind": "count"}, "3", ()),
         ({}, "A", ()),
     ],
@@ -170,6 +176,25 @@ def test_options_come_from_the_document(
     document: dict[str, Any], truth: str, options: tuple[str, ...]
 ) -> None:
     assert options_of(document, truth) == options
+
+
+@pytest.mark.parametrize(
+    ("document", "target", "template", "truth"),
+    [
+        ({"answer": "red "}, "red ", "answer", "red"),
+        ({"answers": ["go", "stop", "stop"]}, "answer", "answer", "stop"),
+        ({"answers": [{"answer": "a"}, {"answer": "b"}, {"answer": "b"}]}, "a", None, "b"),
+        ({"label": "x"}, "answer", "answer", ""),  # no such column
+        ({"word": "answer"}, "answer", "word", "answer"),
+        ({}, ["a", "b"], "answers", ""),
+        ({}, 3, "answer", ""),
+        ({"answers": None}, "", "answers", ""),
+    ],
+)
+def test_the_true_answer_comes_from_the_document(
+    document: dict[str, Any], target: Any, template: Any, truth: str
+) -> None:
+    assert truth_of(document, target, template) == truth
 
 
 def run(folder: Path, scenes_dir: Path, out: Path | None, **settings: Any) -> Any:
@@ -258,3 +283,40 @@ def test_the_terminal_shows_bins_in_80_columns(monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"90 to 100\s+12,345\s+97\.0\s+50\.0\s+█{10}·{9}│", text)
     assert "next tokens" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def put_benchmarks(local: Path) -> dict[str, int | None]:
+    """Small files of benchmarks; the number of questions with known options of each task."""
+    put([small.pope(i, a) for i, a in enumerate(("yes", "no"))], local / "POPE/test.parquet")
+    put([small.mme("a", "OCR", a) for a in ("Yes", "No")], local / "MME/test.parquet")
+    put(
+        [small.scienceqa(["owl", "cod", "elk"], i) for i in range(3)],
+        local / "ScienceQA/ScienceQA-IMG/test.parquet",
+    )
+    put([small.mmbench(i, a) for i, a in enumerate("ABC")], local / "MMBench/en/dev.parquet")
+    put([small.seed(a, "image", a) for a in "ABD"], local / "SEED-Bench/test.parquet")
+    put([small.ai2d(a) for a in "0123"], local / "ai2d/test.parquet")
+    rows = [small.mmmu(i, "multiple-choice", "['a lake', 'a hill', 'a road']", a)
+            for i, a in enumerate("BC")]  # fmt: skip
+    put([*rows, small.mmmu(3, "open", "[]", "12")], local / "MMMU/validation.parquet")
+    put([small.textvqa(1, ["stop"] * 10)], local / "textvqa/validation.parquet")
+    counts = {"pope": 2, "mme": 2, "scienceqa_img": 3, "mmbench_en_dev_static": 3, "seedbench": 3}
+    return counts | {"ai2d": 4, "mmmu_val": 2, "textvqa_val": None}
+
+
+def test_options_of_benchmarks_are_known(
+    tiny_model_dir: Path, tmp_path: Path, datasets_cache: None
+) -> None:
+    counts = put_benchmarks(tmp_path)
+    result = evaluate(
+        tiny_model_dir,
+        tasks=list(counts),
+        include_path=None,
+        local=tmp_path,
+        out=None,
+        calibration=True,
+    )
+    found = {t: facts.get("answers", {}).get("count") for t, facts in result.calibration.items()}
+    assert found == counts
+    tokens = len(AutoProcessor.from_pretrained(tiny_model_dir).tokenizer("stop")["input_ids"])
+    assert result.calibration["textvqa_val"]["tokens"]["count"] == tokens + 1
