@@ -96,6 +96,7 @@ def calibrate(
         measured[name] = found.facts()
     return {
         "teacher": config.model,
+        "source": config.source,
         "data": encoder.records.name,
         "records": rows.records,
         "tokens": len(rows.targets),
@@ -208,9 +209,15 @@ def collect(
     )
 
 
-def recipe_lines(temperature: float) -> str:
-    """The lines of a recipe that use a fitted temperature."""
-    return f"objectives:\n  - {{kind: kl, teacher_temperature: {temperature:.4g}}}"
+def recipe_lines(temperature: float, source: str) -> str:
+    """The lines of a recipe that use a fitted temperature.
+
+    Args:
+        temperature: of the teacher.
+        source: of the teacher. With a cache, only its stored tokens can have another temperature.
+    """
+    rest = "rest: drop, " if source == "cache" else ""
+    return f"objectives:\n  - {{kind: kl, {rest}teacher_temperature: {temperature:.4g}}}"
 
 
 def print_calibration(found: dict[str, Any]) -> None:
@@ -231,4 +238,6 @@ def print_calibration(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(reliability_table("after", found["after"]))
     console.print("Lines of the recipe, for each divergence from this teacher:", highlight=False)
-    console.print(recipe_lines(found["temperature"]), highlight=False, markup=False)
+    console.print(
+        recipe_lines(found["temperature"], found["source"]), highlight=False, markup=False
+    )

@@ -11,9 +11,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mmkd.cli import main
+from mmkd.commands.build_cache import build_cache
 from mmkd.commands.calibrate import calibrate, choose_teacher, recipe_lines
 from mmkd.errors import DataError, MmkdError, RecipeError
 from mmkd.recipe import Recipe, load_recipe
+from mmkd.runs import pipeline
 from tests.support.pages import ROOT
 from tests.support.recipes import tiny_recipe
 
@@ -125,8 +127,21 @@ def test_the_command_prints_json_or_lines_for_the_recipe(
     assert f"{found['before']['nll']:.4f}" in text
     assert f"{100 * found['after']['ece']:.2f}" in text
     assert all(len(line) <= 80 for line in text.splitlines() if "records of" not in line)
-    lines = yaml.safe_load(recipe_lines(found["temperature"]))
-    assert lines["objectives"][0]["kind"] == "kl"
+
+
+@pytest.mark.parametrize("source", ["live", "cache"])
+def test_a_recipe_with_the_lines_trains(
+    source: str, found: dict[str, Any], scenes_dir: Path, taught: Path, tmp_path: Path
+) -> None:
+    lines = yaml.safe_load(recipe_lines(found["temperature"], source))
+    raw = recipe(scenes_dir, {"model": str(taught)}, "none", stage={"steps": 1, **lines})
+    raw |= {"student": {"model": str(taught)}, "output_dir": str(tmp_path / "runs")}
+    if source == "cache":
+        raw["teacher"] |= {"source": "cache", "cache": {"folder": str(tmp_path / "cache")}}
+        build_cache(load_recipe(raw))
+    folder = pipeline.run(load_recipe(raw))
+    line = json.loads((folder / "01-mimic" / "metrics.jsonl").read_text())
+    assert line["kl"] > 0  # the same model, at another temperature
 
 
 def test_a_teacher_without_knowledge_has_no_temperature(
