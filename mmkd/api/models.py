@@ -79,6 +79,7 @@ def evaluate(
     out: str | Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    calibration: bool = False,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
@@ -93,6 +94,7 @@ def evaluate(
         out: folder for `results.json` and `samples/`; None writes nothing.
         batch_size: questions per call of `generate`.
         limit: documents of each task; None is all.
+        calibration: also compute the expected calibration error, see `result.calibration`.
         device: where a model that is named runs; `auto` is the GPU if there is one.
         trust_remote_code: run Python code that comes with the model.
 
@@ -115,6 +117,7 @@ def evaluate(
         out=path(out),
         batch_size=batch_size,
         limit=limit,
+        calibration=calibration,
         device=device,
         trust_remote_code=trust_remote_code,
     )

@@ -66,7 +66,7 @@ def _explained(error: Exception) -> MmkdError:
 
 def _run() -> None:
     # Imported inside `listening`: this takes a moment, and a signal may come.
-    from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
+    from mmkd.cli import cache, calibrate, data, models, release, runs, setup  # noqa: F401
     from mmkd.cli.app import app
     from mmkd.runtime.progress import log_to_console
 

@@ -99,27 +99,37 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[Optional[int], typer.Option(min=1, help="documents per task")] = None,  # noqa: UP045
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration", help="also compute the expected calibration error"),
+    ] = False,
     device: Device = "auto",
     revision: Revision = None,
     trusted: Trusted = None,
 ) -> None:
     """Score a run's students, or any model, with lmms-eval."""
     from mmkd.cli.scoring import find_models, score_models
+    from mmkd.report.calibration import print_reliability
     from mmkd.report.tables import print_scores
 
     if out is not None:
         interrupt.can_go_on(AGAIN)  # finished tasks are stored there
     given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
+    results: dict[str, Any] = {}
     scores, failed = score_models(
         find_models(model, student, given, include, local),
         out,
+        on_result=results.__setitem__,
         batch_size=batch_size,
         limit=limit,
+        calibration=calibration,
         device=device,
         revision=revision,
     )
     if scores:
         print_scores(scores)
+    for label, result in results.items():
+        print_reliability(label, result.calibration)
     if failed:
         raise failed[0]
 

@@ -1,6 +1,6 @@
 """Finds and scores the models of `mmkd eval`: the students of a run, or one model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from mmkd.runtime.progress import say
 from mmkd.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from mmkd.evaluation.result import EvaluationResult
     from mmkd.report.rundata import Run
 
 Scores = dict[str, Mapping[str, Mapping[str, float]]]
@@ -141,13 +142,18 @@ def _students(run: "Run", label: str | None) -> dict[str, str]:
 
 
 def score_models(
-    asked: Asked, out: Path | None, **settings: Any
+    asked: Asked,
+    out: Path | None,
+    *,
+    on_result: "Callable[[str, EvaluationResult], None] | None" = None,
+    **settings: Any,
 ) -> tuple[Scores, list[EvaluationError]]:
     """Scores of each model, and the errors. A model that fails does not stop the others.
 
     Args:
         asked: the models and tasks, from `find_models`.
         out: folder for results; a run's students get one folder each inside.
+        on_result: is called with the label and the result of each model that has all scores.
         settings: further arguments of `mmkd.evaluation.run.evaluate`.
     """
     from mmkd.evaluation.run import evaluate
@@ -159,14 +165,17 @@ def score_models(
         if len(asked.models) > 1:
             say(f"{label}: {model}")
         try:
-            scores[label] = evaluate(
+            result = evaluate(
                 model,
                 tasks=asked.tasks,
                 include_path=asked.include,
                 local=asked.local,
                 out=place,
                 **settings,
-            ).scores
+            )
+            scores[label] = result.scores
+            if on_result is not None:
+                on_result(label, result)
         except EvaluationError as error:  # of some of its tasks
             failed.append(error)
             scores[label] = error.scores

@@ -5,6 +5,11 @@ from typing import Any
 from mmkd.errors import CheckpointError
 
 
+def token_count(tokenizer: Any) -> int:
+    """One more than the largest id of a tokenizer's tokens. Later rows of a head are padding."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def shared_vocabulary(student: Any, teacher: Any) -> int:
     """Number of token ids that student and teacher share, from id 0.
 
@@ -41,7 +46,7 @@ def check_head(model: Any, tokenizer: Any, where: str) -> None:
     Raises:
         CheckpointError: there are fewer rows than tokens.
     """
-    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    tokens = token_count(tokenizer)
     tables = {
         "head": model.get_output_embeddings(),
         "embedding": model.get_input_embeddings(),

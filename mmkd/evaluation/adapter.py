@@ -176,6 +176,7 @@ class MmkdModel(lmms):
 
     Attributes:
         end_tokens: ids that end an answer, see `mmkd.data.generation.end_tokens`.
+        asked: the requests of the latest task, by task and document.
     """
 
     is_simple = False
@@ -218,6 +219,7 @@ class MmkdModel(lmms):
         self.batch_size = int(batch_size)
         self.progress = progress
         self.refusals = Refusals()
+        self.asked: dict[tuple[str, int], Request] = {}
         self.generated_tokens = 0
         self.generation_seconds = 0.0
 
@@ -262,13 +264,19 @@ class MmkdModel(lmms):
         for index, instance in enumerate(requests):
             context, to_messages, settings, doc_id, task, split = instance.args
             parsed.append(Request(index, task, split, doc_id, len(context), settings, to_messages))
+        self.asked = {(r.task, r.doc_id): r for r in parsed}
         parsed.sort(key=lambda r: (r.group, -r.length, r.index))
         for _, members in groupby(parsed, key=lambda r: r.group):
             group = list(members)
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _prompt(self, request: Request) -> Prompt:
+    def conversation(self, request: Request) -> tuple[list[Message], list[Any]]:
+        """The messages of a request for the chat template, and their images.
+
+        Raises:
+            DataError: an image cannot be used.
+        """
         where = f"{request.task} document {request.doc_id}"
         doc = self.task_dict[request.task][request.split][request.doc_id]
         with located(lambda: where):
@@ -278,6 +286,10 @@ class MmkdModel(lmms):
             for image in images:
                 if isinstance(image, Image.Image):
                     check_scaled(image.size, scaled_edge(self.processor))
+        return turns, images
+
+    def _prompt(self, request: Request) -> Prompt:
+        turns, images = self.conversation(request)
         text = render(self.processor, turns, prompt=True)
         return Prompt(request.index, text, images)
 

@@ -45,6 +45,10 @@ class ChosenTasks(TaskManager):
             config = config | {"dataset_kwargs": {**settings, "data_files": files}}
         return hub.override(name, config)
 
+    def target_template(self, name: str) -> Any:
+        """A task's `doc_to_target`: the name of a column, a template or a function."""
+        return self._get_config(name).get("doc_to_target")
+
     def data_folders(self) -> list[Path]:
         """The folders of the tasks' files and of their documents that are on this machine."""
         found = [path.parent for data in self.local.values() for path in data.files + data.pictures]

@@ -151,6 +151,7 @@ def _score(
         out=out.path,
         batch_size=settings.batch_size,
         limit=settings.limit,
+        calibration=settings.calibration,
         **running,
     )
     write_json(out.request, request)
@@ -171,10 +172,14 @@ def _answered(out: EvaluationFolder, request: dict[str, Any]) -> bool:
 
 
 def _same(found: dict[str, Any], request: dict[str, Any]) -> bool:
-    """Whether two requests are one. Data of which one of them knows nothing are taken for equal:
-    older versions wrote nothing down, and data that are gone cannot be scored again."""
+    """Whether the results of one request answer another. Data of which one of them knows nothing
+    are taken for equal: older versions wrote nothing down, and data that are gone cannot be scored
+    again. Results with calibration answer a request without it too. Results of older versions have
+    none and are kept: a new version does not evaluate a run again."""
     data = found.get("data"), request["data"]
-    return (None in data or data[0] == data[1]) and {**found, "data": request["data"]} == request
+    calibrated = found["calibration"] or not request["calibration"]
+    equal = {key: request[key] for key in ("data", "calibration")}
+    return calibrated and (None in data or data[0] == data[1]) and {**found, **equal} == request
 
 
 def _data_of(settings: EvaluateConfig) -> dict[str, str] | None:

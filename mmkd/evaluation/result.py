@@ -20,7 +20,7 @@ class EvaluationResult:
         parameters: number of weights, tied ones counted once.
         weights_bytes: size of the weight files; of the weights in memory if there are no files.
         tokens_per_second: generated tokens per second inside `generate`, over all tasks.
-        seconds: wall time of loading data, answering and scoring.
+        seconds: wall time of loading data, answering, scoring and calibration.
         lmms_eval: version of lmms-eval.
         device, dtype: where and in which type the model ran.
         batch_size, limit: as passed; with a limit the scores are of the first documents only.
@@ -28,6 +28,8 @@ class EvaluationResult:
         unanswered: {task: {documents: count, first: document, reason: text}}, for tasks with
             documents that the model could not be asked about. They count as wrong.
         failed: {task: reason}, for tasks without scores.
+        calibration: {task: facts of `mmkd.evaluation.calibration`}, for tasks whose calibration was
+            computed. Its errors are also in `scores`, as `answer_ece` and `token_ece`.
         samples: {task: [one record per document]}.
         weights: one hash of the weight files; None for a model without a folder.
     """
@@ -47,12 +49,15 @@ class EvaluationResult:
     samples: dict[str, list[Sample]] = field(repr=False)
     unanswered: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What `results.json` holds: everything but the samples."""
         found = asdict(self)
         del found["samples"]
+        if not self.calibration:
+            del found["calibration"]
         return found
 
 

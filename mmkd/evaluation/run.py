@@ -65,6 +65,7 @@ def evaluate(
     local: Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    calibration: bool = False,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -85,6 +86,8 @@ def evaluate(
         local: folder with the parquet files of tasks whose data is on the Hub, or None.
         batch_size: questions per generate call.
         limit: number of documents of each task, from the first on; None is all.
+        calibration: also compute the expected calibration error on each task's true answers, with
+            one further forward pass per document.
         device: where a model from a folder runs; `auto` is the GPU if there is one.
         revision: commit, tag or branch of a Hub name.
         trust_remote_code: run the model code that comes with the checkpoint.
@@ -107,8 +110,9 @@ def evaluate(
         manager = _manager(tasks, include_path, local, limit)
         adapter = _adapter(model, processor, batch_size, progress, loading)
         request = _request(adapter, model, processor, limit, loading)
+        request |= {"calibration": True} if calibration else {}
         finished = _finished(out, request)
-        given, failed = run_tasks(adapter, manager, limit, finished)
+        given, failed = run_tasks(adapter, manager, limit, finished, calibration=calibration)
     result = _result(adapter, manager, request, given, failed)
     if out is not None:
         write_result(result, out)
@@ -196,6 +200,7 @@ def _result(
         samples=_joined(given, "samples"),
         unanswered=_joined(given, "unanswered"),
         failed={task: one_line(error) for task, error in failed.items()},
+        calibration={t: facts for g in given for t, facts in g.get("calibration", {}).items()},
         weights=weights_hash(path),
     )
 

@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
 
 def run_tasks(
-    adapter: "MmkdModel", manager: "ChosenTasks", limit: int | None, finished: FinishedTasks
+    adapter: "MmkdModel",
+    manager: "ChosenTasks",
+    limit: int | None,
+    finished: FinishedTasks,
+    *,
+    calibration: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
     """The results of each task, and the errors of the tasks that failed.
+
+    Args:
+        adapter: the model.
+        manager: the tasks.
+        limit: number of documents of each task.
+        finished: results of earlier calls.
+        calibration: also compute the calibration on each task's true answers.
 
     Raises:
         Exception: all tasks failed, or an error that is not about one document occurred.
@@ -35,7 +47,8 @@ def run_tasks(
             say(f"{name}: already answered")
         else:
             try:
-                known = finished.write(name, facts, _run_task(adapter, name, manager, limit))
+                given_now = _run_task(adapter, name, manager, limit, calibration)
+                known = finished.write(name, facts, given_now)
             except Exception as error:
                 interrupt.stop_here()
                 if not isinstance(error, MmkdError) and not is_of_document(error):
@@ -52,24 +65,33 @@ def run_tasks(
 
 
 def _run_task(
-    adapter: "MmkdModel", name: str, manager: "ChosenTasks", limit: int | None
+    adapter: "MmkdModel", name: str, manager: "ChosenTasks", limit: int | None, calibration: bool
 ) -> dict[str, Any]:
-    """Scores, samples and costs of one task, or of one group of tasks."""
+    """Scores, samples, calibration and costs of one task, or of one group of tasks."""
     started = time.perf_counter()
     tokens, answering = adapter.generated_tokens, adapter.generation_seconds
+    from mmkd.evaluation.calibrate_tasks import calibrate_task, ece_scores
+
     raw = simple_evaluate(adapter, [name], manager, limit)
     scores = collect_scores(raw, [name])
     samples, unanswered = {}, {}
+    calibrated: dict[str, Any] = {}
     for task in scores:
         adapter.refusals.require_answers(task)
         reasons = adapter.refusals.reasons.get(task, {})
         samples[task] = [sample_of(s, reasons.get(s["doc_id"])) for s in raw["samples"][task]]
         if found := adapter.refusals.of(task):
             unanswered[task] = found
+        if calibration:
+            template = manager.target_template(task)
+            facts = calibrate_task(adapter, task, raw["samples"][task], template)
+            calibrated |= {task: facts} if facts else {}
+            scores[task] |= ece_scores(facts)
     return {
         "scores": scores,
         "samples": samples,
         "unanswered": unanswered,
+        "calibration": calibrated,
         "tokens": adapter.generated_tokens - tokens,
         "generation_seconds": adapter.generation_seconds - answering,
         "seconds": time.perf_counter() - started,

@@ -23,7 +23,7 @@ from mmkd.recipe.conversions import (
     WidthPruningConfig,
     add_conversion,
 )
-from mmkd.recipe.evaluation import EvaluateConfig, SamplesConfig
+from mmkd.recipe.evaluation import ANSWER_ECE, TOKEN_ECE, EvaluateConfig, SamplesConfig
 from mmkd.recipe.load import load_recipe, load_release, load_student, load_written, to_yaml
 from mmkd.recipe.models import (
     ImageSizeConfig,
@@ -57,10 +57,12 @@ from mmkd.recipe.stages import (
 
 __all__ = [
     "ANSWER_CE",
+    "ANSWER_ECE",
     "CONVERSIONS",
     "HUB",
     "STEP_METRICS",
     "TEACHER_KL",
+    "TOKEN_ECE",
     "VALIDATION_METRICS",
     "AnyConversionConfig",
     "BatchConfig",

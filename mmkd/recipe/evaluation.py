@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from mmkd.recipe.base import LocalPath, Strict
 from mmkd.runtime.fields import MOST, Prose
 
+ANSWER_ECE, TOKEN_ECE = "answer_ece", "token_ece"
+"""Metrics of tasks: the expected calibration errors of answers with options, and of tokens."""
+
 
 class SamplesConfig(Strict):
     """Questions about a few images; the report shows the answers."""
@@ -63,6 +66,11 @@ class EvaluateConfig(Strict):
     )
     batch_size: int = Field(32, ge=1, le=10**6, description="questions answered together")
     limit: int | None = Field(None, ge=1, le=MOST, description="documents per task")
+    calibration: bool = Field(
+        True,
+        description="also compute the expected calibration error on the tasks' true answers, with "
+        "one further forward pass per document",
+    )
     teacher: bool = Field(True, description="evaluate the teacher too")
     every_stage: bool = Field(
         False, description="evaluate the student of every stage, not only of the last"

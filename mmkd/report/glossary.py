@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from mmkd.recipe import ANSWER_ECE, TOKEN_ECE
 from mmkd.report.metrics import COST, Column
 
 POPE = (
@@ -11,6 +12,13 @@ POPE = (
     "objects (adversarial)."
 )
 SHIFTED = "The same for drawings, or colours of objects, that the training images do not have."
+OF_ECE = {
+    ANSWER_ECE: "Expected calibration error of questions that are answered with yes or no, or with "
+    "the letter of an option: the mean distance between the probability of the most likely option "
+    "and the share of right ones. 0 is perfect.",
+    TOKEN_ECE: "Expected calibration error of the tokens of the true answers: the mean distance "
+    "between the probability of the most likely next token and the share of right ones.",
+}
 SIZE = (
     "Number of parameters, and size of the weight files; “16 bit” is two bytes per parameter, for "
     "models whose files have different dtypes."
@@ -19,6 +27,8 @@ ABOUT: dict[tuple[str, str], str] = {
     **{("scenes_pope", f"pope_{k}_accuracy"): POPE for k in ("random", "popular", "adversarial")},
     ("scenes_pope", "pope_yes_rate"): "Share of these questions that the model answers with yes. "
     "Yes is right for half of them, so a value far from 50 % is a bias.",
+    **{(task, ANSWER_ECE): OF_ECE[ANSWER_ECE] for task in ("scenes_pope", "scenes_vqa")},
+    ("scenes_caption", TOKEN_ECE): OF_ECE[TOKEN_ECE],
     ("scenes_vqa", "vqa_accuracy"): "Share of right short answers, over all kinds of questions.",
     ("scenes_vqa_assets", "vqa_accuracy"): SHIFTED,
     ("scenes_vqa_attributes", "vqa_accuracy"): SHIFTED,
@@ -58,6 +68,8 @@ def meaning(column: Column) -> str:
     task, metric = column.key
     if column.key in ABOUT:
         return ABOUT[column.key]
+    if metric in OF_ECE:
+        return OF_ECE[metric]
     said = f"Metric {metric} of lmms-eval’s task {task}."
     return f"{TASKS[task]} {said}" if task in TASKS else said
 

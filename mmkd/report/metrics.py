@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mmkd.recipe import ANSWER_ECE, TOKEN_ECE
+
 Better = Literal["higher", "lower"] | None
 # percent: a share of 1; points: a share of 100
 Unit = Literal["percent", "points", "number", "count", "bytes", "times"]
@@ -36,8 +38,12 @@ HEADLINE: dict[str, list[Column]] = {
         Column(("scenes_pope", "pope_popular_accuracy"), "POPE", "popular"),
         Column(("scenes_pope", "pope_adversarial_accuracy"), "POPE", "adversarial"),
         Column(("scenes_pope", "pope_yes_rate"), "POPE", "says yes", None),
+        Column(("scenes_pope", ANSWER_ECE), "POPE", "ECE", "lower"),
     ],
-    "scenes_vqa": [Column(("scenes_vqa", "vqa_accuracy"), "VQA", "all kinds")],
+    "scenes_vqa": [
+        Column(("scenes_vqa", "vqa_accuracy"), "VQA", "all kinds"),
+        Column(("scenes_vqa", ANSWER_ECE), "VQA", "ECE", "lower"),
+    ],
     "scenes_vqa_assets": [Column(("scenes_vqa_assets", "vqa_accuracy"), "VQA", "new drawings")],
     "scenes_vqa_attributes": [
         Column(("scenes_vqa_attributes", "vqa_accuracy"), "VQA", "new colours")
@@ -47,6 +53,7 @@ HEADLINE: dict[str, list[Column]] = {
         Column(("scenes_caption", "caption_chair_i"), "Caption", "CHAIR-i", "lower"),
         Column(("scenes_caption", "caption_object_recall"), "Caption", "objects named"),
         Column(("scenes_caption", "caption_bleu"), "Caption", "BLEU"),
+        Column(("scenes_caption", TOKEN_ECE), "Caption", "token ECE", "lower"),
     ],
     # lmms-eval's own; its pope_yes_ratio is the data's share of yes, not the answers'
     "pope": [
@@ -88,9 +95,10 @@ COSTS = [
     Column((COST, "weights_bytes"), "Model", "weights", "lower", "bytes"),
     Column((COST, "tokens_per_second"), "Model", "tokens/s", None, "number"),
 ]
+ECE = (ANSWER_ECE, TOKEN_ECE)
 VQA_OVERALL, VQA_MAJORITY = "vqa_accuracy", "vqa_majority_accuracy"
 
-_LOWER = ("chair", "hallucin", "error", "perplexity", "loss", "wer", "cer")
+_LOWER = ("chair", "hallucin", "error", "perplexity", "loss", "wer", "cer", "ece")
 _HIGHER = ("acc", "exact_match", "f1", "precision", "recall", "bleu", "rouge", "cider", "anls",
            "score", "meteor", "spice", "relaxed")  # fmt: skip
 _NEITHER = ("yes_rate", "majority", "invalid_rate")
@@ -107,9 +115,15 @@ def direction(metric: str) -> Better:
 
 
 def headline_columns(task: str, metrics: list[str]) -> list[Column]:
-    """The columns of a task: its headline metrics, or all metrics if none are defined."""
-    known = [c for c in HEADLINE.get(task, []) if c.key[1] in metrics]
-    return known or all_columns(task, metrics, unit="number")
+    """The columns of a task: its headline metrics, or all metrics if none are defined. Tasks with
+    a calibration of answers also have its error, except for the harder splits of the scenes."""
+    listed = HEADLINE.get(task, [])
+    known = [c for c in listed if c.key[1] in metrics]
+    if not known:
+        return all_columns(task, metrics, unit="number")
+    if ANSWER_ECE in metrics and not task.startswith("scenes_"):
+        known.append(Column((task, ANSWER_ECE), known[0].group, "ECE", "lower"))
+    return known
 
 
 def all_columns(task: str, metrics: list[str], unit: Unit | None = None) -> list[Column]:
@@ -118,7 +132,13 @@ def all_columns(task: str, metrics: list[str], unit: Unit | None = None) -> list
     unit = unit or (known[0].unit if known else "number")
     named = {c.key[1]: c.better for c in known}
     return [
-        Column((task, m), task, m.replace("_", " "), named.get(m, direction(m)), unit)
+        Column(
+            (task, m),
+            task,
+            m.replace("_", " "),
+            named.get(m, direction(m)),
+            "percent" if m in ECE else unit,
+        )
         for m in metrics
     ]
 

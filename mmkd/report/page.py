@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mmkd.report.calibration import calibration_panels
 from mmkd.report.decoding import decoding_table
 from mmkd.report.experts import load_tables
 from mmkd.report.glossary import glossary
@@ -83,6 +84,10 @@ def render(run: Run, tables: Tables) -> str:
         has_majority=any(r.role == "baseline" for r in tables.main.rows),
         has_chair=any("chair" in c.key[1] for c in tables.main.columns),
         one_seed=all(len({m.seed for m in run.members if m.group == g}) == 1 for g in run.groups),
+        calibration=[
+            (kind, [(p.title, Markup(p.svg)) for p in panels])
+            for kind, panels in calibration_panels(run).items()
+        ],
         decoding=decoding_table(run),
         every_metric=every_metric(run),
         stages=[(s.stage, [(p.title, Markup(p.svg)) for p in s.panels]) for s in stage_panels(run)],

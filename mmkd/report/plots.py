@@ -27,7 +27,8 @@ BESIDE = (ANSWER_CE, TEACHER_KL)  # measured on held-out records in addition to 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_POINTS = 400
 SERIES = 6  # colours in page.css: --series-0 ... --series-5
-_INK = "#010203"  # is replaced by the page's text colour
+INK = "#010203"  # is replaced by the page's text colour
+OF_TEACHER = "#000030"  # is replaced by the teacher's colour
 _SIZE = (4.4, 2.3)  # inches; the page scales it
 
 
@@ -152,7 +153,7 @@ def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
     for curve in curves:
-        colour, dash = f"#0000{curve.series + 16:02x}", DASHES[curve.dash]
+        colour, dash = series_colour(curve.series), DASHES[curve.dash]
         values = curve.values
         if curve.held_out:
             _draw_held_out(axes, curve, colour)
@@ -161,8 +162,18 @@ def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
             axes.plot(*_thin(curve.steps, values), color=colour, alpha=0.2, linewidth=0.8)
             values = smoothed(values, max(4.0, len(values) / 20))
         axes.plot(*_thin(curve.steps, values), color=colour, linewidth=1.6, linestyle=dash)
-    _style(axes)
-    return _svg(figure, salt)
+    style(axes, "step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=False)
+    axes.yaxis.get_offset_text().set_color(INK)
+    axes.yaxis.get_offset_text().set_fontsize(9)
+    return to_svg(figure, salt)
+
+
+def series_colour(series: int) -> str:
+    """The colour that `to_svg` replaces by that of a series in page.css."""
+    return f"#0000{series + 16:02x}"
 
 
 def _draw_held_out(axes: Axes, curve: Curve, colour: str) -> None:
@@ -189,21 +200,18 @@ def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float],
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes, x: str) -> None:
+    """Style the axes of a plot; `x` is the label of the horizontal one."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.spines[["left", "bottom"]].set_color(INK)
     axes.spines[["left", "bottom"]].set_alpha(0.35)
-    axes.tick_params(colors=_INK, labelsize=9, length=3, width=0.6)
-    axes.grid(color=_INK, alpha=0.1, linewidth=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=False)
-    axes.yaxis.get_offset_text().set_color(_INK)
-    axes.yaxis.get_offset_text().set_fontsize(9)
-    axes.set_xlabel("step", color=_INK, fontsize=9, alpha=0.7)
+    axes.tick_params(colors=INK, labelsize=9, length=3, width=0.6)
+    axes.grid(color=INK, alpha=0.1, linewidth=0.7)
+    axes.set_xlabel(x, color=INK, fontsize=9, alpha=0.7)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def to_svg(figure: Figure, salt: str) -> str:
+    """A figure as an SVG element; `salt` makes ids unique if a page has several plots."""
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -212,5 +220,5 @@ def _svg(figure: Figure, salt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = text.replace(_INK, "currentColor")
+    text = text.replace(INK, "currentColor").replace(OF_TEACHER, "var(--teacher)")
     return re.sub(r"#0000(1[0-9a-f])", lambda m: f"var(--series-{int(m[1], 16) - 16})", text)

@@ -78,6 +78,27 @@ class Manifest(Shape):
     shards: list[Shard]
 
 
+class Bin(Shape):
+    count: Count
+    confidence: float
+    accuracy: float
+
+
+class Reliability(Shape):
+    """Predictions of one kind, in bins by their confidence."""
+
+    count: Count
+    ece: float
+    bins: Annotated[list[Bin], Field(min_length=1)]
+
+
+class Calibrated(Shape):
+    """The calibration of one task."""
+
+    tokens: Reliability | None = None
+    answers: Reliability | None = None
+
+
 class Results(Shape):
     """results.json of an evaluation."""
 
@@ -85,6 +106,7 @@ class Results(Shape):
     data: dict[str, list[str]] = {}
     failed: Texts = {}
     unanswered: dict[str, dict[str, Any]] = {}
+    calibration: dict[str, Calibrated] = {}
     limit: Count | None = None
     batch_size: Count | None = None
     seconds: float | None = None
@@ -127,6 +149,7 @@ class Task(Shape):
     scores: dict[str, dict[str, float]]
     samples: dict[str, list[dict[str, Any]]]
     unanswered: dict[str, dict[str, Any]]
+    calibration: dict[str, Calibrated] = {}
     tokens: float
     generation_seconds: float
     seconds: float

@@ -15,7 +15,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from mmkd.cli import cache, data, main, models, release, runs, setup  # noqa: F401
+from mmkd.cli import cache, calibrate, data, main, models, release, runs, setup  # noqa: F401
 from mmkd.cli.app import ORDER, app
 from mmkd.cli.scoring import find_models
 from mmkd.errors import CheckpointError, EvaluationError, MmkdError

@@ -52,7 +52,7 @@ def test_every_page_is_in_the_navigation_once():
 def click_command():
     import typer.main
 
-    from mmkd.cli import cache, data, models, release, runs, setup  # noqa: F401
+    from mmkd.cli import cache, calibrate, data, models, release, runs, setup  # noqa: F401
     from mmkd.cli.app import app
 
     return typer.main.get_command(app)

@@ -58,3 +58,26 @@ def test_other_parts_stay_when_scores_are_taken_over(scored, name):
     assert scored == ["kd", "ce"]
     assert (Path("ce") / name).read_text() == "of ce"
     assert (Path("kd") / name).read_text() == "of kd"
+
+
+def test_calibration_is_computed_when_a_recipe_asks_for_it_later(scored):
+    def asked(calibration: bool) -> None:
+        model = dict.fromkeys(("revision", "processor", "quantize"), None)
+        settings = EvaluateConfig(tasks=["scenes_pope"], calibration=calibration)
+        request = {**model, "model": "kd", "weights": "a"}
+        models._score("kd", request, settings, EvaluationFolder(Path("kd")), {})
+
+    asked(False)
+    asked(True)
+    assert scored == ["kd", "kd"]
+    asked(False)
+    assert scored == ["kd", "kd"]
+
+
+def test_scores_of_an_older_version_are_kept(scored):
+    evaluate("kd", "a")
+    request = json.loads(Path("kd/request.json").read_text())
+    del request["calibration"]
+    Path("kd/request.json").write_text(json.dumps(request))
+    evaluate("kd", "a")
+    assert scored == ["kd"]

@@ -193,6 +193,44 @@ def stats_of_no_cache(world: World) -> list[str]:
     return ["cache", "stats", "model"]
 
 
+@case(COMMAND, "`mmkd calibrate` without a teacher", "there is no teacher to calibrate", "add 'mo")
+def calibrate_no_teacher(world: World) -> list[str]:
+    return ["calibrate", "recipe.yaml"]
+
+
+@case(
+    COMMAND,
+    "`mmkd calibrate` of a cache without the teacher's weights",
+    "a cache has no logits of other records",
+    "add 'model'",
+)
+def calibrate_a_cache(world: World) -> list[str]:
+    world.cache()
+    del world.raw["teacher"]["model"]
+    return ["calibrate", "recipe.yaml"]
+
+
+@case(
+    COMMAND,
+    "`mmkd calibrate` without held-out records",
+    "no records are held out",
+    "--data FILE",
+)
+def calibrate_on_nothing(world: World) -> list[str]:
+    world.teach()
+    return ["calibrate", "recipe.yaml"]
+
+
+@case(
+    COMMAND,
+    "`mmkd calibrate` of another folder",
+    "model/recipe.yaml: no such recipe file",
+    "check the path",
+)
+def calibrate_no_run(world: World) -> list[str]:
+    return ["calibrate", "model"]
+
+
 @case(
     COMMAND,
     "`mmkd convert` into a folder that exists",
