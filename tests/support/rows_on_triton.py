@@ -79,7 +79,7 @@ def twin(z, t, losses):
 
 def twin_sum(loss, z, t):
     log_q = torch.log_softmax(z[:, : loss.vocab_size] / loss.temperature, -1)
-    log_p = torch.log_softmax(t[:, : loss.vocab_size] / loss.temperature, -1)
+    log_p = torch.log_softmax(t[:, : loss.vocab_size] / loss.teacher_part.temperature, -1)
     if loss.kind == "ce":
         return -log_q.gather(1, loss.targets[: len(z), None]).sum()
 
@@ -93,12 +93,13 @@ def agree(got, want, rtol=1e-5, atol=1e-5):
 
 
 @pytest.mark.parametrize("block", [32, 4096], indirect=True)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("temperature", "of_teacher"), [(1.0, None), (2.5, None), (2.5, 1.5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_loss_equals_its_definition_and_torch(kind, temperature):
+def test_every_loss_equals_its_definition_and_torch(kind, temperature, of_teacher):
     z, t = logits(0)
     divided = 1.0 if kind == "ce" else temperature
-    loss = loss_of(kind, scale=0.7, temperature=divided, beta=0.3, alpha=0.2)
+    how = {"temperature": divided, "teacher_temperature": of_teacher}
+    loss = loss_of(kind, scale=0.7, beta=0.3, alpha=0.2, **how)
     got = by_kernel(z.float(), t.float(), [loss])
     agree(got, twin(z.float(), t.float(), [loss]))
     agree(got, by_torch(z.float(), t.float(), [loss]))
@@ -235,6 +236,15 @@ def test_what_the_kernel_cannot_take_is_named():
     single = Head(*(x.detach().float() for x in student))
     with pytest.raises(ValueError, match="does not support stored rows"):
         head_losses(single, [loss], stored, backend="triton")
+    unfit = {
+        "balanced_kl": HeadLoss("balanced_kl", vocab_size=V),
+        "weights of rows": HeadLoss("kl", row_weights=torch.ones(n, device=DEVICE), vocab_size=V),
+        "a part of the teacher's tokens": HeadLoss("kl", top_k=3, vocab_size=V),
+    }
+    against = Head(*(x.detach().float() for x in teacher))
+    for what, loss in unfit.items():
+        with pytest.raises(ValueError, match=f"does not support {what}"):
+            head_losses(single, [loss], against, backend="triton")
 
 
 @pytest.mark.parametrize("block", [triton_rows.BLOCK], indirect=True)
