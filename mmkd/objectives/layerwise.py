@@ -6,13 +6,19 @@
                                             arXiv 2503.13440) or at the mixer's (MOHAWK,
                                             arXiv 2408.10189, stage 2)
     hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8,
-                                            without its projection)
+                                            without its projection); with `normalize: token`
+                            |x_s - x_t|^2 / |x_t|^2 (SquareHead, arXiv 2310.06927)
     matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
                                             matrix M (MOHAWK, stage 1)
 
 Each is a mean over layers and covered tokens. |.| is the 2-norm of one token's vector. MaTVLM and
 MOHAWK use the Frobenius norm of a whole sequence; a norm per token can be averaged over batches of
 any layout.
+
+SquareHead divides by the mean square of the teacher's states over all tokens of a batch. With
+`normalize: token`, each token is divided by its own instead: a few tokens with a very large norm
+then do not determine the scale of the loss of all others, and the loss does not depend on the batch
+layout.
 
 With `teacher_forced`, the input of each student layer is the input of the teacher's layer, so that
 layers train independently and errors of earlier layers do not propagate.
@@ -35,6 +41,10 @@ from mmkd.objectives.settings import (
     MatrixConfig,
     MixerMseConfig,
 )
+
+
+EPSILON = 1e-8
+"""Is added to the mean square of a teacher's token in `normalize: token`."""
 
 
 class Layerwise(Objective):
@@ -103,10 +113,16 @@ class LayerL2(Layerwise):
 
 class HiddenMse(Layerwise):
     config_class = HiddenMseConfig
+    config: HiddenMseConfig
     compares_blocks = True
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
-        return _mean_square(student.block_output, teacher.block_output)
+        squares = _mean_square(student.block_output, teacher.block_output)
+        if self.config.normalize == "none":
+            return squares
+        assert teacher.block_output is not None
+        scale = teacher.block_output.detach().float().square().mean(-1)  # [B, T]
+        return squares / (scale + EPSILON)
 
 
 class Matrix(Layerwise):

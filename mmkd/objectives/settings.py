@@ -164,6 +164,10 @@ class HiddenMseConfig(LayerwiseConfig):
 
     kind: Literal["hidden_mse"]
     teacher_forced: bool = Field(False, description="student layers run on the teacher's input")
+    normalize: Literal["token", "none"] = Field(
+        "none",
+        description="token: divide each token's error by the mean square of the teacher's token",
+    )
 
 
 class MatrixConfig(LayerwiseConfig):
