@@ -42,7 +42,6 @@ from mmkd.objectives.settings import (
     MixerMseConfig,
 )
 
-
 EPSILON = 1e-8
 """Is added to the mean square of a teacher's token in `normalize: token`."""
 

@@ -139,7 +139,9 @@ class LayerwiseConfig(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _pairs(self) -> "LayerwiseConfig":
-        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
+        layers = self.layers or ()
+        count = 1 if isinstance(layers, str) else len(layers)
+        if self.teacher_layers is not None and len(self.teacher_layers) != count:
             raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
         return self
 
@@ -179,20 +181,34 @@ class MatrixConfig(LayerwiseConfig):
 
 
 Projection = Literal["queries", "keys", "values"]
+MiniLmRelation = Literal["queries", "keys", "values", "query_key"]
 
 
 class MiniLmConfig(LayerwiseConfig):
-    """Self-relations of queries, keys and values; widths and heads may differ."""
+    """Self-relations of queries, keys and values, for any widths and heads; query-key relations,
+    for equal numbers of heads."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "projections"})
 
     kind: Literal["minilm"]
-    layers: list[Layer] = Field(min_length=1, description="student layers")
-    heads: int = Field(
-        8, ge=1, le=10**6, description="relation heads; divides all widths of both models"
+    layers: Annotated[list[Layer], Field(min_length=1)] | Literal["last"] = Field(  # type: ignore[assignment]
+        description="student layers; last: the last layer of each model that has attention"
     )
-    relations: list[Projection] = Field(
-        ["queries", "keys", "values"], min_length=1, description="which of the three are compared"
+    heads: int = Field(
+        8,
+        ge=1,
+        le=10**6,
+        description="relation heads of queries, keys and values; divides all widths of both models",
+    )
+    relations: list[MiniLmRelation] = Field(
+        ["queries", "keys", "values"],
+        min_length=1,
+        description="which are compared; query_key: queries with keys, for each attention head",
+    )
+    causal: bool = Field(
+        False,
+        description="relate a token to itself and to earlier tokens only, which query_key always "
+        "does",
     )
     teacher_forced: Literal[False] = Field(False, description="not possible for this objective")
 
