@@ -73,7 +73,8 @@ class Signals:
     """Tensors of one model, captured in one forward pass.
 
     Attributes:
-        hidden: [B, T, H], final hidden states, the input of the output head.
+        hidden: [B, T, H], final hidden states, the input of the output head. H is 0 if no objective
+            reads them, and the forward pass stopped behind the last layer that is read.
         head_weight: [V, H].
         head_bias: [V] or None.
         embeddings: [B, T, H], the decoder's input: word embeddings, and the connector's output at
