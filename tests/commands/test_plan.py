@@ -77,9 +77,7 @@ def test_pairs_are_two_sequences_and_a_reference_is_a_second_student(
     assert "reference_weights" not in chosen["memory_bytes"]
 
 
-def test_a_teacher_costs_the_layers_that_run(
-    scenes_dir, tiny_model_dir, tmp_path
-):
+def test_a_teacher_costs_the_layers_that_run(scenes_dir, tiny_model_dir, tmp_path):
     def flops(*objectives, **teacher):
         raw = tiny_recipe(
             scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": list(objectives)},
