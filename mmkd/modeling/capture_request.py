@@ -83,7 +83,7 @@ class LayerPlan:
         Raises:
             RecipeError: two objectives pair one student layer with different teacher layers.
         """
-        layerwise = [o for o in objectives if isinstance(o, Layerwise)]
+        layerwise = [o for o in objectives if isinstance(o, Layerwise) or o.pairs]
         pairs: dict[int, int] = {}
         for objective in layerwise:
             for mine, theirs in objective.pairs:
@@ -96,9 +96,11 @@ class LayerPlan:
                     )
 
         def layers(run: Run) -> frozenset[int]:
-            return frozenset(mine for o in layerwise if _run_of(o) == run for mine, _ in o.pairs)
+            return frozenset(
+                mine for o in layerwise if (o.forced or "free") == run for mine, _ in o.pairs
+            )
 
-        forced = [o for o in layerwise if o.config.teacher_forced]
+        forced = [o for o in layerwise if o.forced]
         return cls(
             pairs,
             recorded=layers("free"),
@@ -138,10 +140,3 @@ class LayerPlan:
             forced_blocks=forced(self.forced_blocks),
             free=self.free,
         )
-
-
-def _run_of(objective: Layerwise) -> Run:
-    """The kind of run that an objective compares."""
-    if not objective.config.teacher_forced:
-        return "free"
-    return "block" if objective.compares_blocks else "mixer"

@@ -5,7 +5,7 @@ from typing import Any
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import PROJECTIONS, heads_of, width_of
-from mmkd.objectives import Layerwise, MiniLm
+from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe.context import StageContext
 from mmkd_models.parts import find_parts
 
@@ -29,7 +29,7 @@ def check_layers(context: StageContext) -> None:
         )
     mine, theirs = (find_parts(m).decoder_layers for m in (context.student, context.teacher))
     for objective in context.objectives:
-        if not isinstance(objective, Layerwise):
+        if not (isinstance(objective, Layerwise) or objective.pairs):
             continue
         where = context.at(objective)
         if not objective.pairs:
@@ -65,7 +65,7 @@ def check_layers(context: StageContext) -> None:
             )
 
 
-def _nothing_to_compare(objective: Layerwise, where: str) -> RecipeError:
+def _nothing_to_compare(objective: Objective, where: str) -> RecipeError:
     """The error for an objective without pairs of layers."""
     what = "the student has no Mamba layers to compare"
     if isinstance(objective, MiniLm):

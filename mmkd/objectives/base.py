@@ -9,7 +9,7 @@ and does not depend on the batch layout.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -266,6 +266,7 @@ class Objective:
             micro-batch must hold at least two.
         any_vocabulary: the teacher may have another tokenizer, because the objective reads image
             tokens or chunks only.
+        compares_widths: the objective compares decoder layers of equal widths.
         teacher: name of the teacher that it compares with, if there are several.
         sources: indices of the data sources whose records it covers; None for all.
     """
@@ -274,6 +275,7 @@ class Objective:
     relates_tokens: ClassVar[bool] = False
     relates_records: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
+    compares_widths: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -333,6 +335,16 @@ class Objective:
     @property
     def name(self) -> str:
         return self.config.metric_name
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Indices of the decoder layers that it compares: (student layer, teacher layer)."""
+        return []
+
+    @property
+    def forced(self) -> Literal["mixer", "block"] | None:
+        """Which part of the student's layers runs on the teacher's input; None for no part."""
+        return None
 
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows (positions) over which this objective averages."""

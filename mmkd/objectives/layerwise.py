@@ -24,6 +24,8 @@ With `teacher_forced`, the input of each student layer is the input of the teach
 layers train independently and errors of earlier layers do not propagate.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ class Layerwise(Objective):
     """Base class: a distance per token, averaged over pairs of layers."""
 
     config: LayerwiseConfig
-    compares_widths: bool = True
+    compares_widths = True
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -64,6 +66,12 @@ class Layerwise(Objective):
         """Whether it compares outputs of whole layers, instead of outputs of their mixers."""
         return False
 
+    @property
+    def forced(self) -> Literal["mixer", "block"] | None:
+        if not self.config.teacher_forced:
+            return None
+        return "block" if self.compares_blocks else "mixer"
+
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
@@ -73,9 +81,9 @@ class Layerwise(Objective):
 
     def _layers_of(self, student: Signals) -> dict[int, LayerSignals]:
         """Signals of the free, mixer-forced or block-forced run that this objective compares."""
-        if not self.config.teacher_forced:
+        if self.forced is None:
             return student.layers
-        return student.forced_blocks if self.compares_blocks else student.forced_mixers
+        return student.forced_blocks if self.forced == "block" else student.forced_mixers
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float

@@ -211,10 +211,10 @@ def test_a_row_of_one_token_has_no_relations_and_does_not_count():
     assert objective.rows(targets).any(1).tolist() == [True, *[False] * (B - 1)]
 
 
-def affinity_twin(student, teacher, center, temperature):
+def affinity_twin(student, teacher, center, temperatures):
     """Rows 0 and 1 have images."""
     tables = []
-    for hidden in (student, teacher):
+    for hidden, temperature in zip((student, teacher), temperatures, strict=True):
         pictures, answers = [], []
         for b in (0, 1):
             said = [t - 1 for t in range(T) if LAYOUT[b][t] == "r"]
@@ -235,20 +235,26 @@ def affinity_twin(student, teacher, center, temperature):
     return total / 2
 
 
+@pytest.mark.parametrize("theirs", [None, 0.2])
 @pytest.mark.parametrize("center", [True, False])
-def test_affinities_equal_their_twin(center):
+def test_affinities_equal_their_twin(center, theirs):
     student, teacher = normal(B, T, 5), normal(B, T, 8, seed=1)
-    config = AffinityConfig(kind="affinity", temperature=0.5, center=center)
+    config = AffinityConfig(
+        kind="affinity", temperature=0.5, teacher_temperature=theirs, center=center
+    )
     objective = build_objective(config)
     assert objective.rows(TARGETS).nonzero().tolist() == [[0, 3], [1, 2]]
     head = torch.zeros(1, 1)
     got = objective(Signals(student, head), Signals(teacher, head), TARGETS, 2.0).loss
-    want = affinity_twin(student, teacher.detach(), center, 0.5)
+    want = affinity_twin(student, teacher.detach(), center, (0.5, theirs or 0.5))
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(x, student)[0] for x in (got, want)]
     torch.testing.assert_close(*grads)
     same = objective(Signals(student, head), Signals(student, head), TARGETS, 2.0).loss
-    assert same.item() == pytest.approx(0, abs=1e-12)
+    if theirs is None:
+        assert same.item() == pytest.approx(0, abs=1e-12)
+    else:
+        assert same.item() > 1e-3
 
 
 def test_a_batch_without_pictures_has_no_affinity():
