@@ -65,7 +65,7 @@ def capture(
     Returns:
         The decoder's input and final hidden states, both [B, T, H], the head, the requested tensors
         of decoder layers, and the router logits of sparse layers. If the request has no `outputs`,
-        layers behind the last recorded one do not run, and final hidden states have width 0.
+        layers after the last recorded one do not run, and final hidden states have width 0.
     """
     entering: list[Tensor] = []
 

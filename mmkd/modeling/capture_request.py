@@ -27,7 +27,7 @@ class CaptureRequest:
         forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
         forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
         free: the free run is needed, so a forced run is an additional run.
-        outputs: final hidden states are needed. If not, the forward pass stops behind the last of
+        outputs: final hidden states are needed. If not, the forward pass stops after the last of
             `layers`.
     """
 
@@ -41,7 +41,7 @@ class CaptureRequest:
 
     @property
     def stops_early(self) -> bool:
-        """Whether the forward pass may stop behind the last recorded layer."""
+        """Whether the forward pass may stop after the last recorded layer."""
         return bool(self.layers) and not (self.outputs or self.forced_mixers or self.forced_blocks)
 
 

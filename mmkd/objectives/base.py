@@ -74,7 +74,7 @@ class Signals:
 
     Attributes:
         hidden: [B, T, H], final hidden states, the input of the output head. H is 0 if no objective
-            reads them, and the forward pass stopped behind the last layer that is read.
+            reads them, and the forward pass stopped after the last layer that is read.
         head_weight: [V, H].
         head_bias: [V] or None.
         embeddings: [B, T, H], the decoder's input: word embeddings, and the connector's output at

@@ -1,4 +1,4 @@
-"""A teacher of which only layers are read stops behind the last of them."""
+"""A teacher of which only layers are read stops after the last of them."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ REQUEST = CaptureRequest(frozenset({0, 1}), projections=True, outputs=False)
 
 
 def counted(model):
-    """How often each decoder layer, and the modules of the decoder behind them, have run."""
+    """How often each decoder layer, and the modules of the decoder after them, have run."""
     ran: dict[str, int] = {}
     parts = find_parts(model)
 
@@ -47,7 +47,7 @@ def batch_of(name):
 
 
 @pytest.mark.parametrize("name", sorted(families.FAMILIES))
-def test_layers_are_bit_equal_and_nothing_behind_them_runs(name):
+def test_layers_are_bit_equal_and_nothing_after_them_runs(name):
     model = families.make(name)
     inputs = families.inputs(name, [5, 9])
     layers = [i for i, x in enumerate(find_parts(model).decoder_layers) if hasattr(x, "self_attn")]
