@@ -17,6 +17,7 @@ from mmkd.data.generation import set_ends
 from mmkd.data.templates import check_processor
 from mmkd.errors import MmkdError, RecipeError
 from mmkd.modeling.adapters import merge_adapters
+from mmkd.modeling.layer_projections import attention_layers
 from mmkd.objectives import build_objective
 from mmkd.recipe import Recipe, StageConfig, load_recipe
 from mmkd.recipe.context import StageContext
@@ -268,11 +269,20 @@ def _context(
     recipe: Recipe, config: StageConfig, student: Loaded, teacher: Loaded | None
 ) -> StageContext:
     """What the checks of a run look at."""
-    mamba = mamba_layers(student.model.config)
+    mamba, attention = mamba_layers(student.model.config), attention_layers(student.model)
+    theirs = attention_layers(teacher.model) if teacher is not None else []
     return StageContext(
         recipe=recipe,
         stage=config,
-        objectives=[build_objective(o, mamba_layers=mamba) for o in config.objectives],
+        objectives=[
+            build_objective(
+                o,
+                mamba_layers=mamba,
+                attention_layers=attention,
+                teacher_attention_layers=theirs,
+            )
+            for o in config.objectives
+        ],
         student=student.model,
         processor=student.processor,
         teacher=None if teacher is None else teacher.model,

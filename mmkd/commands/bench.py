@@ -1,8 +1,9 @@
 """`mmkd bench`: where the time of a recipe's steps goes, against what the models alone take.
 
 The floor is what no trainer can leave out, measured bare on the same batches: each teacher's body
-and head, the student's body forward and backward, and the three products of its head, on the rows
-that the objectives cover.
+and head (its body up to the last layer that is read, if objectives read layers only), the student's
+body forward and backward, and the three products of its head, on the rows that the objectives
+cover.
 """
 
 import statistics
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
+from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest, LayerPlan
 from mmkd.modeling.loading import load_processor
 from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
@@ -33,7 +34,14 @@ from mmkd.runs.timings import keep_timing
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
 from mmkd.students import student_at
-from mmkd.teachers import LiveReference, LiveTeacher, LoadedTeachers, TeacherSet, load_teachers
+from mmkd.teachers import (
+    LiveReference,
+    LiveTeacher,
+    LoadedTeachers,
+    TeacherSet,
+    load_teachers,
+    reference_name,
+)
 from mmkd.training.build import StageInputs, build_stage
 from mmkd.training.shared_vision import SharedVision
 from mmkd.training.stage import Stage
@@ -253,6 +261,8 @@ def floor_of(
     device = stage.engine.device
     clock = Clock(device)
     heads = [o for o in stage.objectives if "distribution" in o.needs]
+    layers = LayerPlan.of(stage.objectives).teacher_request()
+    reference = reference_name(stage.reference)
     for batch in (b.to(device) for b in batches):
         rows = torch.zeros_like(batch.targets.attention)
         compared = {name: torch.zeros_like(rows) for name in teachers.members}
@@ -268,7 +278,8 @@ def floor_of(
                     continue
                 if teachers.is_asked(name, batch, stage.objectives):
                     vision = stage.vision if name == teachers.primary else None
-                    _bare_teacher(clock, teacher, batch, compared[name], vision)
+                    request = teachers.request_for(name, stage.objectives, layers, reference)
+                    _bare_teacher(clock, teacher, batch, compared[name], vision, request)
             with clock.part("student"):
                 seen = stage.vision.replaying() if stage.vision else nullcontext()
                 with seen:
@@ -288,10 +299,18 @@ def floor_of(
 
 @torch.no_grad()
 def _bare_teacher(
-    clock: Clock, teacher: LiveTeacher, batch: Batch, rows: Tensor, vision: SharedVision | None
+    clock: Clock,
+    teacher: LiveTeacher,
+    batch: Batch,
+    rows: Tensor,
+    vision: SharedVision | None,
+    request: CaptureRequest,
 ) -> None:
+    bare = request if request.stops_early else OUTPUTS_ONLY
     with clock.part("teacher"), vision.recording() if vision else nullcontext():
-        signals = teacher.signals(batch).truncate(len(rows))
+        signals = teacher.signals(batch, bare).truncate(len(rows))
+        if not rows.any():
+            return
         hidden = signals.hidden[rows]
         hidden @ signals.head_weight.to(hidden.dtype).t()
 

@@ -5,7 +5,7 @@ No logits are computed here: objectives project final hidden states through the 
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ def capture(
 
     Returns:
         The decoder's input and final hidden states, both [B, T, H], the head, the requested tensors
-        of decoder layers, and the router logits of sparse layers.
+        of decoder layers, and the router logits of sparse layers. If the request has no `outputs`,
+        layers after the last recorded one do not run, and final hidden states have width 0.
     """
     entering: list[Tensor] = []
 
@@ -75,7 +76,11 @@ def capture(
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
         recorder = stack.enter_context(record_layers(model, request))
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        if request.stops_early:
+            _run_recorded_layers(model, inputs, request.layers)
+            hidden = entering[0][..., :0]
+        else:
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     return Signals(
         hidden,
@@ -87,6 +92,32 @@ def capture(
         recorder.signals("block"),
         routers,
     )
+
+
+class _Recorded(Exception):  # noqa: N818, because it is not an error
+    """Ends a forward pass when all requested layers are recorded."""
+
+
+def _run_recorded_layers(
+    model: PreTrainedModel, inputs: dict[str, Tensor], layers: frozenset[int]
+) -> None:
+    """Run a model until all requested layers are recorded, in whatever order it runs its layers."""
+    left = set(layers)
+
+    def stop(index: int) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            left.discard(index)
+            if not left:
+                raise _Recorded
+
+        return after
+
+    modules: Any = find_parts(model).decoder_layers
+    with ExitStack() as stack:
+        for index in layers:  # after the recorder's hooks, which therefore run first
+            stack.callback(modules[index].register_forward_hook(stop(index)).remove)
+        with suppress(_Recorded):
+            model.base_model(**inputs, use_cache=False)
 
 
 @contextmanager

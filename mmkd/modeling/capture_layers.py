@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import CaptureRequest, Run
-from mmkd.modeling.layer_projections import PROJECTIONS, as_compared
+from mmkd.modeling.layer_projections import PROJECTIONS, as_compared, heads_of
 from mmkd.objectives import LayerSignals
 from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
@@ -93,7 +93,8 @@ class Recorder:
                 for kind in PROJECTIONS
                 if kind in tensors
             }
-            made[layer] = LayerSignals(**{**tensors, **compared})
+            heads = heads_of(self.mixers[layer]) if "queries" in compared else None
+            made[layer] = LayerSignals(**{**tensors, **compared}, heads=heads)
         return made
 
 

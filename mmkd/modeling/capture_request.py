@@ -27,6 +27,8 @@ class CaptureRequest:
         forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
         forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
         free: the free run is needed, so a forced run is an additional run.
+        outputs: final hidden states are needed. If not, the forward pass stops after the last of
+            `layers`.
     """
 
     layers: frozenset[int] = frozenset()
@@ -35,6 +37,12 @@ class CaptureRequest:
     forced_mixers: Mapping[int, LayerSignals] = field(default_factory=dict)
     forced_blocks: Mapping[int, LayerSignals] = field(default_factory=dict)
     free: bool = True
+    outputs: bool = True
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the forward pass may stop after the last recorded layer."""
+        return bool(self.layers) and not (self.outputs or self.forced_mixers or self.forced_blocks)
 
 
 OUTPUTS_ONLY = CaptureRequest()
@@ -75,7 +83,7 @@ class LayerPlan:
         Raises:
             RecipeError: two objectives pair one student layer with different teacher layers.
         """
-        layerwise = [o for o in objectives if isinstance(o, Layerwise)]
+        layerwise = [o for o in objectives if isinstance(o, Layerwise) or o.pairs]
         pairs: dict[int, int] = {}
         for objective in layerwise:
             for mine, theirs in objective.pairs:
@@ -88,9 +96,11 @@ class LayerPlan:
                     )
 
         def layers(run: Run) -> frozenset[int]:
-            return frozenset(mine for o in layerwise if _run_of(o) == run for mine, _ in o.pairs)
+            return frozenset(
+                mine for o in layerwise if (o.forced or "free") == run for mine, _ in o.pairs
+            )
 
-        forced = [o for o in layerwise if o.config.teacher_forced]
+        forced = [o for o in layerwise if o.forced]
         return cls(
             pairs,
             recorded=layers("free"),
@@ -130,10 +140,3 @@ class LayerPlan:
             forced_blocks=forced(self.forced_blocks),
             free=self.free,
         )
-
-
-def _run_of(objective: Layerwise) -> Run:
-    """The kind of run that an objective compares."""
-    if not objective.config.teacher_forced:
-        return "free"
-    return "block" if objective.compares_blocks else "mixer"

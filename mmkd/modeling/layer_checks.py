@@ -4,8 +4,8 @@ from typing import Any
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import LayerPlan
-from mmkd.modeling.layer_projections import PROJECTIONS, width_of
-from mmkd.objectives import Layerwise, MiniLm
+from mmkd.modeling.layer_projections import PROJECTIONS, heads_of, width_of
+from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe.context import StageContext
 from mmkd_models.parts import find_parts
 
@@ -29,13 +29,11 @@ def check_layers(context: StageContext) -> None:
         )
     mine, theirs = (find_parts(m).decoder_layers for m in (context.student, context.teacher))
     for objective in context.objectives:
-        if not isinstance(objective, Layerwise):
+        if not (isinstance(objective, Layerwise) or objective.pairs):
             continue
         where = context.at(objective)
         if not objective.pairs:
-            raise RecipeError(
-                "the student has no Mamba layers to compare", where=where, hint="name 'layers'"
-            )
+            raise _nothing_to_compare(objective, where)
         for s, t in objective.pairs:
             if not (0 <= s < len(mine) and 0 <= t < len(theirs)):
                 raise RecipeError(
@@ -46,7 +44,10 @@ def check_layers(context: StageContext) -> None:
                 )
             check_attention(where, {f"student layer {s}": mine[s], f"teacher layer {t}": theirs[t]})
             if isinstance(objective, MiniLm):
-                _check_heads(objective, where, {"student": mine[s], "teacher": theirs[t]})
+                compared = {"student": mine[s], "teacher": theirs[t]}
+                _check_heads(objective, where, compared)
+                if "query_key" in objective.config.relations:
+                    _check_attention_heads(where, compared)
             widths = [_widths(layer) for layer in (mine[s], theirs[t])]
             if objective.compares_widths and widths[0] != widths[1]:
                 raise RecipeError(
@@ -62,6 +63,15 @@ def check_layers(context: StageContext) -> None:
                 where=where,
                 hint="set teacher.attn_implementation to eager",
             )
+
+
+def _nothing_to_compare(objective: Objective, where: str) -> RecipeError:
+    """The error for an objective without pairs of layers."""
+    what = "the student has no Mamba layers to compare"
+    if isinstance(objective, MiniLm):
+        role = "teacher" if objective.attention_layers else "student"
+        what = f"the {role} has no layer with attention for 'layers: last'"
+    return RecipeError(what, where=where, hint="name 'layers'")
 
 
 def check_attention(where: str, layers: dict[str, Any]) -> None:
@@ -88,14 +98,11 @@ def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
     heads divides their widths."""
     for role, layer in layers.items():
         for relation in objective.config.relations:
-            try:
-                width = width_of(layer.self_attn, relation)
-            except ValueError as error:
-                raise RecipeError(
-                    f"it cannot read the {role}'s {relation}: {error}",
-                    where=where,
-                    hint="choose other layers or 'relations', or another objective",
-                ) from error
+            if relation == "query_key":
+                for kind in ("queries", "keys"):
+                    _width(layer, kind, role, where)
+                continue
+            width = _width(layer, relation, role, where)
             if width % objective.config.heads:
                 raise RecipeError(
                     f"{objective.config.heads} relation heads do not divide the {role}'s "
@@ -103,6 +110,39 @@ def _check_heads(objective: MiniLm, where: str, layers: dict[str, Any]) -> None:
                     where=where,
                     hint="choose 'heads' that divides all widths, or other 'relations'",
                 )
+
+
+def _width(layer: Any, kind: str, role: str, where: str) -> int:
+    """Width of a layer's queries, keys or values."""
+    try:
+        return width_of(layer.self_attn, kind)
+    except ValueError as error:
+        raise RecipeError(
+            f"it cannot read the {role}'s {kind}: {error}",
+            where=where,
+            hint="choose other layers or 'relations', or another objective",
+        ) from error
+
+
+def _check_attention_heads(where: str, layers: dict[str, Any]) -> None:
+    """Check that the layers have the same number of attention heads."""
+    heads = {role: heads_of(layer.self_attn) for role, layer in layers.items()}
+    hint = "leave query_key out of 'relations'"
+    for role, count in heads.items():
+        if count is None:
+            owner = type(layers[role].self_attn).__name__
+            raise RecipeError(
+                f"it cannot tell the number of heads of the {role}'s {owner}",
+                where=where,
+                hint=hint,
+            )
+    if len(set(heads.values())) > 1:
+        raise RecipeError(
+            "query_key needs equal numbers of attention heads, and the "
+            + ", the ".join(f"{role} has {count}" for role, count in heads.items()),
+            where=where,
+            hint=hint,
+        )
 
 
 def _widths(layer: Any) -> tuple[int, int]:

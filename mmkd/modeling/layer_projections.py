@@ -2,17 +2,19 @@
 
 Forward hooks record the outputs of `q_proj`, `k_proj` and `v_proj`. After the forward pass, the
 steps of the attention before its rotary embedding are repeated on them: the gate that `q_proj` of
-    some
-families contains is removed, and the attention's own norms are applied. For a Mamba mixer the three
-are C, B and x before its convolution, with the norms that it has taken over from the attention.
+some families contains is removed, and the attention's own norms are applied. For a Mamba mixer the
+three are C, B and x before its convolution, with the norms that it has taken over from the
+attention.
 """
 
 import re
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmkd_models.mixer import Mamba2Mixer
+from mmkd_models.parts import find_parts
 
 PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 NORMS = {"queries": "q_norm", "keys": "k_norm", "values": "v_norm"}
@@ -24,6 +26,16 @@ GATED = (
     "Qwen4ExpTextAttention",
 )
 _NORM_NAME = re.compile(r"(^|_)(q|k|v|qk|kv|query|key|value)_.*norm")
+
+
+def attention_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the decoder layers that have attention. Mamba mixers are not attention."""
+    layers = (getattr(layer, "self_attn", None) for layer in find_parts(model).decoder_layers)
+    return [
+        index
+        for index, attention in enumerate(layers)
+        if hasattr(attention, "o_proj") and not isinstance(attention, Mamba2Mixer)
+    ]
 
 
 def as_compared(attention: Any, kind: str, projected: Tensor) -> Tensor:
@@ -84,6 +96,26 @@ def width_of(attention: Any, kind: str) -> int:
             return width // 2
         _refuse_more_than_queries(attention)
     return width
+
+
+def heads_of(attention: Any) -> int | None:
+    """Number of heads of an attention's queries; None if it is not known, or if the keys are not
+    heads of the same size.
+
+    Args:
+        attention: an attention module, or a Mamba mixer.
+    """
+    mixer = isinstance(attention, Mamba2Mixer)
+    size = attention.d_state if mixer else getattr(attention, "head_dim", None)
+    if not size:
+        return None
+    try:
+        widths = [width_of(attention, kind) for kind in ("queries", "keys")]
+    except ValueError:
+        return None
+    heads, key_heads = (width // size for width in widths)
+    whole = all(width % size == 0 for width in widths) and key_heads > 0
+    return heads if whole and heads % key_heads == 0 else None
 
 
 def _refuse_more_than_queries(attention: Any) -> None:

@@ -7,10 +7,11 @@ response tokens, both scaled to length 1:
     L = 1/n sum_i KL(A^T_i || A^S_i) + 1/n sum_j KL(B^T_j || B^S_j)
 
 This is TinyCLIP's affinity mimicking (Wu et al. 2023, arXiv 2309.12314, section 3.1), with KL
-instead of cross-entropy, so that the loss of equal models is 0. By default, I and T are centred
-over the batch, because the hidden states of a decoder have a large common component. The batch is
-the micro-batch of one process. A micro-batch with only one record that has an image and an answer
-is not counted in the mean.
+instead of cross-entropy, so that the loss of equal models with one tau is 0. As in TinyCLIP, the
+teacher may have a tau of its own (`teacher_temperature`). By default, I and T are centred over the
+batch, because the hidden states of a decoder have a large common component. The batch is the
+micro-batch of one process. A micro-batch with only one record that has an image and an answer is
+not counted in the mean.
 """
 
 import torch
@@ -47,8 +48,10 @@ class Affinity(Objective):
         if not samples.any():
             return Outcome(0 * student.hidden.sum())
         with torch.autocast(samples.device.type, enabled=False):
-            mine = self._affinities(student.hidden[samples], targets, samples)
-            theirs = self._affinities(teacher.hidden[samples].detach(), targets, samples)
+            own = self.config.temperature
+            other = self.config.teacher_temperature or own
+            mine = self._affinities(student.hidden[samples], targets, samples) / own
+            theirs = self._affinities(teacher.hidden[samples].detach(), targets, samples) / other
             kl = [
                 F.kl_div(mine.log_softmax(d), theirs.log_softmax(d), reduction="sum",
                          log_target=True)
@@ -57,13 +60,13 @@ class Affinity(Objective):
         return Outcome(torch.stack(kl).sum() / count)
 
     def _affinities(self, hidden: Tensor, targets: Targets, samples: Tensor) -> Tensor:
-        """Similarities, [n, n]: images in rows, answers in columns."""
+        """Cosines, [n, n]: images in rows, answers in columns."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         pictures, answers = (
             self._unit(_mean(wide, rows[samples]))
             for rows in (targets.vision, targets.predicts("response"))
         )
-        return pictures @ answers.T / self.config.temperature
+        return pictures @ answers.T
 
     def _unit(self, x: Tensor) -> Tensor:
         return F.normalize(x - x.mean(0) if self.config.center else x, dim=-1)

@@ -9,7 +9,7 @@ and does not depend on the batch layout.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class LayerSignals:
         matrix: [B, heads, T, T] or None, attention probabilities, or the mixing matrix of a mixer.
         queries, keys, values: [B, T, D] or None, after the attention's own norms and before the
             rotary embedding. D may differ between the three.
+        heads: number of attention heads of the queries; None if queries are not recorded, or their
+            heads are not known.
     """
 
     mixer_input: Tensor
@@ -43,10 +45,14 @@ class LayerSignals:
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    heads: int | None = None
 
     def truncate(self, batch_size: int) -> "LayerSignals":
         """Keep the first `batch_size` sequences of each tensor."""
-        return replace(self, **{n: x[:batch_size] for n, x in vars(self).items() if x is not None})
+        tensors: dict[str, Any] = {
+            name: x[:batch_size] for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Signals:
     """Tensors of one model, captured in one forward pass.
 
     Attributes:
-        hidden: [B, T, H], final hidden states, the input of the output head.
+        hidden: [B, T, H], final hidden states, the input of the output head. H is 0 if no objective
+            reads them, and the forward pass stopped after the last layer that is read.
         head_weight: [V, H].
         head_bias: [V] or None.
         embeddings: [B, T, H], the decoder's input: word embeddings, and the connector's output at
@@ -259,6 +266,7 @@ class Objective:
             micro-batch must hold at least two.
         any_vocabulary: the teacher may have another tokenizer, because the objective reads image
             tokens or chunks only.
+        compares_widths: the objective compares decoder layers of equal widths.
         teacher: name of the teacher that it compares with, if there are several.
         sources: indices of the data sources whose records it covers; None for all.
     """
@@ -267,6 +275,7 @@ class Objective:
     relates_tokens: ClassVar[bool] = False
     relates_records: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
+    compares_widths: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -274,6 +283,8 @@ class Objective:
         *,
         shared_vocabulary: int | None = None,
         mamba_layers: Sequence[int] = (),
+        attention_layers: Sequence[int] = (),
+        teacher_attention_layers: Sequence[int] = (),
         head_memory: int = CHUNK_BYTES,
         head_backend: str = "auto",
     ):
@@ -284,12 +295,16 @@ class Objective:
                 have the same size.
             mamba_layers: indices of the student's Mamba layers, which layer-wise objectives cover
                 by default.
+            attention_layers, teacher_attention_layers: indices of the layers that have attention,
+                of the student and of its primary teacher.
             head_memory: bytes for the logits of a chunk of rows and the tensors computed from them.
             head_backend: "auto" or "torch", implementation of the losses on the head's output.
         """
         self.config = config
         self.shared_vocabulary = shared_vocabulary
         self.mamba_layers = list(mamba_layers)
+        self.attention_layers = list(attention_layers)
+        self.teacher_attention_layers = list(teacher_attention_layers)
         self.head_memory = head_memory
         self.head_backend = head_backend
         self.teacher: str | None = None
@@ -320,6 +335,16 @@ class Objective:
     @property
     def name(self) -> str:
         return self.config.metric_name
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Indices of the decoder layers that it compares: (student layer, teacher layer)."""
+        return []
+
+    @property
+    def forced(self) -> Literal["mixer", "block"] | None:
+        """Which part of the student's layers runs on the teacher's input; None for no part."""
+        return None
 
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows (positions) over which this objective averages."""

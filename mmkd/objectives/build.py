@@ -57,6 +57,8 @@ def build_objective(
     *,
     shared_vocabulary: int | None = None,
     mamba_layers: Sequence[int] = (),
+    attention_layers: Sequence[int] = (),
+    teacher_attention_layers: Sequence[int] = (),
     head_memory: int = CHUNK_BYTES,
     head_backend: str = "auto",
 ) -> Objective:
@@ -64,7 +66,8 @@ def build_objective(
 
     Args:
         config: the entry.
-        shared_vocabulary, mamba_layers, head_memory, head_backend: as in `Objective`.
+        shared_vocabulary, mamba_layers, attention_layers, teacher_attention_layers, head_memory,
+            head_backend: as in `Objective`.
     """
     kind: str = config.kind  # type: ignore[attr-defined]
     cls = REGISTRY.get(kind) or OBJECTIVES.find(kind)
@@ -73,6 +76,8 @@ def build_objective(
         config,
         shared_vocabulary=shared_vocabulary,
         mamba_layers=mamba_layers,
+        attention_layers=attention_layers,
+        teacher_attention_layers=teacher_attention_layers,
         head_memory=head_memory,
         head_backend=head_backend,
     )

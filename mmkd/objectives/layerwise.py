@@ -6,7 +6,8 @@
                                             arXiv 2503.13440) or at the mixer's (MOHAWK,
                                             arXiv 2408.10189, stage 2)
     hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8,
-                                            without its projection)
+                                            without its projection); with `normalize: token`
+                            |x_s - x_t|^2 / |x_t|^2 (SquareHead, arXiv 2310.06927)
     matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
                                             matrix M (MOHAWK, stage 1)
 
@@ -14,9 +15,16 @@ Each is a mean over layers and covered tokens. |.| is the 2-norm of one token's 
 MOHAWK use the Frobenius norm of a whole sequence; a norm per token can be averaged over batches of
 any layout.
 
+SquareHead divides by the mean square of the teacher's states over all tokens of a batch. With
+`normalize: token`, each token is divided by its own instead: a few tokens with a very large norm
+then do not determine the scale of the loss of all others, and the loss does not depend on the batch
+layout.
+
 With `teacher_forced`, the input of each student layer is the input of the teacher's layer, so that
 layers train independently and errors of earlier layers do not propagate.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +44,15 @@ from mmkd.objectives.settings import (
     MixerMseConfig,
 )
 
+EPSILON = 1e-8
+"""Is added to the mean square of a teacher's token in `normalize: token`."""
+
 
 class Layerwise(Objective):
     """Base class: a distance per token, averaged over pairs of layers."""
 
     config: LayerwiseConfig
-    compares_widths: bool = True
+    compares_widths = True
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -55,6 +66,12 @@ class Layerwise(Objective):
         """Whether it compares outputs of whole layers, instead of outputs of their mixers."""
         return False
 
+    @property
+    def forced(self) -> Literal["mixer", "block"] | None:
+        if not self.config.teacher_forced:
+            return None
+        return "block" if self.compares_blocks else "mixer"
+
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)
 
@@ -64,9 +81,9 @@ class Layerwise(Objective):
 
     def _layers_of(self, student: Signals) -> dict[int, LayerSignals]:
         """Signals of the free, mixer-forced or block-forced run that this objective compares."""
-        if not self.config.teacher_forced:
+        if self.forced is None:
             return student.layers
-        return student.forced_blocks if self.compares_blocks else student.forced_mixers
+        return student.forced_blocks if self.forced == "block" else student.forced_mixers
 
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
@@ -103,10 +120,16 @@ class LayerL2(Layerwise):
 
 class HiddenMse(Layerwise):
     config_class = HiddenMseConfig
+    config: HiddenMseConfig
     compares_blocks = True
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
-        return _mean_square(student.block_output, teacher.block_output)
+        squares = _mean_square(student.block_output, teacher.block_output)
+        if self.config.normalize == "none":
+            return squares
+        assert teacher.block_output is not None
+        scale = teacher.block_output.detach().float().square().mean(-1)  # [B, T]
+        return squares / (scale + EPSILON)
 
 
 class Matrix(Layerwise):

@@ -7,7 +7,8 @@ Let Y be the features of n tokens, [n, D], and G = Y Y^T:
 In LLaVA-KD (arXiv 2410.16236, section 3.2), Y are the logits at image tokens, without centring. The
 mean over tokens then dominates G, and the cosine of any two models is close to 1 (0.999 for
 independent random features). So by default Y is centred over the tokens here, and 1 - L is linear
-CKA (arXiv 1905.00414).
+CKA (arXiv 1905.00414). With `layers`, Y are the hidden states after decoder layers, and L is a mean
+over pairs of layers. Their widths may differ.
 """
 
 from typing import ClassVar
@@ -96,6 +97,11 @@ class Relation(Objective):
     any_vocabulary = True
     config: RelationConfig
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        layers = self.config.layers or []
+        return list(zip(layers, self.config.teacher_layers or layers, strict=True))
+
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: tokens of the region, in sequences that have at least two of them."""
         covered = targets.predicts(self.config.region)
@@ -108,14 +114,25 @@ class Relation(Objective):
             raise ValueError(f"objective {self.name!r} needs a teacher")
         rows = self.rows(targets)
         how = self.config.model_dump(include={"center", "normalize", "diagonal"})
+        tokens = rows.sum(1)
+        tokens = tokens[tokens > 0]  # of each sequence that has a loss
+        if not len(tokens):
+            return Outcome(0 * student.hidden.sum())
         with torch.autocast(rows.device.type, enabled=False):
-            mine, theirs = (self._features(signals) for signals in (student, teacher))
-            losses = _relations(mine, theirs, rows, **how)
-            if not losses:
-                return Outcome(0 * student.hidden.sum())
-            tokens = rows.sum(1)
-            weights = tokens[tokens > 0].to(losses[0].dtype) / count
-            return Outcome((torch.stack(losses) * weights).sum())
+            terms = []
+            for mine, theirs in self._compared(student, teacher):
+                losses = torch.stack(_relations(mine, theirs, rows, **how))
+                terms.append((losses * (tokens.to(losses.dtype) / count)).sum())
+            return Outcome(torch.stack(terms).mean())
+
+    def _compared(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
+        """Features of student and teacher, [B, T, D]: of each pair of layers, or at the output."""
+        if self.config.layers is None:
+            return [(self._features(student), self._features(teacher))]
+        return [
+            (_after_layer(student, mine), _after_layer(teacher, theirs))
+            for mine, theirs in self.pairs
+        ]
 
     def _features(self, signals: Signals) -> Tensor:
         hidden = signals.hidden.float()
@@ -127,6 +144,12 @@ class Relation(Objective):
             weight = torch.cat([weight, bias[:, None]], dim=1)
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
         return hidden @ logit_factor(weight)
+
+
+def _after_layer(signals: Signals, layer: int) -> Tensor:
+    hidden = signals.layers[layer].block_output
+    assert hidden is not None
+    return hidden
 
 
 def logit_factor(weight: Tensor) -> Tensor:

@@ -103,10 +103,17 @@ class UldConfig(ChunkObjectiveConfig):
     kind: Literal["uld"]
 
 
+TEACHER_LAYERS = "teacher layers, one for each student layer; the same numbers by default"
+
+
+def _check_pairs(layers: list[int] | str | None, teacher_layers: list[int] | None) -> None:
+    count = 1 if isinstance(layers, str) else len(layers or ())
+    if teacher_layers is not None and len(teacher_layers) != count:
+        raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
+
+
 class RelationConfig(ObjectiveConfig):
     """Cosine between the token-to-token similarities of student and teacher."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
 
     kind: Literal["relation"]
     region: Region = Field("vision", description="tokens that are compared with each other")
@@ -117,10 +124,28 @@ class RelationConfig(ObjectiveConfig):
     center: bool = Field(True, description="subtract the tokens' mean; the paper does not")
     normalize: bool = Field(False, description="scale the features of each token to length 1")
     diagonal: bool = Field(True, description="include a token's similarity to itself")
+    layers: list[Layer] | None = Field(
+        None,
+        min_length=1,
+        description="student layers after which hidden states are compared, for `features: "
+        "hidden`; by default those at the model's output",
+    )
+    teacher_layers: list[Layer] | None = Field(None, description=TEACHER_LAYERS)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"teacher", "distribution" if self.layers is None else "layers"})
 
     @property
     def reads_hidden(self) -> tuple[Region, ...]:
-        return (self.region,)
+        return (self.region,) if self.layers is None else ()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "RelationConfig":
+        _check_pairs(self.layers, self.teacher_layers)
+        if self.layers is not None and self.features != "hidden":
+            raise ValueError("'layers' have hidden states, no logits -- add 'features: hidden'")
+        return self
 
 
 class LayerwiseConfig(ObjectiveConfig):
@@ -131,16 +156,13 @@ class LayerwiseConfig(ObjectiveConfig):
     layers: list[Layer] | None = Field(
         None, description="student layers; by default its Mamba layers"
     )
-    teacher_layers: list[Layer] | None = Field(
-        None, description="teacher layers, one for each student layer; the same numbers by default"
-    )
+    teacher_layers: list[Layer] | None = Field(None, description=TEACHER_LAYERS)
     teacher_forced: bool = Field(True, description="student layers run on the teacher's input")
     region: Region = Field("all", description="tokens that it covers")
 
     @model_validator(mode="after")
     def _pairs(self) -> "LayerwiseConfig":
-        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
-            raise ValueError("'teacher_layers' needs 'layers' -- add it, one for each")
+        _check_pairs(self.layers, self.teacher_layers)
         return self
 
 
@@ -164,6 +186,10 @@ class HiddenMseConfig(LayerwiseConfig):
 
     kind: Literal["hidden_mse"]
     teacher_forced: bool = Field(False, description="student layers run on the teacher's input")
+    normalize: Literal["token", "none"] = Field(
+        "none",
+        description="token: divide each token's error by the mean square of the teacher's token",
+    )
 
 
 class MatrixConfig(LayerwiseConfig):
@@ -175,20 +201,34 @@ class MatrixConfig(LayerwiseConfig):
 
 
 Projection = Literal["queries", "keys", "values"]
+MiniLmRelation = Literal["queries", "keys", "values", "query_key"]
 
 
 class MiniLmConfig(LayerwiseConfig):
-    """Self-relations of queries, keys and values; widths and heads may differ."""
+    """Self-relations of queries, keys and values, for any widths and heads; query-key relations,
+    for equal numbers of heads."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers", "projections"})
 
     kind: Literal["minilm"]
-    layers: list[Layer] = Field(min_length=1, description="student layers")
-    heads: int = Field(
-        8, ge=1, le=10**6, description="relation heads; divides all widths of both models"
+    layers: Annotated[list[Layer], Field(min_length=1)] | Literal["last"] = Field(  # type: ignore[assignment]
+        description="student layers; last: the last layer of each model that has attention"
     )
-    relations: list[Projection] = Field(
-        ["queries", "keys", "values"], min_length=1, description="which of the three are compared"
+    heads: int = Field(
+        8,
+        ge=1,
+        le=10**6,
+        description="relation heads of queries, keys and values; divides all widths of both models",
+    )
+    relations: list[MiniLmRelation] = Field(
+        ["queries", "keys", "values"],
+        min_length=1,
+        description="which are compared; query_key: queries with keys, for each attention head",
+    )
+    causal: bool = Field(
+        False,
+        description="relate a token to itself and to earlier tokens only, which query_key always "
+        "does",
     )
     teacher_forced: Literal[False] = Field(False, description="not possible for this objective")
 
@@ -201,6 +241,9 @@ class AffinityConfig(ObjectiveConfig):
 
     kind: Literal["affinity"]
     temperature: float = Field(0.1, ge=LEAST_TEMPERATURE, le=1e6, description="tau")
+    teacher_temperature: float | None = Field(
+        None, ge=LEAST_TEMPERATURE, le=1e6, description="tau of the teacher; the same by default"
+    )
     center: bool = Field(True, description="subtract the batch's mean from images and answers")
 
 

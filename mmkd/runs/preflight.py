@@ -14,6 +14,7 @@ from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
 from mmkd.modeling.layer_checks import check_layers
+from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.loading import load_processor
 from mmkd.objectives import build_objective
 from mmkd.recipe import EvaluateConfig, ModelConfig, Recipe
@@ -86,14 +87,23 @@ def _stages(recipe: Recipe) -> Iterator[StageContext]:
     for index, stage in enumerate(recipe.stages):
         if index == 0 or stage.convert:
             student = student_at(recipe, index, meta=True)
-            mamba = mamba_layers(student.config)
+            mamba, attention = mamba_layers(student.config), attention_layers(student)
+        compared = student if own else teacher
         yield StageContext(
             recipe=recipe,
             stage=stage,
-            objectives=[build_objective(o, mamba_layers=mamba) for o in stage.objectives],
+            objectives=[
+                build_objective(
+                    o,
+                    mamba_layers=mamba,
+                    attention_layers=attention,
+                    teacher_attention_layers=attention_layers(compared) if compared else (),
+                )
+                for o in stage.objectives
+            ],
             student=student,
             processor=processor,
-            teacher=student if own else teacher,
+            teacher=compared,
             teacher_processor=processor if own else teacher_processor,
             store=store,
         )

@@ -1,11 +1,17 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, compares, needed_teachers
+from mmkd.teachers.assign import ask_each, compares, needed_teachers, reads_layers_only
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.load import LoadedTeachers, load_teachers
 from mmkd.teachers.placement import choose_placement, place_teacher
-from mmkd.teachers.reference import LiveReference, Reference, choose_reference, store
+from mmkd.teachers.reference import (
+    LiveReference,
+    Reference,
+    choose_reference,
+    reference_name,
+    store,
+)
 from mmkd.teachers.sharded import ShardedTeacher
 from mmkd.teachers.stored import StoredTeacher, check_storable
 from mmkd.teachers.teacher_set import Teacher, TeacherSet
@@ -28,5 +34,7 @@ __all__ = [
     "needed_teachers",
     "own_teacher",
     "place_teacher",
+    "reads_layers_only",
+    "reference_name",
     "store",
 ]

@@ -41,6 +41,13 @@ def compares(objective: Objective) -> bool:
     return "teacher" in objective.needs and not isinstance(objective, Preference)
 
 
+def reads_layers_only(objective: Objective) -> bool:
+    """Whether an objective reads a teacher's decoder layers, and neither its final hidden states
+    nor its head's output."""
+    needs = objective.needs
+    return "layers" in needs and "distribution" not in needs and not objective.reads_hidden
+
+
 def needed_teachers(
     teachers: Sequence[TeacherConfig], objectives: Sequence[ObjectiveConfig]
 ) -> list[TeacherConfig]:

@@ -29,6 +29,7 @@ class LiveTeacher:
         check_supported(model, "teacher")
         self.device = device
         self.model = self._placed(model.requires_grad_(False).eval())
+        self._run_once: set[int] = set()  # layers that ran once in a forward pass of all layers
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         return torch.nn.Module.to(model, self.device)
@@ -50,6 +51,11 @@ class LiveTeacher:
     @torch.no_grad()
     def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         """Signals of the teacher at its own tokens; arguments as in `signals`."""
+        if request.stops_early and not request.layers <= self._run_once:
+            # Through all layers the first time, because `capture` refuses a model that runs a
+            # recorded layer again after the others.
+            self._run_once |= request.layers
+            request = replace(request, outputs=True)
         return capture(self.model, (batch.teacher or batch).inputs, request)
 
     @torch.no_grad()

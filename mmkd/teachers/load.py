@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mmkd.cache import Store
 from mmkd.modeling.loading import load_model, load_processor
@@ -35,6 +36,18 @@ class LoadedTeachers:
     members: Mapping[str, Teacher] = field(default_factory=dict)
     settings: Sequence[TeacherConfig] = ()
     processor: Any = None
+
+    def primary_model(self, student: PreTrainedModel) -> PreTrainedModel | None:
+        """The model of the primary teacher; None for a cache, or if no teacher is loaded.
+
+        Args:
+            student: is the teacher with `source: self`.
+        """
+        if self.settings and self.settings[0].source == "self":
+            return student
+        name = self.settings[0].name if self.settings else next(iter(self.members), "")
+        teacher = self.members.get(name)
+        return teacher.model if isinstance(teacher, LiveTeacher) else None
 
     def for_stage(
         self, objectives: Sequence[Objective], own: Callable[[], LiveTeacher]

@@ -89,6 +89,11 @@ class StoredReference:
 Reference = LiveReference | StoredReference
 
 
+def reference_name(reference: Reference | None) -> str | None:
+    """Name of the teacher that is the reference and runs on every batch; None if there is none."""
+    return reference.name if isinstance(reference, LiveReference) else None
+
+
 def choose_reference(
     objectives: Sequence[Objective], teachers: TeacherSet, own: Callable[[], LiveTeacher]
 ) -> LiveReference | None:

@@ -7,6 +7,7 @@ This is ZeRO stage 3 without an optimizer: the weights of each layer are gathere
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class ShardedTeacher(LiveTeacher):
     @torch.no_grad()
     def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         inputs, precision = (batch.teacher or batch).inputs, self._precision()
+        # DeepSpeed releases and prefetches weights in hooks after each module, so all modules run.
+        request = replace(request, outputs=True)
 
         def run(model: PreTrainedModel) -> Signals:
             with precision:  # DeepSpeed disables the outer autocast context

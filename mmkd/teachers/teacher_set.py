@@ -7,7 +7,7 @@ from mmkd.cache import Store
 from mmkd.data.batch import Batch
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Objective, TeacherSignals
-from mmkd.teachers.assign import compares
+from mmkd.teachers.assign import compares, reads_layers_only
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.stored import StoredTeacher
 
@@ -57,11 +57,31 @@ class TeacherSet:
             return True
         return any(bool(o.rows(batch.targets.of(o.sources)).any()) for o in asking)
 
+    def request_for(
+        self,
+        name: str,
+        objectives: Sequence[Objective],
+        request: CaptureRequest = OUTPUTS_ONLY,
+        reference: str | None = None,
+    ) -> CaptureRequest:
+        """The request for the forward pass of a member; arguments as in `ask`.
+
+        If all objectives that ask the primary teacher read its layers only, its final hidden states
+        are not requested, and its forward pass can stop early.
+        """
+        if name != self.primary:
+            return OUTPUTS_ONLY
+        asking = [o for o in objectives if compares(o) and (o.teacher or self.primary) == name]
+        return replace(
+            request, outputs=name == reference or not all(map(reads_layers_only, asking))
+        )
+
     def ask(
         self,
         batch: Batch,
         objectives: Sequence[Objective],
         request: CaptureRequest = OUTPUTS_ONLY,
+        reference: str | None = None,
     ) -> dict[str, TeacherSignals]:
         """Signals of the members that must run on a batch, by name, the primary one's first.
 
@@ -69,11 +89,16 @@ class TeacherSet:
             batch: on the teachers' device.
             objectives: of the stage.
             request: which tensors of the primary teacher's decoder layers are captured.
+            reference: name of the member that is the reference of preference objectives, which read
+                its final hidden states.
         """
         own = replace(batch, teacher=None, alignment=None)
         found: dict[str, TeacherSignals] = {}
         for name, teacher in self.members.items():
             if self.is_asked(name, batch, objectives):
-                primary = name == self.primary
-                found[name] = teacher.signals(batch, request) if primary else teacher.signals(own)
+                if name == self.primary:
+                    asked = self.request_for(name, objectives, request, reference)
+                    found[name] = teacher.signals(batch, asked)
+                else:
+                    found[name] = teacher.signals(own)
         return found

@@ -14,6 +14,7 @@ from mmkd.data.stream import BatchStream
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.engines import Engine, build_engine
 from mmkd.engines.deepspeed_config import resolve
+from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.packed_rows import isolate_packed_sequences
 from mmkd.objectives import Objective, build_objective
 from mmkd.recipe import DataConfig, StageConfig
@@ -186,11 +187,14 @@ def _objectives_of(inputs: StageInputs) -> list[Objective]:
     if inputs.teachers.processor is not None:
         words = inputs.processor.tokenizer, inputs.teachers.processor.tokenizer
         shared = shared_vocabulary(*words) if same_vocabulary(*words) else None
+    teacher = inputs.teachers.primary_model(inputs.student)
     return [
         build_objective(
             o,
             shared_vocabulary=shared,
             mamba_layers=mamba_layers(inputs.student.config),
+            attention_layers=attention_layers(inputs.student),
+            teacher_attention_layers=[] if teacher is None else attention_layers(teacher),
             head_memory=config.engine.head_memory * 2**20,
             head_backend=config.engine.head_backend,
         )

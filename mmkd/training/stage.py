@@ -40,7 +40,7 @@ from mmkd.runtime.interrupt import asked, deferred, requested
 from mmkd.runtime.progress import Bar
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
-from mmkd.teachers import Reference, TeacherSet
+from mmkd.teachers import Reference, TeacherSet, reference_name
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.on_policy import OnPolicy
@@ -239,7 +239,9 @@ class Stage:
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         plan = LayerPlan.of(objectives)
         with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
-            asked = self.teachers.ask(batch, objectives, plan.teacher_request())
+            asked = self.teachers.ask(
+                batch, objectives, plan.teacher_request(), reference_name(self.reference)
+            )
             if self.reference is not None:
                 targets = replace(targets, reference_logps=self.reference.logps(batch, asked))
 

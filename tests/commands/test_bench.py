@@ -12,6 +12,7 @@ from mmkd.errors import RecipeError
 from mmkd.recipe import load_recipe
 from mmkd.runtime.hashes import weights_hash
 from mmkd.teachers import LiveTeacher, load, place_teacher
+from mmkd_models.parts import find_parts
 from tests.support import warm
 from tests.support.recipes import tiny_recipe
 
@@ -101,6 +102,24 @@ def test_every_teacher_is_timed(raw, tiny_model_dir, monkeypatch):
     assert found["parts"]["teacher"] > 0.4
     assert found["floor"]["teacher"] > 0.4
     assert [t.calls for t in teachers] == [8, 8]  # two warm-up steps and two, each with its floor
+
+
+def test_a_teacher_of_which_layers_are_read_stops_early(raw, monkeypatch):
+    """In the steps and in the floor, after one forward pass of all layers."""
+    behind = []
+    placed = LiveTeacher.__init__
+
+    def watched(self, model, device):
+        placed(self, model, device)
+        layer = find_parts(self.model).decoder_layers[1]
+        layer.register_forward_hook(lambda *_: behind.append(self))
+
+    monkeypatch.setattr(LiveTeacher, "__init__", watched)
+    objectives = [{"kind": "hidden_mse", "layers": [0]}, {"kind": "ce"}]
+    found = bench.bench(load_recipe(raw(objectives=objectives, batch={"size": 2})), None, 1)
+    assert len(behind) == 1
+    assert found["parts"]["teacher"] > 0
+    assert found["floor"]["teacher"] > 0
 
 
 def test_the_floor_has_only_the_teachers_that_are_asked(raw, tiny_model_dir, tmp_path, monkeypatch):

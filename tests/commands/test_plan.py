@@ -77,6 +77,24 @@ def test_pairs_are_two_sequences_and_a_reference_is_a_second_student(
     assert "reference_weights" not in chosen["memory_bytes"]
 
 
+def test_a_teacher_costs_the_layers_that_run(scenes_dir, tiny_model_dir, tmp_path):
+    def flops(*objectives, **teacher):
+        raw = tiny_recipe(
+            scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": list(objectives)},
+            teacher={"model": str(tiny_model_dir), **teacher},
+        )  # fmt: skip
+        return make_plan(load_recipe(raw))["members"]["student"]["stages"][0]["flops_per_step"]
+
+    layers, last = {"kind": "hidden_mse", "layers": [0]}, {"kind": "minilm", "layers": "last"}
+    whole, part, both = flops(layers, {"kind": "kl"}), flops(layers), flops(layers, last)
+    assert part["teacher_decoder"] == pytest.approx(whole["teacher_decoder"] / 2, rel=1e-6)
+    assert both["teacher_decoder"] == whole["teacher_decoder"]  # the last of two layers
+    assert part["teacher_head"] == both["teacher_head"] == 0 < whole["teacher_head"]
+    assert part["teacher_vision"] == whole["teacher_vision"]
+    sharded = flops(layers, placement="sharded")
+    assert sharded["teacher_decoder"] == whole["teacher_decoder"]
+
+
 def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):
     def plan(*convert):
         student = {"model": str(tiny_model_dir), "convert": list(convert)}

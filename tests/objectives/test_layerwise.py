@@ -34,6 +34,7 @@ CONFIGS = [
     LayerL2Config(kind="layer_l2"),
     LayerL2Config(kind="layer_l2", at="mixer"),
     HiddenMseConfig(kind="hidden_mse"),
+    HiddenMseConfig(kind="hidden_mse", normalize="token"),
     MatrixConfig(kind="matrix"),
 ]
 
@@ -63,7 +64,10 @@ def twin(config, student, teacher, b, t):
         return sum((x - y) ** 2 for x, y in pairs) / W
     if config.kind == "hidden_mse":
         pairs = zip(student.block_output[b, t], teacher.block_output[b, t], strict=True)
-        return sum((x - y) ** 2 for x, y in pairs) / H
+        total = sum((x - y) ** 2 for x, y in pairs)
+        if config.normalize == "token":
+            return total / sum(y.detach() ** 2 for y in teacher.block_output[b, t])
+        return total / H
     if config.kind == "matrix":
         rows = [student.matrix[b, h, t] - teacher.matrix[b, h, t] for h in range(HEADS)]
         return sum((r**2).sum() ** 0.5 for r in rows) / HEADS
@@ -71,7 +75,7 @@ def twin(config, student, teacher, b, t):
     return ((getattr(student, name)[b, t] - getattr(teacher, name)[b, t]) ** 2).sum() ** 0.5
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.kind}-{c.teacher_forced}")
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_values_and_gradients_equal_a_float64_twin(config):
     free, forced = ({1: layer(s), 3: layer(s + 1)} for s in (0, 10))
     teacher = {0: layer(20), 2: layer(21)}
@@ -121,6 +125,46 @@ def test_equal_layers_are_at_zero_with_zero_gradient():
             loss.loss, [v for v in vars(same[1]).values() if v is not None], allow_unused=True
         )
         assert all(g is None or bool((g == 0).all()) for g in grads)
+
+
+SQUARE_HEAD = HiddenMseConfig(kind="hidden_mse", normalize="token", layers=[1])
+
+
+def hidden_loss(student, teacher):
+    """Of two residual streams, [B, T, H]."""
+    mine, theirs = (LayerSignals(x, x, x, x, x) for x in (student, teacher))
+    return build_objective(SQUARE_HEAD)(of({1: mine}), of({1: theirs}), TARGETS, 9.0).loss
+
+
+def test_a_normalized_error_does_not_depend_on_a_common_scale():
+    student, teacher = layer(0).block_output.detach(), layer(1).block_output.detach()
+    loss = hidden_loss(student, teacher)
+    for scale in (1e-2, 300.0):
+        other = hidden_loss(scale * student, scale * teacher)
+        assert other.item() == pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_a_token_of_large_norm_does_not_change_the_normalized_error_of_others():
+    student, teacher = layer(0).block_output.detach(), layer(1).block_output.detach()
+    gradients = []
+    for scale in (1.0, 300.0):
+        mine, theirs = student.clone(), teacher.clone()
+        mine[0, 1], theirs[0, 1] = scale * mine[0, 1], scale * theirs[0, 1]
+        mine.requires_grad_()
+        gradients.append(torch.autograd.grad(hidden_loss(mine, theirs), mine)[0])
+    others = torch.ones(B, T).bool()
+    others[0, 1] = False
+    torch.testing.assert_close(gradients[1][others], gradients[0][others], rtol=0, atol=0)
+    assert hidden_loss(mine, theirs).item() == pytest.approx(
+        hidden_loss(student, teacher).item(), rel=1e-5
+    )
+
+
+def test_a_token_of_zero_norm_has_a_finite_normalized_error():
+    student = torch.zeros(B, T, H, requires_grad=True)
+    loss = hidden_loss(student, torch.zeros(B, T, H))
+    assert loss.item() == 0
+    assert bool((torch.autograd.grad(loss, student)[0] == 0).all())
 
 
 def models(name="llava", layers=(1, 3), **form):
@@ -327,7 +371,11 @@ def test_losses_of_layers_do_not_depend_on_the_batch_layout(scenes_dir, tiny_mod
             name=f"layout-{size}",
             teacher={"model": str(tiny_model_dir)},
             stage={
-                "objectives": [{"kind": "kl"}, {"kind": "layer_l2"}],
+                "objectives": [
+                    {"kind": "kl"},
+                    {"kind": "layer_l2"},
+                    {"kind": "hidden_mse", "normalize": "token"},
+                ],
                 "train": ["mamba"],
                 "steps": 3,
                 "batch": {"size": size, "accumulate": accumulate},
@@ -339,5 +387,5 @@ def test_losses_of_layers_do_not_depend_on_the_batch_layout(scenes_dir, tiny_mod
         lines = (folder / "01-mimic" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line) for line in lines])
     for a, b in zip(*losses, strict=True):
-        for key in ("loss", "kl", "layer_l2"):
+        for key in ("loss", "kl", "layer_l2", "hidden_mse"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key

@@ -1,11 +1,17 @@
 """Relations between tokens against float64 twins, in values and gradients."""
 
+import json
+
 import pytest
 import torch
 
-from mmkd.objectives import Signals, Targets, build_objective, visual_relation
+from mmkd.errors import RecipeError
+from mmkd.objectives import LayerSignals, Signals, Targets, build_objective, visual_relation
 from mmkd.objectives.relation import RelationConfig, logit_factor
 from mmkd.ops import gram, gram_inner
+from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline, preflight
+from tests.support.recipes import tiny_recipe
 
 B, T, DS, DT, V = 3, 9, 5, 7, 23
 MASK = torch.tensor(
@@ -171,3 +177,88 @@ def test_hidden_states_can_be_related_instead():
         for i in (0, 2)
     ]
     assert loss.item() == pytest.approx((sum(parts) / 11).item(), rel=1e-5)
+
+
+def after_layers(widths, seed):
+    """Signals with hidden states after layers, by layer, of these widths."""
+    layers = {}
+    for number, (layer, width) in enumerate(widths.items()):
+        x = normal(B, T, width, seed=seed + number)
+        layers[layer] = LayerSignals(x, x, x, x, x)
+    return Signals(torch.zeros(B, T, 1), torch.zeros(1, 1), layers=layers)
+
+
+@pytest.mark.parametrize("how", [{}, {"center": False}, {"normalize": True, "diagonal": False}])
+def test_hidden_states_after_layers_can_be_related(how):
+    """The mean over pairs of layers; widths differ, and the teacher's output is not read."""
+    student, teacher = after_layers({1: 5, 2: 4}, 0), after_layers({0: 7, 3: 6}, 10)
+    config = RelationConfig(
+        kind="relation", features="hidden", layers=[1, 2], teacher_layers=[3, 0], **how
+    )
+    assert config.needs == {"teacher", "layers"}
+    assert config.reads_hidden == ()
+    objective = build_objective(config)
+    assert objective.pairs == [(1, 3), (2, 0)]
+    got = objective(student, teacher, targets(), 30.0).loss
+    way = {"center": True, "normalize": False, "diagonal": True, **how}
+    want = sum(
+        int(MASK[i].sum())
+        * twin_row(
+            student.layers[s].block_output[i][MASK[i]],
+            teacher.layers[t].block_output[i][MASK[i]],
+            **way,
+        )
+        for s, t in ((1, 3), (2, 0))
+        for i in (0, 2)
+    ) / (2 * 30.0)
+    torch.testing.assert_close(got, want)
+    leaves = [student.layers[i].block_output for i in (1, 2)]
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    same = build_objective(config.model_copy(update={"teacher_layers": None}))
+    assert same(student, student, targets(), 30.0).loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_stage_relates_layers_of_a_teacher_that_stops_early(scenes_dir, tiny_model_dir, tmp_path):
+    """In any layout, beside an objective that forces another layer."""
+    lines = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        raw = tiny_recipe(
+            scenes_dir, tiny_model_dir, tmp_path, name=f"size-{size}",
+            teacher={"model": str(tiny_model_dir)},
+            student={"model": str(tiny_model_dir),
+                     "convert": [{"kind": "mamba", "layers": [0]}]},
+            stage={
+                "objectives": [{"kind": "relation", "features": "hidden", "layers": [0]},
+                               {"kind": "mixer_mse"}],
+                "steps": 3, "batch": {"size": size, "accumulate": accumulate},
+                "optimizer": {"kind": "sgd", "lr": 0.1},
+            },
+        )  # fmt: skip
+        folder = pipeline.run(load_recipe(raw)) / "01-mimic"
+        lines.append([json.loads(x) for x in (folder / "metrics.jsonl").open()])
+    assert lines[0][0]["relation"] > 1e-4
+    for whole, parts in zip(*lines, strict=True):
+        for key in ("relation", "mixer_mse"):
+            assert parts[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [0]}, "'layers' have hidden states, no logits -- add 'features: hidden'"),
+        ({"features": "hidden", "teacher_layers": [0]}, "'teacher_layers' needs 'layers'"),
+        ({"features": "hidden", "layers": [2]}, "cannot pair student layer 2"),
+    ],
+)
+def test_layers_that_cannot_be_related_are_refused(
+    scenes_dir, tiny_model_dir, tmp_path, settings, message
+):
+    raw = tiny_recipe(
+        scenes_dir, tiny_model_dir, tmp_path, teacher={"model": str(tiny_model_dir)},
+        stage={"objectives": [{"kind": "relation", **settings}]},
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=message):
+        preflight.check(load_recipe(raw))

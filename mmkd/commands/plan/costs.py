@@ -67,12 +67,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher that a stage asks: its model without weights, and where and in how many bits its
-    weights will be."""
+    """A teacher that a stage asks: its model without weights, where and in how many bits its
+    weights will be, and how many of its decoder layers run if the stage reads layers only; None for
+    all."""
 
     model: PreTrainedModel
     placement: TeacherPlacement = "replicated"
     quantize: Quantization | None = None
+    layers: int | None = None
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -132,7 +134,7 @@ def flops_per_record(
         "student_decoder": forward["decoder"] * passes["decoder"],
         "student_head": forward["head"] * passes["head"],
     }
-    frozen = [_forward(t.model, sample, sample.projected) for t in teachers]
+    frozen = [_frozen(t, sample) for t in teachers]
     for parts in frozen[:1]:
         found |= {f"teacher_{part}": value for part, value in parts.items()}
     if frozen[1:]:
@@ -158,6 +160,14 @@ def _passes(student: PreTrainedModel, trainable: set[str]) -> dict[str, int]:
         "decoder": 1 + (before or decoder) + decoder,
         "head": 1 + (before or decoder) + trains(parts.head),
     }
+
+
+def _frozen(teacher: PlannedTeacher, sample: Sample) -> dict[str, float]:
+    parts = _forward(teacher.model, sample, sample.projected)
+    if teacher.layers is None:
+        return parts
+    share = teacher.layers / shape_of(teacher.model).depth
+    return {**parts, "decoder": share * parts["decoder"], "head": 0.0}
 
 
 def _forward(model: PreTrainedModel, sample: Sample, rows: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a run would cost, computed from configs and a sample of the data, without weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.sources import is_there
+from mmkd.modeling.capture_request import LayerPlan
+from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.loading import load_processor, parameter_count, skeleton
-from mmkd.objectives import Objective, build_objective
+from mmkd.objectives import Objective, Preference, build_objective
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import set_trainable, student_at
-from mmkd.teachers import choose_placement, needed_teachers
+from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
 from mmkd_models.layout import mamba_layers
 
 SAMPLED_RECORDS = 48
@@ -149,8 +152,7 @@ def plan_stage(
     index = recipe.stages.index(stage)
     student = student_at(recipe, index, meta=True)
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
-    mamba = mamba_layers(student.config)
-    objectives = [build_objective(o, mamba_layers=mamba) for o in stage.objectives]
+    objectives = _objectives_of(recipe, stage, student, teachers)
     if sampled is None:
         sampled = sample_data(recipe.stage_data(stage), processor, objectives)
     sample, records = sampled
@@ -160,6 +162,8 @@ def plan_stage(
     steps = timings.steps_over(stage, records)
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     asked = _planned_teachers(recipe, stage, teachers, student, device)
+    if asked and asked[0].placement == "replicated":
+        asked[0] = replace(asked[0], layers=_layers_that_run(objectives))
     flops = {
         k: round(v * per_step)
         for k, v in flops_per_record(student, trainable, asked, sample).items()
@@ -187,6 +191,33 @@ def plan_stage(
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, stage, asked),
     }
+
+
+def _objectives_of(
+    recipe: Recipe,
+    stage: StageConfig,
+    student: PreTrainedModel,
+    teachers: Mapping[str, PreTrainedModel],
+) -> list[Objective]:
+    primary = recipe.teacher
+    own = primary is not None and primary.source == "self"
+    teacher = student if own else teachers.get(primary.name) if primary is not None else None
+    return [
+        build_objective(
+            o,
+            mamba_layers=mamba_layers(student.config),
+            attention_layers=attention_layers(student),
+            teacher_attention_layers=[] if teacher is None else attention_layers(teacher),
+        )
+        for o in stage.objectives
+    ]
+
+
+def _layers_that_run(objectives: Sequence[Objective]) -> int | None:
+    """Number of the primary teacher's decoder layers that run; None for all of them."""
+    asking = [o for o in objectives if "teacher" in o.needs or isinstance(o, Preference)]
+    layers = LayerPlan.of(objectives).teacher_request().layers
+    return max(layers) + 1 if layers and all(map(reads_layers_only, asking)) else None
 
 
 def _planned_teachers(

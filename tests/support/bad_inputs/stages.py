@@ -23,6 +23,13 @@ overridden(
 )
 overridden(
     KIND,
+    "logits_after_layers",
+    "stages.0.objectives=[{kind: relation, layers: [0]}]",
+    "stages.0.objectives.0: 'layers' have hidden states, no logits",
+    "add 'features: hidden'",
+)
+overridden(
+    KIND,
     "objectives_of_one_name",
     "stages.0.objectives=[{kind: ce}, {kind: ce}]",
     "stages.0: two objectives have the same name",
@@ -92,6 +99,20 @@ overridden(
     "stages.train: the student has no parameters in 'mamba'",
     "leave it out",
 )
+
+
+@case(
+    KIND,
+    "compared the last layers with attention of a student without attention",
+    "objective minilm: the student has no layer with attention for 'layers: last'",
+    "name 'layers'",
+)
+def last_attention_of_none(world: World) -> None:
+    world.raw["teacher"] = {"model": "model"}
+    world.raw["student"]["convert"] = [{"kind": "mamba", "layers": [0, 1]}]
+    world.stage(objectives=[{"kind": "minilm", "layers": "last"}])
+
+
 overridden(
     KIND,
     "adapters_without_layers",
