@@ -45,7 +45,7 @@ def started(*words, **environment):
         ("--version",),
         ("plan", "recipe.yaml"),
         ("run", "recipe.yaml", "stages.0.batch.size=2", "--nproc", "2"),
-        ("run", "recipe.yaml", "data.workers=1"),
+        slow(("run", "recipe.yaml", "data.workers=1"), name="run-workers"),
     ],
     ids=lambda words: "-".join(w for w in words if w.isalpha()) or words[0],
 )
