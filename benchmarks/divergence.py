@@ -27,7 +27,12 @@ from benchmarks.peers import Method, peers
 from mmkd.ops import linear_divergence
 from mmkd.runtime.progress import console
 
-KINDS = ("kl", "reverse_kl", "jsd", "jeffreys", "soft_reverse_kl", "hellinger", "pearson")
+SETTINGS: dict[str, dict[str, Any]] = {"kl_top_50": {"kind": "kl", "top_k": 50}}
+"""Names that are no kind."""
+KINDS = (
+    *("kl", "reverse_kl", "jsd", "jeffreys", "soft_reverse_kl", "hellinger", "pearson"),
+    *("balanced_kl", *SETTINGS),
+)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -60,7 +65,19 @@ def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tenso
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a.exp() * (a - b)).sum(-1)
 
-    if kind == "kl":
+    if kind == "kl_top_50":
+        ids = log_p.topk(min(50, log_p.shape[1]), 1).indices
+
+        def cells(log_x: Tensor) -> Tensor:
+            rest = log_x.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+            return torch.cat([log_x.gather(1, ids), rest.clamp(min=-80)], 1)
+
+        rows = kl(cells(log_p), cells(log_q))
+    elif kind == "balanced_kl":
+        gap = (log_p.exp() * log_p).sum(-1) - (log_q.exp() * log_q).sum(-1)
+        share = torch.sigmoid(gap).detach()
+        rows = 2 * (1 - share) * kl(log_p, log_q) + 2 * share * kl(log_q, log_p)
+    elif kind == "kl":
         rows = kl(log_p, log_q)
     elif kind == "reverse_kl":
         rows = kl(log_q, log_p)
@@ -82,7 +99,8 @@ def dense(kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tenso
 def mmkd(
     kind: str, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor, backend: str = "auto"
 ) -> Tensor:
-    return linear_divergence(hs, ws, ht, wt, kind=kind, mask=mask, backend=backend)
+    settings = SETTINGS.get(kind, {"kind": kind})
+    return linear_divergence(hs, ws, ht, wt, mask=mask, backend=backend, **settings)
 
 
 @cache
