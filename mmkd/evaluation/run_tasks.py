@@ -68,10 +68,10 @@ def _run_task(
     adapter: "MmkdModel", name: str, manager: "ChosenTasks", limit: int | None, calibration: bool
 ) -> dict[str, Any]:
     """Scores, samples, calibration and costs of one task, or of one group of tasks."""
-    started = time.perf_counter()
-    tokens, answering = adapter.generated_tokens, adapter.generation_seconds
     from mmkd.evaluation.calibrate_tasks import calibrate_task, ece_scores
 
+    started = time.perf_counter()
+    tokens, answering = adapter.generated_tokens, adapter.generation_seconds
     raw = simple_evaluate(adapter, [name], manager, limit)
     scores = collect_scores(raw, [name])
     samples, unanswered = {}, {}

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
 )
@@ -257,6 +258,20 @@ def load_pretrained_processor(
     return processor
 
 
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of a model alone; arguments as in `load_pretrained`. It needs no package
+    for images.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    trusted = trust_remote_code or consent.granted(name)
+    with _explained(name, "tokenizer", trusted):
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+
+
 def _give_pad_token(tokenizer: Any, name: str) -> None:
     """Set the pad token of a tokenizer that has none to another special token. Padding is masked,
     so any token can be used.
@@ -284,7 +299,7 @@ def _explained(name: str, what: str, trusted: bool = False) -> Iterator[None]:
 
     Args:
         name: folder or Hub id that is loaded.
-        what: "model" or "processor".
+        what: "model", "processor" or "tokenizer".
         trusted: the caller allows the code of this folder.
     """
     folder = Path(name)

@@ -4,7 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 from mmkd.errors import CheckpointError, MmkdError
-from mmkd.modeling.loading import load_pretrained_processor
+from mmkd.modeling.loading import load_tokenizer
 from mmkd.recipe import ModelConfig
 
 
@@ -28,10 +28,10 @@ def check_own_tokens(
     """
     own = None
     with suppress(MmkdError):
-        own = load_pretrained_processor(name, revision=revision, trust_remote_code=trusted)
+        own = load_tokenizer(name, revision=revision, trust_remote_code=trusted)
     if own is None:
         return
-    mine, given = ({i: t for t, i in x.tokenizer.get_vocab().items()} for x in (own, processor))
+    mine, given = ({i: t for t, i in x.get_vocab().items()} for x in (own, processor.tokenizer))
     differing = [i for i in mine.keys() & given.keys() if mine[i] != given[i]]
     if differing:
         at = min(differing)

@@ -59,8 +59,8 @@ class DivergenceConfig(HeadObjectiveConfig):
 
     acceptance: bool = Field(
         False,
-        description="report the share of the teacher's tokens that speculative decoding would "
-        "accept from the student, 1 - tvd at temperature 1",
+        description="report the share of the student's tokens that its teacher would accept in "
+        "speculative decoding, 1 - tvd at temperature 1",
     )
 
     @property

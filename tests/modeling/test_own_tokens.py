@@ -57,3 +57,15 @@ def test_a_model_without_a_tokenizer_takes_any(tiny_model_dir, other, tmp_path):
         path.unlink()
     for check in ways(bare, other).values():
         check()
+
+
+@pytest.mark.parametrize("way", ["student", "teacher", "answers", "python"])
+def test_a_model_whose_own_processor_cannot_be_loaded_is_checked(
+    way, tiny_model_dir, other, tmp_path
+):
+    """For example without torchvision, which many processors need."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    for path in [*model.glob("*processor*"), *model.glob("chat_template*")]:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=SAID.replace("|", r"\|")):
+        ways(model, other)[way]()

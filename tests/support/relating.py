@@ -1,8 +1,15 @@
 """A batch of three sequences with images, prompts and responses, and tensors for its tokens."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from mmkd.objectives import Targets
+from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+from tests.support.recipes import tiny_recipe
 
 B, T = 3, 7
 LAYOUT = ["vvpprr.", "vpprrrr", "pprrr.."]
@@ -18,3 +25,25 @@ TARGETS = Targets(torch.zeros(B, T, dtype=torch.long), mask("vpr"), mask("r"), m
 def normal(*shape, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+
+def losses_of_training(
+    scenes_dir: Path, tiny_model_dir: Path, folder: Path, objective: dict[str, Any]
+) -> list[float]:
+    """Losses of five steps by one objective; every step has all records."""
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        folder,
+        teacher={"model": str(tiny_model_dir)},
+        student={
+            "model": str(tiny_model_dir),
+            "convert": [
+                {"kind": "width_pruning", "decoder": 16},
+                {"kind": "mamba", "layers": [1], "init": "mimic"},
+            ],
+        },
+        stage={"objectives": [objective], "batch": {"size": 64}, "steps": 5},
+    )
+    lines = (pipeline.run(load_recipe(raw)) / "01-mimic" / "metrics.jsonl").read_text()
+    return [json.loads(line)["loss"] for line in lines.splitlines()]
