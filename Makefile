@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A third worker runs where the tests of two others wait for processes.
-TEST_WORKERS ?= 3
+# Two processes or test workers share the cores: more threads each would only slow them down.
+TEST_WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
