@@ -29,7 +29,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.stream import BatchStream
 from mmkd.engines import build_engine
 from mmkd.engines.optim import build_optimizer
-from mmkd.engines.zero import Root
+from mmkd.engines.root import Root
 from mmkd.modeling.capture import capture
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Signals, build_objective

@@ -29,7 +29,7 @@ GROUPS = {
     FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.
-KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES}
+KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES, "loss": OBJECTIVES}
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 MOST_TOLD = 10**5

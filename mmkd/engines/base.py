@@ -101,6 +101,11 @@ class Engine(Protocol):
         every rank calls it."""
         ...
 
+    def own_weights(self) -> dict[str, Tensor] | None:
+        """The state dict of the modules of objectives, by the objective's name; None on all ranks
+        but the first. Every rank calls it."""
+        ...
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         ...

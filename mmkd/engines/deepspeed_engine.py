@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from mmkd.engines.base import Scored, StepResult
 from mmkd.engines.common import EngineBase
 from mmkd.engines.optim import forward_schedule
+from mmkd.engines.root import OBJECTIVES, STUDENT, Root
 from mmkd.engines.state import (
     OPTIMIZER,
     WEIGHTS,
@@ -32,7 +33,7 @@ from mmkd.engines.state import (
     optimizer_tensors,
     saved_buffers,
 )
-from mmkd.engines.zero import Root, gathered, start
+from mmkd.engines.zero import gathered, start
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
@@ -43,8 +44,8 @@ class DeepSpeedEngine(EngineBase):
     """Implements `Engine`; stages 0 to 3.
 
     Args:
-        model: the student, loaded in full on every rank; its weights belong to the engine from here
-            on.
+        root: the student with the modules of objectives, in full on every rank; the weights belong
+            to the engine from here on.
         optimizer: over the trainable parameters.
         schedule: of that optimizer's learning rate; the engine steps it.
         config: DeepSpeed's, with every value resolved.
@@ -54,7 +55,7 @@ class DeepSpeedEngine(EngineBase):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        root: Root,
         optimizer: Optimizer,
         schedule: LRScheduler,
         *,
@@ -64,16 +65,14 @@ class DeepSpeedEngine(EngineBase):
     ):
         super().__init__(device, precision)
         deepspeed = start(device)
-        self.model = model
+        self.root, self.model = root, root.model
         self.schedule = schedule
         self.zero: int = config["zero_optimization"]["stage"]
         self._optimizer = optimizer
-        self._dtypes = {name: t.dtype for name, t in model.state_dict().items()}
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        self.engine, *_ = deepspeed.initialize(
-            model=Root(model), optimizer=optimizer, config=config
-        )
-        for name, buffer in model.named_buffers():
+        self._dtypes = {name: t.dtype for name, t in root.state_dict().items()}
+        buffers = {name: b.clone() for name, b in root.named_buffers()}
+        self.engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=config)
+        for name, buffer in root.named_buffers():
             buffer.data = buffers[name].to(device)  # weights in bfloat16, positions not
 
     def forward(
@@ -136,20 +135,20 @@ class DeepSpeedEngine(EngineBase):
 
     def _whole_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
+            [p.grad for p in self.root.parameters() if p.grad is not None]
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.zero == 0:
-            yield from changing_weights(self.model)
-            yield from optimizer_tensors(self.model, self._optimizer)
+            yield from changing_weights(self.root)
+            yield from optimizer_tensors(self.root, self._optimizer)
             return
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in self.root.by_name().items() if p.requires_grad}
         for name, parameter in trainable.items():
             yield f"{WEIGHTS}/{name}", safe_get_full_fp32_param(parameter)
-        yield from saved_buffers(self.model)
+        yield from saved_buffers(self.root)
         states, step = self._states()
         self._link_states()
         for name, parameter in trainable.items():
@@ -169,8 +168,8 @@ class DeepSpeedEngine(EngineBase):
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
         if self.zero == 0:
-            load_weights(self.model, saved)
-            load_optimizer(self.model, self._optimizer, saved)
+            load_weights(self.root, saved)
+            load_optimizer(self.root, self._optimizer, saved)
         else:
             self._restore_sharded(saved, steps)
         forward_schedule(self.schedule, steps)
@@ -178,20 +177,20 @@ class DeepSpeedEngine(EngineBase):
     @torch.no_grad()
     def restore_weights(self, saved: Mapping[str, Tensor]) -> None:
         if self.zero == 0:
-            load_weights(self.model, saved)
+            load_weights(self.root, saved)
         else:
             self._restore_sharded_weights(saved)
 
     def _restore_sharded_weights(self, saved: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.root.by_name().items():
             if parameter.requires_grad:
                 weight = saved[f"{WEIGHTS}/{name}"].to(self.device)
                 with self._gathered([parameter], changed=True):
                     parameter.data.copy_(weight)
                 safe_set_full_fp32_param(parameter, weight)
-        for key, buffer in saved_buffers(self.model):
+        for key, buffer in saved_buffers(self.root):
             buffer.copy_(saved[key])
 
     def _restore_sharded(self, saved: Mapping[str, Tensor], steps: int) -> None:
@@ -201,7 +200,7 @@ class DeepSpeedEngine(EngineBase):
         self._link_states()
         self._restore_sharded_weights(saved)
         states, _ = self._states()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.root.by_name().items():
             for state in states if parameter.requires_grad else []:
                 value = saved.get(f"{OPTIMIZER}/{name}/{state}")
                 if value is not None:  # torch keeps no states of what has no gradient
@@ -246,12 +245,20 @@ class DeepSpeedEngine(EngineBase):
     ) -> AbstractContextManager:
         return gathered(parameters, changed=changed) if self.zero == 3 else nullcontext()
 
-    @torch.no_grad()
     def weights(self) -> dict[str, Tensor] | None:
+        return self._whole(STUDENT)
+
+    def own_weights(self) -> dict[str, Tensor] | None:
+        return self._whole(OBJECTIVES)
+
+    @torch.no_grad()
+    def _whole(self, part: str) -> dict[str, Tensor] | None:
+        """The state dict of one part of the root; None on all ranks but the first."""
         from deepspeed.utils import safe_get_full_fp32_param
 
+        module = self.root.get_submodule(part)
         whole: dict[int, Tensor] = {}  # shared parameters once
-        for parameter in self.model.parameters():
+        for parameter in module.parameters():
             master = None
             if parameter.requires_grad and self.zero > 0:
                 master = safe_get_full_fp32_param(parameter)
@@ -260,10 +267,15 @@ class DeepSpeedEngine(EngineBase):
                     whole[id(parameter)] = (parameter if master is None else master).detach().cpu()
         if self.rank > 0:
             return None
-        named = {n: whole[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
-        named |= dict(self.model.named_buffers())
-        return {name: named[name].to(dtype) for name, dtype in self._dtypes.items()}
+        named = {n: whole[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
+        named |= dict(module.named_buffers())
+        dtypes = {
+            name.removeprefix(f"{part}."): dtype
+            for name, dtype in self._dtypes.items()
+            if name.startswith(f"{part}.")
+        }
+        return {name: named[name].to(dtype) for name, dtype in dtypes.items()}
 
     def close(self) -> None:
-        self.model.eval()
+        self.root.eval()
         self.engine.destroy()

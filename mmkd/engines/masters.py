@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mmkd.engines.root import Root
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -20,18 +22,19 @@ def needs_master(parameter: Tensor) -> bool:
 
 
 class Masters:
-    """The float32 copies of a student's trainable 16-bit weights; empty for a float32 student.
+    """The float32 copies of trainable 16-bit weights; empty for a float32 student.
 
     Frozen weights, and trainable ones in float32 such as adapters, have none.
 
     Args:
-        model: on its device, its trainable weights chosen. From here on `grad` of a weight that
-            has a copy stays None: it is added to the copy's.
+        module: the student with the modules of objectives, on its device, its trainable weights
+            chosen. From here on `grad` of a weight that has a copy stays None: it is added to the
+            copy's.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, module: nn.Module):
         self._masters = {
-            p: nn.Parameter(p.detach().float()) for p in model.parameters() if needs_master(p)
+            p: nn.Parameter(p.detach().float()) for p in module.parameters() if needs_master(p)
         }
         self._hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in self._masters]
 
@@ -42,13 +45,13 @@ class Masters:
         """What the optimizer changes in place of a weight: its copy, or the weight itself."""
         return self._masters.get(parameter, parameter)
 
-    def parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """The model's parameters in order, copies in place of those that have one."""
-        return (self.of(p) for p in model.parameters())
+    def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
+        """A module's parameters in order, copies in place of those that have one."""
+        return (self.of(p) for p in module.parameters())
 
-    def named(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The same by the names of the model's parameters."""
-        return {name: self.of(p) for name, p in model.named_parameters()}
+    def named(self, root: Root) -> dict[str, nn.Parameter]:
+        """The same of all parameters, by name."""
+        return {name: self.of(p) for name, p in root.by_name().items()}
 
     def close(self) -> None:
         """Leave the model's gradients to it again."""

@@ -3,7 +3,7 @@
 Those of transformers are imported where they are used: their module imports peft and accelerate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,20 +16,29 @@ from mmkd.recipe.context import StageContext
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool = False
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    own: Sequence[tuple[Iterable[nn.Parameter], float | None]] = (),
+    fused: bool = False,
 ) -> Optimizer:
     """The optimizer over the trainable parameters; vectors get no weight decay.
 
     Args:
         parameters: of the student.
         config: of the stage.
+        own: parameters of objectives with their learning rate; None for the stage's.
         fused: one kernel a step for adam and adamw, on GPUs and for states that wait on the CPU.
     """
-    trainable = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    for members, rate in ((parameters, None), *own):
+        trainable = [p for p in members if p.requires_grad]
+        for decay, params in (
+            (config.weight_decay, [p for p in trainable if p.dim() >= 2]),
+            (0.0, [p for p in trainable if p.dim() < 2]),
+        ):
+            lr = config.lr if rate is None else rate
+            groups.append({"params": params, "weight_decay": decay, "lr": lr})
     groups = [g for g in groups if g["params"]]
     match config.kind:
         case "adamw" | "adam":

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel
 
 from mmkd.engines.base import Scored, StepResult
 from mmkd.engines.common import EngineBase
 from mmkd.engines.masters import Masters
 from mmkd.engines.optim import forward_schedule
+from mmkd.engines.root import Root
 from mmkd.engines.state import changing_weights, load_optimizer, load_weights, optimizer_tensors
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
@@ -37,8 +37,8 @@ class TorchEngine(EngineBase):
     """Implements `Engine`; gradients are summed over ranks once per step.
 
     Args:
-        model: the student.
-        optimizer: over its trainable parameters, or their float32 copies.
+        root: the student with the modules of objectives.
+        optimizer: over their trainable parameters, or the float32 copies of these.
         schedule: of the optimizer's learning rate.
         device: of this rank.
         precision: of forwards.
@@ -48,7 +48,7 @@ class TorchEngine(EngineBase):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        root: Root,
         optimizer: Optimizer,
         schedule: LRScheduler,
         *,
@@ -58,7 +58,7 @@ class TorchEngine(EngineBase):
         masters: Masters | None = None,
     ):
         super().__init__(device, precision)
-        self.model = model
+        self.root, self.model = root, root.model
         self.optimizer = optimizer
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
@@ -86,12 +86,12 @@ class TorchEngine(EngineBase):
         request: CaptureRequest = OUTPUTS_ONLY,
     ) -> Scored:
         self._between()
-        self.model.eval()
+        self.root.eval()
         try:
             with self.autocast():
                 return score(capture(self.model, inputs, request))
         finally:
-            self.model.train()
+            self.root.train()
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -137,22 +137,25 @@ class TorchEngine(EngineBase):
             _all_reduce(bucket)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from changing_weights(self.model, self.masters)
-        yield from optimizer_tensors(self.model, self.optimizer, self.masters)
+        yield from changing_weights(self.root, self.masters)
+        yield from optimizer_tensors(self.root, self.optimizer, self.masters)
 
     def restore(self, saved: Mapping[str, Tensor], steps: int) -> None:
-        load_weights(self.model, saved, self.masters)
-        load_optimizer(self.model, self.optimizer, saved, self.masters)
+        load_weights(self.root, saved, self.masters)
+        load_optimizer(self.root, self.optimizer, saved, self.masters)
         forward_schedule(self.schedule, steps)
 
     def restore_weights(self, saved: Mapping[str, Tensor]) -> None:
-        load_weights(self.model, saved)
+        load_weights(self.root, saved)
 
     def weights(self) -> dict[str, Tensor] | None:
         return self.model.state_dict() if self.rank == 0 else None
 
+    def own_weights(self) -> dict[str, Tensor] | None:
+        return self.root.objectives.state_dict() if self.rank == 0 else None
+
     def close(self) -> None:
-        self.model.eval()
+        self.root.eval()
         if self.masters is not None:
             self.masters.close()
 

@@ -3,18 +3,14 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
 
 from mmkd.runtime import distributed
-
-Result = TypeVar("Result")
 
 _group: Any = None
 
@@ -53,18 +49,6 @@ def _forget_old_groups() -> None:
     if dist.group.WORLD is not _group:
         groups._WORLD_GROUP = None
         _group = dist.group.WORLD
-
-
-class Root(nn.Module):
-    """Runs whatever reads a model inside of one module's forward: DeepSpeed gathers weights for the
-    modules that it sees run, and those that are read from outside belong to this one."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[PreTrainedModel], Result]) -> Result:
-        return run(self.model)
 
 
 def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> AbstractContextManager:

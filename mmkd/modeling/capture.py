@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import CheckpointError
 from mmkd.modeling.adapters import effective_weight
+from mmkd.modeling.capture_exits import record_exits
 from mmkd.modeling.capture_layers import record_layers
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import RouterSignals, Signals
@@ -76,6 +77,7 @@ def capture(
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
         recorder = stack.enter_context(record_layers(model, request))
+        exits = stack.enter_context(record_exits(model, request.exits))
         if request.stops_early:
             _run_recorded_layers(model, inputs, request.layers)
             hidden = entering[0][..., :0]
@@ -91,6 +93,7 @@ def capture(
         recorder.signals("mixer"),
         recorder.signals("block"),
         routers,
+        exits=exits.signals(),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmkd.errors import RecipeError
-from mmkd.objectives import LayerSignals, Layerwise, Objective
+from mmkd.objectives import Exit, LayerSignals, Layerwise, Objective
 
 Run = Literal["free", "mixer", "block"]
 """Kind of a run of a decoder layer, see `mmkd.modeling.capture_layers`."""
@@ -27,6 +27,7 @@ class CaptureRequest:
         forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
         forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
         free: the free run is needed, so a forced run is an additional run.
+        exits: places where the output head is read after a decoder layer.
         outputs: final hidden states are needed. If not, the forward pass stops after the last of
             `layers`.
     """
@@ -37,6 +38,7 @@ class CaptureRequest:
     forced_mixers: Mapping[int, LayerSignals] = field(default_factory=dict)
     forced_blocks: Mapping[int, LayerSignals] = field(default_factory=dict)
     free: bool = True
+    exits: frozenset[Exit] = frozenset()
     outputs: bool = True
 
     @property
@@ -61,6 +63,7 @@ class LayerPlan:
         forced_blocks: student layers that run on the input of the teacher's layer.
         matrices: student layers whose mixing matrix is read.
         projections: queries, keys and values are needed.
+        exits: places where the student's output head is read.
     """
 
     pairs: dict[int, int] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class LayerPlan:
     forced_blocks: frozenset[int] = frozenset()
     matrices: frozenset[int] = frozenset()
     projections: bool = False
+    exits: frozenset[Exit] = frozenset()
 
     @property
     def forced(self) -> frozenset[int]:
@@ -111,6 +115,7 @@ class LayerPlan:
                 mine for o in layerwise if "matrices" in o.needs for mine, _ in o.pairs
             ),
             projections=any("projections" in o.needs for o in objectives),
+            exits=frozenset(place for o in objectives for place in o.exits),
         )
 
     def teacher_request(self) -> CaptureRequest:
@@ -139,4 +144,5 @@ class LayerPlan:
             forced_mixers=forced(self.forced_mixers),
             forced_blocks=forced(self.forced_blocks),
             free=self.free,
+            exits=self.exits,
         )

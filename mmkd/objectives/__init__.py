@@ -14,6 +14,9 @@ from mmkd.objectives.registry import OBJECTIVES, add_objective
 if TYPE_CHECKING:
     from mmkd.objectives.balance import expert_counts
     from mmkd.objectives.base import (
+        DecoderParts,
+        Exit,
+        ExitSignals,
         LayerSignals,
         Objective,
         Outcome,
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "balance": ("expert_counts",),
     "base": (
+        "DecoderParts",
+        "Exit",
+        "ExitSignals",
         "LayerSignals",
         "Objective",
         "Outcome",
@@ -76,6 +82,9 @@ __all__ = [
     "ChunkTokens",
     "Chunks",
     "CrossEntropy",
+    "DecoderParts",
+    "Exit",
+    "ExitSignals",
     "HeadObjective",
     "HeadObjectiveConfig",
     "LayerSignals",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.objectives.base_settings import Need, ObjectiveConfig, Region
 from mmkd.objectives.chunks import Chunks
@@ -56,6 +56,49 @@ class LayerSignals:
 
 
 @dataclass(frozen=True)
+class DecoderParts:
+    """Modules of a decoder, from which objectives make modules of their own.
+
+    Attributes:
+        layers: the decoder layers.
+        final_norm: the norm after the last one; None if it is not known.
+        width: of the residual stream.
+    """
+
+    layers: Sequence[nn.Module]
+    final_norm: nn.Module | None
+    width: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A place after a decoder layer of the student where the output head is read.
+
+    Attributes:
+        layer: index of the decoder layer.
+        block: a further decoder layer, which runs on the layer's output; None for none.
+        norm: is applied last, in place of the decoder's final norm; None for the final norm.
+    """
+
+    layer: int
+    block: nn.Module | None = None
+    norm: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class ExitSignals:
+    """What an exit reads.
+
+    Attributes:
+        hidden: [B, T, H], the input of the output head.
+        share: share of the decoder's layers that have run.
+    """
+
+    hidden: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class RouterSignals:
     """Tensors of one sparse layer.
 
@@ -85,6 +128,7 @@ class Signals:
         routers: sparse layers by index.
         own_hidden: [B, T', H] or None, final hidden states at the teacher's own tokens, if its
             tokens differ from the student's. `hidden` is then aligned with the student's tokens.
+        exits: the exits that objectives read.
     """
 
     hidden: Tensor
@@ -96,6 +140,7 @@ class Signals:
     forced_blocks: dict[int, LayerSignals] = field(default_factory=dict)
     routers: dict[int, RouterSignals] = field(default_factory=dict)
     own_hidden: Tensor | None = None
+    exits: dict[Exit, ExitSignals] = field(default_factory=dict)
 
     def detached(self) -> "Signals":
         """The same signals, with the head's weight and bias detached from the graph."""
@@ -119,6 +164,10 @@ class Signals:
             },
             routers={i: replace(r, logits=r.logits[:batch_size]) for i, r in self.routers.items()},
             own_hidden=None if self.own_hidden is None else self.own_hidden[:batch_size],
+            exits={
+                place: replace(read, hidden=read.hidden[:batch_size])
+                for place, read in self.exits.items()
+            },
         )
 
 
@@ -266,7 +315,9 @@ class Objective:
             micro-batch must hold at least two.
         any_vocabulary: the teacher may have another tokenizer, because the objective reads image
             tokens or chunks only.
-        compares_widths: the objective compares decoder layers of equal widths.
+        accepts_stored_rows: the objective can read the output distributions of a teacher's cache.
+        own: modules whose parameters train with the student, made by `own_modules`; None if the
+            objective has none.
         teacher: name of the teacher that it compares with, if there are several.
         sources: indices of the data sources whose records it covers; None for all.
     """
@@ -275,7 +326,7 @@ class Objective:
     relates_tokens: ClassVar[bool] = False
     relates_records: ClassVar[bool] = False
     any_vocabulary: ClassVar[bool] = False
-    compares_widths: ClassVar[bool] = False
+    accepts_stored_rows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -307,6 +358,7 @@ class Objective:
         self.teacher_attention_layers = list(teacher_attention_layers)
         self.head_memory = head_memory
         self.head_backend = head_backend
+        self.own: nn.Module | None = None
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
 
@@ -340,6 +392,29 @@ class Objective:
     def pairs(self) -> list[tuple[int, int]]:
         """Indices of the decoder layers that it compares: (student layer, teacher layer)."""
         return []
+
+    @property
+    def compares_widths(self) -> bool:
+        """Whether it compares decoder layers of equal widths."""
+        return False
+
+    @property
+    def exits(self) -> list[Exit]:
+        """The exits of the student that it reads."""
+        return []
+
+    def own_modules(self, student: DecoderParts, teacher: DecoderParts | None) -> nn.Module | None:
+        """Make the modules that belong to the objective, such as a map between widths.
+
+        They train with the student. They are a part of checkpoints, and neither of the student's
+        folder nor of a release. The modules must be called in every forward pass, also if the
+        batch has no rows, because processes gather sharded weights together.
+
+        Args:
+            student: its modules before the stage, with all weights. They must be copied to be used.
+            teacher: those of the primary teacher; None if its model does not run.
+        """
+        return None
 
     @property
     def forced(self) -> Literal["mixer", "block"] | None:

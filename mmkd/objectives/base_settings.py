@@ -33,8 +33,7 @@ class ObjectiveConfig(Bounded):
     """Base class of settings of objectives, with the inputs that the objective requires.
 
     A subclass defines `needs` and `reads_hidden`: as a `ClassVar` if they are constant, as a
-        property
-    if they depend on other settings.
+    property if they depend on other settings.
     """
 
     weight: float = Field(
@@ -59,6 +58,17 @@ class ObjectiveConfig(Bounded):
         return ()
 
     @property
+    def output_loss(self) -> "HeadObjectiveConfig | None":
+        """Settings of the loss with which the objective compares the output of a teacher's head;
+        None if it compares something else."""
+        return None
+
+    @property
+    def trains_own(self) -> bool:
+        """Whether the objective has parameters of its own, which train with the student."""
+        return False
+
+    @property
     def metric_name(self) -> str:
         """The objective's name in metrics and messages."""
         return self.name or str(getattr(self, "kind"))  # noqa: B009
@@ -67,7 +77,7 @@ class ObjectiveConfig(Bounded):
     def compares_outputs(self) -> bool:
         """Whether the objective compares only the input or output of a teacher's head. Such
         objectives use all teachers if there are several."""
-        on_outputs = isinstance(self, HeadObjectiveConfig) or bool(self.reads_hidden)
+        on_outputs = self.output_loss is not None or bool(self.reads_hidden)
         return on_outputs and "teacher" in self.needs
 
     @model_validator(mode="after")
@@ -81,3 +91,24 @@ class ObjectiveConfig(Bounded):
 
 class HeadObjectiveConfig(ObjectiveConfig):
     """Settings of a `HeadObjective`, a loss on the head's output."""
+
+    @property
+    def output_loss(self) -> "HeadObjectiveConfig":
+        return self
+
+
+class OwnParametersConfig(ObjectiveConfig):
+    """Settings of an objective that can have parameters of its own."""
+
+    lr: float | None = Field(
+        None,
+        gt=0,
+        le=1e3,
+        description="learning rate of the objective's own parameters; the stage's by default",
+    )
+
+    @model_validator(mode="after")
+    def _has_parameters_for_lr(self) -> "OwnParametersConfig":
+        if self.lr is not None and not self.trains_own:
+            raise ValueError("'lr' is for parameters of its own, and it has none -- leave it out")
+        return self

@@ -7,14 +7,8 @@ from mmkd.objectives.balance import Balance, RouterZ
 from mmkd.objectives.base import Objective
 from mmkd.objectives.base_settings import ObjectiveConfig
 from mmkd.objectives.cross_tokenizer import Alm, Uld
-from mmkd.objectives.divergence import (
-    AlphaDivergence,
-    BalancedKl,
-    Divergence,
-    Enhanced,
-    Jsd,
-    SkewDivergence,
-)
+from mmkd.objectives.divergence import DIVERGENCES
+from mmkd.objectives.exits import Exits
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Matrix, MixerMse
 from mmkd.objectives.minilm import MiniLm
@@ -26,12 +20,8 @@ from mmkd.ops import CHUNK_BYTES
 
 CLASSES: tuple[type[Objective], ...] = (
     CrossEntropy,
-    Divergence,
-    Jsd,
-    SkewDivergence,
-    AlphaDivergence,
-    BalancedKl,
-    Enhanced,
+    *DIVERGENCES,
+    Exits,
     Alm,
     Uld,
     Relation,

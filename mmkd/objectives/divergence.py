@@ -74,3 +74,13 @@ class Enhanced(Divergence):
 
     def head_loss(self, targets: Targets) -> HeadLoss:
         return replace(super().head_loss(targets), targets=targets.next_ids().flatten())
+
+
+DIVERGENCES: tuple[type[Divergence], ...] = (
+    Divergence,
+    Jsd,
+    SkewDivergence,
+    AlphaDivergence,
+    BalancedKl,
+    Enhanced,
+)

@@ -52,7 +52,10 @@ class Layerwise(Objective):
     """Base class: a distance per token, averaged over pairs of layers."""
 
     config: LayerwiseConfig
-    compares_widths = True
+
+    @property
+    def compares_widths(self) -> bool:
+        return True
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -39,7 +39,10 @@ class MiniLm(Layerwise):
     config_class = MiniLmConfig
     relates_tokens = True
     config: MiniLmConfig
-    compares_widths = False
+
+    @property
+    def compares_widths(self) -> bool:
+        return False
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -56,10 +56,10 @@ def _one_pass(
     if isinstance(teacher, StoredSignals):
         theirs = teacher.rows
     else:
-        theirs = None if teacher is None else _head(teacher)
+        theirs = None if teacher is None else head_of(teacher)
     how = objectives[0]  # all objectives of a stage have the same head_memory and head_backend
     total, sums = head_losses(
-        _head(student),
+        head_of(student),
         [*losses, *measured.values()],
         theirs,
         memory=how.head_memory,
@@ -77,7 +77,8 @@ def _rows(loss: HeadLoss) -> Tensor:
     return loss.mask.sum()
 
 
-def _head(signals: Signals) -> Head:
+def head_of(signals: Signals) -> Head:
+    """The head with the final hidden states, as rows [B * T, H]."""
     return Head(signals.hidden.flatten(0, 1), signals.head_weight, signals.head_bias)
 
 
@@ -134,8 +135,10 @@ def score(
         if isinstance(objective, HeadObjective):
             continue
         theirs = asked(objective.teacher)
-        live = theirs.signals if isinstance(theirs, StoredSignals) else theirs
-        outcome = objective(student, live, targets.of(objective.sources), counts[objective.name])
+        if isinstance(theirs, StoredSignals) and not objective.accepts_stored_rows:
+            theirs = theirs.signals
+        covered = targets.of(objective.sources)
+        outcome = objective(student, theirs, covered, counts[objective.name])  # type: ignore[arg-type]
         terms.append(objective.config.weight * outcome.loss)
         said[objective.name] = outcome.loss.detach()
         metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}

@@ -26,6 +26,7 @@ from mmkd.objectives.divergence_settings import (
     JsdConfig,
     SkewConfig,
 )
+from mmkd.objectives.exit_settings import ExitsConfig
 from mmkd.runtime.fields import LEAST_TEMPERATURE
 
 BinaryKind = Literal["kl", "reverse_kl", "tvd"]
@@ -343,6 +344,7 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     AlphaConfig,
     BalancedKlConfig,
     EnhancedConfig,
+    ExitsConfig,
     AlmConfig,
     UldConfig,
     RelationConfig,

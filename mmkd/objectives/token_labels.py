@@ -6,9 +6,8 @@ P are the image tokens inside of an object's box, w_t is the token of that objec
 output head. With `background`, P also contains the other tokens of the image, and their label is
 the end-of-turn token. At `connector`, h is the connector's output and n scales it to a root mean
 square of 1: the image tokens move towards the head's weights of their names, which with tied
-    embeddings
-are the decoder's embeddings of these words. At `decoder`, h is the final hidden state and n is the
-identity.
+embeddings are the decoder's embeddings of these words. At `decoder`, h is the final hidden state
+and n is the identity.
 
 This is dense supervision of the vision tower, similar to token labelling (Jiang et al. 2021,
 arXiv 2104.10858). It needs records with `objects` (name and box).

@@ -13,6 +13,7 @@ from mmkd.engines.build import check_engine
 from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
+from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.layer_checks import check_layers
 from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.loading import load_processor
@@ -25,6 +26,7 @@ from mmkd.students.moe import check_experts
 from mmkd.teachers.check import check_further, check_quantized, check_teacher
 from mmkd.teachers.reference import check_reference
 from mmkd.teachers.stored import check_stored, open_store
+from mmkd.training.objective_modules import check_own
 from mmkd.training.on_policy import check_on_policy
 from mmkd.training.trackers import check_trackers
 from mmkd.training.validation_setup import check_validation
@@ -36,6 +38,8 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_stored,
     check_experts,
     check_layers,
+    check_exits,
+    check_own,
     check_trained,
     check_engine,
     check_budget,

@@ -7,7 +7,7 @@ runs/<name>/
     training.yaml               what is trained here; another recipe may not continue it
     00-start/student/           from-scratch or converted students only
     01-<stage>/                 metrics.jsonl  validation.jsonl  skipped.jsonl  inputs.json
-                                checkpoints/  student/  done.json
+                                checkpoints/  student/  objectives.safetensors  done.json
       start/student/            what a stage that converts starts from
     replaced/                   what a recipe that has changed since has replaced
   evaluation/<label>/           results.json  request.json  samples/  answers.json  decode.json
@@ -84,6 +84,11 @@ class StageFolder(StudentFolder):
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def objectives(self) -> Path:
+        """Weights of the modules that belong to objectives, if there are any."""
+        return self.path / "objectives.safetensors"
 
     @property
     def metrics(self) -> Path:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
-from mmkd.engines.zero import Root, gathered, start
+from mmkd.engines.root import Root
+from mmkd.engines.zero import gathered, start
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals

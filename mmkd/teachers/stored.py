@@ -8,7 +8,7 @@ from mmkd.cache import Store, processor_hash
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
-from mmkd.objectives import HeadObjectiveConfig, ObjectiveConfig, Signals, StoredSignals
+from mmkd.objectives import ObjectiveConfig, Signals, StoredSignals
 from mmkd.objectives.divergence_settings import DivergenceConfig
 from mmkd.recipe import StageConfig, TeacherConfig
 from mmkd.recipe.context import StageContext
@@ -63,14 +63,15 @@ def check_storable(
                 where=where,
                 hint="set 'hidden: true' in teacher.cache and build it, or teacher.source to live",
             )
-        if not isinstance(objective, HeadObjectiveConfig) and not objective.reads_hidden:
+        loss = objective.output_loss
+        if loss is None and not objective.reads_hidden:
             raise RecipeError(
                 "it needs tensors that a teacher's cache does not contain",
                 where=where,
                 hint=LIVE,
             )
-        if isinstance(objective, DivergenceConfig) and objective.rest == "cell":
-            _check_temperature(objective.temperature_of_teacher, where)
+        if isinstance(loss, DivergenceConfig) and loss.rest == "cell":
+            _check_temperature(loss.temperature_of_teacher, where)
     if objectives and stage.on_policy is not None:
         raise RecipeError(
             "a teacher's cache does not contain the student's own answers",
@@ -135,7 +136,7 @@ def check_stored(context: StageContext) -> None:
     check_storable(context.stage, [o.config for o in reading], hidden=store.hidden is not None)
     held, length = store.manifest["max_length"], context.data.max_length
     for objective in reading:
-        _check_tokens(objective.config, store.manifest["k"], context.at(objective))
+        _check_tokens(objective.config.output_loss, store.manifest["k"], context.at(objective))
         regions, wanted = store.manifest["regions"], [getattr(objective.config, "region", None)]
         if objective.reads_hidden and store.hidden is not None:
             regions, wanted = store.hidden["regions"], [*objective.reads_hidden]
@@ -148,11 +149,10 @@ def check_stored(context: StageContext) -> None:
             )
 
 
-def _check_tokens(objective: ObjectiveConfig, stored: int, where: str) -> None:
-    if isinstance(objective, DivergenceConfig) and (objective.top_k or 1) > stored:
+def _check_tokens(loss: ObjectiveConfig | None, stored: int, where: str) -> None:
+    if isinstance(loss, DivergenceConfig) and (loss.top_k or 1) > stored:
         raise RecipeError(
-            f"the teacher's cache has {stored} tokens of a distribution, it needs "
-            f"{objective.top_k}",
+            f"the teacher's cache has {stored} tokens of a distribution, it needs {loss.top_k}",
             where=where,
             hint="lower top_k, or build the cache with a larger teacher.cache.k",
         )

@@ -36,6 +36,7 @@ from mmkd.teachers import (
     store,
 )
 from mmkd.training.callbacks import Callback
+from mmkd.training.objective_modules import build_own, write_own
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
 from mmkd.training.shared_vision import SharedVision, share_vision
@@ -78,6 +79,7 @@ def build_stage(inputs: StageInputs) -> Stage:
     set_seed(inputs.seed)  # first, because new adapters and dropout use random numbers
     device = distributed.choose_device(config.engine.device)
     alone = _objectives_of(inputs)
+    modules = build_own(alone, student, teachers.primary_model(student))
     objectives = ask_each(alone, teachers.settings, inputs.data)
     # Before `_prepare_student`, because a copy of the student must not have adapters.
     own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
@@ -95,7 +97,7 @@ def build_stage(inputs: StageInputs) -> Stage:
     stream = _stream_of(config, encoder, inputs.seed)
     steps = config.steps or stream.steps_in(config.epochs or 1.0)
     vision = _prepare_student(inputs, asked, objectives, encoder, device)
-    engine = build_engine(config, student, steps, device)
+    engine = build_engine(config, student, steps, device, modules)
     # After the engine, which decides the precision.
     if isinstance(reference, LiveReference) and reference.once:
         reference = store(reference, stream, steps, inputs.folder, engine.autocast)
@@ -226,12 +228,13 @@ def run_stage(inputs: StageInputs, *, write: bool = True) -> Metrics:
         done = {"steps": steps, "metrics": metrics}
         if stage.validation is not None:
             done["validation"] = stage.validation.finish(stage.engine, steps)
-        weights = stage.engine.weights()
+        weights, own_weights = stage.engine.weights(), stage.engine.own_weights()
         stage.engine.close()
         if stage.engine.rank == 0 and write:
             files = StageFolder(inputs.folder)
             lora = inputs.config.train.lora
             write_student(inputs.student, inputs.processor, files.student, weights, lora)
+            write_own(files.objectives, own_weights or {})
             write_json(files.done, done)
         stage.engine.barrier()
     return metrics

@@ -9,6 +9,7 @@ from .mixer import INHERITED, QKV, Mamba2Mixer
 from .moe import SparseFfn
 
 FEED_FORWARD = ("mlp", "feed_forward")  # names of the feed-forward network in decoder layers
+FINAL_NORM = ("norm", "final_layernorm")  # names of the norm after the last decoder layer
 CONNECTOR_IN_TOWER = ("merger",)  # the connector of Qwen-VL is a part of its vision tower
 
 
@@ -22,6 +23,7 @@ class Parts:
         vision: the vision tower, or None for a text model.
         vision_layers: its layers, or None.
         head: the output embedding; may share its weight with the input embedding.
+        final_norm: the norm after the last decoder layer, or None.
     """
 
     decoder: nn.Module
@@ -29,6 +31,7 @@ class Parts:
     vision: nn.Module | None
     vision_layers: nn.ModuleList | None
     head: nn.Module
+    final_norm: nn.Module | None = None
 
 
 def find_parts(model: PreTrainedModel) -> Parts:
@@ -44,7 +47,9 @@ def find_parts(model: PreTrainedModel) -> Parts:
     decoder_layers = _layers(decoder)
     if head is None or decoder_layers is None:
         raise ValueError(f"{type(model).__name__} has no decoder layers or no output head")
-    return Parts(decoder, decoder_layers, vision, _layers(vision), head)
+    norms = [getattr(decoder, name, None) for name in FINAL_NORM]
+    final_norm = next((n for n in norms if isinstance(n, nn.Module)), None)
+    return Parts(decoder, decoder_layers, vision, _layers(vision), head, final_norm)
 
 
 def _layers(module: nn.Module | None) -> nn.ModuleList | None:

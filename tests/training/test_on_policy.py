@@ -11,6 +11,7 @@ from mmkd.data.answers import answered, answers_of, asked, sample
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.engines import TorchEngine
+from mmkd.engines.root import Root
 from mmkd.errors import RecipeError
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective
@@ -76,7 +77,7 @@ def engine_of(folder, lmbda, scenes_dir, seed=0, temperature=1.0, tokens=5):
     model = load_model(source)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    engine = TorchEngine(model, optimizer, schedule, device=torch.device("cpu"))
+    engine = TorchEngine(Root(model), optimizer, schedule, device=torch.device("cpu"))
     config = DataConfig(train=str(scenes_dir / "train.parquet"))
     encoder = Encoder(Records(config), load_processor(source), config)
     settings = OnPolicyConfig(lmbda=lmbda, max_new_tokens=tokens, temperature=temperature)
