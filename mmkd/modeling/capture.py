@@ -77,7 +77,7 @@ def capture(
         stack.enter_context(_hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
         recorder = stack.enter_context(record_layers(model, request))
-        exits = stack.enter_context(record_exits(model, request.exits))
+        exits = stack.enter_context(record_exits(model, request.exits, recorder))
         if request.stops_early:
             _run_recorded_layers(model, inputs, request.layers)
             hidden = entering[0][..., :0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
+from mmkd.modeling.capture_layers import Recorder
 from mmkd.objectives import Exit, ExitSignals
 from mmkd.objectives.exits import Exits, following
 from mmkd.recipe.context import StageContext
@@ -29,13 +30,27 @@ class ExitRecorder:
         parts: of the student.
         places: the exits.
         streams: by layer, the residual stream after it, [B, T, H].
-        calls: by layer, the keyword arguments that the model passed to it.
+        calls: by layer, the keyword arguments of the call of the next layer.
     """
 
     parts: Parts
     places: frozenset[Exit]
     streams: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def keep(self, layer: int, hidden: Tensor) -> None:
+        """Record the stream after a layer.
+
+        Raises:
+            RecipeError: it was recorded before: the model calls a layer twice.
+        """
+        if layer in self.streams:
+            raise RecipeError(
+                "the model runs a decoder layer more than once in a forward pass",
+                where=f"exit after layer {layer}",
+                hint="read the output head after other layers",
+            )
+        self.streams[layer] = hidden
 
     def signals(self) -> dict[Exit, ExitSignals]:
         """The exits. Call this after the model's forward pass, and inside of the engine's."""
@@ -45,8 +60,7 @@ class ExitRecorder:
         count = len(self.parts.decoder_layers)
         hidden = self.streams[place.layer]
         if place.block is not None:
-            call = self.calls[following(place.layer, count)]
-            output = place.block(hidden, **call)
+            output = place.block(hidden, **self.calls[place.layer])
             hidden = output[0] if isinstance(output, tuple) else output
         norm = self.parts.final_norm if place.norm is None else place.norm
         assert norm is not None  # see `check_exits`
@@ -54,31 +68,43 @@ class ExitRecorder:
 
 
 @contextmanager
-def record_exits(model: PreTrainedModel, places: Iterable[Exit]) -> Iterator[ExitRecorder]:
-    """Context manager that records the layers that exits read."""
+def record_exits(
+    model: PreTrainedModel, places: Iterable[Exit], layer_runs: Recorder
+) -> Iterator[ExitRecorder]:
+    """Context manager that records what exits read.
+
+    Additional runs of layers, on the teacher's input, are not recorded. The stream after a layer is the input of the next layer: some models add image features between
+    two layers. After the last layer, it is that layer's output.
+
+    Args:
+        model: the student.
+        places: the exits.
+        layer_runs: of the same forward pass; says which run of a layer is in progress.
+    """
     recorder = ExitRecorder(find_parts(model), frozenset(places))
     layers: Any = recorder.parts.decoder_layers
+    last = len(layers) - 1
     with ExitStack() as stack:
         for index in {place.layer for place in recorder.places}:
 
-            def keep(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
-                if index in recorder.streams:
-                    raise RecipeError(
-                        f"the model runs decoder layer {index} more than once in a forward pass",
-                        where="exits",
-                        hint="read the output head after other layers",
-                    )
-                recorder.streams[index] = output[0] if isinstance(output, tuple) else output
+            def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                if layer_runs.extra_run is not None:
+                    return
+                given = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                recorder.calls[index] = given
+                if index < last:
+                    recorder.keep(index, args[0] if args else kwargs["hidden_states"])
 
-            stack.callback(layers[index].register_forward_hook(keep).remove)
-        with_block = {place.layer for place in recorder.places if place.block is not None}
-        for index in {following(layer, len(layers)) for layer in with_block}:
+            def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+                if layer_runs.extra_run is None:
+                    recorder.keep(index, output[0] if isinstance(output, tuple) else output)
 
-            def note(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                recorder.calls[index] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-            handle = layers[index].register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
+            following_layer = layers[following(index, len(layers))]
+            handles = [following_layer.register_forward_pre_hook(before, with_kwargs=True)]
+            if index == last:
+                handles.append(layers[last].register_forward_hook(after))
+            for handle in handles:
+                stack.callback(handle.remove)
         yield recorder
 
 

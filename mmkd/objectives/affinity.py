@@ -24,6 +24,7 @@ from mmkd.objectives.base import (
     Signals,
     Targets,
 )
+from mmkd.objectives.embedding import mean_over
 from mmkd.objectives.settings import AffinityConfig
 
 
@@ -61,18 +62,11 @@ class Affinity(Objective):
 
     def _affinities(self, hidden: Tensor, targets: Targets, samples: Tensor) -> Tensor:
         """Cosines, [n, n]: images in rows, answers in columns."""
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         pictures, answers = (
-            self._unit(_mean(wide, rows[samples]))
+            self._unit(mean_over(hidden, rows[samples]))
             for rows in (targets.vision, targets.predicts("response"))
         )
         return pictures @ answers.T
 
     def _unit(self, x: Tensor) -> Tensor:
         return F.normalize(x - x.mean(0) if self.config.center else x, dim=-1)
-
-
-def _mean(hidden: Tensor, rows: Tensor) -> Tensor:
-    """[n, T, H], [n, T] -> [n, H]."""
-    weights = rows.to(hidden.dtype)
-    return (weights[:, None] @ hidden)[:, 0] / weights.sum(1, keepdim=True)

@@ -8,10 +8,12 @@ from mmkd.objectives.base import Objective
 from mmkd.objectives.base_settings import ObjectiveConfig
 from mmkd.objectives.cross_tokenizer import Alm, Uld
 from mmkd.objectives.divergence import DIVERGENCES
+from mmkd.objectives.embedding import Embedding
 from mmkd.objectives.exits import Exits
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.layerwise import HiddenMse, LayerL2, Matrix, MixerMse
 from mmkd.objectives.minilm import MiniLm
+from mmkd.objectives.mutual import Mutual
 from mmkd.objectives.preference import Preference
 from mmkd.objectives.registry import OBJECTIVES
 from mmkd.objectives.relation import Relation
@@ -27,6 +29,7 @@ CLASSES: tuple[type[Objective], ...] = (
     Relation,
     MiniLm,
     Affinity,
+    Embedding,
     TokenLabels,
     Balance,
     RouterZ,
@@ -34,6 +37,7 @@ CLASSES: tuple[type[Objective], ...] = (
     MixerMse,
     LayerL2,
     HiddenMse,
+    Mutual,
     Matrix,
 )
 REGISTRY: dict[str, type[Objective]] = {

@@ -33,6 +33,15 @@ with the last term nothing would lower the probability of wrong tokens that are 
 that begins inside of a word keeps the bias of its context. The end of turn is a special token,
 after which no text goes on: there, p(B | x c) is 1.
 
+With `hidden`, the loss of a chunk has a further term, where h are the final hidden states at its
+last token and W is a linear map that trains with the student:
+
+    hidden * |W h_s - h_t|^2 / |h_t|^2
+
+The paper divides by the variance of each channel over the batch. Here each chunk is divided by its
+own mean square, so that the loss does not depend on the batch layout. The chunks are those before
+merging.
+
 A chunk with p(B | x c) < gamma under the teacher ends inside of a word, and is merged with the next
 chunks of its answer, as in the authors' code. This depends on the answer alone, not on the batch. n
 is the number of chunks before they are merged, because it must be known before the models run.
@@ -41,12 +50,16 @@ is the number of chunks before they are merged, because it must be known before 
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import DecoderParts, Objective, Outcome, Signals, Targets
 from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
+from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import AlmConfig, UldConfig
 from mmkd.ops import Head, binary_divergence, linear_uld, set_logps, token_logps
+
+EPSILON = 1e-8
+"""Is added to the mean square of the teacher's hidden state."""
 
 
 class ChunkObjective(Objective):
@@ -66,8 +79,12 @@ class ChunkObjective(Objective):
             raise ValueError(f"objective {self.name!r} needs a teacher")
         chunks = self._chunks(targets)
         if not chunks.student.count:
-            return Outcome(0 * student.hidden.sum())
+            return Outcome(0 * self._unused(student))
         return Outcome(self._total(student, teacher, chunks) / count)
+
+    def _unused(self, student: Signals) -> Tensor:
+        """A scalar that depends on what the loss depends on, for a batch without chunks."""
+        return student.hidden.sum()
 
     def _total(self, student: Signals, teacher: Signals, chunks: Chunks) -> Tensor:
         """Sum of the loss over chunks, a scalar."""
@@ -90,9 +107,33 @@ class Alm(ChunkObjective):
             theirs = self._logps(teacher, chunks.teacher)
         if how.debias != "none":
             mine, theirs = self._debiased(student, teacher, chunks, (mine, theirs))
-        return binary_divergence(
+        total = binary_divergence(
             theirs, mine, kind=how.divergence, temperature=how.temperature
         ).sum()
+        return (
+            total
+            if self.own is None
+            else total + how.hidden * self._distances(student, teacher, chunks)
+        )
+
+    def own_modules(self, student: DecoderParts, teacher: DecoderParts | None) -> nn.Module | None:
+        if not self.config.hidden:
+            return None
+        assert teacher is not None  # a cache has no tokens of its own
+        return linear_map(student.width, teacher.width)
+
+    def _unused(self, student: Signals) -> Tensor:
+        found = super()._unused(student)
+        # modules with sharded weights must run in every batch
+        return found if self.own is None else found + apply_map(self.own, student.hidden[:0]).sum()
+
+    def _distances(self, student: Signals, teacher: Signals, chunks: Chunks) -> Tensor:
+        """Sum of the distances of hidden states at the ends of chunks."""
+        assert self.own is not None
+        mine = apply_map(self.own, _head(student, chunks.student.last_rows).hidden)  # [chunks, H]
+        theirs = _head(teacher, chunks.teacher.last_rows).hidden.detach().float()
+        squares = (mine - theirs).square().mean(-1)
+        return (squares / (theirs.square().mean(-1) + EPSILON)).sum()
 
     def _debiased(
         self, student: Signals, teacher: Signals, chunks: Chunks, logps: tuple[Tensor, Tensor]

@@ -96,9 +96,7 @@ class ExitsConfig(OwnParametersConfig):
         if len(set(self.layers)) < len(self.layers):
             raise ValueError("'layers' names a layer twice -- name each layer once")
         if self.teacher == "self" and isinstance(self.loss, CrossEntropyConfig):
-            raise ValueError(
-                "'teacher: self' is for a divergence, and 'loss' is ce -- leave it out"
-            )
+            raise ValueError("'teacher: self' is for a divergence, not for ce -- leave it out")
         for key in ("weight", "name", "acceptance"):
             field = type(self.loss).model_fields.get(key)
             if field is not None and getattr(self.loss, key) != field.default:

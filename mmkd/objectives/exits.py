@@ -74,10 +74,8 @@ class Exits(Objective):
 
     @property
     def exits(self) -> list[Exit]:
-        if not self.config.trains_own:
-            return [Exit(layer) for layer in self.config.layers]
         if self.own is None:
-            raise ValueError(f"objective {self.name!r} needs its own modules")
+            return [Exit(layer) for layer in self.config.layers]
         found = []
         for layer in self.config.layers:
             modules: Any = self.own.get_submodule(str(layer))
@@ -91,6 +89,8 @@ class Exits(Objective):
     def __call__(
         self, student: Signals, teacher: TeacherSignals | None, targets: Targets, count: float
     ) -> Outcome:
+        if self.config.trains_own and self.own is None:
+            raise ValueError(f"objective {self.name!r} needs its own modules")
         theirs = self._compared(student, teacher)
         loss = self.loss.head_loss(targets)
         terms, metrics = [], {}

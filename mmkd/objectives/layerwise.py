@@ -5,8 +5,9 @@
     layer_l2     |y_s - y_t|                at the block's output (MaTVLM's layer loss,
                                             arXiv 2503.13440) or at the mixer's (MOHAWK,
                                             arXiv 2408.10189, stage 2)
-    hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8,
-                                            without its projection); with `normalize: token`
+    hidden_mse   |x_s - x_t|^2 / width      residual streams (TinyBERT, arXiv 1909.10351, eq. 8);
+                                            with `linear_map`, W x_s in place of x_s, as there;
+                                            with `normalize: token`
                             |x_s - x_t|^2 / |x_t|^2 (SquareHead, arXiv 2310.06927)
     matrix       |A - M|                    rows of the attention's probabilities A and the mixer's
                                             matrix M (MOHAWK, stage 1)
@@ -24,18 +25,21 @@ With `teacher_forced`, the input of each student layer is the input of the teach
 layers train independently and errors of earlier layers do not propagate.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.objectives.base import (
+    DecoderParts,
     LayerSignals,
     Objective,
     Outcome,
     Signals,
     Targets,
 )
+from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import (
     HiddenMseConfig,
     LayerL2Config,
@@ -82,6 +86,10 @@ class Layerwise(Objective):
         """Distance per token, [B, T]."""
         raise NotImplementedError
 
+    def mapped(self, layer: int, signals: LayerSignals) -> LayerSignals:
+        """The signals of a student layer as they are compared."""
+        return signals
+
     def _layers_of(self, student: Signals) -> dict[int, LayerSignals]:
         """Signals of the free, mixer-forced or block-forced run that this objective compares."""
         if self.forced is None:
@@ -96,7 +104,10 @@ class Layerwise(Objective):
         mine = self._layers_of(student)
         rows = self.rows(targets)
         with torch.autocast(rows.device.type, enabled=False):
-            distances = [self.distance(mine[s], teacher.layers[t])[rows] for s, t in self.pairs]
+            distances = [
+                self.distance(self.mapped(s, mine[s]), teacher.layers[t])[rows]
+                for s, t in self.pairs
+            ]
             return Outcome(torch.stack(distances).sum() / (count * len(self.pairs)))
 
 
@@ -125,6 +136,24 @@ class HiddenMse(Layerwise):
     config_class = HiddenMseConfig
     config: HiddenMseConfig
     compares_blocks = True
+
+    @property
+    def compares_widths(self) -> bool:
+        return not self.config.linear_map
+
+    def own_modules(self, student: DecoderParts, teacher: DecoderParts | None) -> nn.Module | None:
+        if not self.config.linear_map:
+            return None
+        assert teacher is not None  # a cache has no layers
+        maps = {str(s): linear_map(student.width, teacher.width) for s, _ in self.pairs}
+        return nn.ModuleDict(maps)
+
+    def mapped(self, layer: int, signals: LayerSignals) -> LayerSignals:
+        if self.own is None:
+            return signals
+        assert signals.block_output is not None
+        found = apply_map(self.own.get_submodule(str(layer)), signals.block_output)
+        return replace(signals, block_output=found)
 
     def distance(self, student: LayerSignals, teacher: LayerSignals) -> Tensor:
         squares = _mean_square(student.block_output, teacher.block_output)

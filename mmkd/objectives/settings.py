@@ -15,6 +15,7 @@ from mmkd.objectives.base_settings import (
     Layer,
     Need,
     ObjectiveConfig,
+    OwnParametersConfig,
     Region,
 )
 from mmkd.objectives.divergence_settings import (
@@ -62,7 +63,7 @@ TemperatureOrInf = Annotated[
 GAMMA = 0.1
 
 
-class AlmConfig(ChunkObjectiveConfig):
+class AlmConfig(ChunkObjectiveConfig, OwnParametersConfig):
     """Likelihoods of pieces of responses, for any two tokenizers."""
 
     kind: Literal["alm"]
@@ -88,6 +89,17 @@ class AlmConfig(ChunkObjectiveConfig):
         description="with `debias`, a piece that ends with less than this probability under the "
         "teacher is merged with the next one; 0: pieces are not merged",
     )
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of the distance between hidden states at the ends of pieces, of which "
+        "the student's go through a linear map that trains for this objective only",
+    )
+
+    @property
+    def trains_own(self) -> bool:
+        return self.hidden > 0
 
     @model_validator(mode="after")
     def _merges_what_ends(self) -> "AlmConfig":
@@ -182,7 +194,7 @@ class LayerL2Config(LayerwiseConfig):
     )
 
 
-class HiddenMseConfig(LayerwiseConfig):
+class HiddenMseConfig(LayerwiseConfig, OwnParametersConfig):
     """Mean squared error of the hidden states after each layer."""
 
     kind: Literal["hidden_mse"]
@@ -191,6 +203,24 @@ class HiddenMseConfig(LayerwiseConfig):
         "none",
         description="token: divide each token's error by the mean square of the teacher's token",
     )
+    linear_map: bool = Field(
+        False,
+        description="compare a linear map of the student's hidden states, one for each pair of "
+        "layers, which trains for this objective only; widths may differ",
+    )
+
+    @property
+    def trains_own(self) -> bool:
+        return self.linear_map
+
+    @model_validator(mode="after")
+    def _maps_its_own_input(self) -> "HiddenMseConfig":
+        if self.linear_map and self.teacher_forced:
+            raise ValueError(
+                "'linear_map' and 'teacher_forced' exclude each other: a forced layer has the "
+                "teacher's width -- leave one of them out"
+            )
+        return self
 
 
 class MatrixConfig(LayerwiseConfig):
@@ -246,6 +276,45 @@ class AffinityConfig(ObjectiveConfig):
         None, ge=LEAST_TEMPERATURE, le=1e6, description="tau of the teacher; the same by default"
     )
     center: bool = Field(True, description="subtract the batch's mean from images and answers")
+
+
+class EmbeddingConfig(OwnParametersConfig):
+    """Cosines of the mean image token, at the input of the decoder, with those of the teacher's
+    image and of its words of the answer."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "layers"})
+
+    kind: Literal["embedding"]
+    image_weight: float = Field(
+        0.5, ge=0, le=1, description="weight of the teacher's image; its words have the rest"
+    )
+
+    @property
+    def trains_own(self) -> bool:
+        return True
+
+
+class MutualConfig(LayerwiseConfig, OwnParametersConfig):
+    """Lower bound of the mutual information of both models' hidden states, for any widths."""
+
+    kind: Literal["mutual"]
+    layers: list[Layer] = Field(min_length=1, description="student layers")
+    teacher_forced: Literal[False] = Field(False, description="not possible for this objective")
+    alpha: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="1: the bound has little variance, and is at most the logarithm of the number "
+        "of tokens; 0: the bound has no limit, and much variance",
+    )
+    width: int = Field(128, ge=1, le=10**5, description="of the critic's maps of both models")
+    tokens: int = Field(
+        256, ge=2, le=10**5, description="most tokens of a micro-batch that are compared"
+    )
+
+    @property
+    def trains_own(self) -> bool:
+        return True
 
 
 class TokenLabelsConfig(ObjectiveConfig):
@@ -350,6 +419,7 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     RelationConfig,
     MiniLmConfig,
     AffinityConfig,
+    EmbeddingConfig,
     TokenLabelsConfig,
     BalanceConfig,
     RouterZConfig,
@@ -357,6 +427,7 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     MixerMseConfig,
     LayerL2Config,
     HiddenMseConfig,
+    MutualConfig,
     MatrixConfig,
 )
 """Settings of mmkd's own objectives."""

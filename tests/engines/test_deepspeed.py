@@ -33,6 +33,10 @@ OBJECTIVES = [
     {"kind": "relation"},
     {"kind": "layer_l2"},
     {"kind": "router_z", "weight": 0.01},  # balance is a micro-batch's own
+    # with parameters of their own
+    {"kind": "exits", "layers": [0], "norm": "own", "block": True, "lr": 2e-3},
+    {"kind": "hidden_mse", "layers": [1], "linear_map": True, "normalize": "token"},
+    {"kind": "embedding"},
 ]
 CONVERT = [
     {"kind": "mamba", "keep_attention": [0], "init": "mimic"},
@@ -40,7 +44,7 @@ CONVERT = [
 ]
 STEPS, STOP = 6, 5
 LOGGED = ("loss", "ce", "kl", "kl_vision", "kl_top", "kl_top/acceptance", "balanced_kl", "relation",
-          "layer_l2", "grad_norm")  # fmt: skip
+          "layer_l2", "exits", "hidden_mse", "embedding", "grad_norm")  # fmt: skip
 SPREAD = "spread.json"
 ENGINES = {
     "torch": {},
@@ -174,8 +178,8 @@ class Runs:
         path = self.folder / name / "01-mimic" / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / name / "01-mimic" / "student" / "model.safetensors")
+    def weights(self, name: str, file: str = "student/model.safetensors") -> dict:
+        return load_file(self.folder / name / "01-mimic" / file)
 
 
 def write_wordy(source: Path, target: Path) -> None:
@@ -231,11 +235,13 @@ def test_every_engine_trains_the_same(runs, name):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (key, mine["step"])
         assert mine["lr"] == theirs["lr"]
         assert mine["supervised_tokens"] == theirs["supervised_tokens"]
-    weights, expected = runs.weights(name), runs.weights("torch-1")
-    assert weights.keys() == expected.keys()
-    for key, tensor in weights.items():
-        assert tensor.dtype == expected[key].dtype
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
+    assert runs.weights(name).keys() == load_file(runs.student / "model.safetensors").keys()
+    for file in ("student/model.safetensors", "objectives.safetensors"):
+        weights, expected = runs.weights(name, file), runs.weights("torch-1", file)
+        assert weights.keys() == expected.keys()
+        for key, tensor in weights.items():
+            assert tensor.dtype == expected[key].dtype
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("before_after", only(QUICKLY_HANDED_OVER, HANDED_OVER))

@@ -23,8 +23,10 @@ PARTS = [
     {"kind": "jsd", "name": "cooler", "teacher_temperature": 0.5, "region": "all"},
     {"kind": "balanced_kl"},
     {"kind": "enhanced", "gamma": 1.5},
+    {"kind": "exits", "layers": [0, 1], "norm": "own", "loss": {"kind": "jsd", "region": "all"}},
+    {"kind": "embedding"},
 ]
-NAMES = ("kl_top", "nucleus", "cooler", "balanced_kl", "enhanced")
+NAMES = ("kl_top", "nucleus", "cooler", "balanced_kl", "enhanced", "exits", "embedding")
 
 
 def train(raw):
