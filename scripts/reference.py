@@ -153,7 +153,7 @@ def _choices(schema: Schema) -> list[Schema]:
 def _default(schema: Schema) -> str:
     default = schema["default"]
     if isinstance(default, dict) and default:
-        return "its defaults"
+        return f"`{default['kind']}`" if "kind" in default else "its defaults"
     return "none" if default is None else f"`{json.dumps(default)}`"
 
 

@@ -73,8 +73,9 @@ def record_exits(
 ) -> Iterator[ExitRecorder]:
     """Context manager that records what exits read.
 
-    Additional runs of layers, on the teacher's input, are not recorded. The stream after a layer is the input of the next layer: some models add image features between
-    two layers. After the last layer, it is that layer's output.
+    Additional runs of layers, on the teacher's input, are not recorded. The stream after a layer is
+    the input of the next layer: some models add image features between two layers. After the last
+    layer, it is that layer's output.
 
     Args:
         model: the student.

@@ -7,7 +7,13 @@ Importing this package does not import torch: a recipe needs only `settings`, `r
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmkd.objectives.base_settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
+from mmkd.objectives.base_settings import (
+    HeadObjectiveConfig,
+    Need,
+    ObjectiveConfig,
+    OwnParametersConfig,
+    Region,
+)
 from mmkd.objectives.entry import AnyObjectiveConfig
 from mmkd.objectives.registry import OBJECTIVES, add_objective
 
@@ -94,6 +100,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "Outcome",
+    "OwnParametersConfig",
     "Preference",
     "Region",
     "RouterSignals",

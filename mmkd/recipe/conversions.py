@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mmkd.recipe.base import BOTH, Strict
-from mmkd.runtime.fields import MOST
+from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.runtime.fields import MOST, NAME, NAMED
 from mmkd.runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -84,6 +84,24 @@ class WidthPruningConfig(ConversionConfig):
         None, ge=1, le=MOST, description="neurons per decoder layer to keep"
     )
     vision: int | None = Field(None, ge=1, le=MOST, description="neurons per vision layer to keep")
+
+
+class EarlyExitConfig(ConversionConfig):
+    """End the decoder at an exit, which the objective `exits` has trained."""
+
+    kind: Literal["early_exit"]
+    layer: int = Field(ge=0, le=MOST, description="the decoder layer before the exit")
+    objectives: LocalPath | None = Field(
+        None,
+        description="`objectives.safetensors` of the stage that has trained the exit, if the exit "
+        "has a norm or a block of its own",
+    )
+    name: str = Field(
+        "exits",
+        max_length=NAME,
+        pattern=NAMED,
+        description="name of the objective that has trained the exit",
+    )
 
 
 class EveryNth(Strict):
@@ -207,7 +225,9 @@ def _check(cls: Any) -> None:
 
 T = TypeVar("T", bound=type[Conversion])
 CONVERSIONS: Registry[Conversion] = Registry(
-    "conversion", [DepthPruningConfig, WidthPruningConfig, MambaConfig, MoeConfig], _check
+    "conversion",
+    [DepthPruningConfig, WidthPruningConfig, EarlyExitConfig, MambaConfig, MoeConfig],
+    _check,
 )
 
 

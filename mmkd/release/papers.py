@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from mmkd.objectives import ObjectiveConfig
 from mmkd.recipe import ConversionConfig, MambaConfig, MoeConfig, Recipe
 
 
@@ -22,6 +23,8 @@ MAMBA_2 = Paper("Mamba-2", "2405.21060")
 MAMBA_IN_LLAMA = Paper("MambaInLlama", "2408.15237")
 LORA = Paper("LoRA", "2106.09685")
 DORA = Paper("DoRA", "2402.09353")
+OFA_KD = Paper("OFA-KD", "2310.19444")
+SQUARE_HEAD = Paper("SquareHead", "2310.06927")
 UPCYCLING = Paper("Komatsuzaki et al.", "2212.05055")
 
 _OBJECTIVES = {
@@ -38,6 +41,10 @@ _OBJECTIVES = {
     "uld": [Paper("ULD", "2402.12030")],
     "relation": [LLAVA_KD],
     "minilm": [Paper("MiniLMv2", "2012.15828")],
+    "enhanced": [OFA_KD],
+    "exits": [Paper("MoSE", "2503.03008")],
+    "embedding": [Paper("VL2V-ADiP", "2310.08255")],
+    "mutual": [Paper("Poole et al.", "1905.06922"), Paper("Distiller", "2109.11105")],
     "affinity": [Paper("TinyCLIP", "2309.12314")],
     "token_labels": [Paper("token labelling", "2104.10858")],
     "balance": [Paper("Fedus et al.", "2101.03961")],
@@ -81,4 +88,8 @@ def _of_objective(objective: Any) -> list[Paper]:
         return [MOHAWK if objective.at == "mixer" else MATVLM]
     if objective.kind == "kl" and objective.region == "vision":
         return [LLAVA_KD]
-    return _OBJECTIVES.get(objective.kind, [])
+    if objective.kind == "hidden_mse" and objective.normalize == "token":
+        return [SQUARE_HEAD]
+    found = _OBJECTIVES.get(objective.kind, [])
+    inner = getattr(objective, "loss", None)
+    return found + _of_objective(inner) if isinstance(inner, ObjectiveConfig) else found

@@ -9,6 +9,7 @@ from mmkd.errors import RecipeError
 from mmkd.modeling.loading import parameter_count
 from mmkd.recipe import CONVERSIONS, Conversion, ConversionConfig
 from mmkd.students.depth_pruning import DepthPruning
+from mmkd.students.early_exit import EarlyExit
 from mmkd.students.mamba import MambaConversion
 from mmkd.students.moe import MoeConversion
 from mmkd.students.width_pruning import WidthPruning
@@ -16,6 +17,7 @@ from mmkd.students.width_pruning import WidthPruning
 CLASSES: tuple[type[Conversion], ...] = (
     DepthPruning,
     WidthPruning,
+    EarlyExit,
     MambaConversion,
     MoeConversion,
 )

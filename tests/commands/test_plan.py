@@ -95,6 +95,20 @@ def test_a_teacher_costs_the_layers_that_run(scenes_dir, tiny_model_dir, tmp_pat
     assert sharded["teacher_decoder"] == whole["teacher_decoder"]
 
 
+def test_each_exit_has_a_product_with_the_head(scenes_dir, tiny_model_dir, tmp_path):
+    def head(*objectives):
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": objectives},
+                          teacher={"model": str(tiny_model_dir)})  # fmt: skip
+        [stage] = make_plan(load_recipe(raw))["members"]["student"]["stages"]
+        return [stage["flops_per_step"][f"{role}_head"] for role in ("student", "teacher")]
+
+    kl = {"kind": "kl"}
+    alone = head(kl)
+    assert head(kl, {"kind": "exits", "layers": [0]}) == pytest.approx([2 * x for x in alone])
+    exits = {"kind": "exits", "layers": [0, 1], "norm": "own"}
+    assert head(exits) == pytest.approx([2 * x for x in alone])
+
+
 def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):
     def plan(*convert):
         student = {"model": str(tiny_model_dir), "convert": list(convert)}

@@ -35,7 +35,8 @@ STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 1}
 @dataclass(frozen=True)
 class Sample:
     """Means per record: its tokens, those of one sequence (a pair has two), patches of the vision
-    tower, and for each objective on the head's output its rows."""
+    tower, for each objective that shares one product with the head its rows, and the rows of
+    further products, after other layers."""
 
     length: float
     sequence: float
@@ -43,11 +44,12 @@ class Sample:
     vision: float
     patches: float
     rows: dict[str, float]
+    further_rows: float = 0.0
 
     @property
     def projected(self) -> float:
         """Rows that go through the head."""
-        return max(self.rows.values(), default=0.0)
+        return max(self.rows.values(), default=0.0) + self.further_rows
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,8 @@ def sample_data(
     exist yet: sequences of `max_length` tokens, and 0 records."""
     if not all(map(is_there, data.parts)):
         length = float(data.max_length)
-        rows = {o.name: length for o in objectives}
-        return Sample(length, length, length, 0.0, 0.0, rows), 0
+        rows = dict.fromkeys((o.name for o in objectives), length)
+        return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows)), 0
     records = Records(data)
     encoder = Encoder.of([o.config for o in objectives], data, processor, records=records)
     mixture = Mixture(records, seed=0)
@@ -265,6 +265,12 @@ def sample_data(
     count, batch = len(chosen), encoder.encode(chosen)
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
+    rows = {
+        o.name: float(o.rows(targets).sum()) / count
+        for o in objectives
+        if "distribution" in o.needs
+    }
+    shared, further = _projected(objectives, rows)
     return (
         Sample(
             length=float(targets.attention.sum()) / count,
@@ -272,11 +278,18 @@ def sample_data(
             supervised=float(targets.response.sum()) / count,
             vision=float(targets.vision.sum()) / count,
             patches=pixels / count,
-            rows={
-                o.name: float(o.rows(targets).sum()) / count
-                for o in objectives
-                if "distribution" in o.needs
-            },
+            rows=shared,
+            further_rows=further,
         ),
         len(mixture),
     )
+
+
+def _projected(
+    objectives: Sequence[Objective], rows: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """Rows of the objectives that share one product with the head, by name, and the rows of
+    exits, of which each has a product of its own."""
+    exits = {o.name: len(o.exits) for o in objectives if o.exits}
+    shared = {name: count for name, count in rows.items() if name not in exits}
+    return shared, sum(rows[name] * number for name, number in exits.items())

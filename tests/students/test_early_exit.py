@@ -1,0 +1,100 @@
+"""A student that ends at an exit has the exit's output."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmkd.errors import MmkdError, RecipeError
+from mmkd.modeling.capture import capture
+from mmkd.modeling.capture_request import CaptureRequest
+from mmkd.modeling.loading import load_model
+from mmkd.objectives import build_objective
+from mmkd.objectives.exit_settings import ExitsConfig
+from mmkd.recipe import EarlyExitConfig, ModelConfig, load_recipe
+from mmkd.runs import pipeline
+from mmkd.students import convert
+from mmkd.training.objective_modules import build_own, write_own
+from tests.support import families
+from tests.support.recipes import tiny_recipe
+
+
+def trained(model, path, **settings):
+    """The exit of an objective whose own parameters differ from the model's, and its file."""
+    objective = build_objective(ExitsConfig(kind="exits", layers=[1], **settings))
+    own = build_own([objective], model, None)
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.mul_(1.5)
+    write_own(path, own.state_dict())
+    return objective.exits[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"norm": "own"}, {"block": True}, {"norm": "own", "block": True}]
+)
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_its_output_is_that_of_the_exit(name, settings, tmp_path):
+    model, inputs = families.make(name), families.inputs(name, [5, 9])
+    file = tmp_path / "objectives.safetensors"
+    place = trained(model, file, **settings)
+    with torch.no_grad():
+        want = capture(model, inputs, CaptureRequest(exits=frozenset({place}))).exits[place].hidden
+    objectives = str(file) if settings else None
+    report = convert(model, EarlyExitConfig(kind="early_exit", layer=1, objectives=objectives))
+    with torch.no_grad():
+        signals = capture(model, inputs)
+    assert torch.equal(signals.hidden, want)
+    assert len(report.lines) == 1 + len(settings)
+
+
+def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_path):
+    """The exit's loss falls, and the second run begins with what the first one has trained."""
+    exits = {"kind": "exits", "layers": [0], "loss": "ce", "norm": "own", "weighting": "equal"}
+    stage = {"objectives": [exits], "steps": 12, "optimizer": {"lr": 1e-2}}
+    first = pipeline.run(load_recipe(tiny_recipe(scenes_dir, tiny_model_dir, tmp_path,
+                                                 name="whole", stage=stage)))  # fmt: skip
+    done = first / "01-mimic"
+    end = {"kind": "early_exit", "layer": 0, "objectives": str(done / "objectives.safetensors")}
+    raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="early", stage={"steps": 1})
+    raw["student"] = {"model": str(done / "student"), "convert": [end]}
+    folder = pipeline.run(load_recipe(raw))
+    started = load_model(ModelConfig(model=str(folder / "00-start" / "student")))
+    assert started.config.text_config.num_hidden_layers == 1
+    whole = load_model(ModelConfig(model=str(done / "student")))
+    convert(whole, EarlyExitConfig(**end))
+    assert all(
+        torch.equal(p, q) for p, q in zip(started.parameters(), whole.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "message"),
+    [
+        ({"layer": 9}, None, "no decoder layer 9, the model has 4"),
+        ({"layer": 1, "objectives": "missing"}, None, "cannot be read"),
+        ({"layer": 1, "objectives": "file"}, b"not tensors", "cannot be read"),
+        ({"layer": 2, "objectives": "file"}, {"exits.1.norm.weight": 1}, "no exit exits after"),
+        ({"layer": 1, "objectives": "file"}, {"kl.1.norm.weight": 1}, "no exit exits after"),
+        ({"layer": 1, "objectives": "file"}, {"exits.1.other.weight": 1}, "no exit exits after"),
+        ({"layer": 3, "objectives": "file"}, {"exits.3.block.w": 1}, "weights of no next layer"),
+    ],
+)
+def test_what_is_no_exit_is_refused(settings, content, message, tmp_path):
+    file = tmp_path / "file"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        save_file({k: torch.ones(v) for k, v in content.items()}, file)
+    if "objectives" in settings:
+        settings = {**settings, "objectives": str(tmp_path / settings["objectives"])}
+    with pytest.raises(MmkdError, match=message):
+        convert(families.make("llava"), EarlyExitConfig(kind="early_exit", **settings))
+
+
+def test_a_hybrid_is_not_cut():
+    from mmkd.recipe import MambaConfig
+
+    model = families.make("llava")
+    convert(model, MambaConfig(kind="mamba", layers=[1], init="mimic"))
+    with pytest.raises(RecipeError, match="cannot be cut"):
+        convert(model, EarlyExitConfig(kind="early_exit", layer=1))
