@@ -9,6 +9,8 @@ from mmkd.objectives import (
     Boundaries,
     Chunks,
     ChunkTokens,
+    Exit,
+    ExitSignals,
     Signals,
     Targets,
     build_objective,
@@ -28,9 +30,10 @@ SETTINGS = {
     "alm": {},
     "uld": {},
     "preference": {"loss": "sigmoid"},
+    "exits": {"layers": [1]},
 }
 ELSEWHERE = {"relation", "affinity", "minilm", "balance", "router_z", "mixer_mse", "layer_l2",
-             "hidden_mse", "matrix"}  # fmt: skip
+             "hidden_mse", "matrix", "embedding", "mutual"}  # fmt: skip
 """Kinds that make no logits."""
 
 
@@ -40,7 +43,9 @@ def signals(seed):
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
-    return Signals(normal(B, T, H), normal(V, H), normal(V))
+    hidden = normal(B, T, H)
+    exits = {Exit(1): ExitSignals(hidden, 1.0)}
+    return Signals(hidden, normal(V, H), normal(V), exits=exits)
 
 
 def targets():
