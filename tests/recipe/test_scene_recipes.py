@@ -11,7 +11,7 @@ from tests.support.places import CONFIGS
 
 RECIPES = ["quickstart", *(f"scenes/{n}" for n in ("matvlm", "mmmamba", "llava_mod", "llava_kd",
                                                    "sparse_hybrid", "best_step"))]  # fmt: skip
-STUDIES = ["study", "hybrid_study", "mod_study", "kd_study", "divergence_study"]
+STUDIES = ["study", "hybrid_study", "mod_study", "kd_study", "divergence_study", "layer_study"]
 
 
 @pytest.fixture
