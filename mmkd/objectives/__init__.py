@@ -7,7 +7,13 @@ Importing this package does not import torch: a recipe needs only `settings`, `r
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmkd.objectives.base_settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
+from mmkd.objectives.base_settings import (
+    GatheredObjectiveConfig,
+    HeadObjectiveConfig,
+    Need,
+    ObjectiveConfig,
+    Region,
+)
 from mmkd.objectives.entry import AnyObjectiveConfig
 from mmkd.objectives.registry import OBJECTIVES, add_objective
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     )
     from mmkd.objectives.build import REGISTRY, build_objective
     from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
+    from mmkd.objectives.gathered import Features, GatheredObjective
     from mmkd.objectives.language_modeling import CrossEntropy
     from mmkd.objectives.layerwise import Layerwise
     from mmkd.objectives.minilm import MiniLm
@@ -52,6 +59,7 @@ _MODULES = {
     ),
     "build": ("REGISTRY", "build_objective"),
     "chunks": ("Boundaries", "Chunks", "ChunkTokens"),
+    "gathered": ("Features", "GatheredObjective"),
     "language_modeling": ("CrossEntropy",),
     "layerwise": ("Layerwise",),
     "minilm": ("MiniLm",),
@@ -85,6 +93,9 @@ __all__ = [
     "DecoderParts",
     "Exit",
     "ExitSignals",
+    "Features",
+    "GatheredObjective",
+    "GatheredObjectiveConfig",
     "HeadObjective",
     "HeadObjectiveConfig",
     "LayerSignals",
