@@ -66,19 +66,27 @@ def check_budget(context: StageContext) -> None:
 
 
 def check_contrast(context: StageContext) -> None:
-    """Check that micro-batches have at least two records if an objective compares them.
+    """Check that objectives that compare records have at least two of them: in a micro-batch, or in
+    a step if they gather.
 
     Raises:
-        RecipeError: each micro-batch has one record.
+        RecipeError: there is only one.
     """
     batch, processes = context.stage.batch, distributed.world_size()
-    alone = batch.size == 1
-    if batch.tokens is not None:
-        alone = batch.records_per_step(processes) == processes
+    records = batch.records_per_step(processes)
+    alone = batch.size == 1 if batch.tokens is None else records == processes
     for objective in context.objectives:
-        if objective.relates_records and alone:
+        if not objective.relates_records:
+            continue
+        if objective.gathers and records == 1:
+            raise RecipeError(
+                "it compares the records of a step, and each step has one record",
+                where=context.at(objective),
+                hint="raise batch.size, batch.accumulate or batch.total",
+            )
+        if alone and not objective.gathers:
             raise RecipeError(
                 "it compares the records of a micro-batch, and each micro-batch has one record",
                 where=context.at(objective),
-                hint="set batch.size to 2 or more, or batch.total with batch.tokens",
+                hint="set 'gather: true', or batch.size to 2 or more, or batch.total",
             )

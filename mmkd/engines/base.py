@@ -55,9 +55,12 @@ class Engine(Protocol):
         inputs: dict[str, Tensor],
         score: Callable[[Signals], Scored],
         request: CaptureRequest = OUTPUTS_ONLY,
+        *,
+        training: bool = False,
     ) -> Scored:
         """What `score` makes of the student's signals in evaluation mode, without gradients;
-        between micro-steps. Every rank calls it equally often. Arguments as in `forward`."""
+        between micro-steps. Every rank calls it equally often. Arguments as in `forward`; with
+        `training` the student stays in training mode, so that it draws dropout."""
         ...
 
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:

@@ -95,6 +95,8 @@ class DeepSpeedEngine(EngineBase):
         inputs: dict[str, Tensor],
         score: Callable[[Signals], Scored],
         request: CaptureRequest = OUTPUTS_ONLY,
+        *,
+        training: bool = False,
     ) -> Scored:
         self._between()
 
@@ -102,7 +104,7 @@ class DeepSpeedEngine(EngineBase):
             with self.autocast():
                 return score(capture(model, inputs, request))
 
-        self.engine.eval()
+        self.engine.train(training)
         try:
             return self.engine(run)
         finally:

@@ -84,9 +84,11 @@ class TorchEngine(EngineBase):
         inputs: dict[str, Tensor],
         score: Callable[[Signals], Scored],
         request: CaptureRequest = OUTPUTS_ONLY,
+        *,
+        training: bool = False,
     ) -> Scored:
         self._between()
-        self.root.eval()
+        self.root.train(training)
         try:
             with self.autocast():
                 return score(capture(self.model, inputs, request))

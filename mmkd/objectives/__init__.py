@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mmkd.objectives.base_settings import (
+    GatheredObjectiveConfig,
     HeadObjectiveConfig,
     Need,
     ObjectiveConfig,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
     from mmkd.objectives.build import REGISTRY, build_objective
     from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
+    from mmkd.objectives.gathered import Features, GatheredObjective
     from mmkd.objectives.language_modeling import CrossEntropy
     from mmkd.objectives.layerwise import Layerwise
     from mmkd.objectives.minilm import MiniLm
@@ -58,6 +60,7 @@ _MODULES = {
     ),
     "build": ("REGISTRY", "build_objective"),
     "chunks": ("Boundaries", "Chunks", "ChunkTokens"),
+    "gathered": ("Features", "GatheredObjective"),
     "language_modeling": ("CrossEntropy",),
     "layerwise": ("Layerwise",),
     "minilm": ("MiniLm",),
@@ -91,6 +94,9 @@ __all__ = [
     "DecoderParts",
     "Exit",
     "ExitSignals",
+    "Features",
+    "GatheredObjective",
+    "GatheredObjectiveConfig",
     "HeadObjective",
     "HeadObjectiveConfig",
     "LayerSignals",

@@ -7,7 +7,7 @@ and does not depend on the batch layout.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
@@ -49,8 +49,12 @@ class LayerSignals:
 
     def truncate(self, batch_size: int) -> "LayerSignals":
         """Keep the first `batch_size` sequences of each tensor."""
+        return self.map(lambda x: x[:batch_size])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LayerSignals":
+        """Apply a function to each tensor."""
         tensors: dict[str, Any] = {
-            name: x[:batch_size] for name, x in vars(self).items() if isinstance(x, Tensor)
+            name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)
         }
         return replace(self, **tensors)
 
@@ -151,23 +155,24 @@ class Signals:
         """Keep the first `batch_size` sequences of each tensor."""
         if len(self.hidden) == batch_size:
             return self
+        return self._map(lambda x: x[:batch_size])
+
+    def to(self, device: torch.device) -> "Signals":
+        """Move all tensors except the head's to a device."""
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Signals":
+        """Apply a function to each tensor except the head's."""
         return replace(
             self,
-            hidden=self.hidden[:batch_size],
-            embeddings=None if self.embeddings is None else self.embeddings[:batch_size],
-            layers={i: layer.truncate(batch_size) for i, layer in self.layers.items()},
-            forced_mixers={
-                i: layer.truncate(batch_size) for i, layer in self.forced_mixers.items()
-            },
-            forced_blocks={
-                i: layer.truncate(batch_size) for i, layer in self.forced_blocks.items()
-            },
-            routers={i: replace(r, logits=r.logits[:batch_size]) for i, r in self.routers.items()},
-            own_hidden=None if self.own_hidden is None else self.own_hidden[:batch_size],
-            exits={
-                place: replace(read, hidden=read.hidden[:batch_size])
-                for place, read in self.exits.items()
-            },
+            hidden=change(self.hidden),
+            embeddings=None if self.embeddings is None else change(self.embeddings),
+            layers={i: layer.map(change) for i, layer in self.layers.items()},
+            forced_mixers={i: layer.map(change) for i, layer in self.forced_mixers.items()},
+            forced_blocks={i: layer.map(change) for i, layer in self.forced_blocks.items()},
+            routers={i: replace(r, logits=change(r.logits)) for i, r in self.routers.items()},
+            own_hidden=None if self.own_hidden is None else change(self.own_hidden),
+            exits={p: replace(read, hidden=change(read.hidden)) for p, read in self.exits.items()},
         )
 
 
@@ -188,6 +193,10 @@ class StoredSignals:
     def truncate(self, batch_size: int) -> "StoredSignals":
         """Returns itself: sequences that only fill up a batch are not in the cache."""
         return self
+
+    def to(self, device: torch.device) -> "StoredSignals":
+        """Move the final hidden states to a device. The distributions belong to the batch."""
+        return replace(self, signals=None if self.signals is None else self.signals.to(device))
 
 
 TeacherSignals = Signals | StoredSignals
@@ -311,8 +320,8 @@ class Objective:
         config_class: class of its settings.
         relates_tokens: the objective compares the tokens of a sequence with each other, so a
             sequence must hold one record only (no packing).
-        relates_records: the objective compares the records of a micro-batch with each other, so a
-            micro-batch must hold at least two.
+        relates_records: the objective compares records with each other, so a micro-batch must hold
+            at least two, or a step if it `gathers`.
         any_vocabulary: the teacher may have another tokenizer, because the objective reads image
             tokens or chunks only.
         accepts_stored_rows: the objective can read the output distributions of a teacher's cache.
@@ -387,6 +396,11 @@ class Objective:
     @property
     def name(self) -> str:
         return self.config.metric_name
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it compares all records of a step; see `mmkd.objectives.gathered`."""
+        return False
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

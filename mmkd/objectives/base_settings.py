@@ -89,6 +89,17 @@ class ObjectiveConfig(Bounded):
         return self
 
 
+class GatheredObjectiveConfig(ObjectiveConfig):
+    """Settings of a `GatheredObjective`, which compares records with each other."""
+
+    gather: bool = Field(
+        True,
+        description="compare all records of a step, of all micro-batches and processes, and not "
+        "only those of a micro-batch; with several micro-batches in a step, the student makes one "
+        "forward pass more",
+    )
+
+
 class HeadObjectiveConfig(ObjectiveConfig):
     """Settings of a `HeadObjective`, a loss on the head's output."""
 

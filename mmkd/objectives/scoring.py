@@ -86,6 +86,25 @@ Teachers = Mapping[str, TeacherSignals]
 """Signals by name of the teacher, for the teachers that a batch needs, in the recipe's order."""
 
 
+def signals_for(
+    name: str | None, teacher: TeacherSignals | Teachers | None
+) -> TeacherSignals | None:
+    """The signals of one of several teachers.
+
+    Args:
+        name: of the teacher; None for the first one.
+        teacher: signals of the only teacher, or of several by name.
+    """
+    if not isinstance(teacher, Mapping):
+        return teacher
+    return next(iter(teacher.values()), None) if name is None else teacher.get(name)
+
+
+def hidden_states(teacher: TeacherSignals | None) -> Signals | None:
+    """The signals with a teacher's final hidden states, of a live teacher or from a cache."""
+    return teacher.signals if isinstance(teacher, StoredSignals) else teacher
+
+
 def score(
     objectives: Sequence[Objective],
     student: Signals,
@@ -109,11 +128,14 @@ def score(
     """
 
     def asked(name: str | None) -> TeacherSignals | None:
-        if not isinstance(teacher, Mapping):
-            return teacher
-        return next(iter(teacher.values()), None) if name is None else teacher.get(name)
+        return signals_for(name, teacher)
 
-    silent = [o for o in objectives if o.teacher is not None and asked(o.teacher) is None]
+    # A gathered objective takes part without records too: other processes wait for it.
+    silent = [
+        o
+        for o in objectives
+        if o.teacher is not None and asked(o.teacher) is None and not o.gathers
+    ]
     speaking = [o for o in objectives if o not in silent]
     terms: list[Tensor] = []
     said: dict[str, Tensor] = {o.name: student.hidden.new_zeros(()) for o in silent}
@@ -135,8 +157,8 @@ def score(
         if isinstance(objective, HeadObjective):
             continue
         theirs = asked(objective.teacher)
-        if isinstance(theirs, StoredSignals) and not objective.accepts_stored_rows:
-            theirs = theirs.signals
+        if not objective.accepts_stored_rows:
+            theirs = hidden_states(theirs)
         covered = targets.of(objective.sources)
         outcome = objective(student, theirs, covered, counts[objective.name])  # type: ignore[arg-type]
         terms.append(objective.config.weight * outcome.loss)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainSerializer, WithJsonSchema, WrapValidator, model_validator
 
 from mmkd.objectives.base_settings import (
+    GatheredObjectiveConfig,
     Layer,
     Need,
     ObjectiveConfig,
@@ -264,7 +265,7 @@ class MiniLmConfig(LayerwiseConfig):
     teacher_forced: Literal[False] = Field(False, description="not possible for this objective")
 
 
-class AffinityConfig(ObjectiveConfig):
+class AffinityConfig(GatheredObjectiveConfig):
     """Image-text affinities within a batch."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})

@@ -176,6 +176,28 @@ def gather(items: list[Item]) -> list[Item]:
     return [item for part in gathered for item in part]
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in the order of ranks; every rank calls it.
+
+    Gradients flow into the rows of this rank only.
+
+    Args:
+        rows: [n, ...] with an n of each rank's own, and [0] or [0, ...] for no rows.
+    """
+    if not dist.is_initialized():
+        return rows
+    shapes = gather([(tuple(rows.shape), rows.dtype)])
+    most, dtype = max(shapes, key=lambda shape: (shape[0][0], len(shape[0])))
+    padded = torch.zeros(most, dtype=dtype, device=rows.device)
+    if len(rows):
+        padded[: len(rows)] = rows.detach()
+    found = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(found, padded)
+    parts = [part[: shape[0]] for part, (shape, _) in zip(found, shapes, strict=True)]
+    parts[dist.get_rank()] = rows.view(len(rows), *most[1:])
+    return torch.cat(parts)
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 
     for each step:
         rows_o <- number of rows of objective o, summed over micro-batches and ranks  (all-reduce)
+        features of objectives that compare all records of the step   (`mmkd.training.gathered`)
         for each micro-batch:
             s <- student(batch);  t <- teacher(batch)
             loss <- sum_o weight_o * (1/rows_o) * sum over this micro-batch's rows of o(s, t)
@@ -14,11 +15,13 @@ So each objective is a mean per covered token of the global batch.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +46,7 @@ from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import Reference, TeacherSet, reference_name
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.training.gathered import MicroBatch, first_pass, gathered_objectives
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.shared_vision import SharedVision
 from mmkd.training.step_metrics import Metrics, count_batches, sum_losses
@@ -52,7 +56,9 @@ from mmkd.training.validation import Validation
 Scored = tuple[dict[str, Tensor], dict[int, Tensor]]
 """The loss, its parts by name, and by layer the number of tokens of each expert."""
 
-Forward = Callable[[dict[str, Tensor], Callable[[Signals], Scored], CaptureRequest], Scored]
+Result = TypeVar("Result")
+
+Forward = Callable[[dict[str, Tensor], Callable[[Signals], Any], CaptureRequest], Any]
 """A forward pass of the student, with or without gradients; see `mmkd.engines.Engine`."""
 
 BARREN_STEPS = 50
@@ -148,8 +154,9 @@ class Stage:
         started = time.monotonic()
         each = {o.name: 1.0 for o in validation.objectives}
 
-        def losses(batch: Batch) -> dict[str, Tensor]:
-            sums = self._losses(batch, each, validation.objectives, self.engine.evaluate)[0]
+        def losses(batch: Batch, objectives: Sequence[Objective]) -> dict[str, Tensor]:
+            micro = self._prepare(batch, objectives)
+            sums = self._losses(micro, each, self.engine.evaluate)[0]
             return {name: value for name, value in sums.items() if name != "loss"}
 
         means = validation.measure(losses, self.engine)
@@ -165,8 +172,8 @@ class Stage:
         self._require_rows(counts.rows)
         sums: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
-        for number, batch in enumerate(batches, 1):
-            losses, chosen = self._losses(batch, counts.rows, self.objectives, self.engine.forward)
+        for number, micro in enumerate(self._prepared(batches, counts.rows), 1):
+            losses, chosen = self._losses(micro, counts.rows, self.engine.forward)
             self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
@@ -210,7 +217,8 @@ class Stage:
         Raises:
             DataError: on all ranks.
         """
-        self.barren = 0 if any(rows.values()) else self.barren + 1
+        covered = any(rows[o.name] > (1 if o.gathers else 0) for o in self.objectives)
+        self.barren = 0 if covered else self.barren + 1
         if self.barren >= min(BARREN_STEPS, self.steps):
             raise DataError(
                 f"no objective covers a token in {self.barren} steps in a row",
@@ -219,44 +227,62 @@ class Stage:
                 "objectives' regions",
             )
 
-    def _losses(
-        self,
-        batch: Batch,
-        rows: dict[str, float],
-        objectives: list[Objective],
-        forward: Forward,
-    ) -> Scored:
+    def _prepared(self, batches: list[Batch], rows: dict[str, float]) -> Iterator[MicroBatch]:
+        """The micro-batches of a step with the teachers' signals, each made when it is needed."""
+        if len(batches) > 1 and (gathered := gathered_objectives(self.objectives, rows)):
+            evaluate = partial(self.engine.evaluate, training=True)
+            yield from first_pass(
+                batches,
+                self.objectives,
+                {o.name: rows[o.name] for o in gathered},
+                prepare=self._prepare,
+                read=lambda micro, read: self._read(micro, read, evaluate),
+            )
+        else:
+            for batch in batches:
+                yield self._prepare(batch, self.objectives)
+
+    def _prepare(self, batch: Batch, objectives: Sequence[Objective]) -> MicroBatch:
+        """Run the teachers and the reference on a batch, which is on the engine's device."""
+        with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
+            request = LayerPlan.of(objectives).teacher_request()
+            asked = self.teachers.ask(batch, objectives, request, reference_name(self.reference))
+            if self.reference is not None:
+                logps = self.reference.logps(batch, asked)
+                batch = replace(batch, targets=replace(batch.targets, reference_logps=logps))
+        return MicroBatch(batch, objectives, asked)
+
+    def _losses(self, micro: MicroBatch, rows: dict[str, float], forward: Forward) -> Scored:
         """The loss, each objective's part of it and its metrics, and how often each expert was
         chosen, by layer.
 
         Args:
-            batch: on the engine's device.
+            micro: with the stage's objectives, or those of its validation.
             rows: what each objective's sum is divided by.
-            objectives: the stage's, or those of its validation.
             forward: of the engine, with or without gradients.
         """
-        targets = batch.targets
         counts = {name: max(count, 1.0) for name, count in rows.items()}
-        plan = LayerPlan.of(objectives)
-        with self.engine.autocast(), self.vision.recording() if self.vision else nullcontext():
-            asked = self.teachers.ask(
-                batch, objectives, plan.teacher_request(), reference_name(self.reference)
-            )
-            if self.reference is not None:
-                targets = replace(targets, reference_logps=self.reference.logps(batch, asked))
+        targets, theirs = micro.batch.targets, micro.compared
 
         def compare(student: Signals) -> Scored:
-            student = student.truncate(len(targets.input_ids))
-            theirs = {name: s.truncate(len(targets.input_ids)) for name, s in asked.items()}
             if not torch.is_grad_enabled():
                 student = student.detached()
-            total, said = score(objectives, student, theirs, targets, counts)
+            total, said = score(micro.objectives, student, theirs, targets, counts)
             return {"loss": total, **said}, expert_counts(student, targets)
 
+        return self._read(micro, compare, forward)
+
+    def _read(
+        self, micro: MicroBatch, read: Callable[[Signals], Result], forward: Forward
+    ) -> Result:
+        """Run the student on a micro-batch; returns what `read` makes of its signals."""
+        primary = micro.teachers.get(self.teachers.primary)
+        layers = primary.layers if isinstance(primary, Signals) else {}
+        request = LayerPlan.of(micro.objectives).student_request(layers)
+        size = len(micro.batch.targets.input_ids)
         with self.vision.replaying() if self.vision else nullcontext():
-            primary = asked.get(self.teachers.primary)
-            layers = primary.layers if isinstance(primary, Signals) else {}
-            return forward(batch.inputs, compare, plan.student_request(layers))
+            micro.restore_random_states()
+            return forward(micro.batch.inputs, lambda s: read(s.truncate(size)), request)
 
     def _check_finite(self, step: int, metrics: Metrics, batches: list[Batch]) -> None:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]

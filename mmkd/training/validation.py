@@ -5,7 +5,8 @@
 
 As in training, each objective is a mean per covered token, here over all held-out records. It does
 not depend on the batch layout and the number of processes, unless the objective compares the
-records of a micro-batch. Training is not affected: there are no gradients and no dropout, and the
+records of a micro-batch. Objectives that compare the records of a step compare groups of as many
+held-out records. Training is not affected: there are no gradients and no dropout, and the
 states of random number generators are restored. Two metrics do not depend on the objectives, so
 that stages with different objectives can be compared: `answer_ce`, the cross-entropy of the
     records' answers, and
@@ -45,8 +46,11 @@ from mmkd.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from mmkd.training.gathered import HeldOutFeatures
 
 BEST = "best"
+Losses = Callable[[Batch, Sequence[Objective]], dict[str, torch.Tensor]]
+"""The losses of objectives on a batch, by name."""
 
 
 class Validation:
@@ -126,19 +130,20 @@ class Validation:
             step % self.config.interval == 0 or step == last
         )
 
-    def measure(self, losses: Callable[[Batch], dict[str, torch.Tensor]], engine: Engine) -> Any:
+    def measure(self, losses: Losses, engine: Engine) -> Any:
         """Means over all held-out records, by name. Every process must call it.
 
         Args:
             losses: returns sums over a batch's rows for each objective, and its metrics.
             engine: of the stage.
         """
+        kept = HeldOutFeatures(self.objectives)
         sums: dict[str, torch.Tensor] = {}
         facts = torch.zeros(3 + len(self.objectives), dtype=torch.float64)
         with undisturbed(self.seed):
             for batch, counts in self.batches():
                 batch = batch.to(engine.device)
-                for name, value in losses(batch).items():
+                for name, value in losses(batch, kept.objectives(batch, counts)).items():
                     value = value.detach().double() if counts else torch.zeros_like(value).double()
                     sums[name] = sums.get(name, 0) + value
                 if counts:
@@ -152,6 +157,8 @@ class Validation:
             name: total / counts_of[name.partition("/")[0]]
             for name, total in zip(sums, totals, strict=True)
         }
+        size = self.stage.batch.records_per_step(engine.world_size)
+        means |= kept.means(chosen(self.encoder, self.config.records), size, engine.device)
         loss = sum(o.config.weight * means[o.name] for o in self.objectives)
         facts_said = {"records": records, "supervised_tokens": supervised, "skipped": skipped}
         return {"loss": loss, **means, **facts_said}

@@ -115,6 +115,18 @@ def test_totals_count_shared_stages_once(world):
     assert plan["total"]["flops"] == plan["total"]["steps"] * stage["flops_per_step"]["total"]
 
 
+def test_a_first_pass_of_the_student_is_counted(world):
+    flops = []
+    for size in (4, 2):
+        batch = {"size": size, "total": 4}
+        stage = {**KL, "objectives": [{"kind": "affinity"}], "batch": batch}
+        plan = make_plan(load_recipe(world(stage=stage)))
+        flops.append(plan["members"]["student"]["stages"][0]["flops_per_step"])
+    one, two = flops
+    assert two["student_decoder"] * 3 == pytest.approx(one["student_decoder"] * 4)
+    assert two["teacher_decoder"] == one["teacher_decoder"]
+
+
 @pytest.mark.parametrize(("steps", "warned"), [(1600, True), (1599, False)])
 def test_it_warns_of_a_hundred_passes(world, steps, warned):
     plan = make_plan(load_recipe(world(stage={**KL, "steps": steps})))  # 64 records, 4 a step

@@ -1,10 +1,6 @@
 """Lengths of records, computed by several processes."""
 
-import multiprocessing
-import os
-
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from mmkd.data.encoder import Encoder
@@ -14,9 +10,8 @@ from mmkd.data.workers import work_ahead
 from mmkd.errors import CheckpointError
 from mmkd.recipe import BatchConfig, DataConfig
 from tests.support.processors import FAMILIES
+from tests.support.ranks import on_ranks
 from tests.support.written_records import conversations, records
-
-SECONDS = 60
 
 
 @pytest.fixture
@@ -34,35 +29,6 @@ def encoder(tmp_path):
             rows[-1]["conversations"][0]["value"] = "<image>?"
     config = DataConfig(train="-", on_bad_record="skip")
     return Encoder(records(tmp_path, rows), FAMILIES["llava"](), config)
-
-
-def on_ranks(work, count, folder):
-    """What `work(rank)` returns or raises on each of `count` processes that are connected."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-
-    def run(rank):
-        store = dist.FileStore(str(folder / "store"), count)
-        dist.distributed_c10d._update_default_pg(None)  # that of the test's own process, if any
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-        try:
-            results.put((rank, work(rank)))
-        except Exception as error:
-            results.put((rank, str(error)))
-        results.close()
-        results.join_thread()
-        os._exit(0)  # an inherited group cannot be taken down here
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=SECONDS) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(SECONDS)
-            process.kill()
-    return [found[rank] for rank in range(count)]
 
 
 def counted(encoder):

@@ -31,6 +31,7 @@ OBJECTIVES = [
     {"kind": "kl", "name": "kl_top", "top_k": 5, "acceptance": True},
     {"kind": "balanced_kl", "weight": 0.5},
     {"kind": "relation"},
+    {"kind": "affinity", "weight": 0.5},
     {"kind": "layer_l2"},
     {"kind": "router_z", "weight": 0.01},  # balance is a micro-batch's own
     # with parameters of their own
@@ -44,7 +45,7 @@ CONVERT = [
 ]
 STEPS, STOP = 6, 5
 LOGGED = ("loss", "ce", "kl", "kl_vision", "kl_top", "kl_top/acceptance", "balanced_kl", "relation",
-          "layer_l2", "exits", "hidden_mse", "embedding", "grad_norm")  # fmt: skip
+          "affinity", "layer_l2", "exits", "hidden_mse", "embedding", "grad_norm")  # fmt: skip
 SPREAD = "spread.json"
 ENGINES = {
     "torch": {},

@@ -12,31 +12,16 @@ from mmkd.objectives.affinity import AffinityConfig
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from tests.support.recipes import tiny_recipe
-from tests.support.relating import LAYOUT, TARGETS, B, T, losses_of_training, mask, normal
-
-
-def affinity_twin(student, teacher, center, temperatures):
-    """Rows 0 and 1 have images."""
-    tables = []
-    for hidden, temperature in zip((student, teacher), temperatures, strict=True):
-        pictures, answers = [], []
-        for b in (0, 1):
-            said = [t - 1 for t in range(T) if LAYOUT[b][t] == "r"]
-            pictures.append(hidden[b, [t for t in range(T) if LAYOUT[b][t] == "v"]].mean(0))
-            answers.append(hidden[b, said].mean(0))
-        for group in (pictures, answers):
-            mean = sum(group) / 2 * center
-            group[:] = [(x - mean) / (x - mean).norm() for x in group]
-        tables.append(
-            torch.stack([torch.stack([i @ t / temperature for t in answers]) for i in pictures])
-        )
-    mine, theirs = tables
-    total = 0.0
-    for k in (0, 1):
-        for m, t in ((mine[k], theirs[k]), (mine[:, k], theirs[:, k])):
-            p, q = t.softmax(0), m.softmax(0)
-            total = total + (p * (p / q).log()).sum()
-    return total / 2
+from tests.support.relating import (
+    LAYOUT,
+    TARGETS,
+    B,
+    T,
+    affinity_twin,
+    losses_of_training,
+    mask,
+    normal,
+)
 
 
 @pytest.mark.parametrize("theirs", [None, 0.2])
@@ -50,7 +35,9 @@ def test_affinities_equal_their_twin(center, theirs):
     assert objective.rows(TARGETS).nonzero().tolist() == [[0, 3], [1, 2]]
     head = torch.zeros(1, 1)
     got = objective(Signals(student, head), Signals(teacher, head), TARGETS, 2.0).loss
-    want = affinity_twin(student, teacher.detach(), center, (0.5, theirs or 0.5))
+    want = affinity_twin(
+        student, teacher.detach(), LAYOUT, center=center, temperatures=(0.5, theirs or 0.5)
+    )
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(x, student)[0] for x in (got, want)]
     torch.testing.assert_close(*grads)
@@ -72,7 +59,8 @@ def test_a_batch_without_pictures_has_no_affinity():
 
 @pytest.mark.parametrize("center", [True, False])
 def test_a_sample_alone_has_nothing_to_tell_apart_and_does_not_count(center):
-    objective = build_objective(AffinityConfig(kind="affinity", center=center))
+    config = AffinityConfig(kind="affinity", center=center, gather=False)
+    objective = build_objective(config)
     alone = Targets(
         TARGETS.input_ids[:1], TARGETS.attention[:1], TARGETS.response[:1], TARGETS.vision[:1]
     )
@@ -87,15 +75,23 @@ def test_a_sample_alone_has_nothing_to_tell_apart_and_does_not_count(center):
     vision[1:] = False
     mixed = Targets(TARGETS.input_ids, TARGETS.attention, TARGETS.response, vision)
     assert objective.rows(mixed).sum() == 0
+    # a step of micro-batches counts each record, and may still have only one
+    gathering = build_objective(config.model_copy(update={"gather": True}))
+    assert gathering.rows(alone).sum() == gathering.rows(mixed).sum() == 1
+    loss = gathering(*signals, alone, 1.0).loss
+    assert loss.item() == 0
+    loss.backward()
 
 
-def affinity_means(scenes_dir, model, tmp_path, batch):
-    """The objective's value in the first step, and whether the recipe is refused."""
+def affinity_means(scenes_dir, model, tmp_path, batch, *, gather=False):
+    """The objective's value in the first step."""
     raw = tiny_recipe(
         scenes_dir, model, tmp_path, name="-".join(map(str, batch.values())),
         teacher={"model": str(model)},
         student={"model": str(model), "convert": [{"kind": "width_pruning", "decoder": 16}]},
-        stage={"objectives": [{"kind": "affinity"}], "batch": batch, "steps": 1},
+        stage={
+            "objectives": [{"kind": "affinity", "gather": gather}], "batch": batch, "steps": 1,
+        },
     )  # fmt: skip
     lines = (pipeline.run(load_recipe(raw)) / "01-mimic" / "metrics.jsonl").read_text()
     return json.loads(lines.splitlines()[0])["affinity"]
@@ -130,6 +126,12 @@ def test_micro_batches_without_contrast_are_left_out_of_the_mean(
 def test_a_layout_without_contrast_is_refused(scenes_dir, tiny_model_dir, tmp_path, batch):
     with pytest.raises(RecipeError, match="objective affinity: it compares the records"):
         affinity_means(scenes_dir, tiny_model_dir, tmp_path, batch)
+
+
+@pytest.mark.parametrize("batch", [{"size": 1}, {"tokens": 4096, "total": 1}])
+def test_a_step_without_contrast_is_refused(scenes_dir, tiny_model_dir, tmp_path, batch):
+    with pytest.raises(RecipeError, match="the records of a step, and each step has one record"):
+        affinity_means(scenes_dir, tiny_model_dir, tmp_path, batch, gather=True)
 
 
 def test_it_trains_a_student(scenes_dir, tiny_model_dir, tmp_path):

@@ -51,6 +51,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, scenes_dir
         {"kind": "kl", "weight": 0.5},
         {"kind": "tvd", "region": "vision"},
         {"kind": "relation"},
+        {"kind": "affinity"},
     ]
     objectives += PARTS
     results = []
@@ -72,7 +73,7 @@ def test_losses_and_weights_do_not_depend_on_the_batch_layout(recipe, scenes_dir
         results.append(train(raw))
     for metrics, weights in results[1:]:
         for got, want in zip(metrics, results[0][0], strict=True):
-            for key in ("loss", "ce", "kl", "tvd", "relation", "grad_norm", *NAMES):
+            for key in ("loss", "ce", "kl", "tvd", "relation", "affinity", "grad_norm", *NAMES):
                 assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
             assert got["supervised_tokens"] == want["supervised_tokens"]
         for name, tensor in weights.items():

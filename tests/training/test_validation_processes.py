@@ -17,7 +17,14 @@ pytest.importorskip("deepspeed")
 QUICK = ["torch", "zero2", "zero3"]
 ENGINES = ["torch", "zero0", "zero1", "zero2", "zero3", "sharded-torch", "waiting"]
 STEPS, STOP = 4, 4
-KINDS = [{"kind": "ce"}, {"kind": "kl", "weight": 0.5}, {"kind": "relation"}, {"kind": "layer_l2"}]
+KINDS = [
+    {"kind": "ce"},
+    {"kind": "kl", "weight": 0.5},
+    {"kind": "relation"},
+    {"kind": "affinity"},
+    {"kind": "layer_l2"},
+]
+NAMES = ("loss", "ce", "kl", "relation", "affinity", "layer_l2", "answer_ce", "teacher_kl")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,7 @@ def test_every_engine_measures_the_same(runs, engine):
     assert [line["step"] for line in got] == [1, 2, 3, 4]
     for mine, theirs in zip(got, want, strict=True):
         assert mine.keys() == theirs.keys()
-        for key in ("loss", "ce", "kl", "relation", "layer_l2", "answer_ce", "teacher_kl"):
+        for key in NAMES:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (key, mine["step"])
         exact = ("records", "supervised_tokens", "best")
         assert [mine[k] for k in exact] == [theirs[k] for k in exact]

@@ -126,10 +126,22 @@ def flops_per_record(
     trainable: set[str],
     teachers: Sequence[PlannedTeacher],
     sample: Sample,
+    *,
+    two_passes: bool = False,
 ) -> dict[str, float]:
-    """FLOPs of one record in one step, by what they are spent on; all of the teachers, the primary
-    one first, are asked about it."""
+    """FLOPs of one record in one step, by what they are spent on.
+
+    Args:
+        student: its trainable weights are chosen.
+        trainable: their names.
+        teachers: all of them are asked about the record, the primary one first.
+        sample: a mean record.
+        two_passes: the student makes a first pass without gradients, because an objective compares
+            the records of several micro-batches.
+    """
     passes = _passes(student, trainable)
+    if two_passes:
+        passes |= {part: passes[part] + 1 for part in ("vision", "decoder")}
     forward = _forward(student, sample, sample.projected)
     found = {
         "student_vision": forward["vision"] * passes["vision"],

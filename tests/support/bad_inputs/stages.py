@@ -75,9 +75,20 @@ overridden(
     KIND,
     "compared records in micro-batches of one record",
     "stage mimic: objective affinity: it compares the records of a micro-batch",
-    "set batch.size to 2 or more",
+    "set 'gather: true'",
 )
 def one_record_to_compare(world: World) -> None:
+    world.teach({"kind": "affinity", "gather": False})
+    world.stage(batch={"size": 1})
+
+
+@case(
+    KIND,
+    "compared records in steps of one record",
+    "stage mimic: objective affinity: it compares the records of a step",
+    "raise batch.size",
+)
+def one_record_in_a_step(world: World) -> None:
     world.teach({"kind": "affinity"})
     world.stage(batch={"size": 1})
 
