@@ -32,6 +32,8 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    gradient_scale: float
+    """Factor of all gradients in a backward pass; `step` divides by it."""
 
     def autocast(self) -> AbstractContextManager:
         """Precision of forwards; the teacher runs under it too."""

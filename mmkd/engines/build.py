@@ -82,7 +82,7 @@ def _optimizer(
         return module.parameters() if masters is None else masters.parameters(module)
 
     rates = {o.metric_name: getattr(o, "lr", None) for o in config.objectives}
-    own = [(parameters(module), rates[name]) for name, module in root.objectives.items()]
+    own = [(parameters(module), rates.get(name)) for name, module in root.objectives.items()]
     return build_optimizer(parameters(root.model), config.optimizer, own=own, fused=fused)
 
 

@@ -17,6 +17,7 @@ class EngineBase:
         self.precision = precision
         self.rank = distributed.rank()
         self.world_size = distributed.world_size()
+        self.gradient_scale = 1.0
         self._open = False
 
     def autocast(self) -> AbstractContextManager:

@@ -65,6 +65,8 @@ class DeepSpeedEngine(EngineBase):
     ):
         super().__init__(device, precision)
         deepspeed = start(device)
+        # DeepSpeed averages gradients over ranks; ours add up.
+        self.gradient_scale = float(self.world_size)
         self.root, self.model = root, root.model
         self.schedule = schedule
         self.zero: int = config["zero_optimization"]["stage"]
@@ -123,8 +125,7 @@ class DeepSpeedEngine(EngineBase):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._end()
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages gradients over ranks; ours add up.
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.gradient_scale, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the micro-step
 

@@ -64,6 +64,11 @@ class ObjectiveConfig(Bounded):
         return None
 
     @property
+    def reads_final_hidden(self) -> bool:
+        """Whether it reads the student through its final hidden states only."""
+        return "distribution" in self.needs or bool(self.reads_hidden)
+
+    @property
     def trains_own(self) -> bool:
         """Whether the objective has parameters of its own, which train with the student."""
         return False

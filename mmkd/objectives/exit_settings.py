@@ -83,6 +83,10 @@ class ExitsConfig(OwnParametersConfig):
         return self.loss if self._asks_the_teacher else None
 
     @property
+    def reads_final_hidden(self) -> bool:
+        return False
+
+    @property
     def region(self) -> Region:
         """Tokens that the loss covers."""
         return self.loss.region

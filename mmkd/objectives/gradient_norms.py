@@ -68,17 +68,18 @@ class GradientNorms(nn.Module):
         """[objectives], squared norms of this process's gradients, with their weights."""
         return torch.stack([self.squares[name] for name in self.given])
 
-    def end(self, sums: Tensor, scale: float) -> None:
-        """End a step: keep its norms.
+    def end(self, sums: Tensor, scale: float) -> dict[str, float]:
+        """End a step: keep its norms. Returns the weights that it had, as metrics.
 
         Args:
             sums: of `sums` over all processes, on any device.
-            scale: gradient of the loss at which the engine began its backward passes.
+            scale: the engine's `gradient_scale`.
         """
         for number, name in enumerate(self.given):
             norm = float(sums[number]) ** 0.5 / scale / self.weights[name]
             if norm > 0:
                 self.norms[number] = norm
+        return {f"{name}/weight": weight for name, weight in self.weights.items()}
 
 
 class _Watch(torch.autograd.Function):

@@ -2,6 +2,7 @@
 projection of each chunk of rows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
+from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
 
@@ -111,6 +113,7 @@ def score(
     teacher: TeacherSignals | Teachers | None,
     targets: Targets,
     counts: Mapping[str, float],
+    norms: GradientNorms | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted sum of all objectives on a batch.
 
@@ -121,6 +124,8 @@ def score(
             one.
         targets: of the batch.
         counts: by name of an objective, the number of its rows in the global batch.
+        norms: give the objectives their weights in place of the recipe, and measure their
+            gradients. Objectives on the head's output then do not share a projection.
 
     Returns:
         The loss with gradients, and by name the detached values of the objectives and their
@@ -129,6 +134,14 @@ def score(
 
     def asked(name: str | None) -> TeacherSignals | None:
         return signals_for(name, teacher)
+
+    def weight_of(objective: Objective) -> float:
+        return objective.config.weight if norms is None else norms.weight_of(objective)
+
+    def signals_of(objective: Objective) -> Signals:
+        if norms is None:
+            return student
+        return replace(student, hidden=norms.watched(objective, student.hidden))
 
     # A gathered objective takes part without records too: other processes wait for it.
     silent = [
@@ -145,9 +158,10 @@ def score(
         for o in objectives
         if isinstance(o, HeadObjective) and o.acceptance(targets) is not None
     }
-    for name, heads in _passes(speaking).items():
-        factors = [o.config.weight / counts[o.name] for o in heads]
-        total, sums, accepted = _one_pass(heads, factors, student, asked(name), targets)
+    for name, heads in _passes(speaking, apart=norms is not None):
+        factors = [weight_of(o) / counts[o.name] for o in heads]
+        read = signals_of(heads[0])
+        total, sums, accepted = _one_pass(heads, factors, read, asked(name), targets)
         terms.append(total)
         metrics |= {
             _accepts(o): accepted[o.name] / counts[o.name] for o in heads if o.name in accepted
@@ -160,8 +174,9 @@ def score(
         if not objective.accepts_stored_rows:
             theirs = hidden_states(theirs)
         covered = targets.of(objective.sources)
-        outcome = objective(student, theirs, covered, counts[objective.name])  # type: ignore[arg-type]
-        terms.append(objective.config.weight * outcome.loss)
+        read, count = signals_of(objective), counts[objective.name]
+        outcome = objective(read, theirs, covered, count)  # type: ignore[arg-type]
+        terms.append(weight_of(objective) * outcome.loss)
         said[objective.name] = outcome.loss.detach()
         metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
     total = torch.stack(terms).sum() if terms else 0 * student.hidden.sum()
@@ -172,12 +187,21 @@ def _accepts(objective: Objective) -> str:
     return f"{objective.name}/acceptance"
 
 
-def _passes(objectives: Sequence[Objective]) -> dict[str | None, list[HeadObjective]]:
-    """Objectives on the head's output, grouped by teacher. Those that need no teacher are added to
-    the first group."""
+def _passes(
+    objectives: Sequence[Objective], *, apart: bool = False
+) -> list[tuple[str | None, list[HeadObjective]]]:
+    """Objectives on the head's output, grouped by teacher, with the teacher's name. Those that need
+    no teacher are added to the first group.
+
+    Args:
+        objectives: of any kind.
+        apart: one group for each objective.
+    """
     heads = [o for o in objectives if isinstance(o, HeadObjective)]
     first = next((o.teacher for o in heads if o.teacher is not None), None)
+    if apart:
+        return [(o.teacher or first, [o]) for o in heads]
     passes: dict[str | None, list[HeadObjective]] = {}
     for objective in heads:
         passes.setdefault(objective.teacher or first, []).append(objective)
-    return passes
+    return list(passes.items())

@@ -331,6 +331,10 @@ class TokenLabelsConfig(ObjectiveConfig):
         False, description="tokens without an object predict the end-of-turn token"
     )
 
+    @property
+    def reads_final_hidden(self) -> bool:
+        return self.at == "decoder"
+
 
 class RouterObjectiveConfig(ObjectiveConfig):
     """Settings of objectives on the routers of sparse layers."""

@@ -350,6 +350,11 @@ class StageConfig(Strict):
     objectives: list[AnyObjectiveConfig] = Field(
         min_length=1, description="losses; their weighted sum is minimised"
     )
+    balance_gradients: bool = Field(
+        False,
+        description="divide the weight of each objective by the norm of its gradient at the "
+        "student's final hidden states, in the step before (GradMag)",
+    )
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's own answers")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

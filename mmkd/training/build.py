@@ -17,6 +17,7 @@ from mmkd.engines.deepspeed_config import resolve
 from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.packed_rows import isolate_packed_sequences
 from mmkd.objectives import Objective, build_objective
+from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.recipe import DataConfig, StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
@@ -36,7 +37,7 @@ from mmkd.teachers import (
     store,
 )
 from mmkd.training.callbacks import Callback
-from mmkd.training.objective_modules import build_own, write_own
+from mmkd.training.objective_modules import GRADIENT_NORMS, build_own, write_own
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
 from mmkd.training.shared_vision import SharedVision, share_vision
@@ -81,6 +82,9 @@ def build_stage(inputs: StageInputs) -> Stage:
     alone = _objectives_of(inputs)
     modules = build_own(alone, student, teachers.primary_model(student))
     objectives = ask_each(alone, teachers.settings, inputs.data)
+    norms = GradientNorms(objectives) if config.balance_gradients else None
+    if norms is not None:
+        modules[GRADIENT_NORMS] = norms  # for checkpoints
     # Before `_prepare_student`, because a copy of the student must not have adapters.
     own = cache(lambda: own_teacher(student, device, only_adapters=_only_adapters(config)))
     asked = teachers.for_stage(objectives, own)
@@ -114,6 +118,7 @@ def build_stage(inputs: StageInputs) -> Stage:
         folder=inputs.folder,
         tracked=inputs.tracked,
         validation=held_out,
+        norms=norms,
         callbacks=inputs.callbacks,
     )
 

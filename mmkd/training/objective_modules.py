@@ -18,6 +18,9 @@ from mmkd.recipe.context import StageContext
 from mmkd.runtime.files import writing
 from mmkd_models.parts import find_parts
 
+GRADIENT_NORMS = "gradient_norms"
+"""Name of the module with the norms of `balance_gradients`."""
+
 
 def build_own(
     objectives: Sequence[Objective], student: PreTrainedModel, teacher: PreTrainedModel | None
@@ -47,9 +50,14 @@ def _parts(model: PreTrainedModel) -> DecoderParts:
 
 def write_own(path: Path, weights: dict[str, Tensor]) -> None:
     """Write the state dict of the modules of objectives; no file if there are none."""
-    if weights:
+    kept = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+        if not name.startswith(f"{GRADIENT_NORMS}.")
+    }
+    if kept:
         with writing(path) as partial:
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial)
+            save_file(kept, partial)
 
 
 def check_own(context: StageContext) -> None:
@@ -58,13 +66,15 @@ def check_own(context: StageContext) -> None:
     Raises:
         RecipeError: they cannot.
     """
+    if context.stage.balance_gradients:
+        _check_balanced(context)
     for objective in context.objectives:
         if not objective.config.trains_own:
             continue
         where = context.at(objective)
-        if hasattr(nn.ModuleDict, objective.name):
+        if hasattr(nn.ModuleDict, objective.name) or objective.name == GRADIENT_NORMS:
             raise RecipeError(
-                f"the name {objective.name!r} is reserved by torch.nn.ModuleDict",
+                f"the name {objective.name!r} is reserved for other modules",
                 where=where,
                 hint="choose another 'name'",
             )
@@ -73,4 +83,24 @@ def check_own(context: StageContext) -> None:
                 "an objective with parameters of its own compares with one teacher",
                 where=where,
                 hint="leave the other teachers out, or use the objective without own parameters",
+            )
+
+
+def _check_balanced(context: StageContext) -> None:
+    """Check that the gradients of the objectives can be compared.
+
+    Raises:
+        RecipeError: there is one only, or one that does not read the final hidden states.
+    """
+    where = f"{context.where}: balance_gradients"
+    weighted = [o for o in context.objectives if o.config.weight > 0]
+    if len(weighted) < 2:
+        raise RecipeError("there is one objective only", where=where, hint="leave it out")
+    for objective in weighted:
+        if not objective.config.reads_final_hidden:
+            raise RecipeError(
+                f"objective {objective.name} does not read the final hidden states, where "
+                "gradients are compared",
+                where=where,
+                hint="leave it out, and set the objectives' weights",
             )

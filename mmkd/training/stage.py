@@ -37,6 +37,7 @@ from mmkd.objectives import (
     expert_counts,
     score,
 )
+from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.recipe import StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.interrupt import asked, deferred, requested
@@ -70,6 +71,7 @@ class Stage:
     """The parts of a stage, made by `build_stage`.
 
     Attributes:
+        norms: weigh the objectives by their gradients; None for the weights of the recipe.
         callbacks: are called during the stage, in order.
         barren: number of last steps in a row in which no objective covered a token.
         stop: a rank was asked to stop before the update of the last step.
@@ -87,6 +89,7 @@ class Stage:
     folder: Path
     tracked: Tracked | None = None
     validation: Validation | None = None
+    norms: GradientNorms | None = None
     callbacks: Sequence[Callback] = ()
     barren: int = 0
     stop: bool = False
@@ -172,13 +175,17 @@ class Stage:
         self._require_rows(counts.rows)
         sums: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
+        norms = self.norms
+        if norms is not None:
+            norms.begin(self.engine.device)
         for number, micro in enumerate(self._prepared(batches, counts.rows), 1):
-            losses, chosen = self._losses(micro, counts.rows, self.engine.forward)
+            losses, chosen = self._losses(micro, counts.rows, self.engine.forward, norms)
             self.engine.backward(losses["loss"], last=number == len(batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
             load = {layer: load.get(layer, 0) + count for layer, count in chosen.items()}
-        totals = sum_losses(sums, load, self.engine, stop=requested())
+        squares = None if norms is None else norms.sums()
+        totals = sum_losses(sums, load, self.engine, stop=requested(), squares=squares)
         self._check_finite(step, totals.losses, batches)
         self.stop = totals.stop
         result = self.engine.step()
@@ -187,6 +194,7 @@ class Stage:
         return {
             "step": step,
             **totals.losses,
+            **({} if norms is None else norms.end(totals.squares, self.engine.gradient_scale)),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **counts.metrics,
@@ -252,7 +260,13 @@ class Stage:
                 batch = replace(batch, targets=replace(batch.targets, reference_logps=logps))
         return MicroBatch(batch, objectives, asked)
 
-    def _losses(self, micro: MicroBatch, rows: dict[str, float], forward: Forward) -> Scored:
+    def _losses(
+        self,
+        micro: MicroBatch,
+        rows: dict[str, float],
+        forward: Forward,
+        norms: GradientNorms | None = None,
+    ) -> Scored:
         """The loss, each objective's part of it and its metrics, and how often each expert was
         chosen, by layer.
 
@@ -260,6 +274,7 @@ class Stage:
             micro: with the stage's objectives, or those of its validation.
             rows: what each objective's sum is divided by.
             forward: of the engine, with or without gradients.
+            norms: weigh the objectives; None for the weights of the recipe.
         """
         counts = {name: max(count, 1.0) for name, count in rows.items()}
         targets, theirs = micro.batch.targets, micro.compared
@@ -267,7 +282,7 @@ class Stage:
         def compare(student: Signals) -> Scored:
             if not torch.is_grad_enabled():
                 student = student.detached()
-            total, said = score(micro.objectives, student, theirs, targets, counts)
+            total, said = score(micro.objectives, student, theirs, targets, counts, norms)
             return {"loss": total, **said}, expert_counts(student, targets)
 
         return self._read(micro, compare, forward)

@@ -45,11 +45,14 @@ class Totals:
         losses: the loss, and each objective's part and metrics, by name.
         metrics: share of the tokens of each expert, by sparse layer; empty without sparse layers.
         stop: at least one rank was asked to stop.
+        squares: [objectives], squared norms of the objectives' gradients; empty if they are not
+            measured.
     """
 
     losses: dict[str, float]
     metrics: Metrics
     stop: bool
+    squares: Tensor
 
 
 def sum_over_ranks(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
@@ -125,7 +128,12 @@ def _of_sources(batches: Sequence[Batch], records: Records) -> Tensor:
 
 
 def sum_losses(
-    losses: Mapping[str, Tensor], load: Mapping[int, Tensor], engine: Engine, *, stop: bool
+    losses: Mapping[str, Tensor],
+    load: Mapping[int, Tensor],
+    engine: Engine,
+    *,
+    stop: bool,
+    squares: Tensor | None = None,
 ) -> Totals:
     """Sum the losses and expert loads over ranks. All ranks must call it.
 
@@ -134,8 +142,10 @@ def sum_losses(
         load: number of tokens of each expert, [E], by layer.
         engine: of the stage.
         stop: whether this rank was asked to stop.
+        squares: [objectives] float64, squared norms of the objectives' gradients on this rank.
     """
     values = {"losses": torch.stack(list(losses.values())), "stop": torch.tensor(stop)}
+    values["squares"] = torch.zeros(0) if squares is None else squares
     if load:
         values["load"] = torch.stack(list(load.values()))  # [layers, E]
     sums = sum_over_ranks(values, engine)
@@ -145,4 +155,4 @@ def sum_losses(
         shares = (sums["load"] / sums["load"].sum(1, keepdim=True)).tolist()
         rounded = [[round(share, 4) for share in layer] for layer in shares]
         metrics["expert_load"] = dict(zip(map(str, load), rounded, strict=True))
-    return Totals(named, metrics, bool(sums["stop"]))
+    return Totals(named, metrics, bool(sums["stop"]), sums["squares"])

@@ -101,6 +101,11 @@ BESIDE = {
         ("torch", "zero2", "zero1", "zero3"),
         {"train": {"groups": ["moe.router"], "lora": {"groups": ["language_model", "head"]}}},
     ),
+    # weights of objectives from their gradients
+    "balanced": (
+        ("torch", "zero3", "zero2"),
+        {"objectives": [{"kind": "ce"}, {"kind": "jsd"}], "balance_gradients": True},
+    ),
     # teacher and student have one frozen vision tower
     "frozen": (("torch", "sharded-torch", "zero2", "zero3"), {"train": ["language_model"]}),
     "wordy_pairs": (

@@ -215,7 +215,7 @@ def test_a_cache_with_all_tokens_is_the_live_teacher():
         ({"layers": [0], "loss": {"kind": "kl", "acceptance": True}}, "no 'acceptance'"),
         ({"layers": [0], "lr": 0.1}, "'lr' is for parameters of its own"),
         ({"layers": [9]}, "the student has no decoder layer 9, it has 2"),
-        ({"layers": [0], "norm": "own", "name": "pop"}, "reserved by torch.nn.ModuleDict"),
+        ({"layers": [0], "norm": "own", "name": "pop"}, "reserved for other modules"),
     ],
 )
 def test_what_cannot_be_is_refused(entry, message, scenes_dir, tiny_model_dir, tmp_path):
