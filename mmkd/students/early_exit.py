@@ -47,6 +47,13 @@ class EarlyExit(Conversion):
         modules = {"norm": parts.final_norm, "block": parts.decoder_layers[-1]}
         for name, weights in own.items():
             module = modules[name]
+            if shapes_of(weights) != shapes_of(module.state_dict()):
+                raise RecipeError(
+                    f"{self.config.objectives} has an exit of another model: its {name} has other "
+                    "weights",
+                    where=self.where,
+                    hint="name the file of the stage that has trained this student",
+                )
             if not next(module.parameters()).is_meta:
                 module.load_state_dict(weights)
             lines.append(f"decoder: {name} of the exit after layer {layer}")
@@ -82,3 +89,7 @@ class EarlyExit(Conversion):
                 "of its own needs no 'objectives'",
             )
         return found
+
+
+def shapes_of(weights: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in weights.items()}

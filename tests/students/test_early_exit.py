@@ -77,6 +77,8 @@ def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_pa
         ({"layer": 1, "objectives": "file"}, {"kl.1.norm.weight": 1}, "no exit exits after"),
         ({"layer": 1, "objectives": "file"}, {"exits.1.other.weight": 1}, "no exit exits after"),
         ({"layer": 3, "objectives": "file"}, {"exits.3.block.w": 1}, "weights of no next layer"),
+        ({"layer": 1, "objectives": "file"}, {"exits.1.norm.weight": 3}, "exit of another model"),
+        ({"layer": 1, "objectives": "file"}, {"exits.1.norm.bias": 32}, "exit of another model"),
     ],
 )
 def test_what_is_no_exit_is_refused(settings, content, message, tmp_path):
