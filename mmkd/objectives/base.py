@@ -403,6 +403,12 @@ class Objective:
         return False
 
     @property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics of its outcomes, if it can be one of several teachers' objectives:
+        then they are 0 for a batch without the teacher's records."""
+        return []
+
+    @property
     def pairs(self) -> list[tuple[int, int]]:
         """Indices of the decoder layers that it compares: (student layer, teacher layer)."""
         return []

@@ -21,7 +21,7 @@ from mmkd.objectives.divergence_settings import (
     JsdConfig,
     SkewConfig,
 )
-from mmkd.objectives.scoring import HeadObjective
+from mmkd.objectives.scoring import ACCEPTANCE, HeadObjective
 from mmkd.ops import HeadLoss
 
 _OF_LOSS = {"kind", "temperature", "teacher_temperature", "top_k", "top_p", "rest"} | {
@@ -33,6 +33,10 @@ _OF_LOSS = {"kind", "temperature", "teacher_temperature", "top_k", "top_p", "res
 class Divergence(HeadObjective):
     config_class: ClassVar[type[DivergenceConfig]] = DivergenceConfig
     config: DivergenceConfig
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [ACCEPTANCE] if self.config.acceptance else []
 
     def rows(self, targets: Targets) -> Tensor:
         return targets.predicts(self.config.region)

@@ -83,6 +83,10 @@ class Exits(Objective):
             found.append(Exit(layer, parts.get("block"), parts.get("norm")))
         return found
 
+    @property
+    def metric_names(self) -> list[str]:
+        return [f"layer_{layer}" for layer in self.config.layers]
+
     def rows(self, targets: Targets) -> Tensor:
         return self.loss.rows(targets)
 

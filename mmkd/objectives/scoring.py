@@ -18,6 +18,9 @@ from mmkd.objectives.base import (
 from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
+ACCEPTANCE = "acceptance"
+"""Name of the metric of divergences with `acceptance: true`."""
+
 
 class HeadObjective(Objective):
     """Base class of objectives on the output of the head."""
@@ -154,9 +157,9 @@ def score(
     said: dict[str, Tensor] = {o.name: student.hidden.new_zeros(()) for o in silent}
     # Names in an order that does not depend on the batch: ranks add them up by position.
     metrics: dict[str, Tensor] = {
-        _accepts(o): student.hidden.new_zeros(())
+        f"{o.name}/{metric}": student.hidden.new_zeros(())
         for o in objectives
-        if isinstance(o, HeadObjective) and o.acceptance(targets) is not None
+        for metric in o.metric_names
     }
     for name, heads in _passes(speaking, apart=norms is not None):
         factors = [weight_of(o) / counts[o.name] for o in heads]
@@ -184,7 +187,7 @@ def score(
 
 
 def _accepts(objective: Objective) -> str:
-    return f"{objective.name}/acceptance"
+    return f"{objective.name}/{ACCEPTANCE}"
 
 
 def _passes(

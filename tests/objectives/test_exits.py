@@ -16,7 +16,9 @@ from mmkd.objectives import (
     StoredSignals,
     Targets,
     build_objective,
+    score,
 )
+from mmkd.objectives.divergence_settings import DivergenceConfig
 from mmkd.objectives.exit_settings import ExitsConfig
 from mmkd.ops import SparseRows
 from mmkd.recipe import DepthPruningConfig, MambaConfig, MoeConfig, load_recipe
@@ -204,6 +206,24 @@ def test_a_cache_with_all_tokens_is_the_live_teacher():
     rows = SparseRows(ids, log_p, torch.full((B * T,), -torch.inf), torch.arange(B * T))
     stored = objective(mine, StoredSignals(rows), targets(), COUNT).loss
     torch.testing.assert_close(stored, live)
+
+
+def test_metrics_do_not_depend_on_which_teachers_a_batch_has():
+    """Processes add metrics up by position."""
+    normal = tensors(5)
+    mine = student([Exit(1)], normal)
+    theirs = Signals(normal(B, T, H), normal(V, H))
+    exits = build_objective(ExitsConfig(kind="exits", layers=[1]))
+    kl = build_objective(DivergenceConfig(kind="kl", acceptance=True))
+    objectives = [o.for_teacher(name, 1.0, None) for o in (exits, kl) for name in "ab"]
+    counts = {o.name: COUNT for o in objectives}
+    both, one = (
+        score(objectives, mine, dict.fromkeys(names, theirs), targets(), counts)[1]
+        for names in ("ab", "b")
+    )
+    assert list(both) == list(one)
+    assert one["exits.a/layer_1"] == 0 < one["exits.b/layer_1"]
+    assert one["exits.b/layer_1"] == both["exits.b/layer_1"]
 
 
 @pytest.mark.parametrize(
