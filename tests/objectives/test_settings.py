@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from mmkd.objectives import REGISTRY, HeadObjective, HeadObjectiveConfig, build_objective
 from mmkd.objectives.base_settings import Need, ObjectiveConfig
+from mmkd.objectives.exit_settings import ExitsConfig
 from mmkd.objectives.settings import SETTINGS, PreferenceConfig, RelationConfig
 from mmkd.runtime.registry import settings_kinds
 
@@ -15,9 +16,9 @@ NEEDS = {
     "kl reverse_kl jeffreys tvd jsd skew_kl skew_reverse_kl": {"teacher", "distribution"},
     "soft_reverse_kl hellinger pearson neyman alpha": {"teacher", "distribution"},
     "balanced_kl enhanced": {"teacher", "distribution"},
-    "relation affinity": {"teacher", "distribution"},
+    "relation affinity exits": {"teacher", "distribution"},
     "alm uld": {"teacher", "distribution", "chunks"},
-    "mixer_mse layer_l2 hidden_mse": {"teacher", "layers"},
+    "mixer_mse layer_l2 hidden_mse mutual embedding": {"teacher", "layers"},
     "matrix": {"teacher", "layers", "matrices"},
     "minilm": {"teacher", "layers", "projections"},
     "token_labels": {"vision_labels", "distribution"},
@@ -25,12 +26,13 @@ NEEDS = {
     "preference": {"teacher", "distribution", "pairs"},
 }
 OF_HIDDEN = {"relation", "affinity"}
+WITH_LAYERS = {"minilm", "mutual", "exits"}
 KINDS = [(kind, settings) for settings in SETTINGS for kind in settings_kinds(settings)]
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS, ids=[kind for kind, _ in KINDS])
 def test_needs_of_each_kind(kind, settings):
-    config = settings(kind=kind, **({"layers": [0]} if kind == "minilm" else {}))
+    config = settings(kind=kind, **({"layers": [0]} if kind in WITH_LAYERS else {}))
     objective = build_objective(config)
     (wanted,) = [needs for kinds, needs in NEEDS.items() if kind in kinds.split()]
     assert config.needs == objective.needs == wanted
@@ -39,7 +41,7 @@ def test_needs_of_each_kind(kind, settings):
     assert config.reads_hidden == objective.reads_hidden
     on_head = issubclass(REGISTRY[kind], HeadObjective)
     assert isinstance(config, HeadObjectiveConfig) is on_head
-    assert config.compares_outputs is ((on_head and kind != "ce") or kind in OF_HIDDEN)
+    assert config.compares_outputs is ((on_head and kind != "ce") or kind in OF_HIDDEN | {"exits"})
     assert config.metric_name == objective.name == kind
 
 
@@ -47,6 +49,10 @@ def test_needs_follow_other_settings():
     for reference in ("self", "none"):
         config = PreferenceConfig(kind="preference", reference=reference)
         assert config.needs == {"distribution", "pairs"}
+    for changes in ({"teacher": "self"}, {"loss": "ce"}):
+        exits = ExitsConfig(kind="exits", layers=[0], **changes)
+        assert exits.needs == {"distribution"}
+        assert not exits.compares_outputs
     assert RelationConfig(kind="relation", region="response").reads_hidden == ("response",)
 
 
