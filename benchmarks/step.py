@@ -1,4 +1,5 @@
-"""Whole training steps: with a live teacher, from its cache, without a teacher, and a lower bound.
+"""Whole training steps: with a live teacher, on half of the image tokens, from its cache, without
+a teacher, and a lower bound.
 
     python -m benchmarks.step --json runs/bench/step.json
     python -m benchmarks.step --device cuda --precision bfloat16 --json ...
@@ -29,8 +30,8 @@ STUDENTS = {"quickstart": [], "teacher": ["student.convert=[]"]}
 
 
 def recipes(folder: Path, args: argparse.Namespace, records: int) -> dict[str, Recipe]:
-    """The stage with a live teacher, from its cache, and with cross-entropy alone, on the first
-    records."""
+    """The stage with a live teacher, on half of the image tokens, from the cache, and with
+    cross-entropy alone, on the first records."""
     data = folder / "records.parquet"
     pq.write_table(pq.read_table("data/scenes/train.parquet").slice(0, records), data)
     common = [
@@ -44,6 +45,9 @@ def recipes(folder: Path, args: argparse.Namespace, records: int) -> dict[str, R
     cache = ["teacher.source=cache", f"teacher.cache={{folder: {folder / 'cache'}}}"]
     return {
         "with a live teacher": load_recipe(RECIPE, common),
+        "with half of the image tokens": load_recipe(
+            RECIPE, [*common, "stages.0.image_tokens.keep=0.5"]
+        ),
         "from its cache": load_recipe(RECIPE, common + cache),
         "cross-entropy": load_recipe(RECIPE, [*common, "stages.0.objectives=[{kind: ce}]"]),
     }

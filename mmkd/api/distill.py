@@ -46,6 +46,7 @@ class StageSettings(TypedDict, total=False):
     precision: str
     engine: Mapping[str, Any]
     on_policy: Mapping[str, Any]
+    image_tokens: Mapping[str, Any]
     checkpoint: Mapping[str, Any]
     validation: Mapping[str, Any]
     activation_checkpointing: bool

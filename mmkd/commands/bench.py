@@ -213,6 +213,7 @@ def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) ->
             peaks.append(_peak(stage.engine.device))
             tokens.append(metrics["supervised_tokens"])
             if stage.config.engine.kind == "torch":  # else the weights are the engine's
+                batches = stage.shortened(number + 1, batches)
                 floors.append(floor_of(stage, student, teachers, batches))
             bar.advance()
     found = clock.medians()
@@ -287,7 +288,8 @@ def floor_of(
             with clock.part("student"):
                 seen = stage.vision.replaying() if stage.vision else nullcontext()
                 with seen:
-                    signals = capture(student, batch.inputs).truncate(len(rows))
+                    shorter = CaptureRequest(kept=batch.kept)
+                    signals = capture(student, batch.inputs, shorter).truncate(len(rows))
                 hidden = signals.hidden[rows]
                 weight = signals.head_weight.to(hidden.dtype)
                 logits = hidden.detach() @ weight.detach().t()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkd.data.alignment import Alignment, Grid, align
 from mmkd.data.chunks import Answer, pair_chunks
 from mmkd.objectives import Chunks, Region, Targets
-from mmkd.ops import SparseRows
+from mmkd.ops import KeptTokens, SparseRows
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Batch:
         answers: token boundaries in the answers of each record, if chunks are needed.
         stored_hidden: [B, T, H] float16, final hidden states from the cache, zeros where it has
             none.
+        kept: the tokens of the inputs on which decoders run, if image tokens are left out. The
+            targets are then those of the kept tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -45,6 +47,7 @@ class Batch:
     stored: SparseRows | None = None
     answers: list[list[Answer]] = field(default_factory=list)
     stored_hidden: Tensor | None = None
+    kept: KeptTokens | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(value: Any) -> Any:
@@ -58,6 +61,7 @@ class Batch:
             alignment=None if self.alignment is None else self.alignment.to(device),
             stored=None if self.stored is None else self.stored.to(device),
             stored_hidden=move(self.stored_hidden),
+            kept=None if self.kept is None else self.kept.to(device),
         )
 
 

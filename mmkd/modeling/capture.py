@@ -16,6 +16,7 @@ from mmkd.modeling.adapters import effective_weight
 from mmkd.modeling.capture_exits import record_exits
 from mmkd.modeling.capture_layers import record_layers
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
+from mmkd.modeling.kept_inputs import hooked, kept_inputs
 from mmkd.objectives import RouterSignals, Signals
 from mmkd_models.moe import SparseFfn
 from mmkd_models.parts import feed_forward, find_parts
@@ -60,8 +61,8 @@ def capture(
     Args:
         model: teacher or student.
         inputs: keyword arguments of the forward pass.
-        request: which tensors of decoder layers are recorded, and which layers get the tensors of
-            another model as their input.
+        request: which tensors of decoder layers are recorded, which layers get the tensors of
+            another model as their input, and on which tokens the decoder runs.
 
     Returns:
         The decoder's input and final hidden states, both [B, T, H], the head, the requested tensors
@@ -74,7 +75,9 @@ def capture(
         entering.append(kwargs["inputs_embeds"])
 
     with ExitStack() as stack:
-        stack.enter_context(_hooked(find_parts(model).decoder, keep))
+        if request.kept is not None:
+            stack.enter_context(kept_inputs(model, request.kept))
+        stack.enter_context(hooked(find_parts(model).decoder, keep))
         routers = stack.enter_context(_record_routers(model))
         recorder = stack.enter_context(record_layers(model, request))
         exits = stack.enter_context(record_exits(model, request.exits, recorder))
@@ -121,15 +124,6 @@ def _run_recorded_layers(
             stack.callback(modules[index].register_forward_hook(stop(index)).remove)
         with suppress(_Recorded):
             model.base_model(**inputs, use_cache=False)
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

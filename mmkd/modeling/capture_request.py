@@ -10,6 +10,7 @@ from typing import Literal
 
 from mmkd.errors import RecipeError
 from mmkd.objectives import Exit, LayerSignals, Layerwise, Objective
+from mmkd.ops import KeptTokens
 
 Run = Literal["free", "mixer", "block"]
 """Kind of a run of a decoder layer, see `mmkd.modeling.capture_layers`."""
@@ -30,6 +31,8 @@ class CaptureRequest:
         exits: places where the output head is read after a decoder layer.
         outputs: final hidden states are needed. If not, the forward pass stops after the last of
             `layers`.
+        kept: the tokens of the inputs on which the decoder runs; None for all. All signals are
+            those of the kept tokens.
     """
 
     layers: frozenset[int] = frozenset()
@@ -40,6 +43,7 @@ class CaptureRequest:
     free: bool = True
     exits: frozenset[Exit] = frozenset()
     outputs: bool = True
+    kept: KeptTokens | None = None
 
     @property
     def stops_early(self) -> bool:

@@ -12,6 +12,7 @@ from mmkd.ops.cross_entropy import linear_cross_entropy
 from mmkd.ops.divergence import linear_divergence
 from mmkd.ops.gram import gram_inner
 from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
+from mmkd.ops.kept_tokens import KeptTokens
 from mmkd.ops.likelihood import BinaryKind, binary_divergence
 from mmkd.ops.set_logps import set_logps
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
@@ -24,6 +25,7 @@ __all__ = [
     "BinaryKind",
     "Head",
     "HeadLoss",
+    "KeptTokens",
     "Routing",
     "SparseRows",
     "balance_loss",

@@ -281,6 +281,18 @@ class OnPolicyConfig(SamplingConfig):
     )
 
 
+class ImageTokensConfig(Strict):
+    """A random part of the image tokens is left out, the same in student and teachers."""
+
+    keep: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of each record's image tokens on which the decoders run, drawn anew in "
+        "each step",
+    )
+
+
 class LoraConfig(Strict):
     """Low-rank adapters for the linear layers of some groups. The layers' weights are frozen."""
 
@@ -356,6 +368,9 @@ class StageConfig(Strict):
         "student's final hidden states, in the step before (GradMag)",
     )
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's own answers")
+    image_tokens: ImageTokensConfig | None = Field(
+        None, description="leave out a part of the image tokens in training"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()

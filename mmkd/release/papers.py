@@ -21,6 +21,7 @@ MATVLM = Paper("MaTVLM", "2503.13440")
 MMMAMBA = Paper("mmMamba", "2502.13145")
 MAMBA_2 = Paper("Mamba-2", "2405.21060")
 MAMBA_IN_LLAMA = Paper("MambaInLlama", "2408.15237")
+DMAE = Paper("DMAE", "2208.12256")
 LORA = Paper("LoRA", "2106.09685")
 DORA = Paper("DoRA", "2402.09353")
 OFA_KD = Paper("OFA-KD", "2310.19444")
@@ -70,6 +71,7 @@ def papers(recipe: Recipe) -> list[Paper]:
     for stage in recipe.stages:
         found += [p for objective in stage.objectives for p in _of_objective(objective)]
         found += [GKD] if stage.on_policy else []
+        found += [DMAE] if stage.image_tokens else []
         if stage.train.lora is not None:
             found += [LORA, DORA] if stage.train.lora.dora else [LORA]
     return list(dict.fromkeys(found))

@@ -14,6 +14,7 @@ from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
 from mmkd.modeling.capture_exits import check_exits
+from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
 from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.loading import load_processor
@@ -49,6 +50,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_contrast,
     check_schedule,
     check_on_policy,
+    check_image_tokens,
 )
 OF_DATA: tuple[Check, ...] = (check_records, check_validation)
 

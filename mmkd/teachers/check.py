@@ -8,6 +8,7 @@ from mmkd.data.alignment import same_processor
 from mmkd.data.vocabulary import check_head
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import check_supported
+from mmkd.modeling.kept_inputs import check_kept_inputs
 from mmkd.modeling.loading import check_quantization, load_processor, skeleton
 from mmkd.modeling.own_tokens import check_source_tokens
 from mmkd.recipe import Recipe, TeacherConfig
@@ -50,11 +51,14 @@ def check_further(recipe: Recipe, processor: Any) -> None:
 
     Raises:
         CheckpointError: as `check_teacher`.
-        RecipeError: a processor differs from the student's, or a source is unknown.
+        RecipeError: a processor differs from the student's, a source is unknown, or image tokens
+            are left out and the family does not allow it.
     """
     for teacher in recipe.more_teachers:
         where = f"teacher {teacher.name}"
-        _, own_processor = check_teacher(teacher, where)
+        model, own_processor = check_teacher(teacher, where)
+        if any(stage.image_tokens for stage in recipe.stages):
+            check_kept_inputs(model, where)
         if not same_processor(processor, own_processor):
             raise RecipeError(
                 "of several teachers, all but the first need the student's processor",

@@ -56,7 +56,8 @@ class LiveTeacher:
             # recorded layer again after the others.
             self._run_once |= request.layers
             request = replace(request, outputs=True)
-        return capture(self.model, (batch.teacher or batch).inputs, request)
+        own = batch.teacher or batch
+        return capture(self.model, own.inputs, replace(request, kept=own.kept))
 
     @torch.no_grad()
     def answer_logps(

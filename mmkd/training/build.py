@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mmkd.data.encoder import Encoder
+from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.stream import BatchStream
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.engines import Engine, build_engine
@@ -119,6 +120,7 @@ def build_stage(inputs: StageInputs) -> Stage:
         tracked=inputs.tracked,
         validation=held_out,
         norms=norms,
+        image_tokens=_image_tokens_of(inputs, encoder),
         callbacks=inputs.callbacks,
     )
 
@@ -186,6 +188,14 @@ def _on_policy_of(inputs: StageInputs, encoder: Encoder, engine: Engine) -> OnPo
         return None
     ends = inputs.student.generation_config.eos_token_id
     return OnPolicy(config, encoder, engine, inputs.seed, ends)
+
+
+def _image_tokens_of(inputs: StageInputs, encoder: Encoder) -> ImageTokenDropout | None:
+    """The choice of image tokens that are left out; None without `image_tokens`."""
+    config = inputs.config.image_tokens
+    if config is None:
+        return None
+    return ImageTokenDropout(config.keep, inputs.seed, encoder.processing.image_token_id)
 
 
 def _objectives_of(inputs: StageInputs) -> list[Objective]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.batch import Batch
+from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.stream import BatchStream
 from mmkd.engines import Engine
 from mmkd.errors import AGAIN, DataError, NonFiniteLossError, StoppedError
@@ -72,6 +73,7 @@ class Stage:
 
     Attributes:
         norms: weigh the objectives by their gradients; None for the weights of the recipe.
+        image_tokens: leaves out image tokens in training; None keeps all.
         callbacks: are called during the stage, in order.
         barren: number of last steps in a row in which no objective covered a token.
         stop: a rank was asked to stop before the update of the last step.
@@ -90,6 +92,7 @@ class Stage:
     tracked: Tracked | None = None
     validation: Validation | None = None
     norms: GradientNorms | None = None
+    image_tokens: ImageTokenDropout | None = None
     callbacks: Sequence[Callback] = ()
     barren: int = 0
     stop: bool = False
@@ -170,6 +173,7 @@ class Stage:
         """One optimizer step over the global batch."""
         batches = [b.to(self.engine.device) for b in batches]
         batches, sampled = self._sampled(step, batches)
+        batches = self.shortened(step, batches)
         records = self.stream.encoder.records
         counts = count_batches(batches, self.objectives, records, self.engine, sampled=sampled)
         self._require_rows(counts.rows)
@@ -207,6 +211,12 @@ class Stage:
             return batches, None
         made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
         return [batch for batch, _ in made], sum(n for _, n in made)
+
+    def shortened(self, step: int, batches: list[Batch]) -> list[Batch]:
+        """The batches of a step without the image tokens that are left out."""
+        if self.image_tokens is None:
+            return batches
+        return [self.image_tokens(batch, step) for batch in batches]
 
     def _must_stop(self, *, validated: bool) -> bool:
         """Whether to stop after this step; equal on all ranks.
@@ -294,6 +304,7 @@ class Stage:
         primary = micro.teachers.get(self.teachers.primary)
         layers = primary.layers if isinstance(primary, Signals) else {}
         request = LayerPlan.of(micro.objectives).student_request(layers)
+        request = replace(request, kept=micro.batch.kept)
         size = len(micro.batch.targets.input_ids)
         with self.vision.replaying() if self.vision else nullcontext():
             micro.restore_random_states()

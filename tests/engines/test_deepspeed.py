@@ -108,6 +108,11 @@ BESIDE = {
     ),
     # teacher and student have one frozen vision tower
     "frozen": (("torch", "sharded-torch", "zero2", "zero3"), {"train": ["language_model"]}),
+    # the same image tokens in all models
+    "fewer_tokens": (
+        ("torch", "zero3", "sharded", "zero2"),
+        {"batch": {"size": 1, "total": 4}, "wordy": True, "image_tokens": {"keep": 0.5}},
+    ),
     "wordy_pairs": (
         ("torch", "zero3", "zero2"),
         {
@@ -224,6 +229,7 @@ def runs(request, scenes_dir, tiny_model_dir, tmp_path_factory) -> Runs:
     made.start(two, 2)
     one = [(made.recipe(f"{engine}-1", engine), None) for engine in ("torch", "zero2", "zero3")]
     one += [(made.recipe("two-one", "zero2"), None), (made.recipe("one-two", "torch"), STOP)]
+    one.append((made.recipe("fewer_tokens-1", "torch", steps=3, **BESIDE["fewer_tokens"][1]), None))
     made.start(one, 1)
     made.start([(made.recipe("one-two", "zero2"), None)], 2)
     return made
@@ -278,6 +284,12 @@ def test_a_token_budget_changes_no_loss(runs):
     """Of the steps at whose start both schedules have given the same rates."""
     want = [m["loss"] for m in runs.metrics("torch-1")][:2]
     assert [m["loss"] for m in runs.metrics("budget-torch")][:2] == pytest.approx(want, rel=1e-5)
+
+
+def test_image_tokens_do_not_depend_on_the_number_of_processes(runs):
+    got, want = runs.metrics("fewer_tokens-torch"), runs.metrics("fewer_tokens-1")
+    assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in want], rel=1e-5)
+    assert [m["tokens"] for m in got] == [m["tokens"] for m in want]
 
 
 @pytest.mark.parametrize("engine", only(HALF[:1], HALF))

@@ -16,6 +16,7 @@ from mmkd.commands.plan.costs import (
     parameter_bytes,
 )
 from mmkd.data.encoder import Encoder
+from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.sources import is_there
@@ -154,7 +155,8 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     objectives = _objectives_of(recipe, stage, student, teachers)
     if sampled is None:
-        sampled = sample_data(recipe.stage_data(stage), processor, objectives)
+        keep = None if stage.image_tokens is None else stage.image_tokens.keep
+        sampled = sample_data(recipe.stage_data(stage), processor, objectives, keep)
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
@@ -249,10 +251,17 @@ def _placement(recipe: Recipe, stage: StageConfig, planned: Sequence[PlannedTeac
 
 
 def sample_data(
-    data: DataConfig, processor: Any, objectives: list[Objective]
+    data: DataConfig, processor: Any, objectives: list[Objective], keep: float | None = None
 ) -> tuple[Sample, int]:
     """Mean token counts of some records, and the number of records of an epoch. If the data do not
-    exist yet: sequences of `max_length` tokens, and 0 records."""
+    exist yet: sequences of `max_length` tokens, and 0 records.
+
+    Args:
+        data: of a stage.
+        processor: of the student.
+        objectives: of the stage.
+        keep: share of the image tokens on which decoders run; None for all.
+    """
     if not all(map(is_there, data.parts)):
         length = float(data.max_length)
         rows = dict.fromkeys((o.name for o in objectives), length)
@@ -262,6 +271,9 @@ def sample_data(
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)
+    vision = float(batch.targets.vision.sum())  # the connector runs on all
+    if keep is not None:
+        batch = ImageTokenDropout(keep, 0, encoder.processing.image_token_id)(batch, 0)
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     rows = {
@@ -275,7 +287,7 @@ def sample_data(
             length=float(targets.attention.sum()) / count,
             sequence=float(targets.attention.sum()) / len(targets.attention),
             supervised=float(targets.response.sum()) / count,
-            vision=float(targets.vision.sum()) / count,
+            vision=vision / count,
             patches=pixels / count,
             rows=shared,
             further_rows=further,

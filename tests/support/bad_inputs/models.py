@@ -318,3 +318,16 @@ def teacher_of_another_processor(world: World) -> None:
     world.teach({"kind": "kl", "region": "all"})
     for path in Path("teacher").glob("*processor*.json"):
         path.write_text(path.read_text().replace("64", "32"))
+
+
+@case(
+    "vocabulary",
+    "left image tokens out, with a teacher of another processor",
+    "stage mimic: image_tokens: teacher and student have different processors",
+    "use models with the same processor",
+)
+def image_tokens_of_another_processor(world: World) -> None:
+    world.teach({"kind": "kl"})
+    world.stage(image_tokens={"keep": 0.5})
+    for path in Path("teacher").glob("*processor*.json"):
+        path.write_text(path.read_text().replace("64", "32"))

@@ -110,6 +110,17 @@ def cache_without_held_out_records(world: World) -> None:
 
 @case(
     "cache",
+    "left image tokens out, with a teacher's cache",
+    "stage mimic: image_tokens: a teacher's cache has outputs for all image tokens",
+    "set teacher.source to live",
+)
+def cache_of_all_image_tokens(world: World) -> None:
+    cached(world)
+    world.stage(image_tokens={"keep": 0.5})
+
+
+@case(
+    "cache",
     "trained before the cache was built",
     "cache: the teacher's cache is not there",
     "build it with `mmkd cache RECIPE`",

@@ -223,3 +223,49 @@ def packed_relations(world: World) -> None:
 )
 def cross_entropy_on_policy(world: World) -> None:
     world.stage(on_policy={})
+
+
+overridden(
+    KIND,
+    "no_image_tokens_kept",
+    "stages.0.image_tokens.keep=0",
+    "stages.0.image_tokens.keep",
+    "greater than 0",
+)
+
+
+@case(
+    KIND,
+    "left image tokens out of packed rows",
+    "stage mimic: image_tokens: image tokens cannot be left out of packed rows",
+    "set batch.pack to null",
+)
+def image_tokens_of_packed_rows(world: World) -> None:
+    world.stage(image_tokens={"keep": 0.5}, batch={"size": 4, "pack": 2048})
+
+
+@case(
+    KIND,
+    "left image tokens out of a student with sliding-window attention",
+    "stage mimic: image_tokens: student: ",
+    "sliding-window attention",
+    "use a model without sliding windows",
+)
+def image_tokens_in_sliding_windows(world: World) -> None:
+    world.stage(image_tokens={"keep": 0.5})
+    sliding = {"model_type": "mistral", "sliding_window": 8}
+    change_json("model/config.json", lambda config: config["text_config"].update(sliding))
+
+
+@case(
+    KIND,
+    "left image tokens out, with a reference that is computed once",
+    "stage mimic: objective preference: the reference of preferences is computed once",
+    "set reference_logps to live",
+)
+def image_tokens_and_a_stored_reference(world: World) -> None:
+    world.pairs()
+    world.stage(
+        image_tokens={"keep": 0.5},
+        objectives=[{"kind": "preference", "reference": "self", "reference_logps": "once"}],
+    )
