@@ -38,6 +38,29 @@ def test_counts_agree_with_the_real_model(scenes_dir, tiny_model_dir, tmp_path):
     assert stage["memory_bytes"]["teacher_weights"] == 4 * parameter_count(model)
 
 
+def test_image_tokens_that_are_left_out_cost_no_decoder(scenes_dir, tiny_model_dir, tmp_path):
+    def planned(**stage):
+        stage["objectives"] = [{"kind": "kl", "region": "vision"}]
+        raw = tiny_recipe(
+            scenes_dir,
+            tiny_model_dir,
+            tmp_path,
+            teacher={"model": str(tiny_model_dir)},
+            stage=stage,
+        )
+        return make_plan(load_recipe(raw))["members"]["student"]["stages"][0]
+
+    whole, half = planned(), planned(image_tokens={"keep": 0.5})
+    assert whole["tokens_per_step"] - half["tokens_per_step"] == 4 * 32
+    assert whole["vision_tokens_per_step"] == half["vision_tokens_per_step"] == 4 * 64
+    before, after = whole["flops_per_step"], half["flops_per_step"]
+    assert after["student_vision"] == before["student_vision"]
+    assert all(
+        after[part] < before[part]
+        for part in ("student_decoder", "student_head", "teacher_decoder")
+    )
+
+
 def test_flops_follow_the_formula(scenes_dir, tiny_model_dir, tmp_path):
     """A frozen decoder behind a training connector: forward and gradients of activations."""
 

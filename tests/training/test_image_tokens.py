@@ -12,6 +12,7 @@ from mmkd.commands import bench
 from mmkd.data.encoder import Encoder
 from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.labels import IGNORED
+from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.modeling.loading import load_model, load_processor
@@ -249,6 +250,24 @@ def test_a_hybrid_sparse_student_trains(raw):
     last = train(made)[-1]
     assert 0 < last["layer_l2"] < 100
     assert set(last["expert_load"]) == {"0", "1"}
+
+
+def test_every_teacher_needs_a_known_family(raw, tiny_model_dir, teacher_dir, tmp_path):
+    folder = tmp_path / "sliding"
+    shutil.copytree(teacher_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = raw(objectives=[{"kind": "kl"}], **KEEP)
+    recipe["teacher"] = [
+        {"name": "one", "model": str(tiny_model_dir)},
+        {"name": "two", "model": str(folder)},
+    ]
+    with pytest.raises(RecipeError, match=r"teacher two: .* sliding-window attention"):
+        train(recipe)
+    recipe["teacher"] = {"model": str(folder)}
+    with pytest.raises(RecipeError, match=r"image_tokens: teacher: .* sliding-window attention"):
+        train(recipe)
 
 
 def test_bench_times_the_shorter_sequences(raw, monkeypatch):
