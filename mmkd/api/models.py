@@ -61,11 +61,11 @@ def convert(
     else:
         loaded = load(model, processor, "student", config)
     set_seed(seed)
-    report = convert_in_place(loaded.model, config.convert)
+    report = convert_in_place(loaded.model, config.convert, loaded.processor)
     for line in report.lines:
         say(line)
     if out is not None:
-        write_student(loaded.model, loaded.processor, Path(out), new=True)
+        write_student(loaded.model, report.processor, Path(out), new=True)
     return loaded.model
 
 

@@ -25,7 +25,6 @@ from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest, LayerPlan
-from mmkd.modeling.loading import load_processor
 from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
@@ -33,7 +32,7 @@ from mmkd.runs.members import members
 from mmkd.runs.timings import keep_timing
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
-from mmkd.students import student_at
+from mmkd.students import converted_processor, student_at
 from mmkd.teachers import (
     LiveReference,
     LiveTeacher,
@@ -179,7 +178,7 @@ def prepare(
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, timeout_s=config.engine.timeout_s)
     preflight.check(recipe)
-    student, processor = student_at(recipe, index), load_processor(recipe.student)
+    student, processor = student_at(recipe, index), converted_processor(recipe.student)
     inputs = StageInputs(
         config=config,
         student=student,

@@ -34,6 +34,7 @@ from mmkd.runtime import consent, distributed
 from mmkd.runtime.hashes import weights_hash
 from mmkd.runtime.interrupt import asked, deferred
 from mmkd.runtime.progress import Bar, say
+from mmkd.students import converted_processor
 from mmkd.teachers import LiveTeacher, check_storable, place_teacher
 
 
@@ -58,7 +59,7 @@ def build_cache(recipe: Recipe) -> Store:
         )
     device = distributed.choose_device(stages[0].engine.device)
     distributed.connect(device, timeout_s=max(s.engine.timeout_s for s in stages))
-    processor, student_processor = load_processor(source), load_processor(recipe.student)
+    processor, student_processor = load_processor(source), converted_processor(recipe.student)
     if not same_processor(processor, student_processor):
         raise RecipeError(
             "teacher and student have different processors",

@@ -14,13 +14,13 @@ from mmkd.data.batch import covered_rows
 from mmkd.data.encoder import Encoder
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.loading import load_model, load_processor
+from mmkd.modeling.loading import load_model
 from mmkd.objectives import Signals
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 from mmkd.recipe import ModelConfig, Recipe
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
-from mmkd.students import student_at
+from mmkd.students import converted_processor, student_at
 from mmkd.teachers import place_teacher
 
 READ = 512
@@ -70,7 +70,7 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
     teacher = place_teacher(load_model(recipe.teacher), recipe.teacher.placement, device)
     model = student_at(recipe, 0) if student is None else load_model(ModelConfig(model=student))
     torch.nn.Module.to(model, device)
-    processor = load_processor(recipe.student)
+    processor = converted_processor(recipe.student)
     encoder = Encoder.of(stage.objectives, recipe.stage_data(stage), processor, store=store)
     count, size = min(records, len(encoder.records)), stage.batch.size
     sums, tokens, difference = torch.zeros(2, dtype=torch.float64), 0, 0.0

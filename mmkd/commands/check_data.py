@@ -20,6 +20,7 @@ from mmkd.errors import DataError, RecipeError
 from mmkd.modeling.loading import load_processor
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
 from mmkd.runtime.progress import console
+from mmkd.students import converted_processor
 
 RECIPES = (".yaml", ".yml")
 SAMPLED = 256
@@ -50,7 +51,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
                 hint="leave --images out",
             )
         recipe = load_recipe(target)
-        processor = load_processor(recipe.student)
+        processor = converted_processor(recipe.student)
         teacher = recipe.teacher
         if teacher is not None and teacher.source == "live":  # all others need the student's
             teacher_processor = load_processor(teacher)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.chat import special_tokens
+from mmkd.data.token_text import decoder
 from mmkd.errors import CheckpointError
 
 
@@ -19,21 +20,14 @@ def boundary_tokens(tokenizer: Any) -> Tensor:
     """[V] bool: the tokens that begin with white space or are special, computed once for each
     tokenizer. V is one more than the largest id.
 
-    A token is decoded after a letter, because some decoders remove white space at the start of a
-    text.
-
     Raises:
         CheckpointError: there is no such token.
     """
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    specials = {*special_tokens(tokenizer).values()}
-    decode = tokenizer.convert_tokens_to_string
-    letter = next((t for i, t in tokens.items() if i not in specials and _is_letter(t, decode)), "")
-    start = len(decode([letter])) if letter else 0
+    specials, text = {*special_tokens(tokenizer).values()}, decoder(tokenizer)
     mask = torch.zeros(max(tokens, default=-1) + 1, dtype=torch.bool)
     for number, token in tokens.items():
-        text = decode([letter, token] if letter else [token])
-        mask[number] = number in specials or text[start : start + 1].isspace()
+        mask[number] = number in specials or text(token)[:1].isspace()
     if not mask.any():
         raise CheckpointError(
             "no token begins with white space or is special",
@@ -41,8 +35,3 @@ def boundary_tokens(tokenizer: Any) -> Tensor:
             hint="use the processor that belongs to the model",
         )
     return mask
-
-
-def _is_letter(token: str, decode: Any) -> bool:
-    """Whether a token is one letter of ASCII, with no white space around it."""
-    return len(token) == 1 and token.isascii() and token.isalpha() and decode([token]) == token

@@ -206,12 +206,17 @@ class Processing:
     @property
     def image_token_id(self) -> int:
         """The id of the token that image features replace."""
-        # The tokenizer is asked first: Gemma 3's processor has the token before the features.
-        for part in (self.processor.tokenizer, self.processor):
-            known = getattr(part, "image_token_id", None)
-            if known is not None:
-                return known
-        return self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return image_token_id(self.processor)
+
+
+def image_token_id(processor: Any) -> int:
+    """The id of the token that image features replace."""
+    # The tokenizer is asked first: Gemma 3's processor has the token before the features.
+    for part in (processor.tokenizer, processor):
+        known = getattr(part, "image_token_id", None)
+        if known is not None:
+            return int(known)
+    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
 
 
 def drop_appended(encoded: Any, tokenizer: Any, side: str) -> None:

@@ -39,7 +39,8 @@ def check_own_tokens(
             f"the processor has other tokens than the model: id {at} is {given[at]!r}, and "
             f"{mine[at]!r} in the model's own tokenizer",
             where=where,
-            hint="leave 'processor' out, or give a model whose embeddings belong to this tokenizer",
+            hint="leave 'processor' out, give a model whose embeddings belong to this tokenizer, "
+            "or convert a student with {kind: tokenizer}",
         )
 
 

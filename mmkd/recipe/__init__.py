@@ -21,6 +21,7 @@ from mmkd.recipe.conversions import (
     MambaInit,
     MoeConfig,
     NamedLayers,
+    TokenizerConfig,
     WidthPruningConfig,
     add_conversion,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TeacherPlacement",
+    "TokenizerConfig",
     "TrackerName",
     "TrainConfig",
     "ValidationConfig",

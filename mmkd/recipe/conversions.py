@@ -19,9 +19,21 @@ Layer = Annotated[int, Field(ge=-MOST, le=MOST)]
 
 
 class ConversionConfig(Strict):
-    """Base class of settings of conversions. A subclass defines `kind: Literal["..."]`."""
+    """Base class of settings of conversions. A subclass defines `kind: Literal["..."]`.
+
+    Attributes:
+        changes_processor: the converted model has another processor. Such a conversion is for
+            `student.convert` only, because all stages of a student share its processor.
+    """
+
+    changes_processor: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Folders and Hub ids of the models and processors that the conversion reads."""
+        return ()
 
 
 class Conversion:
@@ -29,9 +41,12 @@ class Conversion:
 
     Attributes:
         config_class: class of its settings.
+        processor: the model's processor before the conversion. It is set if the settings say
+            `changes_processor`, and may be None otherwise.
     """
 
     config_class: ClassVar[type[ConversionConfig]]
+    processor: Any = None
 
     def __init__(self, config: ConversionConfig):
         """
@@ -44,6 +59,14 @@ class Conversion:
     def where(self) -> str:
         """The place in messages."""
         return f"student.convert: {self.config.kind}"
+
+    def new_processor(self) -> Any:
+        """The processor of the converted model: `processor`, unless a subclass overrides it.
+
+        Raises:
+            RecipeError: the processor cannot be made.
+        """
+        return self.processor
 
     def check(self, model: "PreTrainedModel") -> None:
         """Check that the conversion fits a model, without changing it.
@@ -209,6 +232,32 @@ class MoeConfig(ConversionConfig):
         return self
 
 
+class TokenizerConfig(ConversionConfig):
+    """Give the model the tokens of another processor, with new embeddings and a new head. Image
+    processor and all other weights stay the same."""
+
+    changes_processor: ClassVar[bool] = True
+
+    kind: Literal["tokenizer"]
+    processor: LocalPath = Field(
+        description="folder or Hub id with the new tokenizer and its chat template"
+    )
+    special_tokens: Literal["new", "keep"] = Field(
+        "new",
+        description="new: special tokens and chat template of the new processor; keep: the model's "
+        "own, which are added to the new tokenizer",
+    )
+    init: Literal["mean", "random"] = Field(
+        "mean",
+        description="embeddings of new texts; mean: of the model's own tokens for the text; "
+        "random: normally distributed",
+    )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.processor,)
+
+
 def _check(cls: Any) -> None:
     """Check a class before its registration.
 
@@ -226,7 +275,14 @@ def _check(cls: Any) -> None:
 T = TypeVar("T", bound=type[Conversion])
 CONVERSIONS: Registry[Conversion] = Registry(
     "conversion",
-    [DepthPruningConfig, WidthPruningConfig, EarlyExitConfig, MambaConfig, MoeConfig],
+    [
+        DepthPruningConfig,
+        WidthPruningConfig,
+        EarlyExitConfig,
+        MambaConfig,
+        MoeConfig,
+        TokenizerConfig,
+    ],
     _check,
 )
 

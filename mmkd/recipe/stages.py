@@ -395,6 +395,17 @@ class StageConfig(Strict):
     def _named_groups(cls, value: Any) -> Any:
         return {"groups": value} if isinstance(value, list) else value
 
+    @field_validator("convert")
+    @classmethod
+    def _of_any_stage(cls, value: list[AnyConversionConfig]) -> list[AnyConversionConfig]:
+        for config in value:
+            if config.changes_processor:
+                raise ValueError(
+                    f"{config.kind!r} changes the processor, which all stages of a student share "
+                    "-- put it into student.convert"
+                )
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
         if (self.steps is None) == (self.epochs is None):

@@ -23,7 +23,7 @@ from typing import Any
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
 from mmkd.runs.members import Member
-from mmkd.runs.reads import Reads, forget_sources, reads_of, start_of
+from mmkd.runs.reads import Reads, forget_sources, names_of, reads_of, start_of
 from mmkd.runs.resume import Restart
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
@@ -271,7 +271,7 @@ def note_start(member: Member) -> None:
 
 
 def _is_of(name: str, model: ModelConfig) -> bool:
-    return str(Path(name).parent) in {str(Path(m)) for m in (model.model, model.processor) if m}
+    return str(Path(name).parent) in {str(Path(m)) for m in names_of(model)}
 
 
 def _write(folder: StudentFolder, reads: Reads) -> None:

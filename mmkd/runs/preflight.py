@@ -17,11 +17,10 @@ from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
 from mmkd.modeling.layer_projections import attention_layers
-from mmkd.modeling.loading import load_processor
 from mmkd.objectives import build_objective
-from mmkd.recipe import EvaluateConfig, ModelConfig, Recipe
+from mmkd.recipe import EvaluateConfig, Recipe, StudentConfig
 from mmkd.recipe.context import StageContext
-from mmkd.students import student_at
+from mmkd.students import converted_processor, student_at
 from mmkd.students.check import check_student, check_trained
 from mmkd.students.moe import check_experts
 from mmkd.teachers.check import check_further, check_quantized, check_teacher
@@ -80,8 +79,7 @@ def check_stage(context: StageContext, *, data: bool = True) -> None:
 
 def _stages(recipe: Recipe) -> Iterator[StageContext]:
     """The stages in order. Their models and processors are checked before the first one."""
-    processor = load_processor(recipe.student)
-    check_student(recipe.student, processor)
+    processor = check_student(recipe.student)
     teacher = teacher_processor = store = None
     own = recipe.teacher is not None and recipe.teacher.source == "self"
     if recipe.teacher is not None and recipe.teacher.source == "cache":
@@ -115,7 +113,7 @@ def _stages(recipe: Recipe) -> Iterator[StageContext]:
         )
 
 
-def check_evaluation(settings: EvaluateConfig, student: ModelConfig) -> None:
+def check_evaluation(settings: EvaluateConfig, student: StudentConfig) -> None:
     """Check that the evaluation's tasks can be run and that all sample questions can be asked.
 
     Raises:
@@ -125,4 +123,4 @@ def check_evaluation(settings: EvaluateConfig, student: ModelConfig) -> None:
         include, local = (Path(f) if f else None for f in (settings.include, settings.local))
         check_tasks(settings.tasks, include, local, settings.limit)
     if settings.samples is not None:
-        check_samples(settings.samples, load_processor(student))
+        check_samples(settings.samples, converted_processor(student))

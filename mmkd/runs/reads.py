@@ -13,7 +13,7 @@ from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError
-from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig
+from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig, StudentConfig
 from mmkd.runs.members import Member
 from mmkd.runtime.files import read_json
 from mmkd.runtime.hub import model_commit
@@ -76,13 +76,19 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
         if read.commit is not None:
             commits[_named(part)] = read.commit
     for model in models:
-        for name in {model.model, model.processor} - {None}:
-            assert name is not None
+        for name in names_of(model):
             if Path(name).is_dir():
                 files |= {str(p) for p in _model_files(Path(name))}
             elif commit := model_commit(name, model.revision):
                 commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
     return Reads(frozenset(files), sources, caches, commits)
+
+
+def names_of(model: ModelConfig) -> set[str]:
+    """Folders and Hub ids of a model, its processor and what its conversions read."""
+    conversions = model.convert if isinstance(model, StudentConfig) else []
+    names = {model.model, model.processor, *(n for c in conversions for n in c.sources)}
+    return {name for name in names if name is not None}
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """Students: how their structure changes before a stage, and which parameters train."""
 
 from mmkd.recipe import Conversion, ConversionConfig, add_conversion
-from mmkd.students.convert import ConversionReport, convert
+from mmkd.students.convert import ConversionReport, convert, converted_processor
 from mmkd.students.groups import check_groups, set_trainable
 from mmkd.students.start import start_folder, student_at, written_config
 from mmkd.students.write import write_converted, write_student
@@ -13,6 +13,7 @@ __all__ = [
     "add_conversion",
     "check_groups",
     "convert",
+    "converted_processor",
     "set_trainable",
     "start_folder",
     "student_at",

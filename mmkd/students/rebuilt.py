@@ -21,6 +21,12 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(copy.deepcopy(model.config))
 
 
+def differing_weight(model: PreTrainedModel, built: PreTrainedModel) -> str | None:
+    """The name of a weight that only one of two models has, or with another shape."""
+    own, other = ({n: p.shape for n, p in m.state_dict().items()} for m in (model, built))
+    return min((n for n in own.keys() | other.keys() if own.get(n) != other.get(n)), default=None)
+
+
 def match_config(
     model: PreTrainedModel, before: PreTrainedModel, layers: str, kept: Sequence[int], where: str
 ) -> None:
@@ -39,10 +45,9 @@ def match_config(
             than the kept one.
     """
     after = skeleton_of(model)
-    own, built = ({n: p.shape for n, p in m.state_dict().items()} for m in (model, after))
-    if other := sorted({n for n in own.keys() | built.keys() if own.get(n) != built.get(n)}):
+    if other := differing_weight(model, after):
         raise RecipeError(
-            f"no config describes the kept layers {list(kept)}: the weight {other[0]} would differ",
+            f"no config describes the kept layers {list(kept)}: the weight {other} would differ",
             where=where,
             hint="keep other layers",
         )

@@ -1,10 +1,11 @@
 """The student as it stands before a stage: converted, and trained by the stages before."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from mmkd.modeling.loading import identity, load_config, load_model, skeleton
+from mmkd.modeling.loading import identity, load_config, load_model, load_processor, skeleton
 from mmkd.modeling.skeletons import copied
 from mmkd.recipe import Recipe, StudentConfig
 from mmkd.runtime import consent
@@ -40,7 +41,7 @@ def student_at(
         return _skeleton_at(recipe, index)
     set_seed(recipe.seed)
     student = load_model(recipe.student)
-    convert(student, recipe.student.convert)
+    convert(student, recipe.student.convert, _processor_for(recipe.student))
     for number, stage in enumerate(recipe.stages[: index + 1]):
         if stage.convert:
             set_seed(recipe.seed + number)
@@ -56,7 +57,7 @@ def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
 
     def make() -> PreTrainedModel:
         student = skeleton(recipe.student)
-        convert(student, conversions)
+        convert(student, conversions, _processor_for(recipe.student))
         return student
 
     # A conversion of a plugin may depend on more than its settings.
@@ -64,6 +65,12 @@ def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
         return make()
     described = tuple(c.model_dump_json() for c in conversions)
     return copied((*identity(recipe.student, load_config(recipe.student)), *described), make)
+
+
+def _processor_for(config: StudentConfig) -> Any:
+    """The processor before the conversions; None if none of them changes it."""
+    changed = any(conversion.changes_processor for conversion in config.convert)
+    return load_processor(config) if changed else None
 
 
 def start_folder(recipe: Recipe, index: int, folder: MemberFolder) -> Path | None:

@@ -73,7 +73,7 @@ def write_converted(
         RecipeError: a conversion does not fit the model.
     """
     set_seed(seed)
-    student, processor = load_model(config), load_processor(config)
-    report = convert(student, config.convert)
-    write_student(student, processor, folder, from_config=config.config is not None, new=new)
+    student = load_model(config)
+    report = convert(student, config.convert, load_processor(config))
+    write_student(student, report.processor, folder, from_config=config.config is not None, new=new)
     return report

@@ -13,6 +13,7 @@ from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Objective
 from mmkd.recipe import Recipe, StageConfig, TeacherConfig
 from mmkd.runtime import distributed
+from mmkd.students import converted_processor
 from mmkd.teachers.assign import needed_teachers
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.placement import place_teacher
@@ -78,8 +79,9 @@ def load_teachers(recipe: Recipe, stages: Sequence[StageConfig]) -> LoadedTeache
     device = distributed.choose_device(needing[0].engine.device)
     needed = needed_teachers(recipe.teachers, [o for s in needing for o in s.objectives])
     members = {t.name: _load(t, device) for t in needed if t.source != "self"}
-    source = needed[0] if needed[0].source == "live" else recipe.student
-    return LoadedTeachers(members, recipe.teachers, load_processor(source))
+    live = needed[0].source == "live"
+    processor = load_processor(needed[0]) if live else converted_processor(recipe.student)
+    return LoadedTeachers(members, recipe.teachers, processor)
 
 
 def _load(teacher: TeacherConfig, device: torch.device) -> Teacher:

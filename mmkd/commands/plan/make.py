@@ -22,13 +22,13 @@ from mmkd.data.records import Records
 from mmkd.data.sources import is_there
 from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import attention_layers
-from mmkd.modeling.loading import load_processor, parameter_count, skeleton
+from mmkd.modeling.loading import parameter_count, skeleton
 from mmkd.objectives import Objective, Preference, build_objective
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
-from mmkd.students import set_trainable, student_at
+from mmkd.students import converted_processor, set_trainable, student_at
 from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
 from mmkd_models.layout import mamba_layers
 
@@ -62,7 +62,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     Members that differ in their seed only are planned once. If the data do not exist yet, sequences
     of `max_length` tokens are assumed.
     """
-    processor = load_processor(recipe.student)
+    processor = converted_processor(recipe.student)
     teachers = {t.name: skeleton(t) for t in recipe.teachers if t.source == "live"}
     planned: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     found: dict[str, dict[str, Any]] = {}

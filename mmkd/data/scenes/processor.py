@@ -28,7 +28,8 @@ VOCAB_SIZE = 1024
 CORPUS_SCENES = 3000
 
 
-def _corpus() -> list[str]:
+def corpus() -> list[str]:
+    """Texts of the question templates, from which tokenizers are trained."""
     split = SPLITS["train"]
     scenes = [sample_scene(scene_rng(0, split, i), split) for i in range(CORPUS_SCENES)]
     statistics = questions.Statistics.count(scenes)
@@ -58,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=special + [f"<0x{b:02X}>" for b in range(256)],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(corpus(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
