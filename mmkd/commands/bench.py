@@ -28,7 +28,7 @@ from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest, LayerPla
 from mmkd.objectives import Signals
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
-from mmkd.runs.members import members
+from mmkd.runs.members import students
 from mmkd.runs.timings import keep_timing
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar, console
@@ -152,13 +152,13 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
         )
     index = 0 if stage_name is None else names.index(stage_name)
     with TemporaryDirectory() as folder:
-        made = prepare(members(recipe)[0].recipe, index, Path(folder))
+        made = prepare(students(recipe)[0].recipe, index, Path(folder))
         return time_stage(*made, recipe.name, steps)
 
 
 def keep(recipe: Recipe, found: dict[str, Any]) -> Path:
     """Keep what `bench` found in the run's folder, where `mmkd plan` looks for it."""
-    first = members(recipe)[0].recipe
+    first = students(recipe)[0].recipe
     index = [s.name for s in first.stages].index(found["stage"])
     return keep_timing(first, index, found)
 

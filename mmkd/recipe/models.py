@@ -18,7 +18,7 @@ from mmkd.runtime.fields import (
     NAME,
     NAMED,
 )
-from mmkd.runtime.run_folder import RESERVED, START, TEACHER, stage_name
+from mmkd.runtime.run_folder import ASSISTANT, RESERVED, START, TEACHER, stage_name
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]
@@ -195,6 +195,17 @@ class StudentConfig(ModelConfig):
     )
 
 
+class AssistantConfig(Strict):
+    """A student that is trained first, once, and is then the teacher of all other students (a
+    teacher assistant)."""
+
+    student: StudentConfig
+    stages: list[StageConfig] = Field(
+        min_length=1, max_length=1000, description="its stages; their names differ from all others"
+    )
+    data: DataConfig | None = Field(None, description="its data; the recipe's by default")
+
+
 Label = Annotated[str, Field(max_length=NAME, pattern=NAMED)]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -241,6 +252,7 @@ class Recipe(Strict):
     student: StudentConfig
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1, max_length=1000)
+    assistant: AssistantConfig | None = None
     evaluate: EvaluateConfig | None = None
     release: ReleaseConfig | None = None
     variants: dict[Label, list[str]] = Field(
@@ -273,12 +285,14 @@ class Recipe(Strict):
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name -- rename one")
         largest = max([self.seed, *self.seeds])
-        if largest + len(self.stages) - 1 > MOST_SEED:  # each stage has a seed of its own
+        count = max(len(self.stages), len(self.assistant.stages) if self.assistant else 0)
+        if largest + count - 1 > MOST_SEED:  # each stage has a seed of its own
             raise ValueError(
-                f"the seed {largest} is too large for {len(self.stages)} stages -- give "
-                f"{MOST_SEED - len(self.stages) + 1} or less"
+                f"the seed {largest} is too large for {count} stages -- give "
+                f"{MOST_SEED - count + 1} or less"
             )
         self._check_labels()
+        self._check_assistant(names)
         if self.label in self.variants:
             raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self
@@ -297,6 +311,31 @@ class Recipe(Strict):
         if found := sorted(taken & {*labels}):
             raise ValueError(
                 f"a student has the label {found[0]!r}, which a folder of the run has -- rename it"
+            )
+
+    def _check_assistant(self, stages: list[str]) -> None:
+        """Check that an assistant can take the teacher's place, and has names of its own."""
+        if self.assistant is None:
+            return
+        if len(self.teachers) > 1 or any(t.source != "live" for t in self.teachers):
+            raise ValueError(
+                "with 'assistant' there is at most one teacher, which runs -- name one with "
+                "'source: live'"
+            )
+        if ASSISTANT in [self.label, *self.variants]:
+            raise ValueError(
+                f"a student has the label {ASSISTANT!r}, which the assistant has -- rename it"
+            )
+        names = [s.name for s in self.assistant.stages]
+        if len({*names, *stages}) != len(names) + len(stages):
+            raise ValueError(
+                "two stages of assistant and students have the same name -- rename one"
+            )
+        changes = (o for overrides in self.variants.values() for o in overrides)
+        if any(o.startswith(f"{ASSISTANT}{end}") for o in changes for end in ".=["):
+            raise ValueError(
+                "a variant changes the assistant, which all students share -- write a recipe of "
+                "its own for it"
             )
 
     def stage_data(self, stage: StageConfig) -> DataConfig:

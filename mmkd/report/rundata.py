@@ -149,7 +149,8 @@ class Run:
     def expected(self) -> int:
         """Number of students of the recipe. Students that have not started have no folder."""
         groups, seeds = 1 + len(self.recipe.get("variants") or {}), self.recipe.get("seeds") or [0]
-        return max(groups * len(seeds), len(self.members))
+        assistants = int(self.recipe.get("assistant") is not None)
+        return max(groups * len(seeds) + assistants, len(self.members))
 
     @property
     def teacher(self) -> dict[str, Any] | None:

@@ -1,20 +1,35 @@
-"""The members of a run: the recipe and its variants, each once per seed."""
+"""The members of a run: the assistant, and the recipe and its variants, each once per seed."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mmkd.recipe import Recipe, load_recipe
-from mmkd.runtime.run_folder import MemberFolder, RunFolder, StageFolder
+from mmkd.recipe import Recipe, TeacherConfig, load_recipe
+from mmkd.runtime.run_folder import ASSISTANT, MemberFolder, RunFolder, StageFolder
 
 
 @dataclass(frozen=True)
 class Member:
-    """One student of a run: the recipe or one of its variants, with one seed."""
+    """One student of a run: the recipe or one of its variants, with one seed; or the assistant.
+
+    Attributes:
+        label: its name in the run.
+        recipe: of this student alone.
+        folder: of its stages.
+        assistant: the member that is its teacher; None if it has another teacher or none.
+    """
 
     label: str
     recipe: Recipe
     folder: MemberFolder
+    assistant: "Member | None" = None
+
+    @property
+    def untrained_teacher(self) -> Recipe | None:
+        """The recipe of its teacher, if that is an assistant that is not trained yet."""
+        if self.assistant is None or self.assistant.is_trained():
+            return None
+        return self.assistant.recipe
 
     @cached_property
     def stages(self) -> list[StageFolder]:
@@ -36,16 +51,56 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 
 def members(recipe: Recipe) -> list[Member]:
-    """The recipe and its variants, each once per seed, in a fixed order."""
+    """The assistant, if there is one, and the students, in the order in which they are trained."""
+    assistant = _assistant(recipe)
+    return [*([] if assistant is None else [assistant]), *students(recipe)]
+
+
+def students(recipe: Recipe) -> list[Member]:
+    """The recipe and its variants, each once per seed, in a fixed order. If there is an assistant,
+    it is their teacher, unless a variant names another one."""
     alone = not recipe.variants and not recipe.seeds
-    run = run_folder(recipe)
+    run, assistant = run_folder(recipe), _assistant(recipe)
     found = []
     for seed in recipe.seeds or [recipe.seed]:
         for label, overrides in {recipe.label: [], **recipe.variants}.items():
             raw = recipe.model_dump(mode="json")
             raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
-            raw |= {"seed": seed, "label": label}
+            raw |= {"seed": seed, "label": label, "assistant": None}
+            if assistant is not None:
+                raw["teacher"] = _as_teacher(assistant, recipe).model_dump(mode="json")
             name = f"{label}-seed{seed}" if recipe.seeds else label
             folder = run.only_member if alone else run.member(name)
-            found.append(Member(name, load_recipe(raw, overrides), folder))
+            own = load_recipe(raw, overrides)
+            found.append(Member(name, own, folder, assistant if _teaches(assistant, own) else None))
     return found
+
+
+def _assistant(recipe: Recipe) -> Member | None:
+    """The assistant as a member. It is trained with the recipe's teacher and `seed`."""
+    if recipe.assistant is None:
+        return None
+    raw = recipe.model_dump(mode="json")
+    own = {key: value for key, value in raw["assistant"].items() if value is not None}
+    raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None, "assistant": None}
+    return Member(
+        ASSISTANT,
+        load_recipe({**raw, **own, "label": ASSISTANT}),
+        run_folder(recipe).member(ASSISTANT),
+    )
+
+
+def _as_teacher(assistant: Member, recipe: Recipe) -> TeacherConfig:
+    """The finished assistant as a teacher."""
+    made = assistant.recipe.student
+    return TeacherConfig(
+        model=str(assistant.student),
+        dtype=made.dtype,
+        attn_implementation=made.attn_implementation,
+        placement="auto" if recipe.teacher is None else recipe.teacher.placement,
+    )
+
+
+def _teaches(assistant: Member | None, recipe: Recipe) -> bool:
+    teacher = recipe.teacher
+    return assistant is not None and teacher is not None and teacher.model == str(assistant.student)

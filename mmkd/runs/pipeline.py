@@ -6,7 +6,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from mmkd.errors import CheckpointError
+from mmkd.errors import CheckpointError, RecipeError
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.evaluate import evaluate
@@ -48,7 +48,8 @@ def run(
         MmkdError: a one-line error about recipe, models or data.
         EvaluationError: the students are trained, but a model could not be evaluated.
     """
-    timeout_s = max(stage.engine.timeout_s for stage in recipe.stages)
+    first = [] if recipe.assistant is None else recipe.assistant.stages
+    timeout_s = max(stage.engine.timeout_s for stage in [*first, *recipe.stages])
     device = distributed.choose_device(recipe.stages[0].engine.device)
     distributed.connect(device, timeout_s=timeout_s)
     with distributed.alone_in(run_folder(recipe).path):
@@ -93,6 +94,7 @@ def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> li
     _refuse_foreign(run_folder(recipe))
     restarts = [find_restart(member, from_stage) for member in todo]
     check_stage(from_stage, todo, restarts)
+    _refuse_other_assistant(todo, restarts)
     pending = [r is not None or not m.is_trained() for r, m in zip(restarts, todo, strict=True)]
     for member, restart, trains in zip(todo, restarts, pending, strict=True):
         if trains:
@@ -106,9 +108,27 @@ def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> li
     return restarts
 
 
+def _refuse_other_assistant(todo: list[Member], restarts: list[Restart | None]) -> None:
+    """Refuse to train an assistant again if a student of it has begun.
+
+    Raises:
+        RecipeError: a student has begun.
+    """
+    again = {m.label: r for m, r in zip(todo, restarts, strict=True) if r is not None}
+    for member in todo:
+        changed = None if member.assistant is None else again.get(member.assistant.label)
+        if changed is not None and any(folder.is_begun() for folder in member.stages):
+            raise RecipeError(
+                f"the assistant changes in {', '.join(changed.keys)}, and {member.label} has begun "
+                "with it as it was",
+                where=str(member.folder.path),
+                hint="give the run another name, or delete the folder",
+            )
+
+
 def _check(member: Member, restart: Restart | None) -> None:
     """Check a member's stages, and the checkpoints from which it resumes."""
-    preflight.check(member.recipe)
+    preflight.check(member.recipe, assistant=member.untrained_teacher)
     kept = member.recipe.stages[: None if restart is None else restart.index]
     for stage, folder in zip(kept, member.stages, strict=False):
         records = stage.batch.records_per_step(distributed.world_size())

@@ -20,7 +20,7 @@ from mmkd.modeling.layer_projections import attention_layers
 from mmkd.objectives import build_objective
 from mmkd.recipe import EvaluateConfig, Recipe, StudentConfig
 from mmkd.recipe.context import StageContext
-from mmkd.students import converted_processor, student_at
+from mmkd.students import converted_processor, finished, student_at
 from mmkd.students.check import check_student, check_trained
 from mmkd.students.moe import check_experts
 from mmkd.teachers.check import check_further, check_quantized, check_teacher
@@ -54,19 +54,20 @@ OF_SETTINGS: tuple[Check, ...] = (
 OF_DATA: tuple[Check, ...] = (check_records, check_validation)
 
 
-def check(recipe: Recipe, *, data: bool = True) -> None:
+def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None) -> None:
     """Check a recipe's models, data and objectives without loading weights.
 
     Args:
         recipe: the recipe of one student.
         data: also encode the first records; False if the data do not exist yet.
+        assistant: the recipe of the teacher, if it is an assistant that is not trained yet.
 
     Raises:
         MmkdError: an error that would end a stage, such as an unknown parameter group or a first
             record that cannot be encoded.
     """
     check_trackers(recipe.report_to)
-    for context in _stages(recipe):
+    for context in _stages(recipe, assistant):
         check_stage(context, data=data)
 
 
@@ -77,13 +78,15 @@ def check_stage(context: StageContext, *, data: bool = True) -> None:
         look(context)
 
 
-def _stages(recipe: Recipe) -> Iterator[StageContext]:
+def _stages(recipe: Recipe, assistant: Recipe | None) -> Iterator[StageContext]:
     """The stages in order. Their models and processors are checked before the first one."""
     processor = check_student(recipe.student)
     teacher = teacher_processor = store = None
     own = recipe.teacher is not None and recipe.teacher.source == "self"
     if recipe.teacher is not None and recipe.teacher.source == "cache":
         store = open_store(recipe.teacher, processor)
+    elif assistant is not None:
+        teacher, teacher_processor = finished(assistant), converted_processor(assistant.student)
     elif recipe.teacher is not None and not own:
         teacher, teacher_processor = check_teacher(recipe.teacher, "teacher")
     check_quantized(recipe)

@@ -30,9 +30,13 @@ PACKAGES = ("mmkd", "torch", "transformers", "tokenizers", "datasets", "safetens
 
 def collect(recipe: Recipe) -> dict[str, Any]:
     """Everything that determines the run's losses, as JSON."""
-    data = [recipe.data, *(s.data for s in recipe.stages if s.data)]
+    first = recipe.assistant
+    stages = [*(first.stages if first else []), *recipe.stages]
+    data = [recipe.data, *([first.data] if first and first.data else [])]
+    data += [s.data for s in stages if s.data]
     program = Path(sys.argv[0]).name
-    models = {m.model for m in (*recipe.teachers, recipe.student) if m.model}
+    sources = [*recipe.teachers, recipe.student, *([first.student] if first else [])]
+    models = {m.model for m in sources if m.model}
     return {
         "command": ["mmkd" if program == "__main__.py" else program, *sys.argv[1:]],
         "seeds": recipe.seeds or [recipe.seed],

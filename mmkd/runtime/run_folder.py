@@ -3,7 +3,7 @@
 runs/<name>/
   recipe.yaml  provenance.json  report.html
   bench/                        seconds per step that `mmkd bench` has measured
-  <member>/                     the recipe itself and its variants, once per seed
+  <member>/                     the assistant; the recipe itself and its variants, once per seed
     training.yaml               what is trained here; another recipe may not continue it
     00-start/student/           from-scratch or converted students only
     01-<stage>/                 metrics.jsonl  validation.jsonl  skipped.jsonl  inputs.json
@@ -14,7 +14,8 @@ runs/<name>/
   release/<member>/             what `mmkd release` sends to the Hub
   tensorboard/
 
-A run of one student has no folder for its member: the stages are in the run's folder itself.
+A run of one student has no folder for its member: the stages are in the run's folder itself. Its
+assistant has one.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from mmkd.runtime.shapes import Done, Shape, Started, read_as
 
 TEACHER = "teacher"
 """Label of the teacher's scores."""
+ASSISTANT = "assistant"
+"""Label of the assistant, and the name of its folder."""
 START, REPLACED = "00-start", "replaced"
 RESERVED = ("evaluation", "release", REPLACED, "tensorboard", "wandb", "trackio")
 """Names in a run's folder that no student's folder may have."""
@@ -228,5 +231,6 @@ class RunFolder:
     def members(self) -> list[MemberFolder]:
         """The members on the disk, in order of their names."""
         if self.only_member.training.is_file():
-            return [self.only_member]
+            assistant = self.member(ASSISTANT)
+            return [self.only_member, *[assistant] * assistant.training.is_file()]
         return [MemberFolder(p.parent) for p in sorted(self.path.glob("*/training.yaml"))]

@@ -67,6 +67,11 @@ def _skeleton_at(recipe: Recipe, index: int) -> PreTrainedModel:
     return copied((*identity(recipe.student, load_config(recipe.student)), *described), make)
 
 
+def finished(recipe: Recipe) -> PreTrainedModel:
+    """The student after its last stage, on the meta device."""
+    return student_at(recipe, len(recipe.stages) - 1, meta=True)
+
+
 def _processor_for(config: StudentConfig) -> Any:
     """The processor before the conversions; None if none of them changes it."""
     changed = any(conversion.changes_processor for conversion in config.convert)

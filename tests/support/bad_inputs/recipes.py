@@ -1,5 +1,8 @@
 """Recipes that cannot be read, and keys with invalid values."""
 
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from tests.support.bad_inputs.table import World, case, overridden, write
@@ -166,3 +169,74 @@ def quantized_teacher_on_a_cpu(world: World) -> None:
 def quantized_and_sharded(world: World) -> None:
     model = world.raw["student"]["model"]
     world.raw["teacher"] = {"model": model, "quantize": "4bit", "placement": "sharded"}
+
+
+overridden(
+    KIND,
+    "tokenizer_of_a_stage",
+    "stages.0.convert=[{kind: tokenizer, processor: teacher}]",
+    "stages.0.convert: 'tokenizer' changes the processor, which all stages of a student share",
+    "put it into student.convert",
+)
+
+
+@case(
+    KIND,
+    "transferred a student to a tokenizer whose template writes no image",
+    "student.convert: tokenizer: the model's LlavaProcessor does not work with the tokenizer of "
+    "teacher: the chat template writes no <image> for an image",
+    "set 'special_tokens: keep'",
+)
+def tokenizer_without_images(world: World) -> None:
+    path = Path("teacher/chat_template.jinja")
+    path.write_text(path.read_text().replace("<image>", ""))
+    world.raw["student"]["convert"] = [{"kind": "tokenizer", "processor": "teacher"}]
+
+
+def assisted(world: World, **changes: Any) -> None:
+    world.raw["teacher"] = {"model": "teacher"}
+    stage = {**world.raw["stages"][0], "name": "narrow"}
+    world.raw["assistant"] = {"student": {"model": "model"}, "stages": [{**stage, **changes}]}
+
+
+@case(
+    KIND,
+    "gave the assistant's stage the name of a student's",
+    "two stages of assistant and students have the same name",
+    "rename one",
+)
+def stage_names_of_the_assistant(world: World) -> None:
+    assisted(world, name="mimic")
+
+
+@case(
+    KIND,
+    "called a student `assistant`, with an assistant",
+    "a student has the label 'assistant', which the assistant has",
+    "rename it",
+)
+def student_with_the_assistants_label(world: World) -> None:
+    assisted(world)
+    world.raw["label"] = "assistant"
+
+
+@case(
+    KIND,
+    "changed the assistant in a variant",
+    "a variant changes the assistant, which all students share",
+    "write a recipe of its own for it",
+)
+def variant_of_the_assistant(world: World) -> None:
+    assisted(world)
+    world.raw["variants"] = {"long": ["assistant.stages.0.steps=9"]}
+
+
+@case(
+    KIND,
+    "gave a recipe with an assistant two teachers",
+    "with 'assistant' there is at most one teacher, which runs",
+    "name one with 'source: live'",
+)
+def assistant_with_two_teachers(world: World) -> None:
+    assisted(world)
+    world.raw["teacher"] = [{"model": "teacher"}, {"model": "model", "name": "other"}]
