@@ -15,10 +15,10 @@ from mmkd.data.check import PLACES, Findings, Look, check_source
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
-from mmkd.data.truncation import no_answer_left
+from mmkd.data.truncation import needs_answers, no_answer_left
 from mmkd.errors import DataError, RecipeError
 from mmkd.modeling.loading import load_processor
-from mmkd.recipe import DataConfig, Recipe, SourceConfig, load_recipe
+from mmkd.recipe import DataConfig, Recipe, SourceConfig, StageConfig, load_recipe
 from mmkd.runtime.progress import console
 from mmkd.students import converted_processor
 
@@ -62,7 +62,8 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
     unreadable: list[DataError] = []
     for source in sources:
         try:
-            found.append(check_source(source, look, workers))
+            asked = replace(look, answers=_needs_answers(recipe, source))
+            found.append(check_source(source, asked, workers))
         except DataError as error:
             if len(sources) == 1:
                 raise
@@ -91,10 +92,16 @@ def _edges(*processors: Any) -> tuple[int, ...]:
     return tuple(sorted(edge for edge in found if edge is not None))
 
 
+def _stages(recipe: Recipe) -> list[tuple[StageConfig, DataConfig]]:
+    """All stages with their data, those of the assistant first."""
+    first = recipe.assistant
+    before = [(s, s.data or first.data or recipe.data) for s in first.stages] if first else []
+    return [*before, *((stage, recipe.stage_data(stage)) for stage in recipe.stages)]
+
+
 def _data(recipe: Recipe) -> list[DataConfig]:
-    """The recipe's data sets that a stage reads, each once."""
-    found = [recipe.stage_data(stage) for stage in recipe.stages]
-    return list({data.model_dump_json(): data for data in found}.values())
+    """The data sets that a stage reads, each once."""
+    return list({data.model_dump_json(): data for _, data in _stages(recipe)}.values())
 
 
 def _sources(recipe: Recipe) -> list[SourceConfig]:
@@ -104,6 +111,17 @@ def _sources(recipe: Recipe) -> list[SourceConfig]:
         said = part.model_dump_json(exclude={"name", "weight", "cap"})
         found.setdefault(said, part)
     return list(found.values())
+
+
+def _needs_answers(recipe: Recipe | None, source: SourceConfig) -> bool:
+    """Whether a stage that reads a source, or a validation, needs answers."""
+    if recipe is None:
+        return True
+    return any(
+        source in data.validation_parts
+        or (source in data.parts and not s.samples_all and any(map(needs_answers, s.objectives)))
+        for s, data in _stages(recipe)
+    )
 
 
 def _as_json(found: Findings) -> dict[str, Any]:
@@ -134,7 +152,7 @@ def _tokens(
     which of them lose their whole answer, for the student or for the teacher."""
     for data in _data(recipe):
         records = Records(data)
-        stages = [stage for stage in recipe.stages if recipe.stage_data(stage) == data]
+        stages = [stage for stage, own in _stages(recipe) if own == data]
         objectives = [o for stage in stages for o in stage.objectives]
         whole, cut = (
             Encoder.of(

@@ -43,8 +43,10 @@ def generate_of(model: Any) -> Generate:
 
 
 def answers_of(record: Record) -> list[int]:
-    """Indices of the assistant's messages in a conversation."""
-    return [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
+    """Indices of the assistant's messages in a conversation; without any, the index of the next
+    message."""
+    found = [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
+    return found or [len(record.messages)]
 
 
 def asked(record: Record, message: int) -> Record:

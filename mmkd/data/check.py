@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from mmkd.data.bounds import check_scaled
 from mmkd.data.images import image_size, load_image
 from mmkd.data.records import Source
-from mmkd.data.schema import Record, text_of
+from mmkd.data.schema import Record, no_response, text_of
 from mmkd.errors import DataError
 from mmkd.recipe import SourceConfig
 from mmkd.runtime.interrupt import begin_worker
@@ -53,11 +53,13 @@ class Look:
         decode: decode images, not only their headers.
         unique_ids: find records of a source that have the same id.
         edges: lengths in pixels to which the processors of the models scale shorter edges.
+        answers: a record without an answer is bad.
     """
 
     decode: bool = False
     unique_ids: bool = False
     edges: tuple[int, ...] = ()
+    answers: bool = True
 
 
 @dataclass
@@ -172,6 +174,8 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
 
 
 def _problems(record: Record, look: Look) -> Iterator[DataError]:
+    if look.answers and not record.has_answer:
+        yield no_response()
     for conversation in (record.messages, record.rejected or []):
         for message in conversation:
             if message["role"] == "assistant" and not text_of(message).strip():

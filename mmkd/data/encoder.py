@@ -47,7 +47,8 @@ class Encoder:
         aligned: align image tokens, and responses if the vocabulary is the same, with those of a
             teacher that has another processor.
         sources: add the data source of each token's record.
-        answers: refuse records whose whole answer would be cut off by `max_length`.
+        answers: refuse records without an answer, and those whose whole answer would be cut off by
+            `max_length`.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Encoder:
         store: Store | None = None,
         pack: int | None = None,
         sources: bool = False,
+        sampled: bool = False,
     ) -> "Encoder":
         """The encoder that a stage's objectives need.
 
@@ -119,6 +121,7 @@ class Encoder:
             objectives: their settings.
             config, processor, teacher_processor, records, filler, store, pack, sources: as in
                 `Encoder`; without `records`, those of `config`.
+            sampled: all answers will be replaced by sampled ones, so records need none.
         """
         needs: frozenset[Need] = frozenset().union(*(o.needs for o in objectives))
         by_token = [o for o in objectives if "teacher" in o.needs and "chunks" not in o.needs]
@@ -135,7 +138,7 @@ class Encoder:
             chunks="chunks" in needs,
             aligned=bool(by_token),
             sources=sources,
-            answers=any(map(needs_answers, objectives)),
+            answers=not sampled and any(map(needs_answers, objectives)),
         )
 
     def load(self, index: int) -> Sample:

@@ -13,6 +13,7 @@ def encoder_of(context: StageContext) -> Encoder:
         context.processor,
         teacher_processor=context.teacher_processor,
         store=context.read_store,
+        sampled=context.stage.samples_all,
     )
 
 

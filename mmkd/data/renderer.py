@@ -9,7 +9,7 @@ from mmkd.data.bounds import check_text
 from mmkd.data.chat import Rendered, render_chat
 from mmkd.data.processing import Processing, Size
 from mmkd.data.records import Records
-from mmkd.data.schema import Message, Record
+from mmkd.data.schema import Message, Record, no_response
 from mmkd.data.templates import render
 from mmkd.data.truncation import tokens_before_answer
 from mmkd.errors import DataError
@@ -30,7 +30,8 @@ class Renderer:
         processing: calls the processor.
         config: settings of the data.
         pairs: also render the rejected answers.
-        answers: a record whose whole answer would be cut off by `max_length` is bad.
+        answers: a record without an answer is bad, and so is one whose whole answer would be cut
+            off by `max_length`.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Renderer:
         Raises:
             DataError: it is bad.
         """
+        if self.answers and not record.has_answer:
+            raise no_response()
         if not self.pairs:
             return self._conversation(record, record.messages), None
         if record.rejected is None:

@@ -49,6 +49,7 @@ class Record:
     the chosen and the rejected conversation.
 
     Attributes:
+        messages: without an answer of the assistant, only objectives can use it that need none.
         images: paths below `root`, {bytes, path} pairs, members of an archive, or decoded images.
         last_answer_only: earlier answers belong to the prompt.
         unfinished: the last answer was cut off, so it has no end of turn.
@@ -63,6 +64,10 @@ class Record:
     last_answer_only: bool = False
     unfinished: bool = False
     root: Path | None = None
+
+    @property
+    def has_answer(self) -> bool:
+        return any(m["role"] == "assistant" for m in self.messages)
 
 
 def parse_record(row: dict[str, Any], index: int, root: Path | None = None) -> Record:
@@ -104,7 +109,7 @@ def _parsed(row: dict[str, Any], index: int, root: Path | None) -> Record:
     else:
         found = parse_conversation(_turns_of(row))
         messages, pictures = found.messages, resolved(found.shown, images)
-        _check_answered(messages)
+        _check_answered(messages, needed=False)
     # LLaVA's conversations always have image placeholders.
     free = not row.get("conversations")
     for conversation in (messages, rejected):
@@ -170,7 +175,7 @@ def _preference(row: dict[str, Any], images: Any) -> tuple[list[Message], list[A
     """The chosen conversation, its images, and the rejected conversation."""
     chosen, rejected = (parse_conversation(turns) for turns in _pair(row))
     for conversation in (chosen, rejected):
-        _check_answered(conversation.messages)
+        _check_answered(conversation.messages, needed=True)
     pictures, others = (_pictures(c, images) for c in (chosen, rejected))
     if chosen.messages[:-1] != rejected.messages[:-1] or pictures != others:
         raise DataError(
@@ -210,9 +215,22 @@ def _pair(row: dict[str, Any]) -> tuple[Turns, Turns]:
     return whole(row["chosen"]), whole(row["rejected"])
 
 
-def _check_answered(messages: list[Message]) -> None:
-    if not any(m["role"] == "assistant" and text_of(m).strip() for m in messages):
-        raise DataError("no response of the assistant", hint="add one or drop the record")
+def no_response() -> DataError:
+    """The error for a record without an answer, if answers are needed."""
+    return DataError("no response of the assistant", hint="add one or drop the record")
+
+
+def _check_answered(messages: list[Message], *, needed: bool) -> None:
+    """Check that answers have text, and that there is a question.
+
+    Args:
+        messages: of a conversation.
+        needed: it must have an answer. Otherwise objectives decide that later.
+    """
+    answers = [m for m in messages if m["role"] == "assistant"]
+    silent = not any(text_of(m).strip() for m in answers)
+    if silent and (needed or answers or not messages):
+        raise no_response()
     if messages[0]["role"] == "assistant":
         raise DataError("the conversation begins with an answer", hint="add what it answers")
 

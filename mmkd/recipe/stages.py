@@ -390,6 +390,11 @@ class StageConfig(Strict):
         False, description="recompute layers in the backward pass to save memory"
     )
 
+    @property
+    def samples_all(self) -> bool:
+        """Whether all answers are sampled from the student, so that records need none."""
+        return self.on_policy is not None and self.on_policy.lmbda == 1
+
     @field_validator("train", mode="before")
     @classmethod
     def _named_groups(cls, value: Any) -> Any:

@@ -140,6 +140,7 @@ def _encoder_of(
         store=teachers.store,
         pack=config.batch.pack,
         sources=any(o.sources is not None for o in objectives),
+        sampled=config.samples_all,
     )
 
 

@@ -7,11 +7,14 @@ import pytest
 from mmkd.modeling.loading import load_pretrained
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline, preflight
+from scripts.scenes_bytes import byte_processor
 from tests.support.places import CONFIGS
 
 RECIPES = ["quickstart", *(f"scenes/{n}" for n in ("matvlm", "mmmamba", "llava_mod", "llava_kd",
-                                                   "sparse_hybrid", "best_step"))]  # fmt: skip
+                                                   "sparse_hybrid", "best_step",
+                                                   "assistant", "label_free"))]  # fmt: skip
 STUDIES = ["study", "hybrid_study", "mod_study", "kd_study", "divergence_study", "layer_study"]
+STUDIES += ["tokenizer_transfer"]
 
 
 @pytest.fixture
@@ -27,7 +30,11 @@ def shipped(scenes_dir, tmp_path):
 
         raw = load_recipe(CONFIGS / f"{name}.yaml").model_dump(mode="json")
         raw |= {"output_dir": str(tmp_path), "data": own(raw["data"]), "evaluate": None}
-        for stage in raw["stages"]:
+        for conversion in raw["student"]["convert"]:
+            if conversion["kind"] == "tokenizer":
+                byte_processor().save_pretrained(tmp_path / "processor")
+                conversion["processor"] = str(tmp_path / "processor")
+        for stage in [*raw["stages"], *(raw["assistant"] or {"stages": []})["stages"]]:
             small = {"steps": 1, "batch": {"size": 2}, "precision": "float32"}
             stage |= {**small, "data": own(stage["data"])}
         return load_recipe(raw, list(overrides))

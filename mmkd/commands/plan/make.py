@@ -28,7 +28,7 @@ from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
-from mmkd.students import converted_processor, set_trainable, student_at
+from mmkd.students import converted_processor, finished, set_trainable, student_at
 from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
 from mmkd_models.layout import mamba_layers
 
@@ -50,7 +50,8 @@ def check_recipe(recipe: Recipe, *, without_data: bool = False) -> None:
     seen: list[dict[str, Any]] = []
     for member in members(recipe):
         if (content := _content(member.recipe)) not in seen:
-            preflight.check(member.recipe, data=not without_data)
+            untrained = member.untrained_teacher
+            preflight.check(member.recipe, data=not without_data, assistant=untrained)
             seen.append(content)
     if recipe.evaluate is not None and not without_data:
         preflight.check_evaluation(recipe.evaluate, recipe.student)
@@ -62,8 +63,6 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     Members that differ in their seed only are planned once. If the data do not exist yet, sequences
     of `max_length` tokens are assumed.
     """
-    processor = converted_processor(recipe.student)
-    teachers = {t.name: skeleton(t) for t in recipe.teachers if t.source == "live"}
     planned: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     found: dict[str, dict[str, Any]] = {}
     trained = members(recipe)
@@ -71,6 +70,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         content = _content(member.recipe)
         stages = next((made for known, made in planned if known == content), None)
         if stages is None:
+            processor = converted_processor(member.recipe.student)
+            teachers = _teachers(member.recipe, member.untrained_teacher)
             stages = [
                 plan_stage(member.recipe, stage, processor, teachers)
                 for stage in member.recipe.stages
@@ -83,7 +84,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             "stages": stages,
             "total": _sum(stages),
         }
-    primary = next(iter(teachers.values()), None)
+    primary = next(iter(_teachers(recipe).values()), None)
     alone = [stage for m in found.values() for stage in m["stages"][m["shared_stages"] :]]
     return {
         "name": recipe.name,
@@ -94,6 +95,13 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "warnings": _warnings(found),
         "recipe": recipe.model_dump(mode="json"),
     }
+
+
+def _teachers(recipe: Recipe, assistant: Recipe | None = None) -> dict[str, PreTrainedModel]:
+    """The teachers that run, by name and without weights; arguments as in `preflight.check`."""
+    if assistant is not None and recipe.teacher is not None:
+        return {recipe.teacher.name: finished(assistant)}
+    return {t.name: skeleton(t) for t in recipe.teachers if t.source == "live"}
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
@@ -156,7 +164,8 @@ def plan_stage(
     objectives = _objectives_of(recipe, stage, student, teachers)
     if sampled is None:
         keep = None if stage.image_tokens is None else stage.image_tokens.keep
-        sampled = sample_data(recipe.stage_data(stage), processor, objectives, keep)
+        data, any_record = recipe.stage_data(stage), stage.samples_all
+        sampled = sample_data(data, processor, objectives, keep, any_record=any_record)
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
@@ -251,7 +260,12 @@ def _placement(recipe: Recipe, stage: StageConfig, planned: Sequence[PlannedTeac
 
 
 def sample_data(
-    data: DataConfig, processor: Any, objectives: list[Objective], keep: float | None = None
+    data: DataConfig,
+    processor: Any,
+    objectives: list[Objective],
+    keep: float | None = None,
+    *,
+    any_record: bool = False,
 ) -> tuple[Sample, int]:
     """Mean token counts of some records, and the number of records of an epoch. If the data do not
     exist yet: sequences of `max_length` tokens, and 0 records.
@@ -261,13 +275,15 @@ def sample_data(
         processor: of the student.
         objectives: of the stage.
         keep: share of the image tokens on which decoders run; None for all.
+        any_record: records need no answers, because all answers are sampled.
     """
     if not all(map(is_there, data.parts)):
         length = float(data.max_length)
         rows = dict.fromkeys((o.name for o in objectives), length)
         return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows)), 0
     records = Records(data)
-    encoder = Encoder.of([o.config for o in objectives], data, processor, records=records)
+    settings = [o.config for o in objectives]
+    encoder = Encoder.of(settings, data, processor, records=records, sampled=any_record)
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)
