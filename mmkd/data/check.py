@@ -163,6 +163,9 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
         except DataError as error:
             part.errors.append((index, error))
             continue
+        if look.answers and not record.has_answer:
+            part.errors.append((index, no_response().at(source.where(index))))
+            continue
         part.pictures += len(record.images)
         if look.unique_ids and (name := source.id(index)):
             part.ids.append((index, name))
@@ -174,8 +177,6 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
 
 
 def _problems(record: Record, look: Look) -> Iterator[DataError]:
-    if look.answers and not record.has_answer:
-        yield no_response()
     for conversation in (record.messages, record.rejected or []):
         for message in conversation:
             if message["role"] == "assistant" and not text_of(message).strip():

@@ -16,7 +16,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.templates import render
 from mmkd.errors import DataError
 from mmkd.objectives.entry import AnyObjectiveConfig
-from mmkd.recipe import DataConfig, OnPolicyConfig, TeacherConfig, load_recipe
+from mmkd.recipe import DataConfig, OnPolicyConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd.training.on_policy import OnPolicy
 from tests.commands.test_check_data import found, run
@@ -207,12 +207,9 @@ def test_check_finds_answers_that_the_teacher_loses(
     assert lengths[student] < lengths[other]
     raw["data"]["max_length"] = lengths[other]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(check_data, "converted_processor", lambda config: student)
     for teacher, lost in ((student, 0), (other, 1)):
-
-        def load(source, teacher=teacher):
-            return teacher if isinstance(source, TeacherConfig) else student
-
-        monkeypatch.setattr(check_data, "load_processor", load)
+        monkeypatch.setattr(check_data, "load_processor", lambda config, made=teacher: made)
         status, said = found(monkeypatch, capsys, folder / "recipe.yaml", "--workers", 1)
         assert (status, said["tokens"][0]["without answer"]) == (lost, lost)
 

@@ -7,8 +7,7 @@ import pytest
 from mmkd.api.loaded import load
 from mmkd.errors import CheckpointError
 from mmkd.modeling.conversation import load_answering
-from mmkd.modeling.loading import load_processor
-from mmkd.recipe import ModelConfig, TeacherConfig
+from mmkd.recipe import ModelConfig, StudentConfig, TeacherConfig
 from mmkd.students.check import check_student
 from mmkd.teachers.check import check_teacher
 
@@ -27,10 +26,10 @@ def other(tiny_model_dir, tmp_path):
 
 
 def ways(model, processor):
-    source = ModelConfig(model=str(model), processor=str(processor))
+    source = StudentConfig(model=str(model), processor=str(processor))
     teacher = TeacherConfig(model=str(model), processor=str(processor))
     return {
-        "student": lambda: check_student(source, load_processor(source)),
+        "student": lambda: check_student(source),
         "teacher": lambda: check_teacher(teacher, "teacher"),
         "answers": lambda: load_answering(str(model), processor=str(processor)),
         "python": lambda: load(

@@ -10,7 +10,7 @@ from mmkd.errors import RecipeError
 from mmkd.ops import DIVERGENCES
 from mmkd.recipe import Recipe, load_recipe, to_yaml
 from mmkd.recipe.merge import merged, with_key
-from mmkd.runs.pipeline import members
+from mmkd.runs.members import students
 from tests.support.places import CONFIGS
 
 BASE = {
@@ -68,7 +68,7 @@ def test_the_schema_names_every_objective():
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_load_with_all_their_variants(path):
     recipe = load_recipe(path)
-    labels = [m.label for m in members(recipe)]
+    labels = [m.label for m in students(recipe)]
     assert len(labels) == max(1, len(recipe.seeds)) * (1 + len(recipe.variants))
 
 

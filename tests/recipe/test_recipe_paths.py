@@ -31,10 +31,21 @@ WHOLE = {
         }
     ],
 }
+ASSISTANT = {
+    "student": WHOLE["student"],
+    "stages": [{**WHOLE["stages"][0], "name": "first"}],
+    "data": WHOLE["data"],
+}
+CONVERSIONS = {
+    "processor": {"kind": "tokenizer"},
+    "objectives": {"kind": "early_exit", "layer": 0},
+}
 KEYS = sorted(
     key
     for key in path_keys(Recipe)
-    if key[0] != "more_teachers" and ("validation" not in key or "sources" in key)
+    if key[0] != "more_teachers"
+    and ("validation" not in key or "sources" in key)
+    and key[-3:] != ("stages", "convert", "processor")  # refused
 )
 
 
@@ -56,6 +67,10 @@ def at(recipe, key):
 
 def with_key(key, value):
     raw = WHOLE
+    if key[0] == "assistant":
+        raw = {**raw, "assistant": ASSISTANT}
+    if "convert" in key:
+        raw = put(raw, key[:-1], [CONVERSIONS[key[-1]]])
     if key[-1] in ("train", "images") and key[-2] == "data":
         raw = put(raw, key[:-1], {"train": "none.json"})  # in place of the mixture
     return put(raw, key, value)
