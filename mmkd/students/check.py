@@ -30,7 +30,8 @@ def check_student(source: StudentConfig) -> Any:
         CheckpointError: the model or its processor cannot be used.
         RecipeError: a conversion does not fit the processor.
     """
-    student, own = skeleton(source), load_processor(source)
+    own = load_processor(source)
+    student = skeleton(source)
     check_supported(student, "student")
     check_head(student, own.tokenizer, "student")
     check_source_tokens(source, own, "student")

@@ -188,8 +188,9 @@ overridden(
     "set 'special_tokens: keep'",
 )
 def tokenizer_without_images(world: World) -> None:
-    path = Path("teacher/chat_template.jinja")
-    path.write_text(path.read_text().replace("<image>", ""))
+    turn = "{{ m['role'] }}: {% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    template = f"{{% for m in messages %}}{turn}\n{{% endfor %}}"
+    Path("teacher/chat_template.jinja").write_text(template)
     world.raw["student"]["convert"] = [{"kind": "tokenizer", "processor": "teacher"}]
 
 
