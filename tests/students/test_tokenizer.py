@@ -365,9 +365,21 @@ def test_objectives_that_compare_tokens_are_refused(tiny_model_dir, byte_dir, sc
     assert not (tmp_path / "tiny").exists()
 
 
-def test_the_shipped_recipe_of_real_models():
-    """It is read; it was not run at its size."""
-    recipe = load_recipe(CONFIGS / "tokenizer_transfer.yaml")
-    (conversion,) = recipe.student.convert
-    assert conversion.kind == "tokenizer"
-    assert recipe.teacher.model == recipe.student.model
+def test_the_recipe_of_real_models_runs_on_tiny_ones(
+    tiny_model_dir, byte_dir, scenes_dir, tmp_path
+):
+    raw = load_recipe(CONFIGS / "tokenizer_transfer.yaml").model_dump(mode="json")
+    (conversion,) = raw["student"]["convert"]
+    assert raw["teacher"]["model"] == raw["student"]["model"]
+    small = {"steps": 2, "precision": "float32", "batch": {"size": 2}}
+    model = {"model": str(tiny_model_dir)}
+    raw |= {
+        "output_dir": str(tmp_path),
+        "teacher": model,
+        "student": {**model, "convert": [{**conversion, "processor": str(byte_dir)}]},
+        "data": {"train": str(scenes_dir / "train.parquet")},
+        "stages": [{**stage, **small} for stage in raw["stages"]],
+        "evaluate": None,
+    }
+    folder = pipeline.run(load_recipe(raw))
+    assert load_pretrained(str(folder / "01-transfer" / "student"))
