@@ -14,6 +14,7 @@ from mmkd.ops.gram import gram_inner
 from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
 from mmkd.ops.kept_tokens import KeptTokens
 from mmkd.ops.likelihood import BinaryKind, binary_divergence
+from mmkd.ops.row_kl import row_kl
 from mmkd.ops.set_logps import set_logps
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
@@ -39,6 +40,7 @@ __all__ = [
     "linear_divergence",
     "linear_uld",
     "route",
+    "row_kl",
     "set_logps",
     "ssd_matrix",
     "ssd_scan",
