@@ -1,12 +1,13 @@
 """Sample answers from a model: prompts, generation, and the resulting conversations."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkd.data.continuation import append_tokens
 from mmkd.data.encoder import Encoder
 from mmkd.data.generation import end_tokens, neutral_settings, padding_token
 from mmkd.data.schema import Record
@@ -25,10 +26,12 @@ class Sampled:
     Attributes:
         text: without its end tokens.
         finished: the model ended it; False if `max_new_tokens` was reached.
+        tokens: ids that the model has generated, with the end token if it is finished.
     """
 
     text: str
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 def generate_of(model: Any) -> Generate:
@@ -90,6 +93,7 @@ def sample_answers(
     device: torch.device,
     count: int = 1,
     ends: int | Iterable[int] | None = None,
+    inputs: dict[str, Tensor] | None = None,
 ) -> list[Sampled]:
     """Sample answers from a model. The global random state is not changed.
 
@@ -106,12 +110,79 @@ def sample_answers(
         count: number of answers per prompt; they are neighbours in the result.
         ends: `eos_token_id` of the model's generation settings, in addition to the chat template's
             end of turn and the tokenizer's end token.
+        inputs: of the prompts, if they are encoded already; further rows are ignored.
 
     Raises:
         NonFiniteLossError: the model's probabilities are not finite, because it has diverged.
     """
-    inputs = {k: v.to(device) for k, v in encoder.prompts(prompts).items()}
     stops = end_tokens(encoder.processor, ends)
+    inputs = encoder.prompts(prompts) if inputs is None else inputs
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    said = _generated(generate, encoder, prompts, inputs, settings, stops, seed, count)
+    return [_sampled(row, stops, encoder.processor) for row in said[: len(prompts) * count]]
+
+
+@torch.no_grad()
+def continue_answers(
+    generate: Generate,
+    encoder: Encoder,
+    prompts: list[Record],
+    inputs: dict[str, Tensor],
+    beginnings: Mapping[int, Sequence[int]],
+    settings: SamplingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    ends: int | Iterable[int] | None = None,
+) -> dict[int, Sampled]:
+    """Sample the rest of answers. An answer has at most `max_new_tokens` tokens, together with its
+    beginning. One that ends with its beginning, or has reached this length, is not continued.
+
+    Args:
+        generate, encoder, prompts, settings, seed, device, ends: as in `sample_answers`.
+        inputs: of the prompts, as `encoder.prompts` returns them.
+        beginnings: by index of a prompt, the first tokens of its answer.
+
+    Returns:
+        The whole answers, by index of the prompt.
+
+    Raises:
+        NonFiniteLossError: as in `sample_answers`.
+    """
+    stops = end_tokens(encoder.processor, ends)
+    left = {
+        row: settings.max_new_tokens - len(tokens)
+        for row, tokens in beginnings.items()
+        if tokens[-1] not in stops and len(tokens) < settings.max_new_tokens
+    }
+    new: dict[int, list[int]] = {}
+    if left:
+        # All prompts run, because the rows of pixel values are not known. A prompt whose answer is
+        # not continued is answered anew, and this answer is dropped.
+        tails = [beginnings[row] if row in left else () for row in range(len(prompts))]
+        padding = padding_token(encoder.processor, stops) or 0
+        longer = append_tokens(inputs, tails, side="left", padding=padding)
+        longer = {k: v.to(device) for k, v in longer.items()}
+        shorter = settings.model_copy(update={"max_new_tokens": max(left.values())})
+        said = _generated(generate, encoder, prompts, longer, shorter, stops, seed)
+        new = {row: said[row][:count] for row, count in left.items()}
+    return {
+        row: _sampled([*tokens, *new.get(row, [])], stops, encoder.processor)
+        for row, tokens in beginnings.items()
+    }
+
+
+def _generated(
+    generate: Generate,
+    encoder: Encoder,
+    prompts: list[Record],
+    inputs: dict[str, Tensor],
+    settings: SamplingConfig,
+    stops: list[int],
+    seed: int,
+    count: int = 1,
+) -> list[list[int]]:
+    """Tokens that the model generates after each row of the inputs, with padding after the end."""
     options = neutral_settings() | {
         "max_new_tokens": settings.max_new_tokens,
         "eos_token_id": stops or None,
@@ -137,12 +208,12 @@ def sample_answers(
                 where=f"answers to {', '.join(p.id for p in prompts[:4])}",
                 hint="lower the learning rate, or raise the temperature of sampling",
             ) from error
-    said = ids[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_sampled(row, stops, encoder.processor) for row in said]
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _sampled(row: list[int], ends: list[int], processor: Any) -> Sampled:
     """Decode an answer up to its first end token."""
     stop = next((i for i, token in enumerate(row) if token in ends), None)
     text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
-    return Sampled(without_media_tokens(processor, text).strip(), stop is not None)
+    tokens = tuple(row if stop is None else row[: stop + 1])
+    return Sampled(without_media_tokens(processor, text).strip(), stop is not None, tokens)

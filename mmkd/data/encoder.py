@@ -194,8 +194,12 @@ class Encoder:
                 samples.append(Sample(index, record, rendered, pictures, rejected))
         return self._encode(samples)
 
-    def prompts(self, records: list[Record]) -> dict[str, Tensor]:
+    def prompts(self, records: list[Record], *, filler: bool = False) -> dict[str, Tensor]:
         """Inputs that ask for the next answer of each conversation, padded on the left.
+
+        Args:
+            records: conversations that end before an answer.
+            filler: add a blank image as a further row, if the encoder does so for batches.
 
         Raises:
             DataError: a prompt is bad. The message names the record by its id.
@@ -206,6 +210,8 @@ class Encoder:
                 text = self.renderer.prompt(record)
                 pictures = self.records.pictures(record)
             samples.append(Sample(NO_INDEX, record, Rendered(text, (), ()), pictures))
+        if filler and not any(s.pictures for s in samples):
+            samples += self.filler
         encoded = self.collator.process(samples, side="left")
         return {k: v for k, v in encoded.items() if k not in ("offset_mapping", MOVED)}
 

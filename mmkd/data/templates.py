@@ -97,6 +97,13 @@ def media_tokens(processor: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, *tokenizer.convert_ids_to_tokens(ids)]))
 
 
+@lru_cache(maxsize=32)
+def media_token_ids(processor: Any) -> frozenset[int]:
+    """Ids of `media_tokens`."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return frozenset(vocabulary[t] for t in media_tokens(processor) if t in vocabulary)
+
+
 def without_media_tokens(processor: Any, text: str) -> str:
     """Remove image tokens from a model's answer. A model can generate them, and the processor would
     treat them as an image."""

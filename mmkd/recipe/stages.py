@@ -235,6 +235,8 @@ STEP_METRICS = frozenset(
         "skipped",
         "padding",
         "sampled",
+        "corrected",
+        "corrected_at",
         "sources",
         "expert_load",
         "seconds",
@@ -279,6 +281,19 @@ class OnPolicyConfig(SamplingConfig):
     lmbda: float = Field(
         0.5, ge=0, le=1, description="share of responses that are sampled from the student"
     )
+    correct: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="how often the teacher replaces a token of each sampled answer, from which the "
+        "student continues (SCRG); 0: never",
+    )
+
+    @model_validator(mode="after")
+    def _corrects_some(self) -> "OnPolicyConfig":
+        if self.correct and not self.lmbda:
+            raise ValueError("'correct' needs sampled answers -- set 'lmbda' above 0")
+        return self
 
 
 class ImageTokensConfig(Strict):

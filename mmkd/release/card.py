@@ -214,7 +214,8 @@ def _objectives(stage: StageConfig) -> str:
     text = describe_objectives([o.model_dump() for o in stage.objectives])
     if stage.on_policy is None:
         return text
-    return f"{text}; {stage.on_policy.lmbda:.0%} of the answers sampled from the student"
+    corrected = ", with corrections of the teacher" if stage.on_policy.correct else ""
+    return f"{text}; {stage.on_policy.lmbda:.0%} of the answers sampled from the student{corrected}"
 
 
 def model_text(source: Source, config: ModelConfig | None) -> str:

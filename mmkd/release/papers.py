@@ -13,6 +13,7 @@ class Paper(NamedTuple):
 
 F_DISTILL = Paper("f-distill", "2502.15681")
 GKD = Paper("GKD", "2306.13649")
+SCRG = Paper("SCRG", "2407.10068")
 DISTILLM = Paper("DistiLLM", "2402.03898")
 LLAVA_KD = Paper("LLaVA-KD", "2410.16236")
 LLAVA_MOD = Paper("LLaVA-MoD", "2408.15881")
@@ -70,7 +71,8 @@ def papers(recipe: Recipe) -> list[Paper]:
         found += [p for conversion in conversions for p in _of_conversion(conversion)]
     for stage in recipe.stages:
         found += [p for objective in stage.objectives for p in _of_objective(objective)]
-        found += [GKD] if stage.on_policy else []
+        if stage.on_policy is not None:
+            found += [GKD, SCRG] if stage.on_policy.correct else [GKD]
         found += [DMAE] if stage.image_tokens else []
         if stage.train.lora is not None:
             found += [LORA, DORA] if stage.train.lora.dora else [LORA]

@@ -3,9 +3,9 @@
 import copy
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmkd.data.batch import Batch
 from mmkd.modeling.adapters import adapters_off
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest
 from mmkd.objectives import Signals
@@ -19,12 +19,12 @@ class WithoutAdapters(LiveTeacher):
         return torch.nn.Module.to(model, self.device)
 
     @torch.no_grad()
-    def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
+    def run(self, inputs: dict[str, Tensor], request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
         training = self.model.training
         self.model.eval()
         try:
             with adapters_off(self.model):
-                return super().own_signals(batch, request)
+                return super().run(inputs, request)
         finally:
             self.model.train(training)
 

@@ -57,7 +57,17 @@ class LiveTeacher:
             self._run_once |= request.layers
             request = replace(request, outputs=True)
         own = batch.teacher or batch
-        return capture(self.model, own.inputs, replace(request, kept=own.kept))
+        return self.run(own.inputs, replace(request, kept=own.kept))
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, Tensor], request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
+        """Signals of the teacher on inputs of its processor.
+
+        Args:
+            inputs: keyword arguments of the model, on the teacher's device.
+            request: which tensors of decoder layers are captured.
+        """
+        return capture(self.model, inputs, request)
 
     @torch.no_grad()
     def answer_logps(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmkd.data.batch import Batch
 from mmkd.engines.root import Root
 from mmkd.engines.zero import gathered, start
 from mmkd.modeling.capture import capture
@@ -70,16 +69,16 @@ class ShardedTeacher(LiveTeacher):
         return model
 
     @torch.no_grad()
-    def own_signals(self, batch: Batch, request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
-        inputs, precision = (batch.teacher or batch).inputs, self._precision()
+    def run(self, inputs: dict[str, Tensor], request: CaptureRequest = OUTPUTS_ONLY) -> Signals:
+        precision = self._precision()
         # DeepSpeed releases and prefetches weights in hooks after each module, so all modules run.
         request = replace(request, outputs=True)
 
-        def run(model: PreTrainedModel) -> Signals:
+        def captured(model: PreTrainedModel) -> Signals:
             with precision:  # DeepSpeed disables the outer autocast context
                 return capture(model, inputs, request)
 
-        return self.engine(run)
+        return self.engine(captured)
 
     def _precision(self) -> AbstractContextManager:
         kind = self.device.type

@@ -38,6 +38,7 @@ from mmkd.teachers import (
     store,
 )
 from mmkd.training.callbacks import Callback
+from mmkd.training.correction import Corrector, reads_distribution
 from mmkd.training.objective_modules import GRADIENT_NORMS, build_own, write_own
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
@@ -112,7 +113,7 @@ def build_stage(inputs: StageInputs) -> Stage:
         teachers=asked,
         vision=vision,
         reference=reference,
-        on_policy=_on_policy_of(inputs, encoder, engine),
+        on_policy=_on_policy_of(inputs, encoder, engine, asked, objectives),
         objectives=objectives,
         stream=stream,
         steps=steps,
@@ -182,13 +183,23 @@ def _prepare_student(
     return share_vision(primary, student) if any(map(compares, objectives)) else None
 
 
-def _on_policy_of(inputs: StageInputs, encoder: Encoder, engine: Engine) -> OnPolicy | None:
+def _on_policy_of(
+    inputs: StageInputs,
+    encoder: Encoder,
+    engine: Engine,
+    teachers: TeacherSet,
+    objectives: Sequence[Objective],
+) -> OnPolicy | None:
     """The sampler of the student's answers; None without `on_policy`."""
     config = inputs.config.on_policy
     if config is None:
         return None
     ends = inputs.student.generation_config.eos_token_id
-    return OnPolicy(config, encoder, engine, inputs.seed, ends)
+    corrector = None
+    if config.correct:
+        reading = [o for o in objectives if reads_distribution(o)]
+        corrector = Corrector(config, encoder, engine, teachers, reading, ends)
+    return OnPolicy(config, encoder, engine, inputs.seed, ends, corrector)
 
 
 def _image_tokens_of(inputs: StageInputs, encoder: Encoder) -> ImageTokenDropout | None:

@@ -49,7 +49,7 @@ from mmkd.teachers import Reference, TeacherSet, reference_name
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.gathered import MicroBatch, first_pass, gathered_objectives
-from mmkd.training.on_policy import OnPolicy
+from mmkd.training.on_policy import AnswerCounts, OnPolicy
 from mmkd.training.shared_vision import SharedVision
 from mmkd.training.step_metrics import Metrics, count_batches, sum_losses
 from mmkd.training.trackers import Tracked, Trackers
@@ -172,10 +172,13 @@ class Stage:
     def step(self, step: int, batches: list[Batch]) -> Metrics:
         """One optimizer step over the global batch."""
         batches = [b.to(self.engine.device) for b in batches]
-        batches, sampled = self._sampled(step, batches)
+        batches, answers = self._sampled(step, batches)
         batches = self.shortened(step, batches)
         records = self.stream.encoder.records
-        counts = count_batches(batches, self.objectives, records, self.engine, sampled=sampled)
+        corrects = self.on_policy is not None and self.on_policy.corrector is not None
+        counts = count_batches(
+            batches, self.objectives, records, self.engine, answers=answers, corrects=corrects
+        )
         self._require_rows(counts.rows)
         sums: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
@@ -205,12 +208,12 @@ class Stage:
             **totals.metrics,
         }
 
-    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], int | None]:
-        """The batches, with answers of the student if the stage is on-policy, and their number."""
+    def _sampled(self, step: int, batches: list[Batch]) -> tuple[list[Batch], AnswerCounts | None]:
+        """The batches, with answers of the student if the stage is on-policy, and their numbers."""
         if self.on_policy is None:
             return batches, None
         made = [self.on_policy.batch(b, step, i) for i, b in enumerate(batches)]
-        return [batch for batch, _ in made], sum(n for _, n in made)
+        return [batch for batch, _ in made], sum((n for _, n in made), AnswerCounts())
 
     def shortened(self, step: int, batches: list[Batch]) -> list[Batch]:
         """The batches of a step without the image tokens that are left out."""

@@ -9,7 +9,7 @@ Between the two, all values stay on the device: no micro-batch synchronizes with
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mmkd.data.batch import Batch
 from mmkd.data.records import Records
 from mmkd.engines import Engine
 from mmkd.objectives import Objective
+from mmkd.training.on_policy import AnswerCounts
 
 Metrics = dict[str, Any]
 """Numbers by name; the shares of tokens that experts get are lists by layer."""
@@ -77,7 +78,8 @@ def count_batches(
     records: Records,
     engine: Engine,
     *,
-    sampled: int | None,
+    answers: AnswerCounts | None,
+    corrects: bool,
 ) -> Counts:
     """Count rows, tokens and records of the global batch. All ranks must call it.
 
@@ -86,8 +88,9 @@ def count_batches(
         objectives: of the stage.
         records: of the stage's data, one or several sources.
         engine: of the stage.
-        sampled: number of answers in this rank's micro-batches that the student sampled; None
-            without on-policy distillation.
+        answers: of this rank's micro-batches, that the student sampled; None without on-policy
+            distillation.
+        corrects: the teacher corrects these answers.
     """
     targets = [b.targets for b in batches]
     values = {
@@ -98,7 +101,7 @@ def count_batches(
         "supervised": torch.stack([t.response.sum() for t in targets]).sum(),
         "skipped": torch.tensor(sum(len(b.skipped) for b in batches)),
         "places": torch.tensor(sum(t.attention.numel() for t in targets)),
-        "sampled": torch.tensor(sampled or 0),
+        "answers": torch.tensor(astuple(answers or AnswerCounts())),
         "sources": _of_sources(batches, records),
     }
     sums = sum_over_ranks(values, engine)
@@ -109,13 +112,24 @@ def count_batches(
         "skipped": float(sums["skipped"]),
         "padding": round(1 - real / places, 4),
     }
-    if sampled is not None:
-        metrics["sampled"] = float(sums["sampled"])
+    if answers is not None:
+        metrics |= _of_answers(AnswerCounts(*sums["answers"].long().tolist()), corrects=corrects)
     if len(records.sources) > 1:
         labels = [source.config.label for source in records.sources]
         metrics["sources"] = dict(zip(labels, sums["sources"].tolist(), strict=True))
     names = [o.name for o in objectives]
     return Counts(dict(zip(names, sums["rows"].tolist(), strict=True)), metrics)
+
+
+def _of_answers(counts: AnswerCounts, *, corrects: bool) -> Metrics:
+    """Number of sampled answers, share of these that the teacher has corrected, and if there are
+    any, mean position of the replaced tokens."""
+    metrics: Metrics = {"sampled": float(counts.sampled)}
+    if corrects:
+        metrics["corrected"] = round(counts.corrected / max(counts.sampled, 1), 4)
+    if counts.replaced:
+        metrics["corrected_at"] = round(counts.positions / counts.replaced, 2)
+    return metrics
 
 
 def _of_sources(batches: Sequence[Batch], records: Records) -> Tensor:

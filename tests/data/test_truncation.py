@@ -158,7 +158,7 @@ def test_a_student_is_not_asked_for_an_answer_that_has_no_room(folder, pack, mon
     policy = OnPolicy(OnPolicyConfig(lmbda=1.0), encoder, Engine(), seed=0)
     for step in range(8):
         batch, count = policy.batch(encoder.encode([0]), step, 0)
-        assert count == 1
+        assert count.sampled == 1
         assert batch.targets.response.any()
     assert len(asked) == 8
     assert not any("dogs are there" in prompt for prompt in asked)

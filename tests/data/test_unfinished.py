@@ -68,7 +68,7 @@ def test_on_policy_answers_that_were_cut_have_no_end(tmp_path, family, finished,
     policy = OnPolicy(OnPolicyConfig(lmbda=1.0), encoder, engine, seed=0)
     made, count = policy.batch(encoder.encode([0]), step=0, micro=0)
     (text,) = responses(made, processor)
-    assert count == 1
+    assert count.sampled == 1
     assert text.strip() == "a red hat" + (END[family] if finished else "")
     # A response needs a token: of an empty one that is its end.
     said[0] = Sampled("", finished)
@@ -95,7 +95,7 @@ def test_on_policy_answers_that_a_template_changes_leave_the_data_sets(tmp_path,
     data = encoder.encode([0, 0])
     made, count = policy.batch(data, step=0, micro=0)
     kept, sampled = responses(made, processor)
-    assert (count, kept) == (1, responses(data, processor)[0])
+    assert (count.sampled, kept) == (1, responses(data, processor)[0])
     assert sampled.strip() == "a red hat" + END["qwen"]
 
 

@@ -79,11 +79,12 @@ BESIDE = {
         ("torch", "zero3"),
         {"objectives": [{"kind": "preference", "loss": "ipo", "reference": "self"}], "pairs": True},
     ),
+    # a sharded teacher corrects on all processes, also where no answer was sampled
     "sampled": (
-        ("torch", "zero2"),
+        ("torch", "sharded", "zero2"),
         {
             "objectives": [{"kind": "jsd"}],
-            "on_policy": {"lmbda": 0.5, "max_new_tokens": 6, "temperature": 0},
+            "on_policy": {"lmbda": 0.3, "max_new_tokens": 6, "temperature": 0, "correct": 1},
         },
     ),
     # some processes' micro-batches have no image, vision weights have to run on all
@@ -277,7 +278,8 @@ def test_frozen_models_and_samples_are_the_same_on_every_engine(runs, pair):
     name, engine = pair
     got, want = runs.metrics(f"{name}-{engine}"), runs.metrics(f"{name}-{BESIDE[name][0][0]}")
     assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in want], rel=1e-5)
-    assert [m.get("sampled") for m in got] == [m.get("sampled") for m in want]
+    for key in ("sampled", "corrected", "corrected_at"):
+        assert [m.get(key) for m in got] == [m.get(key) for m in want]
 
 
 def test_a_token_budget_changes_no_loss(runs):

@@ -132,7 +132,7 @@ def test_bfloat16_starts_as_float32_but_for_rounding(losses, student):
         {"objectives": [{"kind": "kl"}], "engine": {"head_memory": 1}},
         {
             "objectives": [{"kind": "jsd"}],
-            "on_policy": {"lmbda": 0.5, "max_new_tokens": 6, "temperature": 0},
+            "on_policy": {"lmbda": 0.5, "max_new_tokens": 6, "temperature": 0, "correct": 1},
         },
     ],
     ids=["checkpointing", "micro-batches", "token budget", "lora", "small chunks", "on policy"],

@@ -218,6 +218,12 @@ def test_the_students_own_answers_have_chunks_too(recipe):
         assert said["uld"] > 0
 
 
+def test_a_teacher_of_another_family_corrects_no_answers(recipe):
+    own = {"on_policy": {"correct": 1}}
+    with pytest.raises(RecipeError, match="correct: the teacher has another tokenizer"):
+        pipeline.run(recipe([{"kind": "alm"}], steps=2, stage=own))
+
+
 def test_the_shipped_recipe_runs(folders, scenes_dir, tmp_path):
     shipped = load_recipe(CONFIGS / "cross_family.yaml").model_dump(mode="json")
     small = {"steps": 2, "epochs": None, "precision": "float32", "batch": {"size": 2}}

@@ -18,7 +18,7 @@ from mmkd.objectives import build_objective
 from mmkd.objectives.divergence import DivergenceConfig
 from mmkd.recipe import DataConfig, ModelConfig, OnPolicyConfig, SamplingConfig, load_recipe
 from mmkd.runs import pipeline
-from mmkd.training.on_policy import OnPolicy
+from mmkd.training.on_policy import AnswerCounts, OnPolicy
 from tests.support.processors import llava, qwen
 from tests.support.recipes import tiny_recipe
 
@@ -90,9 +90,9 @@ def test_a_scale_to_global_mean_the_answers_is_sampled(tiny_model_dir, scenes_di
     state = torch.get_rng_state()
     made, count = policy.batch(before, step=3, micro=0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert 8 <= count <= 24
+    assert 8 <= count.sampled <= 24
     own = made.targets.response.sum(1) != before.targets.response.sum(1)
-    assert int(own.sum()) == count
+    assert int(own.sum()) == count.sampled
     again, _ = policy.batch(before, step=3, micro=0)
     assert torch.equal(again.targets.input_ids, made.targets.input_ids)
     other, _ = policy.batch(before, step=4, micro=0)
@@ -100,7 +100,7 @@ def test_a_scale_to_global_mean_the_answers_is_sampled(tiny_model_dir, scenes_di
         other.targets.input_ids, made.targets.input_ids
     )
     untouched, none = engine_of(tiny_model_dir, 0.0, scenes_dir).batch(before, 3, 0)
-    assert none == 0
+    assert none == AnswerCounts()
     assert untouched is before
 
 
@@ -108,7 +108,7 @@ def test_greedy_answers_are_what_the_model_finds_likeliest(scenes_dir):
     """At every token of them, their end included; the model is one that was trained."""
     policy = engine_of("assets/scenes_teacher", 1.0, scenes_dir, temperature=0.0, tokens=64)
     batch, count = policy.batch(policy.encoder.encode(list(range(8))), 1, 0)
-    assert count == 8
+    assert count == AnswerCounts(sampled=8)
     with torch.no_grad():
         logits = policy.engine.model.eval()(**batch.inputs).logits
     rows = batch.targets.predicts("response")

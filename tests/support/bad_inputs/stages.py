@@ -1,6 +1,7 @@
 """Stages with contradictory settings."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tests.support.bad_inputs.table import World, case, change_json, overridden, write
@@ -269,3 +270,37 @@ def image_tokens_and_a_stored_reference(world: World) -> None:
         image_tokens={"keep": 0.5},
         objectives=[{"kind": "preference", "reference": "self", "reference_logps": "once"}],
     )
+
+
+overridden(
+    KIND,
+    "corrections_without_samples",
+    "stages.0.on_policy={lmbda: 0, correct: 1}",
+    "stages.0.on_policy: 'correct' needs sampled answers",
+    "set 'lmbda' above 0",
+)
+
+
+@case(
+    KIND,
+    "let a teacher correct answers whose distribution no objective reads",
+    "stage mimic: on_policy.correct: no objective reads the teacher's distribution",
+    "add kl, reverse_kl or jsd",
+)
+def correction_without_distribution(world: World) -> None:
+    world.teach({"kind": "hidden_mse", "layers": [0]})
+    world.stage(on_policy={"correct": 1})
+
+
+@case(
+    KIND,
+    "let a teacher of another tokenizer correct answers",
+    "stage mimic: on_policy.correct: the teacher has another tokenizer",
+    "of the same tokenizer family",
+)
+def correction_by_another_tokenizer(world: World) -> None:
+    world.teach({"kind": "alm"})
+    world.stage(on_policy={"correct": 1})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = Path("teacher") / name
+        path.write_text(path.read_text().replace("<|user|>", "<|human|>"))
