@@ -17,12 +17,14 @@ from mmkd.objectives.mutual import Mutual
 from mmkd.objectives.preference import Preference
 from mmkd.objectives.registry import OBJECTIVES
 from mmkd.objectives.relation import Relation
+from mmkd.objectives.sinkhorn import Sinkhorn
 from mmkd.objectives.token_labels import TokenLabels
 from mmkd.ops import CHUNK_BYTES
 
 CLASSES: tuple[type[Objective], ...] = (
     CrossEntropy,
     *DIVERGENCES,
+    Sinkhorn,
     Exits,
     Alm,
     Uld,

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmkd.objectives.base_settings import HeadObjectiveConfig, Need, Region
+from mmkd.objectives.base_settings import HeadObjectiveConfig, Need, ObjectiveConfig, Region
 from mmkd.runtime.fields import LEAST_TEMPERATURE
 
 
@@ -123,3 +123,30 @@ class EnhancedConfig(DivergenceConfig):
     gamma: float = Field(
         1.0, ge=0.1, le=10, description="exponent of the probabilities; 1 has the gradient of `kl`"
     )
+
+
+class SinkhornConfig(ObjectiveConfig):
+    """Optimal transport between groups of distributions."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "distribution"})
+
+    kind: Literal["sinkhorn"]
+    region: Region = Field("response", description="tokens that it covers")
+    group: int = Field(
+        16,
+        ge=1,
+        le=32,
+        description="tokens of a record that are transported together; the last group of a record "
+        "may be smaller",
+    )
+    temperature: float = Field(
+        1.0, ge=LEAST_TEMPERATURE, le=1e6, description="divides both logits; no T^2 factor"
+    )
+    epsilon: float = Field(
+        0.1, ge=1e-3, le=1e3, description="weight of the entropic term; costs are between 0 and 2"
+    )
+    iterations: int = Field(20, ge=1, le=1000, description="updates of the potentials")
+
+    @property
+    def compares_outputs(self) -> bool:
+        return True

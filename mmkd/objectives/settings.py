@@ -26,6 +26,7 @@ from mmkd.objectives.divergence_settings import (
     DivergenceConfig,
     EnhancedConfig,
     JsdConfig,
+    SinkhornConfig,
     SkewConfig,
 )
 from mmkd.objectives.exit_settings import ExitsConfig
@@ -418,6 +419,7 @@ SETTINGS: tuple[type[ObjectiveConfig], ...] = (
     AlphaConfig,
     BalancedKlConfig,
     EnhancedConfig,
+    SinkhornConfig,
     ExitsConfig,
     AlmConfig,
     UldConfig,

@@ -16,6 +16,7 @@ from mmkd.ops.kept_tokens import KeptTokens
 from mmkd.ops.likelihood import BinaryKind, binary_divergence
 from mmkd.ops.row_kl import row_kl
 from mmkd.ops.set_logps import set_logps
+from mmkd.ops.sinkhorn import linear_sinkhorn
 from mmkd.ops.terms import DIVERGENCES, Head, HeadLoss, SparseRows
 from mmkd.ops.token_logps import token_logps
 from mmkd.ops.uld import linear_uld
@@ -38,6 +39,7 @@ __all__ = [
     "head_losses",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_sinkhorn",
     "linear_uld",
     "route",
     "row_kl",

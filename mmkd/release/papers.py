@@ -39,6 +39,7 @@ _OBJECTIVES = {
     "hellinger": [F_DISTILL],
     "neyman": [F_DISTILL],
     "tvd": [Paper("total variation", "2307.15190")],
+    "sinkhorn": [Paper("SinKD", "2402.17110")],
     "alm": [Paper("ALM", "2503.20083")],
     "uld": [Paper("ULD", "2402.12030")],
     "relation": [LLAVA_KD],

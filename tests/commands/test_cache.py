@@ -295,6 +295,7 @@ def test_a_cache_is_for_its_data_teacher_and_processor(raw, tmp_path, scenes_dir
         ({"objectives": [{"kind": "layer_l2"}]}, "tensors that a teacher's cache does not contain"),
         ({"objectives": [{"kind": "kl", "temperature": 2.0}]}, "at temperature 1, it needs 2"),
         ({"objectives": [{"kind": "preference"}]}, "it needs tensors that"),
+        ({"objectives": [{"kind": "sinkhorn"}]}, "it needs tensors that"),
         (
             {"objectives": [{"kind": "kl"}], "on_policy": {"lmbda": 0.5}},
             "does not contain the student's own answers",

@@ -16,7 +16,7 @@ NEEDS = {
     "kl reverse_kl jeffreys tvd jsd skew_kl skew_reverse_kl": {"teacher", "distribution"},
     "soft_reverse_kl hellinger pearson neyman alpha": {"teacher", "distribution"},
     "balanced_kl enhanced": {"teacher", "distribution"},
-    "relation affinity exits": {"teacher", "distribution"},
+    "relation affinity exits sinkhorn": {"teacher", "distribution"},
     "alm uld": {"teacher", "distribution", "chunks"},
     "mixer_mse layer_l2 hidden_mse mutual embedding": {"teacher", "layers"},
     "matrix": {"teacher", "layers", "matrices"},
@@ -41,7 +41,8 @@ def test_needs_of_each_kind(kind, settings):
     assert config.reads_hidden == objective.reads_hidden
     on_head = issubclass(REGISTRY[kind], HeadObjective)
     assert isinstance(config, HeadObjectiveConfig) is on_head
-    assert config.compares_outputs is ((on_head and kind != "ce") or kind in OF_HIDDEN | {"exits"})
+    of_outputs = OF_HIDDEN | {"exits", "sinkhorn"}
+    assert config.compares_outputs is ((on_head and kind != "ce") or kind in of_outputs)
     assert config.metric_name == objective.name == kind
 
 
