@@ -15,10 +15,17 @@ from mmkd.objectives import (
     Targets,
     build_objective,
 )
-from mmkd.ops import DIVERGENCES, head_losses, linear_uld, set_logps, token_logps
+from mmkd.ops import (
+    DIVERGENCES,
+    head_losses,
+    linear_sinkhorn,
+    linear_uld,
+    set_logps,
+    token_logps,
+)
 
 B, T, H, V = 4, 30, 6, 40
-PROJECTING = (head_losses, linear_uld, set_logps, token_logps)
+PROJECTING = (head_losses, linear_sinkhorn, linear_uld, set_logps, token_logps)
 SETTINGS = {
     "ce": {},
     "kl": {},
@@ -26,6 +33,7 @@ SETTINGS = {
     **{kind: {} for kind in DIVERGENCES[2:]},
     "balanced_kl": {},
     "enhanced": {"gamma": 1.5},
+    "sinkhorn": {},
     "token_labels": {"at": "decoder", "background": True},
     "alm": {},
     "uld": {},
