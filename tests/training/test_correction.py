@@ -9,6 +9,7 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.generation import end_tokens
 from mmkd.data.records import Records
 from mmkd.engines import TorchEngine
+from mmkd.engines.root import Root
 from mmkd.errors import RecipeError
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective
@@ -39,7 +40,7 @@ def policy_of(folder, scenes_dir, teachers, *, sources=None, encoder=None, **set
     model = load_model(source)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    engine = TorchEngine(model, optimizer, schedule, device=CPU)
+    engine = TorchEngine(Root(model), optimizer, schedule, device=CPU)
     data = {"train": str(scenes_dir / "train.parquet")}
     if sources:
         data = {"sources": [{"name": n, "train": str(scenes_dir / f"{n}.parquet")}
