@@ -9,7 +9,7 @@ and does not depend on the batch layout.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mmkd.objectives.base_settings import Need, ObjectiveConfig, Region
 from mmkd.objectives.chunks import Chunks
 from mmkd.ops import CHUNK_BYTES, SparseRows
+
+if TYPE_CHECKING:
+    from mmkd.objectives.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,10 @@ class Targets:
         rows = rows if self.in_selected_sources is None else rows & self.in_selected_sources
         return rows if self.rejected is None else rows & ~self.rejected[:, None]
 
+    def predicts_text(self) -> Tensor:
+        """[B, T] bool: the rows whose next token is a text token of the same record."""
+        return self._before(self.attention & ~self.vision)
+
     def predicts_answers(self) -> Tensor:
         """[B, T] bool: the rows that predict response tokens, including those of rejected
         answers."""
@@ -329,6 +336,7 @@ class Objective:
             objective has none.
         teacher: name of the teacher that it compares with, if there are several.
         sources: indices of the data sources whose records it covers; None for all.
+        ensemble: all teachers, if the teacher's weight depends on the row; else None.
     """
 
     config_class: ClassVar[type[ObjectiveConfig]]
@@ -370,9 +378,14 @@ class Objective:
         self.own: nn.Module | None = None
         self.teacher: str | None = None
         self.sources: frozenset[int] | None = None
+        self.ensemble: Ensemble | None = None
 
     def for_teacher(
-        self, teacher: str, weight: float, sources: frozenset[int] | None
+        self,
+        teacher: str,
+        weight: float,
+        sources: frozenset[int] | None,
+        ensemble: "Ensemble | None" = None,
     ) -> "Objective":
         """A copy of the objective for one of several teachers.
 
@@ -380,11 +393,12 @@ class Objective:
             teacher: name of the teacher, which becomes part of the objective's name.
             weight: is multiplied with the objective's own weight.
             sources: indices of the data sources on which the teacher is used; None for all.
+            ensemble: all teachers, if the weight depends on the row; else None.
         """
         made = copy.copy(self)
         changes = {"name": f"{self.name}.{teacher}", "weight": weight * self.config.weight}
         made.config = self.config.model_copy(update=changes)
-        made.teacher, made.sources = teacher, sources
+        made.teacher, made.sources, made.ensemble = teacher, sources, ensemble
         return made
 
     @final
@@ -444,6 +458,17 @@ class Objective:
     def rows(self, targets: Targets) -> Tensor:
         """[B, T] bool: the rows (positions) over which this objective averages."""
         raise NotImplementedError
+
+    @final
+    def counted_rows(self, targets: Targets) -> Tensor:
+        """[B, T] bool: the rows over which the stage's mean is taken: those that it covers, or
+        those that any teacher of a normalised ensemble covers.
+
+        Args:
+            targets: of all data sources.
+        """
+        shared = self.ensemble if self.ensemble and self.ensemble.normalize else self
+        return self.rows(targets.of(shared.sources))
 
     @final
     @property

@@ -15,6 +15,7 @@ from mmkd.objectives.base import (
     Targets,
     TeacherSignals,
 )
+from mmkd.objectives.ensemble import row_weights
 from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
@@ -46,15 +47,20 @@ def _one_pass(
     student: Signals,
     teacher: TeacherSignals | None,
     targets: Targets,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The weighted sum of losses, with gradients, and without: each loss's sum over its rows, and
-    by objective the number of rows less their total variation distances."""
+    by objective the number of rows less their total variation distances. `weights` are those of
+    the teacher of an ensemble, [B, T]."""
     losses, measured = [], {}
     for objective, factor in zip(objectives, factors, strict=True):
         if "teacher" in objective.needs and teacher is None:
             raise ValueError(f"objective {objective.name!r} needs a teacher")
         covered = targets.of(objective.sources)
-        losses.append(objective.head_loss(covered).scaled(factor))
+        loss = objective.head_loss(covered).scaled(factor)
+        if objective.ensemble is not None and weights is not None:
+            loss = loss.weighted(weights.flatten())
+        losses.append(loss)
         if (distance := objective.acceptance(covered)) is not None:
             measured[objective.name] = distance
     theirs: Head | SparseRows | None
@@ -161,10 +167,15 @@ def score(
         for o in objectives
         for metric in o.metric_names
     }
-    for name, heads in _passes(speaking, apart=norms is not None):
+    passes = _passes(speaking, apart=norms is not None)
+    wide = torch.promote_types(student.hidden.dtype, torch.float32)
+    weights = row_weights([o for _, heads in passes for o in heads], asked, targets, wide)
+    for name, heads in passes:
         factors = [weight_of(o) / counts[o.name] for o in heads]
         read = signals_of(heads[0])
-        total, sums, accepted = _one_pass(heads, factors, read, asked(name), targets)
+        total, sums, accepted = _one_pass(
+            heads, factors, read, asked(name), targets, weights.get(name or "")
+        )
         terms.append(total)
         metrics |= {
             _accepts(o): accepted[o.name] / counts[o.name] for o in heads if o.name in accepted

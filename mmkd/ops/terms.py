@@ -121,6 +121,11 @@ class HeadLoss:
     def scaled(self, scale: float) -> "HeadLoss":
         return replace(self, scale=scale)
 
+    def weighted(self, row_weights: Tensor) -> "HeadLoss":
+        """The loss with further factors of its rows, [N]."""
+        own = self.row_weights
+        return replace(self, row_weights=row_weights if own is None else own * row_weights)
+
     def computed(self) -> list["HeadLoss"]:
         """The losses that are computed for it, whose sum it is.
 

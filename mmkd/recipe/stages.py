@@ -360,6 +360,29 @@ class TrainConfig(Strict):
         return ", ".join([*self.groups, adapters])
 
 
+class EnsembleConfig(Strict):
+    """How the divergences of a stage weigh several teachers."""
+
+    normalize: bool = Field(
+        False,
+        description="divide the teachers' weights by their sum over the teachers of each record; "
+        "the mean is then over the tokens of all records that have a teacher",
+    )
+    kappa: float | None = Field(
+        None,
+        ge=1e-3,
+        le=1e6,
+        description="weigh the teachers by token: in proportion to exp(-CE / kappa), with each "
+        "teacher's cross-entropy of the next token; computes each teacher's logits once more",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> "EnsembleConfig":
+        if not self.normalize and self.kappa is None:
+            raise ValueError("nothing is set -- add 'normalize: true' or 'kappa'")
+        return self
+
+
 class StageConfig(Strict):
     """One training run: which parameters train, on which data, with which objectives."""
 
@@ -381,6 +404,9 @@ class StageConfig(Strict):
         False,
         description="divide the weight of each objective by the norm of its gradient at the "
         "student's final hidden states, in the step before (GradMag)",
+    )
+    ensemble: EnsembleConfig | None = Field(
+        None, description="weights of several teachers; by default those under 'teacher'"
     )
     on_policy: OnPolicyConfig | None = Field(None, description="train on the student's own answers")
     image_tokens: ImageTokensConfig | None = Field(

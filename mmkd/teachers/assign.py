@@ -3,35 +3,50 @@
     L = sum_j w_j 1/|M_j| sum_{t in M_j} D(p_j, q)
 
 M_j are the tokens of the records of teacher j's data sources. The mean is taken for each teacher
-separately, so it does not depend on the sizes of the sources.
+separately, so it does not depend on the sizes of the sources. With a stage's `ensemble`, weights
+depend on the token (`mmkd.objectives.ensemble`).
 """
 
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError, nearest
 from mmkd.objectives import Objective, ObjectiveConfig, Preference
-from mmkd.recipe import DataConfig, TeacherConfig
+from mmkd.objectives.ensemble import Ensemble, Member
+from mmkd.recipe import DataConfig, EnsembleConfig, TeacherConfig
 
 
 def ask_each(
-    objectives: Sequence[Objective], teachers: Sequence[TeacherConfig], data: DataConfig
+    objectives: Sequence[Objective],
+    teachers: Sequence[TeacherConfig],
+    data: DataConfig,
+    ensemble: EnsembleConfig | None = None,
 ) -> list[Objective]:
     """Copy each objective on outputs for each teacher, with the teacher's weight and sources. Other
     objectives stay unchanged and use the first teacher.
+
+    Args:
+        objectives: of a stage.
+        teachers: of the recipe, the primary one first.
+        data: of the stage.
+        ensemble: of the stage, how it weighs the teachers.
 
     Raises:
         RecipeError: a teacher names an unknown data source.
     """
     if len(teachers) < 2 and not any(t.sources or t.weight != 1 for t in teachers):
         return list(objectives)
-    numbers = [_numbers(t, data) for t in teachers]
+    members = tuple(Member(t.name, t.weight, _numbers(t, data)) for t in teachers)
+    whole = None if ensemble is None else Ensemble(members, ensemble.normalize, ensemble.kappa)
     made: list[Objective] = []
     for objective in objectives:
         if not objective.config.compares_outputs:
             made.append(objective)
             continue
-        for teacher, sources in zip(teachers, numbers, strict=True):
-            made.append(objective.for_teacher(teacher.name, teacher.weight, sources))
+        for member in members:
+            weight, rows = member.weight, whole
+            if whole is not None and whole.is_static:
+                weight, rows = whole.static_weight(weight), None
+            made.append(objective.for_teacher(member.name, weight, member.sources, rows))
     return made
 
 

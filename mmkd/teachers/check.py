@@ -11,7 +11,10 @@ from mmkd.modeling.capture import check_supported
 from mmkd.modeling.kept_inputs import check_kept_inputs
 from mmkd.modeling.loading import check_quantization, load_processor, skeleton
 from mmkd.modeling.own_tokens import check_source_tokens
+from mmkd.objectives import HeadObjective, Objective
+from mmkd.objectives.divergence_settings import DivergenceConfig
 from mmkd.recipe import Recipe, TeacherConfig
+from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
 from mmkd.teachers.assign import ask_each
 
@@ -67,3 +70,47 @@ def check_further(recipe: Recipe, processor: Any) -> None:
             )
     for stage in recipe.stages:
         ask_each([], recipe.teachers, recipe.stage_data(stage))
+
+
+def check_ensemble(context: StageContext) -> None:
+    """Check that a stage can weigh its teachers by record and token.
+
+    Raises:
+        RecipeError: there is one teacher, or an objective cannot.
+    """
+    settings, where = context.stage.ensemble, f"{context.where}: ensemble"
+    if settings is None:
+        return
+    if len(context.recipe.teachers) < 2:
+        raise RecipeError(
+            "it weighs several teachers, and the recipe has one",
+            where=where,
+            hint="leave it out, or make 'teacher' a list",
+        )
+    compared = [o for o in context.objectives if o.config.compares_outputs]
+    if not compared:
+        raise RecipeError(
+            "no objective of the stage compares with several teachers",
+            where=where,
+            hint="leave it out, or add a divergence such as kl",
+        )
+    for objective in compared:
+        if not isinstance(objective, HeadObjective):
+            raise RecipeError(
+                "'ensemble' weighs teachers by token, and it has no loss of a token",
+                where=context.at(objective),
+                hint="put it in a stage of its own, or leave 'ensemble' out",
+            )
+        copies = ask_each([objective], context.recipe.teachers, context.data, settings)
+        shared = any(o.ensemble and o.ensemble.normalize for o in copies)
+        if shared and len({o.sources for o in copies}) > 1 and _accepts(objective):
+            raise RecipeError(
+                "'acceptance' is a mean over each teacher's records, and 'normalize' takes one "
+                "over all",
+                where=context.at(objective),
+                hint="leave one of them out, or give the teachers the same sources",
+            )
+
+
+def _accepts(objective: Objective) -> bool:
+    return isinstance(objective.config, DivergenceConfig) and objective.config.acceptance

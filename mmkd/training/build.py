@@ -83,7 +83,7 @@ def build_stage(inputs: StageInputs) -> Stage:
     device = distributed.choose_device(config.engine.device)
     alone = _objectives_of(inputs)
     modules = build_own(alone, student, teachers.primary_model(student))
-    objectives = ask_each(alone, teachers.settings, inputs.data)
+    objectives = ask_each(alone, teachers.settings, inputs.data, config.ensemble)
     norms = GradientNorms(objectives) if config.balance_gradients else None
     if norms is not None:
         modules[GRADIENT_NORMS] = norms  # for checkpoints

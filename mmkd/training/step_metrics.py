@@ -95,7 +95,7 @@ def count_batches(
     targets = [b.targets for b in batches]
     values = {
         "rows": torch.stack(
-            [torch.stack([o.rows(t.of(o.sources)).sum() for t in targets]) for o in objectives]
+            [torch.stack([o.counted_rows(t).sum() for t in targets]) for o in objectives]
         ).sum(1),
         "real": torch.stack([t.attention.sum() for t in targets]).sum(),
         "supervised": torch.stack([t.response.sum() for t in targets]).sum(),

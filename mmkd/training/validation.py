@@ -166,7 +166,7 @@ class Validation:
     def _facts(self, batch: Batch) -> torch.Tensor:
         """Numbers of records, supervised tokens, skipped records, and rows of each objective."""
         targets = batch.targets
-        rows = [int(o.rows(targets.of(o.sources)).sum()) for o in self.objectives]
+        rows = [int(o.counted_rows(targets).sum()) for o in self.objectives]
         facts = [len(batch.ids), int(targets.response.sum()), len(batch.skipped), *rows]
         return torch.tensor(facts, dtype=torch.float64)
 

@@ -16,6 +16,7 @@ from mmkd.recipe import (
     ANSWER_CE,
     TEACHER_KL,
     DataConfig,
+    EnsembleConfig,
     StageConfig,
     TeacherConfig,
     ValidationConfig,
@@ -52,7 +53,7 @@ def build_validation(
     if not _measures(config, objectives, data):
         return None
     named = data.model_copy(update={"train": None, "sources": data.validation_parts})
-    asked = _asked(objectives, encoder, teachers, named)
+    asked = _asked(objectives, encoder, teachers, named, config.ensemble)
     _check_metric(config, asked)
     held_out = Encoder.of(
         [o.config for o in asked],
@@ -103,6 +104,7 @@ def _asked(
     encoder: Encoder,
     teachers: Sequence[TeacherConfig],
     held_out: DataConfig,
+    ensemble: EnsembleConfig | None,
 ) -> list[Objective]:
     """The objectives of a validation: those of the stage and additional metrics, for each of its
     teachers.
@@ -110,15 +112,17 @@ def _asked(
     Args:
         objectives, encoder, teachers: as in `build_validation`.
         held_out: the held-out records.
+        ensemble: of the stage; the additional metrics are those of each teacher on its own.
 
     Raises:
         RecipeError: a teacher names a source that the held-out records do not have.
     """
-    alone = [*objectives, *_beside(objectives, encoder)]
+    beside = _beside(objectives, encoder)
     if not any(o.config.compares_outputs for o in objectives):
-        return alone  # the stage has one teacher only
+        return [*objectives, *beside]  # the stage has one teacher only
     try:
-        return ask_each(alone, teachers, held_out)
+        asked = ask_each(objectives, teachers, held_out, ensemble)
+        return [*asked, *ask_each(beside, teachers, held_out)]
     except RecipeError as error:
         where = f"{error.where}, for data.validation"
         raise RecipeError(error.what, where=where, hint=error.hint) from error

@@ -96,6 +96,41 @@ def test_layout_and_packing_change_nothing(world):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (number, key)
 
 
+def test_an_ensemble_of_equal_teachers_is_one_teacher(world):
+    """Of weight 1, though one of them sees half of the records only; in validation too."""
+    held_out = {"validation": {"interval": 2}, "ensemble": {"normalize": True, "kappa": 0.5}}
+    twins = [one(world, "chat", weight=3), {**one(world, "chat"), "name": "b", "sources": ["talk"]}]
+    alone, twice = (
+        world("alone", one(world, "chat"), validation=held_out["validation"]),
+        world("twice", twins, **held_out),
+    )
+    for raw in (alone, twice):
+        raw["data"]["validation"] = [{**source} for source in raw["data"]["sources"]]
+    for mine, theirs in zip(trained(twice)[0], trained(alone)[0], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert 3 * mine["kl.chat"] + mine["kl.b"] == pytest.approx(theirs["kl"], rel=1e-4)
+    measured = [
+        json.loads(
+            (world.folder / name / "01-mimic" / "validation.jsonl").read_text().split("\n")[0]
+        )
+        for name in ("twice", "alone")
+    ]
+    assert measured[0]["loss"] == pytest.approx(measured[1]["loss"], rel=1e-4)
+    assert measured[0]["teacher_kl.chat"] == pytest.approx(measured[1]["teacher_kl"], rel=1e-4)
+
+
+def test_weights_by_token_do_not_depend_on_layout_and_packing(world):
+    both = [one(world, "chat"), one(world, "ocr", sources=["letters"])]
+    kinds = [{"kind": "kl"}, {"kind": "jsd", "region": "all"}]
+    how = {"ensemble": {"normalize": True, "kappa": 0.02}, "objectives": kinds, "steps": 2}
+    whole, _ = trained(world("whole", both, batch={"size": 8}, **how))
+    for number, batch in enumerate(({"size": 1, "accumulate": 8}, {"size": 8, "pack": 512})):
+        parts, _ = trained(world(f"parts-{number}", both, batch=batch, **how))
+        for mine, theirs in zip(parts, whole, strict=True):
+            for key in ("loss", "kl.chat", "kl.ocr", "jsd.chat", "jsd.ocr"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (number, key)
+
+
 @pytest.mark.parametrize("first", [[], ["talk"]])
 def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch, first):
     ran = []
@@ -182,6 +217,10 @@ def test_plans_count_all_teachers(world):
     assert more["flops_per_step"]["teacher_others"] == pytest.approx(teacher, rel=1e-6)
     weights = alone["memory_bytes"]["teacher_weights"]
     assert more["memory_bytes"]["total"] == alone["memory_bytes"]["total"] + weights
+    weighed = world("plan", [one(world, "chat"), one(world, "ocr")], ensemble={"kappa": 1.0})
+    (twice,) = make_plan(load_recipe(weighed))["members"]["student"]["stages"]
+    heads = [stage["flops_per_step"]["teacher_head"] for stage in (alone, twice)]
+    assert heads[1] == pytest.approx(2 * heads[0])
 
 
 def test_plans_count_the_teachers_that_are_asked(world):

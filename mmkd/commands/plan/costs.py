@@ -70,13 +70,14 @@ class Shape:
 @dataclass(frozen=True)
 class PlannedTeacher:
     """A teacher that a stage asks: its model without weights, where and in how many bits its
-    weights will be, and how many of its decoder layers run if the stage reads layers only; None for
-    all."""
+    weights will be, how many of its decoder layers run if the stage reads layers only; None for
+    all; and how often its logits are computed."""
 
     model: PreTrainedModel
     placement: TeacherPlacement = "replicated"
     quantize: Quantization | None = None
     layers: int | None = None
+    head_passes: int = 1
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -177,7 +178,7 @@ def _passes(student: PreTrainedModel, trainable: set[str]) -> dict[str, int]:
 
 
 def _frozen(teacher: PlannedTeacher, sample: Sample) -> dict[str, float]:
-    parts = _forward(teacher.model, sample, sample.projected)
+    parts = _forward(teacher.model, sample, teacher.head_passes * sample.projected)
     if teacher.layers is None:
         return parts
     share = teacher.layers / shape_of(teacher.model).depth

@@ -175,6 +175,8 @@ def plan_stage(
     asked = _planned_teachers(recipe, stage, teachers, student, device)
     if asked and asked[0].placement == "replicated":
         asked[0] = replace(asked[0], layers=_layers_that_run(objectives))
+    if stage.ensemble is not None and stage.ensemble.kappa is not None:
+        asked = [replace(teacher, head_passes=2) for teacher in asked]
     gathers = any(o.gathers for o in objectives) and stage.batch.micro_steps(processes) != 1
     spent = flops_per_record(student, trainable, asked, sample, two_passes=gathers)
     flops = {k: round(v * per_step) for k, v in spent.items()}

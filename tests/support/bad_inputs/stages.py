@@ -94,6 +94,64 @@ def one_record_in_a_step(world: World) -> None:
     world.stage(batch={"size": 1})
 
 
+def weigh(world: World, *objectives: dict[str, Any], **ensemble: Any) -> None:
+    """Two teachers, of which the second one sees one of two sources."""
+    world.teach(*objectives)
+    sources = [{"train": "records.json", "name": name} for name in ("talk", "letters")]
+    world.raw["data"] = {"sources": sources}
+    second = {"model": "teacher", "name": "ocr", "sources": ["letters"]}
+    world.raw["teacher"] = [{"model": "teacher"}, second]
+    world.stage(ensemble=ensemble)
+
+
+@case(
+    KIND,
+    "weights of a single teacher",
+    "stage mimic: ensemble: it weighs several teachers, and the recipe has one",
+    "make 'teacher' a list",
+)
+def ensemble_of_one(world: World) -> None:
+    world.teach()
+    world.stage(ensemble={"kappa": 1.0})
+
+
+@case(
+    KIND,
+    "weights of teachers for cross-entropy",
+    "stage mimic: ensemble: no objective of the stage compares with several teachers",
+    "add a divergence such as kl",
+)
+def ensemble_without_divergence(world: World) -> None:
+    weigh(world, {"kind": "ce"}, normalize=True)
+
+
+@case(
+    KIND,
+    "weights by token of a loss without tokens",
+    "stage mimic: objective relation: 'ensemble' weighs teachers by token",
+    "leave 'ensemble' out",
+)
+def ensemble_of_relations(world: World) -> None:
+    weigh(world, {"kind": "kl"}, {"kind": "relation"}, kappa=1.0)
+
+
+@case(
+    KIND,
+    "acceptance over the records of all teachers",
+    "stage mimic: objective kl: 'acceptance' is a mean over each teacher's records",
+    "leave one of them out",
+)
+def ensemble_with_acceptance(world: World) -> None:
+    weigh(world, {"kind": "kl", "acceptance": True}, normalize=True)
+
+
+overridden(
+    KIND,
+    "ensemble_of_nothing",
+    "stages.0.ensemble={}",
+    "stages.0.ensemble: nothing is set",
+    "add 'normalize: true' or 'kappa'",
+)
 overridden(
     KIND, "no_groups", "stages.0.train=[]", "stages.0.train: nothing is trained", "name groups"
 )
