@@ -27,7 +27,7 @@ class RecipeGroup(typer.core.TyperGroup):
 
 ORDER = (
     *("doctor", "init", "plan", "run", "report", "eval", "chat", "release"),
-    *("data", "cache", "calibrate", "bench", "convert", "recipe"),
+    *("data", "cache", "calibrate", "label-weight", "bench", "convert", "recipe"),
 )
 """Commands in the order in which --help lists them: that of their first use."""
 

@@ -73,12 +73,15 @@ def find_models(
     return Asked(_students(run, student), tasks, include, local, True)
 
 
-def find_student(model: str, label: str | None) -> dict[str, str]:
+def find_student(
+    model: str, label: str | None, *, choose: str = "choose one with --student"
+) -> dict[str, str]:
     """{label: folder or Hub id} of one finished student of a run's folder, or of the model itself.
 
     Args:
         model: a run's folder, a model's folder or a Hub id.
         label: of one of the run's students.
+        choose: the hint if there are several.
 
     Raises:
         MmkdError: the run has no such student, no finished one, or several.
@@ -93,9 +96,32 @@ def find_student(model: str, label: str | None) -> dict[str, str]:
         raise MmkdError(
             f"the run has {len(found)} finished students",
             where=model,
-            hint=f"choose one with --student: {', '.join(found)}",
+            hint=f"{choose}: {', '.join(found)}",
         )
     return found
+
+
+def find_trained(run: Path | None, name: str) -> str:
+    """The folder or Hub id of a student.
+
+    Args:
+        run: a run's folder; None without one.
+        name: a folder, the label of a finished student of the run, or a Hub id without a run.
+
+    Raises:
+        MmkdError: the run has no such student, no finished one, or several; a label without a run.
+    """
+    if run is not None and not Path(name).is_dir():
+        found = find_student(str(run), name, choose="choose one")
+    elif "/" in name or Path(name).is_dir():
+        found = find_student(name, None, choose="name the folder of one")
+    else:
+        raise MmkdError(
+            "no such folder, and only a run has students with labels",
+            where=name,
+            hint="check the path, or give the run's folder in place of the recipe",
+        )
+    return next(iter(found.values()))
 
 
 def _is_run(model: str) -> bool:

@@ -12,18 +12,18 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from mmkd.commands.held_out import answer_batches, held_out_records
 from mmkd.data.encoder import Encoder
-from mmkd.data.records import Records
 from mmkd.data.vocabulary import check_head, token_count
-from mmkd.errors import DataError, MmkdError, RecipeError, nearest
+from mmkd.errors import DataError, RecipeError, nearest
 from mmkd.evaluation.calibration import answer_rows, inputs_as
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.ops.calibration import Reliability, token_predictions
 from mmkd.ops.temperature import NoMinimumError, fit_temperature
-from mmkd.recipe import DataConfig, Recipe, TeacherConfig
+from mmkd.recipe import Recipe, TeacherConfig
 from mmkd.report.calibration import reliability_table
-from mmkd.runtime import distributed, interrupt
-from mmkd.runtime.progress import Bar, console
+from mmkd.runtime import distributed
+from mmkd.runtime.progress import console
 from mmkd.teachers.placement import place_teacher
 from mmkd.training.validation import chosen
 
@@ -73,8 +73,8 @@ def calibrate(
         DataError: a record is bad, or no temperature fits.
     """
     config = choose_teacher(recipe, teacher)
-    held_out, is_validation = held_out_data(recipe, data, images)
-    encoder = Encoder(Records(held_out, held_out=is_validation), load_processor(config), held_out)
+    held_out, settings = held_out_records(recipe, data, images)
+    encoder = Encoder(held_out, load_processor(config), settings)
     rows = collect(config, encoder, records, batch_size, distributed.choose_device(device))
     weight, bias = rows.head
     shared: dict[str, Any] = {"bias": bias, "vocab_size": rows.vocabulary}
@@ -142,30 +142,6 @@ def choose_teacher(recipe: Recipe, name: str | None) -> TeacherConfig:
     return config
 
 
-def held_out_data(recipe: Recipe, data: str | None, images: str | None) -> tuple[DataConfig, bool]:
-    """Settings of the held-out records, and whether they are those of `data.validation`.
-
-    Raises:
-        RecipeError: no records are held out.
-    """
-    every = [recipe.data, *(recipe.stage_data(stage) for stage in recipe.stages)]
-    if data is not None:
-        return DataConfig(
-            train=data,
-            images=images or recipe.data.images,
-            max_length=recipe.data.max_length,
-            on_bad_record=recipe.data.on_bad_record,
-        ), False
-    if images is not None:
-        raise MmkdError("--images is the folder of --data", where="--images", hint="add --data")
-    found = next((config for config in every if config.validation is not None), None)
-    if found is None:
-        raise RecipeError(
-            "no records are held out", where="data", hint="add 'validation', or give --data FILE"
-        )
-    return found, True
-
-
 def collect(
     config: TeacherConfig,
     encoder: Encoder,
@@ -184,25 +160,14 @@ def collect(
     teacher = place_teacher(load_model(config), config.placement, device)
     check_head(teacher.model, encoder.processor.tokenizer, "teacher")
     hidden, targets = [], []
-    with Bar("teacher", len(indices)) as bar:
-        for start in range(0, len(indices), batch_size):
-            interrupt.stop_here()
-            part = indices[start : start + batch_size]
-            batch = encoder.encode(part).to(device)
-            batch = replace(batch, inputs=inputs_as(batch, teacher.model.dtype))
-            signals = teacher.signals(batch)
-            states, true = answer_rows(signals, batch.targets)
-            hidden.append(states.cpu())
-            targets.append(true.cpu())
-            bar.advance(count=len(part))
-    found = torch.cat(targets)
-    if not len(found):
-        raise DataError(
-            "no record has an answer", where=encoder.records.name, hint="give records with answers"
-        )
+    for batch in answer_batches(encoder, indices, batch_size, device, "teacher"):
+        signals = teacher.signals(replace(batch, inputs=inputs_as(batch, teacher.model.dtype)))
+        states, true = answer_rows(signals, batch.targets)
+        hidden.append(states.cpu())
+        targets.append(true.cpu())
     return Rows(
         torch.cat(hidden),
-        found,
+        torch.cat(targets),
         (signals.head_weight, signals.head_bias),
         token_count(encoder.processor.tokenizer),
         len(indices),

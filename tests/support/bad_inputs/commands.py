@@ -233,6 +233,58 @@ def calibrate_no_run(world: World) -> list[str]:
 
 @case(
     COMMAND,
+    "`mmkd label-weight` of two equal students",
+    "model and model: there is no best weight: both models give every token the same probability",
+    "one with ce and one with kl",
+)
+def label_weight_of_equal_students(world: World) -> list[str]:
+    return ["label-weight", "recipe.yaml", "model", "model", "--data", "records.json"]
+
+
+@case(
+    COMMAND,
+    "`mmkd label-weight` without held-out records",
+    "no records are held out",
+    "--data FILE",
+)
+def label_weight_on_nothing(world: World) -> list[str]:
+    return ["label-weight", "recipe.yaml", "model", "teacher"]
+
+
+@case(
+    COMMAND,
+    "`mmkd label-weight` of a folder without a student",
+    "empty: the folder holds no processor",
+    "give a folder",
+)
+def label_weight_of_no_student(world: World) -> list[str]:
+    Path("empty").mkdir()
+    return ["label-weight", "recipe.yaml", "model", "empty", "--data", "records.json"]
+
+
+@case(
+    COMMAND,
+    "`mmkd label-weight` of labels without a run",
+    "kd: no such folder, and only a run has students with labels",
+    "in place of the recipe",
+)
+def label_weight_without_a_run(world: World) -> list[str]:
+    return ["label-weight", "recipe.yaml", "model", "kd"]
+
+
+@case(
+    COMMAND,
+    "`mmkd label-weight` of an unknown student",
+    "the run has no student 'large'",
+    "known: student",
+)
+def label_weight_of_an_unknown_student(world: World) -> list[str]:
+    world.take(world.given.trained, "runs")
+    return ["label-weight", "runs/tiny", "student", "large"]
+
+
+@case(
+    COMMAND,
     "`mmkd convert` into a folder that exists",
     "teacher: it is there already",
     "name a new folder",
