@@ -73,7 +73,7 @@ def calibrate(
         print_calibration(found)
 
 
-STUDENT = "folder of a student, or the label of one if RECIPE is a run's folder; trained with "
+STUDENT = "folder of a student, or its label if the first argument is a run; trained with "
 
 
 @app.command()

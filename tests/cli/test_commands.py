@@ -51,7 +51,7 @@ def test_commands_are_listed_in_the_order_of_their_use() -> None:
     top: Any = get_command(app)
     assert tuple(top.list_commands(None)) == ORDER
     assert set(top.commands) == set(ORDER)
-    shown = re.findall(r"^│ ([a-z-]+) ", CliRunner().invoke(app, ["-h"]).output, re.MULTILINE)
+    shown = re.findall(r"^│ ([a-z][a-z-]*) ", CliRunner().invoke(app, ["-h"]).output, re.MULTILINE)
     assert tuple(shown) == ORDER
 
 
