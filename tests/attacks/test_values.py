@@ -27,6 +27,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "EngineConfig": {"kind": "deepspeed"},
     "TrainConfig": {"groups": ["all"]},
     "MambaConfig": {"kind": "mamba", "layers": "all"},
+    "AssistantConfig": {"student": {"model": "x"}, "stages": [STAGE]},
+    "EnsembleConfig": {"normalize": True},
     "MoeConfig": {"kind": "moe", "experts": 4096},
     "SourceConfig": {"train": "hub:a/b", "stream": 9},
 }

@@ -92,14 +92,19 @@ def test_ctrl_c_in_an_evaluation_keeps_the_training(scenes_dir, tiny_model_dir, 
         stage={"steps": 1},
         evaluate={"tasks": ["scenes_vqa"], "include": str(scenes_dir / "tasks"), "batch_size": 1},
     )
-    recipe = write(tmp_path, raw)
-    process = start("run", recipe)
-    folder = tmp_path / "tiny"
-    wait_for((folder / "01-mimic" / "done.json").exists, process)
-    time.sleep(1)
-    ctrl_c(process)
-    status, output = finish(process)
+    recipe, folder, plugin = write(tmp_path, raw), tmp_path / "tiny", tmp_path / "signal.py"
+    plugin.write_text(
+        "import os, signal\n"
+        "from mmkd.evaluation.adapter import MmkdModel\n"
+        "answer = MmkdModel._answer\n"
+        "def signalled(self, batch):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return answer(self, batch)\n"
+        "MmkdModel._answer = signalled\n"
+    )
+    status, output = finish(start("run", recipe, "--plugin", plugin))
     assert status == 130, output
+    assert (folder / "01-mimic" / "done.json").exists()
     assert output.splitlines()[-1] == "mmkd: stopped -- run the same command again to go on"
     assert "Traceback" not in output
     assert not (folder / "evaluation" / "student" / "results.json").exists()

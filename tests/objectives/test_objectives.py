@@ -196,7 +196,7 @@ def test_every_kind_of_the_registry_is_tested_here():
     """All but those that have a file of their own."""
     tested = {c.kind for c in CONFIGS} | {"ce", "token_labels", "balanced_kl", "enhanced"}
     tested |= {"relation", "balance", "router_z", "preference", "affinity", "alm", "uld"}
-    tested |= {"exits", "embedding"}
+    tested |= {"exits", "embedding", "sinkhorn"}
     assert tested == {kind for kind, cls in REGISTRY.items() if not issubclass(cls, Layerwise)}
 
 
