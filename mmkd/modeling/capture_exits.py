@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture_layers import Recorder
+from mmkd.modeling.packed_rows import RECURRENT
 from mmkd.objectives import Exit, ExitSignals
 from mmkd.objectives.exits import Exits, following
 from mmkd.recipe.context import StageContext
+from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import Parts, find_parts
 
 
@@ -28,13 +30,13 @@ class ExitRecorder:
 
     Attributes:
         parts: of the student.
-        places: the exits.
+        places: the exits, in the order in which their modules run.
         streams: by layer, the residual stream after it, [B, T, H].
         calls: by layer, the keyword arguments of the call of the next layer.
     """
 
     parts: Parts
-    places: frozenset[Exit]
+    places: tuple[Exit, ...]
     streams: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ def record_exits(
         places: the exits.
         layer_runs: of the same forward pass; says which run of a layer is in progress.
     """
-    recorder = ExitRecorder(find_parts(model), frozenset(places))
+    recorder = ExitRecorder(find_parts(model), tuple(places))
     layers: Any = recorder.parts.decoder_layers
     last = len(layers) - 1
     with ExitStack() as stack:
@@ -110,7 +112,8 @@ def record_exits(
 
 
 def check_exits(context: StageContext) -> None:
-    """Check that the student has the layers of exits, and a final norm.
+    """Check that the student has the layers of exits, and a final norm, and that copies of layers
+    can run.
 
     Raises:
         RecipeError: it has not.
@@ -134,3 +137,22 @@ def check_exits(context: StageContext) -> None:
                     where=where,
                     hint="set 'layers'; they count from 0",
                 )
+            if objective.config.block and context.stage.batch.pack is not None:
+                _check_packed_block(parts.decoder_layers[following(layer, count)], where)
+
+
+def _check_packed_block(layer: nn.Module, where: str) -> None:
+    """Check that a copy of a layer keeps the records of packed rows apart. Mixers with a state are
+    told where records begin by the model, which does not know the copy.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    mamba = any(isinstance(module, Mamba2Mixer) for module in layer.modules())
+    if mamba or any(hasattr(layer, name) for name in RECURRENT):
+        raise RecipeError(
+            "'block' copies a layer whose state would run on from one record of a packed row to "
+            "the next",
+            where=where,
+            hint="set batch.pack to null, or block to false",
+        )

@@ -28,7 +28,8 @@ class CaptureRequest:
         forced_mixers: by layer, signals whose `mixer_input` is the input of the layer's mixer.
         forced_blocks: by layer, signals whose `block_input` is the input of the whole layer.
         free: the free run is needed, so a forced run is an additional run.
-        exits: places where the output head is read after a decoder layer.
+        exits: places where the output head is read after a decoder layer, each once. Their modules
+            run in this order, which must be the same in all processes.
         outputs: final hidden states are needed. If not, the forward pass stops after the last of
             `layers`.
         kept: the tokens of the inputs on which the decoder runs; None for all. All signals are
@@ -41,7 +42,7 @@ class CaptureRequest:
     forced_mixers: Mapping[int, LayerSignals] = field(default_factory=dict)
     forced_blocks: Mapping[int, LayerSignals] = field(default_factory=dict)
     free: bool = True
-    exits: frozenset[Exit] = frozenset()
+    exits: tuple[Exit, ...] = ()
     outputs: bool = True
     kept: KeptTokens | None = None
 
@@ -67,7 +68,8 @@ class LayerPlan:
         forced_blocks: student layers that run on the input of the teacher's layer.
         matrices: student layers whose mixing matrix is read.
         projections: queries, keys and values are needed.
-        exits: places where the student's output head is read.
+        exits: places where the student's output head is read, each once, in the order of the
+            objectives.
     """
 
     pairs: dict[int, int] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class LayerPlan:
     forced_blocks: frozenset[int] = frozenset()
     matrices: frozenset[int] = frozenset()
     projections: bool = False
-    exits: frozenset[Exit] = frozenset()
+    exits: tuple[Exit, ...] = ()
 
     @property
     def forced(self) -> frozenset[int]:
@@ -119,7 +121,7 @@ class LayerPlan:
                 mine for o in layerwise if "matrices" in o.needs for mine, _ in o.pairs
             ),
             projections=any("projections" in o.needs for o in objectives),
-            exits=frozenset(place for o in objectives for place in o.exits),
+            exits=tuple(dict.fromkeys(place for o in objectives for place in o.exits)),
         )
 
     def teacher_request(self) -> CaptureRequest:

@@ -48,6 +48,16 @@ def following(layer: int, count: int) -> int:
     return min(layer + 1, count - 1)
 
 
+def _trainable(module: nn.Module) -> nn.Module:
+    """A copy of a module that trains. It has no hooks: those of the model's earlier stages, such as
+    hooks for packed rows, would read a state that is copied too."""
+    made = copy.deepcopy(module).requires_grad_(True)
+    for part in made.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+    return made
+
+
 class Exits(Objective):
     config_class: ClassVar[type[ExitsConfig]] = ExitsConfig
     config: ExitsConfig
@@ -68,8 +78,7 @@ class Exits(Objective):
                 parts["norm"] = student.final_norm
             if self.config.block:
                 parts["block"] = student.layers[following(layer, len(student.layers))]
-            copies = {name: copy.deepcopy(m).requires_grad_(True) for name, m in parts.items()}
-            own[str(layer)] = nn.ModuleDict(copies)
+            own[str(layer)] = nn.ModuleDict({name: _trainable(m) for name, m in parts.items()})
         return nn.ModuleDict(own)
 
     @property

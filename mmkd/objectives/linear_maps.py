@@ -22,6 +22,8 @@ def linear_map(width: int, to: int) -> nn.Linear:
 
 
 def apply_map(module: nn.Module, hidden: Tensor) -> Tensor:
-    """Apply a map to hidden states of any dtype, [..., width]; returns at least float32."""
+    """Apply a map to hidden states of any dtype, [..., width], in the precision of its weight;
+    returns float32."""
     own: Any = module
-    return own(hidden.to(own.weight.dtype)).float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return own(hidden.to(own.weight.dtype)).float()

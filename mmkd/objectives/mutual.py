@@ -106,10 +106,11 @@ class Mutual(Layerwise):
                     _states(student.layers[mine], chosen),
                     _states(teacher.layers[theirs], chosen).detach(),
                 )
+                bound = 0 * critic.sum()
                 if len(chosen) > 1:
-                    bounds.append(interpolated_bound(critic, baseline, self.config.alpha))
-                else:  # modules with sharded weights must run all the same
-                    bounds.append(0 * (critic.sum() + baseline))
+                    bound = interpolated_bound(critic, baseline, self.config.alpha)
+                # Processes need gradients of the same weights: without rows, and with alpha 1 too.
+                bounds.append(bound + 0 * baseline)
             return Outcome(scale_to_global_mean(-torch.stack(bounds).mean(), rows, count))
 
 

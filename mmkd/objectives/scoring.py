@@ -144,57 +144,77 @@ def score(
     def asked(name: str | None) -> TeacherSignals | None:
         return signals_for(name, teacher)
 
-    def weight_of(objective: Objective) -> float:
-        return objective.config.weight if norms is None else norms.weight_of(objective)
-
-    def signals_of(objective: Objective) -> Signals:
-        if norms is None:
-            return student
-        return replace(student, hidden=norms.watched(objective, student.hidden))
-
     # A gathered objective takes part without records too: other processes wait for it.
-    silent = [
-        o
-        for o in objectives
-        if o.teacher is not None and asked(o.teacher) is None and not o.gathers
-    ]
+    silent = [o for o in objectives if o.teacher and asked(o.teacher) is None and not o.gathers]
     speaking = [o for o in objectives if o not in silent]
+    nothing = student.hidden.new_zeros(())
     terms: list[Tensor] = []
-    said: dict[str, Tensor] = {o.name: student.hidden.new_zeros(()) for o in silent}
+    said = {o.name: nothing for o in silent}
     # Names in an order that does not depend on the batch: ranks add them up by position.
-    metrics: dict[str, Tensor] = {
-        f"{o.name}/{metric}": student.hidden.new_zeros(())
-        for o in objectives
-        for metric in o.metric_names
-    }
+    metrics = {f"{o.name}/{metric}": nothing for o in objectives for metric in o.metric_names}
     passes = _passes(speaking, apart=norms is not None)
     wide = torch.promote_types(student.hidden.dtype, torch.float32)
     weights = row_weights([o for _, heads in passes for o in heads], asked, targets, wide)
     for name, heads in passes:
-        factors = [weight_of(o) / counts[o.name] for o in heads]
-        read = signals_of(heads[0])
-        total, sums, accepted = _one_pass(
-            heads, factors, read, asked(name), targets, weights.get(name or "")
-        )
+        factors = [_weight_of(o, norms) / counts[o.name] for o in heads]
+        read, row_factors = _read_by(heads[0], student, norms), weights.get(name or "")
+        total, sums, accepted = _one_pass(heads, factors, read, asked(name), targets, row_factors)
         terms.append(total)
         metrics |= {
             _accepts(o): accepted[o.name] / counts[o.name] for o in heads if o.name in accepted
         }
         said |= {o.name: value / counts[o.name] for o, value in zip(heads, sums, strict=True)}
     for objective in speaking:
-        if isinstance(objective, HeadObjective):
-            continue
-        theirs = asked(objective.teacher)
-        if not objective.accepts_stored_rows:
-            theirs = hidden_states(theirs)
-        covered = targets.of(objective.sources)
-        read, count = signals_of(objective), counts[objective.name]
-        outcome = objective(read, theirs, covered, count)  # type: ignore[arg-type]
-        terms.append(weight_of(objective) * outcome.loss)
-        said[objective.name] = outcome.loss.detach()
-        metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
-    total = torch.stack(terms).sum() if terms else 0 * student.hidden.sum()
-    return total, {o.name: said[o.name] for o in objectives} | metrics
+        if not isinstance(objective, HeadObjective):
+            read, theirs = _read_by(objective, student, norms), asked(objective.teacher)
+            outcome = _alone(objective, read, theirs, targets, counts[objective.name])
+            terms.append(_weight_of(objective, norms) * outcome.loss)
+            said[objective.name] = outcome.loss.detach()
+            metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
+    if not terms or any(o.teacher for o in objectives):
+        terms.append(_no_loss(student, head=not passes))
+    return torch.stack(terms).sum(), {o.name: said[o.name] for o in objectives} | metrics
+
+
+def _weight_of(objective: Objective, norms: GradientNorms | None) -> float:
+    return objective.config.weight if norms is None else norms.weight_of(objective)
+
+
+def _read_by(objective: Objective, student: Signals, norms: GradientNorms | None) -> Signals:
+    """The student's signals for an objective, whose gradient is measured if there are norms."""
+    if norms is None:
+        return student
+    return replace(student, hidden=norms.watched(objective, student.hidden))
+
+
+def _alone(
+    objective: Objective,
+    student: Signals,
+    theirs: TeacherSignals | None,
+    targets: Targets,
+    count: float,
+) -> Outcome:
+    """The outcome of an objective that shares no projection."""
+    if not objective.accepts_stored_rows:
+        theirs = hidden_states(theirs)
+    covered = targets.of(objective.sources)
+    return objective(student, theirs, covered, count)  # type: ignore[arg-type]
+
+
+def _no_loss(student: Signals, *, head: bool) -> Tensor:
+    """0, with gradients for what objectives would read whose teacher did not run.
+
+    Processes exchange gradients, and each must have them for the same weights. A batch of one
+    process may have no records of a teacher.
+
+    Args:
+        student: signals of the student.
+        head: no other objective reads the output head.
+    """
+    read = [student.hidden, *(place.hidden for place in student.exits.values())]
+    if head:
+        read += [w for w in (student.head_weight, student.head_bias) if w is not None]
+    return torch.stack([tensor[:0].sum().to(student.hidden.dtype) for tensor in read]).sum()
 
 
 def _accepts(objective: Objective) -> str:

@@ -72,7 +72,7 @@ def check_own(context: StageContext) -> None:
         if not objective.config.trains_own:
             continue
         where = context.at(objective)
-        if hasattr(nn.ModuleDict, objective.name) or objective.name == GRADIENT_NORMS:
+        if hasattr(nn.ModuleDict(), objective.name) or objective.name == GRADIENT_NORMS:
             raise RecipeError(
                 f"the name {objective.name!r} is reserved for other modules",
                 where=where,

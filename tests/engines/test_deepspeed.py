@@ -35,7 +35,7 @@ OBJECTIVES = [
     {"kind": "layer_l2"},
     {"kind": "router_z", "weight": 0.01},  # balance is a micro-batch's own
     # with parameters of their own
-    {"kind": "exits", "layers": [0], "norm": "own", "block": True, "lr": 2e-3},
+    {"kind": "exits", "layers": [1, 0], "norm": "own", "block": True, "lr": 2e-3},
     {"kind": "hidden_mse", "layers": [1], "linear_map": True, "normalize": "token"},
     {"kind": "embedding"},
 ]

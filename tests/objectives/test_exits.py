@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
-from mmkd.modeling.capture_request import CaptureRequest
+from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import (
     Exit,
     ExitSignals,
@@ -25,6 +25,7 @@ from mmkd.recipe import DepthPruningConfig, MambaConfig, MoeConfig, load_recipe
 from mmkd.runs import preflight
 from mmkd.students import convert
 from mmkd.training.objective_modules import build_own
+from mmkd_models.parts import find_parts
 from tests.support import families
 from tests.support.recipes import tiny_recipe
 
@@ -47,7 +48,7 @@ def exits_of(model, objective):
 
     def run(inputs):
         with torch.no_grad():
-            captured.update(vars(capture(model, inputs, CaptureRequest(exits=frozenset(places)))))
+            captured.update(vars(capture(model, inputs, CaptureRequest(exits=tuple(places)))))
         return [captured["exits"][place] for place in places], captured["hidden"]
 
     return run
@@ -183,7 +184,7 @@ def test_self_is_zero_after_the_last_layer_and_weights_add_up():
     losses = {}
     for layers in ([1], [2], [3], [1, 2, 3]):
         objective = build_objective(ExitsConfig(kind="exits", layers=layers, teacher="self"))
-        signals = capture(model, inputs, CaptureRequest(exits=frozenset(objective.exits)))
+        signals = capture(model, inputs, CaptureRequest(exits=tuple(objective.exits)))
         losses[tuple(layers)] = objective(signals, None, rows, 1.0).loss.item()
     assert losses[(3,)] == pytest.approx(0, abs=1e-6)
     assert losses[(1,)] > 1e-3
@@ -226,6 +227,63 @@ def test_metrics_do_not_depend_on_which_teachers_a_batch_has():
     assert one["exits.b/layer_1"] == both["exits.b/layer_1"]
 
 
+def test_gradients_do_not_depend_on_which_teachers_a_batch_has():
+    """Processes exchange gradients of the same weights."""
+    normal = tensors(5)
+    theirs = Signals(normal(B, T, H), normal(V, H))
+    exits = build_objective(ExitsConfig(kind="exits", layers=[1])).for_teacher("a", 1.0, None)
+    for teachers in ({"a": theirs}, {}):
+        mine = student([Exit(1)], normal)
+        leaves = [mine.hidden, mine.head_weight, mine.exits[Exit(1)].hidden]
+        loss, said = score([exits], mine, teachers, targets(), {exits.name: COUNT})
+        loss.backward()
+        assert all(leaf.grad is not None for leaf in leaves)
+        assert torch.equal(leaves[0].grad, torch.zeros(B, T, H))
+    assert loss == said[exits.name] == 0
+    assert not any(leaf.grad.any() for leaf in leaves)
+
+
+def test_modules_of_exits_run_in_the_order_of_the_objectives():
+    """The same in all processes, which exchange weights and gradients when modules run."""
+    model, inputs = families.make("llava"), families.inputs("llava", [5, 9])
+    objectives = [
+        build_objective(ExitsConfig(kind="exits", layers=[3, 0, 2, 1], norm="own", name=name))
+        for name in "cab"
+    ]
+    build_own(objectives, model, None)
+    request = LayerPlan.of(objectives).student_request({})
+    ran = []
+    for objective in objectives:
+        for place in objective.exits:
+            place.norm.register_forward_hook(lambda norm, *_: ran.append(norm))
+    signals = capture(model, inputs, request)
+    wanted = [place for o in objectives for place in o.exits]
+    assert list(signals.exits) == wanted
+    assert ran == [place.norm for place in wanted]
+
+
+def test_copies_of_modules_have_no_hooks_of_the_model():
+    model = families.make("llava")
+    find_parts(model).decoder_layers[2].mlp.register_forward_pre_hook(lambda *_: None)
+    objective = build_objective(ExitsConfig(kind="exits", layers=[1], block=True))
+    build_own([objective], model, None)
+    assert not any(m._forward_pre_hooks for m in objective.own.modules())
+
+
+def test_a_block_with_a_state_is_refused_in_packed_rows(scenes_dir, tiny_model_dir, tmp_path):
+    mamba = {"kind": "mamba", "layers": [1], "init": "mimic"}
+    entry = {"kind": "exits", "layers": [0], "loss": "ce", "block": True}
+    for pack in (None, 1024):
+        stage = {"objectives": [entry], "batch": {"size": 4, "pack": pack}}
+        student = {"model": str(tiny_model_dir), "convert": [mamba]}
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, student=student, stage=stage)
+        if pack is None:
+            preflight.check(load_recipe(raw))
+            continue
+        with pytest.raises(RecipeError, match="would run on from one record of a packed row"):
+            preflight.check(load_recipe(raw))
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -236,6 +294,7 @@ def test_metrics_do_not_depend_on_which_teachers_a_batch_has():
         ({"layers": [0], "lr": 0.1}, "'lr' is for parameters of its own"),
         ({"layers": [9]}, "the student has no decoder layer 9, it has 2"),
         ({"layers": [0], "norm": "own", "name": "pop"}, "reserved for other modules"),
+        ({"layers": [0], "norm": "own", "name": "training"}, "reserved for other modules"),
     ],
 )
 def test_what_cannot_be_is_refused(entry, message, scenes_dir, tiny_model_dir, tmp_path):

@@ -25,7 +25,7 @@ from mmkd.objectives import (
 from mmkd.objectives.cross_tokenizer import AlmConfig
 from mmkd.objectives.embedding import EmbeddingConfig
 from mmkd.objectives.layerwise import HiddenMseConfig
-from mmkd.objectives.linear_maps import linear_map
+from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.mutual import MutualConfig, evenly, interpolated_bound
 from mmkd.recipe import ModelConfig, StageConfig, load_recipe
 from mmkd.runs import pipeline, preflight
@@ -175,6 +175,22 @@ def test_mutual_against_its_twin():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_all_parameters_of_a_critic_have_gradients(alpha):
+    """Processes whose batches have rows exchange the same gradients as those without."""
+    objective = build_objective(MutualConfig(kind="mutual", layers=[0], alpha=alpha))
+    own = own_of(objective)
+    objective(signals(HS, 1, [0]), signals(HT, 2, [0]), TARGETS, COUNT).loss.backward()
+    assert all(p.grad is not None for p in own.parameters())
+
+
+def test_maps_keep_their_precision_under_autocast():
+    module, hidden = linear_map(HS, HT), normal(4, HS).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = apply_map(module, hidden)
+    assert torch.equal(found, apply_map(module, hidden))
+
+
 def test_a_critic_alone_finds_dependence():
     """States that are equal up to noise have a large bound after training the critic only."""
     found = {}
@@ -214,6 +230,7 @@ def test_modules_run_in_a_batch_without_rows(rows):
         HiddenMseConfig(kind="hidden_mse", layers=[0], linear_map=True, region="vision"),
         EmbeddingConfig(kind="embedding"),
         MutualConfig(kind="mutual", layers=[0], region="response"),
+        MutualConfig(kind="mutual", layers=[0], region="response", alpha=1.0),
     ):
         objective = build_objective(config)
         own = own_of(objective)
