@@ -32,7 +32,7 @@ class ConversionConfig(Strict):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Folders and Hub ids of the models and processors that the conversion reads."""
+        """Files, folders and Hub ids of models and processors that the conversion reads."""
         return ()
 
 
@@ -125,6 +125,10 @@ class EarlyExitConfig(ConversionConfig):
         pattern=NAMED,
         description="name of the objective that has trained the exit",
     )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return () if self.objectives is None else (self.objectives,)
 
 
 class EveryNth(Strict):

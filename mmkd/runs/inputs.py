@@ -271,7 +271,8 @@ def note_start(member: Member) -> None:
 
 
 def _is_of(name: str, model: ModelConfig) -> bool:
-    return str(Path(name).parent) in {str(Path(m)) for m in names_of(model)}
+    named = {str(Path(m)) for m in names_of(model)}
+    return not named.isdisjoint({name, str(Path(name).parent)})
 
 
 def _write(folder: StudentFolder, reads: Reads) -> None:

@@ -75,17 +75,20 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
         files |= {*read.files, *read.pictures}
         if read.commit is not None:
             commits[_named(part)] = read.commit
-    for model in models:
-        for name in names_of(model):
-            if Path(name).is_dir():
-                files |= {str(p) for p in _model_files(Path(name))}
-            elif commit := model_commit(name, model.revision):
-                commits[name if model.revision is None else f"{name}@{model.revision}"] = commit
+    named = {(name, model.revision) for model in models for name in names_of(model)}
+    named |= {(name, None) for conversion in stage.convert for name in conversion.sources}
+    for name, revision in named:
+        if Path(name).is_dir():
+            files |= {str(p) for p in _model_files(Path(name))}
+        elif Path(name).is_file():
+            files.add(str(Path(name)))
+        elif commit := model_commit(name, revision):
+            commits[name if revision is None else f"{name}@{revision}"] = commit
     return Reads(frozenset(files), sources, caches, commits)
 
 
 def names_of(model: ModelConfig) -> set[str]:
-    """Folders and Hub ids of a model, its processor and what its conversions read."""
+    """Files, folders and Hub ids of a model, its processor and what its conversions read."""
     conversions = model.convert if isinstance(model, StudentConfig) else []
     names = {model.model, model.processor, *(n for c in conversions for n in c.sources)}
     return {name for name in names if name is not None}

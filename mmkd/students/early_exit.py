@@ -36,6 +36,11 @@ class EarlyExit(Conversion):
                 raise ValueError(f"{type(parts.decoder).__name__} has no final norm that is known")
             if "block" in weights and layer == count - 1:
                 raise ValueError(f"the exit after layer {layer} has the weights of no next layer")
+            if "block" in weights and layer + 1 < _layers_with_images(model):
+                raise ValueError(
+                    f"the model adds image features after layer {layer + 1}, and the block of the "
+                    f"exit after layer {layer} was trained without them"
+                )
 
     def convert(self, model: PreTrainedModel) -> list[str]:
         layer, config = self.config.layer, model.config.get_text_config()
@@ -89,6 +94,12 @@ class EarlyExit(Conversion):
                 "of its own needs no 'objectives'",
             )
         return found
+
+
+def _layers_with_images(model: PreTrainedModel) -> int:
+    """Number of the first decoder layers after which image features are added (DeepStack)."""
+    vision = getattr(model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, list[int]]:

@@ -12,6 +12,8 @@ from mmkd.objectives import build_objective
 from mmkd.objectives.exit_settings import ExitsConfig
 from mmkd.recipe import EarlyExitConfig, ModelConfig, load_recipe
 from mmkd.runs import pipeline
+from mmkd.runs.reads import reads_of
+from mmkd.runtime.files import read_json
 from mmkd.students import convert
 from mmkd.training.objective_modules import build_own, write_own
 from tests.support import families
@@ -38,7 +40,7 @@ def test_its_output_is_that_of_the_exit(name, settings, tmp_path):
     file = tmp_path / "objectives.safetensors"
     place = trained(model, file, **settings)
     with torch.no_grad():
-        want = capture(model, inputs, CaptureRequest(exits=frozenset({place}))).exits[place].hidden
+        want = capture(model, inputs, CaptureRequest(exits=(place,))).exits[place].hidden
     objectives = str(file) if settings else None
     report = convert(model, EarlyExitConfig(kind="early_exit", layer=1, objectives=objectives))
     with torch.no_grad():
@@ -58,6 +60,12 @@ def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_pa
     raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="early", stage={"steps": 1})
     raw["student"] = {"model": str(done / "student"), "convert": [end]}
     folder = pipeline.run(load_recipe(raw))
+    noted = read_json(folder / "00-start" / "inputs.json")["files"]
+    assert {end["objectives"], str(done / "student" / "config.json")} <= noted.keys()
+    in_a_stage = {**raw, "student": {"model": str(tiny_model_dir)}}
+    in_a_stage["stages"] = [{**raw["stages"][0], "convert": [end]}]
+    recipe = load_recipe(in_a_stage)
+    assert end["objectives"] in reads_of(recipe, 0, recipe.student).files
     started = load_model(ModelConfig(model=str(folder / "00-start" / "student")))
     assert started.config.text_config.num_hidden_layers == 1
     whole = load_model(ModelConfig(model=str(done / "student")))
@@ -100,3 +108,13 @@ def test_a_hybrid_is_not_cut():
     convert(model, MambaConfig(kind="mamba", layers=[1], init="mimic"))
     with pytest.raises(RecipeError, match="cannot be cut"):
         convert(model, EarlyExitConfig(kind="early_exit", layer=1))
+
+
+def test_a_block_before_further_image_features_is_refused(tmp_path):
+    """Qwen3-VL adds image features after its first decoder layers."""
+    model, file = families.make("qwen3_vl"), tmp_path / "objectives.safetensors"
+    trained(model, file, block=True)
+    model.config.vision_config.deepstack_visual_indexes = [0, 1, 2]
+    end = EarlyExitConfig(kind="early_exit", layer=1, objectives=str(file))
+    with pytest.raises(RecipeError, match="adds image features after layer 2"):
+        convert(model, end)
