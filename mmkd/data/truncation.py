@@ -12,7 +12,7 @@ from mmkd.data.processing import Processing, Size
 from mmkd.data.samples import Sample
 from mmkd.errors import DataError
 from mmkd.objectives import ObjectiveConfig, Targets
-from mmkd.objectives.settings import AffinityConfig
+from mmkd.objectives.settings import AffinityConfig, EmbeddingConfig
 
 
 def truncate(
@@ -106,5 +106,5 @@ def needs_answers(objective: ObjectiveConfig) -> bool:
     return (
         getattr(objective, "region", None) == "response"
         or bool(objective.needs & {"pairs", "chunks"})
-        or isinstance(objective, AffinityConfig)
+        or isinstance(objective, AffinityConfig | EmbeddingConfig)
     )

@@ -69,6 +69,12 @@ class ObjectiveConfig(Bounded):
         return "distribution" in self.needs or bool(self.reads_hidden)
 
     @property
+    def learns_answers(self) -> bool:
+        """Whether the data set's answers are its targets, so that it cannot learn from answers that
+        the student has sampled."""
+        return False
+
+    @property
     def trains_own(self) -> bool:
         """Whether the objective has parameters of its own, which train with the student."""
         return False

@@ -16,6 +16,10 @@ class CrossEntropyConfig(HeadObjectiveConfig):
     kind: Literal["ce"] = "ce"
     region: Literal["response", "prompt"] = Field("response", description="tokens to predict")
 
+    @property
+    def learns_answers(self) -> bool:
+        return True
+
 
 class DivergenceConfig(HeadObjectiveConfig):
     """Divergence between the teacher's and the student's next-token distributions."""
@@ -123,6 +127,10 @@ class EnhancedConfig(DivergenceConfig):
     gamma: float = Field(
         1.0, ge=0.1, le=10, description="exponent of the probabilities; 1 has the gradient of `kl`"
     )
+
+    @property
+    def learns_answers(self) -> bool:
+        return self.gamma != 1
 
 
 class SinkhornConfig(ObjectiveConfig):

@@ -87,6 +87,10 @@ class ExitsConfig(OwnParametersConfig):
         return False
 
     @property
+    def learns_answers(self) -> bool:
+        return self.loss.learns_answers
+
+    @property
     def region(self) -> Region:
         """Tokens that the loss covers."""
         return self.loss.region

@@ -292,6 +292,10 @@ class EmbeddingConfig(OwnParametersConfig):
     )
 
     @property
+    def learns_answers(self) -> bool:
+        return self.image_weight < 1
+
+    @property
     def trains_own(self) -> bool:
         return True
 
@@ -394,6 +398,10 @@ class PreferenceConfig(ObjectiveConfig):
     def needs(self) -> frozenset[Need]:
         own: frozenset[Need] = frozenset({"distribution", "pairs"})
         return own | {"teacher"} if self.reference == "teacher" else own
+
+    @property
+    def learns_answers(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _smooths(self) -> "PreferenceConfig":

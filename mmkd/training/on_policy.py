@@ -16,7 +16,6 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.schema import Record
 from mmkd.engines import Engine
 from mmkd.errors import DataError, RecipeError
-from mmkd.objectives import CrossEntropy, Preference
 from mmkd.recipe import OnPolicyConfig
 from mmkd.recipe.context import StageContext
 from mmkd.training.correction import Answers, Corrector, check_correction
@@ -146,7 +145,7 @@ def check_on_policy(context: StageContext) -> None:
     if context.stage.on_policy is None:
         return
     for objective in context.objectives:
-        if isinstance(objective, CrossEntropy | Preference):
+        if objective.config.learns_answers:
             raise RecipeError(
                 "with 'on_policy' responses are sampled from the student, not from the data set",
                 where=context.at(objective),

@@ -115,6 +115,7 @@ def test_the_teachers_own_view_needs_the_answer_too(folder):
         ({"kind": "ce"}, True),
         ({"kind": "kl"}, True),
         ({"kind": "affinity"}, True),
+        ({"kind": "embedding"}, True),
         ({"kind": "alm"}, True),
         ({"kind": "relation"}, False),
         ({"kind": "kl", "region": "vision"}, False),

@@ -75,6 +75,7 @@ def test_the_students_own_answers_need_none(recipe):
         ({"kind": "kl"}, {}),
         ({"kind": "kl"}, {"on_policy": {"lmbda": 0.5}}),
         ({"kind": "affinity"}, {}),
+        ({"kind": "embedding"}, {}),
     ],
 )
 def test_where_answers_are_needed_it_is_refused(recipe, objective, stage, tmp_path):

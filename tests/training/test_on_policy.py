@@ -152,7 +152,17 @@ def test_a_stage_on_policy_resumes_with_the_same_answers(
     assert all(torch.equal(resumed[n], w) for n, w in weights.items())
 
 
-@pytest.mark.parametrize("objective", [{"kind": "ce"}, {"kind": "preference"}])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "ce"},
+        {"kind": "preference"},
+        {"kind": "enhanced", "gamma": 1.5},
+        {"kind": "exits", "layers": [0], "loss": "ce"},
+        {"kind": "exits", "layers": [0], "loss": {"kind": "enhanced", "gamma": 1.5}},
+        {"kind": "embedding"},
+    ],
+)
 def test_labels_have_no_place_on_policy(scenes_dir, tiny_model_dir, tmp_path, objective):
     with pytest.raises(RecipeError, match="responses are sampled from the student"):
         run(scenes_dir, tiny_model_dir, tmp_path, "ce", objectives=[objective])
