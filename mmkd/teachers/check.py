@@ -97,7 +97,7 @@ def check_ensemble(context: StageContext) -> None:
     for objective in compared:
         if not isinstance(objective, HeadObjective):
             raise RecipeError(
-                "'ensemble' weighs teachers by token, and it has no loss of a token",
+                "'ensemble' weighs teachers by token, which this objective does not support",
                 where=context.at(objective),
                 hint="put it in a stage of its own, or leave 'ensemble' out",
             )

@@ -137,6 +137,16 @@ def ensemble_of_relations(world: World) -> None:
 
 @case(
     KIND,
+    "weights by token of exits",
+    "stage mimic: objective exits: 'ensemble' weighs teachers by token",
+    "leave 'ensemble' out",
+)
+def ensemble_of_exits(world: World) -> None:
+    weigh(world, {"kind": "kl"}, {"kind": "exits", "layers": [0]}, kappa=1.0)
+
+
+@case(
+    KIND,
     "acceptance over the records of all teachers",
     "stage mimic: objective kl: 'acceptance' is a mean over each teacher's records",
     "leave one of them out",
