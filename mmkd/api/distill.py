@@ -45,6 +45,7 @@ class StageSettings(TypedDict, total=False):
     train: Sequence[str] | Mapping[str, Any]
     precision: str
     engine: Mapping[str, Any]
+    balance_gradients: bool
     on_policy: Mapping[str, Any]
     image_tokens: Mapping[str, Any]
     checkpoint: Mapping[str, Any]

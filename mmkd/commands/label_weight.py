@@ -80,14 +80,10 @@ def label_weight(
         DataError: a record is bad, or the students are equal on all answer tokens.
     """
     held_out, settings = held_out_records(recipe, data, images)
-    sources = {
-        name: ModelConfig(
-            model=model,
-            dtype=recipe.student.dtype,
-            attn_implementation=recipe.student.attn_implementation,
-        )
-        for name, model in {"labels": labels, "teacher": teacher}.items()
-    }
+    like = recipe.student
+    how = {"dtype": like.dtype, "attn_implementation": like.attn_implementation}
+    named = {"labels": labels, "teacher": teacher}
+    sources = {name: ModelConfig(model=model, **how) for name, model in named.items()}
     encoder = Encoder(held_out, shared_processor(sources), settings)
     indices = chosen(encoder, records)
     logps = answer_logps(sources, encoder, indices, batch_size, distributed.choose_device(device))

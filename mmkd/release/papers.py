@@ -11,6 +11,7 @@ class Paper(NamedTuple):
     arxiv: str
 
 
+ALM = Paper("ALM", "2503.20083")
 F_DISTILL = Paper("f-distill", "2502.15681")
 GKD = Paper("GKD", "2306.13649")
 SCRG = Paper("SCRG", "2407.10068")
@@ -40,7 +41,7 @@ _OBJECTIVES = {
     "neyman": [F_DISTILL],
     "tvd": [Paper("total variation", "2307.15190")],
     "sinkhorn": [Paper("SinKD", "2402.17110")],
-    "alm": [Paper("ALM", "2503.20083")],
+    "alm": [ALM],
     "uld": [Paper("ULD", "2402.12030")],
     "relation": [LLAVA_KD],
     "minilm": [Paper("MiniLMv2", "2012.15828")],
@@ -75,6 +76,7 @@ def papers(recipe: Recipe) -> list[Paper]:
         if stage.on_policy is not None:
             found += [GKD, SCRG] if stage.on_policy.correct else [GKD]
         found += [DMAE] if stage.image_tokens else []
+        found += [ALM] if stage.balance_gradients else []
         if stage.train.lora is not None:
             found += [LORA, DORA] if stage.train.lora.dora else [LORA]
     return list(dict.fromkeys(found))

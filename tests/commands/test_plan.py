@@ -118,9 +118,12 @@ def test_a_teacher_costs_the_layers_that_run(scenes_dir, tiny_model_dir, tmp_pat
     assert sharded["teacher_decoder"] == whole["teacher_decoder"]
 
 
-def test_each_exit_has_a_product_with_the_head(scenes_dir, tiny_model_dir, tmp_path):
-    def head(*objectives):
-        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": objectives},
+def test_exits_and_balanced_objectives_have_their_own_products(
+    scenes_dir, tiny_model_dir, tmp_path
+):
+    def head(*objectives, **stage):
+        stage = {"objectives": objectives, **stage}
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage=stage,
                           teacher={"model": str(tiny_model_dir)})  # fmt: skip
         [stage] = make_plan(load_recipe(raw))["members"]["student"]["stages"]
         return [stage["flops_per_step"][f"{role}_head"] for role in ("student", "teacher")]
@@ -130,6 +133,9 @@ def test_each_exit_has_a_product_with_the_head(scenes_dir, tiny_model_dir, tmp_p
     assert head(kl, {"kind": "exits", "layers": [0]}) == pytest.approx([2 * x for x in alone])
     exits = {"kind": "exits", "layers": [0, 1], "norm": "own"}
     assert head(exits) == pytest.approx([2 * x for x in alone])
+    ce = {"kind": "ce"}
+    assert head(kl, ce) == pytest.approx(alone)
+    assert head(kl, ce, balance_gradients=True) == pytest.approx([2 * x for x in alone])
 
 
 def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):

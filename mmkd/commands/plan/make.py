@@ -23,7 +23,7 @@ from mmkd.data.sources import is_there
 from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import attention_layers
 from mmkd.modeling.loading import parameter_count, skeleton
-from mmkd.objectives import Objective, Preference, build_objective
+from mmkd.objectives import HeadObjective, Objective, Preference, build_objective
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
@@ -163,9 +163,7 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     objectives = _objectives_of(recipe, stage, student, teachers)
     if sampled is None:
-        keep = None if stage.image_tokens is None else stage.image_tokens.keep
-        data, any_record = recipe.stage_data(stage), stage.samples_all
-        sampled = sample_data(data, processor, objectives, keep, any_record=any_record)
+        sampled = sample_data(recipe.stage_data(stage), processor, objectives, stage)
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)
@@ -265,9 +263,7 @@ def sample_data(
     data: DataConfig,
     processor: Any,
     objectives: list[Objective],
-    keep: float | None = None,
-    *,
-    any_record: bool = False,
+    stage: StageConfig,
 ) -> tuple[Sample, int]:
     """Mean token counts of some records, and the number of records of an epoch. If the data do not
     exist yet: sequences of `max_length` tokens, and 0 records.
@@ -276,22 +272,23 @@ def sample_data(
         data: of a stage.
         processor: of the student.
         objectives: of the stage.
-        keep: share of the image tokens on which decoders run; None for all.
-        any_record: records need no answers, because all answers are sampled.
+        stage: its settings.
     """
+    apart = stage.balance_gradients
     if not all(map(is_there, data.parts)):
         length = float(data.max_length)
         rows = dict.fromkeys((o.name for o in objectives), length)
-        return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows)), 0
+        return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows, apart)), 0
     records = Records(data)
     settings = [o.config for o in objectives]
-    encoder = Encoder.of(settings, data, processor, records=records, sampled=any_record)
+    encoder = Encoder.of(settings, data, processor, records=records, sampled=stage.samples_all)
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)
     vision = float(batch.targets.vision.sum())  # the connector runs on all
-    if keep is not None:
-        batch = ImageTokenDropout(keep, 0, encoder.processing.image_token_id)(batch, 0)
+    if stage.image_tokens is not None:
+        keep, image_token = stage.image_tokens.keep, encoder.processing.image_token_id
+        batch = ImageTokenDropout(keep, 0, image_token)(batch, 0)
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     rows = {
@@ -299,7 +296,7 @@ def sample_data(
         for o in objectives
         if "distribution" in o.needs
     }
-    shared, further = _projected(objectives, rows)
+    shared, further = _projected(objectives, rows, apart)
     return (
         Sample(
             length=float(targets.attention.sum()) / count,
@@ -315,10 +312,20 @@ def sample_data(
 
 
 def _projected(
-    objectives: Sequence[Objective], rows: Mapping[str, float]
+    objectives: Sequence[Objective], rows: Mapping[str, float], apart: bool
 ) -> tuple[dict[str, float], float]:
-    """Rows of the objectives that share one product with the head, by name, and the rows of
-    exits, of which each has a product of its own."""
+    """Rows of the objectives that share one product with the head, by name, and the rows of further
+    products.
+
+    Args:
+        objectives: of a stage. Each of their exits has a product of its own.
+        rows: of objectives, by name.
+        apart: objectives on the head's output do not share a product (`balance_gradients`).
+    """
     exits = {o.name: len(o.exits) for o in objectives if o.exits}
     shared = {name: count for name, count in rows.items() if name not in exits}
-    return shared, sum(rows[name] * number for name, number in exits.items())
+    further = sum(rows[name] * number for name, number in exits.items())
+    heads = [rows[o.name] for o in objectives if isinstance(o, HeadObjective)]
+    if apart and heads:
+        further += sum(heads) - max(heads)
+    return shared, further
