@@ -19,6 +19,7 @@ from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import build_objective, score
 from mmkd.recipe import DataConfig, ModelConfig, StageConfig, load_recipe
 from mmkd.runs import pipeline
+from mmkd.training.objective_modules import build_own
 from mmkd_models.parts import find_parts
 from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
@@ -35,6 +36,8 @@ OBJECTIVES = [
     {"kind": "minilm", "layers": [1], "heads": 2},
     {"kind": "affinity"},
     {"kind": "token_labels"},
+    {"kind": "embedding"},
+    {"kind": "exits", "layers": [0], "norm": "own", "block": True},
 ]
 KEEP = {"image_tokens": {"keep": 0.5}}
 
@@ -88,6 +91,7 @@ def test_losses_are_those_of_whole_images_with_tokens_masked_out(
     )
     configs = StageConfig.model_validate({"name": "a", "steps": 1, "objectives": OBJECTIVES})
     objectives = [build_objective(o) for o in configs.objectives]
+    build_own(objectives, student, teacher).double()
     data = DataConfig(train=str(scenes_dir / "train.parquet"))
     processor = load_processor(ModelConfig(model=str(tiny_model_dir)))
     encoder = Encoder.of(configs.objectives, data, processor)
