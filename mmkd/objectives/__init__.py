@@ -20,19 +20,7 @@ from mmkd.objectives.registry import OBJECTIVES, add_objective
 
 if TYPE_CHECKING:
     from mmkd.objectives.balance import expert_counts
-    from mmkd.objectives.base import (
-        DecoderParts,
-        Exit,
-        ExitSignals,
-        LayerSignals,
-        Objective,
-        Outcome,
-        RouterSignals,
-        Signals,
-        StoredSignals,
-        Targets,
-        TeacherSignals,
-    )
+    from mmkd.objectives.base import DecoderParts, Objective, Outcome
     from mmkd.objectives.build import REGISTRY, build_objective
     from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
     from mmkd.objectives.gathered import Features, GatheredObjective
@@ -42,22 +30,20 @@ if TYPE_CHECKING:
     from mmkd.objectives.preference import Preference, answer_logps, preference_loss
     from mmkd.objectives.relation import visual_relation
     from mmkd.objectives.scoring import HeadObjective, Teachers, score
+    from mmkd.objectives.signals import (
+        Exit,
+        ExitSignals,
+        LayerSignals,
+        RouterSignals,
+        Signals,
+        StoredSignals,
+        TeacherSignals,
+    )
+    from mmkd.objectives.targets import Targets
 
 _MODULES = {
     "balance": ("expert_counts",),
-    "base": (
-        "DecoderParts",
-        "Exit",
-        "ExitSignals",
-        "LayerSignals",
-        "Objective",
-        "Outcome",
-        "RouterSignals",
-        "Signals",
-        "StoredSignals",
-        "Targets",
-        "TeacherSignals",
-    ),
+    "base": ("DecoderParts", "Objective", "Outcome"),
     "build": ("REGISTRY", "build_objective"),
     "chunks": ("Boundaries", "Chunks", "ChunkTokens"),
     "gathered": ("Features", "GatheredObjective"),
@@ -67,6 +53,16 @@ _MODULES = {
     "preference": ("Preference", "answer_logps", "preference_loss"),
     "relation": ("visual_relation",),
     "scoring": ("HeadObjective", "Teachers", "score"),
+    "signals": (
+        "Exit",
+        "ExitSignals",
+        "LayerSignals",
+        "RouterSignals",
+        "Signals",
+        "StoredSignals",
+        "TeacherSignals",
+    ),
+    "targets": ("Targets",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.objectives.base import Signals, Targets
 from mmkd.objectives.embedding import mean_over
 from mmkd.objectives.gathered import Features, GatheredObjective
 from mmkd.objectives.settings import AffinityConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 
 
 class Affinity(GatheredObjective):

@@ -12,15 +12,10 @@ values are averaged with their numbers of tokens as weights.
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Objective,
-    Outcome,
-    RouterSignals,
-    Signals,
-    Targets,
-    scale_to_global_mean,
-)
+from mmkd.objectives.base import Objective, Outcome, scale_to_global_mean
 from mmkd.objectives.settings import BalanceConfig, RouterZConfig
+from mmkd.objectives.signals import RouterSignals, Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import balance_loss, route, z_loss
 
 

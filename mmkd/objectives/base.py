@@ -1,4 +1,4 @@
-"""Base class of objectives, and the tensors that they read.
+"""Base class of objectives.
 
 An objective does not access a model. Its inputs are the `Signals` of student and teacher, the
 `Targets` of the batch, and the number of rows (positions) that it covers in the global batch. With
@@ -7,59 +7,19 @@ and does not depend on the batch layout.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
-import torch
 from torch import Tensor, nn
 
 from mmkd.objectives.base_settings import Need, ObjectiveConfig, Region
-from mmkd.objectives.chunks import Chunks
-from mmkd.ops import CHUNK_BYTES, SparseRows
+from mmkd.objectives.signals import Exit, Signals
+from mmkd.objectives.targets import Targets
+from mmkd.ops import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from mmkd.objectives.ensemble import Ensemble
-
-
-@dataclass(frozen=True)
-class LayerSignals:
-    """Tensors of one decoder layer.
-
-    Attributes:
-        mixer_input: [B, T, H], input of the attention or of the Mamba mixer.
-        mixer_heads: [B, T, heads * P], input of its output projection.
-        mixer_output: [B, T, H], its output.
-        block_input, block_output: [B, T, H], the residual stream before and after the layer; None
-            if only the mixer ran.
-        matrix: [B, heads, T, T] or None, attention probabilities, or the mixing matrix of a mixer.
-        queries, keys, values: [B, T, D] or None, after the attention's own norms and before the
-            rotary embedding. D may differ between the three.
-        heads: number of attention heads of the queries; None if queries are not recorded, or their
-            heads are not known.
-    """
-
-    mixer_input: Tensor
-    mixer_heads: Tensor
-    mixer_output: Tensor
-    block_input: Tensor | None = None
-    block_output: Tensor | None = None
-    matrix: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    heads: int | None = None
-
-    def truncate(self, batch_size: int) -> "LayerSignals":
-        """Keep the first `batch_size` sequences of each tensor."""
-        return self.map(lambda x: x[:batch_size])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "LayerSignals":
-        """Apply a function to each tensor."""
-        tensors: dict[str, Any] = {
-            name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)
-        }
-        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -75,223 +35,6 @@ class DecoderParts:
     layers: Sequence[nn.Module]
     final_norm: nn.Module | None
     width: int
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A place after a decoder layer of the student where the output head is read.
-
-    Attributes:
-        layer: index of the decoder layer.
-        block: a further decoder layer, which runs on the layer's output; None for none.
-        norm: is applied last, in place of the decoder's final norm; None for the final norm.
-    """
-
-    layer: int
-    block: nn.Module | None = None
-    norm: nn.Module | None = None
-
-
-@dataclass(frozen=True)
-class ExitSignals:
-    """What an exit reads.
-
-    Attributes:
-        hidden: [B, T, H], the input of the output head.
-        share: share of the decoder's layers that have run.
-    """
-
-    hidden: Tensor
-    share: float
-
-
-@dataclass(frozen=True)
-class RouterSignals:
-    """Tensors of one sparse layer.
-
-    Attributes:
-        logits: [B, T, E] float32, the router's logits.
-        top_k: number of experts per token.
-    """
-
-    logits: Tensor
-    top_k: int
-
-
-@dataclass(frozen=True)
-class Signals:
-    """Tensors of one model, captured in one forward pass.
-
-    Attributes:
-        hidden: [B, T, H], final hidden states, the input of the output head. H is 0 if no objective
-            reads them, and the forward pass stopped after the last layer that is read.
-        head_weight: [V, H].
-        head_bias: [V] or None.
-        embeddings: [B, T, H], the decoder's input: word embeddings, and the connector's output at
-            image tokens.
-        layers: by index, the decoder layers that objectives read.
-        forced_mixers: the same for mixers that ran on the input of the teacher's mixer.
-        forced_blocks: the same for layers that ran on the input of the teacher's layer.
-        routers: sparse layers by index.
-        own_hidden: [B, T', H] or None, final hidden states at the teacher's own tokens, if its
-            tokens differ from the student's. `hidden` is then aligned with the student's tokens.
-        exits: the exits that objectives read.
-    """
-
-    hidden: Tensor
-    head_weight: Tensor
-    head_bias: Tensor | None = None
-    embeddings: Tensor | None = None
-    layers: dict[int, LayerSignals] = field(default_factory=dict)
-    forced_mixers: dict[int, LayerSignals] = field(default_factory=dict)
-    forced_blocks: dict[int, LayerSignals] = field(default_factory=dict)
-    routers: dict[int, RouterSignals] = field(default_factory=dict)
-    own_hidden: Tensor | None = None
-    exits: dict[Exit, ExitSignals] = field(default_factory=dict)
-
-    def detached(self) -> "Signals":
-        """The same signals, with the head's weight and bias detached from the graph."""
-        bias = None if self.head_bias is None else self.head_bias.detach()
-        return replace(self, head_weight=self.head_weight.detach(), head_bias=bias)
-
-    def truncate(self, batch_size: int) -> "Signals":
-        """Keep the first `batch_size` sequences of each tensor."""
-        if len(self.hidden) == batch_size:
-            return self
-        return self._map(lambda x: x[:batch_size])
-
-    def to(self, device: torch.device) -> "Signals":
-        """Move all tensors except the head's to a device."""
-        return self._map(lambda x: x.to(device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Signals":
-        """Apply a function to each tensor except the head's."""
-        return replace(
-            self,
-            hidden=change(self.hidden),
-            embeddings=None if self.embeddings is None else change(self.embeddings),
-            layers={i: layer.map(change) for i, layer in self.layers.items()},
-            forced_mixers={i: layer.map(change) for i, layer in self.forced_mixers.items()},
-            forced_blocks={i: layer.map(change) for i, layer in self.forced_blocks.items()},
-            routers={i: replace(r, logits=change(r.logits)) for i, r in self.routers.items()},
-            own_hidden=None if self.own_hidden is None else change(self.own_hidden),
-            exits={p: replace(read, hidden=change(read.hidden)) for p, read in self.exits.items()},
-        )
-
-
-@dataclass(frozen=True)
-class StoredSignals:
-    """A teacher's outputs for a batch, read from its cache.
-
-    Attributes:
-        rows: output distributions at the stored positions of the [B * T].
-        signals: final hidden states at the stored positions, zeros elsewhere, with a head that
-            gives the same inner products of logits as the teacher's; None if the cache contains no
-            hidden states.
-    """
-
-    rows: SparseRows
-    signals: Signals | None = None
-
-    def truncate(self, batch_size: int) -> "StoredSignals":
-        """Returns itself: sequences that only fill up a batch are not in the cache."""
-        return self
-
-    def to(self, device: torch.device) -> "StoredSignals":
-        """Move the final hidden states to a device. The distributions belong to the batch."""
-        return replace(self, signals=None if self.signals is None else self.signals.to(device))
-
-
-TeacherSignals = Signals | StoredSignals
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Token ids, masks and labels of a batch. A mask marks tokens, not the positions that predict
-    them.
-
-    Attributes:
-        input_ids: [B, T] int64.
-        attention: [B, T] bool, False on padding.
-        response: [B, T] bool, tokens of the assistant's turns, including the end of turn.
-        vision: [B, T] bool, image tokens.
-        vision_labels: [B, T] int64 or None, the token of the object's name for image tokens inside
-            an object's box, -100 elsewhere.
-        end_id: id of the end-of-turn token.
-        background: [B, T] bool or None, tokens of a labelled image that are outside of all boxes.
-        rejected: [B] bool or None, sequences with rejected answers: the second half of a batch of
-            preference pairs.
-        reference_logps: [B] or None, log-probabilities of the answers under the reference model of
-            a preference objective.
-        starts: [B, T] bool or None, first token of each record in packed rows.
-        chunks: pieces of responses that student and teacher have in common, or None.
-        sources: [B, T] int64 or None, index of the data source of a token's record.
-        in_selected_sources: [B, T] bool or None, tokens of the records that the objective covers;
-            None for all.
-    """
-
-    input_ids: Tensor
-    attention: Tensor
-    response: Tensor
-    vision: Tensor
-    vision_labels: Tensor | None = None
-    background: Tensor | None = None
-    end_id: int = 0
-    rejected: Tensor | None = None
-    reference_logps: Tensor | None = None
-    starts: Tensor | None = None
-    chunks: Chunks | None = None
-    sources: Tensor | None = None
-    in_selected_sources: Tensor | None = None
-
-    def of(self, sources: frozenset[int] | None) -> "Targets":
-        """The same targets, with regions restricted to the records of some data sources; None for
-        all sources."""
-        if sources is None:
-            return self
-        if self.sources is None:
-            raise ValueError("the batch does not say which sources its records are from")
-        wanted = torch.tensor(sorted(sources), device=self.sources.device)
-        return replace(self, in_selected_sources=torch.isin(self.sources, wanted))
-
-    def predicts(self, region: Region) -> Tensor:
-        """[B, T] bool: the rows (positions) whose output distributions belong to a region.
-
-        Position t predicts token t+1, so `response` begins at the last prompt token. `vision`
-        covers the positions of the image tokens themselves (LLaVA-KD, arXiv 2410.16236, section
-        3.2), and `all` covers every position except padding. Rejected answers and records of other
-        data sources belong to no region.
-        """
-        if region == "vision":
-            rows = self.vision
-        elif region == "all":
-            rows = self.attention
-        elif region == "prompt":
-            rows = self._before(self.attention & ~self.response & ~self.vision)
-        else:
-            rows = self._before(self.response)
-        rows = rows if self.in_selected_sources is None else rows & self.in_selected_sources
-        return rows if self.rejected is None else rows & ~self.rejected[:, None]
-
-    def predicts_text(self) -> Tensor:
-        """[B, T] bool: the rows whose next token is a text token of the same record."""
-        return self._before(self.attention & ~self.vision)
-
-    def predicts_answers(self) -> Tensor:
-        """[B, T] bool: the rows that predict response tokens, including those of rejected
-        answers."""
-        return self._before(self.response)
-
-    def _before(self, tokens: Tensor) -> Tensor:
-        if self.starts is not None:
-            tokens = tokens & ~self.starts  # the token before belongs to another record
-        rows = torch.zeros_like(tokens)
-        rows[:, :-1] = tokens[:, 1:]
-        return rows & self.attention
-
-    def next_ids(self) -> Tensor:
-        """[B, T] int64: the next token at each position. The last column has no meaning."""
-        return torch.roll(self.input_ids, -1, dims=1)
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmkd.objectives.base import DecoderParts, Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import DecoderParts, Objective, Outcome
 from mmkd.objectives.chunks import Boundaries, Chunks, ChunkTokens
 from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import AlmConfig, UldConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import Head, binary_divergence, linear_uld, set_logps, token_logps
 
 EPSILON = 1e-8

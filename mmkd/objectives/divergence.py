@@ -12,7 +12,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmkd.objectives.base import Targets
 from mmkd.objectives.divergence_settings import (
     AlphaConfig,
     BalancedKlConfig,
@@ -22,6 +21,7 @@ from mmkd.objectives.divergence_settings import (
     SkewConfig,
 )
 from mmkd.objectives.scoring import ACCEPTANCE, HeadObjective
+from mmkd.objectives.targets import Targets
 from mmkd.ops import HeadLoss
 
 _OF_LOSS = {"kind", "temperature", "teacher_temperature", "top_k", "top_p", "rest"} | {

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.objectives.base import DecoderParts, Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import DecoderParts, Objective, Outcome
 from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import EmbeddingConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 
 
 class Embedding(Objective):

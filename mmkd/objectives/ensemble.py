@@ -24,7 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, Signals, Targets, TeacherSignals
+from mmkd.objectives.base import Objective
+from mmkd.objectives.signals import Signals, TeacherSignals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import token_logps
 
 

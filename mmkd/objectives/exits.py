@@ -21,20 +21,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmkd.objectives.base import (
-    DecoderParts,
-    Exit,
-    Objective,
-    Outcome,
-    Signals,
-    StoredSignals,
-    Targets,
-    TeacherSignals,
-)
+from mmkd.objectives.base import DecoderParts, Objective, Outcome
 from mmkd.objectives.divergence import DIVERGENCES
 from mmkd.objectives.exit_settings import ExitsConfig
 from mmkd.objectives.language_modeling import CrossEntropy
 from mmkd.objectives.scoring import HeadObjective, head_of
+from mmkd.objectives.signals import Exit, Signals, StoredSignals, TeacherSignals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import Head, SparseRows, head_losses
 from mmkd.runtime.registry import settings_kinds
 

@@ -19,8 +19,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.base_settings import GatheredObjectiveConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.runtime import distributed
 
 

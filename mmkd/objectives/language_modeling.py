@@ -7,9 +7,9 @@ M are the rows that predict the tokens of the region.
 
 from torch import Tensor
 
-from mmkd.objectives.base import Targets
 from mmkd.objectives.divergence_settings import CrossEntropyConfig
 from mmkd.objectives.scoring import HeadObjective
+from mmkd.objectives.targets import Targets
 from mmkd.ops import HeadLoss
 
 

@@ -31,14 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmkd.objectives.base import (
-    DecoderParts,
-    LayerSignals,
-    Objective,
-    Outcome,
-    Signals,
-    Targets,
-)
+from mmkd.objectives.base import DecoderParts, Objective, Outcome
 from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import (
     HiddenMseConfig,
@@ -47,6 +40,8 @@ from mmkd.objectives.settings import (
     MatrixConfig,
     MixerMseConfig,
 )
+from mmkd.objectives.signals import LayerSignals, Signals
+from mmkd.objectives.targets import Targets
 
 EPSILON = 1e-8
 """Is added to the mean square of a teacher's token in `normalize: token`."""

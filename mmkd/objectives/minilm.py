@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmkd.objectives.base import LayerSignals, Outcome, Signals, Targets
+from mmkd.objectives.base import Outcome
 from mmkd.objectives.layerwise import Layerwise
 from mmkd.objectives.settings import MiniLmConfig, MiniLmRelation, Projection
+from mmkd.objectives.signals import LayerSignals, Signals
+from mmkd.objectives.targets import Targets
 
 TILE_ELEMENTS = 2**22  # relations in memory at the same time
 

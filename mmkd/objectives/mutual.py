@@ -22,17 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.objectives.base import (
-    DecoderParts,
-    LayerSignals,
-    Outcome,
-    Signals,
-    Targets,
-    scale_to_global_mean,
-)
+from mmkd.objectives.base import DecoderParts, Outcome, scale_to_global_mean
 from mmkd.objectives.layerwise import Layerwise
 from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.settings import MutualConfig
+from mmkd.objectives.signals import LayerSignals, Signals
+from mmkd.objectives.targets import Targets
 
 FACTOR = 10.0
 """The critic's factor before training."""

@@ -27,8 +27,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.settings import PreferenceConfig, PreferenceKind
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import CHUNK_BYTES, token_logps
 
 

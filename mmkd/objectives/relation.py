@@ -16,13 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Objective,
-    Outcome,
-    Signals,
-    Targets,
-)
+from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.settings import RelationConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops.gram import gram_inner
 
 JITTER = 1e-10  # relative to the head's mean square, so that W^T W has a Cholesky factor

@@ -7,16 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Objective,
-    Outcome,
-    Signals,
-    StoredSignals,
-    Targets,
-    TeacherSignals,
-)
+from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.ensemble import row_weights
 from mmkd.objectives.gradient_norms import GradientNorms
+from mmkd.objectives.signals import Signals, StoredSignals, TeacherSignals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import Head, HeadLoss, SparseRows, head_losses
 
 ACCEPTANCE = "acceptance"

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmkd.objectives.base import Objective, Outcome, Signals, Targets
+from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.divergence_settings import SinkhornConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import Head, linear_sinkhorn
 
 

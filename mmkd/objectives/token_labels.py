@@ -16,14 +16,10 @@ arXiv 2104.10858). It needs records with `objects` (name and box).
 import torch
 from torch import Tensor
 
-from mmkd.objectives.base import (
-    Objective,
-    Outcome,
-    Signals,
-    Targets,
-    scale_to_global_mean,
-)
+from mmkd.objectives.base import Objective, Outcome, scale_to_global_mean
 from mmkd.objectives.settings import TokenLabelsConfig
+from mmkd.objectives.signals import Signals
+from mmkd.objectives.targets import Targets
 from mmkd.ops import linear_cross_entropy
 
 EPSILON = 1e-6
