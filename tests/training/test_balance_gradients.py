@@ -1,6 +1,7 @@
 """`balance_gradients`: weights from the norms of the objectives' gradients in the step before."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmkd.objectives.gradient_norms import GradientNorms
 from mmkd.objectives.settings import AffinityConfig
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline, preflight
+from mmkd.training.gathered import MicroBatch, first_pass
 from tests.support.breaking import broken_off
 from tests.support.recipes import tiny_recipe
 
@@ -69,6 +71,35 @@ def test_weights_are_those_of_the_definition(scale):
         shares = {name: given[name] / squares[name] ** 0.5 for name in given}
         weights = {name: share / sum(shares.values()) for name, share in shares.items()}
     assert norms.find_weights() == pytest.approx(weights, rel=1e-9)
+
+
+def test_the_norm_of_a_gathered_objective_is_that_over_all_micro_batches():
+    objectives = [build_objective(CONFIGS[i]) for i in (0, 2)]
+    counts = {"ce": 14.0, "affinity": 4.0}
+    parts = [batch(0), batch(1)]
+    students = {id(targets): student for student, _, targets in parts}
+    hidden, theirs = (torch.cat([p[i].hidden.detach() for p in parts]) for i in (0, 1))
+    whole = Targets(*(torch.cat([getattr(p[2], name) for p in parts])
+                      for name in ("input_ids", "attention", "response", "vision")))  # fmt: skip
+    mine = Signals(hidden.requires_grad_(), normal(1, V, H))
+    loss = objectives[1](mine, Signals(theirs, normal(2, V, H)), whole, 4.0).loss
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    norms = GradientNorms(objectives)
+    norms.begin(torch.device("cpu"))
+    teachers = {id(targets): teacher for _, teacher, targets in parts}
+    micros = first_pass(
+        [SimpleNamespace(targets=targets) for _, _, targets in parts],
+        objectives,
+        {"affinity": 4.0},
+        prepare=lambda b, asked: MicroBatch(b, asked, {"": teachers[id(b.targets)]}),
+        read=lambda micro, features: features(students[id(micro.batch.targets)]),
+    )
+    for micro in micros:
+        student, targets = students[id(micro.batch.targets)], micro.batch.targets
+        total, _ = score(micro.objectives, student, micro.compared, targets, counts, norms)
+        total.backward()
+    norms.end(norms.sums(), 1.0)
+    assert norms.norms[1].item() == pytest.approx(gradient.norm().item(), rel=1e-6)
 
 
 def test_an_objective_without_a_gradient_keeps_its_norm():
