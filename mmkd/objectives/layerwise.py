@@ -32,14 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.objectives.base import DecoderParts, Objective, Outcome
-from mmkd.objectives.linear_maps import apply_map, linear_map
-from mmkd.objectives.settings import (
+from mmkd.objectives.layer_settings import (
     HiddenMseConfig,
     LayerL2Config,
     LayerwiseConfig,
     MatrixConfig,
     MixerMseConfig,
 )
+from mmkd.objectives.linear_maps import apply_map, linear_map
 from mmkd.objectives.signals import LayerSignals, Signals
 from mmkd.objectives.targets import Targets
 

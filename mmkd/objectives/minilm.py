@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmkd.objectives.base import Outcome
+from mmkd.objectives.layer_settings import MiniLmConfig, MiniLmRelation, Projection
 from mmkd.objectives.layerwise import Layerwise
-from mmkd.objectives.settings import MiniLmConfig, MiniLmRelation, Projection
 from mmkd.objectives.signals import LayerSignals, Signals
 from mmkd.objectives.targets import Targets
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.objectives.base import DecoderParts, Outcome, scale_to_global_mean
+from mmkd.objectives.layer_settings import MutualConfig
 from mmkd.objectives.layerwise import Layerwise
 from mmkd.objectives.linear_maps import apply_map, linear_map
-from mmkd.objectives.settings import MutualConfig
 from mmkd.objectives.signals import LayerSignals, Signals
 from mmkd.objectives.targets import Targets
 

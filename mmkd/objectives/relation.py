@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmkd.objectives.base import Objective, Outcome
-from mmkd.objectives.settings import RelationConfig
+from mmkd.objectives.layer_settings import RelationConfig
 from mmkd.objectives.signals import Signals
 from mmkd.objectives.targets import Targets
 from mmkd.ops.gram import gram_inner

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from mmkd.objectives import REGISTRY, HeadObjective, HeadObjectiveConfig, build_objective
 from mmkd.objectives.base_settings import Need, ObjectiveConfig
 from mmkd.objectives.exit_settings import ExitsConfig
-from mmkd.objectives.settings import SETTINGS, PreferenceConfig, RelationConfig
+from mmkd.objectives.layer_settings import RelationConfig
+from mmkd.objectives.settings import SETTINGS, PreferenceConfig
 from mmkd.runtime.registry import settings_kinds
 
 NEEDS = {

@@ -11,7 +11,8 @@ from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import CaptureRequest, LayerPlan
 from mmkd.objectives import Targets, build_objective
-from mmkd.objectives.settings import DivergenceConfig, HiddenMseConfig, MiniLmConfig
+from mmkd.objectives.layer_settings import HiddenMseConfig, MiniLmConfig
+from mmkd.objectives.settings import DivergenceConfig
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.teachers import LiveTeacher, TeacherSet, reference_name

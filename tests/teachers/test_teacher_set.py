@@ -12,7 +12,8 @@ from mmkd.modeling.capture_request import CaptureRequest
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import Objective, build_objective
 from mmkd.objectives.divergence_settings import DivergenceConfig
-from mmkd.objectives.settings import HiddenMseConfig, PreferenceConfig
+from mmkd.objectives.layer_settings import HiddenMseConfig
+from mmkd.objectives.settings import PreferenceConfig
 from mmkd.recipe import DataConfig, ModelConfig, TeacherConfig, load_recipe
 from mmkd.teachers import (
     LiveTeacher,

@@ -9,7 +9,7 @@ from torch.nn.functional import dropout
 from mmkd.data.batch import Batch
 from mmkd.objectives import Signals, Targets, build_objective, score
 from mmkd.objectives.affinity import AffinityConfig
-from mmkd.objectives.settings import RelationConfig
+from mmkd.objectives.layer_settings import RelationConfig
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
 from mmkd.training.checkpoint import random_states
