@@ -185,7 +185,8 @@ class Objective:
 
         They train with the student. They are a part of checkpoints, and neither of the student's
         folder nor of a release. The modules must be called in every forward pass, also if the
-        batch has no rows, because processes gather sharded weights together.
+        batch has no rows, because processes gather sharded weights together. Parameters have at
+        least one dimension.
 
         Args:
             student: its modules before the stage, with all weights. They must be copied to be used.

@@ -42,8 +42,9 @@ class Critic(nn.Module):
     def __init__(self, student: int, teacher: int, width: int):
         super().__init__()
         self.student, self.teacher = linear_map(student, width), linear_map(teacher, width)
-        self.log_factor = nn.Parameter(torch.tensor(math.log(FACTOR)))
-        self.log_baseline = nn.Parameter(torch.zeros(()))
+        # One element and not a scalar: DeepSpeed has no parameters without dimensions.
+        self.log_factor = nn.Parameter(torch.full((1,), math.log(FACTOR)))
+        self.log_baseline = nn.Parameter(torch.zeros(1))
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The critic of all pairs, [K, K], with students in rows, and b.
@@ -53,7 +54,7 @@ class Critic(nn.Module):
         """
         mine = F.normalize(apply_map(self.student, student), dim=-1)
         theirs = F.normalize(apply_map(self.teacher, teacher), dim=-1)
-        return mine @ theirs.T * self.log_factor.float().exp(), self.log_baseline.float()
+        return mine @ theirs.T * self.log_factor.float().exp(), self.log_baseline.float()[0]
 
 
 def interpolated_bound(critic: Tensor, log_baseline: Tensor, alpha: float) -> Tensor:

@@ -31,6 +31,9 @@ def build_own(
         objectives: of the stage, before they are copied for each of several teachers.
         student: before the stage, with all its weights and without adapters.
         teacher: the primary teacher's model; None if it does not run.
+
+    Raises:
+        RecipeError: a parameter has no dimension.
     """
     own = nn.ModuleDict()
     if any(o.config.trains_own for o in objectives):
@@ -38,8 +41,19 @@ def build_own(
         for objective in objectives:
             objective.own = objective.own_modules(*parts)
             if objective.own is not None:
+                _check_dimensions(objective.name, objective.own)
                 own[objective.name] = objective.own
     return own
+
+
+def _check_dimensions(objective: str, own: nn.Module) -> None:
+    for name, parameter in own.named_parameters():
+        if parameter.dim() == 0:
+            raise RecipeError(
+                f"its parameter {name} has no dimension, which DeepSpeed cannot train",
+                where=f"objective {objective}",
+                hint="give it one dimension, of size 1",
+            )
 
 
 def _parts(model: PreTrainedModel) -> DecoderParts:

@@ -184,6 +184,16 @@ def test_all_parameters_of_a_critic_have_gradients(alpha):
     assert all(p.grad is not None for p in own.parameters())
 
 
+def test_parameters_without_dimensions_are_refused(tiny_model_dir):
+    """DeepSpeed cannot send them to other processes."""
+    model = load_model(ModelConfig(model=str(tiny_model_dir)))
+    objective = build_objective(MutualConfig(kind="mutual", layers=[0]))
+    build_own([objective], model, model)
+    objective.own_modules = lambda *_: torch.nn.ParameterDict({"a": torch.zeros(())})
+    with pytest.raises(RecipeError, match="objective mutual: its parameter a has no dimension"):
+        build_own([objective], model, model)
+
+
 def test_maps_keep_their_precision_under_autocast():
     module, hidden = linear_map(HS, HT), normal(4, HS).float()
     with torch.autocast("cpu", torch.bfloat16):
