@@ -124,7 +124,8 @@ def distill(
         held_out: records to measure losses on: a share of the dataset such as 0.05, or as
             `dataset`.
         data: further keys of a recipe's `data`, such as `{"max_length": 1024}`.
-        out: a new folder for student, metrics and checkpoints; None writes nothing that stays.
+        out: a new folder for student, metrics and checkpoints; None writes nothing that stays, and
+            parameters that belong to objectives are lost.
         seed: of data order, dropout and new weights.
         callbacks: called at moments of the stage.
         stage: further keys of a recipe's stage: steps or epochs, batch, optimizer, train, ...

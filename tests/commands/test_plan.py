@@ -138,6 +138,22 @@ def test_exits_and_balanced_objectives_have_their_own_products(
     assert head(kl, ce, balance_gradients=True) == pytest.approx([2 * x for x in alone])
 
 
+def test_own_parameters_of_objectives_take_memory(scenes_dir, tiny_model_dir, tmp_path):
+    def planned(*objectives):
+        raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": objectives},
+                          teacher={"model": str(tiny_model_dir)})  # fmt: skip
+        [stage] = make_plan(load_recipe(raw))["members"]["student"]["stages"]
+        return stage
+
+    alone = planned({"kind": "ce"})
+    mapped = planned({"kind": "ce"}, {"kind": "hidden_mse", "layers": [0, 1], "linear_map": True})
+    added = 2 * 32 * 32  # a matrix for each layer
+    more = {k: mapped["memory_bytes"][k] - alone["memory_bytes"][k] for k in alone["memory_bytes"]}
+    assert more["student_weights"] == more["gradients"] == 4 * added
+    assert more["optimizer"] == 8 * added
+    assert mapped["trainable"] == alone["trainable"]
+
+
 def test_only_experts_that_a_token_meets_cost_flops(scenes_dir, tiny_model_dir, tmp_path):
     def plan(*convert):
         student = {"model": str(tiny_model_dir), "convert": list(convert)}

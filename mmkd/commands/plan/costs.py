@@ -215,9 +215,10 @@ def memory(
     teachers: Sequence[PlannedTeacher],
     stage: StageConfig,
     sample: Sample,
+    own: int = 0,
 ) -> dict[str, int]:
     """Bytes per process, an estimate: weights, gradients, optimizer, activations, head chunk; the
-    student's trainable weights are chosen.
+    student's trainable weights are chosen. `own` parameters of objectives count as the student's.
 
     Memory on the CPU of a GPU run is under `cpu`, and not in the total. ZeRO stage 1
     spreads master weights and optimizer states, 2 gradients too, 3 weights too (Rajbhandari et al.
@@ -241,7 +242,8 @@ def memory(
         kept += _layer(shape, tokens, patches)  # the one that runs again
     rows = sample.projected * batch
     copied = sum(p.numel() for p in student.parameters() if needs_master(p))
-    found = _student_states(parameter_count(student), trained, copied, weight, stage, precision)
+    whole, trained = parameter_count(student) + own, trained + own
+    found = _student_states(whole, trained, copied, weight, stage, precision)
     room = stage.engine.head_memory * 2**20
     found |= {
         "activations": round(kept * scale),

@@ -30,6 +30,7 @@ from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor, finished, set_trainable, student_at
 from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
+from mmkd.training.objective_modules import build_own
 from mmkd_models.layout import mamba_layers
 
 SAMPLED_RECORDS = 48
@@ -169,6 +170,9 @@ def plan_stage(
     device = distributed.choose_device(stage.engine.device)
     per_step = stage.batch.records_per_step(processes)
     steps = timings.steps_over(stage, records)
+    teacher = _primary(recipe, student, teachers)
+    with torch.device("meta"):
+        own = parameter_count(build_own(objectives, student, teacher))
     trained = sum(p.numel() for n, p in student.named_parameters() if n in trainable)
     asked = _planned_teachers(recipe, stage, teachers, student, device)
     if asked and asked[0].placement == "replicated":
@@ -197,7 +201,7 @@ def plan_stage(
         "tokens": round(sample.length * per_step) * steps,
         "flops": flops["total"] * steps,
         "seconds": None if second is None else second * steps,
-        "memory_bytes": memory(student, trained, asked, stage, sample),
+        "memory_bytes": memory(student, trained, asked, stage, sample, own),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, stage, asked),
     }
@@ -209,9 +213,7 @@ def _objectives_of(
     student: PreTrainedModel,
     teachers: Mapping[str, PreTrainedModel],
 ) -> list[Objective]:
-    primary = recipe.teacher
-    own = primary is not None and primary.source == "self"
-    teacher = student if own else teachers.get(primary.name) if primary is not None else None
+    teacher = _primary(recipe, student, teachers)
     return [
         build_objective(
             o,
@@ -221,6 +223,16 @@ def _objectives_of(
         )
         for o in stage.objectives
     ]
+
+
+def _primary(
+    recipe: Recipe, student: PreTrainedModel, teachers: Mapping[str, PreTrainedModel]
+) -> PreTrainedModel | None:
+    """The primary teacher's model; None if there is none, or a cache."""
+    primary = recipe.teacher
+    if primary is None:
+        return None
+    return student if primary.source == "self" else teachers.get(primary.name)
 
 
 def _layers_that_run(objectives: Sequence[Objective]) -> int | None:
