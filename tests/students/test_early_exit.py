@@ -1,9 +1,14 @@
 """A student that ends at an exit has the exit's output."""
 
+import re
+import shlex
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mmkd.cli import main
 from mmkd.errors import MmkdError, RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import CaptureRequest
@@ -17,6 +22,7 @@ from mmkd.runtime.files import read_json
 from mmkd.students import convert
 from mmkd.training.objective_modules import build_own, write_own
 from tests.support import families
+from tests.support.places import DOCS
 from tests.support.recipes import tiny_recipe
 
 
@@ -49,7 +55,9 @@ def test_its_output_is_that_of_the_exit(name, settings, tmp_path):
     assert len(report.lines) == 1 + len(settings)
 
 
-def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_path):
+def test_runs_and_commands_make_it_from_a_finished_stage(
+    scenes_dir, tiny_model_dir, tmp_path, monkeypatch
+):
     """The exit's loss falls, and the second run begins with what the first one has trained."""
     exits = {"kind": "exits", "layers": [0], "loss": "ce", "norm": "own", "weighting": "equal"}
     stage = {"objectives": [exits], "steps": 12, "optimizer": {"lr": 1e-2}}
@@ -58,6 +66,14 @@ def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_pa
     done = first / "01-mimic"
     end = {"kind": "early_exit", "layer": 0, "objectives": str(done / "objectives.safetensors")}
     raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, name="early", stage={"steps": 1})
+    page = (DOCS / "methods" / "exits.md").read_text()
+    words = re.search(r"^mmkd (convert .*?)^```", page, re.M | re.S)
+    typed = words[1].replace("runs/NAME", str(first)).replace("layer: 11", "layer: 0")
+    typed = typed.replace("--out small", f"--out {tmp_path / 'small'}")
+    monkeypatch.setattr(sys, "argv", ["mmkd", *shlex.split(typed.replace("\\\n", ""))])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
     raw["student"] = {"model": str(done / "student"), "convert": [end]}
     folder = pipeline.run(load_recipe(raw))
     noted = read_json(folder / "00-start" / "inputs.json")["files"]
@@ -70,9 +86,10 @@ def test_a_run_makes_it_from_a_finished_stage(scenes_dir, tiny_model_dir, tmp_pa
     assert started.config.text_config.num_hidden_layers == 1
     whole = load_model(ModelConfig(model=str(done / "student")))
     convert(whole, EarlyExitConfig(**end))
-    assert all(
-        torch.equal(p, q) for p, q in zip(started.parameters(), whole.parameters(), strict=True)
-    )
+    written = load_model(ModelConfig(model=str(tmp_path / "small")))
+    for same in (whole, written):
+        pairs = zip(started.parameters(), same.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 @pytest.mark.parametrize(
