@@ -338,22 +338,34 @@ def print_tables(tables: Tables) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table in the terminal. It is transposed if it is too wide."""
+    """Print a table in the terminal. If it is too wide, it is transposed, with as many models side
+    by side as fit."""
+    whole = _drawn(table)
+    if _fits(whole):
+        console.print(whole)
+        return
+    rows, title = table.rows, table.title
+    while rows:
+        parts = (_on_its_side(table, rows[:n], title) for n in range(len(rows), 1, -1))
+        part = next(filter(_fits, parts), _on_its_side(table, rows[:1], title))
+        console.print(part)
+        rows, title = rows[len(part.columns) - 1 :], f"{table.title}, continued"
+
+
+def _fits(drawn: RichTable) -> bool:
     unbounded = console.options.update(max_width=10_000)
-    wide = _drawn(table)
-    fits = console.measure(wide, options=unbounded).maximum <= console.width
-    console.print(wide if fits else _on_its_side(table))
+    return console.measure(drawn, options=unbounded).maximum <= console.width
 
 
-def _frame(table: Table) -> RichTable:
+def _frame(title: str) -> RichTable:
     return RichTable(
-        title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
     )
 
 
 def _drawn(table: Table) -> RichTable:
     """Models as rows."""
-    drawn = _frame(table)
+    drawn = _frame(table.title)
     drawn.add_column("")
     for column in table.columns:
         drawn.add_column(Text(_heading(table, column, "\n")), justify="right", no_wrap=True)
@@ -363,16 +375,16 @@ def _drawn(table: Table) -> RichTable:
     return drawn
 
 
-def _on_its_side(table: Table) -> RichTable:
-    """Models as columns, for narrow terminals."""
-    drawn = _frame(table)
+def _on_its_side(table: Table, rows: Sequence[Row], title: str) -> RichTable:
+    """Some models as columns, for narrow terminals."""
+    drawn = _frame(title)
     drawn.add_column("", no_wrap=True)
-    for row in table.rows:
+    for row in rows:
         style = _STYLES.get(row.role, "")
         drawn.add_column(_named(row, "\n"), justify="right", style=style)
     for i, column in enumerate(table.columns):
         ends = i + 1 < len(table.columns) and table.columns[i + 1].group != column.group
-        cells = (_cell(table, row, column) for row in table.rows)
+        cells = (_cell(table, row, column) for row in rows)
         drawn.add_row(Text(_heading(table, column, " ")), *cells, end_section=ends)
     return drawn
 

@@ -185,6 +185,22 @@ def test_documents_are_joined_only_where_the_question_is_the_same() -> None:
     assert join({}) == {}
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_table_of_many_students_is_printed_in_parts(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(record=True, width=width, file=io.StringIO())
+    monkeypatch.setattr(tables_module, "console", console)
+    names = [f"student-{n:02d}" for n in range(15)]
+    print_scores({name: scores((50 + n) / 100) for n, name in enumerate(names)})
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert len({text.count(name) for name in names}) == 1  # once in each table
+    assert all(f"{50 + n}.0" in text for n in range(15))
+    assert ("Scores, continued" in text) == (width < 200)
+
+
 def test_disagreement_without_verdicts_is_about_words() -> None:
     said: list[dict[str, Any]] = [
         {"prediction": "a ", "correct": None},
