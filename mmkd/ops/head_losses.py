@@ -152,14 +152,12 @@ class _HeadLosses(torch.autograd.Function):
         memory: int,
         kernel: ModuleType | None,
     ) -> tuple[Tensor, Tensor]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         width = max(weight.shape[0] if x.vocab_size is None else x.vocab_size for x in losses)
         own = weight[:width].to(hidden.dtype)
         own_bias = None if bias is None else bias[:width]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
+        grads = new_gradients(ctx, hidden, weight, bias, wide)
+        grad_hidden, grad_weight, grad_bias = grads
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
         # The kernel reads logits in the dtype of the matrix product, and rounds their gradient.
         as_is = kernel is not None and _one_dtype(Head(hidden, weight, bias), teacher)
@@ -186,7 +184,7 @@ class _HeadLosses(torch.autograd.Function):
                     grad_weight[:width].addmm_(grad.t(), h)
                 elif grad_weight is not None:
                     grad_weight[:width] += grad.t() @ h
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.grads = grads
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         scales = sums.new_tensor([loss.scale for loss in losses])
         total, sums = (scales @ sums).to(wide), sums.to(wide)
@@ -196,6 +194,45 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         return (*scaled_gradients(ctx, grad_outputs[0]), None, None, None, None, None)
+
+
+HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Gradients of hidden states [N, H], weight [V, H] and bias [V]; None where none is needed."""
+
+
+def new_gradients(
+    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> HeadGradients:
+    """Zeros for the gradients of an autograd function whose first inputs are hidden states, weight
+    and bias. Those of weight and bias have `dtype`."""
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    return (
+        torch.zeros_like(hidden) if need_hidden else None,
+        torch.zeros_like(weight, dtype=dtype) if need_weight else None,
+        torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None,
+    )
+
+
+def add_gradients(
+    into: HeadGradients, grad: Tensor, rows: slice, hidden: Tensor, weight: Tensor
+) -> None:
+    """Add the gradients of a chunk of rows.
+
+    Args:
+        into: of `new_gradients`.
+        grad: [C, V], gradient of the chunk's logits.
+        rows: of the chunk.
+        hidden: [N, H].
+        weight: [V, H], in the dtype of `hidden`.
+    """
+    of_hidden, of_weight, of_bias = into
+    if of_bias is not None:
+        of_bias += grad.sum(0)
+    grad = grad.to(hidden.dtype)
+    if of_hidden is not None:
+        of_hidden[rows] = grad @ weight
+    if of_weight is not None:
+        of_weight += grad.t() @ hidden[rows]
 
 
 def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:

@@ -30,7 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.ops.head_losses import CHUNK_BYTES, project, rows_per_chunk, scaled_gradients
+from mmkd.ops.head_losses import (
+    CHUNK_BYTES,
+    add_gradients,
+    new_gradients,
+    project,
+    rows_per_chunk,
+    scaled_gradients,
+)
 from mmkd.ops.terms import Head
 from mmkd.ops.token_logps import wide
 
@@ -108,12 +115,9 @@ class _Sinkhorn(torch.autograd.Function):
         settings: tuple[float, float, int, int],
     ) -> Tensor:
         temperature, epsilon, iterations, chunk = settings
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = wide(hidden)
         own = weight.to(hidden.dtype)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None
+        grads = new_gradients(ctx, hidden, weight, bias, dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
         start = 0
         for first in range(0, len(sizes), chunk):
@@ -126,14 +130,8 @@ class _Sinkhorn(torch.autograd.Function):
             value, slope = _transport(q, p, some, epsilon, iterations)
             total += value
             grad = slope.sub_((q * slope).sum(1, keepdim=True)).mul_(q).div_(temperature)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ own
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[rows]
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+            add_gradients(grads, grad, rows, hidden, own)
+        ctx.grads = grads
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total.to(dtype)
 

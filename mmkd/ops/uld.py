@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.ops.head_losses import CHUNK_BYTES, project, rows_per_chunk, scaled_gradients
+from mmkd.ops.head_losses import (
+    CHUNK_BYTES,
+    add_gradients,
+    new_gradients,
+    project,
+    rows_per_chunk,
+    scaled_gradients,
+)
 from mmkd.ops.terms import Head
 
 BUFFERS = 9
@@ -67,12 +74,9 @@ class _Uld(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Head, chunk: int
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         own = weight.to(hidden.dtype)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
+        grads = new_gradients(ctx, hidden, weight, bias, wide)
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -81,14 +85,8 @@ class _Uld(torch.autograd.Function):
             value, slope = _distance(q, p.to(q.dtype))
             total += value
             grad = q * (slope - (q * slope).sum(1, keepdim=True))  # [C, V]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ own
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[rows]
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+            add_gradients(grads, grad, rows, hidden, own)
+        ctx.grads = grads
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total.to(wide)
 
