@@ -1,0 +1,1 @@
+"""Answers that models write to questions about images, for records to train on."""

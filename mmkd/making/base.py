@@ -1,0 +1,77 @@
+"""What a maker is asked, what it answers, and its interface.
+
+A maker is a model that writes answers: one in this process, or one on a server.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from mmkd.recipe import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation that ends before an answer.
+
+    Attributes:
+        key: hex digest of everything that the answer depends on.
+        messages: chat messages. Their contents are lists of {"type": "text", "text": ...} and
+            {"type": "image"}.
+        images: reads the images when the request is sent, in the order of the image parts.
+        seed: of the answer's random numbers, 0 <= seed < 2**31; a function of the key.
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    images: Callable[[], list[Image.Image]]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a request.
+
+    Attributes:
+        text: without end tokens.
+        finished: the model ended it; False if `max_new_tokens` was reached.
+    """
+
+    text: str
+    finished: bool
+
+
+class Maker(Protocol):
+    """A model that answers requests.
+
+    Attributes:
+        name: what messages and provenance call it.
+        revision: identifies the model: a hash of its weights, or its server and id.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        keep: Callable[[Request, Answer], None],
+    ) -> None:
+        """Answer requests. If it returns, all are answered.
+
+        Args:
+            requests: in any order.
+            sampling: how answers are sampled.
+            keep: called from this thread with each answer as soon as it is there, in any order.
+
+        Raises:
+            MmkdError: a request cannot be answered. Earlier answers were passed to `keep`.
+            StoppedError: the process was asked to stop. No further request is started.
+        """
+        ...
