@@ -6,7 +6,17 @@ from typing import Annotated, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Plugins, Trusted, data_app, notes
+from mmkd.cli.app import (
+    AsJson,
+    Nproc,
+    Overrides,
+    Plugins,
+    RecipeFile,
+    Trusted,
+    begin,
+    data_app,
+    notes,
+)
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -71,6 +81,31 @@ def pairs(
         "have answers of equal score only"
         + (f"; {made.cut:,} answers left out, cut at max_new_tokens" if made.cut else "")
     )
+
+
+@data_app.command()
+def answers(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="entry of 'make'; repeat for several, all by default"),
+    ] = None,
+    plugin: Plugins = None,
+    trusted: Trusted = None,
+    nproc: Nproc = 1,
+) -> None:
+    """Have models answer questions about images, check the answers, and write them as records.
+
+    A second call asks only for what is missing.
+    """
+    options = [word for name in only or () for word in ("--only", name)]
+    read = begin(["data", "answers"], recipe, overrides, plugin, nproc, options)
+    from mmkd.commands.make_answers import make_entries
+    from mmkd.runtime import distributed
+
+    make_entries(read, only or ())
+    distributed.disconnect()
 
 
 @data_app.command()

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from mmkd.data.continuation import append_tokens
 from mmkd.data.encoder import Encoder
 from mmkd.data.generation import end_tokens, neutral_settings, padding_token
 from mmkd.data.schema import Record
+from mmkd.data.seeded import SeededSampling
 from mmkd.data.templates import without_media_tokens
 from mmkd.errors import NonFiniteLossError
 from mmkd.recipe import SamplingConfig
@@ -94,6 +96,7 @@ def sample_answers(
     count: int = 1,
     ends: int | Iterable[int] | None = None,
     inputs: dict[str, Tensor] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Sampled]:
     """Sample answers from a model. The global random state is not changed.
 
@@ -111,6 +114,8 @@ def sample_answers(
         ends: `eos_token_id` of the model's generation settings, in addition to the chat template's
             end of turn and the tokenizer's end token.
         inputs: of the prompts, if they are encoded already; further rows are ignored.
+        seeds: of the random numbers of each prompt, instead of `seed`. An answer then does not
+            depend on the other prompts, up to the rounding of logits. `count` must be 1.
 
     Raises:
         NonFiniteLossError: the model's probabilities are not finite, because it has diverged.
@@ -118,7 +123,7 @@ def sample_answers(
     stops = end_tokens(encoder.processor, ends)
     inputs = encoder.prompts(prompts) if inputs is None else inputs
     inputs = {k: v.to(device) for k, v in inputs.items()}
-    said = _generated(generate, encoder, prompts, inputs, settings, stops, seed, count)
+    said = _generated(generate, encoder, prompts, inputs, settings, stops, seed, count, seeds)
     return [_sampled(row, stops, encoder.processor) for row in said[: len(prompts) * count]]
 
 
@@ -181,6 +186,7 @@ def _generated(
     stops: list[int],
     seed: int,
     count: int = 1,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Tokens that the model generates after each row of the inputs, with padding after the end."""
     options = neutral_settings() | {
@@ -188,7 +194,9 @@ def _generated(
         "eos_token_id": stops or None,
         "pad_token_id": padding_token(encoder.processor, stops),
     }
-    if settings.temperature > 0:
+    if settings.temperature > 0 and seeds is not None:
+        options |= {"logits_processor": LogitsProcessorList([SeededSampling(settings, seeds)])}
+    elif settings.temperature > 0:
         options |= {
             "do_sample": True,
             "temperature": settings.temperature,

@@ -158,6 +158,25 @@ def image_size(ref: Any, root: Path | None) -> tuple[int, int]:
         return (height, width) if _orientation(picture) >= 5 else (width, height)
 
 
+def image_content(ref: Any, root: Path | None) -> bytes | None:
+    """The bytes of an image's file, which are not checked; None for a decoded image.
+
+    Raises:
+        DataError: it is missing, outside of `root`, or cannot be read.
+    """
+    if isinstance(ref, Image.Image):
+        return None
+    name, found = _found(ref, root)
+    if isinstance(found, io.BytesIO):
+        return found.getvalue()
+    try:
+        return Path(found).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {name} ({error.strerror})", kind="image not readable"
+        ) from error
+
+
 def _orientation(picture: Image.Image) -> int:
     """EXIF orientation from the header only, so that an image has the same size before and after
     decoding."""

@@ -37,10 +37,13 @@ class Answer:
     Attributes:
         text: without end tokens.
         finished: the model ended it; False if `max_new_tokens` was reached.
+        error: why the question could not be asked, such as an image that cannot be read. Then
+            there is no text.
     """
 
     text: str
     finished: bool
+    error: str | None = None
 
 
 class Maker(Protocol):
@@ -74,4 +77,8 @@ class Maker(Protocol):
             MmkdError: a request cannot be answered. Earlier answers were passed to `keep`.
             StoppedError: the process was asked to stop. No further request is started.
         """
+        ...
+
+    def release(self) -> None:
+        """Free what the model takes of this machine's memory, until it is asked again."""
         ...

@@ -6,6 +6,7 @@ key. Relative paths are resolved from the working directory first, then from the
 recipe file: `mmkd.recipe.paths`.
 """
 
+from mmkd.recipe.answer_checks import CHECKS, AnyCheckConfig, Check, CheckConfig, add_check
 from mmkd.recipe.conversions import (
     CONVERSIONS,
     AnyConversionConfig,
@@ -27,6 +28,7 @@ from mmkd.recipe.conversions import (
 )
 from mmkd.recipe.evaluation import ANSWER_ECE, TOKEN_ECE, EvaluateConfig, SamplesConfig
 from mmkd.recipe.load import load_recipe, load_release, load_student, load_written, to_yaml
+from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig
 from mmkd.recipe.models import (
     ImageSizeConfig,
     ModelConfig,
@@ -38,6 +40,7 @@ from mmkd.recipe.models import (
     TrackerName,
 )
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
@@ -61,14 +64,21 @@ from mmkd.recipe.stages import (
 __all__ = [
     "ANSWER_CE",
     "ANSWER_ECE",
+    "CHECKS",
     "CONVERSIONS",
     "HUB",
+    "MADE",
     "STEP_METRICS",
+    "STUDENT",
     "TEACHER_KL",
     "TOKEN_ECE",
     "VALIDATION_METRICS",
+    "AnyCheckConfig",
     "AnyConversionConfig",
     "BatchConfig",
+    "CandidatesConfig",
+    "Check",
+    "CheckConfig",
     "Conversion",
     "ConversionConfig",
     "DataConfig",
@@ -84,6 +94,7 @@ __all__ = [
     "LastLayers",
     "LayerSelection",
     "LoraConfig",
+    "MakeConfig",
     "MambaConfig",
     "MambaInit",
     "ModelConfig",
@@ -98,6 +109,7 @@ __all__ = [
     "SamplesConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "ServerConfig",
     "SourceConfig",
     "StageConfig",
     "StudentConfig",
@@ -108,6 +120,7 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "WidthPruningConfig",
+    "add_check",
     "add_conversion",
     "load_recipe",
     "load_release",

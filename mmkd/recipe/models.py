@@ -8,7 +8,9 @@ from mmkd.errors import nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.evaluation import EvaluateConfig
+from mmkd.recipe.making import MakeConfig, check_makers, with_made
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stages import StageConfig
 from mmkd.runtime.fields import (
@@ -250,6 +252,12 @@ class Recipe(Strict):
         [], description="further teachers; write them as a list under 'teacher'"
     )
     student: StudentConfig
+    servers: dict[Label, ServerConfig] = Field(
+        {}, description="name -> a model on a server that can answer and judge"
+    )
+    make: dict[Label, MakeConfig] = Field(
+        {}, description="name -> records that a model makes; data.train can be made:NAME"
+    )
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1, max_length=1000)
     assistant: AssistantConfig | None = None
@@ -274,6 +282,19 @@ class Recipe(Strict):
     def teachers(self) -> list[TeacherConfig]:
         """All teachers, the primary one first."""
         return [] if self.teacher is None else [self.teacher, *self.more_teachers]
+
+    @model_validator(mode="after")
+    def _with_made(self) -> "Recipe":
+        check_makers(self.make, [t.name for t in self.teachers], list(self.servers))
+        self.data = with_made(self.data, self.make)
+        for part in (
+            *self.stages,
+            self.assistant,
+            *(self.assistant.stages if self.assistant else []),
+        ):
+            if part is not None and part.data is not None:
+                part.data = with_made(part.data, self.make)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -11,6 +11,7 @@ from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.evaluate import evaluate
 from mmkd.runs.inputs import check_inputs, note_inputs
+from mmkd.runs.make_data import make_data
 from mmkd.runs.members import Member, members, run_folder
 from mmkd.runs.provenance import describe
 from mmkd.runs.resume import Restart, check_stage, find_restart, start_again
@@ -35,7 +36,7 @@ def run(
     A second call on the same folder continues: finished stages are skipped, an unfinished one
     resumes from its newest checkpoint, finished evaluations are kept. If the recipe has changed,
     the stages before the first changed one are kept. Recipe, models and data are checked before
-    anything is written.
+    anything is written, except for data that models make (`make`).
 
     Args:
         recipe: to run.
@@ -54,6 +55,7 @@ def run(
     distributed.connect(device, timeout_s=timeout_s)
     with distributed.alone_in(run_folder(recipe).path):
         todo = members(recipe)
+        make_data(todo)
         restarts = _check_all(recipe, todo, from_stage)
         distributed.barrier()
         _start_again(restarts, from_stage)

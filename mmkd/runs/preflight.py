@@ -13,6 +13,7 @@ from mmkd.engines.build import check_engine
 from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
+from mmkd.making.used import check_made
 from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
@@ -68,6 +69,8 @@ def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None)
             record that cannot be encoded.
     """
     check_trackers(recipe.report_to)
+    if data:
+        check_made(recipe)
     for context in _stages(recipe, assistant):
         check_stage(context, data=data)
 

@@ -1,0 +1,227 @@
+"""Make the records of an entry of `make`: ask, check, choose, write.
+
+OUT                     the records
+OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mmkd.data.templates import without_media_tokens
+from mmkd.data.turns import PLACEHOLDER
+from mmkd.errors import DataError, RecipeError
+from mmkd.making.ask import Asked, Asker
+from mmkd.making.base import Answer, Request
+from mmkd.making.checks import AnswerCheck, Candidate, build_checks
+from mmkd.making.choose import Answered, Judged, refusals
+from mmkd.making.log import AnswerLog
+from mmkd.making.makers import build_makers
+from mmkd.making.questions import Question, Questions, open_questions
+from mmkd.making.requests import Context, request_of
+from mmkd.making.writing import RecordWriter, Row, check_out
+from mmkd.recipe import MakeConfig, Recipe
+from mmkd.runtime import distributed
+from mmkd.runtime.files import read_json, write_json
+from mmkd.students import converted_processor
+
+SETTINGS = "made.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made.
+
+    Attributes:
+        out: the file.
+        questions: number of questions.
+        records: number of records that were written.
+        answers: number of answers, those of earlier calls included.
+        refused: number of answers that each check has refused, in the order of the checks.
+        unanswered: number of questions without a record.
+        asked: what was asked in this call.
+    """
+
+    out: Path
+    questions: int
+    records: int
+    answers: int
+    refused: dict[str, int]
+    unanswered: int
+    asked: Asked
+
+
+def folder_of(config: MakeConfig) -> Path:
+    """Folder of the answers so far."""
+    return Path(f"{config.out}.answers")
+
+
+def is_made(config: MakeConfig) -> bool:
+    """Whether the file is there, and was made with these settings. The images are not read."""
+    settings = folder_of(config) / SETTINGS
+    if not Path(config.out).is_file() or not settings.is_file():
+        return False
+    return read_json(settings) == _settings(config)
+
+
+def _settings(config: MakeConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"batch_size"})
+
+
+def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
+    """Make the records of an entry of a recipe's `make`. Every rank calls it.
+
+    Only answers that are not known yet are asked for, so a call after a stop goes on, and one with
+    more images asks about these. The file is a function of the settings and of the answers; order,
+    batch size and the number of processes do not change it.
+
+    Args:
+        recipe: with the entry and its models.
+        name: of the entry.
+        device: of models that run here.
+
+    Raises:
+        MmkdError: settings, data or a model do not fit, or no answer passes the checks.
+        StoppedError: the command was asked to stop.
+    """
+    job = _Job(recipe, name, device)
+    with distributed.alone_in(folder_of(job.config)):
+        return job.run()
+
+
+class _Job:
+    """One call of `make_answers`, whose arguments it takes."""
+
+    def __init__(self, recipe: Recipe, name: str, device: torch.device):
+        self.name, self.config = name, recipe.make[name]
+        out = Path(self.config.out)
+        if out.exists() and not folder_of(self.config).exists():
+            raise DataError("it is there already", where=str(out), hint="name another file")
+        self.questions: Questions = open_questions(self.config, name)
+        check_out(self.config, self.questions.at(0), name)
+        self.context = Context.of(self.config)
+        self.checks = build_checks(self.config, self.questions)
+        self.makers = build_makers(recipe, self.config, device)
+        self.revisions = {n: maker.revision for n, maker in self.makers.items()}
+        _check_judges(self.checks, self.config, self.revisions, name)
+        self.processor = converted_processor(recipe.student)
+        self.unreadable: dict[int, str] = {}
+
+    def run(self) -> Made:
+        log = AnswerLog(folder_of(self.config), distributed.rank())
+        distributed.barrier()
+        asker = Asker(self.makers, log, self.name)
+        own = {index: self._candidates(index) for index in self._own()}
+        asker.ask([pair for row in own.values() for pair in row], self.config.sampling)
+        keys = _shared({index: [r.key for _, r in row] for index, row in own.items()})
+        answered = [one for i, row in keys.items() if (one := self._answered(i, row, log))]
+        for check in self.checks:
+            self._apply(check, answered, asker)
+        writer = RecordWriter(self.config, self.makers)
+        found = [writer.rows(one) for one in answered] if distributed.rank() == 0 else []
+        if distributed.rank() == 0:
+            writer.write([row for part in found for row in part])
+            write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
+        missing = _shared(self.unreadable)
+        asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
+        return self._summary(answered, found, asker.asked)
+
+    def _own(self) -> range:
+        """Indices of the questions that this process asks."""
+        return range(distributed.rank(), len(self.questions), distributed.world_size())
+
+    def _candidates(self, index: int) -> list[tuple[str, Request]]:
+        """What is asked for a question: a request for each candidate, with the name of the model.
+        Several models take turns. None if an image is missing."""
+        names, sampling = self.config.by, self.config.sampling
+        try:
+            question = self.context.before(self.questions.at(index))
+            found = []
+            for number in range(sampling.n):
+                name = names[(index + number) % len(names)]
+                revision = self.revisions[name]
+                request = request_of(question, revision, sampling, self.config.seed, number)
+                found.append((name, request))
+        except DataError as error:
+            self.unreadable[index] = str(error)
+            return []
+        return found
+
+    def _answered(self, index: int, keys: list[str], log: AnswerLog) -> Answered | None:
+        """A question with its answers; None if it could not be asked."""
+        if not keys or any(key not in log.answers for key in keys):
+            return None
+        names = self.config.by
+        answers = []
+        for number, key in enumerate(keys):
+            answer = log.answers[key]
+            maker = names[(index + number) % len(names)]
+            candidate = Candidate(self._text(answer), answer.finished, maker)
+            answers.append(Judged(number, candidate, key))
+        return Answered(index, self.questions.at(index), answers)
+
+    def _text(self, answer: Answer) -> str:
+        """The text of an answer without what a record, or the student, would read as an image."""
+        text = answer.text.replace(PLACEHOLDER, "")
+        return without_media_tokens(self.processor, text).strip()
+
+    def _apply(self, check: AnswerCheck, answered: list[Answered], asker: Asker) -> None:
+        """Let a check judge all answers, after the model that it asks has replied."""
+        own: dict[int, list[Request]] = {}
+        name = check.config.model
+        for position, one in enumerate(answered if name is not None else []):
+            if one.passed and position % distributed.world_size() == distributed.rank():
+                questions = check.asks(one.question, [a.candidate for a in one.passed])
+                own[position] = [self._to_judge(name, q, check) for q in questions]
+        if name is not None:
+            requests = [(name, request) for row in own.values() for request in row]
+            asker.ask(requests, check.sampling, f": {check.config.kind}")
+        keys = _shared({position: [r.key for r in row] for position, row in own.items()})
+        for position, one in enumerate(answered):
+            nothing = Answer("", False)
+            found = [asker.log.answers.get(key, nothing) for key in keys.get(position, [])]
+            one.apply(check, found)
+
+    def _to_judge(self, name: str, question: Question, check: AnswerCheck) -> Request:
+        return request_of(question, self.revisions[name], check.sampling, self.config.seed, 0)
+
+    def _summary(self, answered: list[Answered], found: list[list[Row]], asked: Asked) -> Made:
+        counts = refusals(answered)
+        return Made(
+            out=Path(self.config.out),
+            questions=len(self.questions),
+            records=sum(map(len, found)),
+            answers=sum(len(one.answers) for one in answered),
+            refused={c.config.kind: counts[c.config.kind] for c in self.checks},
+            unanswered=len(self.questions) - sum(bool(part) for part in found),
+            asked=asked,
+        )
+
+
+def _shared(own: dict[int, T]) -> dict[int, T]:
+    """The entries of all ranks in the order of their keys; every rank calls it."""
+    found: dict[int, T] = dict(distributed.gather([*own.items()]))
+    return dict(sorted(found.items()))
+
+
+def _check_judges(
+    checks: list[AnswerCheck], config: MakeConfig, revisions: dict[str, str], name: str
+) -> None:
+    """Check that no model judges its own answers under another name.
+
+    Raises:
+        RecipeError: one does.
+    """
+    for check in checks:
+        judge = check.config.model
+        for maker in config.by if judge is not None else []:
+            if revisions[judge] == revisions[maker]:
+                raise RecipeError(
+                    f"{judge!r} and {maker!r} are the same model, which would judge its own "
+                    "answers",
+                    where=f"make.{name}.checks",
+                    hint="name another model",
+                )

@@ -1,0 +1,168 @@
+"""What is asked: questions about a folder of images, or those of records."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmkd.data.answers import answers_of, asked
+from mmkd.data.images import SUFFIXES, load_image
+from mmkd.data.records import Records
+from mmkd.data.schema import Record
+from mmkd.data.turns import PLACEHOLDER, Message
+from mmkd.errors import DataError, RecipeError
+from mmkd.recipe import DataConfig, MakeConfig
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends before an answer.
+
+    Attributes:
+        id: of the record that is made from it.
+        messages: chat messages.
+        references: of the images: each as a record has it (a path, a {bytes, path} pair or
+            another), and the folder of its path.
+        objects: names of the objects in the image, if the record says them.
+        reference: the record's own answer; None if it has none.
+    """
+
+    id: str
+    messages: list[Message]
+    references: list[tuple[Any, Path | None]]
+    objects: tuple[str, ...] = ()
+    reference: str | None = None
+
+    def images(self) -> list[Image.Image]:
+        """The decoded images.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        return [load_image(*reference) for reference in self.references]
+
+    @property
+    def text(self) -> str:
+        """The text of the last message."""
+        return "".join(part.get("text", "") for part in self.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of an entry of `make`. A record is read again each time, so that the images of
+    large data sets need not fit into memory.
+
+    Attributes:
+        at: reads a question by its index.
+        count: number of questions.
+        names: names of all objects in the records.
+    """
+
+    at: Callable[[int], Question]
+    count: int
+    names: frozenset[str] = field(default_factory=frozenset)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Question]:
+        return (self.at(index) for index in range(self.count))
+
+
+def open_questions(config: MakeConfig, name: str) -> Questions:
+    """The questions of an entry of `make`.
+
+    Args:
+        config: the entry.
+        name: of the entry, for messages.
+
+    Raises:
+        MmkdError: there are none, or a prompt is not possible.
+    """
+    for prompt in config.prompts:
+        if PLACEHOLDER in prompt:
+            raise RecipeError(
+                f"a prompt has the placeholder {PLACEHOLDER}, and the image is put before it",
+                where=f"make.{name}.prompts",
+                hint="leave it out",
+            )
+    if config.pictures is not None:
+        return _about_folder(Path(config.pictures), config)
+    return _of_records(config)
+
+
+def _about_folder(folder: Path, config: MakeConfig) -> Questions:
+    if not folder.is_dir():
+        raise DataError("no such folder", where=str(folder), hint="check 'pictures'")
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    names = sorted(str(path.relative_to(folder)) for path in found)[: config.limit]
+    if not names:
+        raise DataError(
+            "the folder has no images", where=str(folder), hint=f"known are {', '.join(SUFFIXES)}"
+        )
+    prompts = config.prompts
+
+    def at(index: int) -> Question:
+        number, prompt = divmod(index, len(prompts))
+        name = names[number]
+        label = name if len(prompts) == 1 else f"{name}-{prompt}"
+        return Question(label, _about_images(1, prompts[prompt]), [(name, folder)])
+
+    return Questions(at, len(names) * len(prompts))
+
+
+def _of_records(config: MakeConfig) -> Questions:
+    records = Records(DataConfig(train=config.records, images=config.images))
+    count = min(len(records), config.limit or len(records))
+    prompts: list[str | None] = [*config.prompts] or [None]
+    reads_objects = any(c.kind == "objects" for c in config.checks)
+    names = frozenset[str]()
+    if reads_objects:
+        names = frozenset(o.name for i in range(count) for o in records[i].objects)
+        if not names:
+            raise DataError(
+                "the records say nothing of objects",
+                where=records.name,
+                hint="add 'objects' (name, box)",
+            )
+    if any(c.kind == "reference" for c in config.checks) and not records[0].has_answer:
+        raise DataError(
+            "the records have no answers to compare with",
+            where=records.name,
+            hint="leave out the check 'reference'",
+        )
+
+    def at(index: int) -> Question:
+        number, prompt = divmod(index, len(prompts))
+        record = records[number]
+        text = prompts[prompt]
+        label = record.id if len(prompts) == 1 else f"{record.id}-{prompt}"
+        return _of_record(record, label, text)
+
+    return Questions(at, count * len(prompts), names)
+
+
+def _of_record(record: Record, label: str, prompt: str | None) -> Question:
+    """The first question of a record, or another question about its images."""
+    objects = tuple(o.name for o in record.objects)
+    if prompt is not None:
+        messages = _about_images(len(record.images), prompt)
+        return Question(label, messages, _located(record), objects)
+    turn = answers_of(record)[0]
+    question = asked(record, turn)
+    reference = None
+    if turn < len(record.messages):
+        content = record.messages[turn]["content"]
+        reference = "".join(part.get("text", "") for part in content)
+    return Question(label, question.messages, _located(question), objects, reference)
+
+
+def _located(record: Record) -> list[tuple[Any, Path | None]]:
+    return [(image, record.root) for image in record.images]
+
+
+def _about_images(count: int, prompt: str) -> list[Message]:
+    images = [{"type": "image"} for _ in range(count)]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]

@@ -1,0 +1,29 @@
+"""Print what was made."""
+
+from datetime import timedelta
+
+from mmkd.making.make import Made
+from mmkd.runtime.progress import say
+
+SHOWN = 5
+"""Unreadable images that are named."""
+
+
+def print_made(made: Made) -> None:
+    """Print what was made, and why answers were not used."""
+    new, known = made.asked.answers, made.answers - made.asked.answers
+    say(f"wrote {made.out}: {made.records:,} records of {made.questions:,} questions")
+    if new:
+        time = timedelta(seconds=round(made.asked.seconds))
+        say(f"  {new:,} new answers in {time}, {made.asked.rate:,.1f} a second")
+    if known > 0:
+        say(f"  {known:,} answers were known")
+    for kind, count in made.refused.items():
+        say(f"  {count:,} of {made.answers:,} answers refused by '{kind}'")
+    if made.unanswered:
+        say(f"  {made.unanswered:,} questions have no record")
+    unreadable = list(dict.fromkeys(made.asked.unreadable.values()))
+    for error in unreadable[:SHOWN]:
+        say(f"  left out: {error}")
+    if len(unreadable) > SHOWN:
+        say(f"  left out: {len(unreadable) - SHOWN:,} more")

@@ -1,0 +1,145 @@
+"""Write chosen answers as records: JSON lines with paths of images, or parquet with the images."""
+
+import io
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mmkd.data.images import image_content
+from mmkd.errors import DataError
+from mmkd.making.base import Maker
+from mmkd.making.choose import Answered, Judged
+from mmkd.making.questions import Question
+from mmkd.recipe import MakeConfig
+from mmkd.runtime.files import writing
+
+Row = dict[str, Any]
+
+
+class RecordWriter:
+    """Makes rows of questions and their chosen answers, and writes the file of an entry of `make`.
+
+    Args:
+        config: the entry.
+        makers: models by name.
+    """
+
+    def __init__(self, config: MakeConfig, makers: dict[str, Maker]):
+        self.config, self.makers = config, makers
+        scorers = [check.kind for check in config.checks if check.scores]
+        self.scorer = scorers[0] if scorers else None
+
+    def rows(self, answered: Answered) -> list[Row]:
+        """The rows of a question: none, one or several."""
+        keep = self.config.keep
+        if keep == "pair":
+            assert self.scorer is not None
+            pair = answered.pair(self.scorer)
+            return [] if pair is None else [self._pair(answered, *pair)]
+        if keep == "best":
+            best = answered.best(self.scorer)
+            return [] if best is None else [self._record(answered, best)]
+        return [self._record(answered, answer) for answer in answered.passed]
+
+    def _record(self, answered: Answered, answer: Judged) -> Row:
+        several = self.config.keep == "all" and self.config.sampling.n > 1
+        row = {
+            "id": answered.question.id + (f"-{answer.number}" if several else ""),
+            "images": self._images(answered.question),
+            "messages": [*answered.question.messages, _said(answer)],
+            "made": self._made(answered, answer),
+        }
+        return row if answer.candidate.finished else row | {"unfinished": True}
+
+    def _pair(self, answered: Answered, best: Judged, worst: Judged) -> Row:
+        assert self.scorer is not None
+        made = self._made(answered, best)
+        made["rejected"] = {
+            "by": worst.candidate.maker,
+            "candidate": worst.number,
+            "score": [*worst.scores[self.scorer]],
+        }
+        return {
+            "id": f"{answered.question.id}-pair",
+            "images": self._images(answered.question),
+            "prompt": answered.question.messages,
+            "chosen": [_said(best)],
+            "rejected": [_said(worst)],
+            "made": made,
+        }
+
+    def _made(self, answered: Answered, answer: Judged) -> Row:
+        """Where an answer comes from."""
+        maker = self.makers[answer.candidate.maker]
+        made: Row = {
+            "by": maker.name,
+            "revision": maker.revision,
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "seed": self.config.seed,
+            "candidate": answer.number,
+            "passed": len(answered.passed),
+            "pass_rate": len(answered.passed) / self.config.sampling.n,
+            "mmkd": version("mmkd"),
+        }
+        if self.scorer is not None:
+            made["score"] = [*answer.scores[self.scorer]]
+        return made
+
+    def _images(self, question: Question) -> list[Any]:
+        if self.config.out.endswith(".parquet"):
+            return [{"bytes": _bytes(*ref), "path": None} for ref in question.references]
+        return [path for path, _ in question.references]
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write the file in one step.
+
+        Raises:
+            DataError: there are no rows.
+        """
+        out = Path(self.config.out)
+        if not rows:
+            hint = "see what the checks have refused; raise sampling.n, or sampling.max_new_tokens"
+            raise DataError("no answer becomes a record", where=str(out), hint=hint)
+        with writing(out) as partial:
+            if out.suffix == ".parquet":
+                pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
+            else:
+                with open(partial, "w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def check_out(config: MakeConfig, question: Question, name: str) -> None:
+    """Check that the file can hold the images.
+
+    Raises:
+        DataError: the images are no files, and the file would hold paths.
+    """
+    paths = all(isinstance(path, str) for path, _ in question.references)
+    if not paths and config.out.endswith(".jsonl"):
+        raise DataError(
+            "the records contain their images, and a .jsonl file holds paths",
+            where=f"make.{name}.out",
+            hint="end its name with .parquet",
+        )
+
+
+def _said(answer: Judged) -> Row:
+    content = [{"type": "text", "text": answer.candidate.text}]
+    return {"role": "assistant", "content": content}
+
+
+def _bytes(reference: Any, root: Path | None) -> bytes:
+    """The file of an image; of a decoded one, a PNG."""
+    content = image_content(reference, root)
+    if content is not None:
+        return content
+    assert isinstance(reference, Image.Image)
+    out = io.BytesIO()
+    reference.save(out, "PNG")
+    return out.getvalue()

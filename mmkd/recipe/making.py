@@ -1,0 +1,214 @@
+"""Settings of data that a model makes: who answers which questions, and which answers are kept."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmkd.errors import nearest
+from mmkd.recipe.answer_checks import CHECKS, AnyCheckConfig
+from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.recipe.stages import SamplingConfig
+from mmkd.runtime.fields import MOST, MOST_SEED, Prose
+
+if TYPE_CHECKING:
+    from mmkd.recipe.sources import DataConfig
+
+MADE = "made:"
+"""Begins the value of `data.train` that names an entry of `make`."""
+STUDENT = "student"
+"""Names the student, as the recipe starts it, as the model that answers."""
+
+
+class CandidatesConfig(SamplingConfig):
+    """How many answers a model gives to each question, and how they are sampled."""
+
+    max_new_tokens: int = Field(
+        256, ge=1, le=10**6, description="largest number of tokens of an answer"
+    )
+    n: int = Field(1, ge=1, le=1000, description="answers to each question")
+
+    @model_validator(mode="after")
+    def _differ(self) -> "CandidatesConfig":
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"{self.n} answers at temperature 0 are all the same -- raise the temperature, or "
+                "set n to 1"
+            )
+        return self
+
+
+class ContextConfig(Strict):
+    """What only the model that answers reads. The records do not contain it."""
+
+    system: Prose | None = Field(None, description="system message")
+    shots: LocalPath | None = Field(
+        None, description="file of records that are put before each question as examples"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> "ContextConfig":
+        if self.system is None and self.shots is None:
+            raise ValueError("nothing is set -- add 'system' or 'shots', or leave it out")
+        return self
+
+
+class MakeConfig(Strict):
+    """Records whose answers a model writes, before the stages that train on them."""
+
+    pictures: LocalPath | None = Field(
+        None, description="folder of images, in any depth, to ask 'prompts' about"
+    )
+    records: LocalPath | None = Field(
+        None,
+        description="records, as data.train; their first question is asked, or 'prompts' if given",
+    )
+    images: LocalPath | None = Field(
+        None, description="folder that image paths of 'records' are relative to"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=MOST, description="largest number of images or records; all by default"
+    )
+    by: list[str] = Field(
+        ["teacher"],
+        min_length=1,
+        max_length=100,
+        description="models that answer: names of teachers, 'student', or names under 'servers'; "
+        "several take turns",
+    )
+    prompts: list[Prose] = Field([], max_length=1000, description="questions about each image")
+    context: ContextConfig | None = Field(
+        None, description="what only the model that answers reads"
+    )
+    sampling: CandidatesConfig = Field(
+        CandidatesConfig(temperature=0), description="how answers are sampled; greedy by default"
+    )
+    checks: list[AnyCheckConfig] = Field(
+        ["empty"],
+        validate_default=True,
+        description="an answer that fails one of these is not used; a kind, or a mapping with its "
+        "settings",
+    )
+    keep: Literal["all", "best", "pair"] = Field(
+        "best",
+        description="all: each answer that passes the checks is a record; best: the one with the "
+        "highest score; pair: the best and the worst one, as a preference",
+    )
+    out: LocalPath = Field(
+        description="file to write, .jsonl or .parquet; answers so far are in a folder next to it"
+    )
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="of sampled answers")
+    batch_size: int = Field(8, ge=1, le=10**5, description="questions that run at once on a device")
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("checks", mode="before")
+    @classmethod
+    def _kinds(cls, value: Any) -> Any:
+        short = isinstance(value, list)
+        return [{"kind": c} if isinstance(c, str) else c for c in value] if short else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MakeConfig":
+        if (self.pictures is None) == (self.records is None):
+            raise ValueError(f"{BOTH}give either 'pictures' (a folder) or 'records'")
+        if self.pictures is not None and not self.prompts:
+            raise ValueError("images have no questions -- add 'prompts'")
+        if self.images is not None and self.records is None:
+            raise ValueError("'images' is for 'records' -- leave it out")
+        if not self.out.endswith((".jsonl", ".parquet")):
+            raise ValueError(f"got out: {self.out} -- end its name with .jsonl or .parquet")
+        if len({c.kind for c in self.checks}) != len(self.checks):
+            raise ValueError("two checks are of the same kind -- leave one out")
+        self._check_candidates()
+        return self
+
+    def _check_candidates(self) -> None:
+        """Check that there are enough candidates to choose from or to compare."""
+        if self.keep == "pair":
+            if self.sampling.n < 2:
+                raise ValueError("a pair needs two answers or more -- set sampling.n to 4")
+            if not any(c.scores for c in self.checks):
+                kinds = CHECKS.built_in.items()
+                known = ", ".join(sorted(k for k, c in kinds if getattr(c, "scores", False)))
+                raise ValueError(f"a pair needs a check that scores answers -- add one of {known}")
+        for check in self.checks:
+            if check.kind == "agrees" and self.sampling.n < 2:
+                raise ValueError("'agrees' compares answers -- set sampling.n to 2 or more")
+            if check.kind in ("reference", "objects") and self.records is None:
+                raise ValueError(f"{check.kind!r} reads records -- give 'records', or leave it out")
+        if len(set(self.by)) != len(self.by):
+            raise ValueError("'by' names a model twice -- name it once")
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """The data source that its file is: keys of a `SourceConfig`."""
+        if self.pictures is not None:
+            return {"train": self.out, "images": self.pictures}
+        return {"train": self.out, "images": self.images}
+
+
+def with_made(data: "DataConfig", make: dict[str, MakeConfig]) -> "DataConfig":
+    """Settings of data in which `made:NAME` is replaced by the file of that entry.
+
+    Raises:
+        ValueError: there is no such entry, or `images` is given for it.
+    """
+    if data.train is not None and data.train.startswith(MADE):
+        return data.model_copy(update=_source(data.train, data.images, make))
+    if not any(s.train.startswith(MADE) for s in data.sources):
+        return data
+    sources = [
+        s.model_copy(
+            update={**_source(s.train, s.images, make), "name": s.name or s.train[len(MADE) :]}
+        )
+        if s.train.startswith(MADE)
+        else s
+        for s in data.sources
+    ]
+    return data.model_copy(update={"sources": sources})
+
+
+def _source(train: str, images: str | None, make: dict[str, MakeConfig]) -> dict[str, str | None]:
+    name = train[len(MADE) :]
+    if name not in make:
+        known = ", ".join(make) or "there is none"
+        raise ValueError(f"{train!r} is no entry of 'make' -- known: {known}")
+    # A variant may name another entry, in data that have the images of the recipe's own entry.
+    if images is not None and images not in [m.source["images"] for m in make.values()]:
+        raise ValueError(f"{train!r} has the images of its entry of 'make' -- remove 'images'")
+    return make[name].source
+
+
+def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list[str]) -> None:
+    """Check the models that are to answer and to judge.
+
+    Args:
+        make: entries of the recipe.
+        teachers, servers: names of the recipe's teachers, and of its models on servers.
+
+    Raises:
+        ValueError: a name is unknown or has two meanings, a judge rates its own answers, or two
+            entries write the same file.
+    """
+    names = [*teachers, STUDENT]
+    if taken := [s for s in servers if s in names]:
+        raise ValueError(f"a server has the name {taken[0]!r} of another model -- rename it")
+    known = [*names, *servers]
+    for entry, config in make.items():
+        judges = [c.model for c in config.checks if c.model is not None]
+        for name in [*config.by, *judges]:
+            if name not in known:
+                raise ValueError(
+                    f"make.{entry} asks {name!r}, which is no model of the recipe -- "
+                    f"{nearest(name, known)}"
+                )
+        if own := [j for j in judges if j in config.by]:
+            raise ValueError(
+                f"make.{entry} has {own[0]!r} judge its own answers -- name another model"
+            )
+    files = [config.out for config in make.values()]
+    if len(set(files)) != len(files):
+        raise ValueError("two entries of 'make' write the same file -- give each its own 'out'")
