@@ -2,39 +2,29 @@
 
     python examples/own_images.py PHOTOS --teacher ID --student ID --out runs/photos
 
-The teacher answers a few prompts on every image; its answers become the data of a recipe, which
-`mmkd run` trains. At the end teacher and student answer on images that were held out.
+It writes a recipe in which the teacher makes the data (`make`), runs it, and shows what teacher and
+student say about images that were held out. After a stop, the same command goes on.
 
-    OUT/answers.jsonl    the teacher's answers so far; after a stop, the same command goes on
-    OUT/train.jsonl      all answers as chat messages; delete it to ask again
-    OUT/recipe.yaml      written once; to train otherwise, edit it, delete OUT/photos and run again
+    OUT/recipe.yaml      written once; edit it and run `mmkd run OUT/recipe.yaml` to train otherwise
+    OUT/train.jsonl      the teacher's answers as records; OUT/train.jsonl.answers: all of them
     OUT/photos/          the run: report.html, 01-mimic/student
 """
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from PIL import Image
 
-from mmkd.data.answers import Sampled, generate_of, sample_answers
-from mmkd.data.encoder import Encoder
-from mmkd.data.images import FORMATS, load_image
-from mmkd.data.journal import Journal
-from mmkd.data.records import GivenRecords
-from mmkd.data.schema import Record
-from mmkd.data.vocabulary import check_head
+import mmkd
+from mmkd.data.images import SUFFIXES
 from mmkd.errors import AGAIN, DataError, MmkdError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
+from mmkd.recipe import ModelConfig
 from mmkd.runtime import distributed, interrupt
 from mmkd.runtime.files import write_text
-from mmkd.runtime.progress import console, log_to_console, track
+from mmkd.runtime.progress import console, log_to_console
 
 PROMPTS = [
     "Describe this image in detail.",
@@ -42,121 +32,61 @@ PROMPTS = [
 ]
 RECIPE = """\
 name: photos
-output_dir: %s
-teacher: {model: %s, dtype: %s}
-student: {model: %s}
-data: {train: %s, images: %s}
+output_dir: {out}
+teacher: {{model: {teacher}, dtype: {dtype}}}
+student: {{model: {student}}}
+make:
+  photos:
+    pictures: {photos}
+    limit: {limit}  # the first images by name; the others are held out
+    prompts: {prompts}
+    sampling: {{max_new_tokens: {longest}}}  # greedy decoding
+    checks: [empty, {{kind: repeats, ngram: 4, most: 3}}]
+    out: {data}
+data: {{train: "made:photos"}}
 stages:
   - name: mimic
     train: [connector, language_model]
     objectives:
-      - {kind: ce}  # what the teacher said
-      - {kind: kl}  # its distributions over that
-      - {kind: kl, name: kl_vision, region: vision}  # and over the image's tokens
+      - {{kind: ce}}  # what the teacher said
+      - {{kind: kl}}  # its distributions over that
+      - {{kind: kl, name: kl_vision, region: vision}}  # and over the image's tokens
     epochs: 1
-    batch: {size: 4, accumulate: 4}
+    batch: {{size: 4, accumulate: 4}}
     precision: auto
-    optimizer: {lr: 2.0e-5}
+    optimizer: {{lr: 2.0e-5}}
 """
-AT_ONCE = 8  # questions
 
 
-def readable(photos: Path) -> list[str]:
-    """Paths of the images that can be decoded, in a fixed order."""
-    known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files = [f for f in sorted(photos.rglob("*")) if f.suffix.lower() in known]
-    names = []
-    for file in track(files, "pictures", len(files)):
-        try:
-            load_image(name := str(file.relative_to(photos)), photos)
-            names.append(name)
-        except DataError as error:
-            console.print(f"left out: {error}", markup=False, highlight=False)
-    return names
+def images_in(photos: Path) -> list[str]:
+    """Paths of the images below a folder, in a fixed order."""
+    found = (p for p in photos.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(str(path.relative_to(photos)) for path in found)
 
 
-def ask(
-    model: ModelConfig,
-    photos: Path,
-    pairs: list[tuple[str, str]],
-    longest: int,
-    keep: Callable[[list[tuple[str, str]], list[Sampled]], None] = lambda pairs, answers: None,
-) -> list[Sampled]:
-    """A model's likeliest answer to each (image's path, prompt).
+def show(models: dict[str, str], photos: Path, names: list[str], prompt: str, longest: int) -> None:
+    """Print what models say about images.
 
     Args:
-        model: to ask.
-        photos: the folder of the paths.
-        pairs: what to ask.
+        models: folders or Hub ids by name.
+        photos: folder of the images.
+        names: paths of the images below it.
+        prompt: the question.
         longest: tokens of an answer.
-        keep: called with each batch of pairs and its answers.
     """
-    device = distributed.choose_device("auto")
-    answering: Any = load_model(model)
-    processor = load_processor(model)
-    check_head(answering, processor.tokenizer, str(model.model))
-    answering.to(device)
-    records = GivenRecords(str(photos))
-    encoder = Encoder(records, processor, DataConfig(train=records.name))
-    settings = SamplingConfig(max_new_tokens=longest, temperature=0)
-    ends = answering.generation_config.eos_token_id
-
-    def record(name: str, prompt: str) -> Record:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return Record(name, [{"role": "user", "content": content}], [name], root=photos)
-
-    parts = [pairs[i : i + AT_ONCE] for i in range(0, len(pairs), AT_ONCE)]
-    answers: list[Sampled] = []
-    for part in track(parts, f"{model.model} answers", len(parts)):
-        with interrupt.deferred():
-            asked = [record(*pair) for pair in part]
-            said = sample_answers(
-                generate_of(answering), encoder, asked, settings, seed=0, device=device, ends=ends
+    said: dict[str, dict[str, str]] = {}
+    for label, model in models.items():
+        source = ModelConfig(model=model)
+        loaded, processor = load_model(source), load_processor(source)
+        loaded.to(distributed.choose_device("auto"))  # type: ignore[arg-type]
+        for name in names:
+            reply = mmkd.generate(
+                loaded, prompt, photos / name, processor=processor, max_new_tokens=longest
             )
-            keep(part, said)
-        answers += said
-    answering.cpu()
-    torch.cuda.empty_cache()  # what trains next needs the memory
-    return answers
-
-
-def write_answers(
-    data: Path, teacher: ModelConfig, photos: Path, questions: list[tuple[str, str]], longest: int
-) -> None:
-    """Ask the teacher the questions that it has not answered yet, and write the answers as records.
-
-    A record whose answer was cut off is `unfinished`: the student learns the words, but no end.
-    """
-    request = {"teacher": teacher.model, "max_new_tokens": longest}
-    journal = Journal(data.with_name("answers.jsonl"), request)
-
-    def keep(pairs: list[tuple[str, str]], answers: list[Sampled]) -> None:
-        said = zip(pairs, answers, strict=True)
-        journal.add(*({"picture": n, "prompt": p, **asdict(a)} for (n, p), a in said))
-
-    known = {(e["picture"], e["prompt"]) for e in journal.entries}
-    if missing := [pair for pair in questions if pair not in known]:
-        ask(teacher, photos, missing, longest, keep)
-    found = {(e["picture"], e["prompt"]): e for e in journal.entries}
-    lines = []
-    for name, prompt in questions:
-        entry = found[name, prompt]
-        turns = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": entry["text"]},
-        ]
-        row = {"images": [name], "messages": turns}
-        if not entry["finished"]:
-            row["unfinished"] = True
-        lines += [json.dumps(row) + "\n"] if entry["text"] else []
-    cut = sum(not found[pair]["finished"] for pair in questions)
-    if cut:
-        console.print(f"{cut:,} of {len(questions):,} answers were cut at {longest} tokens")
-    if len(lines) < len(questions):
-        empty = len(questions) - len(lines)
-        console.print(f"{empty:,} of {len(questions):,} answers are empty and left out")
-    write_text(data, "".join(lines))
-    journal.delete()
+            said.setdefault(name, {})[label] = reply.text
+    for name, answers in said.items():
+        lines = [f"\n{name}: {prompt}", *(f"  {label}: {a}" for label, a in answers.items())]
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def main(
@@ -170,26 +100,22 @@ def main(
 ) -> None:
     """Distil a teacher into a student on images of your own."""
     photos, out = photos.resolve(), out.resolve()
-    if len(names := readable(photos)) <= held_out:
-        raise DataError(f"{len(names)} readable images", where=str(photos), hint="add some")
-    dtype = "bfloat16" if distributed.choose_device("auto").type == "cuda" else "float32"
-    asked = ModelConfig(model=teacher, dtype=dtype)
-    data, file = out / "train.jsonl", out / "recipe.yaml"
-    if not data.exists():
-        questions = [(name, p) for name in names[:-held_out] for p in prompt]
-        write_answers(data, asked, photos, questions, max_new_tokens)
-    if not file.exists():
-        words = (out, teacher, dtype, student, data, photos)
-        write_text(file, RECIPE % tuple(json.dumps(str(word)) for word in words))
+    if len(names := images_in(photos)) <= held_out:
+        raise DataError(f"{len(names)} images", where=str(photos), hint="add some")
+    if not (file := out / "recipe.yaml").exists():
+        on_gpu = distributed.choose_device("auto").type == "cuda"
+        values = {
+            "out": str(out), "teacher": teacher, "student": student, "photos": str(photos),
+            "dtype": "bfloat16" if on_gpu else "float32", "limit": len(names) - held_out,
+            "prompts": prompt, "longest": max_new_tokens, "data": str(out / "train.jsonl"),
+        }  # fmt: skip
+        quoted = {key: json.dumps(value) for key, value in values.items()}
+        write_text(file, RECIPE.format(**quoted))
     if code := interrupt.call([sys.executable, "-m", "mmkd.cli", "run", str(file)]):
         raise typer.Exit(code)
     interrupt.stop_here()
-    made = ModelConfig(model=str(out / "photos" / "01-mimic" / "student"))
-    questions = [(name, prompt[0]) for name in names[-held_out:]]
-    said = [ask(model, photos, questions, max_new_tokens) for model in (asked, made)]
-    for (name, question), one, other in zip(questions, *said, strict=True):
-        text = f"\n{name}: {question}\n  teacher: {one.text}\n  student: {other.text}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    models = {"teacher": teacher, "student": str(out / "photos" / "01-mimic" / "student")}
+    show(models, photos, names[-held_out:], prompt[0], max_new_tokens)
 
 
 if __name__ == "__main__":

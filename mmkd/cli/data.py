@@ -61,25 +61,20 @@ def pairs(
 ) -> None:
     """Preference pairs from a model's own answers, scored by the objects that they name."""
     from mmkd.commands.make_pairs import make_pairs
-    from mmkd.recipe import DataConfig, SamplingConfig
-    from mmkd.runtime.progress import say
 
     interrupt.can_go_on(AGAIN)
-    made = make_pairs(
+    make_pairs(
         model,
-        DataConfig(train=data, images=images),
+        data,
         out,
-        sampling=SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        images=images,
         samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
         limit=limit,
         batch_size=batch_size,
         seed=seed,
         device=device,
-    )
-    say(
-        f"wrote {out}: {made.pairs:,} pairs of {made.prompts:,} prompts; {made.equal:,} prompts "
-        "have answers of equal score only"
-        + (f"; {made.cut:,} answers left out, cut at max_new_tokens" if made.cut else "")
     )
 
 

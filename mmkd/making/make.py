@@ -14,7 +14,7 @@ from mmkd.data.templates import without_media_tokens
 from mmkd.data.turns import PLACEHOLDER
 from mmkd.errors import DataError, RecipeError
 from mmkd.making.ask import Asked, Asker
-from mmkd.making.base import Answer, Request
+from mmkd.making.base import Answer, Maker, Request
 from mmkd.making.checks import AnswerCheck, Candidate, build_checks
 from mmkd.making.choose import Answered, Judged, refusals
 from mmkd.making.log import AnswerLog
@@ -28,6 +28,7 @@ from mmkd.runtime.files import read_json, write_json
 from mmkd.students import converted_processor
 
 SETTINGS = "made.json"
+EMPTY = "empty"
 T = TypeVar("T")
 
 
@@ -74,46 +75,63 @@ def _settings(config: MakeConfig) -> dict[str, Any]:
 def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
     """Make the records of an entry of a recipe's `make`. Every rank calls it.
 
-    Only answers that are not known yet are asked for, so a call after a stop goes on, and one with
-    more images asks about these. The file is a function of the settings and of the answers; order,
-    batch size and the number of processes do not change it.
-
     Args:
         recipe: with the entry and its models.
         name: of the entry.
         device: of models that run here.
 
     Raises:
+        MmkdError, StoppedError: as `make_records`.
+    """
+    config = recipe.make[name]
+    makers = build_makers(recipe, config, device)
+    return make_records(config, makers, f"make.{name}", converted_processor(recipe.student))
+
+
+def make_records(config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any) -> Made:
+    """Make records. Every rank calls it.
+
+    Only answers that are not known yet are asked for, so a call after a stop goes on, and one with
+    more images asks about these. The file is a function of the settings and of the answers; order,
+    batch size and the number of processes do not change it.
+
+    Args:
+        config: what to make.
+        makers: the models that it names.
+        where: what messages call it.
+        processor: of the model that is trained on the records. What it would read as an image is
+            removed from answers.
+
+    Raises:
         MmkdError: settings, data or a model do not fit, or no answer passes the checks.
         StoppedError: the command was asked to stop.
     """
-    job = _Job(recipe, name, device)
-    with distributed.alone_in(folder_of(job.config)):
+    job = _Job(config, makers, where, processor)
+    with distributed.alone_in(folder_of(config)):
         return job.run()
 
 
 class _Job:
-    """One call of `make_answers`, whose arguments it takes."""
+    """One call of `make_records`, whose arguments it takes."""
 
-    def __init__(self, recipe: Recipe, name: str, device: torch.device):
-        self.name, self.config = name, recipe.make[name]
-        out = Path(self.config.out)
-        if out.exists() and not folder_of(self.config).exists():
-            raise DataError("it is there already", where=str(out), hint="name another file")
-        self.questions: Questions = open_questions(self.config, name)
-        check_out(self.config, self.questions.at(0), name)
-        self.context = Context.of(self.config)
-        self.checks = build_checks(self.config, self.questions)
-        self.makers = build_makers(recipe, self.config, device)
-        self.revisions = {n: maker.revision for n, maker in self.makers.items()}
-        _check_judges(self.checks, self.config, self.revisions, name)
-        self.processor = converted_processor(recipe.student)
+    def __init__(self, config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any):
+        self.config, self.makers, self.where = config, makers, where
+        self.processor = processor
+        out = Path(config.out)
+        if out.exists() and not folder_of(config).exists():
+            raise DataError("it is there already", where=str(out), hint="name a new file")
+        self.questions: Questions = open_questions(config, where)
+        check_out(config, self.questions.at(0), where)
+        self.context = Context.of(config)
+        self.checks = build_checks(config, self.questions)
+        self.revisions = {n: maker.revision for n, maker in makers.items()}
+        _check_judges(self.checks, config, self.revisions, where)
         self.unreadable: dict[int, str] = {}
 
     def run(self) -> Made:
         log = AnswerLog(folder_of(self.config), distributed.rank())
         distributed.barrier()
-        asker = Asker(self.makers, log, self.name)
+        asker = Asker(self.makers, log, self.where.removeprefix("make."))
         own = {index: self._candidates(index) for index in self._own()}
         asker.ask([pair for row in own.values() for pair in row], self.config.sampling)
         keys = _shared({index: [r.key for _, r in row] for index, row in own.items()})
@@ -160,12 +178,16 @@ class _Job:
             answer = log.answers[key]
             maker = names[(index + number) % len(names)]
             candidate = Candidate(self._text(answer), answer.finished, maker)
-            answers.append(Judged(number, candidate, key))
+            # A record needs a text, whatever the checks are.
+            refused = None if candidate.text else EMPTY
+            answers.append(Judged(number, candidate, key, refused))
         return Answered(index, self.questions.at(index), answers)
 
     def _text(self, answer: Answer) -> str:
         """The text of an answer without what a record, or the student, would read as an image."""
-        text = answer.text.replace(PLACEHOLDER, "")
+        text = answer.text
+        while PLACEHOLDER in text:
+            text = text.replace(PLACEHOLDER, "")
         return without_media_tokens(self.processor, text).strip()
 
     def _apply(self, check: AnswerCheck, answered: list[Answered], asker: Asker) -> None:
@@ -190,12 +212,13 @@ class _Job:
 
     def _summary(self, answered: list[Answered], found: list[list[Row]], asked: Asked) -> Made:
         counts = refusals(answered)
+        kinds = dict.fromkeys([EMPTY, *(check.config.kind for check in self.checks)])
         return Made(
             out=Path(self.config.out),
             questions=len(self.questions),
             records=sum(map(len, found)),
             answers=sum(len(one.answers) for one in answered),
-            refused={c.config.kind: counts[c.config.kind] for c in self.checks},
+            refused={kind: counts[kind] for kind in kinds},
             unanswered=len(self.questions) - sum(bool(part) for part in found),
             asked=asked,
         )
@@ -208,7 +231,7 @@ def _shared(own: dict[int, T]) -> dict[int, T]:
 
 
 def _check_judges(
-    checks: list[AnswerCheck], config: MakeConfig, revisions: dict[str, str], name: str
+    checks: list[AnswerCheck], config: MakeConfig, revisions: dict[str, str], where: str
 ) -> None:
     """Check that no model judges its own answers under another name.
 
@@ -222,6 +245,6 @@ def _check_judges(
                 raise RecipeError(
                     f"{judge!r} and {maker!r} are the same model, which would judge its own "
                     "answers",
-                    where=f"make.{name}.checks",
+                    where=f"{where}.checks",
                     hint="name another model",
                 )

@@ -71,12 +71,12 @@ class Questions:
         return (self.at(index) for index in range(self.count))
 
 
-def open_questions(config: MakeConfig, name: str) -> Questions:
+def open_questions(config: MakeConfig, where: str) -> Questions:
     """The questions of an entry of `make`.
 
     Args:
         config: the entry.
-        name: of the entry, for messages.
+        where: what messages call it.
 
     Raises:
         MmkdError: there are none, or a prompt is not possible.
@@ -85,7 +85,7 @@ def open_questions(config: MakeConfig, name: str) -> Questions:
         if PLACEHOLDER in prompt:
             raise RecipeError(
                 f"a prompt has the placeholder {PLACEHOLDER}, and the image is put before it",
-                where=f"make.{name}.prompts",
+                where=f"{where}.prompts",
                 hint="leave it out",
             )
     if config.pictures is not None:
@@ -120,7 +120,7 @@ def _of_records(config: MakeConfig) -> Questions:
     reads_objects = any(c.kind == "objects" for c in config.checks)
     names = frozenset[str]()
     if reads_objects:
-        names = frozenset(o.name for i in range(count) for o in records[i].objects)
+        names = frozenset(o.name for i in range(len(records)) for o in records[i].objects)
         if not names:
             raise DataError(
                 "the records say nothing of objects",

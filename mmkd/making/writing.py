@@ -114,7 +114,7 @@ class RecordWriter:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def check_out(config: MakeConfig, question: Question, name: str) -> None:
+def check_out(config: MakeConfig, question: Question, where: str) -> None:
     """Check that the file can hold the images.
 
     Raises:
@@ -124,7 +124,7 @@ def check_out(config: MakeConfig, question: Question, name: str) -> None:
     if not paths and config.out.endswith(".jsonl"):
         raise DataError(
             "the records contain their images, and a .jsonl file holds paths",
-            where=f"make.{name}.out",
+            where=f"{where}.out",
             hint="end its name with .parquet",
         )
 

@@ -27,7 +27,14 @@ from mmkd.recipe.conversions import (
     add_conversion,
 )
 from mmkd.recipe.evaluation import ANSWER_ECE, TOKEN_ECE, EvaluateConfig, SamplesConfig
-from mmkd.recipe.load import load_recipe, load_release, load_student, load_written, to_yaml
+from mmkd.recipe.load import (
+    load_make,
+    load_recipe,
+    load_release,
+    load_student,
+    load_written,
+    to_yaml,
+)
 from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig
 from mmkd.recipe.models import (
     ImageSizeConfig,
@@ -122,6 +129,7 @@ __all__ = [
     "WidthPruningConfig",
     "add_check",
     "add_conversion",
+    "load_make",
     "load_recipe",
     "load_release",
     "load_student",

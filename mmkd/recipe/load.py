@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from mmkd.errors import HINT, RecipeError, nearest
 from mmkd.objectives import OBJECTIVES
 from mmkd.recipe.conversions import CONVERSIONS, LAYER_SELECTION_TAGS
+from mmkd.recipe.making import MakeConfig
 from mmkd.recipe.merge import merged, with_key
 from mmkd.recipe.models import Recipe, StudentConfig
 from mmkd.recipe.paths import resolved, resolved_override
@@ -82,6 +83,15 @@ def load_release(raw: dict[str, Any], overrides: list[str] | None = None) -> Rel
     for override in overrides or []:
         raw = _override(raw, override)
     return _validate(ReleaseConfig, raw, "release")
+
+
+def load_make(raw: dict[str, Any], where: str) -> MakeConfig:
+    """Read an entry of `make` without a recipe, as `mmkd data pairs` needs it.
+
+    Raises:
+        RecipeError: in one line, the key and the hint.
+    """
+    return _validate(MakeConfig, raw, where)
 
 
 def to_yaml(recipe: Recipe) -> str:

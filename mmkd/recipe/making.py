@@ -25,6 +25,7 @@ class CandidatesConfig(SamplingConfig):
     max_new_tokens: int = Field(
         256, ge=1, le=10**6, description="largest number of tokens of an answer"
     )
+    temperature: float = Field(0.0, ge=0, le=1e3, description="0: greedy decoding")
     n: int = Field(1, ge=1, le=1000, description="answers to each question")
 
     @model_validator(mode="after")
@@ -80,13 +81,13 @@ class MakeConfig(Strict):
         None, description="what only the model that answers reads"
     )
     sampling: CandidatesConfig = Field(
-        CandidatesConfig(temperature=0), description="how answers are sampled; greedy by default"
+        CandidatesConfig(), description="how answers are sampled; greedy by default"
     )
     checks: list[AnyCheckConfig] = Field(
         ["empty"],
         validate_default=True,
-        description="an answer that fails one of these is not used; a kind, or a mapping with its "
-        "settings",
+        description="an answer that fails one of these is not used, nor is one without text; a "
+        "kind, or a mapping with its settings",
     )
     keep: Literal["all", "best", "pair"] = Field(
         "best",

@@ -100,6 +100,8 @@ def _types(annotation: Any) -> set[Any]:
     marks = {type(m) for m in getattr(annotation, "__metadata__", ())}
     inner = get_args(annotation)
     own = getattr(annotation, "__origin__", annotation)
+    if own is dict:
+        inner = inner[1:]  # only values are checked
     found = {own} if own in (Any, dict, bool, int, float, str) else set()
     return found.union(marks, *(_types(a) for a in inner))
 

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from mmkd.commands.make_pairs import _png
 from mmkd.data.bounds import MOST_PIXELS, check_scaled, scaled_edge
 from mmkd.data.check import Look, check_source
 from mmkd.data.encoder import Encoder
-from mmkd.data.images import load_image, picture_as_rgb, with_eight_bits
+from mmkd.data.images import image_content, load_image, picture_as_rgb, with_eight_bits
 from mmkd.data.records import Records
 from mmkd.errors import DataError
 from mmkd.evaluation.adapter import MmkdModel, split_images
@@ -50,8 +49,9 @@ def test_everything_opens_a_picture_as_training_does(folder, name):
     rows = [{"image": name, "conversations": turns("<image>?", "yes")}]
     (folder / "a.json").write_text(json.dumps(rows))
     records = Records(DataConfig(train=str(folder / "a.json")))
-    # `mmkd data pairs` stores images, evaluation and report read those of benchmarks.
-    stored = Image.open(io.BytesIO(_png(records[0], records)["bytes"]))
+    # Made records store the files of images, evaluation and report read those of benchmarks.
+    content = image_content(name, folder)
+    stored = load_image({"bytes": content, "path": None}, None)
     said = [{"role": "user", "content": [{"type": "image", "url": opened(folder / name)}]}]
     named = [{"role": "user", "content": [{"type": "image", "url": str(folder / name)}]}]
     (asked,), (by_path,) = (split_images(turns_, "task")[1] for turns_ in (said, named))

@@ -17,7 +17,7 @@ from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.errors import CheckpointError
 from mmkd.evaluation.adapter import MmkdModel
 from mmkd.modeling.loading import load_pretrained_processor
-from mmkd.recipe import DataConfig, SamplingConfig, load_recipe
+from mmkd.recipe import DataConfig, load_recipe
 from mmkd.runs import preflight
 from tests.support.processors import llava, qwen
 from tests.support.recipes import tiny_recipe
@@ -79,9 +79,8 @@ def test_more_tokens_than_the_head_are_refused_by_every_command(
     with pytest.raises(CheckpointError, match=said):
         make_pairs(
             str(more_tokens),
-            DataConfig(train=str(scenes_dir / "train.parquet")),
+            str(scenes_dir / "train.parquet"),
             tmp_path / "pairs.parquet",
-            sampling=SamplingConfig(temperature=1.0),
         )
 
 

@@ -1,0 +1,194 @@
+"""What cannot be made is refused in one line, before a model is loaded and with nothing written."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from mmkd.cli import main
+from mmkd.errors import MmkdError, RecipeError
+from mmkd.making import local
+from mmkd.making.make import make_answers
+from mmkd.recipe import load_recipe
+from mmkd.runs import pipeline
+
+CPU = torch.device("cpu")
+
+
+def entry(path, **changes):
+    raw = yaml.safe_load(path.read_text())
+    raw["make"]["photos"] |= changes
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"by": "techer"}, "asks 'techer', which is no model of the recipe -- did you mean"),
+        ({"by": ["teacher", "teacher"]}, "names a model twice"),
+        ({"records": "a.json"}, "give either 'pictures' (a folder) or 'records'"),
+        ({"prompts": []}, "images have no questions -- add 'prompts'"),
+        ({"images": "a"}, "'images' is for 'records'"),
+        ({"out": "made.txt"}, "end its name with .jsonl or .parquet"),
+        ({"sampling": {"n": 4}}, "4 answers at temperature 0 are all the same"),
+        ({"keep": "pair"}, "a pair needs a check that scores answers -- add one of agrees"),
+        ({"checks": ["emtpy"]}, "make.photos.checks.0: unknown kind 'emtpy' -- did you mean"),
+        ({"checks": ["cut", "cut"]}, "two checks are of the same kind"),
+        ({"checks": ["reference"]}, "'reference' reads records"),
+        ({"checks": [{"kind": "agrees"}], "sampling": {"n": 1}}, "'agrees' compares answers"),
+        (
+            {"checks": [{"kind": "judge", "by": "teacher"}]},
+            "has 'teacher' judge its own answers -- name another model",
+        ),
+        ({"context": {}}, "nothing is set -- add 'system' or 'shots'"),
+        ({"batchsize": 4}, "unknown key -- did you mean 'batch_size'?"),
+    ],
+)
+def test_settings(recipe, changes, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(entry(recipe(), **changes))
+    assert message in str(caught.value)
+
+
+def test_names_of_models_and_entries(recipe):
+    raw = entry(recipe())
+    server = {"server": "http://localhost:1/v1", "model": "m"}
+    with pytest.raises(RecipeError, match="a server has the name 'teacher' of another model"):
+        load_recipe({**raw, "servers": {"teacher": server}})
+    with pytest.raises(RecipeError, match="'made:photo' is no entry of 'make' -- known: photos"):
+        load_recipe({**raw, "data": {"train": "made:photo"}})
+    with pytest.raises(RecipeError, match="has the images of its entry of 'make'"):
+        load_recipe({**raw, "data": {"train": "made:photos", "images": "elsewhere"}})
+    second = {**raw["make"], "more": raw["make"]["photos"]}
+    with pytest.raises(RecipeError, match="two entries of 'make' write the same file"):
+        load_recipe({**raw, "make": second})
+    mixed = load_recipe({**raw, "data": {"sources": [{"train": "made:photos"}]}})
+    (source,) = mixed.data.sources
+    assert (source.train, source.name) == (raw["make"]["photos"]["out"], "photos")
+    assert source.images == raw["make"]["photos"]["pictures"]
+
+
+@pytest.fixture
+def refused(recipe, tmp_path, monkeypatch):
+    """Checks that an entry is refused with a message, before a model is loaded."""
+
+    def check(message, **changes):
+        def load(*given):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr(local, "load_model", load)
+        with pytest.raises(MmkdError) as caught:
+            make_answers(load_recipe(entry(recipe(), **changes)), "photos", CPU)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "made.jsonl").exists()
+
+    return check
+
+
+def test_before_a_model_is_loaded(refused, scenes_dir, tmp_path, tiny_model_dir):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("no such folder -- check 'pictures'", pictures=str(tmp_path / "gone"))
+    refused("the folder has no images -- known are .jpg", pictures=str(empty))
+    refused("a prompt has the placeholder <image>", prompts=["<image>\nWhat?"])
+    captions = {"pictures": None, "prompts": [], "records": str(scenes_dir / "captions.parquet")}
+    refused("contain their images, and a .jsonl file holds paths", **captions)
+    refused(
+        "the records say nothing of objects -- add 'objects'",
+        **{**captions, "records": str(scenes_dir / "preferences.parquet")},
+        checks=["objects"],
+        out=str(tmp_path / "made.parquet"),
+    )
+    shots = {"context": {"shots": str(tmp_path / "no.json")}}
+    refused("no such data file", **shots)
+
+
+def test_a_file_of_someone_else(refused, recipe, tmp_path):
+    out = tmp_path / "made.jsonl"
+    out.write_text("mine")
+    with pytest.raises(MmkdError, match="it is there already -- name a new file"):
+        make_answers(load_recipe(recipe()), "photos", CPU)
+    assert out.read_text() == "mine"
+
+
+def test_a_damaged_log(recipe, tmp_path):
+    logs = tmp_path / "made.jsonl.answers"
+    logs.mkdir()
+    (logs / "answers-00000.jsonl").write_text('{"key": "a", "text": 3, "finished": true}\n')
+    with pytest.raises(MmkdError, match=r"answers-00000.jsonl: line 1: it is not an answer"):
+        make_answers(load_recipe(recipe()), "photos", CPU)
+
+
+def test_unreadable_images_are_left_out_and_named(recipe, photos, rows, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((photos / "0.png").read_bytes())
+    (folder / "1.png").write_bytes(b"no image")
+    (folder / "2.png").write_bytes((photos / "1.png").read_bytes()[:-40])
+    path = recipe(pictures=str(folder), checks=[], sampling={"max_new_tokens": 6})
+    made = make_answers(load_recipe(path), "photos", CPU)
+    assert {row["images"][0] for row in rows()} == {"0.png"}
+    assert (made.questions, made.answers) == (6, 2)
+    assert made.unanswered == 6 - made.records
+    errors = " ".join(made.asked.unreadable.values())
+    assert "1.png is not a readable image" in errors
+    assert "2.png is not a readable image" in errors
+
+
+def test_no_answer_that_passes(recipe, tmp_path, scenes_dir):
+    path = recipe(
+        pictures=None, prompts=None, records=str(scenes_dir / "captions.parquet"), limit=2,
+        checks=["reference"], out=str(tmp_path / "made.parquet"), sampling={"max_new_tokens": 2},
+    )  # fmt: skip
+    with pytest.raises(MmkdError, match="no answer becomes a record -- see what the checks"):
+        make_answers(load_recipe(path), "photos", CPU)
+    assert not (tmp_path / "made.parquet").exists()
+
+
+def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
+    raw = yaml.safe_load(recipe(checks=["empty"]).read_text())
+    raw["make"]["photos"]["checks"] = [{"kind": "judge", "by": "student"}]
+    with pytest.raises(MmkdError, match="'student' and 'teacher' are the same model"):
+        make_answers(load_recipe(raw), "photos", CPU)
+
+
+def test_a_run_makes_its_data_once(recipe, tmp_path, monkeypatch, capsys):
+    path = recipe(checks=[], sampling={"max_new_tokens": 6})
+    with pytest.raises(MmkdError, match=r"make.photos: its records are not made yet -- make them"):
+        pipeline.preflight.check(load_recipe(path))
+    # what cannot be trained is refused before a model answers for hours
+    bad = load_recipe(path, ["stages.0.train=[nothing]"])
+    with pytest.raises(MmkdError, match="nothing"):
+        pipeline.run(bad)
+    assert not (tmp_path / "made.jsonl").exists()
+    pipeline.run(load_recipe(path))
+    assert "wrote" in (said := capsys.readouterr().out)
+    assert "12 questions" in said
+    lines = (tmp_path / "runs" / "made" / "01-mimic" / "metrics.jsonl").read_text().splitlines()
+    assert len([line for line in lines if "loss" in json.loads(line)]) == 2
+    changed = (tmp_path / "made.jsonl").stat().st_mtime_ns
+    pipeline.run(load_recipe(path, [f"output_dir={tmp_path / 'again'}"]))
+    assert (tmp_path / "made.jsonl").stat().st_mtime_ns == changed
+    assert "questions" not in capsys.readouterr().out
+
+
+def test_students_of_one_run_share_a_file_only_with_the_same_settings(recipe):
+    raw = yaml.safe_load(recipe().read_text())
+    raw["variants"] = {"other": ["make.photos.seed=1"]}
+    with pytest.raises(RecipeError, match=r"two students make .* with different settings"):
+        pipeline.run(load_recipe(raw))
+
+
+def test_the_command_names_entries(recipe, monkeypatch, capsys):
+    path = str(recipe())
+    monkeypatch.setattr("sys.argv", ["mmkd", "data", "answers", path, "--only", "photo"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "make: no entry 'photo' -- did you mean 'photos'?" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["mmkd", "data", "answers", "configs/quickstart.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "the recipe makes no data -- add an entry" in capsys.readouterr().err
