@@ -125,14 +125,12 @@ class ServerMaker:
         if "models" not in self._checked:
             check.models()
             self._checked.add("models")
-        shown = any(
-            p["type"] == "image" for r in requests for m in r.messages for p in m["content"]
-        )
-        if shown and "vision" not in self._checked:
+        images = any(_has_images(request) for request in requests)
+        if images and "vision" not in self._checked:
             say(check.vision())
             self._checked.add("vision")
-        if "sampling" not in self._checked and sampling.temperature > 0:
-            if (doubt := check.sampling(sampling.temperature)) is not None:
+        if sampling.temperature > 0 and "sampling" not in self._checked:
+            if (doubt := check.sampling(sampling.temperature, images=images)) is not None:
                 say(doubt)
             self._checked.add("sampling")
 
@@ -160,6 +158,10 @@ class _TemporaryErrors:
         except Empty:
             pass
         say(f"{self._url}: {last}; trying again ({self._count} such errors so far)")
+
+
+def _has_images(request: Request) -> bool:
+    return any(part["type"] == "image" for m in request.messages for part in m["content"])
 
 
 def _api_key(config: ServerConfig) -> str | None:

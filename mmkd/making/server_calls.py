@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 
-from mmkd.errors import AGAIN, ServerError, one_row
+from mmkd.errors import AGAIN, HINT, ServerError, one_row
 from mmkd.making.chat_format import AnswerFormatError, Completion, completion_of
 from mmkd.making.threads import CancelledError
 from mmkd.recipe.servers import ServerConfig
@@ -246,7 +246,7 @@ class Calls:
         """Text of a server, in one line and without the API key."""
         if self._key:
             text = text.replace(self._key, "...")
-        return one_row(" ".join(text.split()))[:_SHOWN]
+        return one_row(" ".join(text.split())).replace(HINT, " - ")[:_SHOWN]
 
 
 def _message(reply: Reply) -> str:

@@ -102,38 +102,38 @@ class ServerCheck:
                 hint="serve a vision-language model, with its vision part",
             ) from error
         without = self._asked_without()
-        counted = (red.prompt_tokens, without.prompt_tokens if without else None)
-        if None not in counted and counted[0] > counted[1]:  # type: ignore[operator]
-            return (
-                f"{model} reads images (a question has {counted[0]} tokens with an image, "
-                f"{counted[1]} without)"
-            )
+        shown, alone = red.prompt_tokens, without.prompt_tokens if without else None
+        counts = f"a question has {shown} tokens with an image and {alone} without"
+        if shown is not None and alone is not None and shown > alone:
+            return f"{model} takes images: {counts}"
         if self._ask(_BLUE).answer != red.answer:
-            return f"{model} reads images (its answers about a red and a blue one differ)"
-        if None not in counted:
+            return f"{model} takes images: its answers about a red and a blue one differ"
+        if None not in (shown, alone):
             raise ServerError(
-                f"it passes over images: a question has {counted[0]} tokens with an image and "
-                f"{counted[1]} without, and answers about a red and a blue one are equal",
+                f"it passes over images: {counts}, and its answers about a red and a blue one are "
+                "equal",
                 where=model,
                 hint="serve a vision-language model, with its vision part",
             )
         return (
-            f"{model}: it is not known whether it reads images; the server does not count tokens, "
-            "and answers about a red and a blue image are equal"
+            f"{model}: it is not known whether it looks at images; the server does not count "
+            "tokens, and its answers about a red and a blue image are equal"
         )
 
-    def sampling(self, temperature: float) -> str | None:
+    def sampling(self, temperature: float, *, images: bool) -> str | None:
         """Whether answers depend on the seed. `transformers serve`, for one, decodes greedily at
         every temperature unless the model's generation settings say otherwise.
 
         Args:
             temperature: at which answers will be sampled.
+            images: ask about an image, which some models require.
 
         Returns:
             A warning in one line, or None.
         """
         temperature = max(temperature, _HOT)
-        answers = [self._ask(None, temperature, seed).answer for seed in range(_SEEDS)]
+        colour = _RED if images else None
+        answers = [self._ask(colour, temperature, seed).answer for seed in range(_SEEDS)]
         if any(answer != answers[0] for answer in answers):
             return None
         return (
