@@ -20,7 +20,8 @@ class Request:
         key: hex digest of everything that the answer depends on.
         messages: chat messages. Their contents are lists of {"type": "text", "text": ...} and
             {"type": "image"}.
-        images: reads the images when the request is sent, in the order of the image parts.
+        images: reads the images when the request is sent, in the order of the image parts. Any
+            thread may call it.
         seed: of the answer's random numbers, 0 <= seed < 2**31; a function of the key.
     """
 

@@ -1,9 +1,9 @@
 """A model on a server that speaks OpenAI's chat completions protocol, such as vLLM, SGLang,
 llama.cpp or `transformers serve`.
 
-Some settings cannot be checked from here. `transformers serve`, for one, decodes greedily at every
-temperature unless the model's generation settings say otherwise. Servers compute in batches, so
-even greedy answers may differ between two runs in which probabilities are almost equal.
+A server may compute in another dtype than a model in this process (`transformers serve` takes the
+checkpoint's), and in batches. So where probabilities are almost equal, even greedy answers may
+differ.
 """
 
 import hashlib

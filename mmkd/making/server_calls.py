@@ -22,6 +22,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the first retry, doubled after each, and the most seconds."""
 LONGEST_RETRY_AFTER = 3600.0
 """The most seconds that a server may ask to wait."""
+CONNECT_S = 15.0
+"""Seconds for a connection."""
 MOST_BYTES = 2**24
 """Largest body of an answer."""
 PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
@@ -76,7 +78,7 @@ class Calls:
             headers["Authorization"] = f"Bearer {key}"
         self._client = httpx2.Client(
             headers=headers,
-            timeout=config.timeout_s,
+            timeout=httpx2.Timeout(config.timeout_s, connect=min(CONNECT_S, config.timeout_s)),
             limits=httpx2.Limits(max_connections=config.concurrency + 1),
         )
         self._random = random.Random()  # the global one belongs to the caller
@@ -109,6 +111,9 @@ class Calls:
                         raise ServerError(large, where=place, hint="lower max_new_tokens")
                     if time.monotonic() > until:
                         raise httpx2.ReadTimeout("")
+        except httpx2.ConnectTimeout as error:
+            seconds = min(CONNECT_S, self.config.timeout_s)
+            raise TemporaryError(f"no connection within {seconds:g} s") from error
         except httpx2.TimeoutException as error:
             raise TemporaryError(f"no answer within {self.config.timeout_s:g} s") from error
         except httpx2.RequestError as error:
@@ -197,7 +202,7 @@ class Calls:
                     raise ServerError(
                         str(error),
                         where=f"{self.url}: {what}",
-                        hint=f"{AGAIN} later",
+                        hint=f"later, {AGAIN}",
                     ) from error
                 if tried == retries:
                     raise ServerError(
@@ -246,7 +251,8 @@ class Calls:
         """Text of a server, in one line and without the API key."""
         if self._key:
             text = text.replace(self._key, "...")
-        return one_row(" ".join(text.split())).replace(HINT, " - ")[:_SHOWN]
+        text = " ".join(text[: 10 * _SHOWN].split())
+        return one_row(text).replace(HINT, " - ")[:_SHOWN]
 
 
 def _message(reply: Reply) -> str:

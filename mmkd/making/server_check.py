@@ -121,8 +121,8 @@ class ServerCheck:
         )
 
     def sampling(self, temperature: float, *, images: bool) -> str | None:
-        """Whether answers depend on the seed. `transformers serve`, for one, decodes greedily at
-        every temperature unless the model's generation settings say otherwise.
+        """Check that answers depend on the seed. `transformers serve`, for one, decodes greedily at
+        every temperature, unless `do_sample` is set in the model's generation settings.
 
         Args:
             temperature: at which answers will be sampled.

@@ -60,9 +60,12 @@ def in_threads(
     def work() -> None:
         try:
             while not stop.is_set():
-                item = todo.get_nowait()
+                try:
+                    item = todo.get_nowait()
+                except Empty:
+                    return
                 done.put(_Done(item, call(item)))
-        except (Empty, CancelledError):
+        except CancelledError:
             pass
         except BaseException as error:
             done.put(error)

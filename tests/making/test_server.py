@@ -145,8 +145,8 @@ def test_what_was_answered_is_kept_when_retries_are_used_up():
          "status 422 Unprocessable Entity: Unexpected fields: {'top_k'} -- change what it names "
          "in 'extra', the sampling settings or the questions"),
         ((429, {"Retry_After": "86400"}, b"tomorrow"),
-         "status 429 Too Many Requests, and it asks to wait 86,400 s -- run the same command again "
-         "to go on later"),
+         "status 429 Too Many Requests, and it asks to wait 86,400 s -- later, run the same "
+         "command again to go on"),
         ((302, {"Location": "http://elsewhere.example/v1"}, b""),
          "it redirects to http://elsewhere.example/v1, which is not followed -- if you trust that "
          "address, give it as 'server'"),
