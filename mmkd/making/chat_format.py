@@ -60,7 +60,7 @@ def completion_of(answer: Any) -> Completion:
     """The completion in a server's JSON.
 
     Content that is null is an empty answer: a model that reasons may be cut before it answers.
-    `reasoning_content` is no part of the answer.
+    `reasoning_content` is no part of the answer; reasoning that a server leaves in `content` is.
 
     Raises:
         AnswerFormatError: it is no chat completion, or the server has given it up.

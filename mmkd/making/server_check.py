@@ -1,10 +1,10 @@
-"""Checks of a server before the first request: is it one, has it the model, does it read images?
+"""Checks of a server before the first request: is it one, has it the model, does it take images?
 
 A server of a text model may pass over images without a word. Its answers cannot prove that it has
 looked at them, but two facts are evidence that it has:
 
-- The same question has more prompt tokens with an image than without one. vLLM, SGLang, llama.cpp
-  and `transformers serve` count the tokens of images.
+- The same question has more prompt tokens with an image than without one. vLLM and
+  `transformers serve` count the tokens of images.
 - The answers about a red and a blue image differ, at temperature 0.
 
 A server that counts equal tokens and gives equal answers is refused. One that counts no tokens and
@@ -30,7 +30,7 @@ RETRIES = 2
 _SIZE = (224, 224)  # families with large patches refuse smaller images
 _RED, _BLUE = (220, 30, 30), (30, 60, 220)
 _QUESTION = "Which colour does this image have?"
-_OPEN = "Write a sentence about anything."
+_OPEN = "What do you see?"
 _TOKENS = 24
 _SEEDS, _HOT = 3, 1.0  # seeds to compare, and the lowest temperature to do so
 _NAMES = 20  # of a server's models in a message

@@ -108,6 +108,20 @@ def test_it_decodes_greedily_at_every_temperature_and_this_is_named(address, pro
     assert "gives equal answers to 3 seeds at temperature 1" in capsys.readouterr().out
 
 
+def test_answers_that_are_sampled_depend_on_seeds_alone(address, prompts, capsys):
+    """One request at a time: concurrent ones share this server's random state."""
+    encoder, questions = prompts
+    settings = {"do_sample": True, "eos_token_id": 1, "pad_token_id": 0}
+    extra = {"generation_config": json.dumps(settings)}
+    config = ServerConfig(server=address, model=str(TEACHER), concurrency=1, extra=extra)
+    same = requests_of(encoder, questions[1:2] * 3)
+    sampling = SamplingConfig(temperature=2, max_new_tokens=16)
+    found = made(ServerMaker(config), same, sampling)
+    assert "equal answers" not in capsys.readouterr().out
+    assert len({answer.text for answer in found}) > 1
+    assert made(ServerMaker(config), same[::-1], sampling) == found
+
+
 def test_a_text_model_passes_over_images(address, text_model, prompts):
     encoder, questions = prompts
     maker = ServerMaker(ServerConfig(server=address, model=str(text_model)))

@@ -17,7 +17,7 @@ from PIL import Image
 
 MODEL = "stub/model"
 IMAGE_TOKENS = 64
-CHECK = ("Which colour does this image have?", "Write a sentence about anything.")
+CHECK = ("Which colour does this image have?", "What do you see?")
 """Questions of the checks before the first request."""
 
 
