@@ -37,7 +37,8 @@ class Answer:
 
     Attributes:
         text: without end tokens.
-        finished: the model ended it; False if `max_new_tokens` was reached.
+        finished: the model ended it; False if it was cut, by `max_new_tokens` or by a filter of
+            the server.
     """
 
     text: str

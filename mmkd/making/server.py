@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Event
 
 import httpx2
@@ -147,16 +147,14 @@ class _TemporaryErrors:
         self._new.put(error)
 
     def report(self) -> None:
+        """Log the latest error and the number of all, if the last message is long ago."""
         if self._new.empty() or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SECONDS_BETWEEN_NOTES
         last = ""
-        try:
-            while True:
-                last = self._new.get_nowait()
-                self._count += 1
-        except Empty:
-            pass
+        while not self._new.empty():
+            last = self._new.get()
+            self._count += 1
         say(f"{self._url}: {last}; trying again ({self._count} such errors so far)")
 
 

@@ -82,7 +82,7 @@ class ServerCheck:
             raise ServerError(what, where=url, hint=self._calls.line(close))
 
     def vision(self) -> str:
-        """Check that the model reads images, with two or three short questions.
+        """Check that the model takes images, with two or three short questions.
 
         Returns:
             What was found, in one line.

@@ -1,15 +1,20 @@
 """Checks of a server before the first request."""
 
+import os
 import re
+import signal
 import socket
+import threading
+import time
 
 import pytest
 
-from mmkd.errors import ServerError
+from mmkd.errors import ServerError, StoppedError
 from mmkd.making import server_calls
 from mmkd.making.server import ServerMaker
 from mmkd.recipe import SamplingConfig
 from mmkd.recipe.servers import ServerConfig
+from mmkd.runtime import interrupt
 from tests.making.test_server import GREEDY, answers_of, config_of, refused, requests_of
 from tests.support import chat_server
 from tests.support.chat_server import IMAGE_TOKENS, MODEL
@@ -151,3 +156,16 @@ def test_checks_are_tried_again():
     with chat_server.running(check_fault=lambda body: left.pop() if left else None) as server:
         assert len(answers_of(ServerMaker(config_of(server)), requests_of(1))) == 1
         assert len(server.checks) == 2 + 2
+
+
+def test_a_signal_ends_a_check_that_hangs():
+    with chat_server.running(check_fault=lambda body: "hang") as server, interrupt.listening():
+        interrupt.hear()
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(StoppedError):
+            ServerMaker(config_of(server)).answer(requests_of(1), GREEDY, lambda q, a: None)
+        assert time.monotonic() - began < 20
+        timer.join()
+    assert server.calls == []
