@@ -96,6 +96,10 @@ class HubError(MmkdError):
     """The Hub cannot be reached, or it refuses."""
 
 
+class ServerError(MmkdError):
+    """A model's server cannot be reached, does not answer, or refuses a request."""
+
+
 class EvaluationError(MmkdError):
     """Part of an evaluation failed; the rest of it is written.
 

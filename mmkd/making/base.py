@@ -20,7 +20,8 @@ class Request:
         key: hex digest of everything that the answer depends on.
         messages: chat messages. Their contents are lists of {"type": "text", "text": ...} and
             {"type": "image"}.
-        images: reads the images when the request is sent, in the order of the image parts.
+        images: reads the images when the request is sent, in the order of the image parts. Any
+            thread may call it.
         seed: of the answer's random numbers, 0 <= seed < 2**31; a function of the key.
     """
 
@@ -36,7 +37,8 @@ class Answer:
 
     Attributes:
         text: without end tokens.
-        finished: the model ended it; False if `max_new_tokens` was reached.
+        finished: the model ended it; False if it was cut, by `max_new_tokens` or by a filter of
+            the server.
         error: why the question could not be asked, such as an image that cannot be read. Then
             there is no text.
     """

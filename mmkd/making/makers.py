@@ -29,7 +29,7 @@ def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> 
     if name in recipe.servers:
         from mmkd.making.server import ServerMaker  # its HTTP client is slow to import
 
-        return ServerMaker(name, recipe.servers[name])
+        return ServerMaker(recipe.servers[name])
     if name == STUDENT:
         return LocalMaker(name, recipe.student, batch_size, device)
     teacher = next(t for t in recipe.teachers if t.name == name)

@@ -76,10 +76,10 @@ class RecordWriter:
 
     def _made(self, answered: Answered, answer: Judged) -> Row:
         """Where an answer comes from."""
-        maker = self.makers[answer.candidate.maker]
+        maker = answer.candidate.maker
         made: Row = {
-            "by": maker.name,
-            "revision": maker.revision,
+            "by": maker,
+            "revision": self.makers[maker].revision,
             "sampling": self.config.sampling.model_dump(mode="json"),
             "seed": self.config.seed,
             "candidate": answer.number,
