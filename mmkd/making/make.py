@@ -17,12 +17,14 @@ from mmkd.making.ask import Asked, Asker
 from mmkd.making.base import Answer, Maker, Request
 from mmkd.making.checks import AnswerCheck, Candidate, build_checks
 from mmkd.making.choose import Answered, Judged, refusals
+from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers
-from mmkd.making.questions import Question, Questions, open_questions
+from mmkd.making.object_questions import balanced, object_questions
+from mmkd.making.questions import Question, Questions, open_questions, questions_for_lists
 from mmkd.making.requests import Context, request_of
-from mmkd.making.writing import RecordWriter, Row, check_out
-from mmkd.recipe import MakeConfig, Recipe
+from mmkd.making.writing import RecordWriter, Row, check_out, write_records
+from mmkd.recipe import MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
 from mmkd.students import converted_processor
@@ -121,7 +123,8 @@ class _Job:
         if out.exists() and not folder_of(config).exists():
             raise DataError("it is there already", where=str(out), hint="name a new file")
         self.questions: Questions = open_questions(config, where)
-        check_out(config, self.questions.at(0), where)
+        self.lists = questions_for_lists(config, where)
+        check_out(config, (self.lists or self.questions).at(0), where)
         self.context = Context.of(config)
         self.checks = build_checks(config, self.questions)
         self.revisions = {n: maker.revision for n, maker in makers.items()}
@@ -132,20 +135,53 @@ class _Job:
         log = AnswerLog(folder_of(self.config), distributed.rank())
         distributed.barrier()
         asker = Asker(self.makers, log, self.where.removeprefix("make."))
+        if self.lists is not None:
+            self._ask_about_objects(self.lists, asker)
         own = {index: self._candidates(index) for index in self._own()}
         asker.ask([pair for row in own.values() for pair in row], self.config.sampling)
         keys = _shared({index: [r.key for _, r in row] for index, row in own.items()})
         answered = [one for i, row in keys.items() if (one := self._answered(i, row, log))]
         for check in self.checks:
             self._apply(check, answered, asker)
-        writer = RecordWriter(self.config, self.makers)
-        found = [writer.rows(one) for one in answered] if distributed.rank() == 0 else []
+        found = self._rows(answered) if distributed.rank() == 0 else []
         if distributed.rank() == 0:
-            writer.write([row for part in found for row in part])
+            write_records(Path(self.config.out), [row for part in found for row in part])
             write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
         missing = _shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
         return self._summary(answered, found, asker.asked)
+
+    def _rows(self, answered: list[Answered]) -> list[list[Row]]:
+        """The rows of each question."""
+        writer = RecordWriter(self.config, self.makers)
+        found = [(one.question, writer.rows(one)) for one in answered]
+        dropped = balanced([(question, len(rows)) for question, rows in found])
+        return [[] if question.id in dropped else rows for question, rows in found]
+
+    def _ask_about_objects(self, lists: Questions, asker: Asker) -> None:
+        """Ask for the objects of each image, and add the questions about them."""
+        config, name = self.config.objects, self.config.by[0]
+        assert config is not None
+        sampling = SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens)
+        own: dict[int, Request] = {}
+        for index in range(distributed.rank(), len(lists), distributed.world_size()):
+            try:
+                question = self.context.before(lists.at(index))
+                own[index] = request_of(question, self.revisions[name], sampling, 0, 0)
+            except DataError as error:
+                self.unreadable[index] = str(error)
+        asker.ask([(name, request) for request in own.values()], sampling, ": objects")
+        keys = _shared({index: request.key for index, request in own.items()})
+        known = {i: asker.log.answers[key] for i, key in keys.items() if key in asker.log.answers}
+        images = {index: lists.at(index) for index in known}
+        texts = {images[index].id: answer.text for index, answer in known.items()}
+        listed = Listed.of(texts, config.names, config.least_images)
+        more = [
+            (index, question)
+            for index, image in images.items()
+            for question in object_questions(config, image, listed, self.config.seed)
+        ]
+        self.questions = self.questions.with_more(lists, more)
 
     def _own(self) -> range:
         """Indices of the questions that this process asks."""

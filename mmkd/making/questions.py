@@ -1,13 +1,14 @@
 """What is asked: questions about a folder of images, or those of records."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mmkd.data.answers import answers_of, asked
+from mmkd.data.answers import answers_of
+from mmkd.data.answers import asked as asked_before
 from mmkd.data.images import SUFFIXES, load_image
 from mmkd.data.records import Records
 from mmkd.data.schema import Record
@@ -27,6 +28,8 @@ class Question:
             another), and the folder of its path.
         objects: names of the objects in the image, if the record says them.
         reference: the record's own answer; None if it has none.
+        expected: the answer by a list of the image's objects, yes or no; None for others.
+        about: id of the question for this list.
     """
 
     id: str
@@ -34,6 +37,8 @@ class Question:
     references: list[tuple[Any, Path | None]]
     objects: tuple[str, ...] = ()
     reference: str | None = None
+    expected: str | None = None
+    about: str | None = None
 
     def images(self) -> list[Image.Image]:
         """The decoded images.
@@ -70,6 +75,22 @@ class Questions:
     def __iter__(self) -> Iterator[Question]:
         return (self.at(index) for index in range(self.count))
 
+    def with_more(self, images: "Questions", more: Sequence[tuple[int, Question]]) -> "Questions":
+        """These questions, and more after them.
+
+        Args:
+            images: questions whose images the others are about.
+            more: indices in `images`, with questions without references.
+        """
+
+        def at(index: int) -> Question:
+            if index < self.count:
+                return self.at(index)
+            number, question = more[index - self.count]
+            return replace(question, references=images.at(number).references)
+
+        return replace(self, at=at, count=self.count + len(more))
+
 
 def open_questions(config: MakeConfig, where: str) -> Questions:
     """The questions of an entry of `make`.
@@ -81,7 +102,8 @@ def open_questions(config: MakeConfig, where: str) -> Questions:
     Raises:
         MmkdError: there are none, or a prompt is not possible.
     """
-    for prompt in config.prompts:
+    asked = [] if config.objects is None else config.objects.ask
+    for prompt in [*config.prompts, *asked]:
         if PLACEHOLDER in prompt:
             raise RecipeError(
                 f"a prompt has the placeholder {PLACEHOLDER}, and the image is put before it",
@@ -91,6 +113,15 @@ def open_questions(config: MakeConfig, where: str) -> Questions:
     if config.pictures is not None:
         return _about_folder(Path(config.pictures), config)
     return _of_records(config)
+
+
+def questions_for_lists(config: MakeConfig, where: str) -> Questions | None:
+    """The question for the objects of each image; None if there are no questions about objects.
+    Arguments and errors as of `open_questions`."""
+    if config.objects is None:
+        return None
+    asks = {"prompts": [config.objects.prompt], "checks": []}
+    return open_questions(config.model_copy(update=asks), where)
 
 
 def _about_folder(folder: Path, config: MakeConfig) -> Questions:
@@ -108,7 +139,7 @@ def _about_folder(folder: Path, config: MakeConfig) -> Questions:
         number, prompt = divmod(index, len(prompts))
         name = names[number]
         label = name if len(prompts) == 1 else f"{name}-{prompt}"
-        return Question(label, _about_images(1, prompts[prompt]), [(name, folder)])
+        return Question(label, about_images(1, prompts[prompt]), [(name, folder)])
 
     return Questions(at, len(names) * len(prompts))
 
@@ -148,10 +179,10 @@ def _of_record(record: Record, label: str, prompt: str | None) -> Question:
     """The first question of a record, or another question about its images."""
     objects = tuple(o.name for o in record.objects)
     if prompt is not None:
-        messages = _about_images(len(record.images), prompt)
+        messages = about_images(len(record.images), prompt)
         return Question(label, messages, _located(record), objects)
     turn = answers_of(record)[0]
-    question = asked(record, turn)
+    question = asked_before(record, turn)
     reference = None
     if turn < len(record.messages):
         content = record.messages[turn]["content"]
@@ -163,6 +194,7 @@ def _located(record: Record) -> list[tuple[Any, Path | None]]:
     return [(image, record.root) for image in record.images]
 
 
-def _about_images(count: int, prompt: str) -> list[Message]:
+def about_images(count: int, prompt: str) -> list[Message]:
+    """A question about images, which come before it."""
     images = [{"type": "image"} for _ in range(count)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class RecordWriter:
-    """Makes rows of questions and their chosen answers, and writes the file of an entry of `make`.
+    """Makes rows of questions and their chosen answers.
 
     Args:
         config: the entry.
@@ -96,22 +96,22 @@ class RecordWriter:
             return [{"bytes": _bytes(*ref), "path": None} for ref in question.references]
         return [path for path, _ in question.references]
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write the file in one step.
 
-        Raises:
-            DataError: there are no rows.
-        """
-        out = Path(self.config.out)
-        if not rows:
-            hint = "see what the checks have refused; raise sampling.n, or sampling.max_new_tokens"
-            raise DataError("no answer becomes a record", where=str(out), hint=hint)
-        with writing(out) as partial:
-            if out.suffix == ".parquet":
-                pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
-            else:
-                with open(partial, "w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+def write_records(out: Path, rows: Sequence[Row]) -> None:
+    """Write the records of an entry of `make` in one step.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not rows:
+        hint = "see what the checks have refused; raise sampling.n, or sampling.max_new_tokens"
+        raise DataError("no answer becomes a record", where=str(out), hint=hint)
+    with writing(out) as partial:
+        if out.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
+        else:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def check_out(config: MakeConfig, question: Question, where: str) -> None:

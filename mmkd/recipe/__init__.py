@@ -46,6 +46,7 @@ from mmkd.recipe.models import (
     TeacherPlacement,
     TrackerName,
 )
+from mmkd.recipe.object_questions import ExistenceConfig, ObjectQuestionsConfig
 from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
@@ -95,6 +96,7 @@ __all__ = [
     "EnsembleConfig",
     "EvaluateConfig",
     "EveryNth",
+    "ExistenceConfig",
     "FirstLayers",
     "HeldOutConfig",
     "ImageSizeConfig",
@@ -107,6 +109,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "NamedLayers",
+    "ObjectQuestionsConfig",
     "OnPolicyConfig",
     "OptimizerConfig",
     "Precision",

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from mmkd.errors import nearest
 from mmkd.recipe.answer_checks import CHECKS, AnyCheckConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.recipe.object_questions import ObjectQuestionsConfig
 from mmkd.recipe.stages import SamplingConfig
 from mmkd.runtime.fields import MOST, MOST_SEED, Prose
 
@@ -77,6 +78,9 @@ class MakeConfig(Strict):
         "several take turns",
     )
     prompts: list[Prose] = Field([], max_length=1000, description="questions about each image")
+    objects: ObjectQuestionsConfig | None = Field(
+        None, description="questions about the objects that a model lists for each image"
+    )
     context: ContextConfig | None = Field(
         None, description="what only the model that answers reads"
     )
@@ -115,7 +119,7 @@ class MakeConfig(Strict):
     def _consistent(self) -> "MakeConfig":
         if (self.pictures is None) == (self.records is None):
             raise ValueError(f"{BOTH}give either 'pictures' (a folder) or 'records'")
-        if self.pictures is not None and not self.prompts:
+        if self.pictures is not None and not self.prompts and self.objects is None:
             raise ValueError("images have no questions -- add 'prompts'")
         if self.images is not None and self.records is None:
             raise ValueError("'images' is for 'records' -- leave it out")

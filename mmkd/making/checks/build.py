@@ -4,6 +4,7 @@ from typing import Any
 
 from mmkd.making.checks.agreement import Agreement
 from mmkd.making.checks.base import AnswerCheck
+from mmkd.making.checks.existence import Existence, ExistenceCheckConfig
 from mmkd.making.checks.form import Cut, Empty, Repeats
 from mmkd.making.checks.judge import Judge
 from mmkd.making.checks.objects import Objects
@@ -29,7 +30,9 @@ def build_checks(config: MakeConfig, questions: Questions) -> list[AnswerCheck]:
     Raises:
         RecipeError: a check needs a package that is not installed.
     """
-    built = []
+    built: list[AnswerCheck] = []
+    if config.objects is not None and config.objects.existence is not None:
+        built.append(Existence(ExistenceCheckConfig(), questions, config.sampling.n))
     for settings in config.checks:
         cls: Any = _BUILT_IN.get(settings.kind) or CHECKS.find(settings.kind)
         built.append(cls(settings, questions, config.sampling.n))
