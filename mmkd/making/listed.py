@@ -15,8 +15,8 @@ _BEFORE = re.compile(r"^(?:\d+[.)]?|an?|the|some|several|many|two|three|four|fiv
 
 
 def parse_list(text: str) -> dict[str, str]:
-    """The names in a list such as "a dog, two cats and the hot dog": as `singular` writes them, each
-    with its form in the list."""
+    """The names in a list such as "a dog, two cats and the hot dog", as `singular` writes them,
+    each with its form in the list."""
     names: dict[str, str] = {}
     for item in _BETWEEN.split(text):
         item = item.strip(" .:!?\"'`*-")

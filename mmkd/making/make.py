@@ -23,7 +23,7 @@ from mmkd.making.makers import build_makers
 from mmkd.making.object_questions import balanced, object_questions
 from mmkd.making.questions import Question, Questions, open_questions, questions_for_lists
 from mmkd.making.requests import Context, request_of
-from mmkd.making.writing import RecordWriter, Row, check_out, write_records
+from mmkd.making.writing import RecordWriter, Row, check_out, join_rows, write_records
 from mmkd.recipe import MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
@@ -41,7 +41,7 @@ class Made:
     Attributes:
         out: the file.
         questions: number of questions.
-        records: number of records that were written.
+        records: number of records that were written; 0 on other processes than the first.
         answers: number of answers, those of earlier calls included.
         refused: number of answers that each check has refused, in the order of the checks.
         unanswered: number of questions without a record.
@@ -143,13 +143,21 @@ class _Job:
         answered = [one for i, row in keys.items() if (one := self._answered(i, row, log))]
         for check in self.checks:
             self._apply(check, answered, asker)
-        found = self._rows(answered) if distributed.rank() == 0 else []
-        if distributed.rank() == 0:
-            write_records(Path(self.config.out), [row for part in found for row in part])
-            write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
+        written, used = self._write(answered) if distributed.rank() == 0 else (0, 0)
         missing = _shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
-        return self._summary(answered, found, asker.asked)
+        return self._summary(answered, written, used, asker.asked)
+
+    def _write(self, answered: list[Answered]) -> tuple[int, int]:
+        """Write the file; returns the number of its records, and of the questions in them."""
+        found = self._rows(answered)
+        rows = [row for part in found for row in part]
+        if self.config.join:
+            about = [one.question.about for one, p in zip(answered, found, strict=True) if p]
+            rows = join_rows(list(zip(about, rows, strict=True)), self.config.seed)
+        write_records(Path(self.config.out), rows)
+        write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
+        return len(rows), sum(bool(part) for part in found)
 
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:
         """The rows of each question."""
@@ -246,16 +254,16 @@ class _Job:
     def _to_judge(self, name: str, question: Question, check: AnswerCheck) -> Request:
         return request_of(question, self.revisions[name], check.sampling, self.config.seed, 0)
 
-    def _summary(self, answered: list[Answered], found: list[list[Row]], asked: Asked) -> Made:
+    def _summary(self, answered: list[Answered], records: int, used: int, asked: Asked) -> Made:
         counts = refusals(answered)
         kinds = dict.fromkeys([EMPTY, *(check.config.kind for check in self.checks)])
         return Made(
             out=Path(self.config.out),
             questions=len(self.questions),
-            records=sum(map(len, found)),
+            records=records,
             answers=sum(len(one.answers) for one in answered),
             refused={kind: counts[kind] for kind in kinds},
-            unanswered=len(self.questions) - sum(bool(part) for part in found),
+            unanswered=len(self.questions) - used,
             asked=asked,
         )
 

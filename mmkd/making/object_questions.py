@@ -87,7 +87,6 @@ def _about(image: Question, text: str, label: str, expected: str | None = None) 
         messages=about_images(len(image.references), text),
         references=[],
         expected=expected,
-        about=image.id,
     )
 
 
@@ -116,7 +115,7 @@ def balanced(found: Sequence[tuple[Question, int]]) -> set[str]:
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for question, records in found:
-        if question.expected is not None and question.about is not None and records:
+        if question.expected is not None and records:
             group = groups.setdefault(question.about, {YES: [], NO: []})
             group[question.expected].append(question.id)
     dropped: set[str] = set()

@@ -29,7 +29,7 @@ class Question:
         objects: names of the objects in the image, if the record says them.
         reference: the record's own answer; None if it has none.
         expected: the answer by a list of the image's objects, yes or no; None for others.
-        about: id of the question for this list.
+        about: the image's path, or the record's id. Questions about the same image share it.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Question:
     objects: tuple[str, ...] = ()
     reference: str | None = None
     expected: str | None = None
-    about: str | None = None
+    about: str = ""
 
     def images(self) -> list[Image.Image]:
         """The decoded images.
@@ -139,7 +139,7 @@ def _about_folder(folder: Path, config: MakeConfig) -> Questions:
         number, prompt = divmod(index, len(prompts))
         name = names[number]
         label = name if len(prompts) == 1 else f"{name}-{prompt}"
-        return Question(label, about_images(1, prompts[prompt]), [(name, folder)])
+        return Question(label, about_images(1, prompts[prompt]), [(name, folder)], about=name)
 
     return Questions(at, len(names) * len(prompts))
 
@@ -180,14 +180,15 @@ def _of_record(record: Record, label: str, prompt: str | None) -> Question:
     objects = tuple(o.name for o in record.objects)
     if prompt is not None:
         messages = about_images(len(record.images), prompt)
-        return Question(label, messages, _located(record), objects)
+        return Question(label, messages, _located(record), objects, about=record.id)
     turn = answers_of(record)[0]
     question = asked_before(record, turn)
     reference = None
     if turn < len(record.messages):
         content = record.messages[turn]["content"]
         reference = "".join(part.get("text", "") for part in content)
-    return Question(label, question.messages, _located(question), objects, reference)
+    found = _located(question)
+    return Question(label, question.messages, found, objects, reference, about=record.id)
 
 
 def _located(record: Record) -> list[tuple[Any, Path | None]]:

@@ -1,7 +1,9 @@
 """Write chosen answers as records: JSON lines with paths of images, or parquet with the images."""
 
+import hashlib
 import io
 import json
+import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +97,37 @@ class RecordWriter:
         if self.config.out.endswith(".parquet"):
             return [{"bytes": _bytes(*ref), "path": None} for ref in question.references]
         return [path for path, _ in question.references]
+
+
+def join_rows(found: Sequence[tuple[str, Row]], seed: int) -> list[Row]:
+    """One record for each image, whose turns are the records about it, in random order.
+
+    Args:
+        found: what a record is about, with the record.
+        seed: of the order.
+    """
+    groups: dict[str, list[Row]] = {}
+    for about, row in found:
+        groups.setdefault(about, []).append(row)
+    joined = []
+    for about, rows in groups.items():
+        words = f"{seed} {about}".encode()
+        random.Random(hashlib.blake2b(words, digest_size=8).digest()).shuffle(rows)
+        first, *later = rows
+        messages = [*first["messages"], *(_without_images(m) for r in later for m in r["messages"])]
+        made = {**first["made"], "turns": [{"id": r["id"], **_own(r["made"])} for r in rows]}
+        joined.append({"id": about, "images": first["images"], "messages": messages, "made": made})
+    return joined
+
+
+def _without_images(message: Row) -> Row:
+    content = [part for part in message["content"] if part["type"] != "image"]
+    return {**message, "content": content}
+
+
+def _own(made: Row) -> Row:
+    """What differs between the answers of a joined record."""
+    return {key: made[key] for key in ("by", "candidate", "pass_rate", "score") if key in made}
 
 
 def write_records(out: Path, rows: Sequence[Row]) -> None:

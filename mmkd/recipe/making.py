@@ -98,6 +98,11 @@ class MakeConfig(Strict):
         description="all: each answer that passes the checks is a record; best: the one with the "
         "highest score; pair: the best and the worst one, as a preference",
     )
+    join: bool = Field(
+        False,
+        description="all questions about an image are turns of one record, in random order, so "
+        "that the image's tokens are computed once; by default each is a record",
+    )
     out: LocalPath = Field(
         description="file to write, .jsonl or .parquet; answers so far are in a folder next to it"
     )
@@ -144,6 +149,8 @@ class MakeConfig(Strict):
                 raise ValueError("'agrees' compares answers -- set sampling.n to 2 or more")
             if check.kind in ("reference", "objects") and self.records is None:
                 raise ValueError(f"{check.kind!r} reads records -- give 'records', or leave it out")
+        if self.join and (self.keep != "best" or all(c.kind != "cut" for c in self.checks)):
+            raise ValueError("'join' needs 'keep: best' and the check 'cut' -- change them")
         if len(set(self.by)) != len(self.by):
             raise ValueError("'by' names a model twice -- name it once")
 

@@ -167,6 +167,34 @@ def test_records_with_images_become_parquet(recipe, scenes_dir, tmp_path):
     assert batch.targets.rejected.tolist() == [False, True]
 
 
+def test_questions_about_an_image_become_turns(recipe, rows, tmp_path, tiny_model_dir):
+    settings = {"checks": ["cut"], "sampling": {"max_new_tokens": 30}}
+    made = make(recipe(**settings))
+    single = {r["id"]: r for r in rows()}
+    out = tmp_path / "joined.jsonl"
+    joined = make(recipe(**settings, join=True, out=str(out)))
+    assert (made.records, joined.records) == (len(single), len(rows("joined.jsonl")))
+    assert joined.unanswered == made.unanswered
+    assert joined.records < made.records
+    turns = {}
+    for row in rows("joined.jsonl"):
+        ids = [turn["id"] for turn in row["made"]["turns"]]
+        images = [p for m in row["messages"] for p in m["content"] if p["type"] == "image"]
+        assert len(images) == 1
+        assert row["messages"][0]["content"][0] == {"type": "image"}
+        for number, name in enumerate(ids):
+            asked, said = row["messages"][2 * number : 2 * number + 2]
+            assert asked["content"][-1] == single[name]["messages"][0]["content"][-1]
+            assert said == single[name]["messages"][1]
+            turns[name] = row["id"]
+    assert turns == {name: r["images"][0] for name, r in single.items()}
+    first = [row["made"]["turns"][0]["id"][-1] for row in rows("joined.jsonl")]
+    assert set(first) == {"0", "1"}  # the order is random
+    config = DataConfig(train=str(out), images=load_recipe(recipe()).data.images)
+    processor = load_processor(ModelConfig(model=str(tiny_model_dir)))
+    assert Encoder(Records(config), processor, config).encode([0]).targets.response.any()
+
+
 def test_models_take_turns(recipe, rows):
     path = recipe(
         keep="all", by=["teacher", "student"], checks=[],

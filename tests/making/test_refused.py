@@ -41,6 +41,7 @@ def entry(path, **changes):
             {"checks": [{"kind": "judge", "by": "teacher"}]},
             "has 'teacher' judge its own answers -- name another model",
         ),
+        ({"join": True}, "'join' needs 'keep: best' and the check 'cut'"),
         ({"context": {}}, "nothing is set -- add 'system' or 'shots'"),
         ({"batchsize": 4}, "unknown key -- did you mean 'batch_size'?"),
     ],
