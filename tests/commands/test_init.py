@@ -23,13 +23,16 @@ PUBLISHED = {
     "matvlm": "matvlm/mamba_25.yaml",
     "mmmamba": "mmmamba/linear.yaml",
     "preference": "llava_mod/preference.yaml",
+    "unlabelled": "unlabelled.yaml",
 }
+MADE = {"answers": "data/made/answers.jsonl", "questions": "data/made/questions.jsonl"}
 HUB = Choices(teacher="org/large", student="org/small", data="train.json", images="pictures")
 
 
 def choices(method, **changes):
     pairs = "pairs.parquet" if METHODS[method].pairs else None
-    return Choices(**{**vars(HUB), "pairs": pairs, **changes})
+    own = {"data": None, "images": "pictures"} if METHODS[method].makes else {}
+    return Choices(**{**vars(HUB), "pairs": pairs, **changes, **own})
 
 
 def loaded(method, **changes):
@@ -58,6 +61,8 @@ def without_choices(recipe: Recipe):
             (part["data"] or {}).pop(key, None)
     for stage in raw["stages"]:
         del stage["data"]
+    for made in raw["make"].values():
+        del made["pictures"]
     return raw
 
 
@@ -66,12 +71,19 @@ def test_a_starter_is_the_published_recipe_with_other_models_and_data(method):
     recipe = loaded(method)
     assert without_choices(recipe) == without_choices(published(method))
     assert (recipe.teacher.model, recipe.student.model) == ("org/large", "org/small")
+    if METHODS[method].makes:
+        assert {name: made.out for name, made in recipe.make.items()} == MADE
+        assert {made.pictures for made in recipe.make.values()} == {"pictures"}
+        assert recipe.data.train == MADE["answers"]
+        return
     assert (recipe.data.train, recipe.data.images) == ("train.json", "pictures")
     assert loaded(method, images=None).data.images is None
 
 
 def test_the_comment_beside_the_data_says_what_they_are():
-    for method in METHODS:
+    for method, about in METHODS.items():
+        if about.makes:
+            continue
         (line,) = (
             line
             for line in starter(method, choices(method), Path("r.yaml")).splitlines()
@@ -98,7 +110,7 @@ def test_a_starter_passes_what_a_run_begins_with(method, tiny_model_dir, scenes_
         images=None,
         pairs=pairs if METHODS[method].pairs else None,
     )
-    preflight.check(recipe)
+    preflight.check(recipe, data=not METHODS[method].makes)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -253,7 +265,7 @@ def test_the_scenes_start_without_the_hub(scenes_dir, tmp_path, monkeypatch):
     assert max(len(line) for line in short.splitlines() if recipe.teacher.model not in line) <= 100
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].makes])
 def test_an_offline_starter_passes_all_checks_without_the_hub(method, tiny_model_dir, scenes_dir):
     pairs = str(scenes_dir / "preferences.parquet")
     settings = {
@@ -274,3 +286,15 @@ def test_an_offline_starter_passes_all_checks_without_the_hub(method, tiny_model
         starter(method, replace(choices(method), offline=True), Path("r"))
     with pytest.raises(MmkdError, match="--held-out is for --offline"):
         starter(method, replace(choices(method), held_out="a.json"), Path("r"))
+
+
+def test_an_offline_starter_without_text_shows_answers_about_the_images(tiny_model_dir, tmp_path):
+    model = str(tiny_model_dir)
+    settings = {"teacher": model, "student": model, "images": str(tmp_path), "offline": True}
+    recipe = load_recipe(yaml.safe_load(starter("unlabelled", Choices(**settings), Path("r"))))
+    assert recipe.evaluate.samples.records is None
+    assert recipe.evaluate.samples.images == str(tmp_path)
+    with pytest.raises(MmkdError, match="unlabelled takes no --data -- leave it out"):
+        starter("unlabelled", Choices(**settings, data="a.json"), Path("r"))
+    with pytest.raises(MmkdError, match="unlabelled needs --images -- mmkd init unlabelled"):
+        starter("unlabelled", Choices(**{**settings, "images": None}), Path("r"))

@@ -28,15 +28,20 @@ class Method:
         summary: one line.
         one_model: the student is made of the teacher's own model, if no other is named.
         pairs: the last stage needs preference pairs in addition to the data.
+        makes: the teacher makes the data, from a folder of images.
     """
 
     summary: str
     one_model: bool = False
     pairs: bool = False
+    makes: bool = False
 
 
 METHODS = {
     "kd": Method("cross-entropy and KL to the teacher's distributions, after a connector stage"),
+    "unlabelled": Method(
+        "a folder of images without text: the teacher makes the data, then three stages", makes=True
+    ),
     "llava_kd": Method(
         "LLaVA-KD: KL and relations of image tokens; pre-training, fine-tuning, distilled again"
     ),
@@ -177,9 +182,11 @@ def _complete(name: str, method: Method, choices: Choices) -> dict[str, Any]:
         raise MmkdError("--held-out is for --offline", hint="leave it out, or give --offline")
     if method.one_model:
         given["student"] = given["student"] or given["teacher"]
-    if given["pairs"] is not None and not method.pairs:
-        raise MmkdError(f"{name} takes no --pairs", hint="leave it out")
-    needed = ["teacher", "student", "data"] + ["pairs"] * method.pairs
+    for key, takes in (("pairs", method.pairs), ("data", not method.makes)):
+        if given[key] is not None and not takes:
+            raise MmkdError(f"{name} takes no --{key}", hint="leave it out")
+    needed = ["teacher", "student", "images" if method.makes else "data"]
+    needed += ["pairs"] * method.pairs
     lost = [f"--{key}" for key in needed if given[key] is None]
     if lost:
         words = "".join(f" --{key} {key.upper()}" for key in needed)
