@@ -1,0 +1,148 @@
+"""Twins of images on the terminal and as a contact sheet."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.markup import escape
+from rich.table import Table
+
+from mmkd.commands.find_twins import HELD_OUT, TRAINING, Pair, Place, Side, Training, Twins
+from mmkd.data.images import load_image
+from mmkd.data.twins import image_hash
+from mmkd.errors import DataError
+from mmkd.runtime.progress import console
+
+WIDTH = 80
+SHOWN = 3
+"""Number of pairs per task on the terminal."""
+ON_SHEET = 24
+THUMBNAIL, CELL, TEXT_ROWS, COLUMNS, CHARACTERS = 160, 168, 4, 3, 58
+
+
+def print_twins(found: dict[str, Any] | None) -> None:
+    """A table of counts, a table of the first pairs, and what was written."""
+    if found is None:
+        console.print("Twins were not looked for, because a source cannot be read.")
+        return
+    own = found["training"]
+    console.print(_counts(found))
+    if own["repeated records"]:
+        console.print(
+            f"{own['repeated records']:,} training records repeat the images and questions of "
+            "another one",
+            soft_wrap=True,
+            highlight=False,
+        )
+    for side in found["against"]:
+        if side["unreadable"]:
+            console.print(
+                f"{escape(side['name'])}: {len(side['unreadable']):,} documents cannot be "
+                f"compared, the first: {escape(side['unreadable'][0])}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    if any(True for _ in _pairs(found)):
+        table = Table(width=min(WIDTH, console.width), title="nearest pairs; all: --json")
+        table.add_column("bits", justify="right")
+        table.add_column("against", overflow="fold")
+        table.add_column("its image", overflow="fold")
+        table.add_column("training record", overflow="fold")
+        for row in _pairs(found):
+            table.add_row(*row)
+        console.print(table)
+    if "drop" in found:
+        for label, count in found["drop"]["records"].items():
+            console.print(
+                f"{escape(label)}: {count:,} records are listed in {escape(found['drop']['file'])}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        console.print(
+            f"To train without them: data: {{leave_out: {escape(found['drop']['file'])}}}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if found.get("sheet"):
+        console.print(f"wrote {escape(found['sheet'])}", soft_wrap=True, highlight=False)
+
+
+def _counts(found: dict[str, Any]) -> Table:
+    title = f"twins: at most {found['bits']} of {found['hash_bits']} bits differ"
+    table = Table(width=min(WIDTH, console.width), title=title)
+    table.add_column("images of", overflow="fold")
+    for name in ("images", "with a twin", "same question", "same text", "training records"):
+        table.add_column(name, justify="right")
+    own = found["training"]
+    table.add_row(TRAINING, f"{own['images']:,}", f"{own['images with a twin']:,}", "", "", "")
+    for side in found["against"]:
+        keys = ("images", "images with a twin", "same question", "same text", "training records")
+        table.add_row(escape(side["name"]), *(f"{side[key]:,}" for key in keys))
+    return table
+
+
+def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for group in found["training"]["groups"][:SHOWN]:
+        yield "", TRAINING, escape(group[0][0]), escape(group[1][0])
+    for side in found["against"]:
+        for pair in side["pairs"][:SHOWN]:
+            of, training = escape(pair["of"][0]), escape(pair["training"][0])
+            yield str(pair["bits"]), escape(side["name"]), of, training
+        for text in side["texts"][:SHOWN]:
+            yield "text", escape(side["name"]), escape(text["of"]), escape(text["training"][0])
+
+
+def twins_sheet(twins: Twins) -> Image.Image | None:
+    """A contact sheet of at most `ON_SHEET` pairs, of each side those with the most differing bits
+    first; None if there are no twins."""
+    cells = [(a, b, text) for a, b, text in _cells(twins) if a is not None and b is not None]
+    if not cells:
+        return None
+    columns = min(COLUMNS, len(cells))
+    width, height = 2 * CELL, CELL + 13 * TEXT_ROWS
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for i, (first, second, text) in enumerate(cells):
+        left, top = (i % columns) * width, (i // columns) * height
+        for image, x in ((first, left), (second, left + CELL)):
+            scale = THUMBNAIL / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            sheet.paste(image.resize(size), (x + 2, top + 2))
+        lines = [line for part in text.split("\n") for line in textwrap.wrap(part, CHARACTERS)]
+        shown = "\n".join(lines[:TEXT_ROWS])
+        draw.multiline_text((left + 2, top + CELL), shown, fill="black", font=font, spacing=1)
+    return sheet
+
+
+def _cells(twins: Twins) -> Iterator[tuple[Image.Image | None, Image.Image | None, str]]:
+    training = twins.training
+    each = max(1, ON_SHEET // (len(twins.sides) + 1))
+    for group in twins.groups[:each]:
+        first, second = (training.places[value][0] for value in group[:2])
+        images = _image(training, first, group[0]), _image(training, second, group[1])
+        yield *images, f"training: {training.where(first)}\n{training.where(second)}"
+    for side, pairs in zip(twins.sides, twins.pairs, strict=True):
+        for pair in sorted(pairs, key=lambda pair: -pair.bits)[:each]:
+            nearest = training.places[pair.nearest][0]
+            text = (
+                f"{pair.bits} bits, {side.name}: {twins.name(side, pair.of[0])}\n"
+                f"{training.where(nearest)}"
+            )
+            yield _of_side(training, side, pair), _image(training, nearest, pair.nearest), text
+
+
+def _of_side(training: Training, side: Side, pair: Pair) -> Image.Image | None:
+    if side.name == HELD_OUT:
+        return _image(training, pair.of[0], pair.value)
+    return side.thumbnails.get(pair.value)
+
+
+def _image(training: Training, place: Place, value: int) -> Image.Image | None:
+    """The image of a record that has a hash."""
+    try:
+        record = training.sources[place[0]][place[1]]
+        images = (load_image(ref, record.root) for ref in record.images)
+        return next((image for image in images if image_hash(image) == value), None)
+    except DataError:  # another image of the record
+        return None
