@@ -144,11 +144,26 @@ class Pair:
 
 
 @dataclass
+class Group:
+    """Training images with different hashes, each a twin of another one.
+
+    Attributes:
+        values: their hashes.
+        bits: distance of the two that are nearest to each other.
+        nearest: hashes of these two.
+    """
+
+    values: list[int]
+    bits: int
+    nearest: tuple[int, int]
+
+
+@dataclass
 class Twins:
     """Results of a comparison.
 
     Attributes:
-        groups: hashes of training images, in groups of twins with different hashes.
+        groups: twins within training, the nearest first.
         pairs: twins between training and each side, in the order of the sides.
         texts: for each side, {document: training records without images that share its text}.
     """
@@ -156,7 +171,7 @@ class Twins:
     bits: int
     training: Training
     sides: list[Side]
-    groups: list[list[int]]
+    groups: list[Group]
     pairs: list[list[Pair]]
     texts: list[dict[int, list[Place]]]
 
@@ -198,12 +213,6 @@ def compare(training: Training, sides: Sequence[Side], bits: int) -> Twins:
         near.setdefault(a, []).append((d, b))
         near.setdefault(b, []).append((d, a))
     trained = [value in training.places for value in values]
-    both = (
-        pair
-        for pair in zip(left.tolist(), right.tolist(), strict=True)
-        if trained[pair[0]] and trained[pair[1]]
-    )
-    groups = [[values[i] for i in g] for g in connected(len(values), both) if len(g) > 1]
     number = {value: i for i, value in enumerate(values)}
     pairs = []
     for side in sides:
@@ -215,7 +224,32 @@ def compare(training: Training, sides: Sequence[Side], bits: int) -> Twins:
                 own.append(_pair(training, side, value, [(d, values[i]) for d, i in twins]))
         pairs.append(sorted(own, key=lambda pair: pair.bits))
     texts = [_shared(training, side) for side in sides]
-    return Twins(bits, training, list(sides), groups, pairs, texts)
+    edges = zip(left.tolist(), right.tolist(), distance.tolist(), strict=True)
+    within = [edge for edge in edges if trained[edge[0]] and trained[edge[1]]]
+    return Twins(bits, training, list(sides), _groups(values, within), pairs, texts)
+
+
+def _groups(values: list[int], pairs: list[tuple[int, int, int]]) -> list[Group]:
+    """Groups of twins.
+
+    Args:
+        values: hashes.
+        pairs: indices of two hashes, and their distance.
+    """
+    numbers = {i: n for n, i in enumerate(sorted({i for a, b, _ in pairs for i in (a, b)}))}
+    shown = [*numbers]
+    edges = [(numbers[a], numbers[b]) for a, b, _ in pairs]
+    groups = connected(len(shown), iter(edges))
+    group_of = {shown[k]: g for g, group in enumerate(groups) for k in group}
+    nearest: dict[int, tuple[int, int, int]] = {}
+    for a, b, d in pairs:
+        nearest[group_of[a]] = min(nearest.get(group_of[a], (d, a, b)), (d, a, b))
+    found = [
+        Group([values[shown[k]] for k in group], d, (values[a], values[b]))
+        for g, group in enumerate(groups)
+        for d, a, b in [nearest[g]]
+    ]
+    return sorted(found, key=lambda group: group.bits)
 
 
 def _pair(training: Training, side: Side, value: int, twins: list[tuple[int, int]]) -> Pair:
@@ -258,13 +292,19 @@ def as_json(twins: Twins) -> dict[str, Any]:
             "images": len(training.places),
             "images of several records": sum(len(p) > 1 for p in training.places.values()),
             "repeated records": training.repeated,
-            "images with a twin": sum(map(len, twins.groups)),
-            "groups": [
-                [[training.where(place) for place in training.places[value]] for value in group]
-                for group in twins.groups
-            ],
+            "images with a twin": sum(len(group.values) for group in twins.groups),
+            "groups": [_group(training, group) for group in twins.groups],
         },
         "against": list(map(dict, _sides(twins))),
+    }
+
+
+def _group(training: Training, group: Group) -> dict[str, Any]:
+    others = [value for value in group.values if value not in group.nearest]
+    images = [training.places[value] for value in (*group.nearest, *others)]
+    return {
+        "bits": group.bits,
+        "images": [[training.where(place) for place in places] for places in images],
     }
 
 

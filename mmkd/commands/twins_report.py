@@ -70,10 +70,11 @@ def print_twins(found: dict[str, Any] | None) -> None:
 
 def _counts(found: dict[str, Any]) -> Table:
     title = f"twins: at most {found['bits']} of {found['hash_bits']} bits differ"
-    table = Table(width=min(WIDTH, console.width), title=title)
-    table.add_column("images of", overflow="fold")
-    for name in ("images", "with a twin", "same question", "same text", "training records"):
-        table.add_column(name, justify="right")
+    table = Table(title=title)
+    table.add_column("images of", overflow="fold", width=22)
+    columns = {"images": 9, "with a twin": 7, "same question": 8, "same text": 7}
+    for name, width in {**columns, "training records": 8}.items():
+        table.add_column(name, justify="right", width=width)
     own = found["training"]
     table.add_row(TRAINING, f"{own['images']:,}", f"{own['images with a twin']:,}", "", "", "")
     for side in found["against"]:
@@ -84,7 +85,8 @@ def _counts(found: dict[str, Any]) -> Table:
 
 def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for group in found["training"]["groups"][:SHOWN]:
-        yield "", TRAINING, escape(group[0][0]), escape(group[1][0])
+        (first, *_), (second, *_) = group["images"][:2]
+        yield str(group["bits"]), TRAINING, escape(first), escape(second)
     for side in found["against"]:
         for pair in side["pairs"][:SHOWN]:
             of, training = escape(pair["of"][0]), escape(pair["training"][0])
@@ -117,11 +119,13 @@ def twins_sheet(twins: Twins) -> Image.Image | None:
 
 def _cells(twins: Twins) -> Iterator[tuple[Image.Image | None, Image.Image | None, str]]:
     training = twins.training
-    each = max(1, ON_SHEET // (len(twins.sides) + 1))
-    for group in twins.groups[:each]:
-        first, second = (training.places[value][0] for value in group[:2])
-        images = _image(training, first, group[0]), _image(training, second, group[1])
-        yield *images, f"training: {training.where(first)}\n{training.where(second)}"
+    several = sum(map(bool, [twins.groups, *twins.pairs]))
+    each = ON_SHEET // max(1, several) or 1
+    for group in twins.groups[::-1][:each]:
+        first, second = (training.places[value][0] for value in group.nearest)
+        images = [_image(training, training.places[v][0], v) for v in group.nearest]
+        text = f"{group.bits} bits: {training.where(first)}\n{training.where(second)}"
+        yield images[0], images[1], text
     for side, pairs in zip(twins.sides, twins.pairs, strict=True):
         for pair in sorted(pairs, key=lambda pair: -pair.bits)[:each]:
             nearest = training.places[pair.nearest][0]

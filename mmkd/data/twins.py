@@ -50,8 +50,8 @@ def image_hash(image: Image.Image) -> int:
     """The perceptual hash of an image, below 2**256.
 
     It does not depend on colours, and hardly on size, compression and brightness. It does depend on
-    cropping, rotation and mirroring. An image of one colour has nothing to compare, and its hash is
-    arbitrary.
+    cropping, rotation and mirroring. All images of a single colour have the same hash, except for
+    one bit of black ones.
 
     Args:
         image: decoded, of any mode.
