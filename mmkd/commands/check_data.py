@@ -88,7 +88,7 @@ def check_data(
     if recipe and not unreadable:
         tokens = list(_tokens(recipe, processor, teacher_processor))
     lost = any(t["without answer"] for t in tokens)
-    twice = same is not None and any(side["training records"] for side in same["against"])
+    twice = same is not None and same["training"]["records to leave out"]
     return {
         "target": target,
         "good": bad == 0 and not (unreadable or lost or twice),
@@ -223,23 +223,31 @@ def print_check(found: dict[str, Any]) -> None:
     for message in found["unreadable"]:
         console.print(escape(message), highlight=False, soft_wrap=True)
     rate = found["records"] / max(found["seconds"], 1e-9)
-    bad, records = found["bad"], found["records"]
-    lost = sum(tokens["without answer"] for tokens in found["tokens"])
-    said = f"{bad:,} bad ({_percent(bad / records)})" if bad else "all good"
-    if lost:
-        sampled = sum(tokens["sampled"] for tokens in found["tokens"])
-        said = (f"{said}; " if bad else "") + (
-            f"{lost:,} of {sampled:,} sampled records lose their whole answer -- raise "
-            "data.max_length, use smaller images, or drop them"
-        )
-    if found["unreadable"]:
-        said += f"; {len(found['unreadable'])} of the sources cannot be read"
     console.print(
-        f"{records:,} records, {found['pictures']:,} images, {found['seconds']:.1f} s "
-        f"({rate:,.0f} records a second): {said}",
+        f"{found['records']:,} records, {found['pictures']:,} images, {found['seconds']:.1f} s "
+        f"({rate:,.0f} records a second): {_verdict(found)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    bad, parts = found["bad"], []
+    if bad:
+        parts.append(f"{bad:,} bad ({_percent(bad / found['records'])})")
+    if lost := sum(tokens["without answer"] for tokens in found["tokens"]):
+        sampled = sum(tokens["sampled"] for tokens in found["tokens"])
+        parts.append(
+            f"{lost:,} of {sampled:,} sampled records lose their whole answer -- raise "
+            "data.max_length, use smaller images, or drop them"
+        )
+    own = (found.get("twins") or {}).get("training", {})
+    if twice := own.get("records to leave out"):
+        parts.append(f"{twice:,} training records have twins in held-out records or tasks")
+    if found["unreadable"]:
+        unreadable = f"{len(found['unreadable'])} of the sources cannot be read"
+        parts = [*(parts or ["all good"]), unreadable]
+    return "; ".join(parts or ["all good"])
 
 
 def _table(source: dict[str, Any]) -> Table:

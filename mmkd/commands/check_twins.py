@@ -10,12 +10,11 @@ import numpy as np
 from mmkd.commands.find_twins import (
     Side,
     Twins,
-    as_json,
     compare,
     divide,
     task_sides,
 )
-from mmkd.commands.twins_report import THUMBNAIL, twins_sheet
+from mmkd.commands.twins_report import THUMBNAIL, as_json, twins_sheet
 from mmkd.data.check import Findings
 from mmkd.data.left_out import LeftOut, Section, read_left_out, section, write_left_out
 from mmkd.data.records import Source

@@ -1,7 +1,7 @@
 """Twins of training images, and texts that occur again, in held-out records and in tasks."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from mmkd.data.check import Findings
 from mmkd.data.fingerprints import asked_keys
 from mmkd.data.overlap import question_keys, run_keys
 from mmkd.data.records import Source
-from mmkd.data.twins import HASH_BITS, NAME, as_array, connected, near_pairs
+from mmkd.data.twins import as_array, connected, near_pairs
 from mmkd.evaluation.documents import Document, TaskDocuments
 
 TRAINING, HELD_OUT = "training", "held out"
@@ -276,63 +276,3 @@ def _shared(training: Training, side: Side) -> dict[int, list[Place]]:
         for document in side.texts[key]:
             found[document].update(training.texts[key])
     return {document: sorted(places) for document, places in sorted(found.items())}
-
-
-def as_json(twins: Twins) -> dict[str, Any]:
-    """The results, with all pairs."""
-    training = twins.training
-    shown = Counter(place for places in training.places.values() for place in places)
-    return {
-        "hash": NAME,
-        "hash_bits": HASH_BITS,
-        "bits": twins.bits,
-        "training": {
-            "records": int(sum(mask.sum() for mask in training.trained)),
-            "records with images": len(shown),
-            "images": len(training.places),
-            "images of several records": sum(len(p) > 1 for p in training.places.values()),
-            "repeated records": training.repeated,
-            "images with a twin": sum(len(group.values) for group in twins.groups),
-            "groups": [_group(training, group) for group in twins.groups],
-        },
-        "against": list(map(dict, _sides(twins))),
-    }
-
-
-def _group(training: Training, group: Group) -> dict[str, Any]:
-    others = [value for value in group.values if value not in group.nearest]
-    images = [training.places[value] for value in (*group.nearest, *others)]
-    return {
-        "bits": group.bits,
-        "images": [[training.where(place) for place in places] for places in images],
-    }
-
-
-def _sides(twins: Twins) -> Iterator[dict[str, Any]]:
-    where = twins.training.where
-    for side, pairs, texts in zip(twins.sides, twins.pairs, twins.texts, strict=True):
-        records = {place for pair in pairs for place in pair.training}
-        records |= {place for places in texts.values() for place in places}
-        yield {
-            "name": side.name,
-            "records": side.count,
-            "unreadable": list(side.unreadable),
-            "images": len(side.places),
-            "images with a twin": len(pairs),
-            "same question": len({place for pair in pairs for place in pair.asked}),
-            "same text": len(texts),
-            "training records": len(records),
-            "pairs": [
-                {
-                    "bits": pair.bits,
-                    "of": [twins.name(side, place) for place in pair.of],
-                    "same question": [twins.name(side, place) for place in pair.asked],
-                    "training": list(map(where, pair.training)),
-                }
-                for pair in pairs
-            ],
-            "texts": [
-                {"of": twins.name(side, document), "training": list(map(where, places))}
-                for document, places in texts.items()
-            ],
-        }

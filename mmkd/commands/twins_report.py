@@ -1,6 +1,7 @@
-"""Twins of images on the terminal and as a contact sheet."""
+"""Twins of images as JSON, on the terminal and as a contact sheet."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.markup import escape
 from rich.table import Table
 
-from mmkd.commands.find_twins import HELD_OUT, TRAINING, Pair, Place, Side, Training, Twins
+from mmkd.commands.find_twins import HELD_OUT, TRAINING, Group, Pair, Place, Side, Training, Twins
 from mmkd.data.images import load_image
-from mmkd.data.twins import image_hash
+from mmkd.data.twins import HASH_BITS, NAME, image_hash
 from mmkd.errors import DataError
 from mmkd.runtime.progress import console
 
@@ -19,6 +20,67 @@ SHOWN = 3
 """Number of pairs per task on the terminal."""
 ON_SHEET = 24
 THUMBNAIL, CELL, TEXT_ROWS, COLUMNS, CHARACTERS = 160, 168, 4, 3, 58
+
+
+def as_json(twins: Twins) -> dict[str, Any]:
+    """The results, with all pairs."""
+    training = twins.training
+    shown = Counter(place for places in training.places.values() for place in places)
+    return {
+        "hash": NAME,
+        "hash_bits": HASH_BITS,
+        "bits": twins.bits,
+        "training": {
+            "records": int(sum(mask.sum() for mask in training.trained)),
+            "records with images": len(shown),
+            "images": len(training.places),
+            "images of several records": sum(len(p) > 1 for p in training.places.values()),
+            "repeated records": training.repeated,
+            "records to leave out": len(twins.left_out()),
+            "images with a twin": sum(len(group.values) for group in twins.groups),
+            "groups": [_group(training, group) for group in twins.groups],
+        },
+        "against": list(map(dict, _sides(twins))),
+    }
+
+
+def _group(training: Training, group: Group) -> dict[str, Any]:
+    others = [value for value in group.values if value not in group.nearest]
+    images = [training.places[value] for value in (*group.nearest, *others)]
+    return {
+        "bits": group.bits,
+        "images": [[training.where(place) for place in places] for places in images],
+    }
+
+
+def _sides(twins: Twins) -> Iterator[dict[str, Any]]:
+    where = twins.training.where
+    for side, pairs, texts in zip(twins.sides, twins.pairs, twins.texts, strict=True):
+        records = {place for pair in pairs for place in pair.training}
+        records |= {place for places in texts.values() for place in places}
+        yield {
+            "name": side.name,
+            "records": side.count,
+            "unreadable": list(side.unreadable),
+            "images": len(side.places),
+            "images with a twin": len(pairs),
+            "same question": len({place for pair in pairs for place in pair.asked}),
+            "same text": len(texts),
+            "training records": len(records),
+            "pairs": [
+                {
+                    "bits": pair.bits,
+                    "of": [twins.name(side, place) for place in pair.of],
+                    "same question": [twins.name(side, place) for place in pair.asked],
+                    "training": list(map(where, pair.training)),
+                }
+                for pair in pairs
+            ],
+            "texts": [
+                {"of": twins.name(side, document), "training": list(map(where, places))}
+                for document, places in texts.items()
+            ],
+        }
 
 
 def print_twins(found: dict[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmkd.data.content import printable
 from mmkd.data.schema import record_id
 from mmkd.data.sources import find_files
 from mmkd.data.sources.memory import MemorySource
@@ -20,7 +21,9 @@ from mmkd.recipe import HUB, SourceConfig
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.formats import FormatError
 
-AGAIN = "write it again: `mmkd data check RECIPE --twins --drop FILE`"
+AGAIN = (
+    "take it out of the recipe, and write it again: `mmkd data check RECIPE --twins --drop FILE`"
+)
 CHECKED = 64
 """Number of records, evenly spread, whose ids are compared when a source is opened."""
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -134,20 +137,22 @@ def left_out_rows(config: SourceConfig, rows: _Rows) -> np.ndarray:
     now = section(config, rows, [])
     fitting = [s for s in found if _shape(s) == _shape(now)]
     if not fitting:
-        named = [s for s in found if s.train == config.train]
+        named = [s for s in found if s.train == config.train or _names(s) == _names(now) != []]
         what = f"{config.leave_out} does not list this source"
         if named:
-            what = (
-                f"{config.leave_out} was written for other content: {named[0].records:,} records, "
-                f"now {now.records:,}, or files of another name or size"
+            before = named[0].records
+            differs = f"records: {before:,}, now {now.records:,}"
+            what = f"{config.leave_out} was written for other content (" + (
+                differs if before != now.records else "files of another name or size"
             )
+            what += ")"
         raise DataError(what, where=config.train, hint=AGAIN)
     listed = [record for part in fitting for record in part.leave_out]
     for record in listed[:: max(1, len(listed) // CHECKED)]:
         if not _is_same(record, rows):
             raise DataError(
-                f"{config.leave_out} was written for other content: record {record.record:,} had "
-                f"the id {record.id!r}",
+                f"{config.leave_out} was written for other content (record {record.record:,} had "
+                f"the id {printable(record.id, 60)!r})",
                 where=config.train,
                 hint=AGAIN,
             )
@@ -160,6 +165,10 @@ def _is_same(listed: LeftOut, rows: _Rows) -> bool:
         return listed.record < len(rows) and record_id(rows.row(listed.record)) == listed.id
     except DataError:
         return False
+
+
+def _names(found: Section) -> list[str]:
+    return [name for name, _ in found.files]
 
 
 def _shape(found: Section) -> tuple[Any, ...]:

@@ -5,9 +5,9 @@ the grey image at 64 x 64 pixels are above their median. ImageHash computes it. 
 if at most `BITS` of the bits differ.
 
 64 bits are too few for images of one kind: at the usual 4 of 64 bits, 9 % of the held-out scene
-images have an unrelated twin. PDQ, the 256-bit hash of the package pdqhash, moves by up to 54 bits
-if a small image is scaled by 10 %, and pHash by 20; unrelated scene images differ by 20 bits and
-more in both (docs/data.md has the table).
+images have an unrelated twin, and with 256 bits none has. PDQ, the hash of the package pdqhash,
+moves by up to 52 of its 256 bits if a scene image is scaled by 0.9, and pHash by 12. Unrelated
+scene images differ by 20 bits and more in both (`python -m benchmarks.twins`).
 """
 
 from collections import defaultdict

@@ -193,6 +193,7 @@ def test_the_terminal_and_the_sheet_show_pairs(recipe, scenes_dir, tmp_path, mon
     tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
     assert {len(line) for line in tables} == {80}
     assert any("scenes_vqa" in line and " 6 " in line and " 1 " in line for line in tables)
+    assert "3 training records have twins in held-out records or tasks" in out
     assert "training records repeat the images and questions" in out
     assert f"wrote {sheet}" in out
     with Image.open(sheet) as image:

@@ -94,8 +94,9 @@ def test_samples_of_tars_are_known_by_their_keys(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, t: put(t, COUNT + 1), "was written for other content: 40 records, now 41"),
-        (lambda f, t: put(t, COUNT, "s"), "other content: record 3 had the id 'r0003'"),
+        (lambda f, t: put(t, COUNT + 1), "was written for other content (records: 40, now 41)"),
+        (lambda f, t: put(t, COUNT, "s"), "other content (record 3 had the id 'r0003')"),
+        (lambda f, t: put(t, COUNT, "longer"), "(files of another name or size)"),
         (lambda f, t: f.unlink(), "no such file -- check leave_out"),
         (lambda f, t: f.write_text("[]"), "it is no file of records to leave out"),
         (lambda f, t: f.write_text("{"), "it is no file of records to leave out"),
@@ -105,7 +106,7 @@ def test_samples_of_tars_are_known_by_their_keys(tmp_path):
             "does not list this source",
         ),
     ],
-    ids=["more", "ids", "gone", "other", "cut", "all", "another source"],
+    ids=["more", "ids", "size", "gone", "other", "cut", "all", "another source"],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, train, change, message):
     path = tmp_path / "out.json"
