@@ -222,7 +222,8 @@ def _write_drop(path: Path, twins: Twins, found: Sequence[Findings]) -> dict[str
     for source, mask, records in zip(sources, twins.training.trained, listed, strict=True):
         if mask.any():
             sections.append(section(source.config, open_rows(source.config), records))
-            left[source.config.label] = len(records)
+            label = source.config.label
+            left[label] = left.get(label, 0) + len(records)
     names = [side.name for side in twins.sides]
     write_left_out(path, sections, {"hash": NAME, "bits": twins.bits, "against": names})
     return {"file": str(path), "records": left}

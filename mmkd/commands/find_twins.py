@@ -30,11 +30,13 @@ class Side:
     Attributes:
         places: {hash: the records or documents that show an image with it}.
         texts: {key: documents with this text}, for training records without images.
-        names: of documents, by index; empty for held-out records.
+        documents: of a task.
+        unreadable, thumbnails: as in `TaskDocuments`.
     """
 
     name: str
     count: int = 0
+    held_out: bool = False
     places: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     texts: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     documents: Sequence[Document] = ()
@@ -103,7 +105,7 @@ def divide(
         trained, held_out: for each source, the records of either kind, [records] bool.
     """
     training = Training([Source(f.source, whole=True) for f in found], trained)
-    side = Side(HELD_OUT, int(sum(mask.sum() for mask in held_out)))
+    side = Side(HELD_OUT, int(sum(mask.sum() for mask in held_out)), held_out=True)
     seen: set[int] = set()
     for number, one in enumerate(found):
         prints = one.fingerprints
@@ -190,7 +192,7 @@ class Twins:
 
     def name(self, side: Side, place: Any) -> str:
         """A record or a document of a side, for messages."""
-        if side.name == HELD_OUT:
+        if side.held_out:
             return self.training.where(place)
         return side.documents[place].name
 
@@ -265,7 +267,7 @@ def _asked(training: Training, place: Place) -> set[int]:
 
 
 def _asked_of(training: Training, side: Side, place: Any) -> set[int]:
-    if side.name == HELD_OUT:
+    if side.held_out:
         return _asked(training, place)
     return question_keys(side.documents[place].question)
 

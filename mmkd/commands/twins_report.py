@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.markup import escape
 from rich.table import Table
 
-from mmkd.commands.find_twins import HELD_OUT, TRAINING, Group, Pair, Place, Side, Training, Twins
+from mmkd.commands.find_twins import TRAINING, Group, Pair, Place, Side, Training, Twins
 from mmkd.data.images import load_image
 from mmkd.data.twins import HASH_BITS, NAME, image_hash
 from mmkd.errors import DataError
@@ -199,7 +199,7 @@ def _cells(twins: Twins) -> Iterator[tuple[Image.Image | None, Image.Image | Non
 
 
 def _of_side(training: Training, side: Side, pair: Pair) -> Image.Image | None:
-    if side.name == HELD_OUT:
+    if side.held_out:
         return _image(training, pair.of[0], pair.value)
     return side.thumbnails.get(pair.value)
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mmkd.errors import DataError, MmkdError
+from mmkd.runtime.progress import track
 
 SIDE = 16
 HASH_BITS = SIDE * SIDE
@@ -30,6 +31,8 @@ standard deviation of 8."""
 NAME = f"pHash, {HASH_BITS} bits"
 INSTALL = "pip install 'mmkd[data]'"
 MOST_PAIRS = 20_000_000
+MANY = 100_000
+"""From this number of hashes on, the search takes seconds and has a progress bar."""
 KEY_BITS = 62
 
 
@@ -142,7 +145,8 @@ def near_pairs(hashes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, n
     count = len(hashes)
     words = np.ascontiguousarray(hashes).view(np.uint64)
     found = np.empty(0, dtype=np.int64)
-    for band in range(bits + 1):
+    bands = range(bits + 1)
+    for band in track(bands, "comparing images", len(bands), quiet=count < MANY):
         keys = _keys(hashes, range(band, HASH_BITS, bits + 1)[:KEY_BITS])
         parts = [found]
         for first, second in _equal(keys):
