@@ -90,6 +90,7 @@ bench: data/scenes/dataset.json ## time and memory of all parts (an hour); peers
 	$(BIN)/python -m benchmarks.packing --json runs/bench/packing.json
 	$(BIN)/python -m benchmarks.cache_formats --json runs/bench/cache_formats.json
 	$(BIN)/python -m benchmarks.images --json runs/bench/images.json
+	$(BIN)/python -m benchmarks.twins --json runs/bench/twins.json
 
 clean: ## remove runs and built data
 	rm -rf runs data/scenes data/scenes_teacher

@@ -111,20 +111,44 @@ def check(
     images: Annotated[Optional[str], typer.Option(help="folder of image paths")] = None,  # noqa: UP045
     decode: Annotated[bool, typer.Option(help="decode images, not only headers")] = False,
     unique_ids: Annotated[bool, typer.Option(help="count ids that come twice")] = False,
+    twins: Annotated[bool, typer.Option(help="find near-duplicate images")] = False,
+    bits: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=64, help="of 256, in which twins differ at most; 16 by default"),
+    ] = None,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="tasks, separated by commas, or none; by default those of the recipe"),
+    ] = None,
+    include: Annotated[Optional[Path], typer.Option(help="folder of task files")] = None,  # noqa: UP045
+    local: Annotated[Optional[Path], typer.Option(help="folder of the tasks' data")] = None,  # noqa: UP045
+    drop: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="file to write, of records to leave out, for data.leave_out"),
+    ] = None,
+    sheet: Annotated[Optional[Path], typer.Option(help="PNG file to write, of twins")] = None,  # noqa: UP045
     workers: Annotated[Optional[int], typer.Option(min=1, help="processes; one a core")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:
-    """Check all records and images. Exit status 1 if any is bad, 2 if the data cannot be read."""
+    """Check all records and images. Exit status 1 if any is bad, or has a twin in held-out records
+    or tasks; 2 if the data cannot be read."""
+    only = {"bits": bits, "against": against, "include": include, "local": local}
+    for name, value in {**only, "drop": drop, "sheet": sheet}.items():
+        if value is not None and not twins:
+            raise MmkdError(f"--{name} is for --twins", hint=f"add --twins, or leave --{name} out")
     if target.endswith((".yaml", ".yml")):
         from mmkd.recipe import load_recipe
 
         with notes(as_json):  # errors are reported before torch is imported, which takes seconds
             load_recipe(target)
     from mmkd.commands.check_data import check_data, print_check
+    from mmkd.commands.check_twins import twin_options
     from mmkd.data.check import Look, cores
 
     with notes(as_json):
-        found = check_data(target, images, Look(decode, unique_ids), workers or cores())
+        options = twin_options(bits, against, include, local, drop, sheet) if twins else None
+        look = Look(decode, unique_ids)
+        found = check_data(target, images, look, workers or cores(), options)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

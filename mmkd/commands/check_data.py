@@ -10,9 +10,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from mmkd.commands.check_twins import TwinOptions, find_twins, records_key, twin_sides
+from mmkd.commands.find_twins import wanted_texts
+from mmkd.commands.twins_report import print_twins
 from mmkd.data.bounds import scaled_edge
 from mmkd.data.check import PLACES, Findings, Look, check_source
 from mmkd.data.encoder import Encoder
+from mmkd.data.fingerprints import Wanted
 from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.truncation import needs_answers, no_answer_left
@@ -27,7 +31,9 @@ SAMPLED = 256
 UNCUT = 2**30
 
 
-def check_data(target: str, images: str | None, look: Look, workers: int) -> dict[str, Any]:
+def check_data(
+    target: str, images: str | None, look: Look, workers: int, twins: TwinOptions | None = None
+) -> dict[str, Any]:
     """Look through all data of a recipe, or through one source.
 
     Args:
@@ -35,6 +41,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
         images: the folder of a source's images.
         look: what for.
         workers: processes.
+        twins: how to look for twins of images; None for not at all.
 
     Returns:
         What was found, as JSON.
@@ -57,6 +64,10 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             teacher_processor = load_processor(teacher)
         look = replace(look, edges=_edges(processor, teacher_processor))
     sources = _sources(recipe) if recipe else [SourceConfig(train=target, images=images)]
+    sides = []
+    if twins is not None:
+        sides = twin_sides(twins, recipe, _data(recipe) if recipe else [], sources, target)
+        look = replace(look, fingerprints=Wanted(wanted_texts(sides)))
     started = time.perf_counter()
     found: list[Findings] = []
     unreadable: list[DataError] = []
@@ -68,14 +79,19 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
             if len(sources) == 1:
                 raise
             unreadable.append(error)
+    same = None
+    if twins is not None and not unreadable:
+        same = find_twins(twins, _data(recipe) if recipe else [], found, sides)
     seconds = time.perf_counter() - started
     bad = sum(f.bad for f in found)
     tokens = []
     if recipe and not unreadable:
         tokens = list(_tokens(recipe, processor, teacher_processor))
+    lost = any(t["without answer"] for t in tokens)
+    twice = same is not None and same["training"]["records to leave out"]
     return {
         "target": target,
-        "good": bad == 0 and not unreadable and not any(t["without answer"] for t in tokens),
+        "good": bad == 0 and not (unreadable or lost or twice),
         "unreadable": [str(error) for error in unreadable],
         "records": sum(f.records for f in found),
         "pictures": sum(f.pictures for f in found),
@@ -83,6 +99,7 @@ def check_data(target: str, images: str | None, look: Look, workers: int) -> dic
         "seconds": round(seconds, 3),
         "sources": [_as_json(f) for f in found],
         "tokens": tokens,
+        **({} if twins is None else {"twins": same}),
     }
 
 
@@ -108,8 +125,7 @@ def _sources(recipe: Recipe) -> list[SourceConfig]:
     """The sources of all data sets, each once whatever its share."""
     found: dict[str, SourceConfig] = {}
     for part in (p for data in _data(recipe) for p in [*data.parts, *data.validation_parts]):
-        said = part.model_dump_json(exclude={"name", "weight", "cap"})
-        found.setdefault(said, part)
+        found.setdefault(records_key(part), part)
     return list(found.values())
 
 
@@ -189,6 +205,8 @@ def print_check(found: dict[str, Any]) -> None:
             console.print(_table(source))
             for place in (place for p in source["problems"] for place in p["places"]):
                 console.print(escape(place), highlight=False, soft_wrap=True)
+    if "twins" in found:
+        print_twins(found["twins"])
     for tokens in found["tokens"]:
         console.print(
             f"{escape(tokens['data'])}: of {tokens['sampled']} records the median has "
@@ -205,23 +223,31 @@ def print_check(found: dict[str, Any]) -> None:
     for message in found["unreadable"]:
         console.print(escape(message), highlight=False, soft_wrap=True)
     rate = found["records"] / max(found["seconds"], 1e-9)
-    bad, records = found["bad"], found["records"]
-    lost = sum(tokens["without answer"] for tokens in found["tokens"])
-    said = f"{bad:,} bad ({_percent(bad / records)})" if bad else "all good"
-    if lost:
-        sampled = sum(tokens["sampled"] for tokens in found["tokens"])
-        said = (f"{said}; " if bad else "") + (
-            f"{lost:,} of {sampled:,} sampled records lose their whole answer -- raise "
-            "data.max_length, use smaller images, or drop them"
-        )
-    if found["unreadable"]:
-        said += f"; {len(found['unreadable'])} of the sources cannot be read"
     console.print(
-        f"{records:,} records, {found['pictures']:,} images, {found['seconds']:.1f} s "
-        f"({rate:,.0f} records a second): {said}",
+        f"{found['records']:,} records, {found['pictures']:,} images, {found['seconds']:.1f} s "
+        f"({rate:,.0f} records a second): {_verdict(found)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    bad, parts = found["bad"], []
+    if bad:
+        parts.append(f"{bad:,} bad ({_percent(bad / found['records'])})")
+    if lost := sum(tokens["without answer"] for tokens in found["tokens"]):
+        sampled = sum(tokens["sampled"] for tokens in found["tokens"])
+        parts.append(
+            f"{lost:,} of {sampled:,} sampled records lose their whole answer -- raise "
+            "data.max_length, use smaller images, or drop them"
+        )
+    own = (found.get("twins") or {}).get("training", {})
+    if twice := own.get("records to leave out"):
+        parts.append(f"{twice:,} training records have twins in held-out records or tasks")
+    if found["unreadable"]:
+        unreadable = f"{len(found['unreadable'])} of the sources cannot be read"
+        parts = [*(parts or ["all good"]), unreadable]
+    return "; ".join(parts or ["all good"])
 
 
 def _table(source: dict[str, Any]) -> Table:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mmkd.data.bounds import check_scaled
+from mmkd.data.fingerprints import Fingerprints, Wanted
 from mmkd.data.images import image_size, load_image
 from mmkd.data.records import Source
 from mmkd.data.schema import Record, no_response, text_of
+from mmkd.data.twins import image_hash
 from mmkd.errors import DataError
 from mmkd.recipe import SourceConfig
 from mmkd.runtime.interrupt import begin_worker
@@ -36,13 +38,19 @@ class Problem:
 
 @dataclass
 class Findings:
-    """Results of checking a source. `bad` is the number of records with at least one problem."""
+    """Results of checking a source.
+
+    Attributes:
+        bad: number of records with at least one problem.
+        fingerprints: of the records, if `Look.fingerprints` asks for them.
+    """
 
     source: SourceConfig
     records: int
     pictures: int = 0
     bad: int = 0
     problems: dict[str, Problem] = field(default_factory=dict)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
 
 @dataclass(frozen=True)
@@ -54,36 +62,39 @@ class Look:
         unique_ids: find records of a source that have the same id.
         edges: lengths in pixels to which the processors of the models scale shorter edges.
         answers: a record without an answer is bad.
+        fingerprints: also take fingerprints of the records, which decodes images; None for none.
     """
 
     decode: bool = False
     unique_ids: bool = False
     edges: tuple[int, ...] = ()
     answers: bool = True
+    fingerprints: Wanted | None = None
 
 
 @dataclass
 class _Part:
-    """A process's results for some records: number of images, ids if needed, and problems as the
-    record's index, the error and its place."""
+    """A process's results for some records: number of images, ids and fingerprints if needed, and
+    problems as the record's index, the error and its place."""
 
     pictures: int = 0
     ids: list[tuple[int, str]] = field(default_factory=list)
     errors: list[tuple[int, DataError]] = field(default_factory=list)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
 
 def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
     """Check the records of a source in several processes.
 
     Args:
-        config: the source.
+        config: the source. Records that training leaves out are checked too.
         look: additional checks.
         workers: number of processes.
 
     Raises:
         DataError: the source cannot be read, or a process died.
     """
-    source = Source(config)
+    source = Source(config, whole=True)
     found = Findings(config, len(source))
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     workers = min(workers, len(chunks))
@@ -101,6 +112,7 @@ def check_source(config: SourceConfig, look: Look, workers: int) -> Findings:
 
 def _count(found: Findings, part: _Part) -> None:
     found.pictures += part.pictures
+    found.fingerprints.add(part.fingerprints)
     found.bad += len({index for index, _ in part.errors})
     firsts: dict[tuple[int, str], DataError] = {}
     for index, error in part.errors:
@@ -169,26 +181,33 @@ def _look(source: Source, look: Look, chunk: range) -> _Part:
         part.pictures += len(record.images)
         if look.unique_ids and (name := source.id(index)):
             part.ids.append((index, name))
-        errors = list(_problems(record, look))
+        hashes: list[int] = []
+        errors = list(_problems(record, look, hashes))
+        if look.fingerprints is not None:
+            part.fingerprints.of_record(index, record, hashes, look.fingerprints)
         if errors:
             where = source.where(index)
             part.errors += [(index, error.at(where)) for error in errors]
     return part
 
 
-def _problems(record: Record, look: Look) -> Iterator[DataError]:
+def _problems(record: Record, look: Look, hashes: list[int]) -> Iterator[DataError]:
+    """Yields the problems of a record. If needed, hashes of its images are appended to `hashes`."""
     for conversation in (record.messages, record.rejected or []):
         for message in conversation:
             if message["role"] == "assistant" and not text_of(message).strip():
                 yield DataError("an answer is empty", hint="drop the turn or the record")
     for picture in record.images:
         try:
-            if look.decode:
-                size = load_image(picture, record.root).size
+            if look.decode or look.fingerprints is not None:
+                image = load_image(picture, record.root)
+                size = image.size
             else:
                 size = image_size(picture, record.root)
             for edge in look.edges:
                 check_scaled(size, edge)
+            if look.fingerprints is not None:
+                hashes.append(image_hash(image))
         except DataError as error:
             yield error
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
+from mmkd.data.left_out import left_out_rows
 from mmkd.data.schema import Record, parse_record, record_id, unparsed
 from mmkd.data.sources import StreamedRows, open_rows
 from mmkd.data.unread import without
@@ -35,9 +36,20 @@ class Source:
         config: settings of the source.
         share: share of its records that is held out from training; None for none.
         held_out: contain the held-out records instead of the others.
+        whole: contain the records of `leave_out` too. Held-out records always do.
+
+    Attributes:
+        left_out: number of training records that `leave_out` removes.
     """
 
-    def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        share: float | None = None,
+        held_out: bool = False,
+        whole: bool = False,
+    ):
         self.config = config
         self._rows = open_rows(config)
         self._numbers: np.ndarray | None = None
@@ -46,6 +58,26 @@ class Source:
             raise DataError("the data set is empty", where=config.train, hint="add records")
         if share is not None:
             self._numbers = self._split(share, held_out)
+        self.left_out = 0
+        if config.leave_out is not None and not (held_out or whole):
+            self._leave_out(left_out_rows(config, self._rows))
+
+    def _leave_out(self, numbers: np.ndarray) -> None:
+        """Remove rows, [n] int64, from the source."""
+        kept = np.setdiff1d(self.rows, numbers)
+        self.left_out = len(self) - len(kept)
+        if not len(kept):
+            raise DataError(
+                f"all of its records are left out by {self.config.leave_out}",
+                where=self.config.train,
+                hint="drop the source",
+            )
+        self._numbers = kept
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Index of each record's row in the files, [records] int64, ascending."""
+        return np.arange(len(self._rows)) if self._numbers is None else self._numbers
 
     def _split(self, share: float, held_out: bool) -> np.ndarray:
         """Indices of the rows that are held out, or of those that are not, [n] int64, ascending."""

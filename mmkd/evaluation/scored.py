@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmkd.errors import MmkdError
 
@@ -38,15 +38,7 @@ def simple_evaluate(
                 cli_args=Namespace(output_path=scratch, process_with_media=True),
             )
         except RetryError as error:  # lmms-eval hides the cause after five retries
-            cause = error.last_attempt.exception() or error
-            if isinstance(cause, MmkdError):
-                raise cause from None
-            first = (str(cause).splitlines() or [""])[0]
-            raise MmkdError(
-                f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
-                where=where,
-                hint="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
-            ) from cause
+            refuse_data(error, where)
         except AssertionError as error:
             raise MmkdError(
                 f"lmms-eval refuses the documents ({error})",
@@ -54,6 +46,24 @@ def simple_evaluate(
                 hint="check the data; a limit must not part documents that are scored together",
             ) from error
     return found or {}
+
+
+def refuse_data(error: Any, where: str) -> NoReturn:
+    """Raise the one-line error for a task's data that lmms-eval has tried to load several times.
+
+    Args:
+        error: tenacity's RetryError.
+        where: name of the task.
+    """
+    cause = error.last_attempt.exception() or error
+    if isinstance(cause, MmkdError):
+        raise cause from None
+    first = (str(cause).splitlines() or [""])[0]
+    raise MmkdError(
+        f"lmms-eval could not use the data ({type(cause).__name__}: {first})",
+        where=where,
+        hint="check its columns, the network and HF_HUB_OFFLINE, or give it as `local`",
+    ) from cause
 
 
 def collect_scores(raw: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -10,6 +10,10 @@ from mmkd.runtime.fields import MOST, NAME, Prose
 
 HUB = "hub:"
 PATTERN = set("*?[{")
+NOT_OF_STREAMS = (
+    "'leave_out' is not for streams, whose records are not known before they are read -- "
+    "leave 'leave_out' or 'stream' out"
+)
 
 
 class SourceConfig(Strict):
@@ -53,7 +57,10 @@ class SourceConfig(Strict):
         "Describe the image.",
         description="the question for captions without one (KEY.txt of a tar shard)",
     )
-
+    leave_out: LocalPath | None = Field(
+        None,
+        description="file of records that are not trained on, from `mmkd data check --drop`",
+    )
     ignore: list[str] = Field(
         [],
         description="keys of records and turns that are left out, such as a video that is "
@@ -69,6 +76,8 @@ class SourceConfig(Strict):
             raise ValueError(f"'{told[0]}' is for Hub data sets -- write train as hub:OWNER/NAME")
         if "window" in told and self.stream is None:
             raise ValueError("'window' is for streams -- set 'stream' to a number of records")
+        if self.leave_out is not None and self.stream is not None:
+            raise ValueError(NOT_OF_STREAMS)
         return self
 
     @property
@@ -81,7 +90,7 @@ class SourceConfig(Strict):
         return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
 
 
-ONLY_TRAINING = ("weight", "cap", "stream", "window")
+ONLY_TRAINING = ("weight", "cap", "stream", "window", "leave_out")
 """Keys of a source that are for training only."""
 
 
@@ -128,6 +137,11 @@ class DataConfig(Strict):
     )
     images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     sources: list[SourceConfig] = Field([], description="a mixture, instead of 'train'")
+    leave_out: LocalPath | None = Field(
+        None,
+        description="file of records that are not trained on, from `mmkd data check --drop`; for "
+        "all sources that name none",
+    )
     validation: HeldOutConfig | None = Field(
         None,
         description="held-out records: as 'train', a share of the training records such as 0.05, "
@@ -189,14 +203,20 @@ class DataConfig(Strict):
             raise ValueError(
                 "a share of a stream cannot be held out -- give 'validation' a file or a data set"
             )
+        if self.leave_out is not None and any(s.stream is not None for s in self.sources):
+            raise ValueError(NOT_OF_STREAMS)
         return self
 
     @property
     def parts(self) -> list[SourceConfig]:
         """The sources, one or more, with the folders of their images."""
         if self.train is not None:
-            return [SourceConfig(train=self.train, images=self.images)]
-        return [s.model_copy(update={"images": s.images or self.images}) for s in self.sources]
+            return [SourceConfig(train=self.train, images=self.images, leave_out=self.leave_out)]
+        own = {"images": self.images, "leave_out": self.leave_out}
+        return [
+            s.model_copy(update={key: getattr(s, key) or value for key, value in own.items()})
+            for s in self.sources
+        ]
 
     @property
     def validation_parts(self) -> list[SourceConfig]:

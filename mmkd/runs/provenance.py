@@ -7,14 +7,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmkd.data.records import Records
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
-from mmkd.recipe import HUB, Recipe, SourceConfig, to_yaml
+from mmkd.recipe import HUB, DataConfig, Recipe, SourceConfig, to_yaml
 from mmkd.redact import redact_all
 from mmkd.runs.members import Member, run_folder
 from mmkd.runtime import consent, distributed
@@ -54,7 +56,22 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "plugins": plugin_files(),
         "trusted": consent.record(),
         "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
+        **_left_out(data),
     }
+
+
+def _left_out(data: Sequence[DataConfig]) -> dict[str, Any]:
+    """For each source with `leave_out` its file, the file's hash, and the number of records that
+    are not trained on for this reason."""
+    found: dict[str, Any] = {}
+    for config in data:
+        if all(part.leave_out is None for part in config.parts):
+            continue
+        for source in Records(config).sources:
+            if (path := source.config.leave_out) is not None:
+                facts = {"file": path, "sha256": file_hash(Path(path)), "records": source.left_out}
+                found[source.config.train] = facts
+    return {"left_out": found} if found else {}
 
 
 CONTINUED, REPLACED = "continued", "replaced"

@@ -73,6 +73,8 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
         if not part.train.startswith(HUB):
             sources[part.train] = read.files
         files |= {*read.files, *read.pictures}
+        if part.leave_out is not None:
+            files.add(part.leave_out)
         if read.commit is not None:
             commits[_named(part)] = read.commit
     named = {(name, model.revision) for model in models for name in names_of(model)}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.encoder import Encoder
 from mmkd.data.image_tokens import ImageTokenDropout
+from mmkd.data.records import Records
 from mmkd.data.stream import BatchStream
 from mmkd.data.vocabulary import same_vocabulary, shared_vocabulary
 from mmkd.engines import Engine, build_engine
@@ -23,6 +24,7 @@ from mmkd.recipe import DataConfig, StageConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
 from mmkd.runtime.interrupt import deferred
+from mmkd.runtime.progress import say
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.seeds import set_seed
 from mmkd.students import set_trainable, write_student
@@ -92,6 +94,7 @@ def build_stage(inputs: StageInputs) -> Stage:
     asked = teachers.for_stage(objectives, own)
     reference: Reference | None = choose_reference(objectives, asked, own)
     encoder = _encoder_of(inputs, objectives, asked)
+    _say_left_out(encoder.records)
     held_out = build_validation(
         config,
         alone,
@@ -143,6 +146,17 @@ def _encoder_of(
         sources=any(o.sources is not None for o in objectives),
         sampled=config.samples_all,
     )
+
+
+def _say_left_out(records: Records) -> None:
+    """Log how many records of each source are left out."""
+    for source in records.sources if distributed.rank() == 0 else []:
+        if source.config.leave_out is not None:
+            say(
+                f"{source.config.label}: {source.left_out:,} of "
+                f"{source.left_out + len(source):,} records are left out "
+                f"({source.config.leave_out})"
+            )
 
 
 def _stream_of(config: StageConfig, encoder: Encoder, seed: int) -> BatchStream:

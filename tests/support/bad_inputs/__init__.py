@@ -5,6 +5,7 @@ from tests.support.bad_inputs import (  # noqa: F401
     data_files,
     evaluations,
     held_out,
+    left_out,
     models,
     pictures,
     recipes,
