@@ -20,16 +20,22 @@ Every number also has an upper bound; the page shows those below 100,000, and th
 `mmkd recipe schema` prints shows all. `python -m scripts.reference` writes this page from the code
 that reads a recipe.
 """
-CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
+CONVERSIONS, OBJECTIVES, CHECKS, FORMS = "Conversions", "Objectives", "Checks of answers", "Forms"
 GROUPS = {
     CONVERSIONS: "Entries of `convert`, by `kind`. You can add "
     "[your own](extending.md#a-conversion).",
     OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
     "[your own](extending.md#an-objective).",
+    CHECKS: "Entries of `checks`, by `kind`. A check without settings may be written as its kind.",
     FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.
-KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES, "loss": OBJECTIVES}
+KINDS = {
+    "convert": CONVERSIONS,
+    "objectives": OBJECTIVES,
+    "loss": OBJECTIVES,
+    "checks": CHECKS,
+}
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 MOST_TOLD = 10**5

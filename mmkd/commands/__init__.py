@@ -1,1 +1,1 @@
-"""The work of single commands: plan, bench, cache, data check, data pairs, doctor, init."""
+"""The work of single commands: plan, bench, cache, data check, answers and pairs, doctor, init."""
