@@ -140,7 +140,8 @@ def test_other_questions():
     listed = Listed.of({"a": "apple, bus", "b": "apple"}, [], 1)
     config = {"ask": ["How many {names}?", "Is {a_name} near the {other}?"], "per_image": 2}
     assert sorted(q.text for q in asked(config, listed, "a")) == [
-        "How many apples?", "How many buses?", "Is a bus near the apple?", "Is an apple near the bus?"
+        "How many apples?", "How many buses?", "Is a bus near the apple?",
+        "Is an apple near the bus?",
     ]  # fmt: skip
     assert [q.text for q in asked(config, listed, "b")] == ["How many apples?"]
     assert [plural(n) for n in ("fox", "cherry", "key", "child")] == [

@@ -6,6 +6,7 @@ from tests.support.bad_inputs import (  # noqa: F401
     evaluations,
     held_out,
     left_out,
+    making,
     models,
     pictures,
     recipes,

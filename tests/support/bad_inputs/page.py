@@ -12,6 +12,7 @@ KINDS = {
     "data": "Records",
     "image": "Pictures",
     "held_out": "Held-out records",
+    "make": "Data that models make",
     "model": "Models",
     "vocabulary": "Tokenizers and processors",
     "run": "Runs that go on",

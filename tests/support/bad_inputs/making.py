@@ -1,0 +1,145 @@
+"""Data that models make: entries of `make`, and what they read."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.support.bad_inputs.table import World, case, write
+
+KIND = "make"
+ANSWERS = ["data", "answers", "recipe.yaml"]
+
+
+def make(world: World, **changes: Any) -> list[str]:
+    """Give the recipe an entry of `make`, and its command."""
+    Path("photos").mkdir()
+    write(Path("picture.png").read_bytes(), "photos/a.png")
+    entry = {"pictures": "photos", "prompts": ["What?"], "out": "made.jsonl", **changes}
+    world.raw["make"] = {"photos": {k: v for k, v in entry.items() if v is not None}}
+    return ANSWERS
+
+
+@case(KIND, "`mmkd data answers` of a recipe without `make`", "make: the recipe makes no data", "a")
+def nothing_to_make(world: World) -> list[str]:
+    return ANSWERS
+
+
+@case(
+    KIND,
+    "trained on an entry of `make` that is not there",
+    "'made:photo' is no entry of 'make'",
+    "known: photos",
+)
+def made_by_another_name(world: World) -> None:
+    make(world)
+    world.raw["data"] = {"train": "made:photo"}
+
+
+@case(KIND, "named a folder without images", "no: no such folder", "check 'pictures'")
+def no_folder_of_images(world: World) -> list[str]:
+    return make(world, pictures="no")
+
+
+@case(
+    KIND,
+    "wrote an image's placeholder into a prompt",
+    "make.photos.prompts: a prompt has the placeholder <image>",
+    "leave it out",
+)
+def placeholder_in_a_prompt(world: World) -> list[str]:
+    return make(world, prompts=["<image> What is it?"])
+
+
+@case(KIND, "asked a model that the recipe has not", "asks 'techer'", "did you mean 'teacher'?")
+def asks_another_model(world: World) -> list[str]:
+    return make(world, by="techer")
+
+
+@case(
+    KIND,
+    "wanted several greedy answers",
+    "4 answers at temperature 0 are all the same",
+    "raise the temperature",
+)
+def several_greedy_answers(world: World) -> list[str]:
+    return make(world, sampling={"n": 4})
+
+
+@case(KIND, "misspelt a check", "unknown kind 'repeat'", "did you mean 'repeats'?")
+def unknown_check(world: World) -> list[str]:
+    return make(world, checks=["repeat"])
+
+
+@case(
+    KIND,
+    "wanted pairs without a score",
+    "a pair needs a check that scores answers",
+    "add one of agrees, judge",
+)
+def pairs_without_scores(world: World) -> list[str]:
+    return make(world, keep="pair", sampling={"n": 2, "temperature": 1})
+
+
+@case(
+    KIND,
+    "had a model judge its own answers",
+    "has 'teacher' judge its own answers",
+    "name another model",
+)
+def own_judge(world: World) -> list[str]:
+    return make(world, checks=[{"kind": "judge", "by": "teacher"}])
+
+
+@case(
+    KIND,
+    "checked objects of records without any",
+    "records.json: the records say nothing of objects",
+    "add 'objects'",
+)
+def objects_of_none(world: World) -> list[str]:
+    return make(world, pictures=None, prompts=None, records="records.json", checks=["objects"])
+
+
+@case(KIND, "named a file that is there", "made.jsonl: it is there already", "name a new file")
+def made_file_is_there(world: World) -> list[str]:
+    write("mine", "made.jsonl")
+    return make(world)
+
+
+@case(
+    KIND,
+    "wrote a question about objects with an unknown placeholder",
+    "has the placeholder {it}",
+    "known: {name}",
+)
+def unknown_placeholder(world: World) -> list[str]:
+    return make(world, objects={"ask": ["What colour is {it}?"]})
+
+
+@case(KIND, "named a server without its protocol", "it is no address", "http://host:8000/v1")
+def server_without_protocol(world: World) -> list[str]:
+    world.raw["servers"] = {"big": {"server": "localhost:8000", "model": "m"}}
+    return make(world, by="big")
+
+
+@case(
+    KIND,
+    "wrote an API key into the recipe",
+    "it is no name of an environment variable",
+    "does not belong in a recipe",
+)
+def key_of_a_server(world: World) -> list[str]:
+    server = {"server": "http://localhost:8000/v1", "model": "m", "key": "my-key"}
+    world.raw["servers"] = {"big": server}
+    return make(world, by="big")
+
+
+@case(
+    KIND,
+    "did not set the variable of an API key",
+    "the environment variable NO_SUCH_KEY is not set",
+    "set it to the API key",
+)
+def unset_key_of_a_server(world: World) -> list[str]:
+    server = {"server": "http://localhost:8000/v1", "model": "m", "key": "NO_SUCH_KEY"}
+    world.raw["servers"] = {"big": server}
+    return make(world, by="big")
