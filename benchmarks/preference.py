@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.measure import median_seconds, peak_bytes, save
 from mmkd.objectives import preference_loss
-from mmkd.ops import token_logps
+from mmkd.ops import linear_pair_loss, token_logps
 from mmkd.runtime.progress import console
 
 BETA = 0.1
@@ -47,16 +47,17 @@ def make_inputs(
 
 def mmkd(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
     kept = labels != IGNORED
-
-    def answers(hidden: Tensor, weight: Tensor) -> Tensor:
-        found = token_logps(hidden[kept], weight, labels[kept])
-        return found.new_zeros(len(labels)).index_add(0, kept.nonzero()[:, 0], found)
-
+    sequences, pairs = kept.nonzero()[:, 0], len(labels) // 2
     with torch.no_grad():
-        reference = answers(hr, wr)
-    student = answers(hs, ws)
-    parts = [*student.chunk(2), *reference.chunk(2)]
-    return preference_loss(*parts, kind="sigmoid", beta=BETA)
+        found = token_logps(hr[kept], wr, labels[kept])
+        reference = found.new_zeros(2 * pairs).index_add(0, sequences, found).view(2, pairs)
+
+    def loss(policy: Tensor, some: slice) -> Tensor:
+        mean = preference_loss(*policy, *reference[:, some], kind="sigmoid", beta=BETA)
+        return mean * policy.shape[1]
+
+    total, _ = linear_pair_loss(hs[kept], ws, labels[kept], sequences, pairs, loss)
+    return total / pairs
 
 
 def trl(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
