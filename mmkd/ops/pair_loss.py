@@ -5,8 +5,8 @@
 f_p is any function of the two log-probabilities of pair p, so the gradients of a pair need the
 pair's own rows only. Pairs that fit in a chunk together are projected once: f_p is evaluated while
 the softmax of their rows is in memory, and gradients are computed in the forward pass, as in
-`head_losses`. Where one pair is larger than a chunk, all of its chunks but one are projected twice.
-A loss in which pairs depend on each other needs `token_logps`.
+`head_losses`. If a single pair is larger than a chunk, its last chunk is projected once and the
+others twice. A loss in which pairs depend on each other needs `token_logps`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +92,7 @@ class _PairLoss(torch.autograd.Function):
         slopes = torch.zeros_like(logps)
         total = logps.new_zeros(())
         for some, rows in _groups(sequences, pairs, chunk):
-            parts = rows.split(chunk)
+            parts = _parts(rows, chunk)
             for part in parts:
                 logps.view(-1).index_add_(0, sequences[part], tokens.logps(part))
                 if grads[0] is not None:
@@ -130,6 +130,13 @@ def _groups(sequences: Tensor, pairs: int, chunk: int) -> Iterator[tuple[slice, 
             last += 1
         yield slice(first, last), order[start:stop]
         first, start = last, stop
+
+
+def _parts(rows: Tensor, chunk: int) -> Sequence[Tensor]:
+    """Chunks of rows. The last one is full, because it is not projected again."""
+    whole, rest = divmod(len(rows), chunk)
+    sizes = [rest] * (rest > 0 or not whole) + [chunk] * whole
+    return rows.split(sizes)
 
 
 def _evaluate(
