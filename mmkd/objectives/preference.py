@@ -159,7 +159,7 @@ class Preference(Objective):
         if self.config.reference != "none":
             if targets.reference_logps is None:
                 raise ValueError(f"objective {self.name!r} needs log-probabilities of a reference")
-            reference = targets.reference_logps.view(2, -1)
+            reference = targets.reference_logps.reshape(2, -1)
 
         def total(policy: Tensor, some: slice = slice(None)) -> Tensor:
             return self._mean(policy, reference[:, some], tokens[:, some]) * policy.shape[1]

@@ -19,8 +19,8 @@ from mmkd.ops.head_losses import CHUNK_BYTES, differentiable, new_gradients, sca
 from mmkd.ops.token_logps import TokenRows, check_rows, logps_per_chunk, wide
 
 PairLoss = Callable[[Tensor, slice], Tensor]
-"""Maps log-probabilities [2, p] of some pairs, and which pairs these are, to the sum of their
-losses. The first row is that of the first halves."""
+"""Maps the log-probabilities [2, p] of consecutive pairs, and the slice of these pairs, to the sum
+of their losses."""
 
 
 def linear_pair_loss(
@@ -44,7 +44,7 @@ def linear_pair_loss(
         targets: [N] int64, the tokens y, below `vocab_size`.
         sequences: [N] int64, the sequence of each row. Sequences p and `pairs` + p are a pair.
         pairs: number of pairs.
-        loss: differentiable; is called once for each group of consecutive pairs.
+        loss: of some pairs; differentiable, and called once for each group of consecutive pairs.
         bias: [V] or None.
         vocab_size: later rows of the head get probability 0.
         chunk_size: rows projected at once; what fits in `memory` if None.

@@ -2,11 +2,11 @@
 
     l_i = log softmax(W h_i + b)[y_i],   dl_i / dz_i = onehot(y_i) - softmax(z_i),   z_i = W h_i + b
 
-The result is a value per row, and what the loss makes of it is not known in the forward pass. The
-gradient of a hidden state is the upstream gradient of its row times a vector that is known, so the
-forward pass computes that vector. The gradient of the head is a sum over rows, for which the
-backward pass computes the logits of each chunk again. `mmkd.ops.pair_losses` avoids this for losses
-of pairs. Nothing is computed twice if the head is frozen.
+The result is a value per row, so the upstream gradients are not known in the forward pass. The
+gradient of a hidden state is the upstream gradient of its row times a vector, which the forward
+pass computes. The gradient of the head is a sum over rows with the upstream gradients as weights:
+for it, the backward pass computes the logits of each chunk again, unless the head is frozen.
+`mmkd.ops.pair_loss` avoids this for losses of pairs.
 """
 
 from typing import Any
@@ -175,7 +175,7 @@ class TokenRows:
         return found
 
     def hidden_gradient(self) -> Tensor:
-        """Gradients of the log-probabilities with respect to hidden states, [C, H]."""
+        """Gradient of each row's log-probability with respect to its hidden state, [C, H]."""
         return (self._error.to(self.hidden.dtype) @ self.weight).neg_()
 
     def add_head_gradients(
