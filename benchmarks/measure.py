@@ -22,6 +22,11 @@ from mmkd.runtime.progress import console
 
 def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median time of each method, one call of each in turn; a first round warms up."""
+    return {name: statistics.median(taken) for name, taken in seconds(methods, repeats).items()}
+
+
+def seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Times of each method, one call of each in turn; a first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
         for name, call in methods.items():
@@ -29,7 +34,17 @@ def median_seconds(methods: Mapping[str, Callable[[], Any]], repeats: int) -> di
             call()
             if repeat:
                 times[name].append(_now() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
+
+
+def ratio_quartiles(times: Mapping[str, list[float]], name: str) -> dict[str, list[float]]:
+    """Quartiles of one method's time divided by each other method's of the same round. What else
+    runs on the machine slows both down."""
+    return {
+        other: statistics.quantiles([a / b for a, b in zip(times[name], taken, strict=True)])
+        for other, taken in times.items()
+        if other != name
+    }
 
 
 def _now() -> float:

@@ -2,13 +2,16 @@
 
     pip install -e '.[bench]'
     python -m benchmarks.preference --json runs/bench/preference.json
+    python -m benchmarks.preference --reference 0   # no reference model, as in SimPO and CPO
 
 Pairs of answers, float32; student and reference with their own heads. Methods' losses and gradient
-norms are compared before anything is timed. Times: all in turn in this process, medians. Memory:
-growth of the peak resident size in a fresh process each.
+norms are compared before anything is timed. Times: all in turn in this process, medians, and
+quartiles of the ratios of the calls of one round. Memory: growth of the peak resident size in a
+fresh process each.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -19,9 +22,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import median_seconds, peak_bytes, save
+from benchmarks.measure import peak_bytes, ratio_quartiles, save, seconds
 from mmkd.objectives import preference_loss
-from mmkd.ops import token_logps
+from mmkd.ops import linear_pair_loss, token_logps
 from mmkd.runtime.progress import console
 
 BETA = 0.1
@@ -32,7 +35,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def make_inputs(
     pairs: int, tokens: int, vocabulary: int, student: int, reference: int, masked: float
 ) -> Inputs:
-    """Hidden states [2 pairs, tokens, H] and heads of both models, and labels."""
+    """Hidden states [2 pairs, tokens, H] and heads of both models, and labels. A reference of width
+    0 gives all tokens the same probability, as if there were none, and methods leave it out."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -47,16 +51,20 @@ def make_inputs(
 
 def mmkd(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
     kept = labels != IGNORED
+    sequences, pairs = kept.nonzero()[:, 0], len(labels) // 2
+    reference = torch.zeros(2 * pairs)
+    if wr.shape[1]:
+        with torch.no_grad():
+            found = token_logps(hr[kept], wr, labels[kept])
+            reference = reference.index_add(0, sequences, found)
+    reference = reference.view(2, pairs)
 
-    def answers(hidden: Tensor, weight: Tensor) -> Tensor:
-        found = token_logps(hidden[kept], weight, labels[kept])
-        return found.new_zeros(len(labels)).index_add(0, kept.nonzero()[:, 0], found)
+    def loss(policy: Tensor, some: slice) -> Tensor:
+        mean = preference_loss(*policy, *reference[:, some], kind="sigmoid", beta=BETA)
+        return mean * policy.shape[1]
 
-    with torch.no_grad():
-        reference = answers(hr, wr)
-    student = answers(hs, ws)
-    parts = [*student.chunk(2), *reference.chunk(2)]
-    return preference_loss(*parts, kind="sigmoid", beta=BETA)
+    total, _ = linear_pair_loss(hs[kept], ws, labels[kept], sequences, pairs, loss)
+    return total / pairs
 
 
 def trl(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ def trl(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Tenso
         return (found * kept).sum(1)
 
     with torch.no_grad():
-        reference = answers(hr, wr)
+        reference = answers(hr, wr) if wr.shape[1] else torch.zeros(len(labels))
     chosen, rejected = (answers(hs, ws) - reference).chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -82,7 +90,7 @@ def liger(hs: Tensor, ws: Tensor, hr: Tensor, wr: Tensor, labels: Tensor) -> Ten
         beta=BETA,
         compute_nll_loss=False,
         compiled=False,
-        use_ref_model=True,
+        use_ref_model=bool(wr.shape[1]),
         average_log_prob=False,
     )
     return loss(ws, hs, labels, None, hr, wr)[0]
@@ -102,11 +110,11 @@ def make_call(method: str, *shape: Any) -> Callable[[], float]:
     return partial(step, method, make_inputs(*shape))
 
 
-def check() -> None:
+def check(reference: int) -> None:
     """All methods' losses and gradients are the same."""
     found = {}
     for name in METHODS:
-        inputs = make_inputs(3, 20, 500, 16, 24, 0.5)
+        inputs = make_inputs(3, 20, 500, 16, reference, 0.5)
         loss = step(name, inputs)
         found[name] = [loss, *(float(t.grad.norm()) for t in inputs[:2] if t.grad is not None)]
     for name, values in found.items():
@@ -121,20 +129,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--student", type=int, default=256)
-    parser.add_argument("--reference", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--reference", type=int, default=512, help="width; 0 for none")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    check()
+    check(args.reference)
     results = []
     for masked in (0.5, 0.0):
         shape = (args.pairs, args.tokens, args.vocabulary, args.student, args.reference, masked)
         inputs = make_inputs(*shape)
-        seconds = median_seconds({m: partial(step, m, inputs) for m in METHODS}, args.repeats)
-        small = (1, 4, 64, 8, 8, 0.0)
-        memory = {m: peak_bytes(make_call, (m, *shape), (m, *small)) for m in METHODS}
-        results.append({"masked": masked, "seconds": seconds, "peak_bytes": memory})
+        times = seconds({m: partial(step, m, inputs) for m in METHODS}, args.repeats)
+        small = (1, 4, 64, 8, min(args.reference, 8), 0.0)
+        results.append(
+            {
+                "masked": masked,
+                "seconds": {m: statistics.median(taken) for m, taken in times.items()},
+                "ratios": ratio_quartiles(times, "mmkd"),
+                "peak_bytes": {m: peak_bytes(make_call, (m, *shape), (m, *small)) for m in METHODS},
+            }
+        )
     table = Table(title="DPO, seconds and peak MB (mmkd's part of it)")
     for name in ("masked", *METHODS):
         table.add_column(name, justify="right")
@@ -142,6 +156,8 @@ def main() -> None:
         for key, scale, digits in (("seconds", 1.0, 2), ("peak_bytes", 1e-6, 0)):
             cells = [f"{scale * v:.{digits}f} ({r[key]['mmkd'] / v:.2f})" for v in r[key].values()]
             table.add_row(f"{r['masked']:.0%}", *cells)
+        spread = ["/".join(f"{x:.2f}" for x in r["ratios"].get(m, [])) for m in METHODS]
+        table.add_row("ratios", *spread)
     console.print(table)
     versions = {p: version(p) for p in ("trl", "liger-kernel")}
     save(args, peers=versions, results=results)

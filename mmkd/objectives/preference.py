@@ -18,6 +18,10 @@ does not depend on which of them is the chosen one.
 s is the logistic function and b is `beta`. z is computed over the micro-batches of all ranks and
 gets no gradient. LLaVA-MoD's reference is the teacher. `self` is the student before the stage, as
 in DPO. Without a reference, r is the log-probability itself.
+
+With z, the gradients of a pair depend on the other pairs, so the logits of `kto_pair` are computed
+again in the backward pass. The other losses compute gradients in the forward pass
+(`mmkd.ops.pair_loss`).
 """
 
 from typing import get_args
@@ -31,7 +35,7 @@ from mmkd.objectives.base import Objective, Outcome
 from mmkd.objectives.settings import PreferenceConfig, PreferenceKind
 from mmkd.objectives.signals import Signals
 from mmkd.objectives.targets import Targets
-from mmkd.ops import CHUNK_BYTES, token_logps
+from mmkd.ops import CHUNK_BYTES, linear_pair_loss, token_logps
 
 
 def preference_loss(
@@ -147,35 +151,70 @@ class Preference(Objective):
     def __call__(
         self, student: Signals, teacher: Signals | None, targets: Targets, count: float
     ) -> Outcome:
-        rejected = targets.rejected
-        if rejected is None:
+        if targets.rejected is None:
             raise ValueError(f"objective {self.name!r} needs pairs of answers")
-        policy = answer_logps(student, targets, self.shared_vocabulary, self.head_memory)
-        reference = torch.zeros_like(policy)
+        rows = targets.predicts_answers()  # [B, T]
+        tokens = rows.sum(1).clamp_min(1).view(2, -1)  # [2, pairs], chosen answers first
+        reference = torch.zeros_like(tokens)
         if self.config.reference != "none":
             if targets.reference_logps is None:
                 raise ValueError(f"objective {self.name!r} needs log-probabilities of a reference")
-            reference = targets.reference_logps.to(policy.dtype)
-        tokens = targets.predicts_answers().sum(1).clamp_min(1)
-        likelihood = (policy / tokens)[~rejected]
+            reference = targets.reference_logps.reshape(2, -1)
+
+        def total(policy: Tensor, some: slice = slice(None)) -> Tensor:
+            return self._mean(policy, reference[:, some], tokens[:, some]) * policy.shape[1]
+
+        if self.config.loss == "kto_pair":
+            policy = answer_logps(student, targets, self.shared_vocabulary, self.head_memory)
+            policy = policy.view(2, -1)
+            loss = total(policy)
+        else:
+            student = student.truncate(len(rows))
+            loss, policy = linear_pair_loss(
+                student.hidden[rows],
+                student.head_weight,
+                targets.next_ids()[rows],
+                rows.nonzero()[:, 0],
+                tokens.shape[1],
+                total,
+                bias=student.head_bias,
+                vocab_size=self.shared_vocabulary,
+                memory=self.head_memory,
+            )
+        ratios = policy.detach() - reference.to(policy.dtype)
         if self.config.average:
-            policy, reference = policy / tokens, reference / tokens
-        pairs = [policy[~rejected], policy[rejected], reference[~rejected], reference[rejected]]
+            ratios = ratios / tokens
+        return Outcome(loss / count, self._metrics(ratios[0], ratios[1], count))
+
+    def _mean(self, policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+        """The mean loss of some pairs.
+
+        Args:
+            policy, reference: [2, p], log-probabilities of chosen and rejected answers.
+            tokens: [2, p], their lengths.
+        """
+        reference = reference.to(policy.dtype)
+        likelihood = policy / tokens
+        if self.config.average:
+            policy, reference = likelihood, reference / tokens
         loss = preference_loss(
-            *pairs,
+            *policy,
+            *reference,
             kind=self.config.loss,
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
         )
         if self.config.lambda_sft:
-            loss = loss - self.config.lambda_sft * likelihood.mean()
-        share = len(pairs[0]) / count
+            loss = loss - self.config.lambda_sft * likelihood[0].mean()
+        return loss
+
+    def _metrics(self, chosen: Tensor, rejected: Tensor, count: float) -> dict[str, Tensor]:
+        """Metrics from the log-ratios [pairs] of both answers."""
+        share = len(chosen) / count
         scale = 1.0 if self.config.loss == "margin_mse" else self.config.beta
-        ratios = [(pairs[0] - pairs[2]).detach(), (pairs[1] - pairs[3]).detach()]
-        metrics = {
-            "accuracy": (ratios[0] > ratios[1]).to(loss.dtype).mean() * share,
-            "margin": scale * (ratios[0] - ratios[1]).mean() * share,
-            "chosen": ratios[0].mean() * share,
-            "rejected": ratios[1].mean() * share,
+        return {
+            "accuracy": (chosen > rejected).to(chosen.dtype).mean() * share,
+            "margin": scale * (chosen - rejected).mean() * share,
+            "chosen": chosen.mean() * share,
+            "rejected": rejected.mean() * share,
         }
-        return Outcome(loss * share, metrics)

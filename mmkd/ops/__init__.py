@@ -14,6 +14,7 @@ from mmkd.ops.gram import gram_inner
 from mmkd.ops.head_losses import CHUNK_BYTES, head_losses
 from mmkd.ops.kept_tokens import KeptTokens
 from mmkd.ops.likelihood import BinaryKind, binary_divergence
+from mmkd.ops.pair_loss import linear_pair_loss
 from mmkd.ops.row_kl import row_kl
 from mmkd.ops.set_logps import set_logps
 from mmkd.ops.sinkhorn import linear_sinkhorn
@@ -39,6 +40,7 @@ __all__ = [
     "head_losses",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_pair_loss",
     "linear_sinkhorn",
     "linear_uld",
     "route",

@@ -65,9 +65,7 @@ def head_losses(
     # Autocast would round the float32 reductions and products that are explicit here.
     with torch.autocast(student.hidden.device.type, enabled=False):
         total, sums = _HeadLosses.apply(
-            student.hidden,
-            student.weight,
-            student.bias,
+            *differentiable(student.hidden, student.weight, student.bias),
             teacher,
             tuple(losses),
             chunk_size,
@@ -100,11 +98,13 @@ def project(
 ) -> Tensor:
     """Logits [C, V]; the product itself runs in the hidden states' dtype.
 
-    They are in `out` where it has that dtype, and else in at least float32.
+    They are in `out` if it is given, and else in at least float32.
     """
     weight = weight.to(hidden.dtype)
     if out is not None and out.dtype == hidden.dtype:
         logits = torch.mm(hidden, weight.t(), out=out)
+    elif out is not None:
+        logits = out.copy_(hidden @ weight.t())
     else:
         logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
     if bias is None:
@@ -156,7 +156,7 @@ class _HeadLosses(torch.autograd.Function):
         width = max(weight.shape[0] if x.vocab_size is None else x.vocab_size for x in losses)
         own = weight[:width].to(hidden.dtype)
         own_bias = None if bias is None else bias[:width]
-        grads = new_gradients(ctx, hidden, weight, bias, wide)
+        grads = new_gradients(ctx.needs_input_grad, hidden, weight, bias, wide)
         grad_hidden, grad_weight, grad_bias = grads
         sums = hidden.new_zeros(len(losses), dtype=torch.float64)
         # The kernel reads logits in the dtype of the matrix product, and rounds their gradient.
@@ -180,10 +180,8 @@ class _HeadLosses(torch.autograd.Function):
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[some] = grad @ own
-                if grad_weight is not None and grad.dtype == wide:
-                    grad_weight[:width].addmm_(grad.t(), h)
-                elif grad_weight is not None:
-                    grad_weight[:width] += grad.t() @ h
+                if grad_weight is not None:
+                    add_product(grad_weight[:width], grad.t(), h)
         ctx.grads = grads
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         scales = sums.new_tensor([loss.scale for loss in losses])
@@ -200,12 +198,27 @@ HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Gradients of hidden states [N, H], weight [V, H] and bias [V]; None where none is needed."""
 
 
+def differentiable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, detached where autograd is off. The `needs_input_grad` of a function is true
+    for parameters there too, and it would compute gradients for nothing."""
+    if torch.is_grad_enabled():
+        return list(tensors)
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
 def new_gradients(
-    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    wanted: Sequence[bool],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> HeadGradients:
-    """Zeros for the gradients of an autograd function whose first inputs are hidden states, weight
-    and bias. Those of weight and bias have `dtype`."""
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    """Zeros for gradients. Those of weight and bias have `dtype`.
+
+    Args:
+        wanted: `needs_input_grad` of an autograd function whose first inputs are these three.
+    """
+    need_hidden, need_weight, need_bias = wanted[:3]
     return (
         torch.zeros_like(hidden) if need_hidden else None,
         torch.zeros_like(weight, dtype=dtype) if need_weight else None,
@@ -232,7 +245,23 @@ def add_gradients(
     if of_hidden is not None:
         of_hidden[rows] = grad @ weight
     if of_weight is not None:
-        of_weight += grad.t() @ hidden[rows]
+        add_product(of_weight, grad.t(), hidden[rows])
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `into`, without a tensor for the product if all have one dtype."""
+    if a.dtype == into.dtype:
+        into.addmm_(a, b)
+    else:
+        into += a @ b
+
+
+def in_dtypes_of(grads: HeadGradients, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The gradients in the dtypes of their tensors."""
+    return [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    ]
 
 
 def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:

@@ -3,8 +3,8 @@
     l_i = log sum_{v in S} softmax(W h_i + b)[v] = -log(1 + exp(r_i - s_i))
 
 s and r are the logarithms of the sums of exp(logits) over the set and over all other tokens. The
-second form never exceeds 0, and keeps its precision where the set has nearly all probability. As in
-`token_logps`, the backward pass computes the logits of each chunk again.
+second form never exceeds 0, and keeps its precision where the set has nearly all probability. The
+backward pass computes the logits of each chunk again.
 """
 
 import math
@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmkd.ops.head_losses import CHUNK_BYTES, project, rows_per_chunk
-from mmkd.ops.token_logps import chunks_of, head_gradients, wide
+from mmkd.ops.head_losses import (
+    CHUNK_BYTES,
+    add_gradients,
+    differentiable,
+    in_dtypes_of,
+    new_gradients,
+    project,
+    rows_per_chunk,
+)
+from mmkd.ops.token_logps import chunks_of, wide
 
 
 def set_logps(
@@ -57,7 +65,7 @@ def set_logps(
     mask = F.pad(mask, (0, len(weight) - len(mask)))
     chunk = rows_per_chunk(hidden.shape[0], weight.shape[0], chunk_size, memory=memory)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SetLogps.apply(hidden, weight, bias, mask, chunk)
+        return _SetLogps.apply(*differentiable(hidden, weight, bias), mask, chunk)
 
 
 class _SetLogps(torch.autograd.Function):
@@ -79,15 +87,15 @@ class _SetLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden, weight, bias, mask, found = ctx.saved_tensors
-
-        def step(rows: slice) -> Tensor:
+        grads = new_gradients(ctx.needs_input_grad, hidden, weight, bias, wide(hidden))
+        own = weight.to(hidden.dtype)
+        for rows in chunks_of(len(hidden), ctx.chunk):
             # d l / d logits = (1 - P(set)) (softmax over the set - softmax over the other tokens)
             logits = project(hidden[rows], weight, bias)  # [C, V]
             inside = logits.masked_fill(~mask, -math.inf).softmax(1)
             # NaN if there are no other tokens
             outside = logits.masked_fill_(mask, -math.inf).softmax(1).nan_to_num_(nan=0.0)
             rest = -found[rows, None].expm1()  # [C, 1], probability of the other tokens
-            return inside.sub_(outside).mul_(rest * grad[rows, None])
-
-        wanted = ctx.needs_input_grad[:3]
-        return (*head_gradients(hidden, weight, bias, wanted, step, ctx.chunk), None, None)
+            step = inside.sub_(outside).mul_(rest * grad[rows, None])
+            add_gradients(grads, step, rows, hidden, own)
+        return (*in_dtypes_of(grads, hidden, weight, bias), None, None)

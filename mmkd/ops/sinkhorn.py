@@ -33,6 +33,7 @@ from torch import Tensor
 from mmkd.ops.head_losses import (
     CHUNK_BYTES,
     add_gradients,
+    differentiable,
     new_gradients,
     project,
     rows_per_chunk,
@@ -100,7 +101,8 @@ def linear_sinkhorn(
     chunk = rows_per_chunk(count, width, None, 4 * BUFFERS, memory) // largest
     settings = (temperature, epsilon, iterations, max(1, chunk))
     with torch.autocast(mine.hidden.device.type, enabled=False):
-        return _Sinkhorn.apply(mine.hidden, mine.weight, mine.bias, theirs, tuple(sizes), settings)
+        tensors = differentiable(mine.hidden, mine.weight, mine.bias)
+        return _Sinkhorn.apply(*tensors, theirs, tuple(sizes), settings)
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -117,7 +119,7 @@ class _Sinkhorn(torch.autograd.Function):
         temperature, epsilon, iterations, chunk = settings
         dtype = wide(hidden)
         own = weight.to(hidden.dtype)
-        grads = new_gradients(ctx, hidden, weight, bias, dtype)
+        grads = new_gradients(ctx.needs_input_grad, hidden, weight, bias, dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
         start = 0
         for first in range(0, len(sizes), chunk):

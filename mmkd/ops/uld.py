@@ -21,6 +21,7 @@ from torch import Tensor
 from mmkd.ops.head_losses import (
     CHUNK_BYTES,
     add_gradients,
+    differentiable,
     new_gradients,
     project,
     rows_per_chunk,
@@ -66,7 +67,8 @@ def linear_uld(
     widest = max(len(mine.weight), len(theirs.weight))
     chunk = rows_per_chunk(rows, widest, chunk_size, 4 * BUFFERS, memory)
     with torch.autocast(mine.hidden.device.type, enabled=False):
-        return _Uld.apply(mine.hidden, mine.weight, mine.bias, theirs, chunk)
+        tensors = differentiable(mine.hidden, mine.weight, mine.bias)
+        return _Uld.apply(*tensors, theirs, chunk)
 
 
 class _Uld(torch.autograd.Function):
@@ -76,7 +78,7 @@ class _Uld(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         own = weight.to(hidden.dtype)
-        grads = new_gradients(ctx, hidden, weight, bias, wide)
+        grads = new_gradients(ctx.needs_input_grad, hidden, weight, bias, wide)
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
