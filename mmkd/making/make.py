@@ -4,7 +4,7 @@ OUT                     the records
 OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,14 @@ from mmkd.data.turns import PLACEHOLDER
 from mmkd.errors import DataError, RecipeError
 from mmkd.making.ask import Asked, Asker
 from mmkd.making.base import Answer, Maker, Request
-from mmkd.making.checks import AnswerCheck, Candidate, build_checks
+from mmkd.making.checks import AnswerCheck, Candidate, Cut, Empty, Repeats, build_checks
 from mmkd.making.choose import Answered, Judged, refusals
 from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers
 from mmkd.making.object_questions import balanced, object_questions
 from mmkd.making.questions import Question, Questions, open_questions, questions_for_lists
+from mmkd.making.rationales import ask_why, rationale_row
 from mmkd.making.requests import Context, request_of
 from mmkd.making.writing import RecordWriter, Row, check_out, join_rows, write_records
 from mmkd.recipe import MakeConfig, Recipe, SamplingConfig
@@ -65,7 +66,7 @@ def folder_of(config: MakeConfig) -> Path:
 def is_made(config: MakeConfig) -> bool:
     """Whether the file is there, and was made with these settings. The images are not read."""
     settings = folder_of(config) / SETTINGS
-    if not Path(config.out).is_file() or not settings.is_file():
+    if not all(Path(file).is_file() for file in config.files) or not settings.is_file():
         return False
     return read_json(settings) == _settings(config)
 
@@ -119,9 +120,9 @@ class _Job:
     def __init__(self, config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any):
         self.config, self.makers, self.where = config, makers, where
         self.processor = processor
-        out = Path(config.out)
-        if out.exists() and not folder_of(config).exists():
-            raise DataError("it is there already", where=str(out), hint="name a new file")
+        there = [file for file in config.files if Path(file).exists()]
+        if there and not folder_of(config).exists():
+            raise DataError("it is there already", where=there[0], hint="name a new file")
         self.questions: Questions = open_questions(config, where)
         self.lists = questions_for_lists(config, where)
         check_out(config, (self.lists or self.questions).at(0), where)
@@ -143,28 +144,70 @@ class _Job:
         answered = [one for i, row in keys.items() if (one := self._answered(i, row, log))]
         for check in self.checks:
             self._apply(check, answered, asker)
-        written, used = self._write(answered) if distributed.rank() == 0 else (0, 0)
+        found = self._rows(answered)
+        why = self._rationales(answered, found, asker)
+        written, used = len(self._write(answered, found, why)), sum(map(bool, found))
         missing = _shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
         return self._summary(answered, written, used, asker.asked)
 
-    def _write(self, answered: list[Answered]) -> tuple[int, int]:
-        """Write the file; returns the number of its records, and of the questions in them."""
-        found = self._rows(answered)
+    def _rows(self, answered: list[Answered]) -> list[list[Row]]:
+        """The rows of each question."""
+        writer = RecordWriter(self.config, self.revisions)
+        found = [(one.question, writer.rows(one)) for one in answered]
+        dropped = balanced([(question, len(rows)) for question, rows in found])
+        return [[] if question.id in dropped else rows for question, rows in found]
+
+    def _write(self, answered: list[Answered], found: list[list[Row]], why: list[Row]) -> list[Row]:
+        """Write the files of the entry, on the first process; returns the records of `out`."""
         rows = [row for part in found for row in part]
         if self.config.join:
             about = [one.question.about for one, p in zip(answered, found, strict=True) if p]
             rows = join_rows(list(zip(about, rows, strict=True)), self.config.seed)
-        write_records(Path(self.config.out), rows)
-        write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
-        return len(rows), sum(bool(part) for part in found)
+        if distributed.rank() == 0:
+            write_records(Path(self.config.out), rows, self._images)
+            if self.config.why is not None:
+                write_records(Path(self.config.why.out), why, self._images)
+            write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
+        return rows
 
-    def _rows(self, answered: list[Answered]) -> list[list[Row]]:
-        """The rows of each question."""
-        writer = RecordWriter(self.config, self.makers)
-        found = [(one.question, writer.rows(one)) for one in answered]
-        dropped = balanced([(question, len(rows)) for question, rows in found])
-        return [[] if question.id in dropped else rows for question, rows in found]
+    def _images(self, index: int) -> list[tuple[Any, Path | None]]:
+        return self.questions.at(index).references
+
+    def _rationales(
+        self, answered: list[Answered], found: list[list[Row]], asker: Asker
+    ) -> list[Row]:
+        """Ask for rationales of the kept answers; returns their records."""
+        config = self.config.why
+        if config is None:
+            return []
+        sampling = self.config.sampling.model_copy(
+            update={"max_new_tokens": config.max_new_tokens, "n": 1}
+        )
+        kept = [(one, rows[0]) for one, rows in zip(answered, found, strict=True) if rows]
+        own: dict[int, tuple[str, Request]] = {}
+        for place in range(distributed.rank(), len(kept), distributed.world_size()):
+            one, row = kept[place]
+            name = row["made"]["by"]
+            whole = self.context.before(self.questions.at(one.index))
+            question = ask_why(config, whole, row["messages"][-1]["content"][0]["text"])
+            seed = self.config.seed
+            own[place] = (name, request_of(question, self.revisions[name], sampling, seed, 0))
+        asker.ask(list(own.values()), sampling, ": why")
+        keys = _shared({place: request.key for place, (_, request) in own.items()})
+        made = []
+        for place, (one, row) in enumerate(kept):
+            reply = asker.log.answers.get(keys[place])
+            if reply is not None and self._is_good(one, reply):
+                made.append(rationale_row(config, one.question, row, self._text(reply)))
+        return made
+
+    def _is_good(self, one: Answered, reply: Answer) -> bool:
+        """Whether the checks of an answer's form pass a rationale."""
+        candidate = Candidate(self._text(reply), reply.finished, "")
+        forms = [check for check in self.checks if isinstance(check, Empty | Cut | Repeats)]
+        verdicts = [check.verdicts(one.question, [candidate], [])[0] for check in forms]
+        return bool(candidate.text) and all(verdict.passed for verdict in verdicts)
 
     def _ask_about_objects(self, lists: Questions, asker: Asker) -> None:
         """Ask for the objects of each image, and add the questions about them."""
@@ -181,7 +224,7 @@ class _Job:
         asker.ask([(name, request) for request in own.values()], sampling, ": objects")
         keys = _shared({index: request.key for index, request in own.items()})
         known = {i: asker.log.answers[key] for i, key in keys.items() if key in asker.log.answers}
-        images = {index: lists.at(index) for index in known}
+        images = {index: replace(lists.at(index), references=[]) for index in known}
         texts = {images[index].id: answer.text for index, answer in known.items()}
         listed = Listed.of(texts, config.names, config.least_images)
         more = [
@@ -225,7 +268,7 @@ class _Job:
             # A record needs a text, whatever the checks are.
             refused = None if candidate.text else EMPTY
             answers.append(Judged(number, candidate, key, refused))
-        return Answered(index, self.questions.at(index), answers)
+        return Answered(index, replace(self.questions.at(index), references=[]), answers)
 
     def _text(self, answer: Answer) -> str:
         """The text of an answer without what a record, or the student, would read as an image."""
@@ -240,7 +283,8 @@ class _Job:
         name = check.config.model
         for position, one in enumerate(answered if name is not None else []):
             if one.passed and position % distributed.world_size() == distributed.rank():
-                questions = check.asks(one.question, [a.candidate for a in one.passed])
+                whole = self.questions.at(one.index)
+                questions = check.asks(whole, [a.candidate for a in one.passed])
                 own[position] = [self._to_judge(name, q, check) for q in questions]
         if name is not None:
             requests = [(name, request) for row in own.values() for request in row]

@@ -81,10 +81,11 @@ def _draw(
 
 
 def _about(image: Question, text: str, label: str, expected: str | None = None) -> Question:
+    count = sum(part["type"] == "image" for m in image.messages for part in m["content"])
     return replace(
         image,
         id=f"{image.id}-{label.replace(' ', '_')}",
-        messages=about_images(len(image.references), text),
+        messages=about_images(count, text),
         references=[],
         expected=expected,
     )

@@ -9,7 +9,7 @@ def used_entries(recipe: Recipe) -> dict[str, MakeConfig]:
     """The entries of a recipe's `make` that its stages train on or measure, by name."""
     data = [recipe.stage_data(stage) for stage in recipe.stages]
     read = {part.train for d in data for part in (*d.parts, *d.validation_parts)}
-    return {name: config for name, config in recipe.make.items() if config.out in read}
+    return {name: config for name, config in recipe.make.items() if read & {*config.files}}
 
 
 def check_made(recipe: Recipe) -> None:

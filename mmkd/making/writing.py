@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from PIL import Image
 
 from mmkd.data.images import image_content
 from mmkd.errors import DataError
-from mmkd.making.base import Maker
 from mmkd.making.choose import Answered, Judged
 from mmkd.making.questions import Question
 from mmkd.recipe import MakeConfig
 from mmkd.runtime.files import writing
 
 Row = dict[str, Any]
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+GROUP = 1_000
+"""Records of a parquet file that are in memory at once, with their images."""
 
 
 class RecordWriter:
@@ -29,11 +31,11 @@ class RecordWriter:
 
     Args:
         config: the entry.
-        makers: models by name.
+        revisions: of the models, by name.
     """
 
-    def __init__(self, config: MakeConfig, makers: dict[str, Maker]):
-        self.config, self.makers = config, makers
+    def __init__(self, config: MakeConfig, revisions: dict[str, str]):
+        self.config, self.revisions = config, revisions
         scorers = [check.kind for check in config.checks if check.scores]
         self.scorer = scorers[0] if scorers else None
 
@@ -53,7 +55,7 @@ class RecordWriter:
         several = self.config.keep == "all" and self.config.sampling.n > 1
         row = {
             "id": answered.question.id + (f"-{answer.number}" if several else ""),
-            "images": self._images(answered.question),
+            "images": answered.index,
             "messages": [*answered.question.messages, _said(answer)],
             "made": self._made(answered, answer),
         }
@@ -69,7 +71,7 @@ class RecordWriter:
         }
         return {
             "id": f"{answered.question.id}-pair",
-            "images": self._images(answered.question),
+            "images": answered.index,
             "prompt": answered.question.messages,
             "chosen": [_said(best)],
             "rejected": [_said(worst)],
@@ -81,7 +83,7 @@ class RecordWriter:
         maker = answer.candidate.maker
         made: Row = {
             "by": maker,
-            "revision": self.makers[maker].revision,
+            "revision": self.revisions[maker],
             "sampling": self.config.sampling.model_dump(mode="json"),
             "seed": self.config.seed,
             "candidate": answer.number,
@@ -92,11 +94,6 @@ class RecordWriter:
         if self.scorer is not None:
             made["score"] = [*answer.scores[self.scorer]]
         return made
-
-    def _images(self, question: Question) -> list[Any]:
-        if self.config.out.endswith(".parquet"):
-            return [{"bytes": _bytes(*ref), "path": None} for ref in question.references]
-        return [path for path, _ in question.references]
 
 
 def join_rows(found: Sequence[tuple[str, Row]], seed: int) -> list[Row]:
@@ -130,8 +127,16 @@ def _own(made: Row) -> Row:
     return {key: made[key] for key in ("by", "candidate", "pass_rate", "score") if key in made}
 
 
-def write_records(out: Path, rows: Sequence[Row]) -> None:
-    """Write the records of an entry of `make` in one step.
+def write_records(
+    out: Path, rows: Sequence[Row], references: Callable[[int], list[tuple[Any, Path | None]]]
+) -> None:
+    """Write records in one step.
+
+    Args:
+        out: file, .jsonl or .parquet.
+        rows: with the index of a question in place of images.
+        references: the images of a question. They are read while the file is written, because
+            those of all records may not fit into memory.
 
     Raises:
         DataError: there are none.
@@ -141,10 +146,28 @@ def write_records(out: Path, rows: Sequence[Row]) -> None:
         raise DataError("no answer becomes a record", where=str(out), hint=hint)
     with writing(out) as partial:
         if out.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
-        else:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            _write_parquet(partial, rows, references)
+            return
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in rows:
+                paths = [path for path, _ in references(row["images"])]
+                file.write(json.dumps(row | {"images": paths}) + "\n")
+
+
+def _write_parquet(
+    out: Path, rows: Sequence[Row], references: Callable[[int], list[tuple[Any, Path | None]]]
+) -> None:
+    found = pa.Table.from_pylist([row | {"images": []} for row in rows]).schema
+    schema = found.set(found.get_field_index("images"), pa.field("images", pa.list_(IMAGE)))
+    names = set(schema.names)
+    with pq.ParquetWriter(out, schema, compression="zstd") as file:
+        for first in range(0, len(rows), GROUP):
+            part = []
+            for row in rows[first : first + GROUP]:
+                images = references(row["images"])
+                content = [{"bytes": _bytes(*image), "path": None} for image in images]
+                part.append(dict.fromkeys(names) | row | {"images": content})
+            file.write_table(pa.Table.from_pylist(part, schema))
 
 
 def check_out(config: MakeConfig, question: Question, where: str) -> None:

@@ -35,7 +35,7 @@ from mmkd.recipe.load import (
     load_written,
     to_yaml,
 )
-from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig
+from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig, RationaleConfig
 from mmkd.recipe.models import (
     ImageSizeConfig,
     ModelConfig,
@@ -114,6 +114,7 @@ __all__ = [
     "OptimizerConfig",
     "Precision",
     "Quantization",
+    "RationaleConfig",
     "Recipe",
     "ReleaseConfig",
     "SamplesConfig",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MADE = "made:"
 """Begins the value of `data.train` that names an entry of `make`."""
+WHY = "-why"
+"""Ends the name of an entry's rationales."""
 STUDENT = "student"
 """Names the student, as the recipe starts it, as the model that answers."""
 
@@ -52,6 +54,21 @@ class ContextConfig(Strict):
         if self.system is None and self.shots is None:
             raise ValueError("nothing is set -- add 'system' or 'shots', or leave it out")
         return self
+
+
+class RationaleConfig(Strict):
+    """Rationales of the kept answers, as records of their own (Distilling step-by-step)."""
+
+    prompt: Prose = Field(
+        "Explain briefly how the image shows this.",
+        description="asked of the same model after the answer; the record's own answer, if it has "
+        "one",
+    )
+    question: Prose = Field(
+        "Explain your answer.", description="added to the question of a rationale's record"
+    )
+    max_new_tokens: int = Field(256, ge=1, le=10**6, description="of a rationale")
+    out: LocalPath = Field(description="file to write; data.train can be made:NAME-why")
 
 
 class MakeConfig(Strict):
@@ -103,6 +120,9 @@ class MakeConfig(Strict):
         description="all questions about an image are turns of one record, in random order, so "
         "that the image's tokens are computed once; by default each is a record",
     )
+    why: RationaleConfig | None = Field(
+        None, description="also write rationales of the kept answers"
+    )
     out: LocalPath = Field(
         description="file to write, .jsonl or .parquet; answers so far are in a folder next to it"
     )
@@ -128,8 +148,12 @@ class MakeConfig(Strict):
             raise ValueError("images have no questions -- add 'prompts'")
         if self.images is not None and self.records is None:
             raise ValueError("'images' is for 'records' -- leave it out")
-        if not self.out.endswith((".jsonl", ".parquet")):
-            raise ValueError(f"got out: {self.out} -- end its name with .jsonl or .parquet")
+        for out in self.files:
+            if not out.endswith((".jsonl", ".parquet")):
+                raise ValueError(f"got out: {out} -- end its name with .jsonl or .parquet")
+        if self.why is not None and self.keep != "best":
+            raise ValueError(f"'why' explains one answer to each question, and keep is {self.keep} "
+                             "-- set keep to best")  # fmt: skip
         if len({c.kind for c in self.checks}) != len(self.checks):
             raise ValueError("two checks are of the same kind -- leave one out")
         self._check_candidates()
@@ -155,11 +179,14 @@ class MakeConfig(Strict):
             raise ValueError("'by' names a model twice -- name it once")
 
     @property
+    def files(self) -> list[str]:
+        """The files that it writes."""
+        return [self.out, *([] if self.why is None else [self.why.out])]
+
+    @property
     def source(self) -> dict[str, str | None]:
         """The data source that its file is: keys of a `SourceConfig`."""
-        if self.pictures is not None:
-            return {"train": self.out, "images": self.pictures}
-        return {"train": self.out, "images": self.images}
+        return {"train": self.out, "images": self.pictures or self.images}
 
 
 def with_made(data: "DataConfig", make: dict[str, MakeConfig]) -> "DataConfig":
@@ -185,13 +212,17 @@ def with_made(data: "DataConfig", make: dict[str, MakeConfig]) -> "DataConfig":
 
 def _source(train: str, images: str | None, make: dict[str, MakeConfig]) -> dict[str, str | None]:
     name = train[len(MADE) :]
-    if name not in make:
-        known = ", ".join(make) or "there is none"
+    sources = {n: m.source for n, m in make.items()}
+    for entry, config in make.items():
+        if config.why is not None:
+            sources[f"{entry}{WHY}"] = {**config.source, "train": config.why.out}
+    if name not in sources:
+        known = ", ".join(sources) or "there is none"
         raise ValueError(f"{train!r} is no entry of 'make' -- known: {known}")
     # A variant may name another entry, in data that have the images of the recipe's own entry.
     if images is not None and images not in [m.source["images"] for m in make.values()]:
         raise ValueError(f"{train!r} has the images of its entry of 'make' -- remove 'images'")
-    return make[name].source
+    return sources[name]
 
 
 def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list[str]) -> None:
@@ -221,6 +252,10 @@ def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list
             raise ValueError(
                 f"make.{entry} has {own[0]!r} judge its own answers -- name another model"
             )
-    files = [config.out for config in make.values()]
+        if f"{entry}{WHY}" in make and config.why is not None:
+            raise ValueError(
+                f"make.{entry}{WHY} is the name of another entry's rationales -- rename it"
+            )
+    files = [file for config in make.values() for file in config.files]
     if len(set(files)) != len(files):
         raise ValueError("two entries of 'make' write the same file -- give each its own 'out'")

@@ -11,7 +11,7 @@ from mmkd.data.answers import generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import GivenRecords, Records
 from mmkd.data.schema import Record
-from mmkd.making.make import make_answers
+from mmkd.making.make import is_made, make_answers
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig, load_recipe
 from tests.making.conftest import PROMPTS
@@ -193,6 +193,43 @@ def test_questions_about_an_image_become_turns(recipe, rows, tmp_path, tiny_mode
     config = DataConfig(train=str(out), images=load_recipe(recipe()).data.images)
     processor = load_processor(ModelConfig(model=str(tiny_model_dir)))
     assert Encoder(Records(config), processor, config).encode([0]).targets.response.any()
+
+
+def test_rationales_are_records_of_their_own(recipe, rows, tmp_path, tiny_model_dir, photos):
+    """Asked after the kept answer, of the same model, and checked by the form checks."""
+    settings = {"sampling": {"max_new_tokens": 20}, "checks": ["cut"]}
+    why = {"prompt": "How does the image show it?", "question": "Explain.", "max_new_tokens": 20}
+    made = make(recipe(**settings))
+    plain = (tmp_path / "made.jsonl").read_bytes()
+    path = recipe(**settings, why={**why, "out": str(tmp_path / "why.jsonl")})
+    again = make(path)
+    assert (tmp_path / "made.jsonl").read_bytes() == plain  # the answers stay as they are
+    assert again.asked.answers == made.records
+    kept = {r["id"]: r for r in rows()}
+    reasons = rows("why.jsonl")
+    assert 0 < len(reasons) <= made.records
+    source = ModelConfig(model=str(tiny_model_dir))
+    model, processor = load_model(source), load_processor(source)
+    encoder = Encoder(GivenRecords("photos"), processor, DataConfig(train="photos"))
+    for row in reasons:
+        answer = kept[row["id"].removesuffix("-why")]
+        asked, said = row["messages"]
+        assert asked["content"] == [*answer["messages"][0]["content"],
+                                    {"type": "text", "text": "\nExplain."}]  # fmt: skip
+        assert row["images"] == answer["images"]
+        follow = [{"role": "user", "content": [{"type": "text", "text": why["prompt"]}]}]
+        prompt = Record("a", [*answer["messages"], *follow], row["images"], root=photos)
+        (expected,) = sample_answers(
+            generate_of(model), encoder, [prompt], SamplingConfig(max_new_tokens=20, temperature=0),
+            seed=0, device=CPU, ends=model.generation_config.eos_token_id,
+        )  # fmt: skip
+        assert expected.finished
+        assert said["content"][0]["text"] == expected.text
+    config = load_recipe(path, ["data.train=made:photos-why"]).data
+    assert (config.train, config.images) == (str(tmp_path / "why.jsonl"), str(photos))
+    assert make(path).asked.answers == 0
+    (tmp_path / "why.jsonl").unlink()
+    assert not is_made(load_recipe(path).make["photos"])
 
 
 def test_models_take_turns(recipe, rows):

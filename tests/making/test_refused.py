@@ -42,6 +42,8 @@ def entry(path, **changes):
             "has 'teacher' judge its own answers -- name another model",
         ),
         ({"join": True}, "'join' needs 'keep: best' and the check 'cut'"),
+        ({"keep": "all", "why": {"out": "w.jsonl"}}, "set keep to best"),
+        ({"why": {"out": "made.txt"}}, "end its name with .jsonl or .parquet"),
         ({"context": {}}, "nothing is set -- add 'system' or 'shots'"),
         ({"batchsize": 4}, "unknown key -- did you mean 'batch_size'?"),
     ],
