@@ -60,7 +60,8 @@ def _value(number: str) -> float:
 
 
 def same_expression(answer: str, truth: str) -> bool:
-    """Whether two texts hold equal mathematical expressions, by math-verify."""
+    """Whether two texts hold equal mathematical expressions, by math-verify. It reads LaTeX by a
+    grammar, and other expressions only if they have no letters, so that no text becomes code."""
     parse, verify = _import_math_verify()
     return bool(verify(parse(truth), parse(answer)))
 
