@@ -118,6 +118,9 @@ def _describe(objective: dict[str, Any]) -> str:
         if (value := objective.get(key)) is not None and value != _UNSAID.get(key)
     ]
     text += f" ({', '.join(settings)})" if settings else ""
+    sources = objective.get("sources")
+    if isinstance(sources, list) and sources:
+        text += f" on {', '.join(map(str, sources))}"
     return text if weight == 1 else f"{weight:g} × {text}"
 
 

@@ -23,7 +23,13 @@ from mmkd.recipe.context import StageContext
 from mmkd.students import converted_processor, finished, student_at
 from mmkd.students.check import check_student, check_trained
 from mmkd.students.moe import check_experts
-from mmkd.teachers.check import check_ensemble, check_further, check_quantized, check_teacher
+from mmkd.teachers.check import (
+    check_ensemble,
+    check_further,
+    check_quantized,
+    check_sources,
+    check_teacher,
+)
 from mmkd.teachers.reference import check_reference
 from mmkd.teachers.stored import check_stored, open_store
 from mmkd.training.objective_modules import check_own
@@ -47,6 +53,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_chunks,
     check_packed,
     check_contrast,
+    check_sources,
     check_ensemble,
     check_schedule,
     check_on_policy,

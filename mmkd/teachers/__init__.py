@@ -1,6 +1,12 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, compares, needed_teachers, reads_layers_only
+from mmkd.teachers.assign import (
+    ask_each,
+    compares,
+    limit_to_sources,
+    needed_teachers,
+    reads_layers_only,
+)
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
 from mmkd.teachers.load import LoadedTeachers, load_teachers
@@ -30,6 +36,7 @@ __all__ = [
     "choose_placement",
     "choose_reference",
     "compares",
+    "limit_to_sources",
     "load_teachers",
     "needed_teachers",
     "own_teacher",

@@ -95,6 +95,12 @@ def check_ensemble(context: StageContext) -> None:
             hint="leave it out, or add a divergence such as kl",
         )
     for objective in compared:
+        if objective.config.sources:
+            raise RecipeError(
+                "'ensemble' weighs the teachers over the records of all their sources",
+                where=f"{context.at(objective)}: sources",
+                hint="leave it out, or put the objective in a stage of its own",
+            )
         if not isinstance(objective, HeadObjective):
             raise RecipeError(
                 "'ensemble' weighs teachers by token, which this objective does not support",
@@ -110,6 +116,19 @@ def check_ensemble(context: StageContext) -> None:
                 where=context.at(objective),
                 hint="leave one of them out, or give the teachers the same sources",
             )
+
+
+def check_sources(context: StageContext) -> None:
+    """Check the data sources of a stage's objectives.
+
+    Raises:
+        RecipeError: an objective names an unknown one, or has none in common with its teacher.
+    """
+    try:
+        ask_each(context.objectives, context.recipe.teachers, context.data)
+    except RecipeError as error:
+        where = f"{context.where}: {error.where}"
+        raise RecipeError(error.what, where=where, hint=error.hint) from error
 
 
 def _accepts(objective: Objective) -> bool:

@@ -29,7 +29,12 @@ from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor, finished, set_trainable, student_at
-from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
+from mmkd.teachers import (
+    choose_placement,
+    limit_to_sources,
+    needed_teachers,
+    reads_layers_only,
+)
 from mmkd.training.objective_modules import build_own
 from mmkd_models.layout import mamba_layers
 
@@ -214,7 +219,7 @@ def _objectives_of(
     teachers: Mapping[str, PreTrainedModel],
 ) -> list[Objective]:
     teacher = _primary(recipe, student, teachers)
-    return [
+    made = [
         build_objective(
             o,
             mamba_layers=mamba_layers(student.config),
@@ -223,6 +228,7 @@ def _objectives_of(
         )
         for o in stage.objectives
     ]
+    return [limit_to_sources(o, recipe.stage_data(stage)) for o in made]
 
 
 def _primary(
@@ -293,7 +299,14 @@ def sample_data(
         return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows, apart)), 0
     records = Records(data)
     settings = [o.config for o in objectives]
-    encoder = Encoder.of(settings, data, processor, records=records, sampled=stage.samples_all)
+    encoder = Encoder.of(
+        settings,
+        data,
+        processor,
+        records=records,
+        sources=any(o.sources is not None for o in objectives),
+        sampled=stage.samples_all,
+    )
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)
@@ -304,7 +317,7 @@ def sample_data(
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     rows = {
-        o.name: float(o.rows(targets).sum()) / count
+        o.name: float(o.rows(targets.of(o.sources)).sum()) / count
         for o in objectives
         if "distribution" in o.needs
     }

@@ -155,6 +155,58 @@ def ensemble_with_acceptance(world: World) -> None:
     weigh(world, {"kind": "kl", "acceptance": True}, normalize=True)
 
 
+@case(
+    KIND,
+    "weights of teachers for an objective of one source",
+    "stage mimic: objective kl: sources: 'ensemble' weighs the teachers over the records of all",
+    "put the objective in a stage of its own",
+)
+def ensemble_of_a_source(world: World) -> None:
+    weigh(world, {"kind": "kl", "sources": ["letters"]}, kappa=1.0)
+
+
+@case(
+    KIND,
+    "an objective of an unknown source",
+    "stage mimic: objective ce: sources: no data source 'leters'",
+    "did you mean 'letters'?",
+)
+def objective_of_no_source(world: World) -> None:
+    weigh(world, {"kind": "ce", "sources": ["leters"]})
+    world.stage(ensemble=None)
+
+
+@case(
+    KIND,
+    "an objective of a source that its teacher does not have",
+    "stage mimic: objective kl: sources: it has no data source in common with its teacher",
+    "leave one of the two out",
+)
+def objective_without_its_teacher(world: World) -> None:
+    weigh(world, {"kind": "kl", "sources": ["talk"]})
+    world.raw["teacher"] = {"model": "teacher", "sources": ["letters"]}
+    world.stage(ensemble=None)
+
+
+@case(
+    KIND,
+    "an objective of a source without held-out records",
+    "objective ce: sources, for data.validation: no data source 'talk'",
+    "letters",
+)
+def objective_without_held_out_records(world: World) -> None:
+    weigh(world, {"kind": "ce", "sources": ["talk"]})
+    world.raw["data"]["validation"] = [{"train": "records.json", "name": "letters"}]
+    world.stage(ensemble=None)
+
+
+overridden(
+    KIND,
+    "preferences_of_a_source",
+    "stages.0.objectives=[{kind: preference, sources: [a]}]",
+    "stages.0.objectives.0: it covers all records of a stage",
+    "leave 'sources' out",
+)
 overridden(
     KIND,
     "ensemble_of_nothing",
