@@ -39,6 +39,7 @@ from mmkd.recipe.models import (
 )
 from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
+from mmkd.recipe.stage_teacher import StageTeacherConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
     STEP_METRICS,
@@ -100,6 +101,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "StageConfig",
+    "StageTeacherConfig",
     "StudentConfig",
     "TeacherConfig",
     "TeacherPlacement",

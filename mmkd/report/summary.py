@@ -104,6 +104,16 @@ def _kept(member: MemberLog, stage: StageLog) -> str:
     return f"{member.label} step {stage.kept:,} of {len(stage.lines):,} of {stage.name}{said}"
 
 
+def describe_stage(stage: dict[str, Any]) -> str:
+    """ce + kl; teacher: tuned."""
+    text, teacher = describe_objectives(stage["objectives"]), stage.get("teacher")
+    if not isinstance(teacher, dict):
+        return text
+    earlier = teacher.get("stage")
+    name = teacher.get("name") if earlier is None else f"the student after stage {earlier}"
+    return f"{text}; teacher: {name}"
+
+
 def describe_objectives(objectives: Sequence[dict[str, Any]]) -> str:
     """0.5 × ce + kl (T = 2)."""
     return " + ".join(_describe(o) for o in objectives)

@@ -7,9 +7,10 @@ from mmkd.teachers.assign import (
     needed_teachers,
     reads_layers_only,
 )
+from mmkd.teachers.by_stage import earlier_stage, with_stage_teachers
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
-from mmkd.teachers.load import LoadedTeachers, load_teachers
+from mmkd.teachers.load import LoadedTeachers, TeacherPool, load_teachers
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import (
     LiveReference,
@@ -30,12 +31,14 @@ __all__ = [
     "ShardedTeacher",
     "StoredTeacher",
     "Teacher",
+    "TeacherPool",
     "TeacherSet",
     "ask_each",
     "check_storable",
     "choose_placement",
     "choose_reference",
     "compares",
+    "earlier_stage",
     "limit_to_sources",
     "load_teachers",
     "needed_teachers",
@@ -44,4 +47,5 @@ __all__ = [
     "reads_layers_only",
     "reference_name",
     "store",
+    "with_stage_teachers",
 ]

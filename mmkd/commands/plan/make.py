@@ -31,9 +31,11 @@ from mmkd.runtime import distributed
 from mmkd.students import converted_processor, finished, set_trainable, student_at
 from mmkd.teachers import (
     choose_placement,
+    earlier_stage,
     limit_to_sources,
     needed_teachers,
     reads_layers_only,
+    with_stage_teachers,
 )
 from mmkd.training.objective_modules import build_own
 from mmkd_models.layout import mamba_layers
@@ -164,7 +166,12 @@ def plan_stage(
         teachers: those of the recipe that run, by name and without weights.
         sampled: a mean record and the number of records of an epoch; None reads them from the data.
     """
-    index = recipe.stages.index(stage)
+    index, earlier = recipe.stages.index(stage), earlier_stage(recipe, stage)
+    second = timings.seconds_per_step(recipe, index)
+    recipe = with_stage_teachers(recipe, stage)
+    if earlier is not None:
+        assert recipe.teacher is not None
+        teachers = {recipe.teacher.name: student_at(recipe, earlier, meta=True)}
     student = student_at(recipe, index, meta=True)
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     objectives = _objectives_of(recipe, stage, student, teachers)
@@ -187,7 +194,6 @@ def plan_stage(
     gathers = any(o.gathers for o in objectives) and stage.batch.micro_steps(processes) != 1
     spent = flops_per_record(student, trainable, asked, sample, two_passes=gathers)
     flops = {k: round(v * per_step) for k, v in spent.items()}
-    second = timings.seconds_per_step(recipe, index)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),

@@ -17,6 +17,20 @@ overridden(
 )
 overridden(
     KIND,
+    "stage_of_no_teacher",
+    "stages.0.teacher=large",
+    "stage mimic: teacher: no teacher 'large'",
+    "name it in the recipe's 'teacher'",
+)
+overridden(
+    KIND,
+    "teacher_after_no_stage",
+    "stages.0.teacher={stage: align}",
+    "stage mimic: teacher: no earlier stage 'align'",
+    "it is the first stage; name a teacher",
+)
+overridden(
+    KIND,
     "gamma_without_debiasing",
     "stages.0.objectives=[{kind: alm, temperature: 100.0, gamma: 0.5}]",
     "stages.0.objectives.0: 'gamma' is for 'debias: outcome' or 'both' only",
@@ -107,7 +121,7 @@ def weigh(world: World, *objectives: dict[str, Any], **ensemble: Any) -> None:
 @case(
     KIND,
     "weights of a single teacher",
-    "stage mimic: ensemble: it weighs several teachers, and the recipe has one",
+    "stage mimic: ensemble: it weighs several teachers, and there is one",
     "make 'teacher' a list",
 )
 def ensemble_of_one(world: World) -> None:
