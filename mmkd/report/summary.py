@@ -91,6 +91,11 @@ def held_out_notes(run: Run) -> list[str]:
     found = [f"Dots are means over {counted} held-out records that the stage does not train on."]
     if kept:
         found.append(f"The student of the best step on them is kept: {', '.join(kept)}.")
+    found += [
+        f"Teacher hacking, {member.label}, stage {stage.name}, by {name}: {sign}."
+        for member, stage in stages
+        for name, sign in stage.hacking.items()
+    ]
     return found
 
 
