@@ -187,9 +187,7 @@ def test_teacher_hacking_is_drawn_and_named(run_dir: Path) -> None:
     put(run_dir / "kd-seed0" / "01-mimic" / "validation.jsonl", "".join(lines[:9]))
     titles = {p.title: p.svg for s in stage_panels(read_run(run_dir)) for p in s.panels}
     plain = titles["cross-entropy of held-out answers over the KL to the teacher"]
-    rings = [len(re.findall(r"fill: none; stroke: var\(--series", svg)) for svg in (ringed, plain)]
-    assert rings[0] > rings[1]
-    assert "Teacher hacking" not in write_report(run_dir).read_text(encoding="utf-8")
+    assert [svg.count("fill-opacity: 0; stroke: var(--series") for svg in (ringed, plain)] == [1, 0]
 
 
 def test_students_that_stopped_at_different_steps_are_not_compared(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from mmkd.commands.plan.costs import (
     memory,
     parameter_bytes,
 )
+from mmkd.commands.plan.teacher_size import decoder_parameters, size_advice
 from mmkd.data.encoder import Encoder
 from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.mixture import Mixture
@@ -101,6 +102,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "members": found,
         "total": _sum(alone),
         "warnings": _warnings(found),
+        "notes": _notes(found),
         "recipe": recipe.model_dump(mode="json"),
     }
 
@@ -215,6 +217,7 @@ def plan_stage(
         "memory_bytes": memory(student, trained, asked, stage, sample, own),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, stage, asked),
+        "teacher_sizes": _sizes(recipe, stage, teachers, student),
     }
 
 
@@ -274,6 +277,29 @@ def _planned_teachers(
                 size = parameter_bytes(model)
                 planned.append(PlannedTeacher(model, choose_placement(placement, size, device)))
     return planned
+
+
+def _sizes(
+    recipe: Recipe,
+    stage: StageConfig,
+    teachers: Mapping[str, PreTrainedModel],
+    student: PreTrainedModel,
+) -> dict[str, list[int]]:
+    """Parameters of the decoders of each teacher that runs in a stage, and of the student."""
+    needed = [t.name for t in needed_teachers(recipe.teachers, stage.objectives)]
+    mine = decoder_parameters(student)
+    return {n: [decoder_parameters(teachers[n]), mine] for n in needed if n in teachers}
+
+
+def _notes(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Advice on the sizes of teachers, each once."""
+    said = (
+        size_advice(sizes[0], sizes[1], name)
+        for member in found.values()
+        for stage in member["stages"]
+        for name, sizes in stage["teacher_sizes"].items()
+    )
+    return list(dict.fromkeys(text for text in said if text is not None))
 
 
 def _placement(recipe: Recipe, stage: StageConfig, planned: Sequence[PlannedTeacher]) -> str | None:

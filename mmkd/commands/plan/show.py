@@ -51,6 +51,8 @@ def print_plan(plan: dict[str, Any], *, verbose: bool = False) -> None:
     say(f"in all: {_total(plan['total'])}")
     for warning in plan["warnings"]:
         say(f"warning: {warning}")
+    for note in plan["notes"]:
+        say(f"note: {note}")
     if plan["total"]["seconds"] is None:
         say(BENCH)
     if len(students) > 1 and not verbose:
