@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 class StageTeacherConfig(Strict):
     """The teacher of a single stage. A text is the name of a teacher."""
 
-    name: str | None = Field(
-        None, max_length=NAME, description="of a teacher of the recipe, whose only one it is here"
-    )
+    name: str | None = Field(None, max_length=NAME, description="of one of the recipe's teachers")
     stage: str | None = Field(
         None,
         max_length=NAME,

@@ -18,10 +18,11 @@ def with_stage_teachers(
     """
     if stage.teacher is None:
         return recipe
-    if stage.teacher.name is not None:
+    index = earlier_stage(recipe, stage)
+    if index is None:
         [teacher] = [t for t in recipe.teachers if t.name == stage.teacher.name]
     else:
-        teacher = _after_stage(recipe, stage.teacher.stage or "", folder)
+        teacher = _after_stage(recipe, index, folder)
     return recipe.model_copy(update={"teacher": teacher, "more_teachers": []})
 
 
@@ -32,10 +33,9 @@ def earlier_stage(recipe: Recipe, stage: StageConfig) -> int | None:
     return [s.name for s in recipe.stages].index(stage.teacher.stage)
 
 
-def _after_stage(recipe: Recipe, name: str, folder: MemberFolder | None) -> TeacherConfig:
+def _after_stage(recipe: Recipe, index: int, folder: MemberFolder | None) -> TeacherConfig:
     """The student after a stage, as a teacher."""
-    index = [s.name for s in recipe.stages].index(name)
-    student = recipe.student
+    student, name = recipe.student, recipe.stages[index].name
     written = None if folder is None else folder.stage(index, name).student
     if written is not None:
         consent.inherit(written, student.model)
