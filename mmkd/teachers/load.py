@@ -87,14 +87,17 @@ class TeacherPool:
         """
         needed = needed_teachers(recipe.teachers, stage.objectives)
         device = distributed.choose_device(stage.engine.device)
-        keys = {t.name: _key(t, device) for t in needed if t.source != "self"}
+        keys: dict[str, str] = {}
+        for teacher in (t for t in needed if t.source != "self"):
+            key = _key(teacher, device)
+            alike = sum(other.startswith(key) for other in keys.values())
+            keys[teacher.name] = f"{key} {alike}"  # each teacher of a stage is a model of its own
         self._release({*self._loaded} - {*keys.values()})
         if not needed:
             return LoadedTeachers(settings=recipe.teachers)
         for teacher in needed:
-            key = keys.get(teacher.name)
-            if key is not None and key not in self._loaded:
-                self._loaded[key] = _load(teacher, device)
+            if (name := keys.get(teacher.name)) is not None and name not in self._loaded:
+                self._loaded[name] = _load(teacher, device)
         members = {name: self._loaded[key] for name, key in keys.items()}
         live = needed[0].source == "live"
         processor = load_processor(needed[0]) if live else converted_processor(recipe.student)
