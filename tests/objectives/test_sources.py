@@ -68,14 +68,14 @@ def signals(seed):
     )
 
 
-def of_kept(found):
-    """The signals of the kept records."""
+def of_records(found, records):
+    """The signals of some records."""
     fields = {
-        name: {n: s.map(lambda x: x[KEPT]) for n, s in getattr(found, name).items()}
+        name: {n: s.map(lambda x: x[records]) for n, s in getattr(found, name).items()}
         for name in ("layers", "forced_mixers", "forced_blocks")
     }
-    routers = {n: replace(r, logits=r.logits[KEPT]) for n, r in found.routers.items()}
-    tensors = {"hidden": found.hidden[KEPT], "embeddings": found.embeddings[KEPT]}
+    routers = {n: replace(r, logits=r.logits[records]) for n, r in found.routers.items()}
+    tensors = {"hidden": found.hidden[records], "embeddings": found.embeddings[records]}
     return replace(found, **tensors, **fields, routers=routers)
 
 
@@ -124,7 +124,7 @@ def test_an_objective_of_a_source_is_that_of_a_batch_of_its_records(raw):
     student, teacher = signals(0), signals(100)
     (limited,) = ask_each([built({**raw, "sources": ["a"]})], [], DATA)
     mine = scored(limited, student, teacher, WHOLE)
-    alone = scored(built(raw), of_kept(student), of_kept(teacher), ALONE)
+    alone = scored(built(raw), of_records(student, KEPT), of_records(teacher, KEPT), ALONE)
     exact = {"rtol": 1e-10, "atol": 1e-12} if mine.dtype == alone.dtype == torch.float64 else {}
     torch.testing.assert_close(mine, alone, **exact, check_dtype=False)
     pairs = (
@@ -133,6 +133,34 @@ def test_an_objective_of_a_source_is_that_of_a_batch_of_its_records(raw):
     )
     for got, want in zip(*pairs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+PER_TOKEN = [raw for raw in COVERING if raw["kind"] not in ("affinity", "balance", "alm", "uld")]
+
+
+@pytest.mark.parametrize("raw", PER_TOKEN, ids=lambda raw: raw["kind"])
+def test_processes_and_micro_batches_of_one_record_sum_to_the_batch(raw):
+    """With the count of the global batch, though one of them has no record of the source."""
+    student, teacher = signals(0), signals(100)
+    (limited,) = ask_each([built({**raw, "sources": ["a"]})], [], DATA)
+    counts = {limited.name: float(limited.counted_rows(WHOLE).sum())}
+    whole = score([limited], student, teacher, WHOLE, counts)[0]
+    parts = []
+    for record in range(B):
+        own = {
+            name: value[[record]] for name, value in vars(WHOLE).items() if torch.is_tensor(value)
+        }
+        mine, theirs = (of_records(found, [record]) for found in (student, teacher))
+        targets = replace(WHOLE, **own, chunks=None)
+        parts.append(score([limited], mine, theirs, targets, counts)[0])
+    total = torch.stack(parts).sum()
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=1e-9)
+    pairs = (
+        torch.autograd.grad(x, leaves(student), allow_unused=True, materialize_grads=True)
+        for x in (total, whole)
+    )
+    for got, want in zip(*pairs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("raw", COVERING, ids=lambda raw: raw["kind"])

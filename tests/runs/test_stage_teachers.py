@@ -102,9 +102,7 @@ def test_the_student_after_an_earlier_stage(world):
         (folder / "03-c" / name).rename(folder / f"old-{name}")
     same((lines, weights), stage(pipeline.run(load_recipe(raw)), "c"))
     told = yaml.safe_load((folder / "training.yaml").read_text())["stages"][2]
-    assert (
-        describe_stage(told) == "kl + hidden_mse (region = all); teacher: the student after stage a"
-    )
+    assert describe_stage(told).endswith("; teacher: the student after stage a")
 
 
 def test_a_teacher_is_released_after_its_stage(world, monkeypatch):

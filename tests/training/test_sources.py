@@ -1,7 +1,6 @@
 """Runs whose objectives cover the records of some data sources only."""
 
 import json
-import os
 import random
 
 import pytest
@@ -12,7 +11,6 @@ from mmkd.commands.build_cache import build_cache
 from mmkd.commands.plan import make_plan
 from mmkd.recipe import load_recipe
 from mmkd.runs import pipeline
-from tests.support.ranks import on_ranks
 from tests.support.recipes import tiny_recipe
 
 RATIONALES = ("because it is red", "because it is red and has four corners and is near the edge")
@@ -97,22 +95,6 @@ def test_layout_and_packing_change_nothing(world):
         ]
         for key in ("loss", "answers", "why", "kl", "answer_ce"):
             assert pair[0][key] == pytest.approx(pair[1][key], rel=1e-4, abs=1e-6), key
-
-
-def test_processes_change_nothing(world, tmp_path):
-    """One of two processes may have no record of a source."""
-    kinds = [ce("answers"), ce("why")]
-    whole, _ = trained(world("whole", kinds, batch={"size": 2}))
-
-    def work(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        return trained(world("two", kinds, batch={"size": 1}))[0]
-
-    found = on_ranks(work, 2, tmp_path)
-    for lines in found:
-        for mine, theirs in zip(lines, whole, strict=True):
-            for key in ("loss", "answers", "why", "grad_norm"):
-                assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
 
 
 def test_a_cache_serves_an_objective_of_one_source(world):
