@@ -121,7 +121,7 @@ def main() -> None:
         write_processor(Path("data/scenes/processor"), folder / "processor")
         first = make_recipe(args, folder, "dense")
         with torch.device(args.device):  # where weights are drawn in a moment
-            teachers = load_teachers(first, first.stages)
+            teachers = load_teachers(first, first.stages[0])
         parameters = parameter_count(teachers.members["teacher"].model)
         for setting in args.settings:
             recipe = make_recipe(args, folder, setting)

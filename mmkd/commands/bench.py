@@ -26,7 +26,7 @@ from mmkd.errors import RecipeError
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest, LayerPlan
 from mmkd.objectives import Signals
-from mmkd.recipe import Recipe
+from mmkd.recipe import Recipe, StageConfig
 from mmkd.runs import preflight
 from mmkd.runs.members import students
 from mmkd.runs.timings import keep_timing
@@ -38,8 +38,11 @@ from mmkd.teachers import (
     LiveTeacher,
     LoadedTeachers,
     TeacherSet,
+    earlier_stage,
     load_teachers,
+    place_teacher,
     reference_name,
+    with_stage_teachers,
 )
 from mmkd.training.build import StageInputs, build_stage
 from mmkd.training.shared_vision import SharedVision
@@ -183,12 +186,24 @@ def prepare(
         config=config,
         student=student,
         processor=processor,
-        teachers=load_teachers(recipe, [config]) if teachers is None else teachers,
+        teachers=_teachers(recipe, config) if teachers is None else teachers,
         data=recipe.stage_data(config),
         folder=folder,
         seed=recipe.seed + index,
     )
     return build_stage(inputs), student
+
+
+def _teachers(recipe: Recipe, stage: StageConfig) -> LoadedTeachers:
+    """The teachers of a stage. The student after an earlier stage is not trained."""
+    own, earlier = with_stage_teachers(recipe, stage), earlier_stage(recipe, stage)
+    if earlier is None:
+        return load_teachers(own, stage)
+    assert own.teacher is not None
+    device = distributed.choose_device(stage.engine.device)
+    teacher = place_teacher(student_at(recipe, earlier), own.teacher.placement, device)
+    processor = converted_processor(recipe.student)
+    return LoadedTeachers({own.teacher.name: teacher}, own.teachers, processor)
 
 
 def time_stage(stage: Stage, student: PreTrainedModel, name: str, steps: int) -> dict[str, Any]:

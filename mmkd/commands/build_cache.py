@@ -50,7 +50,7 @@ def build_cache(recipe: Recipe) -> Store:
     source = _teacher_to_store(recipe)
     kept = source.cache
     assert kept is not None
-    stages = [s for s in recipe.stages if needed(s, hidden=kept.hidden)]
+    stages = [s for s in reading_stages(recipe) if needed(s, hidden=kept.hidden)]
     if not stages:
         raise RecipeError(
             "no stage has an objective that reads a teacher",
@@ -138,6 +138,11 @@ def _facts_of(source: TeacherConfig) -> dict[str, Any]:
     """What tells a cache of this teacher from another's."""
     facts = {"model": source.model, "weights": weights_hash(source.model)}
     return {**facts, "quantize": source.quantize} if source.quantize else facts
+
+
+def reading_stages(recipe: Recipe) -> list[StageConfig]:
+    """The stages that do not have the student after an earlier stage as their teacher."""
+    return [s for s in recipe.stages if s.teacher is None or s.teacher.stage is None]
 
 
 def needed(stage: StageConfig, *, hidden: bool) -> list[ObjectiveConfig]:

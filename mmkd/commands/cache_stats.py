@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmkd.cache import Store
-from mmkd.commands.build_cache import needed
+from mmkd.commands.build_cache import needed, reading_stages
 from mmkd.data.batch import covered_rows
 from mmkd.data.encoder import Encoder
 from mmkd.errors import RecipeError
@@ -61,7 +61,7 @@ def compare(store: Store, recipe: Recipe, student: str | None, records: int) -> 
         student: a model folder, or None for the recipe's student before its first stage.
         records: how many.
     """
-    stage = next((s for s in recipe.stages if needed(s, hidden=True)), None)
+    stage = next((s for s in reading_stages(recipe) if needed(s, hidden=True)), None)
     if recipe.teacher is None or recipe.teacher.model is None or stage is None:
         raise RecipeError(
             "there is no teacher to compare with", where="teacher", hint="add 'model'"

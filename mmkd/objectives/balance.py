@@ -1,4 +1,5 @@
-"""Auxiliary losses of the routers of sparse layers, over all tokens except padding.
+"""Auxiliary losses of the routers of sparse layers, over all tokens except padding,
+or over those of some data sources.
 
     balance    sum over sparse layers of E sum_e mean_t(p_te) share_t(e is first)
                (arXiv 2101.03961, equation 4; LLaVA-MoD, arXiv 2408.15881)
@@ -23,7 +24,7 @@ class RouterObjective(Objective):
     """Base class: a sum over sparse layers of one term each."""
 
     def rows(self, targets: Targets) -> Tensor:
-        return targets.attention
+        return targets.covered(targets.attention)
 
     def term(self, router: RouterSignals, mask: Tensor) -> Tensor:
         """The term of one layer, a scalar.

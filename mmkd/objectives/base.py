@@ -123,6 +123,16 @@ class Objective:
         self.sources: frozenset[int] | None = None
         self.ensemble: Ensemble | None = None
 
+    def for_sources(self, sources: frozenset[int]) -> "Objective":
+        """A copy of the objective that covers the records of some data sources.
+
+        Args:
+            sources: indices of the data sources.
+        """
+        made = copy.copy(self)
+        made.sources = sources
+        return made
+
     def for_teacher(
         self,
         teacher: str,
@@ -135,7 +145,7 @@ class Objective:
         Args:
             teacher: name of the teacher, which becomes part of the objective's name.
             weight: is multiplied with the objective's own weight.
-            sources: indices of the data sources on which the teacher is used; None for all.
+            sources: indices of the data sources whose records it covers; None for all.
             ensemble: all teachers, if the weight depends on the row; else None.
         """
         made = copy.copy(self)

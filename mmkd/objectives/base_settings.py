@@ -45,6 +45,11 @@ class ObjectiveConfig(Bounded):
         pattern=NAMED,
         description="name in metrics; the kind by default",
     )
+    sources: list[str] = Field(
+        [],
+        description="names of the data sources whose records it covers, with a mean of its own; "
+        "all by default",
+    )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -75,6 +80,11 @@ class ObjectiveConfig(Bounded):
         return False
 
     @property
+    def selects_records(self) -> bool:
+        """Whether the objective can cover the records of some data sources only (`sources`)."""
+        return True
+
+    @property
     def trains_own(self) -> bool:
         """Whether the objective has parameters of its own, which train with the student."""
         return False
@@ -90,6 +100,12 @@ class ObjectiveConfig(Bounded):
         objectives use all teachers if there are several."""
         on_outputs = self.output_loss is not None or bool(self.reads_hidden)
         return on_outputs and "teacher" in self.needs
+
+    @model_validator(mode="after")
+    def _covers_its_sources(self) -> "ObjectiveConfig":
+        if self.sources and not self.selects_records:
+            raise ValueError("it covers all records of a stage -- leave 'sources' out")
+        return self
 
     @model_validator(mode="after")
     def _needs_are_known(self) -> "ObjectiveConfig":

@@ -1,6 +1,6 @@
 """Chunks: pieces of responses that begin and end at a token boundary of two tokenizers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class ChunkTokens:
         marks[1:-1] = self.chunk[1:] != self.chunk[:-1]
         return marks[offset : offset + len(self.chunk)]
 
+    def where(self, chosen: Tensor) -> "ChunkTokens":
+        """The tokens of some chunks, [chunks] bool."""
+        kept = chosen[self.chunk]
+        numbers = chosen.cumsum(0) - 1
+        return ChunkTokens(self.rows[kept], self.ids[kept], numbers[self.chunk[kept]])
+
     def to(self, device: torch.device) -> "ChunkTokens":
         return ChunkTokens(self.rows.to(device), self.ids.to(device), self.chunk.to(device))
 
@@ -73,6 +79,10 @@ class Boundaries:
     student: Tensor
     teacher: Tensor
 
+    def where(self, chosen: Tensor) -> "Boundaries":
+        """The boundaries of some chunks, [chunks] bool."""
+        return replace(self, answer=self.answer[chosen], closing=self.closing[chosen])
+
     def to(self, device: torch.device) -> "Boundaries":
         return Boundaries(**{name: x.to(device) for name, x in vars(self).items()})
 
@@ -89,6 +99,11 @@ class Chunks:
     student: ChunkTokens
     teacher: ChunkTokens
     boundaries: Boundaries | None = None
+
+    def where(self, chosen: Tensor) -> "Chunks":
+        """Some of the chunks, [chunks] bool; all or none of an answer."""
+        bounds = None if self.boundaries is None else self.boundaries.where(chosen)
+        return Chunks(self.student.where(chosen), self.teacher.where(chosen), bounds)
 
     def to(self, device: torch.device) -> "Chunks":
         bounds = None if self.boundaries is None else self.boundaries.to(device)

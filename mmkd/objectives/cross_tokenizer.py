@@ -95,7 +95,10 @@ class ChunkObjective(Objective):
     def _chunks(self, targets: Targets) -> Chunks:
         if targets.chunks is None:
             raise ValueError(f"objective {self.name!r} needs chunks")
-        return targets.chunks
+        chosen = targets.in_selected_sources
+        if chosen is None:
+            return targets.chunks
+        return targets.chunks.where(chosen.flatten()[targets.chunks.student.first_rows])
 
 
 class Alm(ChunkObjective):

@@ -105,7 +105,7 @@ class ExitsConfig(OwnParametersConfig):
             raise ValueError("'layers' names a layer twice -- name each layer once")
         if self.teacher == "self" and isinstance(self.loss, CrossEntropyConfig):
             raise ValueError("'teacher: self' is for a divergence, not for ce -- leave it out")
-        for key in ("weight", "name", "acceptance"):
+        for key in ("weight", "name", "sources", "acceptance"):
             field = type(self.loss).model_fields.get(key)
             if field is not None and getattr(self.loss, key) != field.default:
                 raise ValueError(f"'loss' has no {key!r} -- set it beside 'loss', or leave it out")

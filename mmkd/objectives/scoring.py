@@ -166,7 +166,7 @@ def score(
             terms.append(_weight_of(objective, norms) * outcome.loss)
             said[objective.name] = outcome.loss.detach()
             metrics |= {f"{objective.name}/{k}": v.detach() for k, v in outcome.metrics.items()}
-    if not terms or any(o.teacher for o in objectives):
+    if not terms or any(o.teacher or o.sources is not None for o in objectives):
         terms.append(_no_loss(student, head=not passes))
     return torch.stack(terms).sum(), {o.name: said[o.name] for o in objectives} | metrics
 
@@ -197,10 +197,11 @@ def _alone(
 
 
 def _no_loss(student: Signals, *, head: bool) -> Tensor:
-    """0, with gradients for what objectives would read whose teacher did not run.
+    """0, with gradients for what objectives would read that have no rows or whose teacher did not
+    run.
 
     Processes exchange gradients, and each must have them for the same weights. A batch of one
-    process may have no records of a teacher.
+    process may have no records of a teacher or of a data source.
 
     Args:
         student: signals of the student.

@@ -240,6 +240,10 @@ class PreferenceConfig(ObjectiveConfig):
     def learns_answers(self) -> bool:
         return True
 
+    @property
+    def selects_records(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _smooths(self) -> "PreferenceConfig":
         if self.label_smoothing and self.loss != "sigmoid":

@@ -74,8 +74,12 @@ class Targets:
             rows = self._before(self.attention & ~self.response & ~self.vision)
         else:
             rows = self._before(self.response)
-        rows = rows if self.in_selected_sources is None else rows & self.in_selected_sources
+        rows = self.covered(rows)
         return rows if self.rejected is None else rows & ~self.rejected[:, None]
+
+    def covered(self, tokens: Tensor) -> Tensor:
+        """[B, T] bool: those of some tokens that are in records which the objective covers."""
+        return tokens if self.in_selected_sources is None else tokens & self.in_selected_sources
 
     def predicts_text(self) -> Tensor:
         """[B, T] bool: the rows whose next token is a text token of the same record."""

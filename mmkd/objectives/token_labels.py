@@ -34,7 +34,7 @@ class TokenLabels(Objective):
             raise ValueError("token_labels needs records with objects (name and box)")
         covered = targets.vision & (targets.vision_labels >= 0)
         background = self._background(targets)
-        return covered if background is None else covered | background
+        return targets.covered(covered if background is None else covered | background)
 
     def _background(self, targets: Targets) -> Tensor | None:
         return targets.background if self.config.background else None

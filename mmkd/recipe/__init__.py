@@ -50,6 +50,7 @@ from mmkd.recipe.object_questions import ExistenceConfig, ObjectQuestionsConfig
 from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
+from mmkd.recipe.stage_teacher import StageTeacherConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
     STEP_METRICS,
@@ -123,6 +124,7 @@ __all__ = [
     "ServerConfig",
     "SourceConfig",
     "StageConfig",
+    "StageTeacherConfig",
     "StudentConfig",
     "TeacherConfig",
     "TeacherPlacement",

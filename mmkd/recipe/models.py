@@ -12,6 +12,7 @@ from mmkd.recipe.making import MakeConfig, check_makers, with_made
 from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import DataConfig
+from mmkd.recipe.stage_teacher import check_stage_teachers
 from mmkd.recipe.stages import StageConfig
 from mmkd.runtime.fields import (
     FOLDER,
@@ -305,6 +306,7 @@ class Recipe(Strict):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name -- rename one")
+        check_stage_teachers(self.stages, [t.name for t in self.teachers])
         largest = max([self.seed, *self.seeds])
         count = max(len(self.stages), len(self.assistant.stages) if self.assistant else 0)
         if largest + count - 1 > MOST_SEED:  # each stage has a seed of its own
@@ -342,6 +344,11 @@ class Recipe(Strict):
             raise ValueError(
                 "with 'assistant' there is at most one teacher, which runs -- name one with "
                 "'source: live'"
+            )
+        if named := [s.name for s in self.stages if s.teacher is not None and s.teacher.name]:
+            raise ValueError(
+                f"stage {named[0]} names a teacher, and the assistant is the teacher of all "
+                "students -- leave it out, or train the assistant in a run of its own"
             )
         if ASSISTANT in [self.label, *self.variants]:
             raise ValueError(

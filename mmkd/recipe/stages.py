@@ -9,6 +9,7 @@ from mmkd.objectives import AnyObjectiveConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.sources import DataConfig
+from mmkd.recipe.stage_teacher import StageTeacherConfig
 from mmkd.runtime.fields import LEAST_TEMPERATURE, MOST, NAME, NAMED
 
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -404,6 +405,11 @@ class StageConfig(Strict):
         False,
         description="divide the weight of each objective by the norm of its gradient at the "
         "student's final hidden states, in the step before (GradMag)",
+    )
+    teacher: StageTeacherConfig | None = Field(
+        None,
+        description="the only teacher of this stage: its name, or `{stage: NAME}` for the student "
+        "after an earlier stage; by default all of the recipe's",
     )
     ensemble: EnsembleConfig | None = Field(
         None, description="weights of several teachers; by default those under 'teacher'"

@@ -15,7 +15,7 @@ from mmkd.release.scrub import file_name
 from mmkd.release.source import Source
 from mmkd.report.metrics import COST, Column
 from mmkd.report.rundata import Scores, student_size
-from mmkd.report.summary import describe_objectives
+from mmkd.report.summary import describe_stage
 from mmkd.report.tables import Scored, Table, compact, format_value, make_tables, scored_models
 from mmkd.report.use import snippet
 
@@ -211,7 +211,7 @@ def _data_name(part: SourceConfig) -> str:
 
 
 def _objectives(stage: StageConfig) -> str:
-    text = describe_objectives([o.model_dump() for o in stage.objectives])
+    text = describe_stage(stage.model_dump())
     if stage.on_policy is None:
         return text
     corrected = ", with corrections of the teacher" if stage.on_policy.correct else ""
@@ -236,6 +236,8 @@ def model_text(source: Source, config: ModelConfig | None) -> str:
 def teacher_text(source: Source) -> str:
     """What taught the student, several teachers by their names too."""
     teachers = source.recipe.teachers if source.taught else []
+    if not teachers and source.taught:
+        return "the student itself, as it was after an earlier stage"
     if len(teachers) < 2:
         return model_text(source, teachers[0] if teachers else None)
     return "; ".join(f"{t.name}: {model_text(source, t)}" for t in teachers)

@@ -16,7 +16,7 @@ from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
 from mmkd.report.samples import choose_samples, held_out_answers, sample_labels, trained_on
 from mmkd.report.summary import (
-    describe_objectives,
+    describe_stage,
     held_out_notes,
     provenance_rows,
     summary,
@@ -183,6 +183,6 @@ def students(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     found = []
     for group in run.groups:
         member = next(m for m in run.members if m.group == group)
-        stages = [(s.name, describe_objectives(s.config["objectives"])) for s in member.stages]
+        stages = [(s.name, describe_stage(s.config)) for s in member.stages]
         found.append((group, stages))
     return found

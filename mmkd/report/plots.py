@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from mmkd.recipe import ANSWER_CE, STEP_METRICS, TEACHER_KL
 from mmkd.report.experts import busiest
 from mmkd.report.rundata import MemberLog, Run, StageLog
+from mmkd.runtime.teacher_hacking import FEWEST_ANSWERS
 
 BUSIEST = "busiest_expert"
 TITLES = {
@@ -72,6 +74,7 @@ def stage_panels(run: Run) -> list[StagePanels]:
     for name in names:
         logs = [(m, s) for m in run.members for s in m.stages if s.name == name and s.lines]
         panels = [_panel(run, name, metric, logs) for metric in _metrics([s for _, s in logs])]
+        panels += _against_teacher(run, name, logs)
         if panels:
             found.append(StagePanels(name, panels))
     return found
@@ -122,6 +125,31 @@ def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[MemberLog, St
     return Panel(title or metric, draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
 
 
+def _against_teacher(
+    run: Run, stage: str, logs: Sequence[tuple[MemberLog, StageLog]]
+) -> list[Panel]:
+    """Cross-entropy of held-out answers over the KL to each teacher, in the order of the steps; a
+    ring marks the step at which a sign of teacher hacking says to stop."""
+    keys = dict.fromkeys(key for _, log in logs for line in log.validations for key in line)
+    panels = []
+    for name in (key for key in keys if key.partition(".")[0] == TEACHER_KL):
+        paths = []
+        for member, log in logs:
+            lines = [v for v in log.validations if name in v and ANSWER_CE in v]
+            if len(lines) >= FEWEST_ANSWERS:
+                points = [line[name] for line in lines], [line[ANSWER_CE] for line in lines]
+                sign = log.hacking.get(name)
+                places = [line["step"] for line in lines]
+                stop = places.index(sign.stop) if sign and sign.stop in places else None
+                paths.append((*points, *style_of(run, member), stop))
+        if paths:
+            title = f"{TITLES[ANSWER_CE]} over the KL to the teacher"
+            teacher = name.partition(".")[2]
+            svg = draw_paths(paths, salt=f"{stage}-{name}-path")
+            panels.append(Panel(f"{title}: {teacher}" if teacher else title, svg))
+    return panels
+
+
 def _points(log: StageLog, metric: str) -> list[tuple[float, float]]:
     if metric == BUSIEST:
         steps = [line["step"] for line in log.lines]
@@ -168,6 +196,32 @@ def draw(curves: Sequence[Curve], *, smooth: bool, salt: str) -> str:
     axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=False)
     axes.yaxis.get_offset_text().set_color(INK)
     axes.yaxis.get_offset_text().set_fontsize(9)
+    return to_svg(figure, salt)
+
+
+def draw_paths(
+    paths: Sequence[tuple[list[float], list[float], int, int, int | None]], *, salt: str
+) -> str:
+    """Paths of points as an SVG element, larger at the end.
+
+    Args:
+        paths: x, y, colour, dash, and the index of the point with a ring or None.
+        salt: as in `draw`.
+    """
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for xs, ys, series, dash, ring in paths:
+        colour = series_colour(series)
+        line: dict[str, Any] = {"color": colour, "linewidth": 0.9, "linestyle": DASHES[dash]}
+        axes.plot(*_thin(xs, ys), marker="o", markersize=2.5, **line)
+        axes.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=5)
+        if ring is not None:
+            axes.plot(xs[ring], ys[ring], "o", color=colour, fillstyle="none", markersize=9)
+    style(axes, "KL to the teacher")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     return to_svg(figure, salt)
 
 

@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError
+from mmkd.recipe import ANSWER_CE, TEACHER_KL
 from mmkd.runtime.files import read_yaml, tensors_in
 from mmkd.runtime.progress import say
 from mmkd.runtime.run_folder import (
@@ -30,6 +32,7 @@ from mmkd.runtime.shapes import (
     read_if,
 )
 from mmkd.runtime.steplog import read_lines
+from mmkd.runtime.teacher_hacking import Hacking, found_in
 
 Scores = Mapping[str, Mapping[str, float]]
 Load = dict[str, list[float]]  # layer -> share of tokens of each expert
@@ -62,6 +65,11 @@ class StageLog:
     @property
     def name(self) -> str:
         return str(self.config.get("name", "?"))
+
+    @cached_property
+    def hacking(self) -> dict[str, Hacking]:
+        """The first sign of teacher hacking, by the teacher's metric."""
+        return found_in(self.validations, TEACHER_KL, ANSWER_CE)
 
     def total(self, key: str) -> float:
         return sum(line.get(key, 0.0) for line in self.lines)

@@ -91,6 +91,11 @@ def held_out_notes(run: Run) -> list[str]:
     found = [f"Dots are means over {counted} held-out records that the stage does not train on."]
     if kept:
         found.append(f"The student of the best step on them is kept: {', '.join(kept)}.")
+    found += [
+        f"Teacher hacking, {member.label}, stage {stage.name}, by {name}: {sign}."
+        for member, stage in stages
+        for name, sign in stage.hacking.items()
+    ]
     return found
 
 
@@ -102,6 +107,16 @@ def _kept(member: MemberLog, stage: StageLog) -> str:
     value = next((v.get(metric) for v in stage.validations if v["step"] == stage.kept), None)
     said = "" if value is None else f" ({metric} {value:.4g})"
     return f"{member.label} step {stage.kept:,} of {len(stage.lines):,} of {stage.name}{said}"
+
+
+def describe_stage(stage: dict[str, Any]) -> str:
+    """ce + kl; teacher: tuned."""
+    text, teacher = describe_objectives(stage["objectives"]), stage.get("teacher")
+    if not isinstance(teacher, dict):
+        return text
+    earlier = teacher.get("stage")
+    name = teacher.get("name") if earlier is None else f"the student after stage {earlier}"
+    return f"{text}; teacher: {name}"
 
 
 def describe_objectives(objectives: Sequence[dict[str, Any]]) -> str:
@@ -118,6 +133,9 @@ def _describe(objective: dict[str, Any]) -> str:
         if (value := objective.get(key)) is not None and value != _UNSAID.get(key)
     ]
     text += f" ({', '.join(settings)})" if settings else ""
+    sources = objective.get("sources")
+    if isinstance(sources, list) and sources:
+        text += f" on {', '.join(map(str, sources))}"
     return text if weight == 1 else f"{weight:g} × {text}"
 
 

@@ -239,7 +239,9 @@ def _budget(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in recipe.items() if k not in ("label", "name", "teacher")}
     kept["student"] = {k: v for k, v in recipe.get("student", {}).items() if k != "convert"}
     stages = recipe.get("stages", [])
-    return kept | {"stages": [{**s, "objectives": None, "convert": None} for s in stages]}
+    return kept | {
+        "stages": [{**s, "objectives": None, "convert": None, "teacher": None} for s in stages]
+    }
 
 
 def _difference_table(

@@ -23,7 +23,7 @@ from typing import Any
 from mmkd.errors import CheckpointError
 from mmkd.recipe import ModelConfig
 from mmkd.runs.members import Member
-from mmkd.runs.reads import Reads, forget_sources, names_of, reads_of, start_of
+from mmkd.runs.reads import Reads, forget_sources, names_of, reads_of, reads_of_stage
 from mmkd.runs.resume import Restart
 from mmkd.runtime import distributed
 from mmkd.runtime.files import read_json, write_json
@@ -134,7 +134,7 @@ def _since(folder: StudentFolder, member: Member, index: int) -> tuple[str, str]
             "not note its inputs: whether its data and models have changed cannot be checked"
         )
         return None
-    now = reads_of(member.recipe, index, start_of(member, index))
+    now = reads_of_stage(member, index)
     if (found := _differing(notes, now)) is not None:
         return found
     new = sorted(set(now.files) - set(notes["files"]))
@@ -158,7 +158,7 @@ def _beside(
                 merged[section] |= facts
     if not any(merged.values()):
         return None
-    now = reads_of(member.recipe, index, start_of(member, index))
+    now = reads_of_stage(member, index)
     return _differing(merged, now, only_read=True)
 
 
@@ -260,7 +260,7 @@ def note_inputs(member: Member, index: int) -> None:
     folder = member.stages[index]
     if folder.is_begun() and folder.inputs.is_file():
         return
-    _write(folder, reads_of(member.recipe, index, start_of(member, index)))
+    _write(folder, reads_of_stage(member, index))
 
 
 def note_start(member: Member) -> None:

@@ -21,7 +21,7 @@ from mmkd.runtime import distributed
 from mmkd.runtime.files import link_folder, read_yaml, write_folder
 from mmkd.runtime.progress import Course, say, say_heading
 from mmkd.runtime.run_folder import RunFolder, StudentFolder
-from mmkd.teachers import load_teachers
+from mmkd.teachers import TeacherPool, with_stage_teachers
 from mmkd.training.build import StageInputs, run_stage
 from mmkd.training.callbacks import Callback
 from mmkd.training.checkpoint import check_batch
@@ -175,33 +175,47 @@ def train(
     if member.is_trained():
         say(f"{member.label}: already trained")
         return
-    stages = member.recipe.stages
-    folders = member.stages
-    pending = [i for i, folder in enumerate(folders) if not folder.is_done()]
-    teachers = load_teachers(member.recipe, [stages[i] for i in pending])
-    for index in pending:
-        student, processor = student_before(member, index, recipe)
-        describe(member, recipe)
-        if distributed.rank() == 0:
-            note_inputs(member, index)
-        place = f"stage {index + 1} of {len(stages)}"
-        if distributed.rank() == 0:
-            say_heading(f"{member.label}: {place}, {stages[index].name}")
-        with course.part(str(folders[index].path), place):
-            inputs = StageInputs(
-                config=stages[index],
-                student=student,
-                processor=processor,
-                teachers=teachers,
-                data=member.recipe.stage_data(stages[index]),
-                folder=folders[index].path,
-                seed=member.recipe.seed + index,
-                tracked=Tracked(member.recipe, run_folder(recipe).path, folders[index].path),
-                callbacks=callbacks,
-            )
-            run_stage(inputs)
-        _tidy(member)
-        distributed.barrier()
+    pool = TeacherPool()
+    for index, folder in enumerate(member.stages):
+        if not folder.is_done():
+            _train_stage(member, index, recipe, pool, course, callbacks)
+            _tidy(member)
+            distributed.barrier()
+
+
+def _train_stage(
+    member: Member,
+    index: int,
+    recipe: Recipe,
+    pool: TeacherPool,
+    course: Course,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Run a stage with its teachers. Nothing here refers to them afterwards, so that the pool can
+    release them."""
+    stages, folder = member.recipe.stages, member.stages[index]
+    config = stages[index]
+    teachers = pool.for_stage(with_stage_teachers(member.recipe, config, member.folder), config)
+    student, processor = student_before(member, index, recipe)
+    describe(member, recipe)
+    if distributed.rank() == 0:
+        note_inputs(member, index)
+    place = f"stage {index + 1} of {len(stages)}"
+    if distributed.rank() == 0:
+        say_heading(f"{member.label}: {place}, {config.name}")
+    with course.part(str(folder.path), place):
+        inputs = StageInputs(
+            config=config,
+            student=student,
+            processor=processor,
+            teachers=teachers,
+            data=member.recipe.stage_data(config),
+            folder=folder.path,
+            seed=member.recipe.seed + index,
+            tracked=Tracked(member.recipe, run_folder(recipe).path, folder.path),
+            callbacks=callbacks,
+        )
+        run_stage(inputs)
 
 
 def _tidy(member: Member) -> None:

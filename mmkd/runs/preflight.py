@@ -1,9 +1,15 @@
 """Checks of a recipe before a run writes its first file. Each check is in the module of its
 feature."""
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
+
+from mmkd.cache import Store
 from mmkd.data.alignment import check_compared
 from mmkd.data.chunks import check_chunks
 from mmkd.data.first_records import check_records
@@ -24,7 +30,14 @@ from mmkd.recipe.context import StageContext
 from mmkd.students import converted_processor, finished, student_at
 from mmkd.students.check import check_student, check_trained
 from mmkd.students.moe import check_experts
-from mmkd.teachers.check import check_ensemble, check_further, check_quantized, check_teacher
+from mmkd.teachers.by_stage import earlier_stage, with_stage_teachers
+from mmkd.teachers.check import (
+    check_ensemble,
+    check_further,
+    check_quantized,
+    check_sources,
+    check_teacher,
+)
 from mmkd.teachers.reference import check_reference
 from mmkd.teachers.stored import check_stored, open_store
 from mmkd.training.objective_modules import check_own
@@ -48,6 +61,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_chunks,
     check_packed,
     check_contrast,
+    check_sources,
     check_ensemble,
     check_schedule,
     check_on_policy,
@@ -85,23 +99,24 @@ def check_stage(context: StageContext, *, data: bool = True) -> None:
 def _stages(recipe: Recipe, assistant: Recipe | None) -> Iterator[StageContext]:
     """The stages in order. Their models and processors are checked before the first one."""
     processor = check_student(recipe.student)
-    teacher = teacher_processor = store = None
-    own = recipe.teacher is not None and recipe.teacher.source == "self"
-    if recipe.teacher is not None and recipe.teacher.source == "cache":
-        store = open_store(recipe.teacher, processor)
-    elif assistant is not None:
-        teacher, teacher_processor = finished(assistant), converted_processor(assistant.student)
-    elif recipe.teacher is not None and not own:
-        teacher, teacher_processor = check_teacher(recipe.teacher, "teacher")
+    seen = [with_stage_teachers(recipe, stage) for stage in recipe.stages]
+    keys = [_teachers_key(own) for own in seen]  # stages mostly have the same
+    guides: dict[str, _Guide] = {}
+    for stage, own, key in zip(recipe.stages, seen, keys, strict=True):
+        if key not in guides:
+            guides[key] = _guide(own, earlier_stage(recipe, stage), processor, assistant)
     check_quantized(recipe)
-    check_further(recipe, processor)
-    for index, stage in enumerate(recipe.stages):
+    for key, own in dict(zip(keys, seen, strict=True)).items():
+        alike = [s for s, other in zip(recipe.stages, keys, strict=True) if other == key]
+        check_further(own, alike, processor)
+    for index, (stage, own, key) in enumerate(zip(recipe.stages, seen, keys, strict=True)):
+        guide = guides[key]
         if index == 0 or stage.convert:
             student = student_at(recipe, index, meta=True)
             mamba, attention = mamba_layers(student.config), attention_layers(student)
-        compared = student if own else teacher
+        compared = student if guide.own else guide.model
         yield StageContext(
-            recipe=recipe,
+            recipe=own,
             stage=stage,
             objectives=[
                 build_objective(
@@ -115,9 +130,54 @@ def _stages(recipe: Recipe, assistant: Recipe | None) -> Iterator[StageContext]:
             student=student,
             processor=processor,
             teacher=compared,
-            teacher_processor=processor if own else teacher_processor,
-            store=store,
+            teacher_processor=processor if guide.own else guide.processor,
+            store=guide.store,
         )
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """The primary teacher of a stage, without weights.
+
+    Attributes:
+        model: on the meta device; None for a cache, none, or the student itself.
+        processor: its processor, or None.
+        store: its cache, or None.
+        own: it is the student before the stage.
+    """
+
+    model: PreTrainedModel | None = None
+    processor: Any = None
+    store: Store | None = None
+    own: bool = False
+
+
+def _teachers_key(recipe: Recipe) -> str:
+    """Equal for stages with the same teachers."""
+    return json.dumps([t.model_dump(mode="json") for t in recipe.teachers])
+
+
+def _guide(recipe: Recipe, earlier: int | None, processor: Any, assistant: Recipe | None) -> _Guide:
+    """The primary teacher of a stage, checked.
+
+    Args:
+        recipe: as the stage sees it.
+        earlier: index of the stage whose student is the teacher, or None.
+        processor: of the student.
+        assistant: as in `check`.
+    """
+    teacher = recipe.teacher
+    if teacher is None:
+        return _Guide()
+    if teacher.source == "self":
+        return _Guide(own=True)
+    if teacher.source == "cache":
+        return _Guide(store=open_store(teacher, processor))
+    if earlier is not None:
+        return _Guide(student_at(recipe, earlier, meta=True), processor)
+    if assistant is not None:
+        return _Guide(finished(assistant), converted_processor(assistant.student))
+    return _Guide(*check_teacher(teacher, "teacher"))
 
 
 def check_evaluation(settings: EvaluateConfig, student: StudentConfig) -> None:

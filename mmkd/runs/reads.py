@@ -18,6 +18,7 @@ from mmkd.runs.members import Member
 from mmkd.runtime.files import read_json
 from mmkd.runtime.hub import model_commit
 from mmkd.students import start_folder
+from mmkd.teachers.by_stage import with_stage_teachers
 
 PICTURES = 2_000
 """Number of records of a source whose images are noted."""
@@ -49,11 +50,22 @@ def start_of(member: Member, index: int) -> ModelConfig:
     return ModelConfig(model=str(folder))
 
 
+def reads_of_stage(member: Member, index: int) -> Reads:
+    """The inputs of a member's stage.
+
+    Args:
+        member: the run's member.
+        index: number of the stage, from 0.
+    """
+    recipe = with_stage_teachers(member.recipe, member.recipe.stages[index], member.folder)
+    return reads_of(recipe, index, start_of(member, index))
+
+
 def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
     """The inputs of a stage.
 
     Args:
-        recipe: the member's recipe.
+        recipe: the member's recipe, as the stage sees it (`with_stage_teachers`).
         index: number of the stage, from 0.
         start: the model that the stage starts from.
     """

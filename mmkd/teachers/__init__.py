@@ -1,9 +1,16 @@
 """Teachers: a model in memory, a model sharded over processes, or a cache on disk."""
 
-from mmkd.teachers.assign import ask_each, compares, needed_teachers, reads_layers_only
+from mmkd.teachers.assign import (
+    ask_each,
+    compares,
+    limit_to_sources,
+    needed_teachers,
+    reads_layers_only,
+)
+from mmkd.teachers.by_stage import earlier_stage, with_stage_teachers
 from mmkd.teachers.from_student import own_teacher
 from mmkd.teachers.live import LiveTeacher
-from mmkd.teachers.load import LoadedTeachers, load_teachers
+from mmkd.teachers.load import LoadedTeachers, TeacherPool, load_teachers
 from mmkd.teachers.placement import choose_placement, place_teacher
 from mmkd.teachers.reference import (
     LiveReference,
@@ -24,12 +31,15 @@ __all__ = [
     "ShardedTeacher",
     "StoredTeacher",
     "Teacher",
+    "TeacherPool",
     "TeacherSet",
     "ask_each",
     "check_storable",
     "choose_placement",
     "choose_reference",
     "compares",
+    "earlier_stage",
+    "limit_to_sources",
     "load_teachers",
     "needed_teachers",
     "own_teacher",
@@ -37,4 +47,5 @@ __all__ = [
     "reads_layers_only",
     "reference_name",
     "store",
+    "with_stage_teachers",
 ]

@@ -1,5 +1,6 @@
 """Checks of teachers that need no weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from mmkd.modeling.loading import check_quantization, load_processor, skeleton
 from mmkd.modeling.own_tokens import check_source_tokens
 from mmkd.objectives import HeadObjective, Objective
 from mmkd.objectives.divergence_settings import DivergenceConfig
-from mmkd.recipe import Recipe, TeacherConfig
+from mmkd.recipe import Recipe, StageConfig, TeacherConfig
 from mmkd.recipe.context import StageContext
 from mmkd.runtime import distributed
 from mmkd.teachers.assign import ask_each
@@ -48,9 +49,14 @@ def check_quantized(recipe: Recipe) -> None:
             check_quantization(teacher.quantize, f"teacher {teacher.name}: quantize", device)
 
 
-def check_further(recipe: Recipe, processor: Any) -> None:
+def check_further(recipe: Recipe, stages: Sequence[StageConfig], processor: Any) -> None:
     """Check that all teachers except the first have the student's processor, and that the data
     sources that they name exist.
+
+    Args:
+        recipe: as these stages see it.
+        stages: that have the same teachers.
+        processor: of the student.
 
     Raises:
         CheckpointError: as `check_teacher`.
@@ -60,7 +66,7 @@ def check_further(recipe: Recipe, processor: Any) -> None:
     for teacher in recipe.more_teachers:
         where = f"teacher {teacher.name}"
         model, own_processor = check_teacher(teacher, where)
-        if any(stage.image_tokens for stage in recipe.stages):
+        if any(stage.image_tokens for stage in stages):
             check_kept_inputs(model, where)
         if not same_processor(processor, own_processor):
             raise RecipeError(
@@ -68,7 +74,7 @@ def check_further(recipe: Recipe, processor: Any) -> None:
                 where=where,
                 hint="put it first, or leave it out",
             )
-    for stage in recipe.stages:
+    for stage in stages:
         ask_each([], recipe.teachers, recipe.stage_data(stage))
 
 
@@ -83,7 +89,7 @@ def check_ensemble(context: StageContext) -> None:
         return
     if len(context.recipe.teachers) < 2:
         raise RecipeError(
-            "it weighs several teachers, and the recipe has one",
+            "it weighs several teachers, and there is one",
             where=where,
             hint="leave it out, or make 'teacher' a list",
         )
@@ -95,6 +101,12 @@ def check_ensemble(context: StageContext) -> None:
             hint="leave it out, or add a divergence such as kl",
         )
     for objective in compared:
+        if objective.config.sources:
+            raise RecipeError(
+                "'ensemble' weighs the teachers over the records of all their sources",
+                where=f"{context.at(objective)}: sources",
+                hint="leave it out, or put the objective in a stage of its own",
+            )
         if not isinstance(objective, HeadObjective):
             raise RecipeError(
                 "'ensemble' weighs teachers by token, which this objective does not support",
@@ -110,6 +122,19 @@ def check_ensemble(context: StageContext) -> None:
                 where=context.at(objective),
                 hint="leave one of them out, or give the teachers the same sources",
             )
+
+
+def check_sources(context: StageContext) -> None:
+    """Check the data sources of a stage's objectives.
+
+    Raises:
+        RecipeError: an objective names an unknown one, or has none in common with its teacher.
+    """
+    try:
+        ask_each(context.objectives, context.recipe.teachers, context.data)
+    except RecipeError as error:
+        where = f"{context.where}: {error.where}"
+        raise RecipeError(error.what, where=where, hint=error.hint) from error
 
 
 def _accepts(objective: Objective) -> bool:

@@ -78,6 +78,9 @@ class LiveTeacher:
         targets = (batch.teacher or batch).targets
         return answer_logps(self.own_signals(batch), targets, vocabulary, memory)
 
+    def close(self) -> None:
+        """Release resources other than the weights; no further forward pass may run."""
+
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Iterate over names and gathered weights, sorted by name. Every rank must call it.
 

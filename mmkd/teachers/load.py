@@ -1,5 +1,6 @@
 """Load a recipe's teachers: models that run in every step, or caches of their outputs."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,12 @@ from mmkd.teachers.teacher_set import Teacher, TeacherSet
 
 @dataclass(frozen=True)
 class LoadedTeachers:
-    """The teachers of a run, loaded once for all of its stages.
+    """The teachers that a stage needs.
 
     Attributes:
         members: by name, the primary one first. A teacher with `source: self` is not included; it
             is made for each stage.
-        settings: the recipe's teachers, the primary one first. If it is empty, each objective uses
+        settings: the stage's teachers, the primary one first. If it is empty, each objective uses
             the first member.
         processor: the primary teacher's, or the student's for a cache or `source: self`; None if
             no teacher is needed.
@@ -67,21 +68,62 @@ class LoadedTeachers:
         return TeacherSet(members, primary)
 
 
-def load_teachers(recipe: Recipe, stages: Sequence[StageConfig]) -> LoadedTeachers:
-    """Load the teachers that stages need, on the device of the first stage that needs one.
+class TeacherPool:
+    """The teachers of a run, of which only those that the current stage needs are in memory."""
 
-    Raises:
-        MmkdError: a teacher cannot be loaded.
-    """
-    needing = [s for s in stages if needed_teachers(recipe.teachers, s.objectives)]
-    if not needing:
-        return LoadedTeachers(settings=recipe.teachers)
-    device = distributed.choose_device(needing[0].engine.device)
-    needed = needed_teachers(recipe.teachers, [o for s in needing for o in s.objectives])
-    members = {t.name: _load(t, device) for t in needed if t.source != "self"}
-    live = needed[0].source == "live"
-    processor = load_processor(needed[0]) if live else converted_processor(recipe.student)
-    return LoadedTeachers(members, recipe.teachers, processor)
+    def __init__(self) -> None:
+        self._loaded: dict[str, Teacher] = {}
+
+    def for_stage(self, recipe: Recipe, stage: StageConfig) -> LoadedTeachers:
+        """Load what a stage needs on its device, and release what it does not need. A teacher that
+        the stage before has needed too stays where it is.
+
+        Args:
+            recipe: as the stage sees it (`with_stage_teachers`).
+            stage: of the recipe.
+
+        Raises:
+            MmkdError: a teacher cannot be loaded.
+        """
+        needed = needed_teachers(recipe.teachers, stage.objectives)
+        device = distributed.choose_device(stage.engine.device)
+        keys: dict[str, str] = {}
+        for teacher in (t for t in needed if t.source != "self"):
+            key = _key(teacher, device)
+            alike = sum(other.startswith(key) for other in keys.values())
+            keys[teacher.name] = f"{key} {alike}"  # each teacher of a stage is a model of its own
+        self._release({*self._loaded} - {*keys.values()})
+        if not needed:
+            return LoadedTeachers(settings=recipe.teachers)
+        for teacher in needed:
+            if (name := keys.get(teacher.name)) is not None and name not in self._loaded:
+                self._loaded[name] = _load(teacher, device)
+        members = {name: self._loaded[key] for name, key in keys.items()}
+        live = needed[0].source == "live"
+        processor = load_processor(needed[0]) if live else converted_processor(recipe.student)
+        return LoadedTeachers(members, recipe.teachers, processor)
+
+    def _release(self, keys: set[str]) -> None:
+        for key in sorted(keys):  # processes release sharded weights in one order
+            teacher = self._loaded.pop(key)
+            if isinstance(teacher, LiveTeacher):
+                teacher.close()
+            del teacher
+        if keys:
+            gc.collect()  # modules and their hooks refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def load_teachers(recipe: Recipe, stage: StageConfig) -> LoadedTeachers:
+    """Load the teachers that a stage needs; arguments and errors as in `TeacherPool.for_stage`."""
+    return TeacherPool().for_stage(recipe, stage)
+
+
+def _key(teacher: TeacherConfig, device: torch.device) -> str:
+    """Equal for teachers that are the same model at the same place."""
+    other = {"name", "weight", "sources", "processor"}
+    return f"{device} {teacher.model_dump_json(exclude=other)}"
 
 
 def _load(teacher: TeacherConfig, device: torch.device) -> Teacher:

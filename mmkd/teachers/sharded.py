@@ -86,6 +86,9 @@ class ShardedTeacher(LiveTeacher):
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
 
+    def close(self) -> None:
+        self.engine.destroy()
+
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tensor in super().tensors(prefix):

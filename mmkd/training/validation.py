@@ -31,13 +31,13 @@ from mmkd.data.microbatches import by_size, by_tokens
 from mmkd.engines import Engine
 from mmkd.errors import NonFiniteLossError
 from mmkd.objectives import Objective
-from mmkd.recipe import (
-    StageConfig,
-)
+from mmkd.recipe import ANSWER_CE, TEACHER_KL, StageConfig
 from mmkd.runtime import distributed
+from mmkd.runtime.progress import say
 from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.seeds import set_seed
 from mmkd.runtime.steplog import StepLog
+from mmkd.runtime.teacher_hacking import found_in
 from mmkd.training.checkpoint import (
     find_checkpoints,
     load_weights,
@@ -78,6 +78,8 @@ class Validation:
         self.best: tuple[int, float] | None = None
         self.worse_since = 0
         self._log: StepLog | None = None
+        self._lines: list[dict[str, Any]] = []
+        self._signs: set[str] = set()  # teachers' metrics that have shown teacher hacking
 
     @property
     def checkpoints(self) -> Path:
@@ -120,6 +122,7 @@ class Validation:
             self._log.say_missing(step, self.config.interval)
         for line in self._log.found:
             self._remember(line)
+        self._signs |= {*found_in(self._lines, TEACHER_KL, ANSWER_CE)}
         for path in find_checkpoints(self.checkpoints) if active else []:
             if step_of(path) > step:  # these steps are trained again
                 shutil.rmtree(path)
@@ -207,9 +210,18 @@ class Validation:
         assert self._log is not None
         self._log.write(line)
         self._log.sync()
+        self._say_hacking()
         return line
 
+    def _say_hacking(self) -> None:
+        """Log the first sign of teacher hacking, for each teacher."""
+        for name, sign in found_in(self._lines, TEACHER_KL, ANSWER_CE, last=True).items():
+            if name not in self._signs and self._log is not None and self._log.active:
+                say(f"warning: teacher hacking, by {name}: {sign}")
+            self._signs.add(name)
+
     def _remember(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
         if line.get("best"):
             self.best, self.worse_since = (line["step"], line[self.config.metric]), 0
         else:

@@ -22,7 +22,7 @@ from mmkd.recipe import (
     ValidationConfig,
 )
 from mmkd.recipe.context import StageContext
-from mmkd.teachers import ask_each, compares
+from mmkd.teachers import ask_each, compares, limit_to_sources
 from mmkd.training.validation import Validation, chosen
 
 
@@ -115,12 +115,12 @@ def _asked(
         ensemble: of the stage; the additional metrics are those of each teacher on its own.
 
     Raises:
-        RecipeError: a teacher names a source that the held-out records do not have.
+        RecipeError: a teacher or an objective names a source that the held-out records do not have.
     """
     beside = _beside(objectives, encoder)
-    if not any(o.config.compares_outputs for o in objectives):
-        return [*objectives, *beside]  # the stage has one teacher only
     try:
+        if not any(o.config.compares_outputs for o in objectives):  # it has one teacher only
+            return [*(limit_to_sources(o, held_out) for o in objectives), *beside]
         asked = ask_each(objectives, teachers, held_out, ensemble)
         return [*asked, *ask_each(beside, teachers, held_out)]
     except RecipeError as error:

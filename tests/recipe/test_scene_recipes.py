@@ -12,7 +12,8 @@ from tests.support.places import CONFIGS
 
 RECIPES = ["quickstart", *(f"scenes/{n}" for n in ("matvlm", "mmmamba", "llava_mod", "llava_kd",
                                                    "sparse_hybrid", "best_step",
-                                                   "assistant", "label_free"))]  # fmt: skip
+                                                   "assistant", "label_free", "ernie_tiny",
+                                                   "ernie_tiny_teacher"))]  # fmt: skip
 STUDIES = ["study", "hybrid_study", "mod_study", "kd_study", "divergence_study", "layer_study"]
 STUDIES += ["tokenizer_transfer"]
 
@@ -30,6 +31,8 @@ def shipped(scenes_dir, tmp_path):
 
         raw = load_recipe(CONFIGS / f"{name}.yaml").model_dump(mode="json")
         raw |= {"output_dir": str(tmp_path), "data": own(raw["data"]), "evaluate": None}
+        for teacher in raw["more_teachers"]:  # another run's student
+            teacher["model"] = raw["teacher"]["model"]
         for conversion in raw["student"]["convert"]:
             if conversion["kind"] == "tokenizer":
                 byte_processor().save_pretrained(tmp_path / "processor")

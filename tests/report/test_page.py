@@ -172,6 +172,24 @@ def test_the_kept_step_is_ringed_and_named(run_dir: Path) -> None:
     assert "kd-seed0 step 30 of 40 of mimic (loss 2.25)" in html
 
 
+def test_teacher_hacking_is_drawn_and_named(run_dir: Path) -> None:
+    """Answers get worse from step 20 on, while the student comes closer to its teacher."""
+    lines = []
+    for step in range(2, 41, 2):
+        line = {"step": step, "loss": 1.0, "answer_ce": 1 + abs(step - 20) / 100}
+        lines.append(json.dumps({**line, "teacher_kl": 1 / step, "records": 9.0}) + "\n")
+    put(run_dir / "kd-seed0" / "01-mimic" / "validation.jsonl", "".join(lines))
+    html = unescape(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "Teacher hacking, kd-seed0, stage mimic, by teacher_kl: the student comes closer" in html
+    assert "(seen at step 26): stop at step 20." in html
+    titles = {p.title: p.svg for s in stage_panels(read_run(run_dir)) for p in s.panels}
+    ringed = titles["cross-entropy of held-out answers over the KL to the teacher"]
+    put(run_dir / "kd-seed0" / "01-mimic" / "validation.jsonl", "".join(lines[:9]))
+    titles = {p.title: p.svg for s in stage_panels(read_run(run_dir)) for p in s.panels}
+    plain = titles["cross-entropy of held-out answers over the KL to the teacher"]
+    assert [svg.count("fill-opacity: 0; stroke: var(--series") for svg in (ringed, plain)] == [1, 0]
+
+
 def test_students_that_stopped_at_different_steps_are_not_compared(run_dir: Path) -> None:
     for path in run_dir.glob("*/training.yaml"):
         own = yaml.safe_load(path.read_text())

@@ -127,7 +127,7 @@ def test_a_recipe_loads_the_teachers_that_some_stages_need(scenes_dir, tiny_mode
             stage={"objectives": [{"kind": kind} for kind in kinds]},
         )
         recipe = load_recipe(raw)
-        return load_teachers(recipe, recipe.stages)
+        return load_teachers(recipe, recipe.stages[0])
 
     assert list(loaded("ce", "kl").members) == ["a", "b"]
     assert list(loaded("hidden_mse").members) == ["a"]

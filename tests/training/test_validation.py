@@ -356,3 +356,27 @@ def test_a_run_of_before_goes_on_without_validation(recipe, monkeypatch):
     del said["data"]["validation"], said["stages"][0]["validation"]
     path.write_text(yaml.safe_dump(said))
     assert len(lines(run(raw), "metrics.jsonl")) == 2
+
+
+def test_the_first_sign_of_teacher_hacking_is_logged_once(recipe, monkeypatch, caplog):
+    """Also by a run that goes on after the sign."""
+    forward = stage.Stage._validate
+
+    def turning(self, step):
+        measure = self.validation.measure
+        found = {"answer_ce": 1 + abs(step - 4) / 100, "teacher_kl": 1 / step}
+        self.validation.measure = lambda *a: {**measure(*a), **found}
+        return forward(self, step)
+
+    monkeypatch.setattr(stage.Stage, "_validate", turning)
+    raw = recipe(stage={"steps": 10}, validation={"interval": 1, "records": 2})
+    with monkeypatch.context() as broken:
+        break_off(broken, at=9)
+        with pytest.raises(Broken):
+            run(raw)
+    run(raw)
+    said = [r.getMessage() for r in caplog.records if "teacher hacking" in r.getMessage()]
+    assert said == [
+        "warning: teacher hacking, by teacher_kl: the student comes closer to the teacher, and its "
+        "answers get worse (seen at step 7): stop at step 4"
+    ]

@@ -15,6 +15,7 @@ from mmkd.commands.plan.costs import (
     memory,
     parameter_bytes,
 )
+from mmkd.commands.plan.teacher_size import decoder_parameters, size_advice
 from mmkd.data.encoder import Encoder
 from mmkd.data.image_tokens import ImageTokenDropout
 from mmkd.data.mixture import Mixture
@@ -29,7 +30,14 @@ from mmkd.runs import preflight, timings
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor, finished, set_trainable, student_at
-from mmkd.teachers import choose_placement, needed_teachers, reads_layers_only
+from mmkd.teachers import (
+    choose_placement,
+    earlier_stage,
+    limit_to_sources,
+    needed_teachers,
+    reads_layers_only,
+    with_stage_teachers,
+)
 from mmkd.training.objective_modules import build_own
 from mmkd_models.layout import mamba_layers
 
@@ -94,6 +102,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "members": found,
         "total": _sum(alone),
         "warnings": _warnings(found),
+        "notes": _notes(found),
         "recipe": recipe.model_dump(mode="json"),
     }
 
@@ -159,7 +168,12 @@ def plan_stage(
         teachers: those of the recipe that run, by name and without weights.
         sampled: a mean record and the number of records of an epoch; None reads them from the data.
     """
-    index = recipe.stages.index(stage)
+    index, earlier = recipe.stages.index(stage), earlier_stage(recipe, stage)
+    second = timings.seconds_per_step(recipe, index)
+    recipe = with_stage_teachers(recipe, stage)
+    if earlier is not None:
+        assert recipe.teacher is not None
+        teachers = {recipe.teacher.name: student_at(recipe, earlier, meta=True)}
     student = student_at(recipe, index, meta=True)
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     objectives = _objectives_of(recipe, stage, student, teachers)
@@ -182,7 +196,6 @@ def plan_stage(
     gathers = any(o.gathers for o in objectives) and stage.batch.micro_steps(processes) != 1
     spent = flops_per_record(student, trainable, asked, sample, two_passes=gathers)
     flops = {k: round(v * per_step) for k, v in spent.items()}
-    second = timings.seconds_per_step(recipe, index)
     return {
         "stage": stage.name,
         "settings": stage.model_dump(mode="json"),
@@ -204,6 +217,7 @@ def plan_stage(
         "memory_bytes": memory(student, trained, asked, stage, sample, own),
         "device_memory_bytes": distributed.memory_of(device),
         "teacher_placement": _placement(recipe, stage, asked),
+        "teacher_sizes": _sizes(recipe, stage, teachers, student),
     }
 
 
@@ -214,7 +228,7 @@ def _objectives_of(
     teachers: Mapping[str, PreTrainedModel],
 ) -> list[Objective]:
     teacher = _primary(recipe, student, teachers)
-    return [
+    made = [
         build_objective(
             o,
             mamba_layers=mamba_layers(student.config),
@@ -223,6 +237,7 @@ def _objectives_of(
         )
         for o in stage.objectives
     ]
+    return [limit_to_sources(o, recipe.stage_data(stage)) for o in made]
 
 
 def _primary(
@@ -264,6 +279,29 @@ def _planned_teachers(
     return planned
 
 
+def _sizes(
+    recipe: Recipe,
+    stage: StageConfig,
+    teachers: Mapping[str, PreTrainedModel],
+    student: PreTrainedModel,
+) -> dict[str, list[int]]:
+    """Parameters of the decoders of each teacher that runs in a stage, and of the student."""
+    needed = [t.name for t in needed_teachers(recipe.teachers, stage.objectives)]
+    mine = decoder_parameters(student)
+    return {n: [decoder_parameters(teachers[n]), mine] for n in needed if n in teachers}
+
+
+def _notes(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Advice on the sizes of teachers, each once."""
+    said = (
+        size_advice(sizes[0], sizes[1], name)
+        for member in found.values()
+        for stage in member["stages"]
+        for name, sizes in stage["teacher_sizes"].items()
+    )
+    return list(dict.fromkeys(text for text in said if text is not None))
+
+
 def _placement(recipe: Recipe, stage: StageConfig, planned: Sequence[PlannedTeacher]) -> str | None:
     """Where the primary teacher's weights are, in words; None where no teacher is needed."""
     needed = needed_teachers(recipe.teachers, stage.objectives)
@@ -293,7 +331,14 @@ def sample_data(
         return Sample(length, length, length, 0.0, 0.0, *_projected(objectives, rows, apart)), 0
     records = Records(data)
     settings = [o.config for o in objectives]
-    encoder = Encoder.of(settings, data, processor, records=records, sampled=stage.samples_all)
+    encoder = Encoder.of(
+        settings,
+        data,
+        processor,
+        records=records,
+        sources=any(o.sources is not None for o in objectives),
+        sampled=stage.samples_all,
+    )
     mixture = Mixture(records, seed=0)
     chosen = mixture.sample(SAMPLED_RECORDS)
     count, batch = len(chosen), encoder.encode(chosen)
@@ -304,7 +349,7 @@ def sample_data(
     targets = batch.targets
     pixels = sum(v.numel() for k, v in batch.inputs.items() if k.startswith("pixel_values"))
     rows = {
-        o.name: float(o.rows(targets).sum()) / count
+        o.name: float(o.rows(targets.of(o.sources)).sum()) / count
         for o in objectives
         if "distribution" in o.needs
     }

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from mmkd.errors import MmkdError
-from mmkd.recipe import TrainConfig
+from mmkd.recipe import StageTeacherConfig, TrainConfig
 from mmkd.runtime.progress import console, say
 
 BENCH = "`mmkd bench` times the steps of a stage on this machine; plans then show hours"
@@ -51,6 +51,8 @@ def print_plan(plan: dict[str, Any], *, verbose: bool = False) -> None:
     say(f"in all: {_total(plan['total'])}")
     for warning in plan["warnings"]:
         say(f"warning: {warning}")
+    for note in plan["notes"]:
+        say(f"note: {note}")
     if plan["total"]["seconds"] is None:
         say(BENCH)
     if len(students) > 1 and not verbose:
@@ -154,6 +156,7 @@ _ROWS: dict[str, Any] = {
     "optimizer": lambda s: "{kind} lr {lr:g}".format(**s["settings"]["optimizer"]),
     "schedule": lambda s: s["settings"]["schedule"]["kind"],
     "engine": lambda s: f"{_engine(s['settings']['engine'])}, {s['settings']['precision']}",
+    "teacher": lambda s: _teacher(s["settings"]["teacher"]),
     "teacher's weights": lambda s: s["teacher_placement"] or "",
     "records": lambda s: f"{s['records']:,}" if s["records"] else "not built yet",
     "records per step": lambda s: s["records_per_step"],
@@ -173,6 +176,11 @@ _ROWS: dict[str, Any] = {
     "  activations": lambda s: human(s["memory_bytes"]["activations"], "B"),
     "  in addition, on the CPU": lambda s: human(s["memory_bytes"]["cpu"], "B"),
 }
+
+
+def _teacher(settings: dict[str, Any] | None) -> str:
+    """The teacher that a stage names."""
+    return "" if settings is None else StageTeacherConfig(**settings).words
 
 
 def _fits(needed: int, there: int) -> str:

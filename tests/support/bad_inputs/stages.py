@@ -17,6 +17,20 @@ overridden(
 )
 overridden(
     KIND,
+    "stage_of_no_teacher",
+    "stages.0.teacher=large",
+    "stage mimic: teacher: no teacher 'large'",
+    "name it in the recipe's 'teacher'",
+)
+overridden(
+    KIND,
+    "teacher_after_no_stage",
+    "stages.0.teacher={stage: align}",
+    "stage mimic: teacher: no earlier stage 'align'",
+    "it is the first stage; name a teacher",
+)
+overridden(
+    KIND,
     "gamma_without_debiasing",
     "stages.0.objectives=[{kind: alm, temperature: 100.0, gamma: 0.5}]",
     "stages.0.objectives.0: 'gamma' is for 'debias: outcome' or 'both' only",
@@ -107,7 +121,7 @@ def weigh(world: World, *objectives: dict[str, Any], **ensemble: Any) -> None:
 @case(
     KIND,
     "weights of a single teacher",
-    "stage mimic: ensemble: it weighs several teachers, and the recipe has one",
+    "stage mimic: ensemble: it weighs several teachers, and there is one",
     "make 'teacher' a list",
 )
 def ensemble_of_one(world: World) -> None:
@@ -155,6 +169,58 @@ def ensemble_with_acceptance(world: World) -> None:
     weigh(world, {"kind": "kl", "acceptance": True}, normalize=True)
 
 
+@case(
+    KIND,
+    "weights of teachers for an objective of one source",
+    "stage mimic: objective kl: sources: 'ensemble' weighs the teachers over the records of all",
+    "put the objective in a stage of its own",
+)
+def ensemble_of_a_source(world: World) -> None:
+    weigh(world, {"kind": "kl", "sources": ["letters"]}, kappa=1.0)
+
+
+@case(
+    KIND,
+    "an objective of an unknown source",
+    "stage mimic: objective ce: sources: no data source 'leters'",
+    "did you mean 'letters'?",
+)
+def objective_of_no_source(world: World) -> None:
+    weigh(world, {"kind": "ce", "sources": ["leters"]})
+    world.stage(ensemble=None)
+
+
+@case(
+    KIND,
+    "an objective of a source that its teacher does not have",
+    "stage mimic: objective kl: sources: it has no data source in common with its teacher",
+    "leave one of the two out",
+)
+def objective_without_its_teacher(world: World) -> None:
+    weigh(world, {"kind": "kl", "sources": ["talk"]})
+    world.raw["teacher"] = {"model": "teacher", "sources": ["letters"]}
+    world.stage(ensemble=None)
+
+
+@case(
+    KIND,
+    "an objective of a source without held-out records",
+    "objective ce: sources, for data.validation: no data source 'talk'",
+    "letters",
+)
+def objective_without_held_out_records(world: World) -> None:
+    weigh(world, {"kind": "ce", "sources": ["talk"]})
+    world.raw["data"]["validation"] = [{"train": "records.json", "name": "letters"}]
+    world.stage(ensemble=None)
+
+
+overridden(
+    KIND,
+    "preferences_of_a_source",
+    "stages.0.objectives=[{kind: preference, sources: [a]}]",
+    "stages.0.objectives.0: it covers all records of a stage",
+    "leave 'sources' out",
+)
 overridden(
     KIND,
     "ensemble_of_nothing",
