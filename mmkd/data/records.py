@@ -15,10 +15,12 @@ from PIL import Image
 from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
 from mmkd.data.schema import Record, parse_record, record_id, unparsed
-from mmkd.data.sources import StreamedRows, open_rows
+from mmkd.data.selection import Candidates, Selection, select
+from mmkd.data.sources import StreamedRows, find_files, open_rows
 from mmkd.data.unread import without
 from mmkd.errors import DataError
-from mmkd.recipe import DataConfig, SourceConfig
+from mmkd.recipe import DataConfig, SelectionConfig, SourceConfig
+from mmkd.runtime.hashes import stamp
 
 # Fraction of a sequence's length. Multiples of the golden ratio are far from all earlier ones.
 STRIDE = 0.618
@@ -35,6 +37,9 @@ class Source:
         config: settings of the source.
         share: share of its records that is held out from training; None for none.
         held_out: contain the held-out records instead of the others.
+
+    Attributes:
+        selection: the choice that `select` has made among the others; None without it.
     """
 
     def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
@@ -42,10 +47,14 @@ class Source:
         self._rows = open_rows(config)
         self._numbers: np.ndarray | None = None
         self.root = Path(config.images) if config.images else self._rows.folder
+        self.selection: Selection | None = None
         if len(self) == 0:
             raise DataError("the data set is empty", where=config.train, hint="add records")
         if share is not None:
             self._numbers = self._split(share, held_out)
+        if config.select is not None and not held_out:
+            self.selection = self._select(config.select, share)
+            self._numbers = self.selection.numbers
 
     def _split(self, share: float, held_out: bool) -> np.ndarray:
         """Indices of the rows that are held out, or of those that are not, [n] int64, ascending."""
@@ -60,12 +69,31 @@ class Source:
         first[_shuffled(count)[: min(max(1, round(share * count)), count - 1)]] = True
         return (first if held_out else ~first).nonzero()[0]
 
-    def _number(self, index: int) -> int:
-        """Index of a record's row."""
+    def _select(self, config: SelectionConfig, share: float | None) -> Selection:
+        """The records that are trained on, of those that are not held out."""
+        key = _selection_key(self.config, share)
+        if key is None or key not in _selections:
+            count = len(self._rows)
+            numbers = np.arange(count) if self._numbers is None else self._numbers
+            place = self._rows.place
+            candidates = Candidates(self.config.label, self._rows, numbers, self._record, place)
+            found = select(config, candidates)
+            if key is None:
+                return found
+            _selections[key] = found
+        return _selections[key]
+
+    def row_number(self, index: int) -> int:
+        """Index of a record's row in the source."""
         return index if self._numbers is None else int(self._numbers[index])
 
     def __len__(self) -> int:
         return len(self._rows) if self._numbers is None else len(self._numbers)
+
+    @property
+    def size(self) -> int:
+        """Number of all records of the source, held-out and unselected ones included."""
+        return len(self._rows)
 
     @property
     def window(self) -> int | None:
@@ -80,14 +108,14 @@ class Source:
     def id(self, index: int) -> str:
         """Id of a record; "" if it has none, or cannot be read."""
         try:
-            return record_id(self._row(self._number(index)))
+            return record_id(self._row(self.row_number(index)))
         except DataError:
             return ""
 
     def where(self, index: int) -> str:
         """Place of a record for messages: the file, the record's index and its id."""
         name = printable(self.id(index))
-        return self._rows.place(self._number(index)) + (f" (id {name})" if name else "")
+        return self._rows.place(self.row_number(index)) + (f" (id {name})" if name else "")
 
     def _row(self, number: int, ignore: Sequence[str] = ()) -> dict[str, Any]:
         try:
@@ -99,9 +127,25 @@ class Source:
 
     def __getitem__(self, index: int) -> Record:
         with located(lambda: self.where(index)):
-            number = self._number(index)
-            row = self._row(number, self.config.ignore)
-            return parse_record(row, number, self.root)
+            return self._record(self.row_number(index))
+
+    def _record(self, number: int) -> Record:
+        return parse_record(self._row(number, self.config.ignore), number, self.root)
+
+
+_selections: dict[tuple[Any, ...], Selection] = {}
+
+
+def _selection_key(config: SourceConfig, share: float | None) -> tuple[Any, ...] | None:
+    """Everything that determines the selection from files; None for other sources. Preflight, run
+    and provenance all open a source, and a selection may read all of its records."""
+    scores = getattr(config.select, "scores", None)
+    try:
+        files = [*find_files(config.train), *([] if scores is None else [Path(scores)])]
+        stamps = [stamp(file) for file in files]
+    except (DataError, OSError):
+        return None
+    return (config.model_dump_json(), share, *stamps)
 
 
 def _shuffled(count: int) -> np.ndarray:
@@ -123,7 +167,7 @@ class Records:
     """
 
     def __init__(self, config: DataConfig, *, held_out: bool = False):
-        share = None if config.validation is None else config.validation.share
+        share = config.held_out_share
         parts = config.validation_parts if held_out else config.parts
         try:
             self.sources = [Source(part, share=share, held_out=held_out) for part in parts]

@@ -38,6 +38,14 @@ from mmkd.recipe.models import (
     TrackerName,
 )
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.selection import (
+    AnySelectionConfig,
+    BalanceSelection,
+    DifferenceSelection,
+    DifficultySelection,
+    RobustSelection,
+    SelectionConfig,
+)
 from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
@@ -68,11 +76,15 @@ __all__ = [
     "TOKEN_ECE",
     "VALIDATION_METRICS",
     "AnyConversionConfig",
+    "AnySelectionConfig",
+    "BalanceSelection",
     "BatchConfig",
     "Conversion",
     "ConversionConfig",
     "DataConfig",
     "DepthPruningConfig",
+    "DifferenceSelection",
+    "DifficultySelection",
     "EarlyExitConfig",
     "EngineConfig",
     "EnsembleConfig",
@@ -95,9 +107,11 @@ __all__ = [
     "Quantization",
     "Recipe",
     "ReleaseConfig",
+    "RobustSelection",
     "SamplesConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "SelectionConfig",
     "SourceConfig",
     "StageConfig",
     "StudentConfig",

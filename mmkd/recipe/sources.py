@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.recipe.selection import AnySelectionConfig
 from mmkd.runtime.fields import MOST, NAME, Prose
 
 HUB = "hub:"
@@ -59,6 +60,9 @@ class SourceConfig(Strict):
         description="keys of records and turns that are left out, such as a video that is "
         "not needed",
     )
+    select: AnySelectionConfig | None = Field(
+        None, description="train on a part of its records; by default on all"
+    )
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> "SourceConfig":
@@ -69,6 +73,11 @@ class SourceConfig(Strict):
             raise ValueError(f"'{told[0]}' is for Hub data sets -- write train as hub:OWNER/NAME")
         if "window" in told and self.stream is None:
             raise ValueError("'window' is for streams -- set 'stream' to a number of records")
+        if self.select is not None and self.stream is not None:
+            raise ValueError(
+                "'select' needs all records before training, and a stream has a few of them -- "
+                "leave 'stream' out"
+            )
         return self
 
     @property
@@ -81,7 +90,7 @@ class SourceConfig(Strict):
         return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
 
 
-ONLY_TRAINING = ("weight", "cap", "stream", "window")
+ONLY_TRAINING = ("weight", "cap", "stream", "window", "select")
 """Keys of a source that are for training only."""
 
 
@@ -128,6 +137,9 @@ class DataConfig(Strict):
     )
     images: LocalPath | None = Field(None, description="folder that image paths are relative to")
     sources: list[SourceConfig] = Field([], description="a mixture, instead of 'train'")
+    select: AnySelectionConfig | None = Field(
+        None, description="train on a part of the records of 'train'; by default on all"
+    )
     validation: HeldOutConfig | None = Field(
         None,
         description="held-out records: as 'train', a share of the training records such as 0.05, "
@@ -177,6 +189,10 @@ class DataConfig(Strict):
     def _one_kind(self) -> "DataConfig":
         if (self.train is None) == (not self.sources):
             raise ValueError(f"{BOTH}give either 'train' (one source) or 'sources' (a mixture)")
+        if self.select is not None and self.sources:
+            raise ValueError(
+                "'select' is for 'train', and there are 'sources' -- move it into a source"
+            )
         names = [s.label for s in self.sources]
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name -- give each a 'name'")
@@ -195,7 +211,7 @@ class DataConfig(Strict):
     def parts(self) -> list[SourceConfig]:
         """The sources, one or more, with the folders of their images."""
         if self.train is not None:
-            return [SourceConfig(train=self.train, images=self.images)]
+            return [SourceConfig(train=self.train, images=self.images, select=self.select)]
         return [s.model_copy(update={"images": s.images or self.images}) for s in self.sources]
 
     @property
@@ -208,3 +224,13 @@ class DataConfig(Strict):
             return self.parts
         own = self.validation.sources
         return [s.model_copy(update={"images": s.images or self.images}) for s in own]
+
+    @property
+    def held_out_share(self) -> float | None:
+        """Share of the training sources' records that is held out; None without a share."""
+        return None if self.validation is None else self.validation.share
+
+    def without_selection(self) -> "DataConfig":
+        """The same data with all records of each source."""
+        sources = [s.model_copy(update={"select": None}) for s in self.sources]
+        return self.model_copy(update={"select": None, "sources": sources})
