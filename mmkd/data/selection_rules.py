@@ -11,6 +11,8 @@ import numpy as np
 
 SAME = 1e-6
 """Differences of losses in nats that are no more than this are rounding."""
+TINY = 1e-9
+"""Probabilities below it are rounding."""
 
 
 class NothingToChooseByError(ValueError):
@@ -39,52 +41,64 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[:count])
 
 
-def robust_support(gains: np.ndarray, wrong: float) -> int:
-    """Number of records among which the robust choice is made.
+def robust_probabilities(gains: np.ndarray, budget: int, wrong: float) -> np.ndarray:
+    """Probabilities of including each record in a robust sample of `budget` records, [n] float64.
 
     A teacher answers `wrong` of n records incorrectly, and an adversary decides which. The
-    distribution q over the records that maximises the smallest expected gain of the records that
-    are answered correctly is, with gains g_1 >= ... >= g_n (Robust Active Distillation, arXiv
-    2210.01213):
+    probabilities p maximise the smallest expected gain of the records that are answered correctly,
+    over all p with 0 <= p_i <= 1 and sum p = budget:
+
+        max_p min_{|W| <= wrong} sum_{i not in W} p_i g_i
+          = max_{p, t} sum_i min(p_i g_i, t) - wrong t
+
+    For a given t, the best p fills the budget in order of gain with p_i = min(1, t / g_i). The
+    value is concave in t. Without a p_i at its bound 1, this is the solution of Robust Active
+    Distillation (arXiv 2210.01213) with gains g_1 >= ... >= g_n, times the budget:
 
         k = argmax_k (k - wrong) / sum_{i <= k} 1 / g_i
-        q_i = (1 / g_i) / sum_{j <= k} 1 / g_j    for i <= k, else 0
+        p_i = budget (1 / g_i) / sum_{j <= k} 1 / g_j    for i <= k, else 0
 
     Args:
         gains: [n] float64, positive, descending.
+        budget: number of records, at most n.
         wrong: number of incorrect answers, below n.
-
-    Returns:
-        k; of several, the largest.
     """
-    sizes = np.arange(1, len(gains) + 1)
-    values = (sizes - wrong) / np.cumsum(1 / gains)
-    best = values.max()
-    return int(np.flatnonzero(values >= best - 1e-12 * abs(best))[-1]) + 1
+    costs = np.concatenate([[0.0], np.cumsum(1 / gains)])
+    low, high = 0.0, float(gains[0])
+    while (middle := (low + high) / 2) not in (low, high):
+        if _slope(gains, costs, budget, wrong, middle) > 0:
+            low = middle
+        else:
+            high = middle
+    found = np.minimum(1.0, high / gains)
+    totals = np.cumsum(found)
+    last = int(np.searchsorted(totals, budget))  # the budget ends at this record
+    if last < len(gains):
+        before = totals[last - 1] if last else 0.0
+        found[last] = budget - before
+        found[last + 1 :] = 0.0
+        found[found < TINY] = 0.0
+    elif (free := 1 - found).sum() > 0:  # what is left of the budget does not change the value
+        found += free * (budget - totals[-1]) / free.sum()
+    return found.clip(0.0, 1.0)
 
 
-def inclusion(gains: np.ndarray, budget: int) -> np.ndarray:
-    """Probabilities of including each record in a sample of `budget` records, [k] float64.
-
-    They are proportional to 1 / gain and at most 1, so a record with probability 1 is in every
-    sample: min(1, c / g_i), with c such that they sum to `budget`.
+def _slope(gains: np.ndarray, costs: np.ndarray, budget: int, wrong: float, t: float) -> float:
+    """Slope in t of the value of `robust_probabilities`.
 
     Args:
-        gains: [k] float64, positive, descending.
-        budget: number of records, at most k.
+        gains, budget, wrong: as there.
+        costs: sums of the first 0, 1, ..., n of 1 / gains.
+        t: between two points at which the slope changes.
     """
-    weights = 1 / gains
-    # Ascending weights: the last ones reach 1 first.
-    totals = np.cumsum(weights)
-    full = 0  # the number of probabilities that are 1
-    while full < budget:
-        factor = (budget - full) / totals[len(gains) - full - 1]
-        if factor * weights[len(gains) - full - 1] < 1:
-            return np.minimum(1.0, factor * weights)
-        full += 1
-    found = np.zeros(len(gains))
-    found[len(gains) - budget :] = 1.0
-    return found
+    above = int(np.searchsorted(-gains, -t))  # number of gains above t
+    if t * costs[above] >= budget:
+        count = int(np.searchsorted(costs, budget / t, side="right")) - 1
+        return count - gains[min(count, len(gains) - 1)] * costs[count] - wrong
+    last = above + int(budget - t * costs[above])  # the record at which the budget ends
+    if last >= len(gains):
+        return above - wrong
+    return above - gains[last] * costs[above] - wrong
 
 
 def sampled(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -99,8 +113,8 @@ def sampled(probabilities: np.ndarray, generator: np.random.Generator) -> np.nda
     Returns:
         Places, ascending.
     """
-    certain = np.flatnonzero(probabilities >= 1)
-    order = generator.permutation(np.flatnonzero(probabilities < 1))
+    certain = np.flatnonzero(probabilities >= 1 - TINY)
+    order = generator.permutation(np.flatnonzero(probabilities < 1 - TINY))
     count = round(float(probabilities.sum())) - len(certain)
     if count <= 0:
         return np.sort(certain)
@@ -111,10 +125,7 @@ def sampled(probabilities: np.ndarray, generator: np.random.Generator) -> np.nda
 
 
 def robust(gains: np.ndarray, budget: int, wrong: float, seed: int) -> np.ndarray:
-    """Places of a robust choice of `budget` records.
-
-    The sample is drawn from the `robust_support` with probabilities proportional to those of q. If
-    it has fewer than `budget` records, the next ones in order of gain are added to it.
+    """Places of a robust choice of `budget` records, drawn with `robust_probabilities`.
 
     Args:
         gains: [N] float64, the gain of a correct answer to each record. Records whose gain is 0 or
@@ -130,10 +141,9 @@ def robust(gains: np.ndarray, budget: int, wrong: float, seed: int) -> np.ndarra
     if len(known) == 0:
         raise NothingToChooseByError("no record has a gain")
     order = known[np.argsort(-gains[known], kind="stable")]
-    support = max(robust_support(gains[order], wrong * len(order)), min(budget, len(order)))
-    chosen = order[:support]
-    found = inclusion(gains[chosen], min(budget, support))
-    return np.sort(chosen[sampled(found, np.random.default_rng(seed))])
+    count = min(budget, len(order))
+    found = robust_probabilities(gains[order], count, wrong * len(order))
+    return np.sort(order[sampled(found, np.random.default_rng(seed))])
 
 
 def binned(values: Sequence[Any], bins: int) -> list[int | None]:
