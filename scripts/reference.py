@@ -20,16 +20,22 @@ Every number also has an upper bound; the page shows those below 100,000, and th
 `mmkd recipe schema` prints shows all. `python -m scripts.reference` writes this page from the code
 that reads a recipe.
 """
-CONVERSIONS, OBJECTIVES, FORMS = "Conversions", "Objectives", "Forms"
+CONVERSIONS, OBJECTIVES, SELECTIONS, FORMS = "Conversions", "Objectives", "Selections", "Forms"
 GROUPS = {
     CONVERSIONS: "Entries of `convert`, by `kind`. You can add "
     "[your own](extending.md#a-conversion).",
     OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
     "[your own](extending.md#an-objective).",
+    SELECTIONS: "Values of `select`, by `kind`. [Selection](selection.md) explains them.",
     FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.
-KINDS = {"convert": CONVERSIONS, "objectives": OBJECTIVES, "loss": OBJECTIVES}
+KINDS = {
+    "convert": CONVERSIONS,
+    "objectives": OBJECTIVES,
+    "loss": OBJECTIVES,
+    "select": SELECTIONS,
+}
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 MOST_TOLD = 10**5
@@ -80,6 +86,7 @@ class Reference:
 
     def _type(self, schema: Schema, path: str, into: list[str]) -> str:
         """A value's type in words; mappings that it names get their sections."""
+        schema = _given(schema)
         choices = _choices(schema)
         if "discriminator" in schema:
             return self._kinds(schema, path)
@@ -140,6 +147,12 @@ class Reference:
     def _definition(self, schema: Schema) -> tuple[str, Schema]:
         name = schema["$ref"].rpartition("/")[2]
         return name, self.definitions[name]
+
+
+def _given(schema: Schema) -> Schema:
+    """What a value is if it is not none, where that is one schema."""
+    inner = [s for s in schema.get("anyOf", []) if s.get("type") != "null"]
+    return inner[0] if len(inner) == 1 and "discriminator" in inner[0] else schema
 
 
 def _choices(schema: Schema) -> list[Schema]:

@@ -199,7 +199,8 @@ def _score(
     blocks = [range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)]
     left = [block for block in blocks if not journal.done.issuperset(block)]
     if not left:
-        say(f"{model.name}: all {count:,} records are scored already")
+        if distributed.rank() == 0:
+            say(f"{model.name}: all {count:,} records are scored already")
         return
     if not journal.done:  # a bad first record is refused before the weights are loaded
         encode(encoder, [0])
@@ -207,9 +208,8 @@ def _score(
     check_head(running.model, encoder.processor.tokenizer, model.name)
     if running.spread and distributed.world_size() > 1:
         encoder = Encoder(encoder.records, encoder.processor, encoder.config, filler=True)
+    # As many on each process, because a stop is agreed on after each of them.
     shares = [list(share[0]) if share else [] for share in distributed.equal_shares(left, 1)]
-    if not running.spread:
-        shares = [share for share in shares if share]
     work = partial(encode, encoder)
     encoded = work_ahead(work, iter(shares), encoder.config.workers)
     vocabulary, bad = token_count(encoder.processor.tokenizer), 0
@@ -226,7 +226,8 @@ def _score(
                 raise StoppedError(
                     f"{model.name} stopped at block {number} of {len(shares)}", hint=AGAIN
                 )
-    if bad:
+    bad = sum(distributed.gather([bad]))
+    if bad and distributed.rank() == 0:
         say(f"{model.name}: {bad} bad records have no scores")
 
 
