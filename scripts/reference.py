@@ -26,7 +26,7 @@ GROUPS = {
     "[your own](extending.md#a-conversion).",
     OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
     "[your own](extending.md#an-objective).",
-    SELECTIONS: "Values of `select`, by `kind`. [Selection](selection.md) explains them.",
+    SELECTIONS: "Values of `select`, by `kind`. [Selecting records](selection.md) explains them.",
     FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.

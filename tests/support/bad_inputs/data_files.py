@@ -174,3 +174,40 @@ def empty_data(world: World) -> None:
 def every_record_is_bad(world: World) -> None:
     world.records(record(image=None))
     world.raw["data"]["on_bad_record"] = "skip"
+
+
+overridden(
+    KIND,
+    "scores_that_are_not_there",
+    "data.select={kind: robust, scores: s.parquet, model: student, keep: 0.5}",
+    "s.parquet: no such file of scores",
+    "mmkd data score RECIPE --out FILE",
+)
+overridden(
+    KIND,
+    "scores_of_another_program",
+    "data.select={kind: robust, scores: picture.png, model: student, keep: 0.5}",
+    "picture.png: it is damaged, or `mmkd data score` has not written it",
+    "score the records again",
+)
+overridden(
+    KIND,
+    "difference_of_one_model",
+    "data.select={kind: difference, scores: s.parquet, large: teacher, small: teacher}",
+    "recipe.yaml: data.select: both models are 'teacher'",
+    "name two models, whose losses differ",
+)
+overridden(
+    KIND,
+    "difficulty_without_the_field",
+    "data.select={kind: difficulty, field: made.pass_rate}",
+    "records: no record has a number in 'made.pass_rate'",
+    "check 'field'",
+)
+overridden(
+    KIND,
+    "selection_of_a_stream",
+    "data={sources: [{train: 'hub:a/b', stream: 9, select: {kind: balance, field: score}}]}",
+    "data.sources.0: 'select' needs all records before training",
+    "leave 'stream' out",
+)
