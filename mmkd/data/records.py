@@ -37,12 +37,22 @@ class Source:
         config: settings of the source.
         share: share of its records that is held out from training; None for none.
         held_out: contain the held-out records instead of the others.
+        apart: number of records that are neither trained on nor in that share (`data.sampling`).
+        measured: contain these instead.
 
     Attributes:
         selection: the choice that `select` has made among the others; None without it.
     """
 
-    def __init__(self, config: SourceConfig, *, share: float | None = None, held_out: bool = False):
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        share: float | None = None,
+        held_out: bool = False,
+        apart: int = 0,
+        measured: bool = False,
+    ):
         self.config = config
         self._rows = open_rows(config)
         self._numbers: np.ndarray | None = None
@@ -50,28 +60,35 @@ class Source:
         self.selection: Selection | None = None
         if len(self) == 0:
             raise DataError("the data set is empty", where=config.train, hint="add records")
-        if share is not None:
-            self._numbers = self._split(share, held_out)
-        if config.select is not None and not held_out:
-            self.selection = self._select(config.select, share)
+        if share is not None or apart:
+            parts = self._split(share, apart)
+            self._numbers = parts[0 if held_out else 1 if measured else 2]
+        if config.select is not None and not (held_out or measured):
+            self.selection = self._select(config.select, (share, apart))
             self._numbers = self.selection.numbers
 
-    def _split(self, share: float, held_out: bool) -> np.ndarray:
-        """Indices of the rows that are held out, or of those that are not, [n] int64, ascending."""
+    def _split(self, share: float | None, apart: int) -> list[np.ndarray]:
+        """Indices of the rows of the share, of those that are kept apart, and of all others, each
+        [n] int64, ascending."""
         count = len(self._rows)
-        if count == 1:
+        if share is not None and count == 1:
             raise DataError(
                 "its only record cannot be held out",
                 where=self.config.train,
                 hint="give data.validation a file",
             )
-        first = np.zeros(count, dtype=bool)
-        first[_shuffled(count)[: min(max(1, round(share * count)), count - 1)]] = True
-        return (first if held_out else ~first).nonzero()[0]
+        first = 0 if share is None else min(max(1, round(share * count)), count - 1)
+        if first + apart >= count:
+            raise DataError(
+                f"it has {count:,} records, of which {first + apart:,} would not be trained on",
+                where=self.config.train,
+                hint="lower data.sampling.held_out, or give the source more records",
+            )
+        return [np.sort(part) for part in np.split(_shuffled(count), [first, first + apart])]
 
-    def _select(self, config: SelectionConfig, share: float | None) -> Selection:
+    def _select(self, config: SelectionConfig, split: tuple[float | None, int]) -> Selection:
         """The records that are trained on, of those that are not held out."""
-        key = _selection_key(self.config, share)
+        key = _selection_key(self.config, split)
         if key is None or key not in _selections:
             count = len(self._rows)
             numbers = np.arange(count) if self._numbers is None else self._numbers
@@ -136,7 +153,7 @@ class Source:
 _selections: dict[tuple[Any, ...], Selection] = {}
 
 
-def _selection_key(config: SourceConfig, share: float | None) -> tuple[Any, ...] | None:
+def _selection_key(config: SourceConfig, split: tuple[float | None, int]) -> tuple[Any, ...] | None:
     """Everything that determines the selection from files; None for other sources. Preflight, run
     and provenance all open a source, and a selection may read all of its records."""
     scores = getattr(config.select, "scores", None)
@@ -145,7 +162,7 @@ def _selection_key(config: SourceConfig, share: float | None) -> tuple[Any, ...]
         stamps = [stamp(file) for file in files]
     except (DataError, OSError):
         return None
-    return (config.model_dump_json(), share, *stamps)
+    return (config.model_dump_json(), split, *stamps)
 
 
 def _shuffled(count: int) -> np.ndarray:
@@ -164,13 +181,17 @@ class Records:
     Args:
         config: settings of the data.
         held_out: contain the records of `data.validation` instead of those for training.
+        measured: contain the records on which `data.sampling` measures the sources instead.
     """
 
-    def __init__(self, config: DataConfig, *, held_out: bool = False):
+    def __init__(self, config: DataConfig, *, held_out: bool = False, measured: bool = False):
         share = config.held_out_share
         parts = config.validation_parts if held_out else config.parts
+        own = not held_out or share is not None  # the training sources, not other ones
+        apart = config.records_apart if own else 0
+        kind = {"held_out": held_out, "measured": measured}
         try:
-            self.sources = [Source(part, share=share, held_out=held_out) for part in parts]
+            self.sources = [Source(part, share=share, apart=apart, **kind) for part in parts]
         except DataError as error:
             if not held_out or share is not None:
                 raise

@@ -46,7 +46,7 @@ from mmkd.recipe.selection import (
     RobustSelection,
     SelectionConfig,
 )
-from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
+from mmkd.recipe.sources import HUB, DataConfig, DomainSampling, HeldOutConfig, SourceConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
     STEP_METRICS,
@@ -85,6 +85,7 @@ __all__ = [
     "DepthPruningConfig",
     "DifferenceSelection",
     "DifficultySelection",
+    "DomainSampling",
     "EarlyExitConfig",
     "EngineConfig",
     "EnsembleConfig",

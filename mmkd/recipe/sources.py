@@ -90,6 +90,22 @@ class SourceConfig(Strict):
         return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
 
 
+class DomainSampling(Strict):
+    """Shares of the sources that follow the student's gap to the teacher on each of them (DDK)."""
+
+    kind: Literal["domain"]
+    every: int = Field(1000, ge=1, le=MOST, description="steps between changes of the shares")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="weight of the gaps; the rest is the same for all sources"
+    )
+    held_out: int = Field(
+        500,
+        ge=1,
+        le=MOST,
+        description="records of each source on which the gap is measured; they are not trained on",
+    )
+
+
 ONLY_TRAINING = ("weight", "cap", "stream", "window", "select")
 """Keys of a source that are for training only."""
 
@@ -139,6 +155,9 @@ class DataConfig(Strict):
     sources: list[SourceConfig] = Field([], description="a mixture, instead of 'train'")
     select: AnySelectionConfig | None = Field(
         None, description="train on a part of the records of 'train'; by default on all"
+    )
+    sampling: DomainSampling | None = Field(
+        None, description="change the shares of the sources in training; by default they are fixed"
     )
     validation: HeldOutConfig | None = Field(
         None,
@@ -200,12 +219,27 @@ class DataConfig(Strict):
             raise ValueError(
                 "some sources have a 'weight' -- give every source a 'weight', or none"
             )
+        if self.sampling is not None:
+            self._check_sampling()
         share = self.validation is not None and self.validation.share is not None
         if share and any(s.stream is not None for s in self.sources):
             raise ValueError(
                 "a share of a stream cannot be held out -- give 'validation' a file or a data set"
             )
         return self
+
+    def _check_sampling(self) -> None:
+        """Check that the shares of the sources can change."""
+        if len(self.sources) < 2:
+            raise ValueError("'sampling' changes the shares of sources -- give two or more sources")
+        fields = SourceConfig.model_fields
+        for key, why in {
+            "weight": "decides the shares",
+            "cap": "draws as many records as the shares say",
+            "stream": "holds records out, and a stream has a few of them at a time",
+        }.items():
+            if any(getattr(s, key) != fields[key].default for s in self.sources):
+                raise ValueError(f"'sampling' {why} -- leave '{key}' of the sources out")
 
     @property
     def parts(self) -> list[SourceConfig]:
@@ -229,6 +263,11 @@ class DataConfig(Strict):
     def held_out_share(self) -> float | None:
         """Share of the training sources' records that is held out; None without a share."""
         return None if self.validation is None else self.validation.share
+
+    @property
+    def records_apart(self) -> int:
+        """Records of each source that `sampling` does not train on."""
+        return 0 if self.sampling is None else self.sampling.held_out
 
     def without_selection(self) -> "DataConfig":
         """The same data with all records of each source."""

@@ -64,14 +64,15 @@ def _selections(recipe: Recipe) -> dict[str, Any]:
     stages = [(m.recipe, stage) for m in members(recipe) for stage in m.recipe.stages]
     data = [own.stage_data(stage) for own, stage in stages]
     parts = {
-        (part.model_dump_json(), config.held_out_share): part
+        (part.model_dump_json(), config.held_out_share, config.records_apart): part
         for config in data
         for part in config.parts
         if part.select is not None
     }
     found: dict[str, list[dict[str, Any]]] = {}
-    for (_, share), part in parts.items():
-        chosen, scores = Source(part, share=share).selection, getattr(part.select, "scores", None)
+    for (_, share, apart), part in parts.items():
+        chosen = Source(part, share=share, apart=apart).selection
+        scores = getattr(part.select, "scores", None)
         assert part.select is not None
         assert chosen is not None
         facts = {**chosen.facts(), "settings": part.select.model_dump(mode="json")}
