@@ -93,7 +93,7 @@ class SourceConfig(Strict):
 class DomainSampling(Strict):
     """Shares of the sources that follow the student's gap to the teacher on each of them (DDK)."""
 
-    kind: Literal["domain"]
+    kind: Literal["domain"] = Field(description="rule by which they change")
     every: int = Field(1000, ge=1, le=MOST, description="steps between changes of the shares")
     alpha: float = Field(
         0.5, ge=0, le=1, description="weight of the gaps; the rest is the same for all sources"

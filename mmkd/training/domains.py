@@ -258,6 +258,7 @@ def build_domains(
         encoder.processor,
         records=Records(encoder.config, measured=True),
         filler=bool(encoder.filler),
+        pack=encoder.pack,
     )
     return Domains(sampling, own, mixture, objective, teacher, engine, size, seed)
 

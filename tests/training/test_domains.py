@@ -14,12 +14,15 @@ from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, RecipeError
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import ModelConfig, load_recipe
+from mmkd.report.plots import stage_panels
+from mmkd.report.rundata import read_run
 from mmkd.runs import pipeline, preflight
 from mmkd.runtime.files import read_json
 from mmkd.training.domains import first_shares, next_shares, rounded
 from tests.support.breaking import broken_off
 from tests.support.ranks import on_ranks
 from tests.support.recipes import tiny_recipe
+from tests.support.slow import slow
 from tests.support.tiny import write_tiny_model
 
 # Formulas
@@ -122,6 +125,13 @@ def test_shares_change_after_each_interval(raw, whole):
         assert sum(sum(line["sources"].values()) for line in interval) == 8
 
 
+def test_the_report_draws_the_shares(raw, whole):
+    path = pipeline.run_folder(load_recipe(changed(raw, "whole"))).path
+    (stage,) = stage_panels(read_run(path))
+    titles = [panel.title for panel in stage.panels]
+    assert {"share of one", "share of two"} <= {*titles}
+
+
 def perplexities(raw, folder):
     """exp of the mean cross-entropy on each source's held-out records, from the model's logits."""
     config = ModelConfig(model=str(folder))
@@ -188,6 +198,22 @@ def test_two_processes_see_the_same_records(raw, whole, tmp_path):
         for key in ("mixture", "sources", "tokens", "supervised_tokens"):
             assert line[key] == wanted[key]
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        slow({"batch": {"size": 2, "total": 4, "pack": 512}}, name="packed"),
+        slow({"batch": {"tokens": 2048, "total": 4}}, name="tokens"),
+        slow({"engine": {"kind": "deepspeed", "zero": 3, "device": "cpu"}}, name="deepspeed"),
+    ],
+)
+def test_the_layout_and_the_engine_change_no_record(stage, raw, whole, request):
+    made = changed(raw, request.node.callspec.id)
+    made["stages"][0] |= stage
+    for line, wanted in zip(lines(pipeline.run(load_recipe(made))), whole, strict=True):
+        for key in ("mixture", "sources", "tokens", "supervised_tokens"):
+            assert line[key] == wanted[key]
 
 
 @pytest.mark.parametrize(

@@ -211,3 +211,32 @@ overridden(
     "data.sources.0: 'select' needs all records before training",
     "leave 'stream' out",
 )
+overridden(
+    KIND,
+    "moving_shares_of_one_source",
+    "data.sampling={kind: domain}",
+    "recipe.yaml: data: 'sampling' changes the shares of sources",
+    "give two or more sources",
+)
+overridden(
+    KIND,
+    "moving_shares_with_weights",
+    "data={sources: [{train: records.json, weight: 1}, {train: b.json, weight: 2}], "
+    "sampling: {kind: domain}}",
+    "data: 'sampling' decides the shares",
+    "leave 'weight' of the sources out",
+)
+
+
+@case(
+    KIND,
+    "let the shares of sources change without a teacher",
+    "stage mimic: data.sampling: it needs one teacher, which an objective of the stage reads",
+    "add a teacher and a divergence",
+)
+def moving_shares_without_a_teacher(world: World) -> None:
+    rows = [record(id=f"r{i}") for i in range(3)]
+    world.records(*rows, name="a.json")
+    world.records(*rows, name="b.json")
+    sources = [{"train": "a.json"}, {"train": "b.json"}]
+    world.raw["data"] = {"sources": sources, "sampling": {"kind": "domain", "held_out": 1}}
