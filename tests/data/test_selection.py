@@ -204,6 +204,7 @@ FIELD = {"kind": "difficulty", "field": "a"}
     ("data", "message"),
     [
         ({"train": "a.json", "select": {**FIELD, "kind": "hard"}}, "unknown kind 'hard'"),
+        ({"train": "a.json", "select": {"field": "a"}}, "data.select: the key 'kind' is missing"),
         ({"train": "a.json", "select": {**FIELD, "least": 1}}, "no number is above 'least' and"),
         ({"train": "a.json", "select": {**DIFFERENCE, "scores": "s", "small": "large"}},
          "both models are 'large' -- name two models"),
