@@ -16,7 +16,8 @@ from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
 from mmkd.data.schema import Record, parse_record, record_id, unparsed
 from mmkd.data.selection import Candidates, Selection, select
-from mmkd.data.sources import StreamedRows, find_files, open_rows
+from mmkd.data.sources import MemorySource, StreamedRows, find_files, open_rows
+from mmkd.data.sources.tables import is_saved
 from mmkd.data.unread import without
 from mmkd.errors import DataError
 from mmkd.recipe import DataConfig, SelectionConfig, SourceConfig
@@ -156,6 +157,8 @@ _selections: dict[tuple[Any, ...], Selection] = {}
 def _selection_key(config: SourceConfig, split: tuple[float | None, int]) -> tuple[Any, ...] | None:
     """Everything that determines the selection from files; None for other sources. Preflight, run
     and provenance all open a source, and a selection may read all of its records."""
+    if isinstance(config, MemorySource) or is_saved(Path(config.train)):
+        return None
     scores = getattr(config.select, "scores", None)
     try:
         files = [*find_files(config.train), *([] if scores is None else [Path(scores)])]

@@ -82,7 +82,8 @@ class Domains:
 
     Attributes:
         config: settings.
-        encoder: of the held-out records of all sources.
+        encoders: of the held-out records, one per source, so that a bad record is replaced by
+            another one of its source.
         mixture: of the stage.
         objective: cross-entropy on the answers.
         teacher: with the student's tokens.
@@ -94,7 +95,7 @@ class Domains:
     """
 
     config: DomainSampling
-    encoder: Encoder
+    encoders: list[Encoder]
     mixture: MovingMixture
     objective: Objective
     teacher: LiveTeacher
@@ -107,7 +108,7 @@ class Domains:
     @property
     def labels(self) -> list[str]:
         """Names of the sources."""
-        return [source.config.label for source in self.encoder.records.sources]
+        return [source.config.label for source in self.mixture.records.sources]
 
     def begin(self, step: int, saved: dict[str, Any] | None, student: Losses) -> None:
         """Measure the sources before the first step, or continue from a checkpoint. Every process
@@ -199,16 +200,14 @@ class Domains:
     def _batches(self) -> Iterator[tuple[int, Batch, bool]]:
         """Source and batch for this process, and whether the batch counts: a process without
         further batches repeats the last one, because sharded models run on all processes."""
-        records = self.encoder.records
-        ends = [*records.starts[1:], len(records)]
         blocks = [
             (number, block)
-            for number, (first, end) in enumerate(zip(records.starts, ends, strict=True))
-            for block in by_size(range(first, end), self.size)
+            for number, encoder in enumerate(self.encoders)
+            for block in by_size(range(len(encoder.records)), self.size)
         ]
         for share in distributed.equal_shares(blocks, 1):
             source, block = share[0] if share else blocks[-1]
-            yield source, self.encoder.encode(block), bool(share)
+            yield source, self.encoders[source].encode(block), bool(share)
 
     def _of_teacher(self, batch: Batch) -> Tensor:
         with torch.no_grad(), self.engine.autocast():
@@ -252,14 +251,18 @@ def build_domains(
     assert mixture is not None
     assert teacher is not None
     objective = answer_ce(head_memory, head_backend)
-    own = Encoder.of(
-        [objective.config],
-        encoder.config,
-        encoder.processor,
-        records=Records(encoder.config, measured=True),
-        filler=bool(encoder.filler),
-        pack=encoder.pack,
-    )
+    data = encoder.config
+    own = [
+        Encoder.of(
+            [objective.config],
+            data,
+            encoder.processor,
+            records=Records(data.model_copy(update={"sources": [source]}), measured=True),
+            filler=bool(encoder.filler),
+            pack=encoder.pack,
+        )
+        for source in data.sources
+    ]
     return Domains(sampling, own, mixture, objective, teacher, engine, size, seed)
 
 
