@@ -20,13 +20,15 @@ Every number also has an upper bound; the page shows those below 100,000, and th
 `mmkd recipe schema` prints shows all. `python -m scripts.reference` writes this page from the code
 that reads a recipe.
 """
-CONVERSIONS, OBJECTIVES, CHECKS, FORMS = "Conversions", "Objectives", "Checks of answers", "Forms"
+CONVERSIONS, OBJECTIVES, CHECKS = "Conversions", "Objectives", "Checks of answers"
+SELECTIONS, FORMS = "Selections", "Forms"
 GROUPS = {
     CONVERSIONS: "Entries of `convert`, by `kind`. You can add "
     "[your own](extending.md#a-conversion).",
     OBJECTIVES: "Entries of `objectives`, by `kind`. You can add "
     "[your own](extending.md#an-objective).",
     CHECKS: "Entries of `checks`, by `kind`. A check without settings may be written as its kind.",
+    SELECTIONS: "Values of `select`, by `kind`. [Selecting records](selection.md) explains them.",
     FORMS: "Mappings that a key accepts in addition to other values.",
 }
 # Keys whose entries say their kind.
@@ -35,6 +37,7 @@ KINDS = {
     "objectives": OBJECTIVES,
     "loss": OBJECTIVES,
     "checks": CHECKS,
+    "select": SELECTIONS,
 }
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -86,6 +89,7 @@ class Reference:
 
     def _type(self, schema: Schema, path: str, into: list[str]) -> str:
         """A value's type in words; mappings that it names get their sections."""
+        schema = _given(schema)
         choices = _choices(schema)
         if "discriminator" in schema:
             return self._kinds(schema, path)
@@ -146,6 +150,12 @@ class Reference:
     def _definition(self, schema: Schema) -> tuple[str, Schema]:
         name = schema["$ref"].rpartition("/")[2]
         return name, self.definitions[name]
+
+
+def _given(schema: Schema) -> Schema:
+    """What a value is if it is not none, where that is one schema."""
+    inner = [s for s in schema.get("anyOf", []) if s.get("type") != "null"]
+    return inner[0] if len(inner) == 1 and "discriminator" in inner[0] else schema
 
 
 def _choices(schema: Schema) -> list[Schema]:

@@ -8,6 +8,7 @@ import typer
 
 from mmkd.cli.app import (
     AsJson,
+    Device,
     Nproc,
     Overrides,
     Plugins,
@@ -17,6 +18,7 @@ from mmkd.cli.app import (
     data_app,
     notes,
 )
+from mmkd.cli.calibrate import BatchSize
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -100,6 +102,49 @@ def answers(
     from mmkd.runtime import distributed
 
     make_entries(read, only or ())
+    distributed.disconnect()
+
+
+@data_app.command()
+def score(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="parquet file to write")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="a teacher's name, student (before its first stage) or NAME=FOLDER; "
+            "default: all teachers and the student"
+        ),
+    ] = None,
+    stage: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="name of a stage with data of its own"),
+    ] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    plugin: Plugins = None,
+    trusted: Trusted = None,
+    nproc: Nproc = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Score all training records with models. A second call continues where it stopped."""
+    words = ["--out", str(out), "--batch-size", str(batch_size), "--device", device]
+    words += [word for name in model or [] for word in ("--model", name)]
+    words += ([] if stage is None else ["--stage", stage]) + (["--json"] if as_json else [])
+    with notes(as_json):  # before torch is imported, which takes seconds
+        read = begin(["data", "score"], recipe, overrides, plugin, nproc, words)
+    from mmkd.commands.score_data import print_scores, score_data
+    from mmkd.runtime import distributed
+
+    with notes(as_json):
+        found = score_data(
+            read, out, models=model or [], stage=stage, batch_size=batch_size, device=device
+        )
+    if distributed.rank() == 0 and as_json:
+        print(json.dumps(found, indent=1))
+    elif distributed.rank() == 0:
+        print_scores(found)
     distributed.disconnect()
 
 

@@ -146,7 +146,7 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
         steps: to time; two more warm up.
 
     Raises:
-        RecipeError: no such stage.
+        RecipeError: no such stage, or the shares of its sources change within these steps.
     """
     names = [s.name for s in recipe.stages]
     if stage_name is not None and stage_name not in names:
@@ -154,6 +154,14 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
             f"no stage {stage_name!r}", where="stages", hint=f"there are {', '.join(names)}"
         )
     index = 0 if stage_name is None else names.index(stage_name)
+    sampling = recipe.stage_data(recipe.stages[index]).sampling
+    if sampling is not None and steps + WARM_UP > sampling.every:
+        raise RecipeError(
+            f"the shares of the sources change after {sampling.every:,} steps, within the "
+            f"{steps + WARM_UP:,} that are timed",
+            where="data.sampling",
+            hint="raise 'every' for the bench, or lower --steps",
+        )
     with TemporaryDirectory() as folder:
         made = prepare(students(recipe)[0].recipe, index, Path(folder))
         return time_stage(*made, recipe.name, steps)

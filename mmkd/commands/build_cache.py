@@ -179,7 +179,8 @@ def _readings(recipe: Recipe, stages: list[StageConfig]) -> list[tuple[StageConf
         for held_out in [False, True] if measured else [False]:
             parts = data.validation_parts if held_out else data.parts
             # The same sources hold other records where another share of them is held out.
-            key = json.dumps([held_out, share, *(part.model_dump_json() for part in parts)])
+            split = [held_out, share, data.records_apart]
+            key = json.dumps([*split, *(part.model_dump_json() for part in parts)])
             found.setdefault(key, (stage, held_out))
     return list(found.values())
 

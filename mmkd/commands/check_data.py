@@ -110,10 +110,11 @@ def _edges(*processors: Any) -> tuple[int, ...]:
 
 
 def _stages(recipe: Recipe) -> list[tuple[StageConfig, DataConfig]]:
-    """All stages with their data, those of the assistant first."""
+    """All stages with all records of their data, those of the assistant first."""
     first = recipe.assistant
     before = [(s, s.data or first.data or recipe.data) for s in first.stages] if first else []
-    return [*before, *((stage, recipe.stage_data(stage)) for stage in recipe.stages)]
+    stages = [*before, *((stage, recipe.stage_data(stage)) for stage in recipe.stages)]
+    return [(stage, data.without_selection()) for stage, data in stages]
 
 
 def _data(recipe: Recipe) -> list[DataConfig]:

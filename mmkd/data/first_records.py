@@ -3,6 +3,8 @@
 from mmkd.data.encoder import Encoder
 from mmkd.data.mixture import Mixture
 from mmkd.recipe.context import StageContext
+from mmkd.runtime import distributed
+from mmkd.runtime.progress import say_once
 
 
 def encoder_of(context: StageContext) -> Encoder:
@@ -27,6 +29,9 @@ def check_records(context: StageContext) -> None:
     """
     encoder = encoder_of(context)
     Mixture(encoder.records, context.recipe.seed)
+    for source in encoder.records.sources:
+        if source.selection is not None and distributed.rank() == 0:
+            say_once(f"{context.where}: {source.config.label} {source.selection}")
     for first in encoder.records.starts:
         batch = encoder.encode([first])
         for objective in context.objectives:

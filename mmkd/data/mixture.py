@@ -15,6 +15,7 @@ records of other sources.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -50,15 +51,22 @@ class Mixture:
         """Records in an epoch."""
         return sum(self.draws)
 
+    @property
+    def period(self) -> int:
+        """Number of records that `order` shuffles."""
+        return len(self)
+
+    def drawn(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Number of records of each source in an epoch, and in all epochs before it."""
+        return self.draws, [epoch * count for count in self.draws]
+
     def members(self, epoch: int) -> Tensor:
         """Indices of an epoch's records, ordered by source, int64."""
         parts = []
-        starts = self.records.starts
-        for number, (start, size, count) in enumerate(
-            zip(starts, self.sizes, self.draws, strict=True)
-        ):
-            whole = count == size and self.windows[number] is None
-            own = torch.arange(size) if whole else self._walk(number, epoch * count)
+        places = zip(self.records.starts, self.sizes, *self.drawn(epoch), strict=True)
+        for number, (start, size, count, first) in enumerate(places):
+            whole = count == size and first % size == 0 and self.windows[number] is None
+            own = torch.arange(size) if whole else self._walk(number, first, count)
             parts.append(start + own)
         return torch.cat(parts)
 
@@ -68,7 +76,7 @@ class Mixture:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         chosen = torch.randperm(len(members), generator=generator)  # a member for each position
         begin = 0
-        for window, count in zip(self.windows, self.draws, strict=True):
+        for window, count in zip(self.windows, self.drawn(epoch)[0], strict=True):
             if window is not None:
                 own = (chosen >= begin) & (chosen < begin + count)
                 chosen[own] = torch.arange(begin, begin + count)
@@ -85,9 +93,11 @@ class Mixture:
         count = min(most, len(members))
         return [int(members[i * len(members) // count]) for i in range(count)]
 
-    def _walk(self, number: int, first: int) -> Tensor:
-        """An epoch's records of a source, beginning at position `first` of its passes."""
-        size, last = self.sizes[number], first + self.draws[number]
+    def _walk(self, number: int, first: int, count: int) -> Tensor:
+        """`count` records of a source, beginning at position `first` of its passes."""
+        size, last = self.sizes[number], first + count
+        if count == 0:
+            return torch.arange(0)
         passes = range(first // size, -(-last // size))
         walk = torch.cat([self._pass(number, p) for p in passes])
         return walk[first - passes[0] * size :][: last - first]
@@ -102,6 +112,52 @@ class Mixture:
             for first in range(0, size, window)
         ]
         return torch.cat(parts)
+
+
+class MovingMixture(Mixture):
+    """Records in intervals of equal length, each with other shares of the sources.
+
+    Interval j has n_ij records of source i, which are in proportion to the shares of the interval
+    and rounded so that their sum is the length of the interval. In the passes of a source, it
+    begins at n_i0 + ... + n_i(j-1). With shares that do not change, it is a `Mixture` of these
+    weights with epochs of this length.
+
+    Args:
+        records: of several sources, without streams.
+        seed: as for `Mixture`.
+        period: number of records of an interval.
+
+    Attributes:
+        shares: of the sources, by interval, as far as they are known. The shares of the first
+            interval are those of the sources' records among all records.
+    """
+
+    def __init__(self, records: Records, seed: int, period: int):
+        super().__init__(records, seed)
+        self._period = period
+        self.shares: list[list[float]] = []
+        self._counts: list[list[int]] = []
+        self.add([size / sum(self.sizes) for size in self.sizes])
+
+    @property
+    def period(self) -> int:
+        return self._period
+
+    def add(self, shares: Sequence[float]) -> None:
+        """Set the shares of the next interval.
+
+        Args:
+            shares: of the sources, not negative, with a positive sum.
+        """
+        self.shares.append(list(shares))
+        self._counts.append(apportioned(self.period, list(map(Fraction, shares))))
+
+    def drawn(self, epoch: int) -> tuple[list[int], list[int]]:
+        if epoch >= len(self._counts):
+            raise ValueError(f"the shares of interval {epoch} are not known yet")
+        before = self._counts[:epoch]
+        firsts = [sum(counts[i] for counts in before) for i in range(len(self.sizes))]
+        return self._counts[epoch], firsts
 
 
 def draws(sizes: list[int], weights: list[float | None], caps: list[int | None]) -> list[int]:
@@ -121,9 +177,16 @@ def draws(sizes: list[int], weights: list[float | None], caps: list[int | None])
     whole = sum(given, Fraction(0))
     limits = [cap * whole / w for cap, w in zip(caps, given, strict=True) if cap is not None]
     total = math.floor(min([Fraction(sum(capped)), *limits]))
-    exact = [total * w / whole for w in given]
+    return apportioned(total, given)
+
+
+def apportioned(total: int, weights: list[Fraction]) -> list[int]:
+    """Integers in proportion to weights, with the sum `total`: those with the largest remainders
+    are rounded up."""
+    whole = sum(weights, Fraction(0))
+    exact = [total * w / whole for w in weights]
     found = [math.floor(share) for share in exact]
-    by_rest = sorted(range(len(given)), key=lambda i: (found[i] - exact[i], i))
+    by_rest = sorted(range(len(weights)), key=lambda i: (found[i] - exact[i], i))
     for i in by_rest[: total - sum(found)]:
         found[i] += 1
     return found

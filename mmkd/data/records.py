@@ -16,10 +16,13 @@ from mmkd.data.content import printable
 from mmkd.data.images import image_size, load_image
 from mmkd.data.left_out import left_out_rows
 from mmkd.data.schema import Record, parse_record, record_id, unparsed
-from mmkd.data.sources import StreamedRows, open_rows
+from mmkd.data.selection import Candidates, Selection, select
+from mmkd.data.sources import MemorySource, StreamedRows, find_files, open_rows
+from mmkd.data.sources.tables import is_saved
 from mmkd.data.unread import without
 from mmkd.errors import DataError
-from mmkd.recipe import DataConfig, SourceConfig
+from mmkd.recipe import DataConfig, SelectionConfig, SourceConfig
+from mmkd.runtime.hashes import stamp
 
 # Fraction of a sequence's length. Multiples of the golden ratio are far from all earlier ones.
 STRIDE = 0.618
@@ -36,10 +39,14 @@ class Source:
         config: settings of the source.
         share: share of its records that is held out from training; None for none.
         held_out: contain the held-out records instead of the others.
-        whole: contain the records of `leave_out` too. Held-out records always do.
+        apart: number of records that are neither trained on nor in that share (`data.sampling`).
+        measured: contain these instead.
+        whole: contain all records for training, those of `leave_out` and those that `select` does
+            not choose too.
 
     Attributes:
         left_out: number of training records that `leave_out` removes.
+        selection: the choice that `select` has made among the others; None without it.
     """
 
     def __init__(
@@ -48,19 +55,27 @@ class Source:
         *,
         share: float | None = None,
         held_out: bool = False,
+        apart: int = 0,
+        measured: bool = False,
         whole: bool = False,
     ):
         self.config = config
         self._rows = open_rows(config)
         self._numbers: np.ndarray | None = None
         self.root = Path(config.images) if config.images else self._rows.folder
+        self.selection: Selection | None = None
         if len(self) == 0:
             raise DataError("the data set is empty", where=config.train, hint="add records")
-        if share is not None:
-            self._numbers = self._split(share, held_out)
+        if share is not None or apart:
+            parts = self._split(share, apart)
+            self._numbers = parts[0 if held_out else 1 if measured else 2]
         self.left_out = 0
-        if config.leave_out is not None and not (held_out or whole):
+        trained = not (held_out or measured or whole)
+        if config.leave_out is not None and trained:
             self._leave_out(left_out_rows(config, self._rows))
+        if config.select is not None and trained:
+            self.selection = self._select(config.select, (share, apart))
+            self._numbers = self.selection.numbers
 
     def _leave_out(self, numbers: np.ndarray) -> None:
         """Remove rows, [n] int64, from the source."""
@@ -79,25 +94,48 @@ class Source:
         """Index of each record's row in the files, [records] int64, ascending."""
         return np.arange(len(self._rows)) if self._numbers is None else self._numbers
 
-    def _split(self, share: float, held_out: bool) -> np.ndarray:
-        """Indices of the rows that are held out, or of those that are not, [n] int64, ascending."""
+    def _split(self, share: float | None, apart: int) -> list[np.ndarray]:
+        """Indices of the rows of the share, of those that are kept apart, and of all others, each
+        [n] int64, ascending."""
         count = len(self._rows)
-        if count == 1:
+        if share is not None and count == 1:
             raise DataError(
                 "its only record cannot be held out",
                 where=self.config.train,
                 hint="give data.validation a file",
             )
-        first = np.zeros(count, dtype=bool)
-        first[_shuffled(count)[: min(max(1, round(share * count)), count - 1)]] = True
-        return (first if held_out else ~first).nonzero()[0]
+        first = 0 if share is None else min(max(1, round(share * count)), count - 1)
+        if first + apart >= count:
+            raise DataError(
+                f"it has {count:,} records, of which {first + apart:,} would not be trained on",
+                where=self.config.train,
+                hint="lower data.sampling.held_out, or give the source more records",
+            )
+        return [np.sort(part) for part in np.split(_shuffled(count), [first, first + apart])]
 
-    def _number(self, index: int) -> int:
-        """Index of a record's row."""
+    def _select(self, config: SelectionConfig, split: tuple[float | None, int]) -> Selection:
+        """The records that are trained on, of those that are not held out."""
+        key = _selection_key(self.config, split)
+        if key is None or key not in _selections:
+            place = self._rows.place
+            candidates = Candidates(self.config.label, self._rows, self.rows, self._record, place)
+            found = select(config, candidates)
+            if key is None:
+                return found
+            _selections[key] = found
+        return _selections[key]
+
+    def row_number(self, index: int) -> int:
+        """Index of a record's row in the source."""
         return index if self._numbers is None else int(self._numbers[index])
 
     def __len__(self) -> int:
         return len(self._rows) if self._numbers is None else len(self._numbers)
+
+    @property
+    def size(self) -> int:
+        """Number of all records of the source, held-out and unselected ones included."""
+        return len(self._rows)
 
     @property
     def window(self) -> int | None:
@@ -112,14 +150,14 @@ class Source:
     def id(self, index: int) -> str:
         """Id of a record; "" if it has none, or cannot be read."""
         try:
-            return record_id(self._row(self._number(index)))
+            return record_id(self._row(self.row_number(index)))
         except DataError:
             return ""
 
     def where(self, index: int) -> str:
         """Place of a record for messages: the file, the record's index and its id."""
         name = printable(self.id(index))
-        return self._rows.place(self._number(index)) + (f" (id {name})" if name else "")
+        return self._rows.place(self.row_number(index)) + (f" (id {name})" if name else "")
 
     def _row(self, number: int, ignore: Sequence[str] = ()) -> dict[str, Any]:
         try:
@@ -131,9 +169,27 @@ class Source:
 
     def __getitem__(self, index: int) -> Record:
         with located(lambda: self.where(index)):
-            number = self._number(index)
-            row = self._row(number, self.config.ignore)
-            return parse_record(row, number, self.root)
+            return self._record(self.row_number(index))
+
+    def _record(self, number: int) -> Record:
+        return parse_record(self._row(number, self.config.ignore), number, self.root)
+
+
+_selections: dict[tuple[Any, ...], Selection] = {}
+
+
+def _selection_key(config: SourceConfig, split: tuple[float | None, int]) -> tuple[Any, ...] | None:
+    """Everything that determines the selection from files; None for other sources. Preflight, run
+    and provenance all open a source, and a selection may read all of its records."""
+    if isinstance(config, MemorySource) or is_saved(Path(config.train)):
+        return None
+    named = (getattr(config.select, "scores", None), config.leave_out)
+    try:
+        files = [*find_files(config.train), *(Path(file) for file in named if file is not None)]
+        stamps = [stamp(file) for file in files]
+    except (DataError, OSError):
+        return None
+    return (config.model_dump_json(), split, *stamps)
 
 
 def _shuffled(count: int) -> np.ndarray:
@@ -152,13 +208,17 @@ class Records:
     Args:
         config: settings of the data.
         held_out: contain the records of `data.validation` instead of those for training.
+        measured: contain the records on which `data.sampling` measures the sources instead.
     """
 
-    def __init__(self, config: DataConfig, *, held_out: bool = False):
-        share = None if config.validation is None else config.validation.share
+    def __init__(self, config: DataConfig, *, held_out: bool = False, measured: bool = False):
+        share = config.held_out_share
         parts = config.validation_parts if held_out else config.parts
+        own = not held_out or share is not None  # the training sources, not other ones
+        apart = config.records_apart if own else 0
+        kind = {"held_out": held_out, "measured": measured}
         try:
-            self.sources = [Source(part, share=share, held_out=held_out) for part in parts]
+            self.sources = [Source(part, share=share, apart=apart, **kind) for part in parts]
         except DataError as error:
             if not held_out or share is not None:
                 raise

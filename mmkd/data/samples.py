@@ -1,5 +1,6 @@
 """Samples: rendered records with their images, ready to be encoded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,14 @@ NO_INDEX = -1
 """Index of a sample that is not a record of the data."""
 
 
+def key_of(record: Record, pictures: Sequence[Image.Image]) -> bytes:
+    """The key of a record with its decoded images."""
+    messages: list[Any] = record.messages
+    if record.unfinished:
+        messages = [*messages, "unfinished"]
+    return record_key(messages, pictures)
+
+
 @dataclass(frozen=True)
 class Sample:
     """A record with its text and images; for a preference pair, with one of its two answers."""
@@ -28,10 +37,7 @@ class Sample:
     @property
     def key(self) -> bytes:
         """Its key in a cache."""
-        messages: list[Any] = self.record.messages
-        if self.record.unfinished:
-            messages = [*messages, "unfinished"]
-        return record_key(messages, self.pictures)
+        return key_of(self.record, self.pictures)
 
     def other(self) -> "Sample":
         """The rejected answer as a sample."""

@@ -10,7 +10,7 @@ from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.lengths import SharedLengths
 from mmkd.data.microbatches import by_size, by_tokens
-from mmkd.data.mixture import Mixture
+from mmkd.data.mixture import Mixture, MovingMixture
 from mmkd.data.workers import work_ahead
 from mmkd.recipe import BatchConfig
 
@@ -21,6 +21,9 @@ class BatchStream:
     With a global batch size G, step s has the records s*G ... (s+1)*G - 1 of an endless sequence of
     epochs. Each epoch is a `Mixture` of the sources, shuffled by seed and epoch. The records of a
     step are divided into micro-batches by `mmkd.data.microbatches`.
+
+    With `data.sampling`, intervals of steps are in the place of epochs (`MovingMixture`). The
+    records of an interval are read when the shares of the sources in it are known.
     """
 
     def __init__(
@@ -35,11 +38,18 @@ class BatchStream:
     ):
         self.encoder = encoder
         self.batch = batch
-        self.mixture = Mixture(encoder.records, seed)
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
         self.records_per_step = batch.records_per_step(world_size)
+        sampling = encoder.config.sampling
+        self.mixture = Mixture(encoder.records, seed)
+        self.moving: MovingMixture | None = None
+        self.interval: int | None = None
+        if sampling is not None:
+            self.interval = sampling.every
+            period = self.interval * self.records_per_step
+            self.mixture = self.moving = MovingMixture(encoder.records, seed, period)
         self._epochs: dict[int, list[int]] = {}
         self._lengths = SharedLengths(encoder, rank=rank, world_size=world_size, workers=workers)
         several = batch.micro_steps(world_size) != 1 or world_size > 1
@@ -49,7 +59,7 @@ class BatchStream:
         return max(1, round(epochs * len(self.mixture) / self.records_per_step))
 
     def _record(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.mixture))
+        epoch, offset = divmod(position, self.mixture.period)
         if epoch not in self._epochs:
             order = self.mixture.order(epoch)
             self._epochs = {epoch: order, **dict(list(self._epochs.items())[:1])}
@@ -79,11 +89,11 @@ class BatchStream:
     def seen(self, steps: int) -> list[int]:
         """The records of the first `steps` steps, ascending."""
         count, found = steps * self.records_per_step, set[int]()
-        for epoch in range(-(-count // len(self.mixture))):
+        for epoch in range(-(-count // self.mixture.period)):
             if len(found) == len(self.encoder.records):
                 break
             order = self.mixture.order(epoch)
-            found.update(order[: count - epoch * len(self.mixture)])
+            found.update(order[: count - epoch * self.mixture.period])
         return sorted(found)
 
     def batches(self, step: int) -> list[Batch]:
@@ -94,10 +104,22 @@ class BatchStream:
         """Yields the micro-batches of each step in first ... last - 1. Every rank must iterate over
         it.
 
+        With `data.sampling`, nothing of an interval is read ahead before the last batches of the
+        interval before it were taken, and a next step was asked for.
+
         Raises:
             MmkdError: from `Encoder.encode` or `Encoder.length`.
             PeerError: a worker process or another rank has ended.
         """
+        while first < last:
+            end = last
+            if self.interval is not None:
+                end = min(last, (first // self.interval + 1) * self.interval)
+            yield from self._read_ahead(first, end)
+            first = end
+
+    def _read_ahead(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """The same for steps whose records are known."""
         counts: list[int] = []
 
         def planned() -> Iterator[list[int]]:

@@ -48,8 +48,16 @@ from mmkd.recipe.models import (
 )
 from mmkd.recipe.object_questions import ExistenceConfig, ObjectQuestionsConfig
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.selection import (
+    AnySelectionConfig,
+    BalanceSelection,
+    DifferenceSelection,
+    DifficultySelection,
+    RobustSelection,
+    SelectionConfig,
+)
 from mmkd.recipe.servers import ServerConfig
-from mmkd.recipe.sources import HUB, DataConfig, HeldOutConfig, SourceConfig
+from mmkd.recipe.sources import HUB, DataConfig, DomainSampling, HeldOutConfig, SourceConfig
 from mmkd.recipe.stage_teacher import StageTeacherConfig
 from mmkd.recipe.stages import (
     ANSWER_CE,
@@ -84,6 +92,8 @@ __all__ = [
     "VALIDATION_METRICS",
     "AnyCheckConfig",
     "AnyConversionConfig",
+    "AnySelectionConfig",
+    "BalanceSelection",
     "BatchConfig",
     "CandidatesConfig",
     "Check",
@@ -92,6 +102,9 @@ __all__ = [
     "ConversionConfig",
     "DataConfig",
     "DepthPruningConfig",
+    "DifferenceSelection",
+    "DifficultySelection",
+    "DomainSampling",
     "EarlyExitConfig",
     "EngineConfig",
     "EnsembleConfig",
@@ -118,9 +131,11 @@ __all__ = [
     "RationaleConfig",
     "Recipe",
     "ReleaseConfig",
+    "RobustSelection",
     "SamplesConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "SelectionConfig",
     "ServerConfig",
     "SourceConfig",
     "StageConfig",

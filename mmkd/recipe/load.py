@@ -195,6 +195,8 @@ def _validate(form: type[M], raw: dict[str, Any], where: str) -> M:
             hint = nearest(str(first["loc"][-1]), known)
         elif first["type"] == "missing":
             message, hint = "this key is missing", "add it"
+        elif first["type"] == "union_tag_not_found":
+            message, hint = "the key 'kind' is missing", "add it"
         elif first["type"] == "union_tag_invalid":
             context = first["ctx"]
             kind = context["discriminator"].strip("'")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.recipe.base import BOTH, LocalPath, Strict
+from mmkd.recipe.selection import AnySelectionConfig
 from mmkd.runtime.fields import MOST, NAME, Prose
 
 HUB = "hub:"
@@ -66,6 +67,9 @@ class SourceConfig(Strict):
         description="keys of records and turns that are left out, such as a video that is "
         "not needed",
     )
+    select: AnySelectionConfig | None = Field(
+        None, description="train on a part of its records; by default on all"
+    )
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> "SourceConfig":
@@ -78,6 +82,11 @@ class SourceConfig(Strict):
             raise ValueError("'window' is for streams -- set 'stream' to a number of records")
         if self.leave_out is not None and self.stream is not None:
             raise ValueError(NOT_OF_STREAMS)
+        if self.select is not None and self.stream is not None:
+            raise ValueError(
+                "'select' needs all records before training, and a stream has a few of them -- "
+                "leave 'stream' out"
+            )
         return self
 
     @property
@@ -90,7 +99,23 @@ class SourceConfig(Strict):
         return self.train if PATTERN & set(self.train) else Path(self.train).stem or self.train
 
 
-ONLY_TRAINING = ("weight", "cap", "stream", "window", "leave_out")
+class DomainSampling(Strict):
+    """Shares of the sources that follow the student's gap to the teacher on each of them (DDK)."""
+
+    kind: Literal["domain"] = Field(description="rule by which they change")
+    every: int = Field(1000, ge=1, le=MOST, description="steps between changes of the shares")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="weight of the gaps; the rest is the same for all sources"
+    )
+    held_out: int = Field(
+        500,
+        ge=1,
+        le=MOST,
+        description="records of each source on which the gap is measured; they are not trained on",
+    )
+
+
+ONLY_TRAINING = ("weight", "cap", "stream", "window", "leave_out", "select")
 """Keys of a source that are for training only."""
 
 
@@ -142,6 +167,12 @@ class DataConfig(Strict):
         description="file of records that are not trained on, from `mmkd data check --drop`; for "
         "all sources that name none",
     )
+    select: AnySelectionConfig | None = Field(
+        None, description="train on a part of the records of 'train'; by default on all"
+    )
+    sampling: DomainSampling | None = Field(
+        None, description="change the shares of the sources in training; by default they are fixed"
+    )
     validation: HeldOutConfig | None = Field(
         None,
         description="held-out records: as 'train', a share of the training records such as 0.05, "
@@ -191,6 +222,10 @@ class DataConfig(Strict):
     def _one_kind(self) -> "DataConfig":
         if (self.train is None) == (not self.sources):
             raise ValueError(f"{BOTH}give either 'train' (one source) or 'sources' (a mixture)")
+        if self.select is not None and self.sources:
+            raise ValueError(
+                "'select' is for 'train', and there are 'sources' -- move it into a source"
+            )
         names = [s.label for s in self.sources]
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name -- give each a 'name'")
@@ -198,6 +233,8 @@ class DataConfig(Strict):
             raise ValueError(
                 "some sources have a 'weight' -- give every source a 'weight', or none"
             )
+        if self.sampling is not None:
+            self._check_sampling()
         share = self.validation is not None and self.validation.share is not None
         if share and any(s.stream is not None for s in self.sources):
             raise ValueError(
@@ -207,11 +244,31 @@ class DataConfig(Strict):
             raise ValueError(NOT_OF_STREAMS)
         return self
 
+    def _check_sampling(self) -> None:
+        """Check that the shares of the sources can change."""
+        if len(self.sources) < 2:
+            raise ValueError("'sampling' changes the shares of sources -- give two or more sources")
+        fields = SourceConfig.model_fields
+        for key, why in {
+            "weight": "decides the shares",
+            "cap": "draws as many records as the shares say",
+            "stream": "holds records out, and a stream has a few of them at a time",
+        }.items():
+            if any(getattr(s, key) != fields[key].default for s in self.sources):
+                raise ValueError(f"'sampling' {why} -- leave '{key}' of the sources out")
+
     @property
     def parts(self) -> list[SourceConfig]:
         """The sources, one or more, with the folders of their images."""
         if self.train is not None:
-            return [SourceConfig(train=self.train, images=self.images, leave_out=self.leave_out)]
+            return [
+                SourceConfig(
+                    train=self.train,
+                    images=self.images,
+                    leave_out=self.leave_out,
+                    select=self.select,
+                )
+            ]
         own = {"images": self.images, "leave_out": self.leave_out}
         return [
             s.model_copy(update={key: getattr(s, key) or value for key, value in own.items()})
@@ -228,3 +285,18 @@ class DataConfig(Strict):
             return self.parts
         own = self.validation.sources
         return [s.model_copy(update={"images": s.images or self.images}) for s in own]
+
+    @property
+    def held_out_share(self) -> float | None:
+        """Share of the training sources' records that is held out; None without a share."""
+        return None if self.validation is None else self.validation.share
+
+    @property
+    def records_apart(self) -> int:
+        """Records of each source that `sampling` does not train on."""
+        return 0 if self.sampling is None else self.sampling.held_out
+
+    def without_selection(self) -> "DataConfig":
+        """The same data with all records of each source."""
+        sources = [s.model_copy(update={"select": None}) for s in self.sources]
+        return self.model_copy(update={"select": None, "sources": sources})

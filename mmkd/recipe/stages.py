@@ -239,6 +239,7 @@ STEP_METRICS = frozenset(
         "corrected",
         "corrected_at",
         "sources",
+        "mixture",
         "expert_load",
         "seconds",
     }

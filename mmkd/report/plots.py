@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mmkd.recipe import ANSWER_CE, STEP_METRICS, TEACHER_KL
 from mmkd.report.experts import busiest
-from mmkd.report.rundata import MemberLog, Run, StageLog
+from mmkd.report.rundata import SHARE, MemberLog, Run, StageLog
 from mmkd.runtime.teacher_hacking import FEWEST_ANSWERS
 
 BUSIEST = "busiest_expert"
@@ -82,7 +82,7 @@ def stage_panels(run: Run) -> list[StagePanels]:
 
 def _metrics(stages: Sequence[StageLog]) -> list[str]:
     keys = dict.fromkeys(key for stage in stages for line in stage.lines for key in line)
-    objectives = [key for key in keys if key not in STEP_METRICS]
+    objectives = [k for k in keys if k not in STEP_METRICS and not k.startswith(SHARE)]
     # With one objective of weight 1, the total is the same curve.
     total = ["loss"] if any(_has_total(stage) for stage in stages) else []
     sparse = [BUSIEST] if any(stage.loads for stage in stages) else []
@@ -92,8 +92,9 @@ def _metrics(stages: Sequence[StageLog]) -> list[str]:
         key=lambda key: (BESIDE.index(key.partition(".")[0]), key),
     )
     beside = [key for key in beside if not _is_repeated(key, objectives, stages)]
+    shares = [key for key in keys if key.startswith(SHARE)]
     shown = [m for m in (*total, "lr", "grad_norm") if m in keys]
-    return objectives + beside + sparse + shown
+    return objectives + beside + sparse + shares + shown
 
 
 def _is_repeated(key: str, objectives: Sequence[str], stages: Sequence[StageLog]) -> bool:
@@ -119,9 +120,12 @@ def _panel(run: Run, stage: str, metric: str, logs: Sequence[tuple[MemberLog, St
             steps, values = [v["step"] for v in measured], [v[metric] for v in measured]
             style = style_of(run, member)
             curves.append(Curve(steps, values, *style, held_out=True, kept=log.kept))
-    smooth = metric != "lr"
+    smooth = metric != "lr" and not metric.startswith(SHARE)
     name, _, teacher = metric.partition(".")
-    title = f"{TITLES[name]}: {teacher}" if teacher and name in TITLES else TITLES.get(metric)
+    if metric.startswith(SHARE):
+        title: str | None = f"share of {metric.removeprefix(SHARE)}"
+    else:
+        title = f"{TITLES[name]}: {teacher}" if teacher and name in TITLES else TITLES.get(metric)
     return Panel(title or metric, draw(curves, smooth=smooth, salt=f"{stage}-{metric}"))
 
 

@@ -36,6 +36,8 @@ from mmkd.runtime.teacher_hacking import Hacking, found_in
 
 Scores = Mapping[str, Mapping[str, float]]
 Load = dict[str, list[float]]  # layer -> share of tokens of each expert
+SHARE = "mixture/"
+"""Beginning of the name of a metric that is the share of a source."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _stage(folder: StageFolder, config: dict[str, Any]) -> StageLog:
     steps = done.get("steps") if done else config.get("steps")
     path = folder.metrics
     logged = read_lines(path)
-    numbers = _numbers(logged)
+    numbers = [a | _shares(b) for a, b in zip(_numbers(logged), logged, strict=True)]
     loads = [line["expert_load"] for line in logged if _is_load(line.get("expert_load"))]
     file = path.stat().st_ino if path.is_file() else 0
     validations = _numbers(read_lines(folder.validation))
@@ -257,6 +259,13 @@ def _stage(folder: StageFolder, config: dict[str, Any]) -> StageLog:
 
 def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
+
+
+def _shares(line: dict[str, Any]) -> dict[str, float]:
+    """Shares of the sources in a step, if they change (`data.sampling`)."""
+    found = line.get("mixture")
+    shares = found.items() if isinstance(found, dict) else ()
+    return {f"{SHARE}{name}": share for name, share in shares if _is_number(share)}
 
 
 def _is_number(value: Any) -> bool:

@@ -262,6 +262,10 @@ def provenance_rows(run: Run) -> list[tuple[str, str]]:
     rows.append(("machine", _machine(machine)))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())))
     rows += [(f"data {name}", str(facts)) for name, facts in found.get("data", {}).items()]
+    rows += [
+        (f"selection of {name}", "; ".join(map(_selection, chosen)))
+        for name, chosen in found.get("selections", {}).items()
+    ]
     rows += [(f"evaluation of {label}", _evaluation(r)) for label, r in run.results.items()]
     return [(name, value) for name, value in rows if value]
 
@@ -269,6 +273,14 @@ def provenance_rows(run: Run) -> list[tuple[str, str]]:
 def _changes(run: Run) -> dict[str, list[str]]:
     """Descriptions of conversions, by label of the students."""
     return {m.group: [line.strip() for line in m.changes] for m in run.members}
+
+
+def _selection(facts: dict[str, Any]) -> str:
+    """What a selection has kept, with a checksum."""
+    kept, records, length = (facts.get(key, 0) for key in ("kept", "records", "length"))
+    repeated = f", {length:,} with repeats" if length > kept else ""
+    checksum = facts.get("sha256_of_indices", "")
+    return f"{facts.get('kind')}: {kept:,} of {records:,} records{repeated}, sha256 {checksum}"
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ from mmkd.teachers.check import (
 )
 from mmkd.teachers.reference import check_reference
 from mmkd.teachers.stored import check_stored, open_store
+from mmkd.training.domains import check_domains
 from mmkd.training.objective_modules import check_own
 from mmkd.training.on_policy import check_on_policy
 from mmkd.training.trackers import check_trackers
@@ -67,7 +68,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_on_policy,
     check_image_tokens,
 )
-OF_DATA: tuple[Check, ...] = (check_records, check_validation)
+OF_DATA: tuple[Check, ...] = (check_records, check_validation, check_domains)
 
 
 def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None) -> None:

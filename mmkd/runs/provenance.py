@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from mmkd.data.records import Records
+from mmkd.data.records import Records, Source
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, DataConfig, Recipe, SourceConfig, to_yaml
 from mmkd.redact import redact_all
-from mmkd.runs.members import Member, run_folder
+from mmkd.runs.members import Member, members, run_folder
 from mmkd.runtime import consent, distributed
 from mmkd.runtime.files import write_json, write_text
 from mmkd.runtime.hashes import file_hash
@@ -57,6 +57,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "trusted": consent.record(),
         "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
         **_left_out(data),
+        **_selections(recipe),
     }
 
 
@@ -72,6 +73,29 @@ def _left_out(data: Sequence[DataConfig]) -> dict[str, Any]:
                 facts = {"file": path, "sha256": file_hash(Path(path)), "records": source.left_out}
                 found[source.config.train] = facts
     return {"left_out": found} if found else {}
+
+
+def _selections(recipe: Recipe) -> dict[str, Any]:
+    """What `select` has chosen, by source, for each different choice; nothing without it."""
+    stages = [(m.recipe, stage) for m in members(recipe) for stage in m.recipe.stages]
+    data = [own.stage_data(stage) for own, stage in stages]
+    parts = {
+        (part.model_dump_json(), config.held_out_share, config.records_apart): part
+        for config in data
+        for part in config.parts
+        if part.select is not None
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (_, share, apart), part in parts.items():
+        chosen = Source(part, share=share, apart=apart).selection
+        scores = getattr(part.select, "scores", None)
+        assert part.select is not None
+        assert chosen is not None
+        facts = {**chosen.facts(), "settings": part.select.model_dump(mode="json")}
+        if scores is not None:
+            facts["scores"] = f"sha256 {file_hash(Path(scores))}"
+        found.setdefault(part.label, []).append(facts)
+    return {"selections": found} if found else {}
 
 
 CONTINUED, REPLACED = "continued", "replaced"

@@ -81,12 +81,12 @@ def reads_of(recipe: Recipe, index: int, start: ModelConfig) -> Reads:
     data = recipe.stage_data(stage)
     files, sources, commits = set[str](), {}, {}
     for part in [*data.parts, *data.validation_parts]:
-        read = _data_read(part.model_dump_json())
+        scores = getattr(part.select, "scores", None)
+        read = _data_read(part.model_copy(update={"select": None}).model_dump_json())
         if not part.train.startswith(HUB):
             sources[part.train] = read.files
-        files |= {*read.files, *read.pictures}
-        if part.leave_out is not None:
-            files.add(part.leave_out)
+        named_files = [part.leave_out, scores]
+        files |= {*read.files, *read.pictures, *(file for file in named_files if file is not None)}
         if read.commit is not None:
             commits[_named(part)] = read.commit
     named = {(name, model.revision) for model in models for name in names_of(model)}

@@ -10,7 +10,7 @@ _known: dict[tuple[Path, int, int, int, int], str] = {}
 
 def file_hash(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    key = _key(path)
+    key = stamp(path)
     if key not in _known:
         _known[key] = sha256(path)
     return _known[key]
@@ -18,7 +18,7 @@ def file_hash(path: Path) -> str:
 
 def remember(path: Path, checksum: str) -> None:
     """Note the SHA-256 of a file as it is now, known from an earlier process."""
-    _known[_key(path)] = checksum
+    _known[stamp(path)] = checksum
 
 
 def forget() -> None:
@@ -26,7 +26,8 @@ def forget() -> None:
     _known.clear()
 
 
-def _key(path: Path) -> tuple[Path, int, int, int, int]:
+def stamp(path: Path) -> tuple[Path, int, int, int, int]:
+    """What changes with a file: its path, size, modification time, change time and inode."""
     status = path.stat()
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 

@@ -49,6 +49,7 @@ class State(Shape):
     step: Count
     records_per_step: Count
     files: Annotated[dict[str, FileFacts], Field(min_length=1)]
+    mixture: dict[str, Any] | None = None
 
 
 class Shard(FileFacts):

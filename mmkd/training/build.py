@@ -41,6 +41,7 @@ from mmkd.teachers import (
 )
 from mmkd.training.callbacks import Callback
 from mmkd.training.correction import Corrector, reads_distribution
+from mmkd.training.domains import Domains, build_domains
 from mmkd.training.objective_modules import GRADIENT_NORMS, build_own, write_own
 from mmkd.training.on_policy import OnPolicy
 from mmkd.training.packing_check import check_packing
@@ -123,6 +124,7 @@ def build_stage(inputs: StageInputs) -> Stage:
         folder=inputs.folder,
         tracked=inputs.tracked,
         validation=held_out,
+        domains=_domains_of(inputs, stream, engine, asked),
         norms=norms,
         image_tokens=_image_tokens_of(inputs, encoder),
         callbacks=inputs.callbacks,
@@ -195,6 +197,23 @@ def _prepare_student(
     if primary is None or primary.model is student or encoder.teacher is not None:
         return None
     return share_vision(primary, student) if any(map(compares, objectives)) else None
+
+
+def _domains_of(
+    inputs: StageInputs, stream: BatchStream, engine: Engine, teachers: TeacherSet
+) -> Domains | None:
+    """What sets the shares of the sources; None if they are fixed."""
+    config = inputs.config
+    return build_domains(
+        stream.encoder,
+        stream.moving,
+        engine,
+        teachers.primary_model,
+        size=config.validation.size or config.batch.size,
+        seed=inputs.seed,
+        head_memory=config.engine.head_memory * 2**20,
+        head_backend=config.engine.head_backend,
+    )
 
 
 def _on_policy_of(

@@ -1,13 +1,14 @@
 """Checkpoints of an unfinished stage: everything that training changes, random states, step.
 
 checkpoints/step-N/
-  state.json                 step, number of ranks, size and checksum of every other file
+  state.json                 step, number of ranks, size and checksum of every other file; shares of
+                             the sources if they change (`data.sampling`)
   tensors-RANK-PART.safetensors
   random-RANK.pt
 
 A folder `step-N` exists only if it is complete. Tensors are not sharded and have fixed names, so
 any engine with any number of ranks can load them. The position in the data needs no state, because
-batches are a function of the step.
+batches are a function of the step, and of shares that are stored.
 
 torch.distributed.checkpoint can also load with another number of ranks. For that, sharded tensors
 must be DTensors or ShardedTensors; DeepSpeed's shards are neither. It writes no checksums, with
@@ -50,11 +51,13 @@ def save_checkpoint(
     records_per_step: int,
     keep: int | None,
     only_weights: bool = False,
+    mixture: dict[str, Any] | None = None,
 ) -> None:
     """Write `folder/step-N`, then delete all but the newest `keep` checkpoints, if given. Every
     rank must call it.
 
     With `only_weights`, optimizer states are left out, and training cannot resume from it.
+    `mixture` has the shares of the sources, if they change (`mmkd.training.domains`).
 
     Raises:
         CheckpointError: on all ranks, if one rank could not write. Older checkpoints are kept.
@@ -75,6 +78,7 @@ def save_checkpoint(
             "world_size": engine.world_size,
             "records_per_step": records_per_step,
             "files": written,
+            **({} if mixture is None else {"mixture": mixture}),
         }
         problem = _attempt(lambda: write_json(partial / STATE, state))
     problems = distributed.gather([problem] if problem else [])
@@ -171,6 +175,12 @@ def load_checkpoint(folder: Path, engine: Engine, *, records_per_step: int) -> i
             restore_random_states(torch.load(states, weights_only=True))
         return step
     return 0
+
+
+def saved_mixture(folder: Path, step: int) -> dict[str, Any] | None:
+    """The shares of the sources in a checkpoint; None if it has none."""
+    state = read_if(State, folder / f"step-{step}" / STATE)
+    return None if state is None else state.get("mixture")
 
 
 def check_batch(folder: Path, records_per_step: int) -> None:

@@ -47,7 +47,8 @@ from mmkd.runtime.run_folder import StageFolder
 from mmkd.runtime.steplog import StepLog
 from mmkd.teachers import Reference, TeacherSet, reference_name
 from mmkd.training.callbacks import Callback
-from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.training.checkpoint import load_checkpoint, save_checkpoint, saved_mixture
+from mmkd.training.domains import CE, Domains
 from mmkd.training.gathered import MicroBatch, first_pass, gathered_objectives
 from mmkd.training.on_policy import AnswerCounts, OnPolicy
 from mmkd.training.shared_vision import SharedVision
@@ -72,6 +73,7 @@ class Stage:
     """The parts of a stage, made by `build_stage`.
 
     Attributes:
+        domains: sets the shares of the sources; None for fixed shares.
         norms: weigh the objectives by their gradients; None for the weights of the recipe.
         image_tokens: leaves out image tokens in training; None keeps all.
         callbacks: are called during the stage, in order.
@@ -91,6 +93,7 @@ class Stage:
     folder: Path
     tracked: Tracked | None = None
     validation: Validation | None = None
+    domains: Domains | None = None
     norms: GradientNorms | None = None
     image_tokens: ImageTokenDropout | None = None
     callbacks: Sequence[Callback] = ()
@@ -106,6 +109,9 @@ class Stage:
         active = self.engine.rank == 0
         if self.validation is not None:
             self.validation.begin(first, active=active)
+        if self.domains is not None:
+            mixture = saved_mixture(saved, first) if first else None
+            self.domains.begin(first, mixture, self._answer_ce)
         log = StepLog(files.metrics, first, active=active, key="loss")
         skipped = StepLog(files.skipped, first, active=active)
         metrics: Metrics = log.last
@@ -122,6 +128,7 @@ class Stage:
                 metrics = self.step(step, batches)
                 seconds = time.monotonic() - started
                 line = {**metrics, "seconds": round(seconds, 4)}
+                self._set_shares(step)
                 measured = self._validate(step)
                 log.write(line)
                 charts.log(line, measured)
@@ -138,12 +145,9 @@ class Stage:
                     break
                 stop = self._must_stop(validated=measured is not None)
                 if step < self.steps and (stop or step % self.config.checkpoint.interval == 0):
-                    keep = self.config.checkpoint.keep_last
                     log.sync()
                     skipped.sync()
-                    save_checkpoint(saved, step, self.engine, records_per_step=records, keep=keep)
-                    if self.validation is not None and active:
-                        self.validation.prune()
+                    self._save(step)
                 if stop and step < self.steps:
                     raise StoppedError(f"{self.config.name} stopped at step {step}", hint=AGAIN)
             log.sync()
@@ -151,6 +155,31 @@ class Stage:
         for callback in self.callbacks:
             callback.on_stage_end(self, metrics)
         return metrics
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(
+            StageFolder(self.folder).checkpoints,
+            step,
+            self.engine,
+            records_per_step=self.stream.records_per_step,
+            keep=self.config.checkpoint.keep_last,
+            mixture=None if self.domains is None else self.domains.state(),
+        )
+        if self.validation is not None and self.engine.rank == 0:
+            self.validation.prune()
+
+    def _set_shares(self, step: int) -> None:
+        """Set the shares of the sources in the next interval, if one begins. The stream reads
+        nothing of it before."""
+        if self.domains is not None and self.domains.due(step, self.steps):
+            self.domains.update(step, self._answer_ce)
+
+    def _answer_ce(self, batch: Batch) -> Tensor:
+        """Sum of the student's cross-entropies on the answers of a batch."""
+        assert self.domains is not None
+        micro = MicroBatch(batch, [self.domains.objective])
+        return self._losses(micro, {CE: 1.0}, self.engine.evaluate)[0]["loss"]
 
     def _validate(self, step: int) -> Metrics | None:
         """Validate if it is due at this step; returns the line of `validation.jsonl`."""
@@ -205,6 +234,7 @@ class Stage:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **counts.metrics,
+            **({} if self.domains is None else {"mixture": self.domains.shares(step)}),
             **totals.metrics,
         }
 

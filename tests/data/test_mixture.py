@@ -1,5 +1,6 @@
 """Mixtures of sources: shares, order, and runs on them."""
 
+import hashlib
 import json
 from collections import Counter
 
@@ -10,7 +11,7 @@ import yaml
 from mmkd.commands.build_cache import build_cache
 from mmkd.commands.plan import make_plan
 from mmkd.data.encoder import Encoder
-from mmkd.data.mixture import Mixture, draws
+from mmkd.data.mixture import Mixture, MovingMixture, draws
 from mmkd.data.records import Records
 from mmkd.data.stream import BatchStream
 from mmkd.errors import DataError, RecipeError
@@ -222,3 +223,107 @@ def test_a_cache_of_the_sources_serves_their_mixture(mixed, scenes_dir, tiny_mod
     folder = pipeline.run(load_recipe({**mixed, "teacher": teacher, "stages": [stage]}))
     assert (folder / "01-mimic" / "done.json").exists()
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["train"] is None
+
+
+def naive_order(sizes, counts, seed, epoch):
+    """The order of an epoch, as recipes without `data.sampling` have always had it."""
+    parts = []
+    for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        if count == size:
+            own = list(range(size))
+        else:
+            own, first = [], epoch * count
+            for which in range(first // size, -(-(first + count) // size)):
+                words = f"{seed} {number} {which}".encode()
+                key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % 2**63
+                own += torch.randperm(size, generator=torch.Generator().manual_seed(key)).tolist()
+            own = own[first - first // size * size :][:count]
+        parts += [sum(sizes[:number]) + i for i in own]
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
+
+
+@pytest.mark.parametrize(
+    "settings", [[{}, {}, {}], [{"cap": 4}, {}, {}], [{"weight": 5}, {"weight": 1}, {"weight": 2}]]
+)
+def test_fixed_shares_draw_the_records_that_they_always_drew(tmp_path, settings):
+    sizes = [11, 6, 7]
+    made = mixture(tmp_path, *zip(sizes, settings, strict=True))
+    for epoch in range(5):
+        assert made.order(epoch) == naive_order(sizes, made.draws, 3, epoch)
+
+
+def test_shares_that_do_not_move_are_a_mixture_of_these_weights(tmp_path):
+    weights = [3, 1, 2]
+    made = mixture(
+        tmp_path, *[(size, {"weight": w}) for size, w in zip([11, 6, 7], weights, strict=True)]
+    )
+    moving = MovingMixture(made.records, 3, len(made))
+    moving.shares.clear()
+    moving._counts.clear()
+    for epoch in range(6):
+        moving.add([3 / 6, 1 / 6, 2 / 6])
+        assert moving.order(epoch) == made.order(epoch)
+
+
+def test_intervals_begin_where_earlier_draws_of_a_source_ended(tmp_path):
+    moving = MovingMixture(mixture(tmp_path, (10, {}), (30, {})).records, 3, 12)
+    assert moving.drawn(0) == ([3, 9], [0, 0])
+    seen = Counter(moving.order(0))
+    shares = [[0.9, 0.1], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]]
+    for interval, share in enumerate(shares, 1):
+        with pytest.raises(ValueError, match=f"shares of interval {interval} are not known"):
+            moving.order(interval)
+        moving.add(share)
+        order = moving.order(interval)
+        assert len(order) == 12
+        seen.update(order)
+        for part in (range(10), range(10, 40)):
+            counts = [seen[i] for i in part]
+            assert max(counts) - min(counts) <= 1
+    assert moving.drawn(4)[1] == [3 + 11 + 0 + 6, 9 + 1 + 12 + 6]
+    assert [moving.order(i) for i in range(5)] == [moving.order(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_of_an_interval_is_read_before_its_shares_are_known(tmp_path, workers):
+    for name, numbers in {"a": range(20), "b": range(100, 130)}.items():
+        write_numbers(tmp_path / f"{name}.json", numbers)
+    sources = [{"train": str(tmp_path / f"{name}.json")} for name in "ab"]
+    sampling = {"kind": "domain", "every": 3, "held_out": 2}
+    config = DataConfig(sources=sources, sampling=sampling)
+
+    def steps(first, shares):
+        encoder = Encoder(Records(config), FAMILIES["llava"](), config)
+        batch = BatchConfig(size=2, accumulate=2)  # grouped by length, which is found ahead
+        made = BatchStream(encoder, batch, seed=3, workers=workers)
+        for share in shares:
+            made.moving.add(share)
+        return made, made.steps(first, 8)
+
+    made, found = steps(0, [])
+    named = []
+    for number in range(8):
+        named.append([sorted(b.ids) for b in next(found)])
+        if number % 3 == 2:
+            made.moving.add([number / 10, 1 - number / 10])
+    assert [len(records) for records in made.mixture.records.sources] == [18, 28]
+    again = [[sorted(b.ids) for b in step] for step in steps(4, [[0.2, 0.8], [0.5, 0.5]])[1]]
+    assert again == named[4:]
+    counts = Counter(int(i[1:]) < 100 for step in named[3:6] for batch in step for i in batch)
+    assert counts == {True: 2, False: 10}
+
+
+def test_measured_records_are_neither_trained_on_nor_held_out(tmp_path):
+    write_numbers(tmp_path / "a.json", range(20))
+    write_numbers(tmp_path / "b.json", range(100, 110))
+    sources = [{"train": str(tmp_path / f"{name}.json")} for name in "ab"]
+    sampling = {"kind": "domain", "held_out": 3}
+    config = DataConfig(sources=sources, sampling=sampling, validation=0.1)
+    parts = [Records(config), Records(config, held_out=True), Records(config, measured=True)]
+    assert [list(map(len, r.sources)) for r in parts] == [[15, 6], [2, 1], [3, 3]]
+    names = [r[i].id for r in parts for i in range(len(r))]
+    assert len(set(names)) == 30
+    small = DataConfig(sources=sources, sampling={"kind": "domain", "held_out": 10})
+    with pytest.raises(DataError, match=r"b\.json: it has 10 records, of which 10 would not be tr"):
+        Records(small)

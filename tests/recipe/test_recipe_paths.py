@@ -47,6 +47,7 @@ KEYS = sorted(
     and ("validation" not in key or "sources" in key)
     and key[-3:] != ("stages", "convert", "processor")  # refused
     and key[-3:] != ("validation", "sources", "leave_out")  # refused
+    and not ({"validation", "select"} <= {*key})  # refused
 )
 
 
@@ -74,6 +75,10 @@ def with_key(key, value):
         raw = put(raw, key[:-1], [CONVERSIONS[key[-1]]])
     if key[-1] in ("train", "images") and key[-2] == "data":
         raw = put(raw, key[:-1], {"train": "none.json"})  # in place of the mixture
+    if key[-2] == "select":
+        if key[-3] == "data":
+            raw = put(raw, key[:-2], {"train": "none.json"})
+        raw = put(raw, key[:-1], {"kind": "difficulty", "field": "made.pass_rate"})
     return put(raw, key, value)
 
 

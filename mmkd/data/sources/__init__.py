@@ -12,7 +12,15 @@ from mmkd.data.sources.tables import hub_rows, is_saved, parquet_rows, saved_row
 from mmkd.errors import DataError
 from mmkd.recipe import HUB, SourceConfig
 
-__all__ = ["Rows", "StreamedRows", "find_files", "is_there", "memory_source", "open_rows"]
+__all__ = [
+    "MemorySource",
+    "Rows",
+    "StreamedRows",
+    "find_files",
+    "is_there",
+    "memory_source",
+    "open_rows",
+]
 
 
 class Rows(Protocol):

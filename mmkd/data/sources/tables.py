@@ -3,6 +3,7 @@
 import glob
 import os
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -45,6 +46,14 @@ class TableRows:
 
     def row(self, index: int) -> dict[str, Any]:
         return self._features.decode_example(self._table[index].to_pylist()[0])
+
+    def column(self, name: str) -> Callable[[int], Any]:
+        """A function that reads one column of a row; None if there is no such column."""
+        if name not in self._features:
+            return lambda index: None
+        table = self._table.select_columns([name])
+        features = type(self._features)({name: self._features[name]})
+        return lambda index: features.decode_example(table[index].to_pylist()[0])[name]
 
 
 def parquet_rows(files: list[Path], train: str) -> TableRows:

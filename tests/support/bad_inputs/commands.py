@@ -422,3 +422,24 @@ def no_plugin(world: World) -> list[str]:
 def plugin_that_fails(world: World) -> list[str]:
     Path("own.py").write_text("1 / 0\n")
     return ["run", "recipe.yaml", "--plugin", "own.py"]
+
+
+@case(
+    COMMAND,
+    "scored records with a teacher that the recipe does not have",
+    "--model: no model 'teachr'",
+    "known: student",
+)
+def score_with_an_unknown_model(world: World) -> list[str]:
+    return ["data", "score", "recipe.yaml", "--out", "s.parquet", "--model", "teachr"]
+
+
+@case(
+    COMMAND,
+    "scored records into a file that is there",
+    "old.parquet: it is there already",
+    "name a new file, or delete this one",
+)
+def score_into_a_file(world: World) -> list[str]:
+    Path("old.parquet").touch()
+    return ["data", "score", "recipe.yaml", "--out", "old.parquet", "--device", "cpu"]

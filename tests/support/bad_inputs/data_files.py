@@ -174,3 +174,69 @@ def empty_data(world: World) -> None:
 def every_record_is_bad(world: World) -> None:
     world.records(record(image=None))
     world.raw["data"]["on_bad_record"] = "skip"
+
+
+overridden(
+    KIND,
+    "scores_that_are_not_there",
+    "data.select={kind: robust, scores: s.parquet, model: student, keep: 0.5}",
+    "s.parquet: no such file of scores",
+    "mmkd data score RECIPE --out FILE",
+)
+overridden(
+    KIND,
+    "scores_of_another_program",
+    "data.select={kind: robust, scores: picture.png, model: student, keep: 0.5}",
+    "picture.png: it is damaged, or `mmkd data score` has not written it",
+    "score the records again",
+)
+overridden(
+    KIND,
+    "difference_of_one_model",
+    "data.select={kind: difference, scores: s.parquet, large: teacher, small: teacher}",
+    "recipe.yaml: data.select: both models are 'teacher'",
+    "name two models, whose losses differ",
+)
+overridden(
+    KIND,
+    "difficulty_without_the_field",
+    "data.select={kind: difficulty, field: made.pass_rate}",
+    "records: no record has a number in 'made.pass_rate'",
+    "check 'field'",
+)
+overridden(
+    KIND,
+    "selection_of_a_stream",
+    "data={sources: [{train: 'hub:a/b', stream: 9, select: {kind: balance, field: score}}]}",
+    "data.sources.0: 'select' needs all records before training",
+    "leave 'stream' out",
+)
+overridden(
+    KIND,
+    "moving_shares_of_one_source",
+    "data.sampling={kind: domain}",
+    "recipe.yaml: data: 'sampling' changes the shares of sources",
+    "give two or more sources",
+)
+overridden(
+    KIND,
+    "moving_shares_with_weights",
+    "data={sources: [{train: records.json, weight: 1}, {train: b.json, weight: 2}], "
+    "sampling: {kind: domain}}",
+    "data: 'sampling' decides the shares",
+    "leave 'weight' of the sources out",
+)
+
+
+@case(
+    KIND,
+    "let the shares of sources change without a teacher",
+    "stage mimic: data.sampling: it needs one teacher, which an objective of the stage reads",
+    "add a teacher and a divergence",
+)
+def moving_shares_without_a_teacher(world: World) -> None:
+    rows = [record(id=f"r{i}") for i in range(3)]
+    world.records(*rows, name="a.json")
+    world.records(*rows, name="b.json")
+    sources = [{"train": "a.json"}, {"train": "b.json"}]
+    world.raw["data"] = {"sources": sources, "sampling": {"kind": "domain", "held_out": 1}}
