@@ -276,6 +276,11 @@ class Recipe(Strict):
     def _several_teachers(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or not isinstance(raw.get("teacher"), list):
             return raw
+        if raw.get("more_teachers"):
+            raise ValueError(
+                "'teacher' is a list, and 'more_teachers' is given too -- write all teachers in the "
+                "list, and overrides as teacher.1.model=..."
+            )
         first, *others = raw["teacher"] or [None]
         return {**raw, "teacher": first, "more_teachers": others}
 

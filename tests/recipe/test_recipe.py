@@ -52,6 +52,14 @@ def test_an_override_can_replace_a_list(tmp_path):
     assert (objective.kind, objective.beta) == ("jsd", 0.2)
 
 
+def test_further_teachers_are_not_given_twice():
+    raw = {"teacher": [{"model": "a", "name": "a"}, {"model": "b", "name": "b"}]}
+    recipe = load_recipe(BASE | raw, ["teacher.1.model=c"])
+    assert [t.model for t in recipe.teachers] == ["a", "c"]
+    with pytest.raises(RecipeError, match=r"'more_teachers' is given too -- write all teachers"):
+        load_recipe({**BASE, **raw, "more_teachers": [{"model": "c", "name": "c"}]})
+
+
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     recipe = load_recipe(BASE)
     path = tmp_path / "resolved.yaml"
