@@ -278,8 +278,8 @@ class Recipe(Strict):
             return raw
         if raw.get("more_teachers"):
             raise ValueError(
-                "'teacher' is a list, and 'more_teachers' is given too -- write all teachers in the "
-                "list, and overrides as teacher.1.model=..."
+                "'teacher' is a list, and 'more_teachers' is given too -- write all teachers in "
+                "the list, and overrides as teacher.1.model=..."
             )
         first, *others = raw["teacher"] or [None]
         return {**raw, "teacher": first, "more_teachers": others}

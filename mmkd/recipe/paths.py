@@ -12,7 +12,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -21,13 +21,16 @@ from mmkd.recipe.sources import HUB
 from mmkd.runtime.files import from_here
 from mmkd.runtime.formats import FormatError, parse_yaml
 
+ANY = "*"
+"""In a key: any name that the user gives, such as that of an entry of `make`."""
 RANGE = re.compile(r"\{\d+\.\.\d+\}")
 Key = tuple[str, ...]
 
 
 @cache
 def path_keys(form: type[BaseModel]) -> frozenset[Key]:
-    """Keys of a model and its parts that hold paths; the items of a list have the list's key."""
+    """Keys of a model and its parts that hold paths; the items of a list have the list's key, and
+    `ANY` stands for the names in a mapping of names."""
     found = set()
     for name, field in form.model_fields.items():
         marked = any(isinstance(m, PathKey) for m in field.metadata)
@@ -43,6 +46,8 @@ def _keys_in(annotation: Any, marked: bool) -> set[Key]:
         short: str | None = getattr(annotation, "written_short", None)
         # A part may be written as the value of one field, or as a path.
         return keys if short is None else keys | {k[1:] for k in keys if k[0] == short} | {()}
+    if get_origin(annotation) is dict:
+        return {(ANY, *key) for key in _keys_in(get_args(annotation)[1], False)}
     inner = [*get_args(annotation), *getattr(annotation, "__metadata__", ())]
     return {key for argument in inner for key in _keys_in(argument, False)}
 
@@ -76,7 +81,7 @@ def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str
     """The same for one `key.path=value`; an override that cannot be read stays as it is."""
     key, _, text = override.partition("=")
     parts = tuple(p for p in re.split(r"[.\[\]]+", key) if p and not p.isdigit())
-    inner = [known[len(parts) :] for known in path_keys(form) if known[: len(parts)] == parts]
+    inner = [known[len(parts) :] for known in path_keys(form) if _begins(known, parts)]
     try:
         value = parse_yaml(text) if inner else None
     except FormatError:
@@ -87,13 +92,24 @@ def resolved_override(override: str, folder: Path, form: type[BaseModel]) -> str
     return override if changed == value else f"{key}={json.dumps(changed, ensure_ascii=False)}"
 
 
+def _begins(known: Key, parts: Key) -> bool:
+    """Whether a key with `ANY` begins with names."""
+    if len(parts) > len(known):
+        return False
+    return all(name in (ANY, part) for name, part in zip(known, parts, strict=False))
+
+
 def _at(node: Any, key: Key, folder: Path) -> Any:
     """A part of a recipe, with `find` applied to the path or the list of paths under a key."""
     if isinstance(node, list):
         return [_at(item, key, folder) for item in node]
     if not key:
         return find(node, folder) if isinstance(node, str) else node
-    if not isinstance(node, dict) or key[0] not in node:
+    if not isinstance(node, dict):
+        return node
+    if key[0] == ANY:
+        return {name: _at(value, key[1:], folder) for name, value in node.items()}
+    if key[0] not in node:
         return node
     return {**node, key[0]: _at(node[key[0]], key[1:], folder)}
 

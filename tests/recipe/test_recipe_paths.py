@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mmkd.recipe import Recipe, load_recipe, to_yaml
-from mmkd.recipe.paths import path_keys
+from mmkd.recipe.paths import ANY, path_keys
 from mmkd.recipe.sources import HUB, SourceConfig
 from mmkd.runs.pipeline import members, run
 from tests.support.recipes import tiny_recipe
@@ -40,8 +40,9 @@ CONVERSIONS = {
     "processor": {"kind": "tokenizer"},
     "objectives": {"kind": "early_exit", "layer": 0},
 }
+MADE = {"photos": {"pictures": "none", "prompts": ["What?"], "out": "made.jsonl"}}
 KEYS = sorted(
-    key
+    tuple("photos" if part == ANY else part for part in key)
     for key in path_keys(Recipe)
     if key[0] != "more_teachers"
     and ("validation" not in key or "sources" in key)
@@ -63,7 +64,7 @@ def put(raw, key, value):
 def at(recipe, key):
     for part in key:
         recipe = recipe[0] if isinstance(recipe, list) else recipe
-        recipe = getattr(recipe, part)
+        recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, part)
     return recipe
 
 
@@ -71,6 +72,13 @@ def with_key(key, value):
     raw = WHOLE
     if key[0] == "assistant":
         raw = {**raw, "assistant": ASSISTANT}
+    if key[0] == "make":
+        raw = {**raw, "make": MADE}
+        if key[-1] in ("records", "images"):
+            raw = {**raw, "make": {"photos": {"records": "none.json", "out": "made.jsonl"}}}
+        if key[-2] == "why":
+            raw = put(raw, key[:-1], {"out": "why.jsonl"})
+        value = f"{value}.jsonl" if key[-1] == "out" else value
     if "convert" in key:
         raw = put(raw, key[:-1], [CONVERSIONS[key[-1]]])
     if key[-1] in ("train", "images") and key[-2] == "data":
@@ -80,6 +88,11 @@ def with_key(key, value):
             raw = put(raw, key[:-2], {"train": "none.json"})
         raw = put(raw, key[:-1], {"kind": "difficulty", "field": "made.pass_rate"})
     return put(raw, key, value)
+
+
+def named(key, name):
+    """A path that the key may have."""
+    return f"{name}.jsonl" if key[0] == "make" and key[-1] == "out" else name
 
 
 def write(path, raw):
@@ -98,17 +111,19 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
 def test_every_path_is_found_beside_the_recipe(here, key):
+    things = named(key, "things")
+    (here / "recipes" / things).mkdir(exist_ok=True)
     file = write(Path("recipes/r.yaml"), with_key(key, "things"))
-    assert at(load_recipe(file), key) == "recipes/things"
-    assert at(load_recipe(file.resolve()), key) == "recipes/things"  # however it is called
-    (here / "things").mkdir()
-    assert at(load_recipe(file), key) == "things"  # the working directory comes first
+    assert at(load_recipe(file), key) == f"recipes/{things}"
+    assert at(load_recipe(file.resolve()), key) == f"recipes/{things}"  # however it is called
+    (here / things).mkdir()
+    assert at(load_recipe(file), key) == things  # the working directory comes first
 
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
 def test_a_path_that_leads_nowhere_stays_as_it_is(here, key):
     file = write(Path("recipes/r.yaml"), with_key(key, "nowhere"))
-    assert at(load_recipe(file), key) == "nowhere"
+    assert at(load_recipe(file), key) == named(key, "nowhere")
 
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
@@ -119,7 +134,9 @@ def test_an_override_is_found_beside_the_recipe_too(here, key):
         if isinstance(node, list):
             parts, node = [*parts, "0"], node[0]
         parts, node = [*parts, part], node[part]
-    assert at(load_recipe(file, [f"{'.'.join(parts)}=things"]), key) == "recipes/things"
+    things = named(key, "things")
+    (here / "recipes" / things).mkdir(exist_ok=True)
+    assert at(load_recipe(file, [f"{'.'.join(parts)}={things}"]), key) == f"recipes/{things}"
 
 
 @pytest.mark.parametrize("short", ["things", {"train": "things"}, [{"train": "things"}]])
