@@ -1,7 +1,6 @@
 """All images are opened by one module, with limits on formats, sizes and folders."""
 
 import ast
-import importlib.util
 import io
 import json
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mmkd.data.check import Look, check_source
@@ -20,7 +20,10 @@ from mmkd.errors import DataError
 from mmkd.evaluation.pictures import UnreadablePicture, allow, find_picture, guarded
 from mmkd.evaluation.run import evaluate
 from mmkd.evaluation.samples import find_questions
-from mmkd.recipe import SamplesConfig, SourceConfig
+from mmkd.making.local import LocalMaker
+from mmkd.making.make import make_records
+from mmkd.modeling.loading import load_processor
+from mmkd.recipe import ModelConfig, SamplesConfig, SourceConfig, load_make
 from mmkd.report.samples import _data_uri
 from tests.support.drawn_pictures import png
 from tests.support.places import ROOT
@@ -227,14 +230,23 @@ def test_limits_that_tasks_set_end_with_the_evaluation():
     assert isinstance(UnreadablePicture("x"), Image.Image)
 
 
-def test_own_photos_leave_out_what_is_hostile(places, capsys):
-    spec = importlib.util.spec_from_file_location("own_images", ROOT / "examples/own_images.py")
-    own = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(own)
+def test_own_photos_leave_out_what_is_hostile(places, tmp_path, tiny_model_dir):
+    """`make` asks about a folder of a user's images."""
     for number, content in enumerate(CONTENT.values()):
         (places / f"bad{number}.png").write_bytes(content)
-    assert own.readable(places) == ["good.png"]
-    assert "outside" in capsys.readouterr().out
+    out = tmp_path / "made.jsonl"
+    settings = {"pictures": str(places), "prompts": ["What?"], "out": str(out),
+                "sampling": {"max_new_tokens": 8}, "by": "model"}  # fmt: skip
+    source = ModelConfig(model=str(tiny_model_dir))
+    maker = LocalMaker("model", source, 4, torch.device("cpu"))
+    made = make_records(
+        load_make(settings, "make"), {"model": maker}, "make", load_processor(source)
+    )
+    assert [json.loads(line)["images"] for line in out.read_text().splitlines()] == [["good.png"]]
+    assert made.answers == 1
+    said = " ".join(made.asked.unreadable.values())
+    assert "outside" in said
+    assert "is not a readable image" in said
 
 
 def test_nothing_else_opens_pictures():

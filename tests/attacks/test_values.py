@@ -31,6 +31,14 @@ GOOD: dict[str, dict[str, Any]] = {
     "EnsembleConfig": {"normalize": True},
     "MoeConfig": {"kind": "moe", "experts": 4096},
     "SourceConfig": {"train": "hub:a/b", "stream": 9},
+    "RobustSelection": {"kind": "robust", "scores": "x", "model": "x", "keep": 0.5},
+    "DifferenceSelection": {"kind": "difference", "scores": "x", "large": "x", "small": "y"},
+    "StageTeacherConfig": {"name": "x"},
+    "MakeConfig": {"pictures": "x", "prompts": ["x"], "out": "x.jsonl"},
+    "RationaleConfig": {"out": "x.jsonl"},
+    "ContextConfig": {"system": "x"},
+    "ObjectQuestionsConfig": {"existence": {}},
+    "ServerConfig": {"server": "http://x/v1", "model": "x"},
 }
 NUMBERS: list[Any] = [
     True,

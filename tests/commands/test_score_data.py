@@ -17,9 +17,9 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.recipe import DataConfig, ModelConfig, load_recipe
+from mmkd.recipe import DataConfig, ModelConfig, load_recipe, to_yaml
+from tests.support import warm
 from tests.support.layouts import turns, write_numbers
-from tests.support.ranks import on_ranks
 from tests.support.recipes import tiny_recipe
 
 MEANS = ("nll", "margin", "entropy")
@@ -97,14 +97,13 @@ def test_the_batch_size_changes_nothing(recipe, table, tmp_path):
 
 
 def test_two_processes_share_the_records(recipe, table, tmp_path):
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-        torch.set_num_threads(1)
-        found = score_data(recipe, tmp_path / "s.parquet", batch_size=3, device="cpu")
-        return found["models"]["student"]["records"]
-
-    assert on_ranks(work, 2, tmp_path) == [8, 8]
-    same(table, tmp_path / "s.parquet")
+    path, out = tmp_path / "recipe.yaml", tmp_path / "s.parquet"
+    path.write_text(to_yaml(recipe))
+    words = ["data", "score", path, "--out", out, "--batch-size", 3, "--device", "cpu"]
+    done = warm.run(*words, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert "8 records" in done.stdout
+    same(table, out)
 
 
 def test_a_stopped_command_continues_to_the_same_bits(recipe, table, tmp_path, monkeypatch):

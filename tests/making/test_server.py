@@ -195,6 +195,15 @@ def test_the_revision_names_what_changes_answers():
     assert len(found | {plain}) == 4
 
 
+@pytest.fixture
+def _hears_ctrl_c():
+    """A shell's background job, as which tests may run, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_hears_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_keeps_what_is_under_way(number):
     kept = []

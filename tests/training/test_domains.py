@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,8 +19,8 @@ from mmkd.report.rundata import read_run
 from mmkd.runs import pipeline, preflight
 from mmkd.runtime.files import read_json
 from mmkd.training.domains import first_shares, next_shares, rounded
+from tests.support import warm
 from tests.support.breaking import broken_off
-from tests.support.ranks import on_ranks
 from tests.support.recipes import tiny_recipe
 from tests.support.slow import slow
 from tests.support.tiny import write_tiny_model
@@ -188,13 +188,13 @@ def test_a_resumed_run_sees_the_same_records(stopped, whole):
 
 
 def test_two_processes_see_the_same_records(raw, whole, tmp_path):
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-        torch.set_num_threads(1)
-        return str(pipeline.run(load_recipe(changed(raw, "two"))))
-
-    path, _ = on_ranks(work, 2, tmp_path)
-    for line, wanted in zip(lines(type(tmp_path)(path)), whole, strict=True):
+    made = changed(raw, "two")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(made))
+    done = warm.run("run", path, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    path = Path(made["output_dir"]) / "two"
+    for line, wanted in zip(lines(path), whole, strict=True):
         for key in ("mixture", "sources", "tokens", "supervised_tokens"):
             assert line[key] == wanted[key]
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
