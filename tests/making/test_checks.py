@@ -136,7 +136,10 @@ def test_objects_count_invented_ones_first():
 def test_ratings_are_read_only_if_there_are_as_many_as_asked():
     assert ratings("Rating: 7", 1) == [7]
     assert ratings("A: 10, B: 4", 2) == [10, 4]
+    assert ratings("A: 7/10, B: 8.5 / 10.", 2) == [7, 8.5]
     assert ratings("7 or 8", 1) == []
+    assert ratings("4/5", 1) == []
+    assert ratings("10.5", 1) == []
     assert ratings("Good.", 1) == []
     assert ratings("A: 0", 1) == []
 
