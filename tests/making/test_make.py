@@ -1,5 +1,6 @@
 """Records that a model makes: the file is a function of settings and images."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from mmkd.data.answers import generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import GivenRecords, Records
 from mmkd.data.schema import Record
-from mmkd.making.make import is_made, make_answers
+from mmkd.making.make import make_answers
+from mmkd.making.questions import Question
+from mmkd.making.state import is_made
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig, load_recipe
 from tests.making.conftest import PROMPTS
@@ -92,7 +95,7 @@ def test_what_is_known_is_not_asked_again(recipe, photos, rows, tmp_path):
     path = recipe(keep="all")
     first = make(path)
     again = make(path)
-    assert again.asked.answers == 0
+    assert (again.asked.answers, again.asked.known) == (0, 36)
     assert replace(again, asked=first.asked) == first
     # another image, another check, more candidates: only what is missing
     before = {r["id"]: r for r in rows()}
@@ -107,6 +110,8 @@ def test_what_is_known_is_not_asked_again(recipe, photos, rows, tmp_path):
     assert len(same) >= 8
     assert all({**r, "made": None} == {**before[r["id"]], "made": None} for r in same)
     assert make(path, "make.photos.sampling.n=4").asked.answers == 12
+    more = make(path, "make.photos.sampling.n=4").asked
+    assert (more.answers, more.known) == (0, 48)
     assert make(path, "make.photos.seed=1").asked.answers == 36
     (tmp_path / "made.jsonl.answers" / "answers-00000.jsonl").unlink()
     assert make(path).asked.answers == 36
@@ -229,7 +234,34 @@ def test_rationales_are_records_of_their_own(recipe, rows, tmp_path, tiny_model_
     assert (config.train, config.images) == (str(tmp_path / "why.jsonl"), str(photos))
     assert make(path).asked.answers == 0
     (tmp_path / "why.jsonl").unlink()
-    assert not is_made(load_recipe(path).make["photos"])
+    assert not is_made(load_recipe(path), "photos")
+
+
+def test_rationales_that_were_cut_have_no_end(recipe, rows, tmp_path):
+    why = {"max_new_tokens": 2, "out": str(tmp_path / "why.jsonl")}
+    make(recipe(sampling={"max_new_tokens": 6}, checks=["empty"], why=why))
+    reasons = rows("why.jsonl")
+    assert reasons
+    assert all(row["unfinished"] for row in reasons)
+
+
+def test_requests_do_not_hold_images(recipe, scenes_dir, tmp_path, monkeypatch):
+    """The images of all requests may not fit into memory."""
+    from mmkd.making import local
+
+    answer, held = local.LocalMaker.answer, []
+
+    def noting(self, requests, sampling, keep):
+        held.append(sum(type(o) is Question and bool(o.references) for o in gc.get_objects()))
+        answer(self, requests, sampling, keep)
+
+    monkeypatch.setattr(local.LocalMaker, "answer", noting)
+    made = make(
+        recipe(pictures=None, prompts=None, records=str(scenes_dir / "captions.parquet"), limit=6,
+               checks=[], sampling={"max_new_tokens": 2}, out=str(tmp_path / "made.parquet"))
+    )  # fmt: skip
+    assert made.answers == 6
+    assert max(held) <= 1
 
 
 def test_models_take_turns(recipe, rows):
@@ -256,6 +288,20 @@ def test_answers_cannot_bring_images_of_their_own(recipe, rows, monkeypatch):
     monkeypatch.setattr(local.LocalMaker, "_sample", hostile)
     make(recipe())
     assert {r["messages"][1]["content"][0]["text"] for r in rows()} == {"A  dog"}
+
+
+def test_listed_objects_cannot_bring_images_either(recipe, rows, monkeypatch):
+    from mmkd.making import local
+
+    answer = local.LocalMaker._sample
+
+    def hostile(self, records, *more):
+        return [replace(a, text="<image> dog, key") for a in answer(self, records, *more)]
+
+    monkeypatch.setattr(local.LocalMaker, "_sample", hostile)
+    make(recipe(prompts=None, objects={"ask": ["Where is {a_name}?"]}, checks=[]))
+    asked = {r["messages"][0]["content"][1]["text"] for r in rows()}
+    assert asked == {"Where is a dog?", "Where is a key?"}
 
 
 @pytest.mark.parametrize("keep", ["best", "pair"])
