@@ -226,9 +226,7 @@ def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
 
 def test_a_run_makes_its_data_once(recipe, tmp_path, monkeypatch, capsys):
     path = recipe(checks=[], sampling={"max_new_tokens": 6})
-    with pytest.raises(
-        MmkdError, match="its records are not made yet, or with other"
-    ):
+    with pytest.raises(MmkdError, match="its records are not made yet, or with other"):
         pipeline.preflight.check(load_recipe(path))
     # what cannot be trained is refused before a model answers for hours
     bad = load_recipe(path, ["stages.0.train=[nothing]"])
@@ -246,9 +244,7 @@ def test_a_run_makes_its_data_once(recipe, tmp_path, monkeypatch, capsys):
     assert "questions" not in capsys.readouterr().out
     # a changed recipe is refused before anything is made, and made if it is allowed
     other = load_recipe(path, ["make.photos.seed=1"])
-    with pytest.raises(
-        MmkdError, match=r"differs in make.photos.seed \(stage"
-    ):
+    with pytest.raises(MmkdError, match=r"differs in make.photos.seed \(stage"):
         pipeline.run(other)
     assert (tmp_path / "made.jsonl").stat().st_mtime_ns == changed
     pipeline.run(load_recipe(path, ["make.photos.batch_size=1"]))  # changes no record
