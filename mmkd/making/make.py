@@ -147,14 +147,17 @@ class _Job:
 
     def _nothing(self, answered: list[Answered], asked: Asked) -> DataError:
         """The error if no answer becomes a record."""
-        count = sum(len(one.answers) for one in answered)
-        reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refusals(answered).items())]
+        count, refused = sum(len(one.answers) for one in answered), refusals(answered)
+        reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refused.items())]
+        if left := count - refused.total():
+            reasons.append(f"{left:,} without a worse answer or a balancing question")
         errors = _shared(self.unreadable).values() or asked.unreadable.values()
         hint = "change the checks or prompts; raise sampling.n, or sampling.max_new_tokens"
         if not count and (first := next(iter(errors), None)):
             reasons, hint = [f"nothing could be asked, {first}"], "check the images and prompts"
-        said = ", ".join(reasons) or "none is left in balance or in a pair"
-        what = f"no answer becomes a record: of {count:,} answers, {said}"
+        elif not count:
+            reasons, hint = ["there is no question"], "lower objects.least_images"
+        what = f"no answer becomes a record: of {count:,} answers, {', '.join(reasons)}"
         return DataError(what.replace(HINT, "; "), where=self.config.out, hint=hint)
 
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:

@@ -214,6 +214,13 @@ def test_no_answer_that_passes(recipe, tmp_path, scenes_dir):
     assert not (tmp_path / "made.parquet").exists()
 
 
+def test_lists_without_names(recipe, tmp_path):
+    lists = {"ask": ["Where is the {name}?"], "least_images": 7, "max_new_tokens": 2}
+    path = recipe(prompts=None, objects=lists)
+    with pytest.raises(MmkdError, match="there is no question -- lower objects"):
+        make_answers(load_recipe(path), "photos", CPU)
+
+
 def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
     raw = yaml.safe_load(recipe(checks=["empty"]).read_text())
     raw["make"]["photos"]["checks"] = [{"kind": "judge", "by": "student"}]
