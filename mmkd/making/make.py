@@ -4,6 +4,7 @@ OUT                     the records
 OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -256,13 +257,13 @@ class _Job:
     def _candidates(self, index: int) -> list[tuple[str, Request]]:
         """What is asked for a question: a request for each candidate, with the name of the model.
         Several models take turns. None if an image is missing."""
-        names, sampling = self.config.by, self.config.sampling
+        sampling = self.config.sampling
         try:
             again = partial(self._whole, index)
             question = again()
             found = []
             for number in range(sampling.n):
-                name = names[(index + number) % len(names)]
+                name = self._maker(question, number)
                 revision = self.revisions[name]
                 seed = self.config.seed
                 request = request_of(question, revision, sampling, seed, number, again)
@@ -272,20 +273,27 @@ class _Job:
             return []
         return found
 
+    def _maker(self, question: Question, number: int) -> str:
+        """Name of the model that gives a candidate. It depends on the question's id, not on its
+        place, so that further images do not change it."""
+        names = self.config.by
+        first = hashlib.blake2b(question.id.encode(), digest_size=8).digest()
+        return names[(int.from_bytes(first) + number) % len(names)]
+
     def _answered(self, index: int, keys: list[str], log: AnswerLog) -> Answered | None:
         """A question with its answers; None if it could not be asked."""
         if not keys or any(key not in log.answers for key in keys):
             return None
-        names = self.config.by
+        question = replace(self.questions.at(index), references=[])
         answers = []
         for number, key in enumerate(keys):
             answer = log.answers[key]
-            maker = names[(index + number) % len(names)]
+            maker = self._maker(question, number)
             candidate = Candidate(self._text(answer), answer.finished, maker)
             # A record needs a text, whatever the checks are.
             refused = None if candidate.text else EMPTY
             answers.append(Judged(number, candidate, key, refused))
-        return Answered(index, replace(self.questions.at(index), references=[]), answers)
+        return Answered(index, question, answers)
 
     def _text(self, answer: Answer) -> str:
         """The text of an answer without what a record, or the student, would read as an image."""
