@@ -18,11 +18,13 @@ class Asked:
 
     Attributes:
         answers: number of new answers of all processes.
+        known: number of answers that were known before.
         seconds: that the slowest process took.
         unreadable: by key, why a question could not be asked.
     """
 
     answers: int = 0
+    known: int = 0
     seconds: float = 0.0
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -60,8 +62,10 @@ class Asker:
             MmkdError: a model cannot answer. Earlier answers are in the log.
             StoppedError: the command was asked to stop.
         """
-        known = {*self.log.answers, *self.asked.unreadable}
-        missing = {r.key: (name, r) for name, r in requests if r.key not in known}
+        wanted = {r.key: (name, r) for name, r in requests}
+        known = {key for key in wanted if key in self.log.answers}
+        tried = known | self.asked.unreadable.keys()
+        missing = {key: request for key, request in wanted.items() if key not in tried}
         own = list(missing.values())
         start, unreadable, new = time.monotonic(), dict[str, str](), 0
         with Bar(f"{self.title}{title}", len(own), quiet=distributed.rank() > 0) as bar:
@@ -85,15 +89,16 @@ class Asker:
                 problem = error
         if not distributed.all_agree(problem is None):
             raise problem or StoppedError("another process was asked to stop")
-        self._share(new, time.monotonic() - start, unreadable)
+        self._share(new, len(known), time.monotonic() - start, unreadable)
 
-    def _share(self, new: int, seconds: float, unreadable: dict[str, str]) -> None:
+    def _share(self, new: int, known: int, seconds: float, unreadable: dict[str, str]) -> None:
         """Learn what the other processes have done."""
-        told = distributed.gather([(new, seconds, unreadable)])
+        told = distributed.gather([(new, known, seconds, unreadable)])
         self.log.read()
-        self.asked.answers += sum(count for count, _, _ in told)
-        self.asked.seconds += max(took for _, took, _ in told)
-        for _, _, errors in told:
+        self.asked.answers += sum(count for count, *_ in told)
+        self.asked.known += sum(count for _, count, *_ in told)
+        self.asked.seconds += max(took for *_, took, _ in told)
+        for *_, errors in told:
             self.asked.unreadable |= errors
 
 

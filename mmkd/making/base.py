@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mmkd.recipe import SamplingConfig
+from mmkd.recipe import ModelConfig, SamplingConfig, ServerConfig
+
+MakerSource = ModelConfig | ServerConfig
+"""Settings of a model that answers."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,19 @@ class Maker(Protocol):
 
     Attributes:
         name: what messages and provenance call it.
-        revision: identifies the model: a hash of its weights, or its server and id.
+        source: settings of the model.
+        weights: identifies the model's weights: a hash of them, or a server and an id.
+        revision: the weights, with all settings of the model that change its answers.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def source(self) -> MakerSource: ...
+
+    @property
+    def weights(self) -> str: ...
 
     @property
     def revision(self) -> str: ...

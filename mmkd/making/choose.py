@@ -78,13 +78,16 @@ class Answered:
         return max(passed, key=lambda answer: answer.scores[scorer])
 
     def pair(self, scorer: str) -> tuple[Judged, Judged] | None:
-        """The best answer, and the one with the lowest score, which may be one that a check with
-        scores has refused; None if there is no best answer, or it is not better."""
-        best = self.best(scorer)
-        scored = [answer for answer in self.answers if scorer in answer.scores]
-        if best is None:
+        """The best answer, and the one with the lowest score of those with another text, which may
+        be one that a check with scores has refused; None if there are no two, or the best one is
+        not better. Answers that were cut off are left out: a pair has no mark for them."""
+        whole = [a for a in self.answers if a.candidate.finished and scorer in a.scores]
+        passed = [answer for answer in whole if answer.refused is None]
+        if not passed:
             return None
-        worst = min(scored, key=lambda answer: answer.scores[scorer])
+        best = max(passed, key=lambda answer: answer.scores[scorer])
+        others = [answer for answer in whole if answer.candidate.text != best.candidate.text]
+        worst = min(others, key=lambda answer: answer.scores[scorer], default=best)
         return (best, worst) if worst.scores[scorer] < best.scores[scorer] else None
 
 

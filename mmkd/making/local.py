@@ -1,6 +1,8 @@
 """A model in this process that answers."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from mmkd.errors import DataError
 from mmkd.making.base import Answer, Request
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig
-from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.interrupt import deferred
+
+SETTINGS = ("*config.json", "chat_template*", "*token*", "vocab*", "merges.txt")
+"""Files of a model's folder, besides weights, on which its answers depend."""
 
 
 class LocalMaker:
@@ -43,12 +48,27 @@ class LocalMaker:
         return self._name
 
     @property
-    def revision(self) -> str:
+    def source(self) -> ModelConfig:
+        return self._source
+
+    @property
+    def weights(self) -> str:
         source = self._source
-        known = weights_hash(source.model) or f"{source.model}@{source.revision or 'main'}"
+        return weights_hash(source.model) or f"{source.model}@{source.revision or 'main'}"
+
+    @property
+    def revision(self) -> str:
+        """Weights, data type, and what else decides answers: generation settings, chat template,
+        tokenizer, and how images are prepared."""
+        source = self._source
         size = source.image_size
-        bits = getattr(source, "quantize", None)
-        parts = [known, bits or source.dtype, "" if size is None else size.model_dump_json()]
+        parts = [
+            self.weights,
+            getattr(source, "quantize", None) or source.dtype,
+            "" if source.processor is None else source.processor,
+            "" if size is None else size.model_dump_json(),
+            _settings_hash([source.model, source.processor]),
+        ]
         return " ".join(filter(None, parts))
 
     def answer(
@@ -71,9 +91,22 @@ class LocalMaker:
                     records.append(Record(request.key, request.messages, images))
                 if not batch:
                     continue
-                found = self._sample(records, sampling, [r.seed for r in batch])
-                for request, sampled in zip(batch, found, strict=True):
-                    keep(request, Answer(sampled.text, sampled.finished))
+                found = self._answers(records, sampling, [r.seed for r in batch])
+                for request, answer in zip(batch, found, strict=True):
+                    keep(request, answer)
+
+    def _answers(
+        self, records: list[Record], sampling: SamplingConfig, seeds: list[int]
+    ) -> list[Answer]:
+        """The answers to a batch. A prompt that cannot be encoded gets an error."""
+        try:
+            found = self._sample(records, sampling, seeds)
+            return [Answer(sampled.text, sampled.finished) for sampled in found]
+        except DataError as error:
+            if len(records) == 1:
+                return [Answer("", False, str(error))]
+            pairs = zip(records, seeds, strict=True)
+            return [a for r, seed in pairs for a in self._answers([r], sampling, [seed])]
 
     def _sample(
         self, records: list[Record], sampling: SamplingConfig, seeds: list[int]
@@ -105,3 +138,13 @@ class LocalMaker:
         self._model = self._encoder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _settings_hash(models: Sequence[str | None]) -> str:
+    """One hash over the `SETTINGS` of model folders; "" for models of the Hub."""
+    folders = [Path(model) for model in models if model]
+    found = {p for folder in folders for name in SETTINGS for p in folder.glob(name) if p.is_file()}
+    if not found:
+        return ""
+    words = [f"{path.name} {file_hash(path)}" for path in sorted(found)]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]

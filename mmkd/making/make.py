@@ -4,7 +4,10 @@ OUT                     the records
 OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT
 """
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +15,7 @@ import torch
 
 from mmkd.data.templates import without_media_tokens
 from mmkd.data.turns import PLACEHOLDER
-from mmkd.errors import DataError, RecipeError
+from mmkd.errors import HINT, DataError, RecipeError
 from mmkd.making.ask import Asked, Asker
 from mmkd.making.base import Answer, Maker, Request
 from mmkd.making.checks import AnswerCheck, Candidate, Cut, Empty, Repeats, build_checks
@@ -21,16 +24,21 @@ from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers
 from mmkd.making.object_questions import balanced, object_questions
-from mmkd.making.questions import Question, Questions, open_questions, questions_for_lists
+from mmkd.making.questions import (
+    Question,
+    Questions,
+    first_readable,
+    open_questions,
+    questions_for_lists,
+)
 from mmkd.making.rationales import ask_why, rationale_row
 from mmkd.making.requests import Context, request_of
+from mmkd.making.state import begin_writing, end_writing, facts_of, folder_of
 from mmkd.making.writing import RecordWriter, Row, check_out, join_rows, write_records
 from mmkd.recipe import MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
-from mmkd.runtime.files import read_json, write_json
 from mmkd.students import converted_processor
 
-SETTINGS = "made.json"
 EMPTY = "empty"
 T = TypeVar("T")
 
@@ -56,23 +64,6 @@ class Made:
     refused: dict[str, int]
     unanswered: int
     asked: Asked
-
-
-def folder_of(config: MakeConfig) -> Path:
-    """Folder of the answers so far."""
-    return Path(f"{config.out}.answers")
-
-
-def is_made(config: MakeConfig) -> bool:
-    """Whether the file is there, and was made with these settings. The images are not read."""
-    settings = folder_of(config) / SETTINGS
-    if not all(Path(file).is_file() for file in config.files) or not settings.is_file():
-        return False
-    return read_json(settings) == _settings(config)
-
-
-def _settings(config: MakeConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"batch_size"})
 
 
 def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
@@ -120,16 +111,18 @@ class _Job:
     def __init__(self, config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any):
         self.config, self.makers, self.where = config, makers, where
         self.processor = processor
+        self.facts = facts_of(config, {name: maker.source for name, maker in makers.items()})
         there = [file for file in config.files if Path(file).exists()]
         if there and not folder_of(config).exists():
             raise DataError("it is there already", where=there[0], hint="name a new file")
         self.questions: Questions = open_questions(config, where)
         self.lists = questions_for_lists(config, where)
-        check_out(config, (self.lists or self.questions).at(0), where)
+        asked = self.lists or self.questions
+        check_out(config, first_readable(asked.at, len(asked)), where)
         self.context = Context.of(config)
         self.checks = build_checks(config, self.questions)
         self.revisions = {n: maker.revision for n, maker in makers.items()}
-        _check_judges(self.checks, config, self.revisions, where)
+        _check_judges(self.checks, config, makers, where)
         self.unreadable: dict[int, str] = {}
 
     def run(self) -> Made:
@@ -145,30 +138,48 @@ class _Job:
         for check in self.checks:
             self._apply(check, answered, asker)
         found = self._rows(answered)
+        if not any(found):
+            raise self._nothing(answered, asker.asked)
         why = self._rationales(answered, found, asker)
         written, used = len(self._write(answered, found, why)), sum(map(bool, found))
         missing = _shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
         return self._summary(answered, written, used, asker.asked)
 
+    def _nothing(self, answered: list[Answered], asked: Asked) -> DataError:
+        """The error if no answer becomes a record."""
+        count, refused = sum(len(one.answers) for one in answered), refusals(answered)
+        reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refused.items())]
+        if left := count - refused.total():
+            reasons.append(f"{left:,} without a worse answer or a balancing question")
+        errors = _shared(self.unreadable).values() or asked.unreadable.values()
+        hint = "change the checks or prompts; raise sampling.n, or sampling.max_new_tokens"
+        if not count and (first := next(iter(errors), None)):
+            reasons, hint = [f"nothing could be asked, {first}"], "check the images and prompts"
+        elif not count:
+            reasons, hint = ["there is no question"], "lower objects.least_images"
+        what = f"no answer becomes a record: of {count:,} answers, {', '.join(reasons)}"
+        return DataError(what.replace(HINT, "; "), where=self.config.out, hint=hint)
+
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:
         """The rows of each question."""
         writer = RecordWriter(self.config, self.revisions)
         found = [(one.question, writer.rows(one)) for one in answered]
         dropped = balanced([(question, len(rows)) for question, rows in found])
-        return [[] if question.id in dropped else rows for question, rows in found]
+        return [[] if place in dropped else rows for place, (_, rows) in enumerate(found)]
 
     def _write(self, answered: list[Answered], found: list[list[Row]], why: list[Row]) -> list[Row]:
         """Write the files of the entry, on the first process; returns the records of `out`."""
         rows = [row for part in found for row in part]
         if self.config.join:
-            about = [one.question.about for one, p in zip(answered, found, strict=True) if p]
-            rows = join_rows(list(zip(about, rows, strict=True)), self.config.seed)
+            asked = [one.question for one, p in zip(answered, found, strict=True) if p]
+            rows = join_rows(list(zip(asked, rows, strict=True)), self.config.seed)
         if distributed.rank() == 0:
+            begin_writing(self.config)
             write_records(Path(self.config.out), rows, self._images)
             if self.config.why is not None:
                 write_records(Path(self.config.why.out), why, self._images)
-            write_json(folder_of(self.config) / SETTINGS, _settings(self.config))
+            end_writing(self.config, self.facts)
         return rows
 
     def _images(self, index: int) -> list[tuple[Any, Path | None]]:
@@ -189,17 +200,18 @@ class _Job:
         for place in range(distributed.rank(), len(kept), distributed.world_size()):
             one, row = kept[place]
             name = row["made"]["by"]
-            whole = self.context.before(self.questions.at(one.index))
-            question = ask_why(config, whole, row["messages"][-1]["content"][0]["text"])
-            seed = self.config.seed
-            own[place] = (name, request_of(question, self.revisions[name], sampling, seed, 0))
+            again = partial(self._whole, one.index)
+            question = ask_why(config, again(), row["messages"][-1]["content"][0]["text"])
+            revision, seed = self.revisions[name], self.config.seed
+            own[place] = (name, request_of(question, revision, sampling, seed, 0, again))
         asker.ask(list(own.values()), sampling, ": why")
         keys = _shared({place: request.key for place, (_, request) in own.items()})
         made = []
         for place, (one, row) in enumerate(kept):
             reply = asker.log.answers.get(keys[place])
             if reply is not None and self._is_good(one, reply):
-                made.append(rationale_row(config, one.question, row, self._text(reply)))
+                text = self._text(reply)
+                made.append(rationale_row(config, one.question, row, text, reply.finished))
         return made
 
     def _is_good(self, one: Answered, reply: Answer) -> bool:
@@ -217,15 +229,15 @@ class _Job:
         own: dict[int, Request] = {}
         for index in range(distributed.rank(), len(lists), distributed.world_size()):
             try:
-                question = self.context.before(lists.at(index))
-                own[index] = request_of(question, self.revisions[name], sampling, 0, 0)
+                again = partial(self._whole, index, lists)
+                own[index] = request_of(again(), self.revisions[name], sampling, 0, 0, again)
             except DataError as error:
                 self.unreadable[index] = str(error)
         asker.ask([(name, request) for request in own.values()], sampling, ": objects")
         keys = _shared({index: request.key for index, request in own.items()})
         known = {i: asker.log.answers[key] for i, key in keys.items() if key in asker.log.answers}
         images = {index: replace(lists.at(index), references=[]) for index in known}
-        texts = {images[index].id: answer.text for index, answer in known.items()}
+        texts = {images[index].group: self._text(answer) for index, answer in known.items()}
         listed = Listed.of(texts, config.names, config.least_images)
         more = [
             (index, question)
@@ -234,6 +246,10 @@ class _Job:
         ]
         self.questions = self.questions.with_more(lists, more)
 
+    def _whole(self, index: int, questions: Questions | None = None) -> Question:
+        """A question, with the context that only the maker reads."""
+        return self.context.before((questions or self.questions).at(index))
+
     def _own(self) -> range:
         """Indices of the questions that this process asks."""
         return range(distributed.rank(), len(self.questions), distributed.world_size())
@@ -241,34 +257,43 @@ class _Job:
     def _candidates(self, index: int) -> list[tuple[str, Request]]:
         """What is asked for a question: a request for each candidate, with the name of the model.
         Several models take turns. None if an image is missing."""
-        names, sampling = self.config.by, self.config.sampling
+        sampling = self.config.sampling
         try:
-            question = self.context.before(self.questions.at(index))
+            again = partial(self._whole, index)
+            question = again()
             found = []
             for number in range(sampling.n):
-                name = names[(index + number) % len(names)]
+                name = self._maker(question, number)
                 revision = self.revisions[name]
-                request = request_of(question, revision, sampling, self.config.seed, number)
+                seed = self.config.seed
+                request = request_of(question, revision, sampling, seed, number, again)
                 found.append((name, request))
         except DataError as error:
             self.unreadable[index] = str(error)
             return []
         return found
 
+    def _maker(self, question: Question, number: int) -> str:
+        """Name of the model that gives a candidate. It depends on the question's id, not on its
+        place, so that further images do not change it."""
+        names = self.config.by
+        first = hashlib.blake2b(question.id.encode(), digest_size=8).digest()
+        return names[(int.from_bytes(first) + number) % len(names)]
+
     def _answered(self, index: int, keys: list[str], log: AnswerLog) -> Answered | None:
         """A question with its answers; None if it could not be asked."""
         if not keys or any(key not in log.answers for key in keys):
             return None
-        names = self.config.by
+        question = replace(self.questions.at(index), references=[])
         answers = []
         for number, key in enumerate(keys):
             answer = log.answers[key]
-            maker = names[(index + number) % len(names)]
+            maker = self._maker(question, number)
             candidate = Candidate(self._text(answer), answer.finished, maker)
             # A record needs a text, whatever the checks are.
             refused = None if candidate.text else EMPTY
             answers.append(Judged(number, candidate, key, refused))
-        return Answered(index, replace(self.questions.at(index), references=[]), answers)
+        return Answered(index, question, answers)
 
     def _text(self, answer: Answer) -> str:
         """The text of an answer without what a record, or the student, would read as an image."""
@@ -283,9 +308,7 @@ class _Job:
         name = check.config.model
         for position, one in enumerate(answered if name is not None else []):
             if one.passed and position % distributed.world_size() == distributed.rank():
-                whole = self.questions.at(one.index)
-                questions = check.asks(whole, [a.candidate for a in one.passed])
-                own[position] = [self._to_judge(name, q, check) for q in questions]
+                own[position] = self._to_judge(name, one, check)
         if name is not None:
             requests = [(name, request) for row in own.values() for request in row]
             asker.ask(requests, check.sampling, f": {check.config.kind}")
@@ -295,8 +318,18 @@ class _Job:
             found = [asker.log.answers.get(key, nothing) for key in keys.get(position, [])]
             one.apply(check, found)
 
-    def _to_judge(self, name: str, question: Question, check: AnswerCheck) -> Request:
-        return request_of(question, self.revisions[name], check.sampling, self.config.seed, 0)
+    def _to_judge(self, name: str, one: Answered, check: AnswerCheck) -> list[Request]:
+        """What a check asks the model `name` about the answers that have passed so far."""
+        answers = [answer.candidate for answer in one.passed]
+
+        def asks() -> list[Question]:
+            return check.asks(self.questions.at(one.index), answers)
+
+        revision, seed = self.revisions[name], self.config.seed
+        return [
+            request_of(question, revision, check.sampling, seed, 0, partial(_item, asks, number))
+            for number, question in enumerate(asks())
+        ]
 
     def _summary(self, answered: list[Answered], records: int, used: int, asked: Asked) -> Made:
         counts = refusals(answered)
@@ -312,6 +345,10 @@ class _Job:
         )
 
 
+def _item(read: Callable[[], Sequence[T]], number: int) -> T:
+    return read()[number]
+
+
 def _shared(own: dict[int, T]) -> dict[int, T]:
     """The entries of all ranks in the order of their keys; every rank calls it."""
     found: dict[int, T] = dict(distributed.gather([*own.items()]))
@@ -319,9 +356,9 @@ def _shared(own: dict[int, T]) -> dict[int, T]:
 
 
 def _check_judges(
-    checks: list[AnswerCheck], config: MakeConfig, revisions: dict[str, str], where: str
+    checks: list[AnswerCheck], config: MakeConfig, makers: dict[str, Maker], where: str
 ) -> None:
-    """Check that no model judges its own answers under another name.
+    """Check that no model judges its own answers under another name, or with other settings.
 
     Raises:
         RecipeError: one does.
@@ -329,7 +366,7 @@ def _check_judges(
     for check in checks:
         judge = check.config.model
         for maker in config.by if judge is not None else []:
-            if revisions[judge] == revisions[maker]:
+            if makers[judge].weights == makers[maker].weights:
                 raise RecipeError(
                     f"{judge!r} and {maker!r} are the same model, which would judge its own "
                     "answers",

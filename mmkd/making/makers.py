@@ -2,9 +2,22 @@
 
 import torch
 
-from mmkd.making.base import Maker
+from mmkd.errors import RecipeError
+from mmkd.making.base import Maker, MakerSource
 from mmkd.making.local import LocalMaker
-from mmkd.recipe import STUDENT, MakeConfig, Recipe
+from mmkd.recipe import STUDENT, MakeConfig, Recipe, ServerConfig
+
+
+def sources_of(recipe: Recipe, config: MakeConfig) -> dict[str, MakerSource]:
+    """Settings of the models that an entry of `make` asks, judges included, by name.
+
+    Args:
+        recipe: with the models.
+        config: the entry.
+    """
+    known: dict[str, MakerSource] = {STUDENT: recipe.student, **recipe.servers}
+    known |= {teacher.name: teacher for teacher in recipe.teachers}
+    return {name: known[name] for name in config.models}
 
 
 def build_makers(recipe: Recipe, config: MakeConfig, device: torch.device) -> dict[str, Maker]:
@@ -16,21 +29,23 @@ def build_makers(recipe: Recipe, config: MakeConfig, device: torch.device) -> di
         device: of models that run here.
 
     Raises:
-        RecipeError: a teacher does not run, or the student has no weights.
+        RecipeError: a model has no weights.
     """
-    judges = [check.model for check in config.checks if check.model is not None]
     return {
-        name: _build(name, recipe, config.batch_size, device)
-        for name in dict.fromkeys([*config.by, *judges])
+        name: _build(name, source, config.batch_size, device)
+        for name, source in sources_of(recipe, config).items()
     }
 
 
-def _build(name: str, recipe: Recipe, batch_size: int, device: torch.device) -> Maker:
-    if name in recipe.servers:
+def _build(name: str, source: MakerSource, batch_size: int, device: torch.device) -> Maker:
+    if isinstance(source, ServerConfig):
         from mmkd.making.server import ServerMaker  # its HTTP client is slow to import
 
-        return ServerMaker(recipe.servers[name])
-    if name == STUDENT:
-        return LocalMaker(name, recipe.student, batch_size, device)
-    teacher = next(t for t in recipe.teachers if t.name == name)
-    return LocalMaker(name, teacher, batch_size, device)
+        return ServerMaker(source)
+    if source.model is None:
+        raise RecipeError(
+            f"{name!r} has no weights, and is to answer or to judge",
+            where=f"{name}.model",
+            hint="name a model with weights",
+        )
+    return LocalMaker(name, source, batch_size, device)

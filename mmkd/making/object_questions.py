@@ -37,7 +37,7 @@ def object_questions(
     found = []
     if config.existence is not None:
         found += _existence(config.existence, image, listed, chance)
-    present = listed.present(image.id)
+    present = listed.present(image.group)
     for name in chance.sample(present, min(config.per_image, len(present))):
         others = [other for other in present if other != name]
         for number, text in enumerate(config.ask):
@@ -53,9 +53,9 @@ def _existence(
     config: ExistenceConfig, image: Question, listed: Listed, chance: random.Random
 ) -> list[Question]:
     """Questions about present and about as many absent objects."""
-    present, absent = listed.present(image.id), listed.absent(image.id)
+    present, absent = listed.present(image.group), listed.absent(image.group)
     count = min(config.per_image // 2, len(present), len(absent))
-    weights = listed.weights(image.id, absent, config.negatives)
+    weights = listed.weights(image.group, absent, config.negatives)
     there = chance.sample(present, count)
     missing = _draw(absent, weights, count, chance)
     return [
@@ -107,20 +107,20 @@ def plural(name: str) -> str:
     )
 
 
-def balanced(found: Sequence[tuple[Question, int]]) -> set[str]:
-    """Ids of questions to leave out, so that each image has records of as many present as absent
-    objects.
+def balanced(found: Sequence[tuple[Question, int]]) -> set[int]:
+    """Positions of questions to leave out, so that each image has records of as many present as
+    absent objects.
 
     Args:
         found: questions with the number of their records.
     """
-    groups: dict[str, dict[str, list[str]]] = {}
-    for question, records in found:
+    groups: dict[str, dict[str, list[int]]] = {}
+    for position, (question, records) in enumerate(found):
         if question.expected is not None and records:
-            group = groups.setdefault(question.about, {YES: [], NO: []})
-            group[question.expected].append(question.id)
-    dropped: set[str] = set()
+            group = groups.setdefault(question.group, {YES: [], NO: []})
+            group[question.expected].append(position)
+    dropped: set[int] = set()
     for group in groups.values():
         least = min(map(len, group.values()))
-        dropped.update(name for names in group.values() for name in names[least:])
+        dropped.update(place for places in group.values() for place in places[least:])
     return dropped

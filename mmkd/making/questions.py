@@ -1,9 +1,10 @@
 """What is asked: questions about a folder of images, or those of records."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -15,6 +16,8 @@ from mmkd.data.schema import Record
 from mmkd.data.turns import PLACEHOLDER, Message
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipe import DataConfig, MakeConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Question:
         objects: names of the objects in the image, if the record says them.
         reference: the record's own answer; None if it has none.
         expected: the answer by a list of the image's objects, yes or no; None for others.
-        about: the image's path, or the record's id. Questions about the same image share it.
+        about: the image's path, or the record's id.
+        group: questions about the same image or record share it, and no others; ids of records
+            may be equal.
     """
 
     id: str
@@ -39,6 +44,7 @@ class Question:
     reference: str | None = None
     expected: str | None = None
     about: str = ""
+    group: str = ""
 
     def images(self) -> list[Image.Image]:
         """The decoded images.
@@ -102,17 +108,30 @@ def open_questions(config: MakeConfig, where: str) -> Questions:
     Raises:
         MmkdError: there are none, or a prompt is not possible.
     """
-    asked = [] if config.objects is None else config.objects.ask
-    for prompt in [*config.prompts, *asked]:
-        if PLACEHOLDER in prompt:
+    for key, text in _texts(config):
+        if PLACEHOLDER in text:
             raise RecipeError(
-                f"a prompt has the placeholder {PLACEHOLDER}, and the image is put before it",
-                where=f"{where}.prompts",
+                f"a text has the placeholder {PLACEHOLDER}, and images are put before questions",
+                where=f"{where}.{key}",
                 hint="leave it out",
             )
     if config.pictures is not None:
         return _about_folder(Path(config.pictures), config)
     return _of_records(config)
+
+
+def _texts(config: MakeConfig) -> Iterator[tuple[str, str]]:
+    """The texts of an entry that models read, with their keys."""
+    yield from (("prompts", prompt) for prompt in config.prompts)
+    if (objects := config.objects) is not None:
+        yield "objects.prompt", objects.prompt
+        yield from (("objects.ask", text) for text in objects.ask)
+        if objects.existence is not None:
+            yield "objects.existence.question", objects.existence.question
+    if config.context is not None and config.context.system is not None:
+        yield "context.system", config.context.system
+    if config.why is not None:
+        yield from (("why.prompt", config.why.prompt), ("why.question", config.why.question))
 
 
 def questions_for_lists(config: MakeConfig, where: str) -> Questions | None:
@@ -138,8 +157,12 @@ def _about_folder(folder: Path, config: MakeConfig) -> Questions:
     def at(index: int) -> Question:
         number, prompt = divmod(index, len(prompts))
         name = names[number]
+        if name != name.encode(errors="ignore").decode():
+            hint = "rename it"
+            raise DataError(f"the image's name {name!a} is not UTF-8", hint=hint)
         label = name if len(prompts) == 1 else f"{name}-{prompt}"
-        return Question(label, about_images(1, prompts[prompt]), [(name, folder)], about=name)
+        messages = about_images(1, prompts[prompt])
+        return Question(label, messages, [(name, folder)], about=name, group=name)
 
     return Questions(at, len(names) * len(prompts))
 
@@ -151,14 +174,15 @@ def _of_records(config: MakeConfig) -> Questions:
     reads_objects = any(c.kind == "objects" for c in config.checks)
     names = frozenset[str]()
     if reads_objects:
-        names = frozenset(o.name for i in range(len(records)) for o in records[i].objects)
+        names = _names_in(records)
         if not names:
             raise DataError(
                 "the records say nothing of objects",
                 where=records.name,
                 hint="add 'objects' (name, box)",
             )
-    if any(c.kind == "reference" for c in config.checks) and not records[0].has_answer:
+    compares = any(c.kind == "reference" for c in config.checks)
+    if compares and not first_readable(lambda index: records[index], count).has_answer:
         raise DataError(
             "the records have no answers to compare with",
             where=records.name,
@@ -170,9 +194,33 @@ def _of_records(config: MakeConfig) -> Questions:
         record = records[number]
         text = prompts[prompt]
         label = record.id if len(prompts) == 1 else f"{record.id}-{prompt}"
-        return _of_record(record, label, text)
+        return replace(_of_record(record, label, text), group=str(number))
 
     return Questions(at, count * len(prompts), names)
+
+
+def _names_in(records: Records) -> frozenset[str]:
+    """The names of all objects. Records that cannot be read are reported when they are asked."""
+    names: set[str] = set()
+    for index in range(len(records)):
+        with suppress(DataError):
+            names.update(thing.name for thing in records[index].objects)
+    return frozenset(names)
+
+
+def first_readable(read: Callable[[int], T], count: int) -> T:
+    """The first of `count` things that can be read.
+
+    Raises:
+        DataError: none can be read; the error of the first one.
+    """
+    first: DataError | None = None
+    for index in range(count):
+        try:
+            return read(index)
+        except DataError as error:
+            first = first or error
+    raise first or DataError("there is nothing to ask")
 
 
 def _of_record(record: Record, label: str, prompt: str | None) -> Question:

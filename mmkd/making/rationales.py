@@ -26,7 +26,7 @@ def ask_why(config: RationaleConfig, question: Question, answer: str) -> Questio
 
 
 def rationale_row(
-    config: RationaleConfig, question: Question, row: dict[str, Any], text: str
+    config: RationaleConfig, question: Question, row: dict[str, Any], text: str, finished: bool
 ) -> dict[str, Any]:
     """A record of a rationale.
 
@@ -35,16 +35,18 @@ def rationale_row(
         question: of the answer.
         row: the answer's record.
         text: the rationale.
+        finished: the model ended it.
     """
     *before, last = question.messages
     asked = {**last, "content": [*last["content"], _text(f"\n{config.question}")]}
     said = {"role": "assistant", "content": [_text(text)]}
-    return {
+    made = {
         "id": f"{question.id}-why",
         "images": row["images"],
         "messages": [*before, asked, said],
         "made": row["made"],
     }
+    return made if finished else made | {"unfinished": True}
 
 
 def _text(text: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,12 @@ class Context:
 
 
 def request_of(
-    question: Question, revision: str, sampling: SamplingConfig, seed: int, candidate: int
+    question: Question,
+    revision: str,
+    sampling: SamplingConfig,
+    seed: int,
+    candidate: int,
+    again: Callable[[], Question],
 ) -> Request:
     """A request for one answer.
 
@@ -80,6 +86,8 @@ def request_of(
         sampling: how answers are sampled.
         seed: of the entry of `make`.
         candidate: number of the answer to this question.
+        again: reads the question, for its images, when the request is sent. The request does not
+            hold them, because those of all requests may not fit into memory.
 
     Raises:
         DataError: an image cannot be found.
@@ -91,7 +99,7 @@ def request_of(
     for reference in question.references:
         seen.update(_digest(*reference))
     key = seen.hexdigest()
-    return Request(key, question.messages, question.images, int(key[:12], 16) % MOST_SEED)
+    return Request(key, question.messages, lambda: again().images(), int(key[:12], 16) % MOST_SEED)
 
 
 def _digest(reference: Any, root: Path | None) -> bytes:

@@ -60,11 +60,19 @@ class ServerMaker:
         return f"{self.config.model} at {self.config.server}"
 
     @property
+    def source(self) -> ServerConfig:
+        return self.config
+
+    @property
+    def weights(self) -> str:
+        return f"{self.config.server.rstrip('/')} {self.config.model}"
+
+    @property
     def revision(self) -> str:
         """Server and model, with a hash of other settings that change answers. What the server
         holds under the model's name is not known."""
         config = self.config
-        text = f"{config.server.rstrip('/')} {config.model}"
+        text = self.weights
         if config.extra or config.image_format != "png":
             other = json.dumps([config.image_format, config.extra], sort_keys=True)
             text += f" {hashlib.blake2b(other.encode(), digest_size=8).hexdigest()}"

@@ -11,12 +11,12 @@ SHOWN = 5
 
 def print_made(made: Made) -> None:
     """Print what was made, and why answers were not used."""
-    new, known = made.asked.answers, made.answers - made.asked.answers
+    new, known = made.asked.answers, made.asked.known
     say(f"wrote {made.out}: {made.records:,} records of {made.questions:,} questions")
     if new:
         time = timedelta(seconds=round(made.asked.seconds))
         say(f"  {new:,} new answers in {time}, {made.asked.rate:,.1f} a second")
-    if known > 0:
+    if known:
         say(f"  {known:,} answers were known")
     for kind, count in made.refused.items():
         say(f"  {count:,} of {made.answers:,} answers refused by '{kind}'")

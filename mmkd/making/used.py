@@ -1,13 +1,19 @@
 """Which entries of `make` a recipe's stages read."""
 
+from collections.abc import Sequence
+
 from mmkd.errors import DataError
-from mmkd.making.make import is_made
-from mmkd.recipe import MakeConfig, Recipe
+from mmkd.making.state import is_made
+from mmkd.recipe import DataConfig, MakeConfig, Recipe
 
 
 def used_entries(recipe: Recipe) -> dict[str, MakeConfig]:
     """The entries of a recipe's `make` that its stages train on or measure, by name."""
-    data = [recipe.stage_data(stage) for stage in recipe.stages]
+    return entries_in(recipe, [recipe.stage_data(stage) for stage in recipe.stages])
+
+
+def entries_in(recipe: Recipe, data: Sequence[DataConfig]) -> dict[str, MakeConfig]:
+    """The entries of a recipe's `make` whose files are in some data, by name."""
     read = {part.train for d in data for part in (*d.parts, *d.validation_parts)}
     return {name: config for name, config in recipe.make.items() if read & {*config.files}}
 
@@ -18,10 +24,10 @@ def check_made(recipe: Recipe) -> None:
     Raises:
         DataError: some are not.
     """
-    for name, config in used_entries(recipe).items():
-        if not is_made(config):
+    for name in used_entries(recipe):
+        if not is_made(recipe, name):
             raise DataError(
-                "its records are not made yet",
+                "its records are not made yet, or with other settings or models",
                 where=f"make.{name}",
                 hint="make them with `mmkd data answers RECIPE`; `mmkd run` does it too",
             )

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mmkd.data.images import image_content
+from mmkd.data.records import located
 from mmkd.errors import DataError
 from mmkd.making.choose import Answered, Judged
 from mmkd.making.questions import Question
@@ -96,20 +97,22 @@ class RecordWriter:
         return made
 
 
-def join_rows(found: Sequence[tuple[str, Row]], seed: int) -> list[Row]:
-    """One record for each image, whose turns are the records about it, in random order.
+def join_rows(found: Sequence[tuple[Question, Row]], seed: int) -> list[Row]:
+    """One record for each image, whose turns are the records about it, in random order. A record's
+    own question comes first if it has a system message or earlier turns.
 
     Args:
-        found: what a record is about, with the record.
+        found: a question, with its record.
         seed: of the order.
     """
-    groups: dict[str, list[Row]] = {}
-    for about, row in found:
-        groups.setdefault(about, []).append(row)
+    groups: dict[str, tuple[str, list[Row]]] = {}
+    for question, row in found:
+        groups.setdefault(question.group, (question.about, []))[1].append(row)
     joined = []
-    for about, rows in groups.items():
+    for about, rows in groups.values():
         words = f"{seed} {about}".encode()
         random.Random(hashlib.blake2b(words, digest_size=8).digest()).shuffle(rows)
+        rows.sort(key=lambda row: len(row["messages"]) == 2)
         first, *later = rows
         messages = [*first["messages"], *(_without_images(m) for r in later for m in r["messages"])]
         made = {**first["made"], "turns": [{"id": r["id"], **_own(r["made"])} for r in rows]}
@@ -142,24 +145,26 @@ def write_records(
         DataError: there are none.
     """
     if not rows:
-        hint = "see what the checks have refused; raise sampling.n, or sampling.max_new_tokens"
-        raise DataError("no answer becomes a record", where=str(out), hint=hint)
+        raise DataError("there are no records", where=str(out), hint="change the checks")
     with writing(out) as partial:
         if out.suffix == ".parquet":
             _write_parquet(partial, rows, references)
             return
         with open(partial, "w", encoding="utf-8") as file:
             for row in rows:
-                paths = [path for path, _ in references(row["images"])]
+                with located(lambda: str(out)):
+                    paths = [_path(reference) for reference, _ in references(row["images"])]
                 file.write(json.dumps(row | {"images": paths}) + "\n")
 
 
 def _write_parquet(
     out: Path, rows: Sequence[Row], references: Callable[[int], list[tuple[Any, Path | None]]]
 ) -> None:
-    found = pa.Table.from_pylist([row | {"images": []} for row in rows]).schema
+    # pyarrow takes the columns of the first row.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    whole = [dict.fromkeys(names) | row | {"images": []} for row in rows]
+    found = pa.Table.from_pylist(whole).schema
     schema = found.set(found.get_field_index("images"), pa.field("images", pa.list_(IMAGE)))
-    names = set(schema.names)
     with pq.ParquetWriter(out, schema, compression="zstd") as file:
         for first in range(0, len(rows), GROUP):
             part = []
@@ -174,15 +179,41 @@ def check_out(config: MakeConfig, question: Question, where: str) -> None:
     """Check that the file can hold the images.
 
     Raises:
-        DataError: the images are no files, and the file would hold paths.
+        DataError: the images are no files, and the file would hold paths; or the paths would be
+            relative to another folder.
     """
-    paths = all(isinstance(path, str) for path, _ in question.references)
-    if not paths and config.out.endswith(".jsonl"):
+    if config.out.endswith(".parquet"):
+        return
+    for reference, root in question.references:
+        try:
+            _path(reference)
+        except DataError as error:
+            raise error.at(f"{where}.out") from error
+        own = Path(config.out).parent.resolve()
+        named = config.pictures is not None or config.images is not None
+        if not named and root is not None and root.resolve() != own:
+            raise DataError(
+                f"image paths are relative to {root}, and in the new file to {own}",
+                where=f"{where}.images",
+                hint=f"set it to {root}",
+            )
+
+
+def _path(reference: Any) -> str:
+    """The path of an image.
+
+    Raises:
+        DataError: it is no file.
+    """
+    path = reference
+    if isinstance(reference, dict) and not isinstance(reference.get("bytes"), bytes):
+        path = reference.get("path")
+    if not isinstance(path, str):
         raise DataError(
             "the records contain their images, and a .jsonl file holds paths",
-            where=f"{where}.out",
             hint="end its name with .parquet",
         )
+    return path
 
 
 def _said(answer: Judged) -> Row:

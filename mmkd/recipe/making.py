@@ -1,5 +1,6 @@
 """Settings of data that a model makes: who answers which questions, and which answers are kept."""
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -173,10 +174,21 @@ class MakeConfig(Strict):
                 raise ValueError("'agrees' compares answers -- set sampling.n to 2 or more")
             if check.kind in ("reference", "objects") and self.records is None:
                 raise ValueError(f"{check.kind!r} reads records -- give 'records', or leave it out")
+        if any(c.kind == "reference" for c in self.checks) and (self.prompts or self.objects):
+            raise ValueError(
+                "'reference' compares with the record's own answer, which is none to 'prompts' or "
+                "'objects' -- leave it out, or make them in another entry"
+            )
         if self.join and (self.keep != "best" or all(c.kind != "cut" for c in self.checks)):
             raise ValueError("'join' needs 'keep: best' and the check 'cut' -- change them")
         if len(set(self.by)) != len(self.by):
             raise ValueError("'by' names a model twice -- name it once")
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models that answer or judge, each once."""
+        judges = [check.model for check in self.checks if check.model is not None]
+        return list(dict.fromkeys([*self.by, *judges]))
 
     @property
     def files(self) -> list[str]:
@@ -256,6 +268,6 @@ def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list
             raise ValueError(
                 f"make.{entry}{WHY} is the name of another entry's rationales -- rename it"
             )
-    files = [file for config in make.values() for file in config.files]
+    files = [os.path.normpath(file) for config in make.values() for file in config.files]
     if len(set(files)) != len(files):
         raise ValueError("two entries of 'make' write the same file -- give each its own 'out'")

@@ -84,9 +84,12 @@ def _checked(text: str, known: tuple[str, ...], needed: tuple[str, ...]) -> str:
         ValueError: one is unknown, or none of `needed` is there.
     """
     try:
-        found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+        parts = [(name, spec, how) for _, name, spec, how in Formatter().parse(text)]
     except ValueError as error:
         raise ValueError(f"{text!r} has a single brace -- remove it") from error
+    if any(spec or how for _, spec, how in parts):
+        raise ValueError(f"{text!r} has a placeholder with ':' or '!' -- give its name alone")
+    found = {name for name, _, _ in parts if name is not None}
     written = " ".join(f"{{{name}}}" for name in known)
     if unknown := sorted(found - set(known)):
         raise ValueError(f"{text!r} has the placeholder {{{unknown[0]}}} -- known: {written}")

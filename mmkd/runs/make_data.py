@@ -3,27 +3,27 @@
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError
-from mmkd.making.make import is_made, make_answers
+from mmkd.making.make import make_answers
 from mmkd.making.show import print_made
+from mmkd.making.state import Facts, entry_facts, is_made
 from mmkd.making.used import used_entries
-from mmkd.recipe import MakeConfig, Recipe
+from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.members import Member
 from mmkd.runtime import distributed
 
 
-def make_data(todo: Sequence[Member]) -> None:
-    """Make the records that unfinished members train on and that are not made yet. Models and
+def make_data(pending: Sequence[Member]) -> None:
+    """Make the records that members train on and that are not made yet. Models and
     stages are checked before. Every rank calls it.
 
     Args:
-        todo: the run's members.
+        pending: members with stages to train.
 
     Raises:
-        RecipeError: two members make the same file with different settings.
+        RecipeError: two members make the same file with different settings or models.
         MmkdError: a member's recipe is not possible, or as of `make_answers`.
     """
-    pending = [member for member in todo if not member.is_trained()]
     missing = _missing(pending)
     if not missing:
         return
@@ -39,15 +39,18 @@ def make_data(todo: Sequence[Member]) -> None:
 
 def _missing(pending: Sequence[Member]) -> list[tuple[str, Recipe]]:
     """Entries of `make` that are used and not made yet, each with the recipe that has it."""
-    found: dict[str, tuple[str, Recipe, MakeConfig]] = {}
+    found: dict[str, tuple[str, Recipe, Facts]] = {}
     for member in pending:
         for name, config in used_entries(member.recipe).items():
-            known = found.setdefault(config.out, (name, member.recipe, config))
-            if known[2] != config:
+            facts = entry_facts(member.recipe, name)
+            known = found.setdefault(config.out, (name, member.recipe, facts))
+            if known[2] != facts:
+                different = "settings" if known[2]["settings"] != facts["settings"] else "models"
                 raise RecipeError(
-                    f"two students make {config.out} with different settings",
+                    f"two students make {config.out} with different {different}",
                     where=f"make.{name}",
                     hint="give each an entry of its own",
                 )
-    made = distributed.gather([[out for out in found if is_made(found[out][2])]])[0]
+    made = [out for out, (name, recipe, _) in found.items() if is_made(recipe, name)]
+    made = distributed.gather([made])[0]
     return [(name, recipe) for out, (name, recipe, _) in found.items() if out not in made]

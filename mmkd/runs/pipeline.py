@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import compress, takewhile
 from pathlib import Path
 
 from mmkd.errors import CheckpointError, RecipeError
@@ -55,8 +55,9 @@ def run(
     distributed.connect(device, timeout_s=timeout_s)
     with distributed.alone_in(run_folder(recipe).path):
         todo = members(recipe)
-        make_data(todo)
-        restarts = _check_all(recipe, todo, from_stage)
+        restarts = _find_restarts(recipe, todo, from_stage)
+        make_data(list(compress(todo, _pending(todo, restarts))))
+        restarts = _check_all(recipe, todo, restarts, from_stage)
         distributed.barrier()
         _start_again(restarts, from_stage)
         course = _course(todo)
@@ -90,14 +91,29 @@ def _refuse_foreign(folder: RunFolder) -> None:
         )
 
 
-def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> list[Restart | None]:
-    """Check everything before anything is written. Returns for each member where it starts
-    again."""
+def _find_restarts(
+    recipe: Recipe, todo: list[Member], from_stage: str | None
+) -> list[Restart | None]:
+    """For each member, where it starts again if the recipe has changed. What is refused is refused
+    before data are made."""
     _refuse_foreign(run_folder(recipe))
     restarts = [find_restart(member, from_stage) for member in todo]
     check_stage(from_stage, todo, restarts)
     _refuse_other_assistant(todo, restarts)
-    pending = [r is not None or not m.is_trained() for r, m in zip(restarts, todo, strict=True)]
+    return restarts
+
+
+def _pending(todo: list[Member], restarts: Sequence[Restart | None]) -> list[bool]:
+    """Whether each member has stages to train."""
+    return [r is not None or not m.is_trained() for r, m in zip(restarts, todo, strict=True)]
+
+
+def _check_all(
+    recipe: Recipe, todo: list[Member], restarts: list[Restart | None], from_stage: str | None
+) -> list[Restart | None]:
+    """Check recipe, models and data before the run writes anything. Returns for each member where
+    it starts again, because of inputs that have changed too."""
+    pending = _pending(todo, restarts)
     for member, restart, trains in zip(todo, restarts, pending, strict=True):
         if trains:
             _check(member, restart)

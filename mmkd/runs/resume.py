@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError, nearest
+from mmkd.making.state import SERVER_KEYS
+from mmkd.making.used import entries_in
 from mmkd.recipe import Recipe, load_written, to_yaml
 from mmkd.runs.members import Member, run_folder
 from mmkd.runtime.files import read_yaml, write_json, write_text
@@ -163,15 +165,29 @@ def _another(
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings outside of stages, without the data, which a stage may override."""
-    return {k: v for k, v in recipe.items() if k not in ("stages", "data", "report_to")}
+    """The settings outside of stages, without the data, which a stage may override, and without
+    what makes data."""
+    parts = ("stages", "data", "make", "servers", "report_to")
+    return {k: v for k, v in recipe.items() if k not in parts}
 
 
 def _effective(recipe: Recipe, index: int) -> dict[str, Any]:
     """The settings that determine a stage's result, in addition to those of `_whole`."""
     stage = recipe.stages[index]
     said = stage.model_dump(mode="json", exclude=set(LAYOUT))
-    return {**said, "data": recipe.stage_data(stage).model_dump(mode="json")}
+    data = recipe.stage_data(stage)
+    made = entries_in(recipe, [data])
+    asked = {name for entry in made.values() for name in entry.models}
+    return {
+        **said,
+        "data": data.model_dump(mode="json"),
+        "make": {n: m.model_dump(mode="json", exclude={"batch_size"}) for n, m in made.items()},
+        "servers": {
+            name: server.model_dump(mode="json", include=SERVER_KEYS)
+            for name, server in recipe.servers.items()
+            if name in asked
+        },
+    }
 
 
 def _changed_keys(old: Recipe, new: Recipe, index: int) -> list[str]:
@@ -181,7 +197,8 @@ def _changed_keys(old: Recipe, new: Recipe, index: int) -> list[str]:
     keys = _differences(_effective(old, index), _effective(new, index))
     inherited = old.stages[index].data is None and new.stages[index].data is None
     at = f"stages.{index}."
-    return [k if inherited and k.startswith("data.") else at + k for k in keys]
+    outside = ("make.", "servers.", *(["data."] if inherited else []))
+    return [k if k.startswith(outside) else at + k for k in keys]
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -1,5 +1,7 @@
 """Checks of answers."""
 
+from dataclasses import replace
+
 import pytest
 
 from mmkd.making.base import Answer
@@ -136,7 +138,10 @@ def test_objects_count_invented_ones_first():
 def test_ratings_are_read_only_if_there_are_as_many_as_asked():
     assert ratings("Rating: 7", 1) == [7]
     assert ratings("A: 10, B: 4", 2) == [10, 4]
+    assert ratings("A: 7/10, B: 8.5 / 10.", 2) == [7, 8.5]
     assert ratings("7 or 8", 1) == []
+    assert ratings("4/5", 1) == []
+    assert ratings("10.5", 1) == []
     assert ratings("Good.", 1) == []
     assert ratings("A: 0", 1) == []
 
@@ -187,6 +192,20 @@ def test_best_and_pair():
     assert judged(("a", None, (1.0,)), ("b", None, (1.0,))).pair("agrees") is None
     assert judged(("a", "agrees", (0.2,)), ("b", "agrees", (0.1,))).pair("agrees") is None
     assert judged(("a", "cut", None)).best("agrees") is None
+    # a judge may rate equal answers differently; training refuses a pair of them
+    assert judged(("a", None, (9.0,)), ("a", None, (8.0,))).pair("agrees") is None
+    same = judged(("a", None, (9.0,)), ("a", None, (1.0,)), ("b", None, (2.0,))).pair("agrees")
+    assert [j.candidate.text for j in same] == ["a", "b"]
+
+
+def test_answers_that_were_cut_are_in_no_pair():
+    found = judged(
+        ("a", None, (3.0,)), ("b", None, (2.0,)), ("c", None, (1.0,)), ("d", None, (4.0,))
+    )
+    for number in (2, 3):
+        answer = found.answers[number]
+        answer.candidate = replace(answer.candidate, finished=False)
+    assert [j.candidate.text for j in found.pair("agrees")] == ["a", "b"]
 
 
 def test_checks_see_what_passed_before():

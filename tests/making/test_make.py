@@ -1,6 +1,8 @@
 """Records that a model makes: the file is a function of settings and images."""
 
+import gc
 import json
+import shutil
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -11,7 +13,9 @@ from mmkd.data.answers import generate_of, sample_answers
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import GivenRecords, Records
 from mmkd.data.schema import Record
-from mmkd.making.make import is_made, make_answers
+from mmkd.making.make import make_answers
+from mmkd.making.questions import Question
+from mmkd.making.state import is_made
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, SamplingConfig, load_recipe
 from tests.making.conftest import PROMPTS
@@ -92,7 +96,7 @@ def test_what_is_known_is_not_asked_again(recipe, photos, rows, tmp_path):
     path = recipe(keep="all")
     first = make(path)
     again = make(path)
-    assert again.asked.answers == 0
+    assert (again.asked.answers, again.asked.known) == (0, 36)
     assert replace(again, asked=first.asked) == first
     # another image, another check, more candidates: only what is missing
     before = {r["id"]: r for r in rows()}
@@ -107,6 +111,8 @@ def test_what_is_known_is_not_asked_again(recipe, photos, rows, tmp_path):
     assert len(same) >= 8
     assert all({**r, "made": None} == {**before[r["id"]], "made": None} for r in same)
     assert make(path, "make.photos.sampling.n=4").asked.answers == 12
+    more = make(path, "make.photos.sampling.n=4").asked
+    assert (more.answers, more.known) == (0, 48)
     assert make(path, "make.photos.seed=1").asked.answers == 36
     (tmp_path / "made.jsonl.answers" / "answers-00000.jsonl").unlink()
     assert make(path).asked.answers == 36
@@ -229,19 +235,54 @@ def test_rationales_are_records_of_their_own(recipe, rows, tmp_path, tiny_model_
     assert (config.train, config.images) == (str(tmp_path / "why.jsonl"), str(photos))
     assert make(path).asked.answers == 0
     (tmp_path / "why.jsonl").unlink()
-    assert not is_made(load_recipe(path).make["photos"])
+    assert not is_made(load_recipe(path), "photos")
 
 
-def test_models_take_turns(recipe, rows):
-    path = recipe(
-        keep="all", by=["teacher", "student"], checks=[],
-        top={"teacher": {"model": "assets/scenes_teacher"}},
+def test_rationales_that_were_cut_have_no_end(recipe, rows, tmp_path):
+    why = {"max_new_tokens": 2, "out": str(tmp_path / "why.jsonl")}
+    make(recipe(sampling={"max_new_tokens": 6}, checks=["empty"], why=why))
+    reasons = rows("why.jsonl")
+    assert reasons
+    assert all(row["unfinished"] for row in reasons)
+
+
+def test_requests_do_not_hold_images(recipe, scenes_dir, tmp_path, monkeypatch):
+    """The images of all requests may not fit into memory."""
+    from mmkd.making import local
+
+    answer, held = local.LocalMaker.answer, []
+
+    def noting(self, requests, sampling, keep):
+        held.append(sum(type(o) is Question and bool(o.references) for o in gc.get_objects()))
+        answer(self, requests, sampling, keep)
+
+    monkeypatch.setattr(local.LocalMaker, "answer", noting)
+    made = make(
+        recipe(pictures=None, prompts=None, records=str(scenes_dir / "captions.parquet"), limit=6,
+               checks=[], sampling={"max_new_tokens": 2}, out=str(tmp_path / "made.parquet"))
     )  # fmt: skip
-    make(path)
+    assert made.answers == 6
+    assert max(held) <= 1
+
+
+def test_models_take_turns(recipe, rows, photos, tmp_path):
+    names = ["teacher", "student"]
+    path = recipe(
+        keep="all", by=names, checks=[], top={"teacher": {"model": "assets/scenes_teacher"}},
+    )  # fmt: skip
+    made = make(path)
     by = {(r["id"].rpartition("-")[0], r["made"]["candidate"]): r["made"]["by"] for r in rows()}
-    first = [by["0.png-0", c] for c in range(3)]
-    assert first == ["teacher", "student", "teacher"]
-    assert [by["0.png-1", c] for c in range(3)] == ["student", "teacher", "student"]
+    known = [(by[question, 0], number, name) for (question, number), name in by.items()
+             if (question, 0) in by]  # fmt: skip
+    assert all(name == names[(names.index(first) + n) % 2] for first, n, name in known)
+    assert {by[question, 0] for question, number in by if number == 0} == {*names}
+    # an image before all others changes no model of theirs
+    folder = tmp_path / "more"
+    shutil.copytree(photos, folder)
+    (folder / "00.png").write_bytes((photos / "more" / "5.PNG").read_bytes() + b"\0")
+    more = make(path, f"make.photos.pictures={folder}")
+    assert more.asked.answers == 3 * len(PROMPTS)
+    assert more.answers == made.answers + more.asked.answers
 
 
 def test_answers_cannot_bring_images_of_their_own(recipe, rows, monkeypatch):
@@ -256,6 +297,20 @@ def test_answers_cannot_bring_images_of_their_own(recipe, rows, monkeypatch):
     monkeypatch.setattr(local.LocalMaker, "_sample", hostile)
     make(recipe())
     assert {r["messages"][1]["content"][0]["text"] for r in rows()} == {"A  dog"}
+
+
+def test_listed_objects_cannot_bring_images_either(recipe, rows, monkeypatch):
+    from mmkd.making import local
+
+    answer = local.LocalMaker._sample
+
+    def hostile(self, records, *more):
+        return [replace(a, text="<image> dog, key") for a in answer(self, records, *more)]
+
+    monkeypatch.setattr(local.LocalMaker, "_sample", hostile)
+    make(recipe(prompts=None, objects={"ask": ["Where is {a_name}?"]}, checks=[]))
+    asked = {r["messages"][0]["content"][1]["text"] for r in rows()}
+    assert asked == {"Where is a dog?", "Where is a key?"}
 
 
 @pytest.mark.parametrize("keep", ["best", "pair"])

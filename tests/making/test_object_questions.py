@@ -20,7 +20,7 @@ ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text"
 
 
 def image(name):
-    return Question(name, ASKED, [(f"{name}.png", None)], about=name)
+    return Question(name, ASKED, [(f"{name}.png", None)], about=name, group=name)
 
 
 def asked(config, listed, name, seed=0):
@@ -151,14 +151,11 @@ def test_other_questions():
 
 def test_records_are_balanced():
     def one(name, expected, records):
-        return (
-            Question(name, ASKED, [], expected=expected, about="a"),
-            records,
-        )
+        return Question(name, ASKED, [], expected=expected, group="a"), records
 
     found = [one("y1", "yes", 1), one("y2", "yes", 1), one("n1", "no", 0), one("n2", "no", 2)]
-    assert balanced([*found, one("free", None, 1)]) == {"y2"}
-    assert balanced(found[:2]) == {"y1", "y2"}
+    assert balanced([*found, one("free", None, 1)]) == {1}
+    assert balanced(found[:2]) == {0, 1}
 
 
 def test_the_second_pass_must_agree_with_the_list():
@@ -212,6 +209,7 @@ def test_a_folder_gets_questions(recipe, rows, monkeypatch):
         ({"existence": {"question": "Is there {names}?"}}, "placeholder {names} -- known: {name}"),
         ({"ask": ["What is {it}?"]}, "has the placeholder {it}"),
         ({"ask": ["What is {name?"]}, "has a single brace"),
+        ({"ask": ["What is {name:d}?"]}, "has a placeholder with ':' or '!'"),
         ({"ask": ["Left of the {other}?"]}, "names no object"),
     ],
 )

@@ -1,6 +1,7 @@
 """What cannot be made is refused in one line, before a model is loaded and with nothing written."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,11 +10,17 @@ import yaml
 from mmkd.cli import main
 from mmkd.errors import MmkdError, RecipeError
 from mmkd.making import local
+from mmkd.making.base import Request
 from mmkd.making.make import make_answers
-from mmkd.recipe import load_recipe
+from mmkd.recipe import ModelConfig, SamplingConfig, load_recipe
 from mmkd.runs import pipeline
 
 CPU = torch.device("cpu")
+
+
+RECORD = json.dumps(
+    {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>What?"}]}
+)
 
 
 def entry(path, **changes):
@@ -41,6 +48,10 @@ def entry(path, **changes):
             {"checks": [{"kind": "judge", "by": "teacher"}]},
             "has 'teacher' judge its own answers -- name another model",
         ),
+        (
+            {"pictures": None, "records": "a.json", "checks": ["reference"]},
+            "which is none to 'prom",
+        ),
         ({"join": True}, "'join' needs 'keep: best' and the check 'cut'"),
         ({"keep": "all", "why": {"out": "w.jsonl"}}, "set keep to best"),
         ({"why": {"out": "made.txt"}}, "end its name with .jsonl or .parquet"),
@@ -64,6 +75,10 @@ def test_names_of_models_and_entries(recipe):
     with pytest.raises(RecipeError, match="has the images of its entry of 'make'"):
         load_recipe({**raw, "data": {"train": "made:photos", "images": "elsewhere"}})
     second = {**raw["make"], "more": raw["make"]["photos"]}
+    with pytest.raises(RecipeError, match="two entries of 'make' write the same file"):
+        load_recipe({**raw, "make": second})
+    folder, name = raw["make"]["photos"]["out"].rsplit("/", 1)
+    second["more"] = {**raw["make"]["photos"], "out": f"{folder}/./{name}"}
     with pytest.raises(RecipeError, match="two entries of 'make' write the same file"):
         load_recipe({**raw, "make": second})
     mixed = load_recipe({**raw, "data": {"sources": [{"train": "made:photos"}]}})
@@ -95,7 +110,11 @@ def test_before_a_model_is_loaded(refused, scenes_dir, tmp_path, tiny_model_dir)
     empty.mkdir()
     refused("no such folder -- check 'pictures'", pictures=str(tmp_path / "gone"))
     refused("the folder has no images -- known are .jpg", pictures=str(empty))
-    refused("a prompt has the placeholder <image>", prompts=["<image>\nWhat?"])
+    said = "a text has the placeholder <image>, and images are put before questions -- leave it out"
+    refused(f"make.photos.prompts: {said}", prompts=["<image>\nWhat?"])
+    refused(f"make.photos.context.system: {said}", context={"system": "<image>"})
+    exists = {"existence": {"question": "<image> Is there {a_name}?"}}
+    refused(f"make.photos.objects.existence.question: {said}", objects=exists)
     captions = {"pictures": None, "prompts": [], "records": str(scenes_dir / "captions.parquet")}
     refused("contain their images, and a .jsonl file holds paths", **captions)
     refused(
@@ -103,6 +122,12 @@ def test_before_a_model_is_loaded(refused, scenes_dir, tmp_path, tiny_model_dir)
         **{**captions, "records": str(scenes_dir / "preferences.parquet")},
         checks=["objects"],
         out=str(tmp_path / "made.parquet"),
+    )
+    (tmp_path / "r.jsonl").write_text(RECORD)
+    own = {"pictures": None, "prompts": [], "records": str(tmp_path / "r.jsonl")}
+    elsewhere = tmp_path / "there" / "made.jsonl"
+    refused(
+        f"make.photos.images: image paths are relative to {tmp_path}", **own, out=str(elsewhere)
     )
     shots = {"context": {"shots": str(tmp_path / "no.json")}}
     refused("no such data file", **shots)
@@ -140,14 +165,60 @@ def test_unreadable_images_are_left_out_and_named(recipe, photos, rows, tmp_path
     assert "2.png is not a readable image" in errors
 
 
+def test_a_name_that_is_not_utf8(recipe, photos, rows, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name in (b"\xff.png", b"a.png"):
+        (folder / os.fsdecode(name)).write_bytes((photos / "0.png").read_bytes())
+    path = recipe(pictures=str(folder), checks=["cut"], sampling={"max_new_tokens": 30}, join=True)
+    made = make_answers(load_recipe(path), "photos", CPU)
+    assert {row["id"] for row in rows()} == {"a.png"}
+    assert set(made.asked.unreadable.values()) == {
+        "the image's name '\\udcff.png' is not UTF-8 -- rename it"
+    }
+
+
+def test_a_first_record_that_cannot_be_read(recipe, photos, rows, tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"images": ["0.png"]}\n' + RECORD.replace("a.png", "0.png"))
+    path = recipe(
+        pictures=None, prompts=None, records=str(tmp_path / "r.jsonl"), images=str(photos),
+        checks=[], sampling={"max_new_tokens": 6},
+    )  # fmt: skip
+    made = make_answers(load_recipe(path), "photos", CPU)
+    assert (len(rows()), made.questions, made.unanswered) == (1, 2, 1)
+
+
+def test_a_prompt_that_cannot_be_encoded_stops_no_others(tiny_model_dir):
+    """Such as a judge's, with an answer that has an image token of the judge's family."""
+
+    def request(text):
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        return Request(text, messages, list, 0)
+
+    maker = local.LocalMaker("judge", ModelConfig(model=str(tiny_model_dir)), 4, CPU)
+    found = {}
+    requests = [request(text) for text in ("one", "<image>", "two")]
+    maker.answer(requests, SamplingConfig(max_new_tokens=2, temperature=0),
+                 lambda request, answer: found.update({request.key: answer.error}))  # fmt: skip
+    assert (found["one"], found["two"]) == (None, None)
+    assert "contains <image>, which stands for an image" in found["<image>"]
+
+
 def test_no_answer_that_passes(recipe, tmp_path, scenes_dir):
     path = recipe(
         pictures=None, prompts=None, records=str(scenes_dir / "captions.parquet"), limit=2,
         checks=["reference"], out=str(tmp_path / "made.parquet"), sampling={"max_new_tokens": 2},
     )  # fmt: skip
-    with pytest.raises(MmkdError, match="no answer becomes a record -- see what the checks"):
+    with pytest.raises(MmkdError, match=r"of 2 answers, 2 refused by .reference. -- change"):
         make_answers(load_recipe(path), "photos", CPU)
     assert not (tmp_path / "made.parquet").exists()
+
+
+def test_lists_without_names(recipe, tmp_path):
+    lists = {"ask": ["Where is the {name}?"], "least_images": 7, "max_new_tokens": 2}
+    path = recipe(prompts=None, objects=lists)
+    with pytest.raises(MmkdError, match="there is no question -- lower objects"):
+        make_answers(load_recipe(path), "photos", CPU)
 
 
 def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
@@ -155,11 +226,14 @@ def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
     raw["make"]["photos"]["checks"] = [{"kind": "judge", "by": "student"}]
     with pytest.raises(MmkdError, match="'student' and 'teacher' are the same model"):
         make_answers(load_recipe(raw), "photos", CPU)
+    raw["student"]["dtype"] = "bfloat16"  # the same weights
+    with pytest.raises(MmkdError, match="'student' and 'teacher' are the same model"):
+        make_answers(load_recipe(raw), "photos", CPU)
 
 
 def test_a_run_makes_its_data_once(recipe, tmp_path, monkeypatch, capsys):
     path = recipe(checks=[], sampling={"max_new_tokens": 6})
-    with pytest.raises(MmkdError, match=r"make.photos: its records are not made yet -- make them"):
+    with pytest.raises(MmkdError, match="its records are not made yet, or with other"):
         pipeline.preflight.check(load_recipe(path))
     # what cannot be trained is refused before a model answers for hours
     bad = load_recipe(path, ["stages.0.train=[nothing]"])
@@ -175,12 +249,23 @@ def test_a_run_makes_its_data_once(recipe, tmp_path, monkeypatch, capsys):
     pipeline.run(load_recipe(path, [f"output_dir={tmp_path / 'again'}"]))
     assert (tmp_path / "made.jsonl").stat().st_mtime_ns == changed
     assert "questions" not in capsys.readouterr().out
+    # a changed recipe is refused before anything is made, and made if it is allowed
+    other = load_recipe(path, ["make.photos.seed=1"])
+    with pytest.raises(MmkdError, match=r"differs in make.photos.seed \(stage"):
+        pipeline.run(other)
+    assert (tmp_path / "made.jsonl").stat().st_mtime_ns == changed
+    pipeline.run(load_recipe(path, ["make.photos.batch_size=1"]))  # changes no record
+    pipeline.run(other, from_stage="mimic")
+    assert (tmp_path / "made.jsonl").stat().st_mtime_ns > changed
 
 
 def test_students_of_one_run_share_a_file_only_with_the_same_settings(recipe):
     raw = yaml.safe_load(recipe().read_text())
     raw["variants"] = {"other": ["make.photos.seed=1"]}
     with pytest.raises(RecipeError, match=r"two students make .* with different settings"):
+        pipeline.run(load_recipe(raw))
+    raw["variants"] = {"other": ["teacher.model=assets/scenes_teacher"]}
+    with pytest.raises(RecipeError, match=r"two students make .* with different models"):
         pipeline.run(load_recipe(raw))
 
 

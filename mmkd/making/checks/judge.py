@@ -31,7 +31,9 @@ Answer B: {other}
 
 Rate both answers from 1 (bad) to 10 (perfect) by {criteria}. The order of the answers means \
 nothing. Reply with the two ratings only, in the form "A: 7, B: 4"."""
-_RATING = re.compile(r"\b(10|[1-9])(?:\.\d+)?\b(?!\s*/\s*[1-9]\b)")
+_OF_TEN = re.compile(r"\s*/\s*10\b")
+_OF_OTHERS = re.compile(r"\d\s*/\s*\d")
+_RATING = re.compile(r"(?<![\w.])(10(?:\.0+)?|[1-9](?:\.\d+)?)(?!\w|\.\d)")
 
 
 class Judge(AnswerCheck):
@@ -83,6 +85,8 @@ class Judge(AnswerCheck):
 
 
 def ratings(text: str, count: int) -> list[float]:
-    """The ratings in a judge's reply; [] if there are not exactly `count` numbers from 1 to 10."""
+    """The ratings in a judge's reply, such as 7, 7.5 or 7/10; [] if there are not exactly `count`
+    numbers from 1 to 10, or one is out of another number than 10."""
+    text = _OF_TEN.sub("", text)
     found = [float(number) for number in _RATING.findall(text)]
-    return found if len(found) == count else []
+    return found if len(found) == count and not _OF_OTHERS.search(text) else []

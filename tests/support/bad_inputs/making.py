@@ -14,6 +14,7 @@ def make(world: World, **changes: Any) -> list[str]:
     Path("photos").mkdir()
     write(Path("picture.png").read_bytes(), "photos/a.png")
     entry = {"pictures": "photos", "prompts": ["What?"], "out": "made.jsonl", **changes}
+    world.raw.setdefault("teacher", {"model": "model"})
     world.raw["make"] = {"photos": {k: v for k, v in entry.items() if v is not None}}
     return ANSWERS
 
@@ -42,7 +43,7 @@ def no_folder_of_images(world: World) -> list[str]:
 @case(
     KIND,
     "wrote an image's placeholder into a prompt",
-    "make.photos.prompts: a prompt has the placeholder <image>",
+    "make.photos.prompts: a text has the placeholder <image>",
     "leave it out",
 )
 def placeholder_in_a_prompt(world: World) -> list[str]:
@@ -97,6 +98,26 @@ def own_judge(world: World) -> list[str]:
 )
 def objects_of_none(world: World) -> list[str]:
     return make(world, pictures=None, prompts=None, records="records.json", checks=["objects"])
+
+
+@case(
+    KIND,
+    "compared answers to prompts with the record's own answer",
+    "which is none to 'prompts'",
+    "leave it out",
+)
+def reference_of_prompts(world: World) -> list[str]:
+    return make(world, pictures=None, records="records.json", checks=["reference"])
+
+
+@case(
+    KIND,
+    "made a file in another folder than the records, whose images are named by paths",
+    "make.photos.images: image paths are relative to",
+    "set it to",
+)
+def paths_of_another_folder(world: World) -> list[str]:
+    return make(world, pictures=None, records="records.json", out="made/made.jsonl")
 
 
 @case(KIND, "named a file that is there", "made.jsonl: it is there already", "name a new file")
