@@ -5,7 +5,7 @@ import torch
 from mmkd.errors import RecipeError
 from mmkd.making.base import Maker, MakerSource
 from mmkd.making.local import LocalMaker
-from mmkd.recipe import STUDENT, MakeConfig, Recipe, ServerConfig
+from mmkd.recipe import STUDENT, MakeConfig, Recipe, ServerConfig, StudentConfig
 
 
 def sources_of(recipe: Recipe, config: MakeConfig) -> dict[str, MakerSource]:
@@ -29,7 +29,8 @@ def build_makers(recipe: Recipe, config: MakeConfig, device: torch.device) -> di
         device: of models that run here.
 
     Raises:
-        RecipeError: a model has no weights.
+        RecipeError: a model has no weights, or is a student that is converted before its first
+            stage.
     """
     return {
         name: _build(name, source, config.batch_size, device)
@@ -47,5 +48,11 @@ def _build(name: str, source: MakerSource, batch_size: int, device: torch.device
             f"{name!r} has no weights, and is to answer or to judge",
             where=f"{name}.model",
             hint="name a model with weights",
+        )
+    if isinstance(source, StudentConfig) and source.convert:
+        raise RecipeError(
+            "the student is to answer or to judge, and its conversions come before its training",
+            where="student.convert",
+            hint="name another model in 'by'",
         )
     return LocalMaker(name, source, batch_size, device)

@@ -133,6 +133,13 @@ def test_before_a_model_is_loaded(refused, scenes_dir, tmp_path, tiny_model_dir)
     refused("no such data file", **shots)
 
 
+def test_a_converted_student_does_not_answer(recipe):
+    raw = yaml.safe_load(recipe(by="student").read_text())
+    raw["student"]["convert"] = [{"kind": "depth_pruning", "decoder": [0]}]
+    with pytest.raises(MmkdError, match="its conversions come before its training -- name another"):
+        make_answers(load_recipe(raw), "photos", CPU)
+
+
 def test_a_file_of_someone_else(refused, recipe, tmp_path):
     out = tmp_path / "made.jsonl"
     out.write_text("mine")
