@@ -55,8 +55,12 @@ def run(
     distributed.connect(device, timeout_s=timeout_s)
     with distributed.alone_in(run_folder(recipe).path):
         todo = members(recipe)
-        make_data(todo)
-        restarts = _check_all(recipe, todo, from_stage)
+        restarts = _find_restarts(recipe, todo, from_stage)
+        pending = [
+            m for m, r in zip(todo, restarts, strict=True) if r is not None or not m.is_trained()
+        ]
+        make_data(recipe, pending)
+        restarts = _check_all(recipe, todo, restarts, from_stage)
         distributed.barrier()
         _start_again(restarts, from_stage)
         course = _course(todo)
@@ -90,13 +94,23 @@ def _refuse_foreign(folder: RunFolder) -> None:
         )
 
 
-def _check_all(recipe: Recipe, todo: list[Member], from_stage: str | None) -> list[Restart | None]:
-    """Check everything before anything is written. Returns for each member where it starts
-    again."""
+def _find_restarts(
+    recipe: Recipe, todo: list[Member], from_stage: str | None
+) -> list[Restart | None]:
+    """Where each member starts again because the recipe has changed. Runs that cannot continue are
+    refused, before data are made for them."""
     _refuse_foreign(run_folder(recipe))
     restarts = [find_restart(member, from_stage) for member in todo]
     check_stage(from_stage, todo, restarts)
     _refuse_other_assistant(todo, restarts)
+    return restarts
+
+
+def _check_all(
+    recipe: Recipe, todo: list[Member], restarts: list[Restart | None], from_stage: str | None
+) -> list[Restart | None]:
+    """Check everything else before anything is written. Returns for each member where it starts
+    again, also because its inputs have changed."""
     pending = [r is not None or not m.is_trained() for r, m in zip(restarts, todo, strict=True)]
     for member, restart, trains in zip(todo, restarts, pending, strict=True):
         if trains:
