@@ -8,6 +8,7 @@ among the processes. Scores are written to journals first, so that a second call
 When all models have scored, the first process writes OUT and deletes the journals.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from mmkd.commands.scored_models import ScoredModel, request_of, scored_models, 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.journal import Journal
-from mmkd.data.records import Records
+from mmkd.data.records import Records, Source
 from mmkd.data.score_file import COUNTS, MEANS, ScoreFile, write_scores
 from mmkd.data.vocabulary import check_head, token_count
 from mmkd.data.workers import work_ahead
@@ -42,6 +43,8 @@ from mmkd.runtime.progress import Bar, console, say
 from mmkd.teachers import LiveTeacher
 
 NUMBERS = (*COUNTS, *MEANS)
+READ = {"images", "prompt", "ignore"}
+"""Keys of a source that decide how its records are read."""
 Row = list[Any]
 """Index, id, key in hexadecimal, and NUMBERS of a record; id and None for a bad record."""
 
@@ -100,10 +103,10 @@ def score_data(
         records = Records(data)
         shared = {
             "data": {part.label: source_facts(part) for part in data.parts},
-            "records": [len(source) for source in records.sources],
+            "sources": [part.model_dump(mode="json", include=READ) for part in data.parts],
+            "records": [_rows_hash(source) for source in records.sources],
             "max_length": data.max_length,
             "on_bad_record": data.on_bad_record,
-            "validation": data.held_out_share,
         }
         facts = {}
         for model in chosen:
@@ -140,6 +143,11 @@ def _data_of(recipe: Recipe, stage: str | None) -> DataConfig:
             hint="leave 'stream' out, or download the data set",
         )
     return data.without_selection()
+
+
+def _rows_hash(source: Source) -> str:
+    """A hash of the numbers of a source's rows that are scored."""
+    return hashlib.sha256(source.rows.astype("<i8").tobytes()).hexdigest()
 
 
 def _check_out(out: Path) -> None:
