@@ -33,6 +33,7 @@ from mmkd.data.vocabulary import check_head, token_count
 from mmkd.data.workers import work_ahead
 from mmkd.errors import AGAIN, CheckpointError, DataError, RecipeError, StoppedError, nearest
 from mmkd.evaluation.calibration import inputs_as
+from mmkd.making.used import check_made
 from mmkd.ops.token_scores import token_scores
 from mmkd.recipe import DataConfig, Recipe
 from mmkd.runs.provenance import source_facts
@@ -95,6 +96,7 @@ def score_data(
         DataError: a record is bad, or a loss is not finite.
     """
     chosen, data = scored_models(recipe, models), _data_of(recipe, stage)
+    check_made(recipe, [data])
     place = distributed.choose_device(device)
     distributed.connect(place, timeout_s=max(s.engine.timeout_s for s in recipe.stages))
     folder = out.with_name(f"{out.name}.parts")

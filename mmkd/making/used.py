@@ -1,24 +1,27 @@
 """Which entries of `make` a recipe's stages read."""
 
+from collections.abc import Sequence
+
 from mmkd.errors import DataError
 from mmkd.making.make import is_made
-from mmkd.recipe import MakeConfig, Recipe
+from mmkd.recipe import DataConfig, MakeConfig, Recipe
 
 
-def used_entries(recipe: Recipe) -> dict[str, MakeConfig]:
-    """The entries of a recipe's `make` that its stages train on or measure, by name."""
-    data = [recipe.stage_data(stage) for stage in recipe.stages]
+def used_entries(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> dict[str, MakeConfig]:
+    """The entries of a recipe's `make` that its stages train on or measure, by name; or those that
+    other `data` read."""
+    data = [recipe.stage_data(stage) for stage in recipe.stages] if data is None else data
     read = {part.train for d in data for part in (*d.parts, *d.validation_parts)}
     return {name: config for name, config in recipe.make.items() if read & {*config.files}}
 
 
-def check_made(recipe: Recipe) -> None:
-    """Check that the recipe's records are made.
+def check_made(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> None:
+    """Check that the recipe's records are made; arguments as in `used_entries`.
 
     Raises:
         DataError: some are not.
     """
-    for name, config in used_entries(recipe).items():
+    for name, config in used_entries(recipe, data).items():
         if not is_made(config):
             raise DataError(
                 "its records are not made yet",

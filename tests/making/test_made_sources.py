@@ -3,6 +3,11 @@
 import pytest
 import yaml
 
+from mmkd.commands.bench import bench
+from mmkd.commands.build_cache import build_cache
+from mmkd.commands.check_data import check_data
+from mmkd.commands.score_data import score_data
+from mmkd.data.check import Look
 from mmkd.errors import MmkdError
 from mmkd.making.used import used_entries
 from mmkd.recipe import load_recipe, load_written, to_yaml
@@ -44,11 +49,31 @@ def test_a_variant_that_writes_another_file_trains_on_it(recipe, tmp_path, stage
     assert [p.label for p in read[0].parts] == [p.label for p in read[1].parts]
 
 
+def test_commands_say_how_records_are_made(recipe, tmp_path):
+    path, folder = recipe(), {"folder": str(tmp_path / "cache")}
+    read = load_recipe(path)
+    stored = load_recipe(path, [f"teacher.cache={folder}", "teacher.source=cache"])
+    for command in (
+        lambda: check_data(str(path), None, Look(), 1),
+        lambda: score_data(read, tmp_path / "s.parquet", device="cpu"),
+        lambda: build_cache(stored),
+        lambda: bench(read, None, 1),
+    ):
+        with pytest.raises(MmkdError, match=r"make\.photos: its records are not made yet"):
+            command()
+
+
+def refuse(*_):
+    raise MmkdError("no such task")
+
+
 def test_a_run_that_cannot_go_on_makes_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(make_data, "make_answers", lambda *_: pytest.fail("a model was asked"))
     path = recipe()
-    with pytest.raises(MmkdError, match="nothing"):
-        pipeline.run(load_recipe(path, ["evaluate={tasks: [nothing]}"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.preflight, "check_tasks", refuse)
+        with pytest.raises(MmkdError, match="no such task"):
+            pipeline.run(load_recipe(path, ["evaluate={tasks: [nothing]}"]))
     with pytest.raises(MmkdError, match="--from-stage mimick: no such stage"):
         pipeline.run(load_recipe(path), from_stage="mimick")
     foreign = tmp_path / "runs" / "made" / "recipe.yaml"
