@@ -21,6 +21,7 @@ from mmkd.data.mixture import Mixture
 from mmkd.data.records import Records
 from mmkd.data.truncation import needs_answers, no_answer_left
 from mmkd.errors import DataError, RecipeError
+from mmkd.making.used import check_made
 from mmkd.modeling.loading import load_processor
 from mmkd.recipe import DataConfig, Recipe, SourceConfig, StageConfig, load_recipe
 from mmkd.runtime.progress import console
@@ -58,6 +59,7 @@ def check_data(
                 hint="leave --images out",
             )
         recipe = load_recipe(target)
+        check_made(recipe)
         processor = converted_processor(recipe.student)
         teacher = recipe.teacher
         if teacher is not None and teacher.source == "live":  # all others need the student's

@@ -204,7 +204,7 @@ def _roles(source: SourceConfig, data: Sequence[DataConfig]) -> tuple[np.ndarray
         share = None if config.validation is None else config.validation.share
         for part in config.parts:
             if records_key(part) == key:
-                trained[Source(part, share=share).rows] = True
+                trained[Source(part, share=share, apart=config.records_apart).rows] = True
         for part in config.validation_parts:
             if records_key(part) == key:
                 held_out[Source(part, share=share, held_out=True).rows] = True

@@ -8,6 +8,7 @@ among the processes. Scores are written to journals first, so that a second call
 When all models have scored, the first process writes OUT and deletes the journals.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,13 @@ from mmkd.commands.scored_models import ScoredModel, request_of, scored_models, 
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
 from mmkd.data.journal import Journal
-from mmkd.data.records import Records
+from mmkd.data.records import Records, Source
 from mmkd.data.score_file import COUNTS, MEANS, ScoreFile, write_scores
 from mmkd.data.vocabulary import check_head, token_count
 from mmkd.data.workers import work_ahead
 from mmkd.errors import AGAIN, CheckpointError, DataError, RecipeError, StoppedError, nearest
 from mmkd.evaluation.calibration import inputs_as
+from mmkd.making.used import check_made
 from mmkd.ops.token_scores import token_scores
 from mmkd.recipe import DataConfig, Recipe
 from mmkd.runs.provenance import source_facts
@@ -42,6 +44,8 @@ from mmkd.runtime.progress import Bar, console, say
 from mmkd.teachers import LiveTeacher
 
 NUMBERS = (*COUNTS, *MEANS)
+READ = {"images", "prompt", "ignore"}
+"""Keys of a source that decide how its records are read."""
 Row = list[Any]
 """Index, id, key in hexadecimal, and NUMBERS of a record; id and None for a bad record."""
 
@@ -92,6 +96,7 @@ def score_data(
         DataError: a record is bad, or a loss is not finite.
     """
     chosen, data = scored_models(recipe, models), _data_of(recipe, stage)
+    check_made(recipe, [data])
     place = distributed.choose_device(device)
     distributed.connect(place, timeout_s=max(s.engine.timeout_s for s in recipe.stages))
     folder = out.with_name(f"{out.name}.parts")
@@ -100,10 +105,10 @@ def score_data(
         records = Records(data)
         shared = {
             "data": {part.label: source_facts(part) for part in data.parts},
-            "records": [len(source) for source in records.sources],
+            "sources": [part.model_dump(mode="json", include=READ) for part in data.parts],
+            "records": [_rows_hash(source) for source in records.sources],
             "max_length": data.max_length,
             "on_bad_record": data.on_bad_record,
-            "validation": data.held_out_share,
         }
         facts = {}
         for model in chosen:
@@ -140,6 +145,11 @@ def _data_of(recipe: Recipe, stage: str | None) -> DataConfig:
             hint="leave 'stream' out, or download the data set",
         )
     return data.without_selection()
+
+
+def _rows_hash(source: Source) -> str:
+    """A hash of the numbers of a source's rows that are scored."""
+    return hashlib.sha256(source.rows.astype("<i8").tobytes()).hexdigest()
 
 
 def _check_out(out: Path) -> None:

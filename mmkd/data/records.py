@@ -45,6 +45,7 @@ class Source:
             not choose too.
 
     Attributes:
+        unfiltered: number of its records before `leave_out` and `select`.
         left_out: number of training records that `leave_out` removes.
         selection: the choice that `select` has made among the others; None without it.
     """
@@ -69,7 +70,7 @@ class Source:
         if share is not None or apart:
             parts = self._split(share, apart)
             self._numbers = parts[0 if held_out else 1 if measured else 2]
-        self.left_out = 0
+        self.unfiltered, self.left_out = len(self), 0
         trained = not (held_out or measured or whole)
         if config.leave_out is not None and trained:
             self._leave_out(left_out_rows(config, self._rows))

@@ -7,24 +7,21 @@ from mmkd.making.state import is_made
 from mmkd.recipe import DataConfig, MakeConfig, Recipe
 
 
-def used_entries(recipe: Recipe) -> dict[str, MakeConfig]:
-    """The entries of a recipe's `make` that its stages train on or measure, by name."""
-    return entries_in(recipe, [recipe.stage_data(stage) for stage in recipe.stages])
-
-
-def entries_in(recipe: Recipe, data: Sequence[DataConfig]) -> dict[str, MakeConfig]:
-    """The entries of a recipe's `make` whose files are in some data, by name."""
+def used_entries(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> dict[str, MakeConfig]:
+    """The entries of a recipe's `make` that its stages train on or measure, by name; or those that
+    other `data` read."""
+    data = [recipe.stage_data(stage) for stage in recipe.stages] if data is None else data
     read = {part.train for d in data for part in (*d.parts, *d.validation_parts)}
     return {name: config for name, config in recipe.make.items() if read & {*config.files}}
 
 
-def check_made(recipe: Recipe) -> None:
-    """Check that the recipe's records are made.
+def check_made(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> None:
+    """Check that the recipe's records are made; arguments as in `used_entries`.
 
     Raises:
         DataError: some are not.
     """
-    for name in used_entries(recipe):
+    for name in used_entries(recipe, data):
         if not is_made(recipe, name):
             raise DataError(
                 "its records are not made yet, or with other settings or models",

@@ -35,7 +35,14 @@ from mmkd.recipe.load import (
     load_written,
     to_yaml,
 )
-from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig, RationaleConfig
+from mmkd.recipe.making import (
+    MADE,
+    STUDENT,
+    CandidatesConfig,
+    MakeConfig,
+    RationaleConfig,
+    with_made_names,
+)
 from mmkd.recipe.models import (
     ImageSizeConfig,
     ModelConfig,
@@ -156,4 +163,5 @@ __all__ = [
     "load_student",
     "load_written",
     "to_yaml",
+    "with_made_names",
 ]

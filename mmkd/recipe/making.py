@@ -13,7 +13,7 @@ from mmkd.recipe.stages import SamplingConfig
 from mmkd.runtime.fields import MOST, MOST_SEED, Prose
 
 if TYPE_CHECKING:
-    from mmkd.recipe.sources import DataConfig
+    from mmkd.recipe.sources import DataConfig, SourceConfig
 
 MADE = "made:"
 """Begins the value of `data.train` that names an entry of `make`."""
@@ -202,32 +202,60 @@ class MakeConfig(Strict):
 
 
 def with_made(data: "DataConfig", make: dict[str, MakeConfig]) -> "DataConfig":
-    """Settings of data in which `made:NAME` is replaced by the file of that entry.
+    """Settings of data in which `made:NAME` is replaced by the file of that entry, in held-out
+    records too.
 
     Raises:
         ValueError: there is no such entry, or `images` is given for it.
     """
+    update: dict[str, Any] = {"sources": _sources(data.sources, make)}
     if data.train is not None and data.train.startswith(MADE):
-        return data.model_copy(update=_source(data.train, data.images, make))
-    if not any(s.train.startswith(MADE) for s in data.sources):
-        return data
-    sources = [
+        update |= _source(data.train, data.images, make)
+    if data.validation is not None:
+        held_out = _sources(data.validation.sources, make)
+        update["validation"] = data.validation.model_copy(update={"sources": held_out})
+    return data.model_copy(update=update)
+
+
+def _sources(sources: list["SourceConfig"], make: dict[str, MakeConfig]) -> list["SourceConfig"]:
+    return [
         s.model_copy(
             update={**_source(s.train, s.images, make), "name": s.name or s.train[len(MADE) :]}
         )
         if s.train.startswith(MADE)
         else s
-        for s in data.sources
+        for s in sources
     ]
-    return data.model_copy(update={"sources": sources})
 
 
-def _source(train: str, images: str | None, make: dict[str, MakeConfig]) -> dict[str, str | None]:
-    name = train[len(MADE) :]
+def with_made_names(data: dict[str, Any], make: dict[str, MakeConfig]) -> dict[str, Any]:
+    """Written settings of data in which files of `make` are `made:NAME` again, so that they follow
+    a variant that changes the entry: the inverse of `with_made`."""
+    names = {(source["train"], source["images"]): name for name, source in _entries(make).items()}
+
+    def named(part: dict[str, Any]) -> dict[str, Any]:
+        name = names.get((part.get("train"), part.get("images")))
+        return part if name is None else {**part, "train": f"{MADE}{name}", "images": None}
+
+    found = {**named(data), "sources": [named(s) for s in data["sources"]]}
+    if data["validation"] is not None:
+        held_out = [named(s) for s in data["validation"]["sources"]]
+        found["validation"] = {**data["validation"], "sources": held_out}
+    return found
+
+
+def _entries(make: dict[str, MakeConfig]) -> dict[str, dict[str, str | None]]:
+    """The data source of each name after `made:`."""
     sources = {n: m.source for n, m in make.items()}
     for entry, config in make.items():
         if config.why is not None:
             sources[f"{entry}{WHY}"] = {**config.source, "train": config.why.out}
+    return sources
+
+
+def _source(train: str, images: str | None, make: dict[str, MakeConfig]) -> dict[str, str | None]:
+    name = train[len(MADE) :]
+    sources = _entries(make)
     if name not in sources:
         known = ", ".join(sources) or "there is none"
         raise ValueError(f"{train!r} is no entry of 'make' -- known: {known}")

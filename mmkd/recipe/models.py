@@ -257,7 +257,9 @@ class Recipe(Strict):
         {}, description="name -> a model on a server that can answer and judge"
     )
     make: dict[Label, MakeConfig] = Field(
-        {}, description="name -> records that a model makes; data.train can be made:NAME"
+        {},
+        description="name -> records that a model makes; data.train and data.validation can be "
+        "made:NAME",
     )
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1, max_length=1000)

@@ -13,12 +13,13 @@ from mmkd.runs.members import Member
 from mmkd.runtime import distributed
 
 
-def make_data(pending: Sequence[Member]) -> None:
-    """Make the records that members train on and that are not made yet. Models and
-    stages are checked before. Every rank calls it.
+def make_data(whole: Recipe, pending: Sequence[Member]) -> None:
+    """Make the records that members train on and that are not made yet. Models, stages and tasks
+    are checked before. Every rank calls it.
 
     Args:
-        pending: members with stages to train.
+        whole: the recipe of the run.
+        pending: the members that will train.
 
     Raises:
         RecipeError: two members make the same file with different settings or models.
@@ -29,6 +30,9 @@ def make_data(pending: Sequence[Member]) -> None:
         return
     for member in pending:
         preflight.check(member.recipe, data=False, assistant=member.untrained_teacher)
+    if whole.evaluate is not None:
+        tasks = whole.evaluate.model_copy(update={"samples": None})  # these may not be made yet
+        preflight.check_evaluation(tasks, whole.student)
     for name, recipe in missing:
         device = distributed.choose_device(recipe.stages[0].engine.device)
         made = make_answers(recipe, name, device)

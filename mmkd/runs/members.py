@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mmkd.recipe import Recipe, TeacherConfig, load_recipe
+from mmkd.recipe import Recipe, TeacherConfig, load_recipe, with_made_names
 from mmkd.runtime.run_folder import ASSISTANT, MemberFolder, RunFolder, StageFolder
 
 
@@ -67,6 +68,7 @@ def students(recipe: Recipe) -> list[Member]:
             raw = recipe.model_dump(mode="json")
             raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None}
             raw |= {"seed": seed, "label": label, "assistant": None}
+            raw |= _with_made_names(raw, recipe)
             if assistant is not None:
                 raw["teacher"] = _as_teacher(assistant, recipe).model_dump(mode="json")
             name = f"{label}-seed{seed}" if recipe.seeds else label
@@ -74,6 +76,16 @@ def students(recipe: Recipe) -> list[Member]:
             own = load_recipe(raw, overrides)
             found.append(Member(name, own, folder, assistant if _teaches(assistant, own) else None))
     return found
+
+
+def _with_made_names(raw: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Data and stages of a written recipe, with the files of `make` by name."""
+
+    def named(part: dict[str, Any]) -> dict[str, Any]:
+        own = part["data"]
+        return part if own is None else {**part, "data": with_made_names(own, recipe.make)}
+
+    return {"data": named(raw)["data"], "stages": [named(stage) for stage in raw["stages"]]}
 
 
 def _assistant(recipe: Recipe) -> Member | None:

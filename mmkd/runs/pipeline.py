@@ -56,7 +56,7 @@ def run(
     with distributed.alone_in(run_folder(recipe).path):
         todo = members(recipe)
         restarts = _find_restarts(recipe, todo, from_stage)
-        make_data(list(compress(todo, _pending(todo, restarts))))
+        make_data(recipe, list(compress(todo, _pending(todo, restarts))))
         restarts = _check_all(recipe, todo, restarts, from_stage)
         distributed.barrier()
         _start_again(restarts, from_stage)

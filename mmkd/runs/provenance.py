@@ -7,16 +7,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmkd.data.records import Records, Source
+from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
-from mmkd.recipe import HUB, DataConfig, Recipe, SourceConfig, to_yaml
+from mmkd.recipe import HUB, Recipe, SourceConfig, to_yaml
 from mmkd.redact import redact_all
 from mmkd.runs.members import Member, members, run_folder
 from mmkd.runtime import consent, distributed
@@ -56,44 +55,57 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "plugins": plugin_files(),
         "trusted": consent.record(),
         "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
-        **_left_out(data),
+        **_left_out(recipe),
         **_selections(recipe),
     }
 
 
-def _left_out(data: Sequence[DataConfig]) -> dict[str, Any]:
-    """For each source with `leave_out` its file, the file's hash, and the number of records that
-    are not trained on for this reason."""
+def _parts(recipe: Recipe) -> list[tuple[SourceConfig, float | None, int]]:
+    """Each different source that a stage of a member trains on, with the share that is held out and
+    the number of records that `data.sampling` does not train on."""
+    data = [m.recipe.stage_data(stage) for m in members(recipe) for stage in m.recipe.stages]
+    found = {
+        (part.model_dump_json(), config.held_out_share, config.records_apart): part
+        for config in data
+        for part in config.parts
+    }
+    return [(part, share, apart) for (_, share, apart), part in found.items()]
+
+
+def _left_out(recipe: Recipe) -> dict[str, Any]:
+    """For each source with `leave_out` the files, their hashes, and the numbers of records that are
+    not trained on for this reason."""
     found: dict[str, Any] = {}
-    for config in data:
-        if all(part.leave_out is None for part in config.parts):
+    for part, share, apart in _parts(recipe):
+        if part.leave_out is None:
             continue
-        for source in Records(config).sources:
-            if (path := source.config.leave_out) is not None:
-                facts = {"file": path, "sha256": file_hash(Path(path)), "records": source.left_out}
-                found[source.config.train] = facts
+        try:
+            source = Source(part.model_copy(update={"select": None}), share=share, apart=apart)
+            sha256 = file_hash(Path(part.leave_out))
+        except (DataError, OSError):  # of a student that is trained already
+            continue
+        facts = {"file": part.leave_out, "sha256": sha256, "records": source.left_out}
+        if facts not in (known := found.setdefault(part.train, [])):
+            known.append(facts)
     return {"left_out": found} if found else {}
 
 
 def _selections(recipe: Recipe) -> dict[str, Any]:
     """What `select` has chosen, by source, for each different choice; nothing without it."""
-    stages = [(m.recipe, stage) for m in members(recipe) for stage in m.recipe.stages]
-    data = [own.stage_data(stage) for own, stage in stages]
-    parts = {
-        (part.model_dump_json(), config.held_out_share, config.records_apart): part
-        for config in data
-        for part in config.parts
-        if part.select is not None
-    }
     found: dict[str, list[dict[str, Any]]] = {}
-    for (_, share, apart), part in parts.items():
-        chosen = Source(part, share=share, apart=apart).selection
+    for part, share, apart in _parts(recipe):
+        if part.select is None:
+            continue
         scores = getattr(part.select, "scores", None)
-        assert part.select is not None
+        try:
+            chosen = Source(part, share=share, apart=apart).selection
+            sha256 = None if scores is None else file_hash(Path(scores))
+        except (DataError, OSError):  # of a student that is trained already
+            continue
         assert chosen is not None
         facts = {**chosen.facts(), "settings": part.select.model_dump(mode="json")}
-        if scores is not None:
-            facts["scores"] = f"sha256 {file_hash(Path(scores))}"
+        if sha256 is not None:
+            facts["scores"] = f"sha256 {sha256}"
         found.setdefault(part.label, []).append(facts)
     return {"selections": found} if found else {}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mmkd.errors import CheckpointError, RecipeError, nearest
 from mmkd.making.state import SERVER_KEYS
-from mmkd.making.used import entries_in
+from mmkd.making.used import used_entries
 from mmkd.recipe import Recipe, load_written, to_yaml
 from mmkd.runs.members import Member, run_folder
 from mmkd.runtime.files import read_yaml, write_json, write_text
@@ -176,7 +176,7 @@ def _effective(recipe: Recipe, index: int) -> dict[str, Any]:
     stage = recipe.stages[index]
     said = stage.model_dump(mode="json", exclude=set(LAYOUT))
     data = recipe.stage_data(stage)
-    made = entries_in(recipe, [data])
+    made = used_entries(recipe, [data])
     asked = {name for entry in made.values() for name in entry.models}
     return {
         **said,

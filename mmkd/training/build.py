@@ -156,7 +156,7 @@ def _say_left_out(records: Records) -> None:
         if source.config.leave_out is not None:
             say(
                 f"{source.config.label}: {source.left_out:,} of "
-                f"{source.left_out + len(source):,} records are left out "
+                f"{source.unfiltered:,} records are left out "
                 f"({source.config.leave_out})"
             )
 

@@ -309,7 +309,9 @@ def _check_teacher(context: StageContext, where: str) -> None:
             "it needs one teacher, which an objective of the stage reads"
             + (f", and there are {len(teachers)}" if len(teachers) > 1 else ""),
             where=where,
-            hint="add a teacher and a divergence, or leave 'sampling' out",
+            hint="name one in the stage's 'teacher', or leave 'sampling' out"
+            if len(teachers) > 1
+            else "add a teacher and a divergence, or leave 'sampling' out",
         )
     if teachers[0].source != "live":
         raise RecipeError(

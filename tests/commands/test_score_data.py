@@ -17,7 +17,8 @@ from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
 from mmkd.errors import CheckpointError, DataError, RecipeError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
-from mmkd.recipe import DataConfig, ModelConfig, load_recipe, to_yaml
+from mmkd.recipe import DataConfig, ModelConfig, SourceConfig, load_recipe, to_yaml
+from tests.data.test_left_out import listed
 from tests.support import warm
 from tests.support.layouts import turns, write_numbers
 from tests.support.recipes import tiny_recipe
@@ -123,6 +124,25 @@ def test_a_stopped_command_continues_to_the_same_bits(recipe, table, tmp_path, m
     score_data(recipe, out, batch_size=3, device="cpu")
     assert pq.read_table(out).to_pydict() == table
     assert not part.exists()
+
+
+def test_other_records_are_another_request(recipe, tmp_path, monkeypatch):
+    """As many records, but others."""
+    source = SourceConfig(train=recipe.data.train)
+    first = Records(recipe.data).sources[0].rows[:2].tolist()
+    lists = [listed(tmp_path / f"{n}.json", (source, [n])) for n in first]
+    requests = []
+
+    def keep(folder, name, request):
+        requests.append(json.dumps(request))
+        raise StoppedError("kept")
+
+    monkeypatch.setattr(command, "Scores", keep)
+    for keys in ({}, {"images": "elsewhere"}, {"leave_out": lists[0]}, {"leave_out": lists[1]}):
+        other = recipe.model_copy(update={"data": recipe.data.model_copy(update=keys)})
+        with pytest.raises(StoppedError, match="kept"):
+            score_data(other, tmp_path / "s.parquet", models=["student"], device="cpu")
+    assert len(set(requests)) == 4
 
 
 def test_bad_records_have_no_numbers(recipe, tiny_model_dir, tmp_path):

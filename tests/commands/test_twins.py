@@ -153,7 +153,7 @@ def test_a_run_says_and_notes_what_it_leaves_out(recipe, tmp_path, monkeypatch, 
         folder = run_recipe(loaded)
     assert f"train: 2 of 26 records are left out ({out})" in lines
     facts = json.loads((folder / "provenance.json").read_text())["left_out"]
-    [fact] = facts.values()
+    [[fact]] = facts.values()
     assert (fact["file"], fact["records"], len(fact["sha256"])) == (str(out), 2, 64)
     changed = json.loads(out.read_text())
     changed["sources"][0]["leave_out"].pop()

@@ -237,6 +237,15 @@ def test_what_cannot_be_measured_is_refused(change, message, raw):
         preflight.check(load_recipe(made))
 
 
+def test_of_several_teachers_the_stage_names_the_one_that_is_compared_with(raw):
+    made = changed(raw, "named")
+    made["teacher"] = [{**made["teacher"], "name": name} for name in ("a", "b")]
+    with pytest.raises(RecipeError, match="there are 2 -- name one in the stage's 'teacher'"):
+        preflight.check(load_recipe(made))
+    made["stages"][0]["teacher"] = "b"
+    preflight.check(load_recipe(made))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
