@@ -133,13 +133,13 @@ def measure(train: Path, count: int, size: int, turns: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, default=Path("data/scenes/train.parquet"))
+    parser.add_argument("--train", default="data/scenes/train.parquet")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = measure(given.train, given.images, given.batch, given.turns)
+    found = measure(Path(given.train), given.images, given.batch, given.turns)
     table = Table(title=f"{found['images']} images, batches of {found['batch']}")
     table.add_column("")
     table.add_column("answers/s", justify="right")
