@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mmkd.errors import RecipeError
 from mmkd.making.base import Answer
 from mmkd.making.checks import AnswerCheck, Candidate
 from mmkd.making.questions import Question
@@ -53,6 +54,9 @@ class Answered:
         Args:
             check: to apply.
             replies: to `check.asks`.
+
+        Raises:
+            RecipeError: a check that scores answers has passed one without a score.
         """
         remaining = self.passed
         if not remaining:
@@ -63,6 +67,13 @@ class Answered:
         for answer, verdict in zip(remaining, verdicts, strict=True):
             if verdict.score is not None:
                 answer.scores[kind] = verdict.score
+            elif verdict.passed and check.config.scores:
+                raise RecipeError(
+                    f"the check {kind!r} scores answers, and has passed one without a score",
+                    where="make.checks",
+                    hint="give each of its verdicts a score, or set 'scores' of its settings to "
+                    "False",
+                )
             if not verdict.passed:
                 answer.refused = kind
 

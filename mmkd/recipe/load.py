@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmkd.errors import HINT, RecipeError, nearest
 from mmkd.objectives import OBJECTIVES
+from mmkd.recipe.answer_checks import CHECKS
 from mmkd.recipe.conversions import CONVERSIONS, LAYER_SELECTION_TAGS
 from mmkd.recipe.making import MakeConfig
 from mmkd.recipe.merge import merged, with_key
@@ -23,7 +24,11 @@ from mmkd.runtime.registry import Registry
 
 M = TypeVar("M", bound=BaseModel)
 SHOWN: dict[type, str] = {dict: "a mapping", list: "a list"}
-REGISTRIES: dict[int | str, Registry[Any]] = {"objectives": OBJECTIVES, "convert": CONVERSIONS}
+REGISTRIES: dict[int | str, Registry[Any]] = {
+    "objectives": OBJECTIVES,
+    "convert": CONVERSIONS,
+    "checks": CHECKS,
+}
 """Whose classes the entries of a list are settings of, by the list's key."""
 
 

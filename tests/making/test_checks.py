@@ -1,11 +1,13 @@
 """Checks of answers."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
+from mmkd.errors import RecipeError
 from mmkd.making.base import Answer
-from mmkd.making.checks import Candidate, build_checks
+from mmkd.making.checks import AnswerCheck, Candidate, Verdict, build_checks
 from mmkd.making.checks.form import most_repeated
 from mmkd.making.checks.judge import ratings
 from mmkd.making.checks.objects import Vocabulary, singular
@@ -13,7 +15,7 @@ from mmkd.making.checks.reference import same_choice, same_number, same_text
 from mmkd.making.checks.words import word_f1
 from mmkd.making.choose import Answered, Judged
 from mmkd.making.questions import Question, Questions
-from mmkd.recipe import load_make
+from mmkd.recipe import CHECKS, CheckConfig, add_check, load_make
 
 ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 NOTHING: list[Answer] = []
@@ -216,3 +218,36 @@ def test_checks_see_what_passed_before():
         answers.apply(check(settings), NOTHING)
     assert [a.refused for a in answers.answers] == [None, None, "empty", "agrees"]
     assert answers.answers[0].scores == {"agrees": (1 / 3,)}
+
+
+class _LengthConfig(CheckConfig):
+    scores = True
+    kind: Literal["length"]
+    least: int = 2
+
+
+class _Length(AnswerCheck):
+    """Scores answers by their words, and forgets the score of "silent"."""
+
+    config_class = _LengthConfig
+
+    def verdicts(self, question, answers, replies):
+        counts = [len(a.text.split()) for a in answers]
+        return [
+            Verdict(n >= self.config.least, None if a.text == "silent one" else (float(n),))
+            for a, n in zip(answers, counts, strict=True)
+        ]
+
+
+def test_a_check_from_outside(monkeypatch):
+    monkeypatch.setattr(CHECKS, "_added", {})
+    add_check(_Length)
+    found = check({"kind": "length", "least": 3})
+    answers = judged(("a b c", None, None), ("a b c d", None, None), ("a", None, None))
+    answers.apply(found, NOTHING)
+    assert [a.refused for a in answers.answers] == [None, None, "length"]
+    assert answers.best("length").candidate.text == "a b c d"
+    with pytest.raises(RecipeError, match="unknown key -- did you mean 'least'"):
+        check({"kind": "length", "lest": 3})
+    with pytest.raises(RecipeError, match="'length' scores answers, and has passed one without"):
+        judged(("silent one", None, None)).apply(check({"kind": "length"}), NOTHING)

@@ -55,8 +55,8 @@ class AnswerCheck(Check):
         self.config, self.questions, self.candidates = config, questions, candidates
 
     def asks(self, question: Question, answers: Sequence[Candidate]) -> list[Question]:
-        """What the check asks the model `by` of its settings, before `verdicts`; nothing by
-        default."""
+        """What the check asks the model that its settings name (`CheckConfig.model`), before
+        `verdicts`; nothing by default."""
         return []
 
     def verdicts(
