@@ -3,6 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from mmkd.redact import redact
 
@@ -59,6 +60,17 @@ class MmkdError(Exception):
         if hint:
             parts.append(redact(one_row(hint)))
         super().__init__(HINT.join(parts))
+
+    def __reduce__(self) -> Any:
+        # The default would call the class with the whole text as the problem.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(cls: type[MmkdError], args: tuple[str], state: dict[str, Any]) -> MmkdError:
+    """An error that was pickled."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class RecipeError(MmkdError):

@@ -23,8 +23,8 @@ def run(
     """Train and evaluate every student of a recipe, and write its report.
 
     A second call continues where the first stopped. With several processes (torchrun), each calls
-    it with the same recipe; if the recipe has an evaluation, the processes part before it, and the
-    first one evaluates alone.
+    it with the same recipe; if the recipe has an evaluation, the processes part during it, and the
+    first one ends it.
 
     Args:
         recipe: a recipe, its YAML file, or its keys and values.

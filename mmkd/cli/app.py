@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 import typer.core
@@ -139,11 +139,16 @@ def begin(
     interrupt.can_go_on(AGAIN)
     loaded = load_recipe(recipe, overrides)  # before torch is imported, which takes seconds
     if processes > 1:
-        from mmkd.cli.launch import launch
-
         words = [*command, str(recipe), *(overrides or []), *named(plugins), *options]
-        sys.exit(launch(words, processes))
+        launch_again(words, processes)
     return loaded
+
+
+def launch_again(words: list[str], processes: int) -> NoReturn:
+    """Run `mmkd WORDS` in several processes, and exit with their status."""
+    from mmkd.cli.launch import launch
+
+    sys.exit(launch(words, processes))
 
 
 def notes(as_json: bool) -> AbstractContextManager[Any]:

@@ -5,7 +5,17 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mmkd.cli.app import AsJson, Device, Plugins, Revision, Trusted, app, notes
+from mmkd.cli.app import (
+    AsJson,
+    Device,
+    Nproc,
+    Plugins,
+    Revision,
+    Trusted,
+    app,
+    launch_again,
+    notes,
+)
 from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
@@ -106,26 +116,44 @@ def evaluate(
     device: Device = "auto",
     revision: Revision = None,
     trusted: Trusted = None,
+    nproc: Nproc = 1,
 ) -> None:
     """Score a run's students, or any model, with lmms-eval."""
+    if out is not None:
+        interrupt.can_go_on(AGAIN)  # finished tasks are stored there
+    if nproc > 1:
+        texts = {"tasks": tasks, "student": student, "device": device, "revision": revision}
+        paths = {"include": include, "local": local, "out": out}
+        numbers = {"batch-size": batch_size, "limit": limit}
+        options = [*texts.items(), *paths.items(), *numbers.items()]
+        words = [f"--{name}={value}" for name, value in options if value is not None]
+        launch_again(["eval", model, *words, *["--calibration"] * calibration], nproc)
     from mmkd.cli.scoring import find_models, score_models
     from mmkd.report.calibration import print_reliability
     from mmkd.report.tables import print_scores
+    from mmkd.runtime import distributed
+    from mmkd.runtime.processes import all_processes
+    from mmkd.runtime.progress import muted
 
-    if out is not None:
-        interrupt.can_go_on(AGAIN)  # finished tasks are stored there
     given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
     results: dict[str, Any] = {}
-    scores, failed = score_models(
-        find_models(model, student, given, include, local),
-        out,
-        on_result=results.__setitem__,
-        batch_size=batch_size,
-        limit=limit,
-        calibration=calibration,
-        device=device,
-        revision=revision,
-    )
+    processes = all_processes()
+    distributed.connect(distributed.choose_device(device))
+    with muted(not processes.is_first):
+        scores, failed = score_models(
+            find_models(model, student, given, include, local),
+            out,
+            on_result=results.__setitem__,
+            batch_size=batch_size,
+            limit=limit,
+            calibration=calibration,
+            device=device,
+            revision=revision,
+            processes=processes,
+        )
+    distributed.leave()
+    if not processes.is_first:
+        return
     if scores:
         print_scores(scores)
     for label, result in results.items():

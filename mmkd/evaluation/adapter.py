@@ -36,6 +36,7 @@ from mmkd.evaluation.refusals import Refusals, Unanswered, is_of_document
 from mmkd.modeling.conversation import load_answering
 from mmkd.recipe import ImageSizeConfig, Quantization
 from mmkd.runtime import interrupt
+from mmkd.runtime.processes import ALONE, Processes
 
 Message = dict[str, Any]
 
@@ -173,6 +174,8 @@ class MmkdModel(lmms):
         model: a model in memory, which comes with its processor; `pretrained` is then only a name.
         progress: show a progress bar; `None` shows it on a terminal.
         quantize: as in `mmkd.modeling.loading.load_pretrained`.
+        processes: that answer together, each a share of the batches; all of them have all answers
+            then. Batches and answers do not depend on their number.
 
     Attributes:
         end_tokens: ids that end an answer, see `mmkd.data.generation.end_tokens`.
@@ -195,6 +198,7 @@ class MmkdModel(lmms):
         image_size: ImageSizeConfig | None = None,
         progress: bool | None = None,
         quantize: Quantization | None = None,
+        processes: Processes = ALONE,
     ):
         super().__init__()
         if model is None:
@@ -217,7 +221,8 @@ class MmkdModel(lmms):
         self.tokenizer: Any = processor.tokenizer
         self.end_tokens = end_tokens(processor, model.generation_config.eos_token_id)
         self.batch_size = int(batch_size)
-        self.progress = progress
+        self.processes = processes
+        self.progress = progress if processes.is_first else False
         self.refusals = Refusals()
         self.asked: dict[tuple[str, int], Request] = {}
         self.generated_tokens = 0
@@ -244,16 +249,27 @@ class MmkdModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer every request, in the order of `requests`."""
         answers: dict[int, GenerationResult] = {}
+        batches = self.processes.own(list(self._batches(requests)))
         hidden = self.rank != 0 or (None if self.progress is None else not self.progress)
-        bar = tqdm(total=len(requests), desc="Answering", unit="question", disable=hidden)
+        total = sum(map(len, batches))
+        bar = tqdm(total=total, desc="Answering", unit="question", disable=hidden)
         tokens, seconds = self.generated_tokens, self.generation_seconds
         with evaluation_mode(self.model), left_padding(self.tokenizer), bar:
-            for batch in self._batches(requests):
+            for batch in batches:
                 interrupt.stop_here()  # a library may have swallowed the exception
                 answers |= self._answer(batch)
                 bar.update(len(batch))
         self._log(self.generated_tokens - tokens, self.generation_seconds - seconds)
+        self._share(answers, {instance.args[4] for instance in requests})
         return [answers[i] for i in range(len(requests))]
+
+    def _share(self, answers: dict[int, GenerationResult], tasks: set[str]) -> None:
+        """Add the other processes' answers, and the documents that they could not ask about."""
+        found = self.processes.exchange((answers, self.refusals.part(tasks)))
+        for rank, (theirs, refusals) in enumerate(found):
+            if rank != self.processes.rank:
+                answers |= theirs
+                self.refusals.merge(refusals)
 
     def _log(self, tokens: int, seconds: float) -> None:
         log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0)

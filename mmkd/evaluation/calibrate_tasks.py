@@ -1,6 +1,7 @@
 """Calibration of a model on the documents of lmms-eval's tasks."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from mmkd.data.schema import Record
 from mmkd.errors import MmkdError
 from mmkd.evaluation.adapter import MmkdModel, Request, evaluation_mode
 from mmkd.evaluation.answer_options import options_of, truth_of
-from mmkd.evaluation.calibration import Calibration, Exercise
+from mmkd.evaluation.calibration import Calibration, Exercise, Predicted
 from mmkd.evaluation.refusals import is_of_document
 from mmkd.recipe import ANSWER_ECE, TOKEN_ECE
 from mmkd.runtime import interrupt
@@ -51,18 +52,26 @@ def calibrate_task(
             usable.append((request, logged["doc"], truth))
     usable.sort(key=lambda asked: -asked[0].length)  # similar lengths need little padding
     hidden = adapter.rank != 0 or (None if adapter.progress is None else not adapter.progress)
-    bar = tqdm(total=len(usable), desc="Calibrating", unit="question", disable=hidden)
-    added = 0
+    size = adapter.batch_size
+    batches = [usable[start : start + size] for start in range(0, len(usable), size)]
+    total = sum(map(len, adapter.processes.own(batches)))
+    bar = tqdm(total=total, desc="Calibrating", unit="question", disable=hidden)
+    own: list[list[Predicted]] = []
     with evaluation_mode(adapter.model), bar:
-        for start in range(0, len(usable), adapter.batch_size):
+        for part in adapter.processes.own(batches):
             interrupt.stop_here()
-            part = usable[start : start + adapter.batch_size]
-            try:
-                added += _add(adapter, found, part)
-            except ValueError as error:
-                say(f"{task}: no calibration ({error})")
-                return {}
+            own.append(_predict(adapter, found, part))
             bar.update(len(part))
+            if not all(predicted.is_finite() for predicted in own[-1]):
+                break  # the others would not be used
+    added = 0
+    try:
+        for predicted in _in_order(adapter.processes.exchange(own)):
+            found.add(predicted)
+            added += predicted.exercises
+    except ValueError as error:
+        say(f"{task}: no calibration ({error})")
+        return {}
     left_out = len(documents) - added
     if left_out:
         say(f"{task}: {left_out:,} of {len(documents):,} documents have no calibration")
@@ -75,27 +84,30 @@ def ece_scores(facts: Mapping[str, Any]) -> dict[str, float]:
     return {metric: facts[kind]["ece"] for metric, kind in names.items() if kind in facts}
 
 
-def _add(adapter: MmkdModel, found: Calibration, part: list[Asked]) -> int:
-    """Add a batch, and return the number of documents that were added. If the model or its
-    processor refuses the batch, its halves are added one after the other.
+def _in_order(shares: Sequence[Sequence[list[Predicted]]]) -> list[Predicted]:
+    """The predictions of all processes in the order of the batches, from the batches of each."""
+    turns = zip_longest(*shares, fillvalue=())
+    return [predicted for turn in turns for batch in turn for predicted in batch]
+
+
+def _predict(adapter: MmkdModel, found: Calibration, part: list[Asked]) -> list[Predicted]:
+    """The predictions of a batch. If the model or its processor refuses it, its halves are tried
+    one after the other.
 
     Raises:
-        ValueError: a prediction is not finite.
         Exception: an error that is not about a document.
     """
     try:
         exercises = [_exercise(adapter, *asked) for asked in part]
-        predicted = found.predict(exercises)
+        return [found.predict(exercises)]
     except Exception as error:
         interrupt.stop_here()
         if not is_of_document(error):
             raise
         if len(part) == 1:
-            return 0
+            return []
         half = len(part) // 2
-        return _add(adapter, found, part[:half]) + _add(adapter, found, part[half:])
-    found.add(predicted)
-    return len(part)
+        return _predict(adapter, found, part[:half]) + _predict(adapter, found, part[half:])
 
 
 def _exercise(

@@ -62,11 +62,16 @@ class Predicted:
         tokens: of all answer tokens.
         answers: of each question with options.
         without_options: number of questions whose options do not differ in one token.
+        exercises: number of exercises.
     """
 
     tokens: Predictions
     answers: list[Predictions]
     without_options: int
+    exercises: int
+
+    def is_finite(self) -> bool:
+        return all(part.is_finite() for part in (self.tokens, *self.answers))
 
 
 class Calibration:
@@ -97,7 +102,7 @@ class Calibration:
 
     @torch.no_grad()
     def predict(self, exercises: Sequence[Exercise]) -> "Predicted":
-        """The predictions of one batch.
+        """The predictions of one batch, on the CPU.
 
         Raises:
             DataError: an exercise cannot be encoded.
@@ -111,7 +116,8 @@ class Calibration:
             for row, exercise in enumerate(exercises)
             if exercise.options
         ]
-        return Predicted(tokens, [a for a in answers if a is not None], answers.count(None))
+        found = [answer.cpu() for answer in answers if answer is not None]
+        return Predicted(tokens.cpu(), found, answers.count(None), len(exercises))
 
     def add(self, found: "Predicted") -> None:
         """Add the predictions of a batch.

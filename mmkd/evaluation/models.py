@@ -1,14 +1,16 @@
-"""Evaluation of a run's models, one after another.
+"""Evaluation of a run's models: the scores of all, then sample answers and decoding times.
 
 Finished parts are kept. A part that fails is reported at the end and does not stop the others.
 """
 
 import os
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mmkd.errors import AGAIN, EvaluationError, MmkdError, one_line
+from mmkd.errors import AGAIN, EvaluationError, MmkdError, PeerError, one_line
 from mmkd.modeling.loading import quantization_of
 from mmkd.recipe import EvaluateConfig, ModelConfig
 from mmkd.runtime import distributed, interrupt
@@ -22,7 +24,8 @@ from mmkd.runtime.files import (
 )
 from mmkd.runtime.hashes import file_hash, weights_hash
 from mmkd.runtime.hub import model_commit
-from mmkd.runtime.progress import say, say_heading
+from mmkd.runtime.processes import ALONE, Processes
+from mmkd.runtime.progress import muted, say, say_heading
 from mmkd.runtime.run_folder import EvaluationFolder
 from mmkd.runtime.shapes import Decoding, Results, Shape, read_if
 
@@ -31,7 +34,11 @@ UNSAID = {"revision": None, "processor": None, "quantize": None}
 
 
 def evaluate_models(
-    sources: dict[str, ModelConfig], settings: EvaluateConfig, folder: Path, device: str
+    sources: dict[str, ModelConfig],
+    settings: EvaluateConfig,
+    folder: Path,
+    device: str,
+    processes: Processes = ALONE,
 ) -> None:
     """Evaluate every model; one that fails does not stop the others.
 
@@ -40,67 +47,81 @@ def evaluate_models(
         settings: the recipe's `evaluate`.
         folder: an `EvaluationFolder` for each label is written here.
         device: where they run.
+        processes: that answer the questions of tasks together. Afterwards they part, and only the
+            first one answers sample questions, times decoding and raises errors.
 
     Raises:
         EvaluationError: some of the models could not be evaluated; everything else is written.
     """
+    models = [
+        _Model(label, source, EvaluationFolder(folder / label), device)
+        for label, source in sources.items()
+    ]
     failed: dict[str, Exception] = {}
-    for label, source in sources.items():
-        interrupt.stop_here()
-        try:
-            _evaluate_one(label, source, settings, EvaluationFolder(folder / label), device)
-        except Exception as error:
-            interrupt.stop_here()
-            if disk_error(error) is not None:
-                raise
-            failed[label] = error
-            say(f"{label}: its evaluation failed ({one_line(error)})")
+    with muted(not processes.is_first):
+        for model in models if settings.tasks else []:
+            _try(partial(_score, model, settings, processes), model, failed)
+    if processes.size > 1:
+        distributed.leave()
+    if not processes.is_first:
+        return
+    for model in models:
+        if settings.samples is not None and "@" not in model.label:
+            _try(partial(_answer_samples, model, settings), model, failed)
+        if settings.decode and "@" not in model.label:
+            _try(partial(_time_decoding, model, settings.decode), model, failed)
     _raise_failures(failed, len(sources))
 
 
-def _evaluate_one(
-    label: str, source: ModelConfig, settings: EvaluateConfig, out: EvaluationFolder, device: str
-) -> None:
-    """Scores, sample answers and decoding times of one model. One that fails does not stop the
-    others."""
-    model: dict[str, Any] = {
-        "model": source.model,
-        "revision": source.revision,
-        "processor": source.processor,
-        "weights": weights_hash(source.model),
-        "quantize": quantization_of(source),
-    }
-    running: dict[str, Any] = {
-        "device": device,
-        "revision": source.revision,
-        "quantize": model["quantize"],
-    }
-    if source.model is not None and (commit := model_commit(source.model, source.revision)):
-        model["commit"] = commit
-    if source.image_size is not None:
-        model["image_size"] = source.image_size.model_dump(exclude_none=True)
-        running["image_size"] = source.image_size
-    parts = []
-    if settings.tasks:
-        parts.append(partial(_score, label, model, settings, out, running))
-    if settings.samples is not None and "@" not in label:
-        parts.append(partial(_answer_samples, label, model, settings, out, running))
-    if settings.decode and "@" not in label:
-        parts.append(partial(_time_decoding, label, model, settings.decode, out, running))
-    failures = []
-    for part in parts:
+@dataclass(frozen=True)
+class _Model:
+    """A model of a run and the folder of its evaluation."""
+
+    label: str
+    source: ModelConfig
+    out: EvaluationFolder
+    device: str
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What says which model it is, as JSON."""
+        source = self.source
+        found: dict[str, Any] = {
+            "model": source.model,
+            "revision": source.revision,
+            "processor": source.processor,
+            "weights": weights_hash(source.model),
+            "quantize": quantization_of(source),
+        }
+        if source.model is not None and (commit := model_commit(source.model, source.revision)):
+            found["commit"] = commit
+        if source.image_size is not None:
+            found["image_size"] = source.image_size.model_dump(exclude_none=True)
+        return found
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """How it is loaded."""
+        source = self.source
+        found = {
+            "device": self.device,
+            "revision": source.revision,
+            "quantize": quantization_of(source),
+        }
+        return found | ({} if source.image_size is None else {"image_size": source.image_size})
+
+
+def _try(part: Callable[[], None], model: _Model, failed: dict[str, Exception]) -> None:
+    """Run a part of a model's evaluation. If it fails, keep the model's first error in `failed`."""
+    interrupt.stop_here()
+    try:
+        part()
+    except Exception as error:
         interrupt.stop_here()
-        try:
-            part()
-        except Exception as error:
-            interrupt.stop_here()
-            if disk_error(error) is not None:
-                raise
-            failures.append(error)
-    for other in failures[1:]:  # the caller reports the first
-        say(f"{label}: its evaluation failed ({one_line(other)})")
-    if failures:
-        raise failures[0]
+        if disk_error(error) is not None or isinstance(error, PeerError):
+            raise
+        failed.setdefault(model.label, error)
+        say(f"{model.label}: its evaluation failed ({one_line(error)})")
 
 
 def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
@@ -119,32 +140,15 @@ def _raise_failures(failed: dict[str, Exception], asked: int) -> None:
     ) from error
 
 
-def _score(
-    label: str,
-    model: dict[str, Any],
-    settings: EvaluateConfig,
-    out: EvaluationFolder,
-    running: dict[str, Any],
-) -> None:
+def _score(model: _Model, settings: EvaluateConfig, processes: Processes) -> None:
     from mmkd.evaluation.run import evaluate as score
 
-    request = {**model, **settings.model_dump(mode="json", exclude={"decode", "samples"})}
-    request["data"] = _data_of(settings)
-    if _answered(out, request):
+    source, out = model.source, model.out
+    if processes.from_first(partial(_has_scores, model, settings)):
         return
-    if twin := _twin(out, request):
-        write_folder(out.path, partial(_with_scores_of, twin, out))
-        results = read_json(twin.results)
-        write_json(out.results, {**results, "model": model["model"]})
-        write_json(out.request, request)
-        say(f"{label}: scores of the same weights as {twin.path.name}")
-        return
-    say_heading(f"{label}: evaluation")
-    # Tasks that fail leave results of this request: they must not pass for those of an older one.
-    out.request.unlink(missing_ok=True)
     score(
-        model["model"],
-        processor=model["processor"],
+        str(source.model),
+        processor=source.processor,
         tasks=settings.tasks,
         include_path=Path(settings.include) if settings.include else None,
         local=Path(settings.local) if settings.local else None,
@@ -152,9 +156,36 @@ def _score(
         batch_size=settings.batch_size,
         limit=settings.limit,
         calibration=settings.calibration,
-        **running,
+        processes=processes,
+        **model.running,
     )
-    write_json(out.request, request)
+    if processes.is_first:
+        write_json(out.request, _request(model, settings))
+
+
+def _request(model: _Model, settings: EvaluateConfig) -> dict[str, Any]:
+    """What scores depend on, as JSON."""
+    said = settings.model_dump(mode="json", exclude={"decode", "samples"})
+    return {**model.facts, **said, "data": _data_of(settings)}
+
+
+def _has_scores(model: _Model, settings: EvaluateConfig) -> bool:
+    """Whether a model's scores are there, or could be taken from another label. If not, its folder
+    is made ready for them."""
+    request, out = _request(model, settings), model.out
+    if _answered(out, request):
+        return True
+    if twin := _twin(out, request):
+        write_folder(out.path, partial(_with_scores_of, twin, out))
+        results = read_json(twin.results)
+        write_json(out.results, {**results, "model": model.source.model})
+        write_json(out.request, request)
+        say(f"{model.label}: scores of the same weights as {twin.path.name}")
+        return True
+    say_heading(f"{model.label}: evaluation")
+    # Tasks that fail leave results of this request: they must not pass for those of an older one.
+    out.request.unlink(missing_ok=True)
+    return False
 
 
 def _with_scores_of(twin: EvaluationFolder, out: EvaluationFolder, folder: Path) -> None:
@@ -222,41 +253,29 @@ def _twin(out: EvaluationFolder, request: dict[str, Any]) -> EvaluationFolder | 
     return None
 
 
-def _answer_samples(
-    label: str,
-    model: dict[str, Any],
-    settings: EvaluateConfig,
-    out: EvaluationFolder,
-    running: dict[str, Any],
-) -> None:
+def _answer_samples(model: _Model, settings: EvaluateConfig) -> None:
     from mmkd.evaluation.samples import answer_samples
 
     assert settings.samples is not None
-    say_heading(f"{label}: sample answers")
-    loading = {k: v for k, v in running.items() if k != "device"}
+    say_heading(f"{model.label}: sample answers")
+    loading = {k: v for k, v in model.running.items() if k != "device"}
     answer_samples(
-        model["model"],
+        str(model.source.model),
         settings.samples,
-        out.answers,
-        model=model,
+        model.out.answers,
+        model=model.facts,
         batch_size=settings.batch_size,
-        device=distributed.choose_device(running["device"]),
+        device=distributed.choose_device(model.device),
         **loading,
     )
 
 
-def _time_decoding(
-    label: str,
-    model: dict[str, Any],
-    contexts: list[int],
-    out: EvaluationFolder,
-    running: dict[str, Any],
-) -> None:
+def _time_decoding(model: _Model, contexts: list[int]) -> None:
     from mmkd.evaluation.decode import time_folder
 
-    path = out.decoding
-    request = {**model, "contexts": contexts, "device": running["device"]}
+    path = model.out.decoding
+    request = {**model.facts, "contexts": contexts, "device": model.device}
     if (found := read_if(Decoding, path)) and UNSAID | found.get("request", {}) == request:
         return
-    say_heading(f"{label}: decoding")
-    time_folder(model["model"], contexts, path, request=request, **running)
+    say_heading(f"{model.label}: decoding")
+    time_folder(str(model.source.model), contexts, path, request=request, **model.running)

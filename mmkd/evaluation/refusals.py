@@ -2,6 +2,7 @@
 evaluation continues with the other documents."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,6 +69,20 @@ class Refusals:
         found[document] = one_line(error)
         if len(found) >= HOPELESS:
             self.require_answers(task)
+
+    def part(self, tasks: Iterable[str]) -> "Refusals":
+        """What is known of some tasks."""
+        found = Refusals()
+        for task in tasks:
+            found.reasons |= {task: self.reasons[task]} if task in self.reasons else {}
+            found._answered[task] = self._answered[task]
+        return found
+
+    def merge(self, other: "Refusals") -> None:
+        """Add the documents of another process."""
+        for task, reasons in other.reasons.items():
+            self.reasons.setdefault(task, {}).update(reasons)
+        self._answered.update(other._answered)
 
     def require_answers(self, task: str) -> None:
         """

@@ -29,8 +29,11 @@ from mmkd.evaluation.pictures import allow
 from mmkd.evaluation.result import EvaluationResult, write_result
 from mmkd.evaluation.run_tasks import run_tasks
 from mmkd.recipe import ImageSizeConfig
+from mmkd.runtime import distributed
 from mmkd.runtime.files import locked
 from mmkd.runtime.hashes import weights_hash
+from mmkd.runtime.processes import ALONE, Processes
+from mmkd.runtime.progress import muted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -43,11 +46,19 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def _alone_in_out(function: Call) -> Call:
-    """Keep other evaluations out of the folder that is written."""
+    """Keep other evaluations out of the folder that is written. The first process writes it."""
 
     @wraps(function)
     def alone(*words: Any, **settings: Any) -> Any:
-        out = settings["out"]
+        out, processes = settings["out"], settings.get("processes", ALONE)
+        if processes.size > 1:
+            with (
+                nullcontext() if out is None else distributed.alone_in(out),
+                distributed.unknown_to_libraries(),
+                muted(not processes.is_first),
+                processes.failing_together(),
+            ):
+                return function(*words, **settings)
         with nullcontext() if out is None else locked(out):
             return function(*words, **settings)
 
@@ -72,6 +83,7 @@ def evaluate(
     quantize: "Quantization | None" = None,
     image_size: ImageSizeConfig | None = None,
     progress: bool | None = None,
+    processes: Processes = ALONE,
 ) -> EvaluationResult:
     """Run lmms-eval tasks on a model; the caller's random streams and logging stay untouched.
 
@@ -94,6 +106,8 @@ def evaluate(
         quantize: as in `load_pretrained`, for a model from a folder or the Hub.
         image_size: size of images, for a model from a folder; None is the processor's own.
         progress: show progress bars; None shows them on a terminal.
+        processes: that answer the questions together. All of them call this function and get the
+            result; the first one writes it. Scores do not depend on their number.
 
     Raises:
         MmkdError: lmms-eval is missing, or a task is unknown, needs a judge or returned no scores.
@@ -106,15 +120,16 @@ def evaluate(
     _require_positive(batch_size=batch_size, limit=limit)
     loading = {"device": device, "trust_remote_code": trust_remote_code, "revision": revision}
     loading |= {"quantize": quantize, "image_size": image_size}
+    progress = progress if processes.is_first else False
     with isolated(progress):
         manager = _manager(tasks, include_path, local, limit)
-        adapter = _adapter(model, processor, batch_size, progress, loading)
+        adapter = _adapter(model, processor, batch_size, progress, loading, processes)
         request = _request(adapter, model, processor, limit, loading)
         request |= {"calibration": True} if calibration else {}
-        finished = _finished(out, request)
+        finished = _finished(out if processes.is_first else None, request)
         given, failed = run_tasks(adapter, manager, limit, finished, calibration=calibration)
     result = _result(adapter, manager, request, given, failed)
-    if out is not None:
+    if out is not None and processes.is_first:
         write_result(result, out)
     _raise_failures(failed, len(manager.chosen.names), result)
     finished.clear()
@@ -133,7 +148,12 @@ def _manager(
 
 
 def _adapter(
-    model: Any, processor: Any, batch_size: int, progress: bool | None, loading: dict[str, Any]
+    model: Any,
+    processor: Any,
+    batch_size: int,
+    progress: bool | None,
+    loading: dict[str, Any],
+    processes: Processes,
 ) -> "MmkdModel":
     """The model as lmms-eval asks it; loaded if it is not in memory."""
     from mmkd.evaluation.adapter import MmkdModel
@@ -145,6 +165,7 @@ def _adapter(
         model=cast(Any, model) if in_memory else None,
         processor=processor,
         progress=progress,
+        processes=processes,
         **loading,
     )
 

@@ -1,13 +1,14 @@
 """Runs the tasks of an evaluation one after another, and keeps those that are finished."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmkd.errors import MmkdError, one_line
 from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.refusals import describe, is_of_document
-from mmkd.evaluation.scored import collect_scores, sample_of, simple_evaluate
+from mmkd.evaluation.scored import collect_scores, load_task, sample_of, simple_evaluate
 from mmkd.evaluation.task_files import data_files
 from mmkd.runtime import interrupt
 from mmkd.runtime.progress import say
@@ -28,7 +29,7 @@ def run_tasks(
     """The results of each task, and the errors of the tasks that failed.
 
     Args:
-        adapter: the model.
+        adapter: the model. All of its processes call this function.
         manager: the tasks.
         limit: number of documents of each task.
         finished: results of earlier calls.
@@ -37,18 +38,20 @@ def run_tasks(
     Raises:
         Exception: all tasks failed, or an error that is not about one document occurred.
     """
+    processes = adapter.processes
     given: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
     for name in manager.chosen.names:
         interrupt.stop_here()  # a library may have swallowed the exception
         facts = _task_facts(name, manager)
-        known = finished.read(name, facts)
+        known = processes.from_first(partial(finished.read, name, facts))
         if known is not None:
             say(f"{name}: already answered")
         else:
             try:
-                given_now = _run_task(adapter, name, manager, limit, calibration)
-                known = finished.write(name, facts, given_now)
+                with processes.failing_together():
+                    given_now = _run_task(adapter, name, manager, limit, calibration)
+                    known = finished.write(name, facts, given_now)
             except Exception as error:
                 interrupt.stop_here()
                 if not isinstance(error, MmkdError) and not is_of_document(error):
@@ -72,6 +75,8 @@ def _run_task(
 
     started = time.perf_counter()
     tokens, answering = adapter.generated_tokens, adapter.generation_seconds
+    if adapter.processes.size > 1:  # they would prepare the same files at once
+        adapter.processes.from_first(partial(load_task, name, manager))
     raw = simple_evaluate(adapter, [name], manager, limit)
     scores = collect_scores(raw, [name])
     samples, unanswered = {}, {}

@@ -2,8 +2,8 @@
 
 import io
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,34 +18,56 @@ Sample = dict[str, Any]
 def simple_evaluate(
     adapter: Any, tasks: list[str], manager: "TaskManager", limit: int | None
 ) -> dict[str, Any]:
+    """Ask a model all questions of some tasks, and score its answers; returns what lmms-eval does.
+
+    Raises:
+        MmkdError: the data cannot be used.
+    """
     from lmms_eval import evaluator
+
+    # some tasks print their categories' scores, or write them to the working directory
+    with TemporaryDirectory() as scratch, _in_one_line(tasks):
+        found: dict[str, Any] | None = evaluator.simple_evaluate(
+            model=adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            batch_size=adapter.batch_size,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            verbosity="ERROR",
+            cli_args=Namespace(output_path=scratch, process_with_media=True),
+        )
+    return found or {}
+
+
+def load_task(task: str, manager: "TaskManager") -> None:
+    """Load the data of a task, so that they are in the cache of `datasets`; errors as of
+    `simple_evaluate`."""
+    from lmms_eval.tasks import get_task_dict
+
+    with _in_one_line([task]):
+        get_task_dict([task], manager, "chat")
+
+
+@contextmanager
+def _in_one_line(tasks: Sequence[str]) -> Iterator[None]:
+    """Hide what lmms-eval prints inside, and raise what it says of the data in one line."""
     from tenacity import RetryError
 
     where = ", ".join(tasks)
-    # some tasks print their categories' scores, or write them to the working directory
-    with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
-        try:
-            found: dict[str, Any] | None = evaluator.simple_evaluate(
-                model=adapter,
-                tasks=list(tasks),
-                task_manager=manager,
-                batch_size=adapter.batch_size,
-                limit=limit,
-                log_samples=True,
-                bootstrap_iters=0,
-                process_docs_parallel=1,
-                verbosity="ERROR",
-                cli_args=Namespace(output_path=scratch, process_with_media=True),
-            )
-        except RetryError as error:  # lmms-eval hides the cause after five retries
-            refuse_data(error, where)
-        except AssertionError as error:
-            raise MmkdError(
-                f"lmms-eval refuses the documents ({error})",
-                where=where,
-                hint="check the data; a limit must not part documents that are scored together",
-            ) from error
-    return found or {}
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except RetryError as error:  # lmms-eval hides the cause after five retries
+        refuse_data(error, where)
+    except AssertionError as error:
+        raise MmkdError(
+            f"lmms-eval refuses the documents ({error})",
+            where=where,
+            hint="check the data; a limit must not part documents that are scored together",
+        ) from error
 
 
 def refuse_data(error: Any, where: str) -> NoReturn:

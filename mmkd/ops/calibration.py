@@ -39,6 +39,10 @@ class Predictions:
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.confidence).all() and torch.isfinite(self.nll).all())
 
+    def cpu(self) -> "Predictions":
+        tensors = (self.confidence, self.correct, self.nll, self.brier)
+        return Predictions(*(tensor.cpu() for tensor in tensors))
+
 
 def predictions(logits: Tensor, targets: Tensor) -> Predictions:
     """Compare distributions with true outcomes.

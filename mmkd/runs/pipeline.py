@@ -66,9 +66,7 @@ def run(
             train(member, recipe, course, callbacks)
         distributed.barrier()
         if recipe.evaluate is not None:
-            distributed.leave()  # one process evaluates for hours; waiting would time out
-            if distributed.rank() == 0:
-                evaluate(recipe, todo)
+            evaluate(recipe, todo)
     return run_folder(recipe).path
 
 

@@ -39,6 +39,7 @@ class Imagined:
 
 
 _imagined: Imagined | None = None
+_hidden: dict[str, str] = {}
 
 
 @contextmanager
@@ -52,14 +53,33 @@ def imagined(processes: int, memory: int | None) -> Iterator[None]:
         _imagined = None
 
 
+@contextmanager
+def unknown_to_libraries() -> Iterator[None]:
+    """Inside, the environment names no launcher, so a library takes this process for the only one.
+    `rank` and `world_size` stay the same."""
+    found = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    _hidden.update(found)
+    try:
+        yield
+    finally:
+        os.environ.update(found)
+        for name in found:
+            del _hidden[name]
+
+
+def _launched(name: str, otherwise: int) -> int:
+    """A number that the launcher has told this process."""
+    return int({**os.environ, **_hidden}.get(name, otherwise))
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return _launched("RANK", 0)
 
 
 def world_size() -> int:
     if _imagined is not None:
         return _imagined.processes
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _launched("WORLD_SIZE", 1)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -86,7 +106,7 @@ def choose_device(wanted: str) -> torch.device:
     if imagined_gpu:
         return torch.device("cuda")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", _launched("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 
@@ -106,7 +126,7 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return whole // _launched("LOCAL_WORLD_SIZE", 1)
 
 
 def connect(device: torch.device, *, alone: bool = False, timeout_s: float = TIMEOUT_S) -> None:

@@ -71,6 +71,22 @@ def log_to_console(show: bool = True) -> None:
         logger.addHandler(ConsoleHandler())
 
 
+@contextmanager
+def muted(mute: bool = True) -> Iterator[None]:
+    """Inside, nothing that mmkd reports is logged, for processes that do the same as another one.
+
+    Args:
+        mute: False changes nothing.
+    """
+    level = logger.level
+    if mute:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def on_console() -> bool:
     """Whether `log_to_console` prints what mmkd reports."""
     handled = any(isinstance(handler, ConsoleHandler) for handler in logger.handlers)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from mmkd.evaluation import models
-from mmkd.recipe import EvaluateConfig
+from mmkd.recipe import EvaluateConfig, StudentConfig
+from mmkd.runtime.processes import ALONE
 from mmkd.runtime.run_folder import EvaluationFolder
 
 SETTINGS = EvaluateConfig(tasks=["scenes_pope"])
@@ -27,15 +29,10 @@ def scored(tmp_path, monkeypatch):
     return names
 
 
-def evaluate(label: str, weights: str) -> None:
-    model = dict.fromkeys(("revision", "processor", "quantize"), None)
-    models._score(
-        label,
-        {**model, "model": label, "weights": weights},
-        SETTINGS,
-        EvaluationFolder(Path(label)),
-        {},
-    )
+def evaluate(label: str, weights: str, settings: EvaluateConfig = SETTINGS) -> None:
+    with mock.patch.object(models, "weights_hash", return_value=weights):
+        model = models._Model(label, StudentConfig(model=label), EvaluationFolder(Path(label)), "")
+        models._score(model, settings, ALONE)
 
 
 def test_scores_of_the_same_weights_are_taken_over(scored):
@@ -62,10 +59,8 @@ def test_other_parts_stay_when_scores_are_taken_over(scored, name):
 
 def test_calibration_is_computed_when_a_recipe_asks_for_it_later(scored):
     def asked(calibration: bool) -> None:
-        model = dict.fromkeys(("revision", "processor", "quantize"), None)
         settings = EvaluateConfig(tasks=["scenes_pope"], calibration=calibration)
-        request = {**model, "model": "kd", "weights": "a"}
-        models._score("kd", request, settings, EvaluationFolder(Path("kd")), {})
+        evaluate("kd", "a", settings)
 
     asked(False)
     asked(True)

@@ -1,0 +1,82 @@
+"""Evaluation on several processes: the same answers, scores and reports as on one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmkd.runtime.distributed import rank, unknown_to_libraries, world_size
+from tests.evaluation.test_refusals import own_scenes, spoil  # noqa: F401
+from tests.support import warm
+from tests.support.slow import slow
+
+TASKS = "scenes_pope,scenes_vqa,scenes_caption"
+
+
+def evaluate(model: Path, tasks: Path, out: Path, processes: int, *more: object) -> Any:
+    words = ["--tasks", TASKS, "--include", tasks, "--out", out, "--limit", 9, "--batch-size", 2]
+    done = warm.run("eval", model, *words, "--calibration", *more, "--nproc", processes)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def written(out: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Results without times, and the bytes of all samples."""
+    results = json.loads((out / "results.json").read_text())
+    for key in ("seconds", "tokens_per_second"):
+        del results[key]
+    return results, {path.name: path.read_bytes() for path in (out / "samples").iterdir()}
+
+
+@pytest.mark.parametrize("processes", [2, slow(3)])
+def test_scores_and_answers_do_not_depend_on_the_number_of_processes(
+    own_scenes: Path,  # noqa: F811
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    processes: int,
+) -> None:
+    """9 documents are 5 batches, so that the shares differ, and one document of the last process
+    cannot be asked about."""
+    spoil(own_scenes, "pope", {3: {"image": {"bytes": b"no image", "path": None}}})
+    one, more = tmp_path / "one", tmp_path / "more"
+    alone = evaluate(tiny_model_dir, own_scenes, one, 1)
+    together = evaluate(tiny_model_dir, own_scenes, more, processes)
+    assert alone.returncode == together.returncode == 0, together.stderr
+    expected, found = written(one), written(more)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+    assert written(one)[0]["unanswered"]["scenes_pope"]["documents"] == 1
+    assert together.stdout.replace(str(more), str(one)) == alone.stdout
+    assert not (more / "unfinished").exists()
+
+
+def test_a_task_that_fails_fails_on_all_processes(
+    own_scenes: Path,  # noqa: F811
+    tiny_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    (own_scenes.parent / "eval" / "vqa.parquet").write_bytes(b"no parquet")
+    done = evaluate(tiny_model_dir, own_scenes, tmp_path, 2)
+    assert done.returncode == 2
+    assert done.stdout.count("scenes_vqa: failed") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["scores"]) == ["scenes_pope", "scenes_caption"]
+    assert list(results["failed"]) == ["scenes_vqa"]
+
+
+def test_unknown_models_and_tasks_are_one_line(scenes_dir: Path, tmp_path: Path) -> None:
+    done = evaluate(tmp_path / "none", scenes_dir / "tasks", tmp_path / "out", 2)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_libraries_do_not_see_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with unknown_to_libraries():
+        assert "RANK" not in os.environ
+        assert "WORLD_SIZE" not in os.environ
+        assert (rank(), world_size()) == (1, 4)
+    assert (os.environ["RANK"], rank(), world_size()) == ("1", 1, 4)
