@@ -6,6 +6,7 @@ document and no other.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ class UnreadablePicture(Image.Image):
         raise DataError(self.reason, hint="replace the image")
 
 
+_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")
+"""What Python writes of an object, which differs between processes."""
 _folders: list[Path] | None = None
 """Where the images of the documents that are scored now may lie; None outside of `guarded`."""
 
@@ -68,7 +71,7 @@ def guarded() -> Iterator[None]:
             raise
         except Exception as error:  # what decoders raise of hostile bytes is no closed list
             what = error.what if isinstance(error, DataError) else str(error)
-            reason = " ".join(what.split())[:200] or type(error).__name__
+            reason = _ADDRESS.sub("", " ".join(what.split()))[:200] or type(error).__name__
             return UnreadablePicture(f"the image cannot be read ({reason})")
 
     try:

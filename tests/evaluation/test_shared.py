@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmkd.runtime.distributed import rank, unknown_to_libraries, world_size
 from tests.evaluation.test_refusals import own_scenes, spoil  # noqa: F401
 from tests.support import warm
+from tests.support.recipes import tiny_recipe
 from tests.support.slow import slow
 
 TASKS = "scenes_pope,scenes_vqa,scenes_caption"
@@ -50,6 +52,33 @@ def test_scores_and_answers_do_not_depend_on_the_number_of_processes(
     assert written(one)[0]["unanswered"]["scenes_pope"]["documents"] == 1
     assert together.stdout.replace(str(more), str(one)) == alone.stdout
     assert not (more / "unfinished").exists()
+
+
+def test_a_run_scores_its_models_on_all_processes(
+    own_scenes: Path,  # noqa: F811
+    scenes_dir: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    tasks = {"tasks": TASKS.split(","), "include": str(own_scenes), "limit": 9, "batch_size": 2}
+    raw = tiny_recipe(
+        scenes_dir,
+        tiny_model_dir,
+        tmp_path,
+        teacher={"model": str(tiny_model_dir)},
+        stage={"steps": 1, "batch": {"size": 2}},
+        evaluate=tasks,
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    done = warm.run("run", tmp_path / "recipe.yaml", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student: evaluation") == done.stdout.count("teacher: evaluation") == 1
+    folder = tmp_path / "tiny"
+    for label, model in (("teacher", tiny_model_dir), ("student", folder / "01-mimic" / "student")):
+        assert evaluate(model, own_scenes, tmp_path / label, 1).returncode == 0
+        found, expected = written(folder / "evaluation" / label), written(tmp_path / label)
+        assert {**found[0], "model": ""} == {**expected[0], "model": ""}
+        assert found[1] == expected[1]
 
 
 def test_a_task_that_fails_fails_on_all_processes(

@@ -27,7 +27,7 @@ def test_values_and_shares_are_in_the_order_of_ranks(tmp_path: Path) -> None:
     assert on_ranks(work, 3, tmp_path) == [([[0, 3, 6], [1, 4], [2, 5]], "of 0")] * 3
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     def __init__(self, first: str, second: str):
         super().__init__(f"{first} {second}")
 
@@ -73,12 +73,12 @@ def test_what_an_error_holds_reaches_all(tmp_path: Path) -> None:
     assert on_ranks(work, 2, tmp_path) == [("failed", "a", "b", {"t": {"m": 1.0}})] * 2
 
 
-@pytest.mark.parametrize("error", [StoppedError("stopped"), Unsendable("not", "sendable")])
+@pytest.mark.parametrize("error", [StoppedError("stopped"), UnsendableError("not", "sendable")])
 def test_all_kinds_of_errors_are_told(error: BaseException, tmp_path: Path) -> None:
     def work(rank: int) -> str:
         return outcome(Processes(rank, 3), error if rank == 1 else None, "after")
 
-    own, other = f"{type(error).__name__}: {error}", f"RuntimeError: Unsendable: {error}"
+    own, other = f"{type(error).__name__}: {error}", f"RuntimeError: UnsendableError: {error}"
     if isinstance(error, StoppedError):
         other = own
     assert on_ranks(work, 3, tmp_path) == [other, own, other]
