@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mmkd.errors import StoppedError
 from mmkd.making.base import Answer, Maker, Request
@@ -10,6 +11,8 @@ from mmkd.making.log import AnswerLog
 from mmkd.recipe import SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.runtime.progress import Bar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -106,3 +109,9 @@ def _note(new: int, seconds: float, unreadable: int) -> str:
     rate = new / seconds if seconds > 0 else 0.0
     note = f"{rate:,.1f} answers/s"
     return note + (f", {unreadable:,} unreadable images" if unreadable else "")
+
+
+def shared(own: dict[int, T]) -> dict[int, T]:
+    """The entries of all ranks in the order of their keys; every rank calls it."""
+    found: dict[int, T] = dict(distributed.gather([*own.items()]))
+    return dict(sorted(found.items()))

@@ -105,3 +105,11 @@ class Answered:
 def refusals(answered: Sequence[Answered]) -> Counter[str]:
     """Number of answers that each kind of check has refused."""
     return Counter(a.refused for one in answered for a in one.answers if a.refused is not None)
+
+
+def hard_share(answered: Sequence[Answered], kind: str) -> tuple[int, int]:
+    """How many questions are hard, and how many a check of this kind has looked at. A question is
+    hard if the check passes one of its answers."""
+    looked = [[a for a in one.answers if kind in a.scores] for one in answered]
+    hard = [any(a.refused != kind for a in answers) for answers in looked if answers]
+    return sum(hard), len(hard)

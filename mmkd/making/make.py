@@ -5,24 +5,24 @@ OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the s
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from mmkd.data.templates import without_media_tokens
 from mmkd.data.turns import PLACEHOLDER
-from mmkd.errors import HINT, DataError, RecipeError
-from mmkd.making.ask import Asked, Asker
+from mmkd.errors import HINT, DataError
+from mmkd.making.ask import Asked, Asker, shared
 from mmkd.making.base import Answer, Maker, Request
-from mmkd.making.checks import AnswerCheck, Candidate, Cut, Empty, Repeats, build_checks
-from mmkd.making.choose import Answered, Judged, refusals
+from mmkd.making.checking import Checking
+from mmkd.making.checks import Candidate, Cut, Empty, Repeats, build_checks
+from mmkd.making.choose import Answered, Judged, hard_share, refusals
 from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
-from mmkd.making.makers import build_makers
+from mmkd.making.makers import build_makers, check_judges
 from mmkd.making.object_questions import balanced, object_questions
 from mmkd.making.questions import (
     Question,
@@ -40,7 +40,6 @@ from mmkd.runtime import distributed
 from mmkd.students import converted_processor
 
 EMPTY = "empty"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Made:
         records: number of records that were written; 0 on other processes than the first.
         answers: number of answers, those of earlier calls included.
         refused: number of answers that each check has refused, in the order of the checks.
+        hard: for each check that looks for hard questions, how many are hard, and of how many its
+            verdict is known.
         unanswered: number of questions without a record.
         asked: what was asked in this call.
     """
@@ -62,6 +63,7 @@ class Made:
     records: int
     answers: int
     refused: dict[str, int]
+    hard: dict[str, tuple[int, int]]
     unanswered: int
     asked: Asked
 
@@ -122,7 +124,7 @@ class _Job:
         self.context = Context.of(config)
         self.checks = build_checks(config, self.questions)
         self.revisions = {n: maker.revision for n, maker in makers.items()}
-        _check_judges(self.checks, config, makers, where)
+        check_judges(config, makers, where)
         self.unreadable: dict[int, str] = {}
 
     def run(self) -> Made:
@@ -133,32 +135,33 @@ class _Job:
             self._ask_about_objects(self.lists, asker)
         own = {index: self._candidates(index) for index in self._own()}
         asker.ask([pair for row in own.values() for pair in row], self.config.sampling)
-        keys = _shared({index: [r.key for _, r in row] for index, row in own.items()})
+        keys = shared({index: [r.key for _, r in row] for index, row in own.items()})
         answered = [one for i, row in keys.items() if (one := self._answered(i, row, log))]
+        checking = Checking(self.questions, self.revisions, self.config.seed, asker, self.where)
         for check in self.checks:
-            self._apply(check, answered, asker)
+            checking.apply(check, answered)
         found = self._rows(answered)
         if not any(found):
             raise self._nothing(answered, asker.asked)
         why = self._rationales(answered, found, asker)
         written, used = len(self._write(answered, found, why)), sum(map(bool, found))
-        missing = _shared(self.unreadable)
+        missing = shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
         return self._summary(answered, written, used, asker.asked)
 
     def _nothing(self, answered: list[Answered], asked: Asked) -> DataError:
         """The error if no answer becomes a record."""
-        count, refused = sum(len(one.answers) for one in answered), refusals(answered)
+        total, refused = sum(len(one.answers) for one in answered), refusals(answered)
         reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refused.items())]
-        if left := count - refused.total():
+        if left := total - refused.total():
             reasons.append(f"{left:,} without a worse answer or a balancing question")
-        errors = _shared(self.unreadable).values() or asked.unreadable.values()
+        errors = shared(self.unreadable).values() or asked.unreadable.values()
         hint = "change the checks or prompts; raise sampling.n, or sampling.max_new_tokens"
-        if not count and (first := next(iter(errors), None)):
+        if not total and (first := next(iter(errors), None)):
             reasons, hint = [f"nothing could be asked, {first}"], "check the images and prompts"
-        elif not count:
+        elif not total:
             reasons, hint = ["there is no question"], "lower objects.least_images"
-        what = f"no answer becomes a record: of {count:,} answers, {', '.join(reasons)}"
+        what = f"no answer becomes a record: of {total:,} answers, {', '.join(reasons)}"
         return DataError(what.replace(HINT, "; "), where=self.config.out, hint=hint)
 
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:
@@ -205,7 +208,7 @@ class _Job:
             revision, seed = self.revisions[name], self.config.seed
             own[place] = (name, request_of(question, revision, sampling, seed, 0, again))
         asker.ask(list(own.values()), sampling, ": why")
-        keys = _shared({place: request.key for place, (_, request) in own.items()})
+        keys = shared({place: request.key for place, (_, request) in own.items()})
         made = []
         for place, (one, row) in enumerate(kept):
             reply = asker.log.answers.get(keys[place])
@@ -234,7 +237,7 @@ class _Job:
             except DataError as error:
                 self.unreadable[index] = str(error)
         asker.ask([(name, request) for request in own.values()], sampling, ": objects")
-        keys = _shared({index: request.key for index, request in own.items()})
+        keys = shared({index: request.key for index, request in own.items()})
         known = {i: asker.log.answers[key] for i, key in keys.items() if key in asker.log.answers}
         images = {index: replace(lists.at(index), references=[]) for index in known}
         texts = {images[index].group: self._text(answer) for index, answer in known.items()}
@@ -302,35 +305,6 @@ class _Job:
             text = text.replace(PLACEHOLDER, "")
         return without_media_tokens(self.processor, text).strip()
 
-    def _apply(self, check: AnswerCheck, answered: list[Answered], asker: Asker) -> None:
-        """Let a check judge all answers, after the model that it asks has replied."""
-        own: dict[int, list[Request]] = {}
-        name = check.config.model
-        for position, one in enumerate(answered if name is not None else []):
-            if one.passed and position % distributed.world_size() == distributed.rank():
-                own[position] = self._to_judge(name, one, check)
-        if name is not None:
-            requests = [(name, request) for row in own.values() for request in row]
-            asker.ask(requests, check.sampling, f": {check.config.kind}")
-        keys = _shared({position: [r.key for r in row] for position, row in own.items()})
-        for position, one in enumerate(answered):
-            nothing = Answer("", False)
-            found = [asker.log.answers.get(key, nothing) for key in keys.get(position, [])]
-            one.apply(check, found)
-
-    def _to_judge(self, name: str, one: Answered, check: AnswerCheck) -> list[Request]:
-        """What a check asks the model `name` about the answers that have passed so far."""
-        answers = [answer.candidate for answer in one.passed]
-
-        def asks() -> list[Question]:
-            return check.asks(self.questions.at(one.index), answers)
-
-        revision, seed = self.revisions[name], self.config.seed
-        return [
-            request_of(question, revision, check.sampling, seed, 0, partial(_item, asks, number))
-            for number, question in enumerate(asks())
-        ]
-
     def _summary(self, answered: list[Answered], records: int, used: int, asked: Asked) -> Made:
         counts = refusals(answered)
         kinds = dict.fromkeys([EMPTY, *(check.config.kind for check in self.checks)])
@@ -340,36 +314,7 @@ class _Job:
             records=records,
             answers=sum(len(one.answers) for one in answered),
             refused={kind: counts[kind] for kind in kinds},
+            hard={c.kind: hard_share(answered, c.kind) for c in self.config.checks if c.finds_hard},
             unanswered=len(self.questions) - used,
             asked=asked,
         )
-
-
-def _item(read: Callable[[], Sequence[T]], number: int) -> T:
-    return read()[number]
-
-
-def _shared(own: dict[int, T]) -> dict[int, T]:
-    """The entries of all ranks in the order of their keys; every rank calls it."""
-    found: dict[int, T] = dict(distributed.gather([*own.items()]))
-    return dict(sorted(found.items()))
-
-
-def _check_judges(
-    checks: list[AnswerCheck], config: MakeConfig, makers: dict[str, Maker], where: str
-) -> None:
-    """Check that no model judges its own answers under another name, or with other settings.
-
-    Raises:
-        RecipeError: one does.
-    """
-    for check in checks:
-        judge = check.config.model
-        for maker in config.by if judge is not None else []:
-            if makers[judge].weights == makers[maker].weights:
-                raise RecipeError(
-                    f"{judge!r} and {maker!r} are the same model, which would judge its own "
-                    "answers",
-                    where=f"{where}.checks",
-                    hint="name another model",
-                )

@@ -1,4 +1,7 @@
-"""Build the models that answer, from a recipe."""
+"""Build the models that answer and judge, from a recipe."""
+
+from collections.abc import Mapping
+from itertools import combinations
 
 import torch
 
@@ -56,3 +59,36 @@ def _build(name: str, source: MakerSource, batch_size: int, device: torch.device
             hint="name another model in 'by'",
         )
     return LocalMaker(name, source, batch_size, device)
+
+
+def check_judges(config: MakeConfig, makers: Mapping[str, Maker], where: str) -> None:
+    """Check that no model judges its own answers, or judges twice, under another name or with
+    other settings. Equal names are checked when the recipe is read.
+
+    Args:
+        config: the entry of `make`.
+        makers: the models that it names.
+        where: what messages call it.
+
+    Raises:
+        RecipeError: one does.
+    """
+    if not any(check.models for check in config.checks):
+        return
+    weights = {name: makers[name].weights for name in config.models}
+    for check in config.checks:
+        own = [(judge, maker) for judge in check.models for maker in config.by if judge != maker]
+        for one, other in own:
+            if weights[one] == weights[other]:
+                raise _same_model(one, other, "would judge its own answers", where)
+        for one, other in combinations(check.models, 2):
+            if weights[one] == weights[other]:
+                raise _same_model(one, other, "would judge twice", where)
+
+
+def _same_model(one: str, other: str, what: str, where: str) -> RecipeError:
+    return RecipeError(
+        f"{one!r} and {other!r} are the same model, which {what}",
+        where=f"{where}.checks",
+        hint="name another model",
+    )

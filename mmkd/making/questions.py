@@ -181,12 +181,12 @@ def _of_records(config: MakeConfig) -> Questions:
                 where=records.name,
                 hint="add 'objects' (name, box)",
             )
-    compares = any(c.kind == "reference" for c in config.checks)
+    compares = [c.kind for c in config.checks if c.compares]
     if compares and not first_readable(lambda index: records[index], count).has_answer:
         raise DataError(
             "the records have no answers to compare with",
             where=records.name,
-            hint="leave out the check 'reference'",
+            hint=f"change the check {compares[0]!r}",
         )
 
     def at(index: int) -> Question:

@@ -20,6 +20,8 @@ def print_made(made: Made) -> None:
         say(f"  {known:,} answers were known")
     for kind, count in made.refused.items():
         say(f"  {count:,} of {made.answers:,} answers refused by '{kind}'")
+    for kind, (hard, known) in made.hard.items():
+        say(f"  {hard:,} of {known:,} questions are hard by '{kind}' ({hard / max(known, 1):.0%})")
     if made.unanswered:
         say(f"  {made.unanswered:,} questions have no record")
     unreadable = list(dict.fromkeys(made.asked.unreadable.values()))

@@ -25,6 +25,8 @@ Row = dict[str, Any]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 GROUP = 1_000
 """Records of a parquet file that are in memory at once, with their images."""
+OWN_ANSWER = 200
+"""Most characters that are kept of a record's own answer."""
 
 
 class RecordWriter:
@@ -92,6 +94,9 @@ class RecordWriter:
             "pass_rate": len(answered.passed) / self.config.sampling.n,
             "mmkd": version("mmkd"),
         }
+        if any(check.finds_hard for check in self.config.checks):
+            own = answered.question.reference or ""
+            made["own_answer"] = own if len(own) <= OWN_ANSWER else f"{own[:OWN_ANSWER]}..."
         if self.scorer is not None:
             made["score"] = [*answer.scores[self.scorer]]
         return made

@@ -4,13 +4,18 @@ A check may only refuse answers, or also score them. If several score them, the 
 recipe's list that does so decides which answer is the best.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from mmkd.recipe.base import Strict
 from mmkd.runtime.fields import NAME, NAMED, Prose
 from mmkd.runtime.registry import Registry
+
+LEAST_RATING = 7.0
+"""A judge's `least` by default."""
+ModelName = Annotated[str, Field(max_length=NAME, pattern=NAMED)]
 
 
 class CheckConfig(Strict):
@@ -22,9 +27,33 @@ class CheckConfig(Strict):
     kind: str
 
     @property
-    def model(self) -> str | None:
-        """Name of the model that the check asks; None if it asks none."""
-        return None
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that the check asks; () if it asks none."""
+        return ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether the check compares answers with the record's own answer."""
+        return False
+
+    @property
+    def finds_hard(self) -> bool:
+        """Whether the check passes only answers to hard questions: those to which the record's own
+        answer differs, or is worse."""
+        return False
+
+    def check_makers(self, makers: Sequence[str]) -> None:
+        """Check that no model is asked about its own answers.
+
+        Args:
+            makers: names of the models that answer.
+
+        Raises:
+            ValueError: one is.
+        """
+        for name in self.models:
+            if name in makers:
+                raise ValueError(f"{name!r} would judge its own answers -- name another model")
 
 
 class EmptyConfig(CheckConfig):
@@ -58,7 +87,8 @@ class AgreesConfig(CheckConfig):
 
 
 class ReferenceConfig(CheckConfig):
-    """Refuse answers that differ from the record's own answer."""
+    """Refuse answers that differ from the record's own answer; with `differ`, those that are equal
+    to it."""
 
     scores: ClassVar[bool] = True
 
@@ -68,6 +98,19 @@ class ReferenceConfig(CheckConfig):
         description="text: equal words; choice: the same first letter of an option, such as B; "
         "number: the same last number; math: equal as expressions, by math-verify",
     )
+    differ: bool = Field(
+        False,
+        description="refuse equal answers instead, so that the questions remain whose own answer "
+        "is another one",
+    )
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    @property
+    def finds_hard(self) -> bool:
+        return self.differ
 
 
 class ObjectsConfig(CheckConfig):
@@ -89,27 +132,98 @@ class ObjectsConfig(CheckConfig):
 
 
 class JudgeConfig(CheckConfig):
-    """Refuse answers that another model rates low. A single answer is rated from 1 to 10. Several
-    answers are rated in pairs, each pair in both orders."""
+    """Refuse answers that other models rate low. A single answer is rated from 1 to 10. Several
+    answers are rated in pairs, each pair in both orders. With `margin`, each answer is rated next
+    to the record's own one, in both orders, and its score is the difference. No model rates answers
+    that it has made."""
 
     scores: ClassVar[bool] = True
 
     kind: Literal["judge"]
-    by: str = Field(
-        max_length=NAME,
-        pattern=NAMED,
-        description="the model: a teacher's name, or a name under 'servers'; never one that has "
-        "made the answer",
+    by: list[ModelName] = Field(
+        min_length=1,
+        max_length=100,
+        description="the reviewers: names of teachers, or names under 'servers'; an answer's "
+        "rating is the mean over those that have not made it",
     )
-    least: float = Field(7.0, ge=1, le=10, description="smallest mean rating")
+    least: float | None = Field(
+        None, ge=1, le=10, description="smallest mean rating; 7 by default, without 'margin'"
+    )
+    margin: float | None = Field(
+        None,
+        ge=-9,
+        le=9,
+        description="smallest difference to the rating of the record's own answer; in place of "
+        "'least'",
+    )
+    spread: float | None = Field(
+        None,
+        ge=0,
+        le=18,
+        description="if the reviewers' ratings of an answer differ by more, the adjudicator alone "
+        "rates it",
+    )
+    adjudicator: ModelName | None = Field(
+        None, description="a further model, which makes and reviews no answers"
+    )
     criteria: Prose = Field(
         "how correct, complete and helpful it is, given the image",
         description="what the judge is told to rate",
     )
 
+    @field_validator("by", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _apart(self) -> "JudgeConfig":
+        if self.least is not None and self.margin is not None:
+            raise ValueError("an answer needs a rating or a difference -- give either 'least' or "
+                             "'margin'")  # fmt: skip
+        if len(set(self.by)) != len(self.by):
+            raise ValueError("'by' names a reviewer twice -- name it once")
+        if (self.spread is None) != (self.adjudicator is None):
+            raise ValueError("'spread' and 'adjudicator' go together -- give both or neither")
+        if self.spread is not None and len(self.by) < 2:
+            raise ValueError("one reviewer has no spread -- name two in 'by', or leave it out")
+        if self.adjudicator in self.by:
+            raise ValueError(f"the adjudicator {self.adjudicator!r} is a reviewer -- name another "
+                             "model")  # fmt: skip
+        return self
+
     @property
-    def model(self) -> str | None:
-        return self.by
+    def needed(self) -> float:
+        """The smallest score of an answer that passes."""
+        if self.margin is not None:
+            return self.margin
+        return LEAST_RATING if self.least is None else self.least
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (*self.by, *([] if self.adjudicator is None else [self.adjudicator]))
+
+    @property
+    def compares(self) -> bool:
+        return self.margin is not None
+
+    @property
+    def finds_hard(self) -> bool:
+        return self.compares
+
+    def check_makers(self, makers: Sequence[str]) -> None:
+        """Check that each answer has a reviewer, and each reviewer has answers of other models.
+
+        Args:
+            makers: names of the models that answer.
+
+        Raises:
+            ValueError: a model would judge its own answers.
+        """
+        for name in makers:
+            alone = self.by == [name] or ([*makers] == [name] and name in self.by)
+            if alone or name == self.adjudicator:
+                raise ValueError(f"{name!r} would judge its own answers -- name another model")
 
 
 class Check:

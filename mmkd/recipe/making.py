@@ -172,13 +172,13 @@ class MakeConfig(Strict):
         for check in self.checks:
             if check.kind == "agrees" and self.sampling.n < 2:
                 raise ValueError("'agrees' compares answers -- set sampling.n to 2 or more")
-            if check.kind in ("reference", "objects") and self.records is None:
+            if (check.compares or check.kind == "objects") and self.records is None:
                 raise ValueError(f"{check.kind!r} reads records -- give 'records', or leave it out")
-        if any(c.kind == "reference" for c in self.checks) and (self.prompts or self.objects):
-            raise ValueError(
-                "'reference' compares with the record's own answer, which is none to 'prompts' or "
-                "'objects' -- leave it out, or make them in another entry"
-            )
+            if check.compares and (self.prompts or self.objects):
+                raise ValueError(
+                    f"{check.kind!r} compares with the record's own answer, which is none to "
+                    "'prompts' or 'objects' -- change it, or make them in another entry"
+                )
         if self.join and (self.keep != "best" or all(c.kind != "cut" for c in self.checks)):
             raise ValueError("'join' needs 'keep: best' and the check 'cut' -- change them")
         if len(set(self.by)) != len(self.by):
@@ -187,7 +187,7 @@ class MakeConfig(Strict):
     @property
     def models(self) -> list[str]:
         """Names of the models that answer or judge, each once."""
-        judges = [check.model for check in self.checks if check.model is not None]
+        judges = [name for check in self.checks for name in check.models]
         return list(dict.fromkeys([*self.by, *judges]))
 
     @property
@@ -281,17 +281,17 @@ def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list
         raise ValueError(f"a server has the name {taken[0]!r} of another model -- rename it")
     known = [*names, *servers]
     for entry, config in make.items():
-        judges = [c.model for c in config.checks if c.model is not None]
-        for name in [*config.by, *judges]:
+        for name in config.models:
             if name not in known:
                 raise ValueError(
                     f"make.{entry} asks {name!r}, which is no model of the recipe -- "
                     f"{nearest(name, known)}"
                 )
-        if own := [j for j in judges if j in config.by]:
-            raise ValueError(
-                f"make.{entry} has {own[0]!r} judge its own answers -- name another model"
-            )
+        for check in config.checks:
+            try:
+                check.check_makers(config.by)
+            except ValueError as error:
+                raise ValueError(f"make.{entry}: {error}") from error
         if f"{entry}{WHY}" in make and config.why is not None:
             raise ValueError(
                 f"make.{entry}{WHY} is the name of another entry's rationales -- rename it"

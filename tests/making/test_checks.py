@@ -95,6 +95,26 @@ def test_reference():
     assert passed(found.verdicts(question(), said("3"), NOTHING)) == [False]
 
 
+@pytest.mark.parametrize("match", ["text", "choice", "number"])
+def test_answers_that_differ_from_the_records_own(match):
+    """Each answer either equals the record's own one or differs, and texts that are equal never
+    differ, also if `match` finds nothing in them to compare."""
+    same = check({"kind": "reference", "match": match})
+    differs = check({"kind": "reference", "match": match, "differ": True})
+    for truth in ("B. 3 dogs", "no"):
+        there = question(reference=truth)
+        answers = said("B. 3 dogs", "b) 3 cats", "A. 3 dogs", "Bird 4", "no", "No.")
+        equal = [match_or_text(same, there, answer) for answer in answers]
+        assert passed(differs.verdicts(there, answers, NOTHING)) == [not one for one in equal]
+    assert passed(differs.verdicts(question(), said("3"), NOTHING)) == [False]
+    assert scores(differs.verdicts(question(), said("3"), NOTHING)) == [None]
+
+
+def match_or_text(same, there, answer):
+    (verdict,) = same.verdicts(there, [answer], NOTHING)
+    return verdict.passed or same_text(answer.text, there.reference)
+
+
 def test_mathematical_expressions():
     pytest.importorskip("math_verify")
     found = check({"kind": "reference", "match": "math"})
@@ -146,33 +166,6 @@ def test_ratings_are_read_only_if_there_are_as_many_as_asked():
     assert ratings("10.5", 1) == []
     assert ratings("Good.", 1) == []
     assert ratings("A: 0", 1) == []
-
-
-def test_a_judge_rates_each_pair_in_both_orders():
-    found = check({"kind": "judge", "by": "other", "least": 5})
-    answers = said("good", "bad", "fair")
-    asks = found.asks(question(), answers)
-    assert len(asks) == 6
-    assert "Answer A: good" in asks[0].text
-    assert "Answer B: bad" in asks[0].text
-    assert "Answer A: bad" in asks[1].text
-    assert "Answer B: good" in asks[1].text
-    assert asks[0].references == question().references
-
-    def reply(ask):
-        value = {"good": 9, "bad": 2, "fair": 5}
-        first, second = (part.split()[0] for part in ask.text.split("Answer ")[1:3])
-        assert (first, second) == ("A:", "B:")
-        words = [part.split()[1] for part in ask.text.split("Answer ")[1:3]]
-        return Answer(f"A: {value[words[0]] + 1}, B: {value[words[1]]}", True)  # likes the first
-
-    verdicts = found.verdicts(question(), answers, [reply(ask) for ask in asks])
-    assert scores(verdicts) == [(9.5,), (2.5,), (5.5,)]  # the preference cancels
-    assert passed(verdicts) == [True, False, True]
-    one = found.asks(question(), answers[:1])
-    assert len(one) == 1
-    assert "Answer: good" in one[0].text
-    assert passed(found.verdicts(question(), answers[:1], [Answer("no idea", True)])) == [False]
 
 
 def judged(*entries):

@@ -46,11 +46,46 @@ def entry(path, **changes):
         ({"checks": [{"kind": "agrees"}], "sampling": {"n": 1}}, "'agrees' compares answers"),
         (
             {"checks": [{"kind": "judge", "by": "teacher"}]},
-            "has 'teacher' judge its own answers -- name another model",
+            "make.photos: 'teacher' would judge its own answers -- name another model",
+        ),
+        (
+            {"checks": [{"kind": "judge", "by": ["teacher", "student"]}]},
+            "'teacher' would judge its own answers",  # it has no answers of others to rate
+        ),
+        (
+            {"by": ["teacher", "student"], "checks": [{"kind": "judge", "by": "student"}]},
+            "'student' would judge its own answers",  # nobody else rates them
+        ),
+        (
+            {
+                "by": ["teacher", "student"],
+                "checks": [
+                    {
+                        "kind": "judge",
+                        "by": ["big", "teacher"],
+                        "spread": 2,
+                        "adjudicator": "student",
+                    }
+                ],
+            },
+            "'student' would judge its own answers",
+        ),
+        ({"checks": [{"kind": "judge", "by": "big", "margin": 1}]}, "'judge' reads records"),
+        (
+            {"checks": [{"kind": "judge", "by": ["big", "bg"]}]},
+            "asks 'bg', which is no model of the recipe -- did you mean 'big'",
         ),
         (
             {"pictures": None, "records": "a.json", "checks": ["reference"]},
             "which is none to 'prom",
+        ),
+        (
+            {
+                "pictures": None,
+                "records": "a.json",
+                "checks": [{"kind": "judge", "by": "big", "margin": 1}],
+            },
+            "'judge' compares with the record's own answer, which is none to 'prompts'",
         ),
         ({"join": True}, "'join' needs 'keep: best' and the check 'cut'"),
         ({"keep": "all", "why": {"out": "w.jsonl"}}, "set keep to best"),
@@ -60,9 +95,16 @@ def entry(path, **changes):
     ],
 )
 def test_settings(recipe, changes, message):
+    server = {"server": "http://localhost:1/v1", "model": "m"}
     with pytest.raises(RecipeError) as caught:
-        load_recipe(entry(recipe(), **changes))
+        load_recipe({**entry(recipe(), **changes), "servers": {"big": server}})
     assert message in str(caught.value)
+
+
+def test_a_maker_may_rate_the_answers_of_others(recipe):
+    check = {"kind": "judge", "by": ["teacher", "student"]}
+    raw = entry(recipe(), by=["teacher", "student"], checks=[check])
+    assert load_recipe(raw).make["photos"].models == ["teacher", "student"]
 
 
 def test_names_of_models_and_entries(recipe):
@@ -235,6 +277,16 @@ def test_the_same_model_under_two_names_does_not_judge_itself(recipe):
         make_answers(load_recipe(raw), "photos", CPU)
     raw["student"]["dtype"] = "bfloat16"  # the same weights
     with pytest.raises(MmkdError, match="'student' and 'teacher' are the same model"):
+        make_answers(load_recipe(raw), "photos", CPU)
+    raw["make"]["photos"]["by"] = "big"
+    raw["servers"] = {"big": {"server": "http://localhost:1/v1", "model": "m"}}
+    raw["make"]["photos"]["checks"] = [{"kind": "judge", "by": ["teacher", "student"]}]
+    with pytest.raises(MmkdError, match="'teacher' and 'student' are the same model, which would "
+                                        "judge twice"):  # fmt: skip
+        make_answers(load_recipe(raw), "photos", CPU)
+    raw["make"]["photos"]["by"] = ["big", "student"]  # one of two names makes answers
+    with pytest.raises(MmkdError, match="'teacher' and 'student' are the same model, which would "
+                                        "judge its own answers"):  # fmt: skip
         make_answers(load_recipe(raw), "photos", CPU)
 
 

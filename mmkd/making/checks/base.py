@@ -37,6 +37,19 @@ class Verdict:
     score: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What a check asks a model.
+
+    Attributes:
+        model: name of the model, one of `CheckConfig.models`.
+        question: with references to its images.
+    """
+
+    model: str
+    question: Question
+
+
 class AnswerCheck(Check):
     """Base class of checks.
 
@@ -54,9 +67,22 @@ class AnswerCheck(Check):
     def __init__(self, config: Any, questions: Questions, candidates: int):
         self.config, self.questions, self.candidates = config, questions, candidates
 
-    def asks(self, question: Question, answers: Sequence[Candidate]) -> list[Question]:
-        """What the check asks the model that its settings name (`CheckConfig.model`), before
-        `verdicts`; nothing by default."""
+    def asks(
+        self, question: Question, answers: Sequence[Candidate], replies: Sequence[Answer]
+    ) -> list[Ask]:
+        """What the check asks before `verdicts`; nothing by default.
+
+        It is called with no replies first, and then with the replies to all that it has asked,
+        until it asks nothing further. So what it asks may depend on earlier replies.
+
+        Args:
+            question: of the answers.
+            answers: one or more.
+            replies: to what the check has asked so far, in the same order.
+
+        Returns:
+            Everything asked so far, in the same order, and what comes next.
+        """
         return []
 
     def verdicts(
@@ -67,6 +93,6 @@ class AnswerCheck(Check):
         Args:
             question: of the answers.
             answers: one or more.
-            replies: to `asks`, in the same order.
+            replies: to all that `asks` has named, in the same order.
         """
         raise NotImplementedError

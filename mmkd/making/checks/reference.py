@@ -16,8 +16,8 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 
 class Reference(AnswerCheck):
-    """Refuses answers that differ from the record's own answer. Records without an answer refuse
-    all."""
+    """Refuses answers that differ from the record's own answer; with `differ`, those that are equal
+    to it. Records without an answer refuse all."""
 
     config_class: ClassVar = ReferenceConfig
 
@@ -31,8 +31,14 @@ class Reference(AnswerCheck):
         self, question: Question, answers: Sequence[Candidate], replies: Sequence[Answer]
     ) -> list[Verdict]:
         truth = question.reference
-        same = [truth is not None and self._same(answer.text, truth) for answer in answers]
-        return [Verdict(equal, (float(equal),)) for equal in same]
+        if truth is None:
+            return [Verdict(False) for _ in answers]
+        if self.config.differ:
+            passed = [not self._same(a.text, truth) and not same_text(a.text, truth)
+                      for a in answers]  # fmt: skip
+        else:
+            passed = [self._same(answer.text, truth) for answer in answers]
+        return [Verdict(good, (float(good),)) for good in passed]
 
 
 def same_text(answer: str, truth: str) -> bool:

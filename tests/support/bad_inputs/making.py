@@ -1,9 +1,10 @@
 """Data that models make: entries of `make`, and what they read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tests.support.bad_inputs.table import World, case, write
+from tests.support.bad_inputs.table import TURNS, World, case, record, write
 
 KIND = "make"
 ANSWERS = ["data", "answers", "recipe.yaml"]
@@ -83,11 +84,81 @@ def pairs_without_scores(world: World) -> list[str]:
 @case(
     KIND,
     "had a model judge its own answers",
-    "has 'teacher' judge its own answers",
+    "make.photos: 'teacher' would judge its own answers",
     "name another model",
 )
 def own_judge(world: World) -> list[str]:
     return make(world, checks=[{"kind": "judge", "by": "teacher"}])
+
+
+@case(
+    KIND,
+    "wanted an adjudicator for one reviewer",
+    "make.photos.checks.0: one reviewer has no spread",
+    "name two in 'by'",
+)
+def adjudicator_of_one(world: World) -> list[str]:
+    judge = {"kind": "judge", "by": "a", "spread": 2, "adjudicator": "b"}
+    return make(world, checks=[judge])
+
+
+@case(
+    KIND,
+    "set a spread without a model that decides",
+    "'spread' and 'adjudicator' go together",
+    "give both or neither",
+)
+def spread_without_adjudicator(world: World) -> list[str]:
+    return make(world, checks=[{"kind": "judge", "by": ["a", "b"], "spread": 2}])
+
+
+@case(
+    KIND,
+    "had a reviewer decide where the reviewers disagree",
+    "the adjudicator 'b' is a reviewer",
+    "name another model",
+)
+def reviewer_as_adjudicator(world: World) -> list[str]:
+    judge = {"kind": "judge", "by": ["a", "b"], "spread": 2, "adjudicator": "b"}
+    return make(world, checks=[judge])
+
+
+@case(KIND, "named a reviewer twice", "'by' names a reviewer twice", "name it once")
+def reviewer_twice(world: World) -> list[str]:
+    return make(world, checks=[{"kind": "judge", "by": ["a", "a"]}])
+
+
+@case(
+    KIND,
+    "wanted a rating and a difference of ratings",
+    "an answer needs a rating or a difference",
+    "give either 'least' or 'margin'",
+)
+def rating_and_difference(world: World) -> list[str]:
+    return make(world, checks=[{"kind": "judge", "by": "a", "least": 7, "margin": 1}])
+
+
+@case(
+    KIND,
+    "had one model judge twice, under two names",
+    "'teacher' and 'student' are the same model, which would judge twice",
+    "name another model",
+)
+def judge_under_two_names(world: World) -> list[str]:
+    world.raw["servers"] = {"big": {"server": "http://localhost:8000/v1", "model": "m"}}
+    return make(world, by="big", checks=[{"kind": "judge", "by": ["teacher", "student"]}])
+
+
+@case(
+    KIND,
+    "compared with answers of records that have none",
+    "records.json: the records have no answers to compare with",
+    "change the check 'reference'",
+)
+def no_answers_to_compare_with(world: World) -> list[str]:
+    bare = record(conversations=TURNS[:1])
+    write(json.dumps([bare]), "records.json")
+    return make(world, pictures=None, prompts=None, records="records.json", checks=["reference"])
 
 
 @case(
