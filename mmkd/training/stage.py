@@ -229,7 +229,7 @@ class Stage:
             self._check_finite(step, {"grad_norm": result.grad_norm}, batches)
         return {
             "step": step,
-            **totals.losses,
+            **_covered(totals.losses, counts.rows),
             **({} if norms is None else norms.end(totals.squares, self.engine.gradient_scale)),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -353,6 +353,12 @@ class Stage:
                 hint="lower the learning rate, or look at these samples; "
                 "nothing of this step was saved",
             )
+
+
+def _covered(losses: dict[str, float], rows: dict[str, float]) -> dict[str, float]:
+    """The loss, and the values of the objectives that cover a row of the step: the mean over none
+    is not 0."""
+    return {n: v for n, v in losses.items() if n == "loss" or rows[n.partition("/")[0]]}
 
 
 def _is_barren(line: Metrics) -> bool:

@@ -75,6 +75,23 @@ def test_a_rationale_of_weight_0_and_its_length_change_nothing(world):
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-5)
 
 
+def test_a_step_without_an_objectives_records_has_no_value_of_it(world):
+    """A mean over no token is not 0: the curve would fall to 0."""
+    objectives = [ce("answers"), {"kind": "kl", "sources": ["why"]}]
+    raw = world("one-by-one", objectives, steps=6, batch={"size": 1})
+    raw["teacher"] = raw["student"]
+    lines, _ = trained(raw)
+    for line in lines:
+        names = {"answers": {"answers"}, "why": {"kl", "kl/acceptance"}}
+        seen = [source for source, count in line["sources"].items() if count]
+        assert len(seen) == 1
+        (source,) = seen
+        present = names["answers"] | names["why"]
+        assert present & set(line) == names[source] & set(line)
+        assert line["loss"] == pytest.approx(line["answers" if source == "answers" else "kl"])
+    assert len({tuple(line["sources"].values()) for line in lines}) == 2
+
+
 def test_layout_and_packing_change_nothing(world):
     """Of objectives of one source, of a teacher and of its own source, and of validation."""
     kinds = [ce("answers"), ce("why"), {"kind": "kl", "sources": ["why"]}]
