@@ -219,9 +219,9 @@ def _matrix(module: Any, entering: Tensor, kwargs: Any, output: Any) -> Tensor:
         return module.matrix(entering, kwargs.get("position_embeddings"))
     if output[1] is None:
         raise RecipeError(
-            "the teacher's attention does not return probabilities",
+            "an attention does not return probabilities",
             where="objective matrix",
-            hint="set teacher.attn_implementation to eager",
+            hint="set attn_implementation of teacher and student to eager",
         )
     return output[1]
 

@@ -7,7 +7,11 @@ from mmkd.modeling.capture_request import LayerPlan
 from mmkd.modeling.layer_projections import PROJECTIONS, heads_of, width_of
 from mmkd.objectives import Layerwise, MiniLm, Objective
 from mmkd.recipe.context import StageContext
+from mmkd_models.mixer import Mamba2Mixer
 from mmkd_models.parts import find_parts
+
+EAGER = "eager"
+"""The implementation of attention that returns probabilities."""
 
 
 def check_layers(context: StageContext) -> None:
@@ -55,13 +59,34 @@ def check_layers(context: StageContext) -> None:
                     where=where,
                     hint="compare layers of the same width (residual stream, heads)",
                 )
-        teacher = context.recipe.teacher
-        assert teacher is not None
-        if "matrices" in objective.needs and teacher.attn_implementation != "eager":
+        if "matrices" in objective.needs:
+            _check_probabilities(context, objective, [mine[s] for s, _ in objective.pairs])
+
+
+def _check_probabilities(context: StageContext, objective: Objective, layers: list[Any]) -> None:
+    """Check that attention layers return their probabilities.
+
+    Args:
+        context: of the stage.
+        objective: that reads them.
+        layers: of the student, that it reads.
+
+    Raises:
+        RecipeError: the implementation of a model's attention computes none.
+    """
+    teacher = context.recipe.teacher
+    assert teacher is not None
+    attends = any(not isinstance(layer.self_attn, Mamba2Mixer) for layer in layers)
+    how = {
+        "teacher": teacher.attn_implementation,
+        "student": context.recipe.student.attn_implementation if attends else EAGER,
+    }
+    for role, implementation in how.items():
+        if implementation != EAGER:
             raise RecipeError(
-                "it needs the teacher's attention probabilities",
-                where=where,
-                hint="set teacher.attn_implementation to eager",
+                f"it needs the {role}'s attention probabilities",
+                where=context.at(objective),
+                hint=f"set {role}.attn_implementation to {EAGER}",
             )
 
 

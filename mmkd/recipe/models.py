@@ -88,7 +88,8 @@ class ModelConfig(Strict):
         "float32", description="data type of the weights"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation; `matrix` needs eager for the teacher"
+        "sdpa",
+        description="attention implementation; `matrix` needs eager where it reads attention",
     )
     trust_remote_code: bool = Field(
         False,

@@ -273,14 +273,19 @@ def test_an_exact_student_is_at_no_distance_from_linear_attention_only():
 
 
 def test_pairs_of_layers_are_checked_before_anything_runs(scenes_dir, tiny_model_dir, tmp_path):
-    def check(objective, teacher=None, convert=None):
+    def check(objective, teacher=None, convert=None, **student):
         raw = tiny_recipe(scenes_dir, tiny_model_dir, tmp_path, stage={"objectives": [objective]})
         raw["teacher"] = {"model": str(tiny_model_dir), **(teacher or {})}
-        raw["student"]["convert"] = convert or [{"kind": "mamba", "layers": [1]}]
+        raw["student"] |= {"convert": convert or [{"kind": "mamba", "layers": [1]}], **student}
         preflight.check(load_recipe(raw))
 
     check({"kind": "mixer_mse"})
-    check({"kind": "matrix"}, teacher={"attn_implementation": "eager"})
+    eager = {"attn_implementation": "eager"}
+    check({"kind": "matrix"}, teacher=eager)
+    attends = {"kind": "matrix", "layers": [0, 1]}  # layer 0 has attention
+    with pytest.raises(RecipeError, match=r"student\.attn_implementation to eager"):
+        check(attends, teacher=eager)
+    check(attends, teacher=eager, **eager)
     cut = [{"kind": "depth_pruning", "decoder": [1]}, {"kind": "mamba", "layers": [0]}]
     check({"kind": "layer_l2", "layers": [0], "teacher_layers": [1]}, convert=cut)
     for objective, message in (

@@ -4,16 +4,15 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmkd.modeling.loading import load_config
 from mmkd.recipe import ModelConfig, load_recipe
 from mmkd.runs import pipeline
 from mmkd_models.layout import mamba_layers, moe_layers
+from tests.recipe.conftest import DEPTH
 from tests.support.places import CONFIGS
 from tests.support.slow import only
 
-DEPTH = 32
 # What becomes Mamba of 32 layers.
 LAYERS = {
     "matvlm/mamba_12": [0, 6, 12, 18],
@@ -30,18 +29,6 @@ QUICK = ["matvlm/mamba_50", "mmmamba/hybrid", "llava_mod/qwen3_vl", "llava_mod/p
 QUICK += ["llava_kd/llava_onevision"]
 NEW = ("conv_weight", "conv_bias", "dt_proj", "dt_bias", "A_log", "D", "gate_proj", "norm_weight")
 QKV = ("q_proj", "k_proj", "v_proj")
-
-
-@pytest.fixture(scope="session")
-def deep_model_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny model with 32 decoder layers."""
-    config = AutoConfig.from_pretrained(tiny_model_dir)
-    config.text_config.num_hidden_layers = DEPTH
-    config.text_config.initializer_range = 0.05
-    out = tmp_path_factory.mktemp("models") / "deep"
-    AutoModelForImageTextToText.from_config(config).save_pretrained(out)
-    AutoProcessor.from_pretrained(tiny_model_dir).save_pretrained(out)
-    return out
 
 
 def shortened(name, model, scenes, out):
