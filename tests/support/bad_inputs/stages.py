@@ -259,6 +259,17 @@ def last_attention_of_none(world: World) -> None:
     world.stage(objectives=[{"kind": "minilm", "layers": "last"}])
 
 
+@case(
+    KIND,
+    "compared the attention of a student that does not return its probabilities",
+    "objective matrix: it needs the student's attention probabilities",
+    "set student.attn_implementation to eager",
+)
+def probabilities_of_the_student(world: World) -> None:
+    world.raw["teacher"] = {"model": "model", "attn_implementation": "eager"}
+    world.stage(objectives=[{"kind": "matrix", "layers": [0]}])
+
+
 overridden(
     KIND,
     "adapters_without_layers",
