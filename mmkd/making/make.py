@@ -20,6 +20,7 @@ from mmkd.making.base import Answer, Maker, Request
 from mmkd.making.checking import Checking
 from mmkd.making.checks import Candidate, Cut, Empty, Repeats, build_checks
 from mmkd.making.choose import Answered, Judged, hard_share, refusals
+from mmkd.making.distinct import check_distinct, topic_of, without_similar
 from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers, check_judges
@@ -54,6 +55,7 @@ class Made:
         refused: number of answers that each check has refused, in the order of the checks.
         hard: for each check that looks for hard questions, how many are hard, and of how many its
             verdict is known.
+        similar: number of texts that 'distinct' has left out; None if there is no such limit.
         unanswered: number of questions without a record.
         asked: what was asked in this call.
     """
@@ -64,6 +66,7 @@ class Made:
     answers: int
     refused: dict[str, int]
     hard: dict[str, tuple[int, int]]
+    similar: int | None
     unanswered: int
     asked: Asked
 
@@ -125,7 +128,9 @@ class _Job:
         self.checks = build_checks(config, self.questions)
         self.revisions = {n: maker.revision for n, maker in makers.items()}
         check_judges(config, makers, where)
+        check_distinct(config, where)
         self.unreadable: dict[int, str] = {}
+        self.similar = None if config.distinct is None else 0
 
     def run(self) -> Made:
         log = AnswerLog(folder_of(self.config), distributed.rank())
@@ -153,7 +158,9 @@ class _Job:
         """The error if no answer becomes a record."""
         total, refused = sum(len(one.answers) for one in answered), refusals(answered)
         reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refused.items())]
-        if left := total - refused.total():
+        if self.similar:
+            reasons.append(f"{self.similar:,} too similar to an earlier text")
+        if left := total - refused.total() - (self.similar or 0):
             reasons.append(f"{left:,} without a worse answer or a balancing question")
         errors = shared(self.unreadable).values() or asked.unreadable.values()
         hint = "change the checks or prompts; raise sampling.n, or sampling.max_new_tokens"
@@ -167,9 +174,23 @@ class _Job:
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:
         """The rows of each question."""
         writer = RecordWriter(self.config, self.revisions)
-        found = [(one.question, writer.rows(one)) for one in answered]
-        dropped = balanced([(question, len(rows)) for question, rows in found])
-        return [[] if place in dropped else rows for place, (_, rows) in enumerate(found)]
+        found = self._distinct(answered, [writer.rows(one) for one in answered])
+        asked = [one.question for one in answered]
+        dropped = balanced([(q, len(rows)) for q, rows in zip(asked, found, strict=True)])
+        return [[] if place in dropped else rows for place, rows in enumerate(found)]
+
+    def _distinct(self, answered: list[Answered], found: list[list[Row]]) -> list[list[Row]]:
+        """The rows whose texts are not too similar to earlier ones."""
+        if self.config.distinct is None:
+            return found
+        own = range(distributed.rank(), len(answered), distributed.world_size())
+        indices = {place: answered[place].index for place in own}
+        topics = shared(
+            {p: topic_of(self.questions.at(i), self.config) for p, i in indices.items()}
+        )
+        kept = without_similar(self.config, answered, [*topics.values()], found)
+        self.similar = sum(map(len, found)) - sum(map(len, kept))
+        return kept
 
     def _write(self, answered: list[Answered], found: list[list[Row]], why: list[Row]) -> list[Row]:
         """Write the files of the entry, on the first process; returns the records of `out`."""
@@ -315,6 +336,7 @@ class _Job:
             answers=sum(len(one.answers) for one in answered),
             refused={kind: counts[kind] for kind in kinds},
             hard={c.kind: hard_share(answered, c.kind) for c in self.config.checks if c.finds_hard},
+            similar=self.similar,
             unanswered=len(self.questions) - used,
             asked=asked,
         )

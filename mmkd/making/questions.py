@@ -1,6 +1,6 @@
 """What is asked: questions about a folder of images, or those of records."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +11,13 @@ from PIL import Image
 from mmkd.data.answers import answers_of
 from mmkd.data.answers import asked as asked_before
 from mmkd.data.images import SUFFIXES, load_image
-from mmkd.data.records import Records
+from mmkd.data.records import Records, located
 from mmkd.data.schema import Record
 from mmkd.data.turns import PLACEHOLDER, Message
 from mmkd.errors import DataError, RecipeError
 from mmkd.recipe import DataConfig, MakeConfig
+from mmkd.recipe.making import OF_RECORDS
+from mmkd.recipe.templates import escaped, placeholders
 
 T = TypeVar("T")
 
@@ -30,7 +32,8 @@ class Question:
         references: of the images: each as a record has it (a path, a {bytes, path} pair or
             another), and the folder of its path.
         objects: names of the objects in the image, if the record says them.
-        reference: the record's own answer; None if it has none.
+        reference: the record's own answer; None if it has none, or another question is asked.
+        own: the record's own question; None if there is no record.
         expected: the answer by a list of the image's objects, yes or no; None for others.
         about: the image's path, or the record's id.
         group: questions about the same image or record share it, and no others; ids of records
@@ -42,6 +45,7 @@ class Question:
     references: list[tuple[Any, Path | None]]
     objects: tuple[str, ...] = ()
     reference: str | None = None
+    own: str | None = None
     expected: str | None = None
     about: str = ""
     group: str = ""
@@ -57,7 +61,7 @@ class Question:
     @property
     def text(self) -> str:
         """The text of the last message."""
-        return "".join(part.get("text", "") for part in self.messages[-1]["content"])
+        return _text(self.messages[-1])
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def questions_for_lists(config: MakeConfig, where: str) -> Questions | None:
     Arguments and errors as of `open_questions`."""
     if config.objects is None:
         return None
-    asks = {"prompts": [config.objects.prompt], "checks": []}
+    asks = {"prompts": [escaped(config.objects.prompt)], "checks": []}
     return open_questions(config.model_copy(update=asks), where)
 
 
@@ -161,7 +165,7 @@ def _about_folder(folder: Path, config: MakeConfig) -> Questions:
             hint = "rename it"
             raise DataError(f"the image's name {name!a} is not UTF-8", hint=hint)
         label = name if len(prompts) == 1 else f"{name}-{prompt}"
-        messages = about_images(1, prompts[prompt])
+        messages = about_images(1, prompts[prompt].format())
         return Question(label, messages, [(name, folder)], about=name, group=name)
 
     return Questions(at, len(names) * len(prompts))
@@ -192,9 +196,9 @@ def _of_records(config: MakeConfig) -> Questions:
     def at(index: int) -> Question:
         number, prompt = divmod(index, len(prompts))
         record = records[number]
-        text = prompts[prompt]
         label = record.id if len(prompts) == 1 else f"{record.id}-{prompt}"
-        return replace(_of_record(record, label, text), group=str(number))
+        with located(lambda: records.where(number)):
+            return replace(_of_record(record, label, prompts[prompt]), group=str(number))
 
     return Questions(at, count * len(prompts), names)
 
@@ -224,19 +228,43 @@ def first_readable(read: Callable[[int], T], count: int) -> T:
 
 
 def _of_record(record: Record, label: str, prompt: str | None) -> Question:
-    """The first question of a record, or another question about its images."""
+    """The first question of a record, or another question about its images.
+
+    Raises:
+        DataError: the prompt has a placeholder for what the record does not have.
+    """
     objects = tuple(o.name for o in record.objects)
-    if prompt is not None:
-        messages = about_images(len(record.images), prompt)
-        return Question(label, messages, _located(record), objects, about=record.id)
     turn = answers_of(record)[0]
-    question = asked_before(record, turn)
-    reference = None
+    before = asked_before(record, turn)
+    answer = None
     if turn < len(record.messages):
-        content = record.messages[turn]["content"]
-        reference = "".join(part.get("text", "") for part in content)
-    found = _located(question)
-    return Question(label, question.messages, found, objects, reference, about=record.id)
+        answer = _text(record.messages[turn])
+    own = _text(before.messages[-1])
+    question = Question(
+        label, before.messages, _located(before), objects, answer, own, about=record.id
+    )
+    if prompt is None:
+        return question
+    text = _filled(prompt, {"question": own, "answer": answer})
+    messages = about_images(len(record.images), text)
+    return replace(question, messages=messages, references=_located(record), reference=None)
+
+
+def _filled(prompt: str, values: Mapping[str, str | None]) -> str:
+    """A prompt with the texts of a record.
+
+    Raises:
+        DataError: one that it needs is not there.
+    """
+    for name in sorted(placeholders(prompt, OF_RECORDS)):
+        if not values[name]:
+            raise DataError(f"the record has no {name}, which a prompt contains",
+                            hint="change the prompt, or drop the record")  # fmt: skip
+    return prompt.format(**values)
+
+
+def _text(message: Message) -> str:
+    return "".join(part.get("text", "") for part in message["content"])
 
 
 def _located(record: Record) -> list[tuple[Any, Path | None]]:

@@ -97,12 +97,17 @@ def request_of(
     words = json.dumps([question.messages, revision, settings, drawn], sort_keys=True)
     seen = hashlib.blake2b(words.encode(), digest_size=KEY_BYTES)
     for reference in question.references:
-        seen.update(_digest(*reference))
+        seen.update(image_digest(*reference))
     key = seen.hexdigest()
     return Request(key, question.messages, lambda: again().images(), int(key[:12], 16) % MOST_SEED)
 
 
-def _digest(reference: Any, root: Path | None) -> bytes:
+def image_digest(reference: Any, root: Path | None) -> bytes:
+    """A hash of an image's file as it is on disk; of a decoded image, of its pixels.
+
+    Raises:
+        DataError: it cannot be found.
+    """
     content = image_content(reference, root)
     if content is None:
         return picture_hash(reference)

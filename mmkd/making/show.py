@@ -22,6 +22,8 @@ def print_made(made: Made) -> None:
         say(f"  {count:,} of {made.answers:,} answers refused by '{kind}'")
     for kind, (hard, known) in made.hard.items():
         say(f"  {hard:,} of {known:,} questions are hard by '{kind}' ({hard / max(known, 1):.0%})")
+    if made.similar is not None:
+        say(f"  {made.similar:,} texts left out that are similar to an earlier one")
     if made.unanswered:
         say(f"  {made.unanswered:,} questions have no record")
     unreadable = list(dict.fromkeys(made.asked.unreadable.values()))

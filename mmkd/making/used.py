@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from mmkd.errors import DataError
+from mmkd.data.truncation import needs_answers
+from mmkd.errors import DataError, RecipeError
 from mmkd.making.state import is_made
 from mmkd.recipe import DataConfig, MakeConfig, Recipe
+from mmkd.recipe.context import StageContext
 
 
 def used_entries(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> dict[str, MakeConfig]:
@@ -27,4 +29,22 @@ def check_made(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> None
                 "its records are not made yet, or with other settings or models",
                 where=f"make.{name}",
                 hint="make them with `mmkd data answers RECIPE`; `mmkd run` does it too",
+            )
+
+
+def check_questions(context: StageContext) -> None:
+    """Check that a stage that needs answers does not read an entry that writes questions.
+
+    Raises:
+        RecipeError: it does.
+    """
+    stage, data = context.stage, context.data
+    answers = not stage.samples_all and any(map(needs_answers, stage.objectives))
+    read = [*(data.parts if answers else []), *data.validation_parts]
+    for name, config in context.recipe.make.items():
+        if config.writes == "questions" and config.out in [part.train for part in read]:
+            raise RecipeError(
+                f"it reads made:{name}, which has questions without answers",
+                where=context.where,
+                hint=f"add an entry of 'make' with 'records: made:{name}', and read its answers",
             )

@@ -17,7 +17,7 @@ from mmkd.data.images import image_content
 from mmkd.data.records import located
 from mmkd.errors import DataError
 from mmkd.making.choose import Answered, Judged
-from mmkd.making.questions import Question
+from mmkd.making.questions import Question, about_images
 from mmkd.recipe import MakeConfig
 from mmkd.runtime.files import writing
 
@@ -56,12 +56,16 @@ class RecordWriter:
 
     def _record(self, answered: Answered, answer: Judged) -> Row:
         several = self.config.keep == "all" and self.config.sampling.n > 1
+        asked = answered.question.messages
         row = {
             "id": answered.question.id + (f"-{answer.number}" if several else ""),
             "images": answered.index,
-            "messages": [*answered.question.messages, _said(answer)],
+            "messages": [*asked, _said(answer)],
             "made": self._made(answered, answer),
         }
+        if self.config.writes == "questions":
+            images = sum(part["type"] == "image" for m in asked for part in m["content"])
+            return row | {"messages": about_images(images, answer.candidate.text)}
         return row if answer.candidate.finished else row | {"unfinished": True}
 
     def _pair(self, answered: Answered, best: Judged, worst: Judged) -> Row:

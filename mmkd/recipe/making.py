@@ -10,6 +10,7 @@ from mmkd.recipe.answer_checks import CHECKS, AnyCheckConfig
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.object_questions import ObjectQuestionsConfig
 from mmkd.recipe.stages import SamplingConfig
+from mmkd.recipe.templates import placeholders, written
 from mmkd.runtime.fields import MOST, MOST_SEED, Prose
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MADE = "made:"
 """Begins the value of `data.train` that names an entry of `make`."""
+OF_RECORDS = ("question", "answer")
+"""Placeholders of prompts about records."""
 WHY = "-why"
 """Ends the name of an entry's rationales."""
 STUDENT = "student"
@@ -95,9 +98,19 @@ class MakeConfig(Strict):
         description="models that answer: names of teachers, 'student', or names under 'servers'; "
         "several take turns",
     )
-    prompts: list[Prose] = Field([], max_length=1000, description="questions about each image")
+    prompts: list[Prose] = Field(
+        [],
+        max_length=1000,
+        description="questions about each image; those about 'records' may contain {question} and "
+        "{answer}, the record's first question and its answer",
+    )
     objects: ObjectQuestionsConfig | None = Field(
         None, description="questions about the objects that a model lists for each image"
+    )
+    writes: Literal["answers", "questions"] = Field(
+        "answers",
+        description="questions: what the model writes is a question about the images, in a record "
+        "without an answer, for another entry that reads it as 'records'",
     )
     context: ContextConfig | None = Field(
         None, description="what only the model that answers reads"
@@ -115,6 +128,14 @@ class MakeConfig(Strict):
         "best",
         description="all: each answer that passes the checks is a record; best: the one with the "
         "highest score; pair: the best and the worst one, as a preference",
+    )
+    distinct: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="a text is left out if its ROUGE-L F1 with an earlier one is above this, such "
+        "as 0.7 (Lion); answers to the same question about the same images are compared, and all "
+        "questions about the same images",
     )
     join: bool = Field(
         False,
@@ -141,12 +162,24 @@ class MakeConfig(Strict):
         short = isinstance(value, list)
         return [{"kind": c} if isinstance(c, str) else c for c in value] if short else value
 
+    @field_validator("prompts")
+    @classmethod
+    def _are_templates(cls, value: list[str]) -> list[str]:
+        for text in value:
+            placeholders(text, OF_RECORDS)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "MakeConfig":
         if (self.pictures is None) == (self.records is None):
             raise ValueError(f"{BOTH}give either 'pictures' (a folder) or 'records'")
         if self.pictures is not None and not self.prompts and self.objects is None:
             raise ValueError("images have no questions -- add 'prompts'")
+        if self.pictures is not None and any(placeholders(p, OF_RECORDS) for p in self.prompts):
+            raise ValueError(
+                f"images of a folder have no {written(OF_RECORDS)} -- give 'records', or leave it "
+                "out of 'prompts'"
+            )
         if self.images is not None and self.records is None:
             raise ValueError("'images' is for 'records' -- leave it out")
         for out in self.files:
@@ -158,11 +191,36 @@ class MakeConfig(Strict):
         if len({c.kind for c in self.checks}) != len(self.checks):
             raise ValueError("two checks are of the same kind -- leave one out")
         self._check_candidates()
+        if self.writes == "questions":
+            self._check_questions()
         return self
+
+    def _check_questions(self) -> None:
+        """Check that what is made can be a question."""
+        if not self.prompts and self.objects is None:
+            raise ValueError("what answers the records' own questions is no question -- add "
+                             "'prompts' that ask for one")  # fmt: skip
+        refused = {
+            "why": self.why is not None,
+            "join": self.join,
+            "keep: pair": self.keep == "pair",
+            "objects.existence": self.objects is not None and self.objects.existence is not None,
+            "agrees": any(c.kind == "agrees" for c in self.checks),
+        }
+        for key in (key for key, is_there in refused.items() if is_there):
+            raise ValueError(f"{key!r} is for answers, and this entry writes questions -- leave it "
+                             "out")  # fmt: skip
+        if all(c.kind != "cut" for c in self.checks):
+            raise ValueError(
+                "a question that was cut off cannot be answered -- add the check 'cut'"
+            )
 
     def _check_candidates(self) -> None:
         """Check that there are enough candidates to choose from or to compare."""
         if self.keep == "pair":
+            if self.distinct is not None:
+                raise ValueError("'distinct' compares single texts, and a pair has two -- leave it "
+                                 "out")  # fmt: skip
             if self.sampling.n < 2:
                 raise ValueError("a pair needs two answers or more -- set sampling.n to 4")
             if not any(c.scores for c in self.checks):

@@ -1,11 +1,11 @@
 """Settings of questions about the objects that a model has listed for each image."""
 
-from string import Formatter
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.recipe.base import Strict
+from mmkd.recipe.templates import placeholders, written
 from mmkd.runtime.fields import Prose
 
 PLACES = ("name", "a_name", "names", "other")
@@ -83,16 +83,7 @@ def _checked(text: str, known: tuple[str, ...], needed: tuple[str, ...]) -> str:
     Raises:
         ValueError: one is unknown, or none of `needed` is there.
     """
-    try:
-        parts = [(name, spec, how) for _, name, spec, how in Formatter().parse(text)]
-    except ValueError as error:
-        raise ValueError(f"{text!r} has a single brace -- remove it") from error
-    if any(spec or how for _, spec, how in parts):
-        raise ValueError(f"{text!r} has a placeholder with ':' or '!' -- give its name alone")
-    found = {name for name, _, _ in parts if name is not None}
-    written = " ".join(f"{{{name}}}" for name in known)
-    if unknown := sorted(found - set(known)):
-        raise ValueError(f"{text!r} has the placeholder {{{unknown[0]}}} -- known: {written}")
+    found = placeholders(text, known)
     if not found & set(needed):
-        raise ValueError(f"{text!r} names no object -- known placeholders: {written}")
+        raise ValueError(f"{text!r} names no object -- known placeholders: {written(known)}")
     return text

@@ -19,7 +19,7 @@ from mmkd.engines.build import check_engine
 from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
-from mmkd.making.used import check_made
+from mmkd.making.used import check_made, check_questions
 from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
@@ -67,6 +67,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     check_schedule,
     check_on_policy,
     check_image_tokens,
+    check_questions,
 )
 OF_DATA: tuple[Check, ...] = (check_records, check_validation, check_domains)
 

@@ -1,6 +1,7 @@
 """Data that models make: entries of `make`, and what they read."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,116 @@ def made_file_is_there(world: World) -> list[str]:
 )
 def unknown_placeholder(world: World) -> list[str]:
     return make(world, objects={"ask": ["What colour is {it}?"]})
+
+
+@case(
+    KIND,
+    "wrote braces into a prompt",
+    "has a placeholder with ':' or '!'",
+    "write the braces twice",
+)
+def braces_in_a_prompt(world: World) -> list[str]:
+    return make(world, prompts=['Answer as {"objects": []}.'])
+
+
+@case(
+    KIND,
+    "wrote an unknown placeholder into a prompt",
+    "has the placeholder {it} -- known: {question} {answer}",
+    "write other braces twice",
+)
+def placeholder_of_a_prompt(world: World) -> list[str]:
+    return make(world, pictures=None, records="records.json", prompts=["Where is {it}?"])
+
+
+@case(KIND, "left a brace open in a prompt", "'What is {it?' has a single brace", "write it twice")
+def open_brace_in_a_prompt(world: World) -> list[str]:
+    return make(world, prompts=["What is {it?"])
+
+
+@case(
+    KIND,
+    "asked about a record's question, of a folder of images",
+    "images of a folder have no {question} {answer}",
+    "give 'records', or leave it out of 'prompts'",
+)
+def question_of_a_folder(world: World) -> list[str]:
+    return make(world, prompts=["Write a question like this one: {question}"])
+
+
+@case(
+    KIND,
+    "put the answer into a prompt about records that have none",
+    "records.json: record 0 (id r1): the record has no answer, which a prompt contains",
+    "change the prompt, or drop the record",
+)
+def prompt_with_no_answer(world: World) -> list[str]:
+    write(json.dumps([record(conversations=TURNS[:1])]), "records.json")
+    prompts = ["Why is it {answer}?"]
+    return make(world, pictures=None, records="records.json", prompts=prompts)
+
+
+@case(
+    KIND,
+    "wanted rationales of questions",
+    "'why' is for answers, and this entry writes questions",
+    "leave it out",
+)
+def rationales_of_questions(world: World) -> list[str]:
+    return make(world, writes="questions", checks=["cut"], why={"out": "why.jsonl"})
+
+
+@case(
+    KIND,
+    "had questions written that may be cut off",
+    "a question that was cut off cannot be answered",
+    "add the check 'cut'",
+)
+def questions_cut_off(world: World) -> list[str]:
+    return make(world, writes="questions")
+
+
+@case(
+    KIND,
+    "wanted questions from answers to the records' own ones",
+    "what answers the records' own questions is no question",
+    "add 'prompts' that ask for one",
+)
+def questions_without_prompts(world: World) -> list[str]:
+    own = {"pictures": None, "prompts": None, "records": "records.json"}
+    return make(world, writes="questions", checks=["cut"], **own)
+
+
+@case(
+    KIND,
+    "trained on questions without answers",
+    "stage s0: it reads made:photos, which has questions without answers",
+    "add an entry of 'make' with 'records: made:photos'",
+)
+def trained_on_questions(world: World) -> None:
+    make(world, writes="questions", checks=["cut"])
+    world.raw["data"] = {"train": "made:photos"}
+
+
+@case(
+    KIND,
+    "wanted pairs of distinct texts",
+    "'distinct' compares single texts, and a pair has two",
+    "leave it out",
+)
+def distinct_pairs(world: World) -> list[str]:
+    return make(world, distinct=0.7, keep="pair", checks=["agrees"])
+
+
+@case(
+    KIND,
+    "wanted distinct texts without RapidFuzz",
+    "make.photos.distinct: texts are compared by the package RapidFuzz",
+    "pip install 'mmkd[data]'",
+)
+def no_rapidfuzz(world: World) -> list[str]:
+    world.patch.setitem(sys.modules, "rapidfuzz", None)
+    return make(world, distinct=0.7)
 
 
 @case(KIND, "named a server without its protocol", "it is no address", "http://host:8000/v1")
