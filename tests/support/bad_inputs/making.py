@@ -289,7 +289,7 @@ def questions_without_prompts(world: World) -> list[str]:
 @case(
     KIND,
     "trained on questions without answers",
-    "stage s0: it reads made:photos, which has questions without answers",
+    "stage mimic: it reads made:photos, which has questions without answers",
     "add an entry of 'make' with 'records: made:photos'",
 )
 def trained_on_questions(world: World) -> None:
