@@ -225,7 +225,10 @@ class _Job:
             one, row = kept[place]
             name = row["made"]["by"]
             again = partial(self._whole, one.index)
-            question = ask_why(config, again(), row["messages"][-1]["content"][0]["text"])
+            answer = row["messages"][-1]["content"][0]["text"]
+            if not self.config.finds_hard:  # whose own answers are another model's
+                answer = one.question.reference or answer
+            question = ask_why(config, again(), answer)
             revision, seed = self.revisions[name], self.config.seed
             own[place] = (name, request_of(question, revision, sampling, seed, 0, again))
         asker.ask(list(own.values()), sampling, ": why")

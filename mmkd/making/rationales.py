@@ -18,9 +18,9 @@ def ask_why(config: RationaleConfig, question: Question, answer: str) -> Questio
     Args:
         config: settings.
         question: of the answer.
-        answer: that was kept. If the record has its own answer, this one is explained.
+        answer: that is explained.
     """
-    said = {"role": "assistant", "content": [_text(question.reference or answer)]}
+    said = {"role": "assistant", "content": [_text(answer)]}
     asked = {"role": "user", "content": [_text(config.prompt)]}
     return replace(question, messages=[*question.messages, said, asked])
 

@@ -98,7 +98,7 @@ class RecordWriter:
             "pass_rate": len(answered.passed) / self.config.sampling.n,
             "mmkd": version("mmkd"),
         }
-        if any(check.finds_hard for check in self.config.checks):
+        if self.config.finds_hard:
             own = answered.question.reference or ""
             made["own_answer"] = own if len(own) <= OWN_ANSWER else f"{own[:OWN_ANSWER]}..."
         if self.scorer is not None:

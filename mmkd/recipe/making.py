@@ -66,7 +66,7 @@ class RationaleConfig(Strict):
     prompt: Prose = Field(
         "Explain briefly how the image shows this.",
         description="asked of the same model after the answer; the record's own answer, if it has "
-        "one",
+        "one and no check looks for hard questions",
     )
     question: Prose = Field(
         "Explain your answer.", description="added to the question of a rationale's record"
@@ -247,6 +247,11 @@ class MakeConfig(Strict):
         """Names of the models that answer or judge, each once."""
         judges = [name for check in self.checks for name in check.models]
         return list(dict.fromkeys([*self.by, *judges]))
+
+    @property
+    def finds_hard(self) -> bool:
+        """Whether a check looks for hard questions."""
+        return any(check.finds_hard for check in self.checks)
 
     @property
     def files(self) -> list[str]:

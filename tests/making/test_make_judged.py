@@ -108,7 +108,7 @@ def own_records(rows, tmp_path, photos):
     return {"pictures": None, "prompts": None, "records": str(path), "images": str(photos)}
 
 
-def test_hard_questions_remain(reviewed, rows, photos, tmp_path, capsys):
+def test_hard_questions_remain(reviewed, rows, photos, server, tmp_path, capsys):
     """Those whose new answer is rated higher than the record's own one, by the margin."""
     make_answers(
         load_recipe(reviewed(checks=["empty"], sampling={"max_new_tokens": 6})), "photos", CPU
@@ -132,6 +132,16 @@ def test_hard_questions_remain(reviewed, rows, photos, tmp_path, capsys):
     print_made(made)
     share = f"  {len(kept)} of {len(student)} questions are hard by 'judge'"
     assert f"{share} ({len(kept) / len(student):.0%})" in capsys.readouterr().out
+    # rationales explain the new answers
+    why = {"prompt": "Why so?", "out": str(tmp_path / "why.jsonl")}
+    server.calls.clear()
+    asks = {**own, "by": "b", "sampling": {"max_new_tokens": 64}, "checks": [judge]}
+    make_answers(load_recipe(reviewed(**asks, out=str(hard), why=why)), "photos", CPU)
+    explained = [call.body["messages"][-2:] for call in server.calls]
+    assert {said["content"] for said, _ in explained} == {
+        row["messages"][-1]["content"][0]["text"] for row in kept.values()
+    }
+    assert [ask["content"] for _, ask in explained] == ["Why so?"] * len(kept)
     # a model whose answers are the records' own ones finds no question hard
     again = {**own, "by": "teacher", "sampling": {"max_new_tokens": 6}}
     same = reviewed(**again, checks=[judge], out=str(tmp_path / "same.jsonl"))
