@@ -213,3 +213,19 @@ def test_a_stage_needs_answers(recipe, data, stage, fits):
         "stage mimic: it reads made:photos, which has questions without answers -- add an entry of "
         "'make' with 'records: made:photos', and read its answers"
     )
+
+
+def test_questions_about_records_that_contain_their_images(recipe, scenes_dir, tmp_path):
+    path = recipe(
+        pictures=None, records=str(scenes_dir / "captions.parquet"), limit=4, writes="questions",
+        prompts=["Another one like: {question}", "Not answered by: {answer}"], checks=["cut"],
+        keep="all", sampling={"n": 2, "temperature": 1.0, "max_new_tokens": 30},
+        out=str(tmp_path / "made.parquet"),
+    )  # fmt: skip
+    made = make_answers(load_recipe(path), "photos", CPU)
+    found = Records(DataConfig(train=str(made.out)))
+    assert len(found) == made.records > 0
+    records = [found[index] for index in range(len(found))]
+    assert len({record.id for record in records}) == made.records
+    assert not any(record.has_answer for record in records)
+    assert all(len(record.images) == 1 for record in records)
