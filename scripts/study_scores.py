@@ -3,7 +3,7 @@
 python -m scripts.study_scores runs/divergence-study --json docs/studies/divergences_scores.json
 
 The table has the mean and the standard deviation over the seeds, in percent. Scores that the JSON
-file has of other seeds are kept.
+file has of other seeds are kept; it also has the accuracy of each kind of question.
 """
 
 import argparse
@@ -13,14 +13,21 @@ from pathlib import Path
 
 from mmkd.runtime.files import read_json, write_json
 
+KINDS = ("existence", "count", "relation", "colour", "name", "category", "choice", "ocr")
+NEGATIVES = ("random", "popular", "adversarial")
 TASKS = {
     "scenes_pope": {
         "pope_random_accuracy": "pope_random",
         "pope_popular_accuracy": "pope_popular",
         "pope_adversarial_accuracy": "pope_adversarial",
         "answer_ece": "pope_ece",
+        **{f"pope_{kind}_yes_rate": f"pope_{kind}_yes" for kind in NEGATIVES},
     },
-    "scenes_vqa": {"vqa_accuracy": "vqa", "answer_ece": "vqa_ece"},
+    "scenes_vqa": {
+        "vqa_accuracy": "vqa",
+        "answer_ece": "vqa_ece",
+        **{f"vqa_{kind}_accuracy": f"vqa_{kind}" for kind in KINDS},
+    },
     "scenes_caption": {
         "caption_chair_s": "chair_s",
         "caption_object_recall": "objects_named",
