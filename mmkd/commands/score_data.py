@@ -40,6 +40,7 @@ from mmkd.runs.provenance import source_facts
 from mmkd.runtime import distributed
 from mmkd.runtime.formats import parse_json
 from mmkd.runtime.interrupt import asked, deferred
+from mmkd.runtime.json_lines import complete_lines
 from mmkd.runtime.progress import Bar, console, say
 from mmkd.teachers import LiveTeacher
 
@@ -333,9 +334,7 @@ def read_scores(
     records: list[tuple[str, str | None]] = [("", None)] * count
     numbers = {key: np.full(count, np.nan) for key in NUMBERS}
     for path in journals(folder, name):
-        content = path.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines()  # the last one may be cut
-        entries = map(parse_json, lines[1:])
+        entries = map(parse_json, complete_lines(path)[1:])
         for index, id, key, *values in (row for entry in entries for row in entry["rows"]):
             records[index] = (id, key)
             for column, value in zip(NUMBERS, values, strict=True):

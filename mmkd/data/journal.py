@@ -1,12 +1,12 @@
 """A journal of a model's answers, so that an interrupted command need not repeat them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mmkd.errors import DataError
 from mmkd.runtime.formats import FormatError, parse_json
+from mmkd.runtime.json_lines import JsonLines, complete_lines
 
 
 class Journal:
@@ -23,12 +23,10 @@ class Journal:
     """
 
     def __init__(self, path: Path, request: dict[str, Any]):
-        self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        self._end = content.rfind(b"\n") + 1
+        self.path, self._file = path, JsonLines(path, sync=True)
         hint = "repeat the command that began it, or delete it"
         try:
-            lines = [parse_json(line) for line in content[: self._end].splitlines()]
+            lines = [parse_json(line) for line in complete_lines(path)]
         except FormatError as error:
             raise DataError(f"damaged ({error})", where=str(path), hint="delete it") from error
         if not all(isinstance(line, dict) for line in lines):
@@ -37,23 +35,12 @@ class Journal:
             raise DataError("it has answers to another request", where=str(path), hint=hint)
         self.entries: list[dict[str, Any]] = lines[1:]
         if not lines:
-            self._append(request)
+            self._file.add(request)
 
     def add(self, *entries: dict[str, Any]) -> None:
         """Write entries to the disk."""
-        self._append(*entries)
+        self._file.add(*entries)
         self.entries += entries
-
-    def _append(self, *entries: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        self._end += len(text)
 
     def delete(self) -> None:
         """Delete the file, after the command has written its output."""

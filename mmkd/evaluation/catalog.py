@@ -240,3 +240,22 @@ def _check_files(task: Task) -> None:
                 where=str(task.path),
                 hint="build the data set first (mmkd data build scenes --out DIR)",
             )
+
+
+def own_files(asked: Iterable[str], include: Path | None, local: Path | None) -> list[Path]:
+    """Files on this machine that tasks of a folder are defined by and read, and all files of
+    `local`. Tasks that come with lmms-eval, and data on the Hub, have none.
+
+    Args:
+        asked: names of tasks; unknown ones are passed over.
+        include: folder of task files.
+        local: folder with the tasks' data.
+    """
+    known = index(include) if include is not None and include.is_dir() else {}
+    found = [path for path in local.rglob("*") if path.is_file()] if local is not None else []
+    for name in asked:
+        for task in _reachable(name, known):
+            if task.path is not None:
+                found += [task.path, *task.path.parent.glob("*.py")]
+                found += data_files(dict(task.config), task.path.parent)
+    return sorted({path for path in found if path.is_file()})

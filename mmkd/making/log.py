@@ -2,15 +2,16 @@
 
 An answer is stored under the key of its request, which contains everything that it depends on. So
 the order of answers, the number of processes and changes of the recipe do not matter: a request
-whose key is known is not asked again. An incomplete last line, from a killed command, is cut off.
+whose key is known is not asked again. An incomplete last line, from a killed command, is
+overwritten.
 """
 
-import json
 from pathlib import Path
 
 from mmkd.errors import DataError
 from mmkd.making.base import Answer
 from mmkd.runtime.formats import FormatError, parse_json
+from mmkd.runtime.json_lines import JsonLines, complete_lines
 
 
 class AnswerLog:
@@ -26,27 +27,21 @@ class AnswerLog:
 
     def __init__(self, folder: Path, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._path = folder, folder / f"answers-{rank:05d}.jsonl"
+        self.folder = folder
+        self._file = JsonLines(folder / f"answers-{rank:05d}.jsonl", sync=False)
         self.answers: dict[str, Answer] = {}
         self.read()
-        if self._path.exists():
-            content = self._path.read_bytes()
-            with open(self._path, "r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
 
     def read(self) -> None:
         """Read what all processes have written."""
         for path in sorted(self.folder.glob("answers-*.jsonl")):
-            content = path.read_bytes()
-            for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+            for number, line in enumerate(complete_lines(path), 1):
                 key, answer = _parsed(line, f"{path}: line {number}")
                 self.answers[key] = answer
 
     def add(self, key: str, answer: Answer) -> None:
         """Append an answer. A killed process keeps it, a machine that fails may lose it."""
-        row = {"key": key, "text": answer.text, "finished": answer.finished}
-        with open(self._path, "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
+        self._file.add({"key": key, "text": answer.text, "finished": answer.finished})
         self.answers[key] = answer
 
 

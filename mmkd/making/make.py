@@ -1,7 +1,8 @@
 """Make the records of an entry of `make`: ask, check, choose, write.
 
 OUT                     the records
-OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT
+OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT;
+                        hashes of images, if near-duplicates are left out
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from mmkd.making.distinct import check_distinct, topic_of, without_similar
 from mmkd.making.listed import Listed
 from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers, check_judges
+from mmkd.making.near_duplicates import LeftOut, leave_out
 from mmkd.making.object_questions import balanced, object_questions
 from mmkd.making.questions import (
     Question,
@@ -36,7 +38,7 @@ from mmkd.making.rationales import ask_why, rationale_row
 from mmkd.making.requests import Context, request_of
 from mmkd.making.state import begin_writing, end_writing, facts_of, folder_of
 from mmkd.making.writing import RecordWriter, Row, check_out, join_rows, write_records
-from mmkd.recipe import MakeConfig, Recipe, SamplingConfig
+from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor
 
@@ -58,6 +60,7 @@ class Made:
         similar: number of texts that 'distinct' has left out; None if there is no such limit.
         unanswered: number of questions without a record.
         asked: what was asked in this call.
+        left_out: near-duplicates, which are not asked about.
     """
 
     out: Path
@@ -69,6 +72,7 @@ class Made:
     similar: int | None
     unanswered: int
     asked: Asked
+    left_out: LeftOut
 
 
 def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
@@ -84,10 +88,17 @@ def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
     """
     config = recipe.make[name]
     makers = build_makers(recipe, config, device)
-    return make_records(config, makers, f"make.{name}", converted_processor(recipe.student))
+    processor = converted_processor(recipe.student)
+    return make_records(config, makers, f"make.{name}", processor, recipe.evaluate)
 
 
-def make_records(config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any) -> Made:
+def make_records(
+    config: MakeConfig,
+    makers: dict[str, Maker],
+    where: str,
+    processor: Any,
+    evaluation: EvaluateConfig | None = None,
+) -> Made:
     """Make records. Every rank calls it.
 
     Only answers that are not known yet are asked for, so a call after a stop goes on, and one with
@@ -100,12 +111,13 @@ def make_records(config: MakeConfig, makers: dict[str, Maker], where: str, proce
         where: what messages call it.
         processor: of the model that is trained on the records. What it would read as an image is
             removed from answers.
+        evaluation: of the recipe, which says where tasks of `against` are.
 
     Raises:
         MmkdError: settings, data or a model do not fit, or no answer passes the checks.
         StoppedError: the command was asked to stop.
     """
-    job = _Job(config, makers, where, processor)
+    job = _Job(config, makers, where, processor, evaluation)
     with distributed.alone_in(folder_of(config)):
         return job.run()
 
@@ -113,10 +125,18 @@ def make_records(config: MakeConfig, makers: dict[str, Maker], where: str, proce
 class _Job:
     """One call of `make_records`, whose arguments it takes."""
 
-    def __init__(self, config: MakeConfig, makers: dict[str, Maker], where: str, processor: Any):
+    def __init__(
+        self,
+        config: MakeConfig,
+        makers: dict[str, Maker],
+        where: str,
+        processor: Any,
+        evaluation: EvaluateConfig | None,
+    ):
         self.config, self.makers, self.where = config, makers, where
-        self.processor = processor
-        self.facts = facts_of(config, {name: maker.source for name, maker in makers.items()})
+        self.processor, self.evaluation = processor, evaluation
+        sources = {name: maker.source for name, maker in makers.items()}
+        self.facts = facts_of(config, sources, evaluation)
         there = [file for file in config.files if Path(file).exists()]
         if there and not folder_of(config).exists():
             raise DataError("it is there already", where=there[0], hint="name a new file")
@@ -131,10 +151,14 @@ class _Job:
         check_distinct(config, where)
         self.unreadable: dict[int, str] = {}
         self.similar = None if config.distinct is None else 0
+        self.left_out = LeftOut()
 
     def run(self) -> Made:
         log = AnswerLog(folder_of(self.config), distributed.rank())
         distributed.barrier()
+        self.questions, self.lists, self.left_out = leave_out(
+            self.config, self.evaluation, self.where, self.questions, self.lists
+        )
         asker = Asker(self.makers, log, self.where.removeprefix("make."))
         if self.lists is not None:
             self._ask_about_objects(self.lists, asker)
@@ -342,4 +366,5 @@ class _Job:
             similar=self.similar,
             unanswered=len(self.questions) - used,
             asked=asked,
+            left_out=self.left_out,
         )

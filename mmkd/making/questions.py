@@ -85,6 +85,10 @@ class Questions:
     def __iter__(self) -> Iterator[Question]:
         return (self.at(index) for index in range(self.count))
 
+    def only(self, places: Sequence[int]) -> "Questions":
+        """Those of these questions that have given indices, in this order."""
+        return replace(self, at=lambda index: self.at(places[index]), count=len(places))
+
     def with_more(self, images: "Questions", more: Sequence[tuple[int, Question]]) -> "Questions":
         """These questions, and more after them.
 

@@ -13,6 +13,12 @@ def print_made(made: Made) -> None:
     """Print what was made, and why answers were not used."""
     new, known = made.asked.answers, made.asked.known
     say(f"wrote {made.out}: {made.records:,} records of {made.questions:,} questions")
+    if said := str(made.left_out):
+        say(f"  {said}")
+    for error in made.left_out.uncompared[:SHOWN]:
+        say(f"  could not be compared: {error}")
+    if len(made.left_out.uncompared) > SHOWN:
+        say(f"  could not be compared: {len(made.left_out.uncompared) - SHOWN:,} more")
     if new:
         time = timedelta(seconds=round(made.asked.seconds))
         say(f"  {new:,} new answers in {time}, {made.asked.rate:,.1f} a second")

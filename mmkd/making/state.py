@@ -6,9 +6,10 @@ from typing import Any
 
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
+from mmkd.making.against import against_facts
 from mmkd.making.base import MakerSource
 from mmkd.making.makers import sources_of
-from mmkd.recipe import MakeConfig, Recipe, ServerConfig
+from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, ServerConfig
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.formats import FormatError
 
@@ -27,26 +28,32 @@ def folder_of(config: MakeConfig) -> Path:
     return Path(f"{config.out}.answers")
 
 
-def facts_of(config: MakeConfig, sources: Mapping[str, MakerSource]) -> Facts:
-    """What the records depend on, as JSON: settings, models, and the files of records, examples and
-    models with their sizes and modification times. Images are not looked at, nor what the Hub or a
-    server holds under a model's name.
+def facts_of(
+    config: MakeConfig,
+    sources: Mapping[str, MakerSource],
+    evaluation: EvaluateConfig | None = None,
+) -> Facts:
+    """What the records depend on, as JSON: settings, models, and the files of records, examples,
+    models and `against` with their sizes and modification times. The entry's own images are not
+    looked at, nor what the Hub or a server holds under a model's name.
 
     Args:
         config: the entry.
         sources: settings of the models that it names.
+        evaluation: of the recipe, which says where tasks of `against` are.
     """
     return {
         "settings": config.model_dump(mode="json", exclude={"batch_size"}),
         "models": {name: _of_model(source) for name, source in sources.items()},
         "records": _of_records(config),
+        "against": against_facts(config, evaluation) if config.against else {},
     }
 
 
 def entry_facts(recipe: Recipe, name: str) -> Facts:
     """`facts_of` an entry of a recipe's `make`."""
     config = recipe.make[name]
-    return facts_of(config, sources_of(recipe, config))
+    return facts_of(config, sources_of(recipe, config), recipe.evaluate)
 
 
 def is_made(recipe: Recipe, name: str) -> bool:

@@ -91,6 +91,19 @@ class MakeConfig(Strict):
     limit: int | None = Field(
         None, ge=1, le=MOST, description="largest number of images or records; all by default"
     )
+    twins: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="an image is not asked about if its perceptual hash differs from that of an "
+        "earlier one in at most so many of 256 bits, such as 16; all are by default",
+    )
+    against: list[LocalPath] = Field(
+        [],
+        max_length=1000,
+        description="names of evaluation tasks, files of records, or folders of images (with a /): "
+        "near-duplicates of their images are not asked about; 16 bits unless 'twins' says more",
+    )
     by: list[str] = Field(
         ["teacher"],
         min_length=1,

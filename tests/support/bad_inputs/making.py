@@ -346,3 +346,37 @@ def unset_key_of_a_server(world: World) -> list[str]:
     server = {"server": "http://localhost:8000/v1", "model": "m", "key": "NO_SUCH_KEY"}
     world.raw["servers"] = {"big": server}
     return make(world, by="big")
+
+
+@case(
+    KIND,
+    "compared images with records without images",
+    "text.json: none of its images can be compared, the first: no record has any",
+    "a folder of images, in 'against'",
+)
+def against_no_images(world: World) -> list[str]:
+    write('[{"messages": [{"role": "user", "content": "What?"}]}]', "text.json")
+    return make(world, against=["text.json"])
+
+
+@case(
+    KIND,
+    "compared images with themselves",
+    "make.photos: no image is left: 1 image is a near-duplicate of images of photos/",
+    "lower 'twins', or name less in 'against'",
+    leaves="made.jsonl.answers",
+)
+def no_image_is_left(world: World) -> list[str]:
+    return make(world, against=["photos/"])
+
+
+@case(
+    KIND,
+    "damaged the hashes of images",
+    "made.jsonl.answers/hashes-00000.jsonl: line 1: it is not a hash of an image",
+    "it is made again",
+)
+def damaged_hashes(world: World) -> list[str]:
+    Path("made.jsonl.answers").mkdir()
+    write('{"image": 1}\n', "made.jsonl.answers/hashes-00000.jsonl")
+    return make(world, twins=16)
