@@ -121,6 +121,15 @@ def score(
         Optional[str],  # noqa: UP045
         typer.Option(help="name of a stage with data of its own"),
     ] = None,
+    clusters: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="also sort the records into so many clusters of similar images; without --model "
+            "no model scores",
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     plugin: Plugins = None,
@@ -131,6 +140,7 @@ def score(
     """Score all training records with models. A second call continues where it stopped."""
     words = ["--out", str(out), "--batch-size", str(batch_size), "--device", device]
     words += [word for name in model or [] for word in ("--model", name)]
+    words += [] if clusters is None else ["--clusters", str(clusters)]
     words += ([] if stage is None else ["--stage", stage]) + (["--json"] if as_json else [])
     with notes(as_json):  # before torch is imported, which takes seconds
         read = begin(["data", "score"], recipe, overrides, plugin, nproc, words)
@@ -139,7 +149,13 @@ def score(
 
     with notes(as_json):
         found = score_data(
-            read, out, models=model or [], stage=stage, batch_size=batch_size, device=device
+            read,
+            out,
+            models=model or [],
+            stage=stage,
+            clusters=clusters,
+            batch_size=batch_size,
+            device=device,
         )
     if distributed.rank() == 0 and as_json:
         print(json.dumps(found, indent=1))

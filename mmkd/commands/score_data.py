@@ -12,7 +12,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,45 +23,32 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from mmkd.commands.scored_models import ScoredModel, request_of, scored_models, tokenizer_hash
+from mmkd.commands.cluster_records import (
+    Grouped,
+    cluster_records,
+    image_features,
+    print_clusters,
+)
+from mmkd.commands.score_passes import Block, Row, Scores, batch_of, journal_rows, run_pass
+from mmkd.commands.scored_models import request_of, scored_models, tokenizer_hash
 from mmkd.data.batch import Batch
 from mmkd.data.encoder import Encoder
-from mmkd.data.journal import Journal
 from mmkd.data.records import Records, Source
 from mmkd.data.score_file import COUNTS, MEANS, ScoreFile, write_scores
-from mmkd.data.vocabulary import check_head, token_count
-from mmkd.data.workers import work_ahead
-from mmkd.errors import AGAIN, CheckpointError, DataError, RecipeError, StoppedError, nearest
+from mmkd.data.vocabulary import token_count
+from mmkd.errors import CheckpointError, DataError, RecipeError, nearest
 from mmkd.evaluation.calibration import inputs_as
 from mmkd.making.used import check_made
 from mmkd.ops.token_scores import token_scores
 from mmkd.recipe import DataConfig, Recipe
 from mmkd.runs.provenance import source_facts
 from mmkd.runtime import distributed
-from mmkd.runtime.formats import parse_json
-from mmkd.runtime.interrupt import asked, deferred
-from mmkd.runtime.json_lines import complete_lines
-from mmkd.runtime.progress import Bar, console, say
+from mmkd.runtime.progress import console, say
 from mmkd.teachers import LiveTeacher
 
 NUMBERS = (*COUNTS, *MEANS)
 READ = {"images", "prompt", "ignore"}
 """Keys of a source that decide how its records are read."""
-Row = list[Any]
-"""Index, id, key in hexadecimal, and NUMBERS of a record; id and None for a bad record."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Encoded records.
-
-    Attributes:
-        rows: index, id and key of each record, without a key for a bad one.
-        batch: of the good records, in their order; None if all are bad.
-    """
-
-    rows: list[Row]
-    batch: Batch | None
 
 
 def score_data(
@@ -70,6 +57,7 @@ def score_data(
     *,
     models: Sequence[str] = (),
     stage: str | None = None,
+    clusters: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -83,8 +71,10 @@ def score_data(
         recipe: with the data and models.
         out: Parquet file to write, described in `mmkd.data.score_file`.
         models: names of teachers, `student`, or NAME=FOLDER; by default all teachers and the
-            student before its first stage.
+            student before its first stage, or none with `clusters`.
         stage: name of a stage with data of its own; None takes the recipe's data.
+        clusters: number of clusters of similar images, by the features of the first of `models`, by
+            default of the first teacher or, without one, of the student; None for no clusters.
         batch_size: records per forward pass.
         device: where the models run.
 
@@ -94,9 +84,10 @@ def score_data(
     Raises:
         RecipeError: there is no such model or stage, or the data are a stream.
         CheckpointError: `out` exists, or a model cannot be loaded.
-        DataError: a record is bad, or a loss is not finite.
+        DataError: a record is bad, a loss is not finite, or there are too few images.
     """
-    chosen, data = scored_models(recipe, models), _data_of(recipe, stage)
+    found, data = scored_models(recipe, models), _data_of(recipe, stage)
+    by, chosen = found[0], found if models or clusters is None else []
     check_made(recipe, [data])
     place = distributed.choose_device(device)
     distributed.connect(place, timeout_s=max(s.engine.timeout_s for s in recipe.stages))
@@ -117,15 +108,20 @@ def score_data(
             request = {**shared, **request_of(model, processor)}
             encoder = Encoder(records, processor, data)
             journal = Scores(folder, model.name, request)
-            _score(model, encoder, journal, batch_size, place)
+            rows_of = partial(_scored, vocabulary=token_count(processor.tokenizer))
+            run_pass(model, encoder, journal, batch_size, place, rows_of, model.name)
             facts[model.name] = {
                 "model": model.source,
                 "weights": model.request["weights"],
                 "tokenizer": tokenizer_hash(processor),
             }
+        grouped = None
+        if clusters is not None:
+            features = image_features(by, data, records, folder, shared, batch_size, place)
+            grouped = cluster_records(features, clusters, recipe.seed, by.source)
         distributed.barrier()
         if distributed.rank() == 0:
-            _write(out, folder, records, facts)
+            _write(out, folder, records, facts, grouped)
             shutil.rmtree(folder)
         distributed.barrier()
     return summary(out)
@@ -169,121 +165,15 @@ def _check_out(out: Path) -> None:
         )
 
 
-class Scores:
-    """The journal of one model and process.
-
-    Args:
-        folder: of the journals.
-        name: of the model.
-        request: settings that the scores depend on.
-
-    Attributes:
-        done: indices of the records that any process has scored.
-    """
-
-    def __init__(self, folder: Path, name: str, request: dict[str, Any]):
-        rank, size = distributed.rank(), distributed.world_size()
-        numbers = [int(path.stem.rpartition("-")[2]) for path in journals(folder, name)]
-        own = {number for number in numbers if number % size == rank} | {rank}
-        distributed.barrier()  # all processes have listed the files before one is added
-        read = {n: Journal(folder / f"{name}-{n}.jsonl", request) for n in sorted(own)}
-        self._journal = read[rank]
-        found = [row[0] for j in read.values() for entry in j.entries for row in entry["rows"]]
-        self.done = set(distributed.gather(found))
-
-    def add(self, rows: list[Row]) -> None:
-        """Write the rows of a block to the disk."""
-        self._journal.add({"rows": rows})
-
-
-def journals(folder: Path, name: str) -> list[Path]:
-    """The journals of a model, of all processes."""
-    found = folder.glob(f"{name}-*.jsonl")
-    return sorted(p for p in found if p.stem.removeprefix(f"{name}-").isdigit())
-
-
-def _score(
-    model: ScoredModel, encoder: Encoder, journal: Scores, batch_size: int, device: torch.device
-) -> None:
-    """Score this process's share of the records that are not scored yet."""
-    count = len(encoder.records)
-    blocks = [range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)]
-    left = [block for block in blocks if not journal.done.issuperset(block)]
-    if not left:
-        if distributed.rank() == 0:
-            say(f"{model.name}: all {count:,} records are scored already")
-        return
-    if not journal.done:  # a bad first record is refused before the weights are loaded
-        encode(encoder, [0])
-    running = model.load(device)
-    check_head(running.model, encoder.processor.tokenizer, model.name)
-    if running.spread and distributed.world_size() > 1:
-        encoder = Encoder(encoder.records, encoder.processor, encoder.config, filler=True)
-    # As many on each process, because a stop is agreed on after each of them.
-    shares = [list(share[0]) if share else [] for share in distributed.equal_shares(left, 1)]
-    work = partial(encode, encoder)
-    encoded = work_ahead(work, iter(shares), encoder.config.workers)
-    vocabulary, bad = token_count(encoder.processor.tokenizer), 0
-    with deferred(), Bar(model.name, len(shares), quiet=distributed.rank() > 0) as bar:
-        for number, block in enumerate(encoded, 1):
-            if isinstance(block, Exception):
-                raise block
-            rows = _scored(block, encoder, running, vocabulary)
-            if rows:
-                journal.add(rows)
-            bad += sum(row[2] is None for row in rows)
-            bar.advance()
-            if asked(device):
-                raise StoppedError(
-                    f"{model.name} stopped at block {number} of {len(shares)}", hint=AGAIN
-                )
-    bad = sum(distributed.gather([bad]))
-    if bad and distributed.rank() == 0:
-        say(f"{model.name}: {bad} bad records have no scores")
-
-
-def encode(encoder: Encoder, indices: list[int]) -> Block:
-    """Encode records.
-
-    Args:
-        encoder: of the records.
-        indices: of the records.
-
-    Raises:
-        DataError: a record is bad, and the recipe does not skip such records.
-    """
-    if encoder.config.on_bad_record == "stop":
-        samples = [encoder.load(index) for index in indices]
-        rows = [[s.index, s.record.id, s.key.hex()] for s in samples]
-        return Block(rows, encoder.batch(samples) if samples else None)
-    samples, rows = [], []
-    for index in indices:
-        source, own = encoder.records.source_of(index), index
-        try:
-            sample = encoder.load(index)
-            encoder.batch([sample])  # the processor may refuse it
-        except DataError:
-            own -= encoder.records.starts[source]
-            rows.append([index, encoder.records.sources[source].id(own), None])
-            continue
-        samples.append(sample)
-        rows.append([index, sample.record.id, sample.key.hex()])
-    return Block(rows, encoder.batch(samples) if samples else None)
-
-
 def _scored(block: Block, encoder: Encoder, model: LiveTeacher, vocabulary: int) -> list[Row]:
-    """The rows of a block with their numbers. A sharded model runs in any case, because all
-    processes must run it."""
-    batch = block.batch
+    """The rows of a block with their NUMBERS."""
+    batch, nothing = batch_of(block, encoder, model), [None] * len(NUMBERS)
     if batch is None:
-        if not model.spread:
-            return [[*row, *[None] * len(NUMBERS)] for row in block.rows]
-        batch = encoder.records.usable(0, lambda index: encoder.batch([encoder.load(index)]), [])
-    numbers = score_batch(model, batch.to(model.device), encoder.processor.tokenizer, vocabulary)
+        return [[*row, *nothing] for row in block.rows]
+    tokenizer = encoder.processor.tokenizer
+    numbers = list(score_batch(model, batch.to(model.device), tokenizer, vocabulary))
     good = iter(numbers if block.batch is not None else [])
-    return [
-        [*row, *(next(good) if row[2] is not None else [None] * len(NUMBERS))] for row in block.rows
-    ]
+    return [[*row, *(next(good) if row[2] is not None else nothing)] for row in block.rows]
 
 
 @torch.no_grad()
@@ -333,22 +223,28 @@ def read_scores(
     """Ids and keys, and numbers [count], of all records from the journals of a model."""
     records: list[tuple[str, str | None]] = [("", None)] * count
     numbers = {key: np.full(count, np.nan) for key in NUMBERS}
-    for path in journals(folder, name):
-        entries = map(parse_json, complete_lines(path)[1:])
-        for index, id, key, *values in (row for entry in entries for row in entry["rows"]):
-            records[index] = (id, key)
-            for column, value in zip(NUMBERS, values, strict=True):
-                numbers[column][index] = np.nan if value is None else value
+    for index, id, key, *values in journal_rows(folder, name):
+        records[index] = (id, key)
+        for column, value in zip(NUMBERS, values, strict=True):
+            numbers[column][index] = np.nan if value is None else value
     return records, numbers
 
 
-def _write(out: Path, folder: Path, records: Records, facts: dict[str, dict[str, Any]]) -> None:
+def _write(
+    out: Path,
+    folder: Path,
+    records: Records,
+    facts: dict[str, dict[str, Any]],
+    grouped: Grouped | None,
+) -> None:
     """Write the file of scores from the journals."""
     count, scores = len(records), {}
     known: list[tuple[str, str | None]] = [("", None)] * count
     for name in facts:
         read, scores[name] = read_scores(folder, name, count)
         known = [a if a[1] is not None else b for a, b in zip(known, read, strict=True)]
+    if grouped is not None and not facts:
+        known = grouped.records
     starts, sources = records.starts, records.sources
     rows = []
     for index, (id, key) in enumerate(known):
@@ -357,7 +253,11 @@ def _write(out: Path, folder: Path, records: Records, facts: dict[str, dict[str,
         row = source.row_number(index - starts[number])
         rows.append((id, source.config.label, row, key))
     sizes = {s.config.label: {"records": s.size} for s in sources}
-    write_scores(out, rows, scores, {"sources": sizes, "models": facts})
+    said: dict[str, Any] = {"sources": sizes, "models": facts}
+    if grouped is None:
+        write_scores(out, rows, scores, said)
+    else:
+        write_scores(out, rows, scores, said | {"clusters": grouped.facts}, grouped.labels)
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -378,7 +278,9 @@ def summary(out: Path) -> dict[str, Any]:
             if characters
             else None,
         }
-    return {"file": str(out), "records": len(file), "models": found}
+    whole = {"file": str(out), "records": len(file), "models": found}
+    clusters = file.facts.clusters
+    return whole if clusters is None else whole | {"clusters": clusters.model_dump()}
 
 
 def print_scores(found: dict[str, Any]) -> None:
@@ -390,5 +292,8 @@ def print_scores(found: dict[str, Any]) -> None:
         means = [facts[key] for key in (*MEANS, "nll_per_character")]
         shown = ["" if mean is None else f"{mean:.4f}" for mean in means]
         table.add_row(name, f"{facts['records']:,}", f"{facts['tokens']:,}", *shown)
-    console.print(table)
+    if found["models"]:
+        console.print(table)
+    if "clusters" in found:
+        print_clusters(found["clusters"])
     say(f"wrote {found['file']}: {found['records']:,} records")

@@ -8,6 +8,7 @@ Columns of the Parquet file:
     MODEL.tokens    tokens of the answers, end of turn included
     MODEL.characters, MODEL.nll, MODEL.margin, MODEL.entropy
                     characters of these tokens; means over the tokens (`mmkd.ops.token_scores`)
+    cluster         with --clusters: number of the record's cluster, from 0
 
 Numbers of a record that a model could not read are null. Records are in the order of the data. The
 schema's metadata has, under `mmkd`, the sources with their sizes and the models with their weights.
@@ -32,6 +33,7 @@ from mmkd.runtime.shapes import Count, Shape
 FORMAT = 1
 META = b"mmkd"
 AGAIN = "score it again: mmkd data score RECIPE --out FILE"
+CLUSTER = "cluster"
 COUNTS = ("tokens", "characters")
 MEANS = ("nll", "margin", "entropy")
 
@@ -49,12 +51,28 @@ class ScoredModel(Shape):
     tokenizer: str
 
 
+class Clusters(Shape):
+    """Clusters of records with similar images.
+
+    Attributes:
+        model: that made the features.
+        sizes: number of records of each cluster.
+        without_images: number of the cluster of records without images, which is the last one; None
+            if all have images.
+    """
+
+    model: str
+    sizes: list[Count]
+    without_images: Count | None = None
+
+
 class Facts(Shape):
     """The metadata of a file of scores."""
 
     format: Count
     sources: dict[str, ScoredSource]
     models: dict[str, ScoredModel]
+    clusters: Clusters | None = None
 
 
 def write_scores(
@@ -62,6 +80,7 @@ def write_scores(
     records: Sequence[tuple[str, str, int, str | None]],
     scores: dict[str, dict[str, np.ndarray]],
     facts: dict[str, Any],
+    clusters: np.ndarray | None = None,
 ) -> None:
     """Write a file of scores.
 
@@ -71,6 +90,7 @@ def write_scores(
         scores: by model, then by name of the number, [N] float64; NaN for records that the model
             could not read.
         facts: as `Facts`, without the format.
+        clusters: of the records, [N] float64; NaN for those that could not be read.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -88,6 +108,10 @@ def write_scores(
             kind = pa.int64() if name in COUNTS else pa.float64()
             filled = np.where(missing, 0, values).astype(kind.to_pandas_dtype())
             columns[f"{model}.{name}"] = pa.array(filled, kind, mask=missing)
+    if clusters is not None:
+        missing = np.isnan(clusters)
+        whole = np.where(missing, 0, clusters).astype(np.int64)
+        columns[CLUSTER] = pa.array(whole, pa.int64(), mask=missing)
     table = pa.table(columns)
     said = json.dumps({"format": FORMAT, **facts})
     with writing(path) as partial:
@@ -199,6 +223,21 @@ class ScoreFile:
             )
         values: np.ndarray = self._read(name)[0]
         return values.astype(np.float64) if values.dtype.kind in "iuf" else values
+
+    @property
+    def clusters(self) -> Clusters:
+        """The clusters of the records.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.facts.clusters is None or CLUSTER not in self.columns:
+            raise DataError(
+                "it has no clusters",
+                where=str(self.path),
+                hint="make them: mmkd data score RECIPE --out FILE --clusters K",
+            )
+        return self.facts.clusters
 
     def model(self, name: str) -> ScoredModel:
         """A model that has scored.

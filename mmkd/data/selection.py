@@ -17,7 +17,7 @@ import numpy as np
 from mmkd.data.images import load_image
 from mmkd.data.samples import key_of
 from mmkd.data.schema import Record
-from mmkd.data.score_file import AGAIN, ScoreFile
+from mmkd.data.score_file import AGAIN, CLUSTER, ScoreFile
 from mmkd.data.selection_rules import (
     NothingToChooseByError,
     balanced,
@@ -31,6 +31,7 @@ from mmkd.data.selection_rules import (
 from mmkd.errors import DataError
 from mmkd.recipe import (
     BalanceSelection,
+    ClusterSelection,
     DifferenceSelection,
     DifficultySelection,
     RobustSelection,
@@ -195,6 +196,21 @@ def _(config: DifficultySelection, candidates: Candidates) -> tuple[np.ndarray, 
     if unread == len(numbers):
         raise _no_field(config, candidates)
     return between(numbers, config.least, config.most), unread
+
+
+@_choose.register
+def _(config: ClusterSelection, candidates: Candidates) -> tuple[np.ndarray, int]:
+    file, rows = _scores(config.scores, candidates)
+    found = file.clusters
+    for part in config.parts:
+        if part >= len(found.sizes):
+            raise DataError(
+                f"it has no cluster {part:,}",
+                where=config.scores,
+                hint=f"its clusters are 0 to {len(found.sizes) - 1:,}",
+            )
+    labels = file.column(CLUSTER)[rows]
+    return np.flatnonzero(np.isin(labels, config.parts)), int(np.isnan(labels).sum())
 
 
 def _no_field(config: BalanceSelection | DifficultySelection, candidates: Candidates) -> DataError:

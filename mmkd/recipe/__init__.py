@@ -58,6 +58,7 @@ from mmkd.recipe.release import ReleaseConfig
 from mmkd.recipe.selection import (
     AnySelectionConfig,
     BalanceSelection,
+    ClusterSelection,
     DifferenceSelection,
     DifficultySelection,
     RobustSelection,
@@ -105,6 +106,7 @@ __all__ = [
     "CandidatesConfig",
     "Check",
     "CheckConfig",
+    "ClusterSelection",
     "Conversion",
     "ConversionConfig",
     "DataConfig",

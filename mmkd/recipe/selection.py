@@ -90,5 +90,27 @@ class DifficultySelection(Strict):
         return self
 
 
-SelectionConfig = DifferenceSelection | RobustSelection | BalanceSelection | DifficultySelection
+class ClusterSelection(Strict):
+    """Keep the records of a cluster of similar images, so that several students share the data
+    (Multi-Student Distillation)."""
+
+    kind: Literal["cluster"]
+    scores: LocalPath = Field(description=f"{SCORES}, with --clusters")
+    part: Annotated[int, Field(ge=0, le=MOST)] | list[Annotated[int, Field(ge=0, le=MOST)]] = Field(
+        description="number of a cluster, or a list of them"
+    )
+
+    @property
+    def parts(self) -> list[int]:
+        """Numbers of the clusters."""
+        return [self.part] if isinstance(self.part, int) else self.part
+
+
+SelectionConfig = (
+    DifferenceSelection
+    | RobustSelection
+    | BalanceSelection
+    | DifficultySelection
+    | ClusterSelection
+)
 AnySelectionConfig = Annotated[SelectionConfig, Field(discriminator="kind")]

@@ -12,6 +12,7 @@ import yaml
 
 from mmkd.cli import main
 from mmkd.commands import score_data as command
+from mmkd.commands import score_passes
 from mmkd.commands.score_data import score_data
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
@@ -110,7 +111,7 @@ def test_two_processes_share_the_records(recipe, table, tmp_path):
 def test_a_stopped_command_continues_to_the_same_bits(recipe, table, tmp_path, monkeypatch):
     out, asked = tmp_path / "s.parquet", iter([False, False, True])
     with monkeypatch.context() as patched:
-        patched.setattr(command, "asked", lambda device: next(asked))
+        patched.setattr(score_passes, "asked", lambda device: next(asked))
         with pytest.raises(StoppedError, match="teacher stopped at block 3 of 3"):
             score_data(recipe, out, batch_size=3, device="cpu")
     part = out.with_name("s.parquet.parts") / "teacher-0.jsonl"
