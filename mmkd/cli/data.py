@@ -130,6 +130,10 @@ def score(
             "no model scores",
         ),
     ] = None,
+    sheet: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="PNG file to write, of images of each cluster"),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     plugin: Plugins = None,
@@ -140,7 +144,10 @@ def score(
     """Score all training records with models. A second call continues where it stopped."""
     words = ["--out", str(out), "--batch-size", str(batch_size), "--device", device]
     words += [word for name in model or [] for word in ("--model", name)]
+    if sheet is not None and clusters is None:
+        raise MmkdError("--sheet shows clusters", hint="add --clusters, or leave --sheet out")
     words += [] if clusters is None else ["--clusters", str(clusters)]
+    words += [] if sheet is None else ["--sheet", str(sheet)]
     words += ([] if stage is None else ["--stage", stage]) + (["--json"] if as_json else [])
     with notes(as_json):  # before torch is imported, which takes seconds
         read = begin(["data", "score"], recipe, overrides, plugin, nproc, words)
@@ -154,6 +161,7 @@ def score(
             models=model or [],
             stage=stage,
             clusters=clusters,
+            sheet=sheet,
             batch_size=batch_size,
             device=device,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mmkd.commands.cluster_sheet import check_sheet
 from mmkd.commands.find_twins import (
     Side,
     Twins,
@@ -73,10 +74,7 @@ def twin_options(
             if len(tasks) > 1:
                 raise MmkdError("--against names tasks and none", hint="leave none out")
             tasks = ()
-    if sheet is not None and sheet.suffix.lower() != ".png":
-        raise MmkdError(
-            "--sheet writes PNG", where=str(sheet), hint="name a file that ends in .png"
-        )
+    check_sheet(sheet)
     if drop is not None and drop.exists():
         try:
             read_left_out(drop)

@@ -29,6 +29,7 @@ from mmkd.commands.cluster_records import (
     image_features,
     print_clusters,
 )
+from mmkd.commands.cluster_sheet import check_sheet, write_cluster_sheet
 from mmkd.commands.score_passes import Block, Row, Scores, batch_of, journal_rows, run_pass
 from mmkd.commands.scored_models import request_of, scored_models, tokenizer_hash
 from mmkd.data.batch import Batch
@@ -58,6 +59,7 @@ def score_data(
     models: Sequence[str] = (),
     stage: str | None = None,
     clusters: int | None = None,
+    sheet: Path | None = None,
     batch_size: int = 8,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def score_data(
         stage: name of a stage with data of its own; None takes the recipe's data.
         clusters: number of clusters of similar images, by the features of the first of `models`, by
             default of the first teacher or, without one, of the student; None for no clusters.
+        sheet: PNG file of images of each cluster, which is written.
         batch_size: records per forward pass.
         device: where the models run.
 
@@ -93,6 +96,7 @@ def score_data(
     distributed.connect(place, timeout_s=max(s.engine.timeout_s for s in recipe.stages))
     folder = out.with_name(f"{out.name}.parts")
     _check_out(out)
+    check_sheet(sheet)
     with distributed.alone_in(folder):
         records = Records(data)
         shared = {
@@ -121,6 +125,8 @@ def score_data(
             grouped = cluster_records(features, clusters, recipe.seed, by.source)
         distributed.barrier()
         if distributed.rank() == 0:
+            if grouped is not None and sheet is not None:
+                write_cluster_sheet(sheet, records, grouped.labels)
             _write(out, folder, records, facts, grouped)
             shutil.rmtree(folder)
         distributed.barrier()

@@ -57,7 +57,7 @@ def first_centres(points: np.ndarray, count: int, generator: np.random.Generator
     while len(chosen) < count:
         sums = np.cumsum(nearest)
         if not sums[-1] > 0:
-            raise TooFewPointsError(f"{len(chosen):,} different points for {count:,} clusters")
+            raise TooFewPointsError(f"fewer are different, {len(chosen):,}")
         place = int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
         new = points[min(place, int(np.flatnonzero(nearest)[-1]))][None].astype(np.float64)
         nearest = np.minimum(nearest, _distances(points, new)[:, 0])

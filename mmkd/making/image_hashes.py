@@ -12,6 +12,7 @@ from typing import Any
 from mmkd.data.images import load_image
 from mmkd.data.twins import HASH_BITS, image_hash
 from mmkd.errors import DataError, StoppedError
+from mmkd.making.ask import shared
 from mmkd.making.requests import image_digest
 from mmkd.runtime import distributed, interrupt
 from mmkd.runtime.formats import FormatError, parse_json
@@ -85,8 +86,7 @@ class ImageHashes:
             problem = error
         if not distributed.all_agree(problem is None):
             raise problem or StoppedError("another process was asked to stop")
-        whole = dict(distributed.gather([*found.items()]))
-        return dict(sorted(whole.items())), dict(sorted(distributed.gather([*errors.items()])))
+        return shared(found), shared(errors)
 
 
 def _parsed(line: bytes, where: str) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from mmkd.commands import score_passes
 from mmkd.commands.score_data import print_scores, score_data
 from mmkd.data.encoder import Encoder
 from mmkd.data.records import Records
-from mmkd.errors import DataError, StoppedError
+from mmkd.errors import DataError, MmkdError, StoppedError
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.recipe import DataConfig, ModelConfig, load_recipe, to_yaml
 from mmkd.teachers import LiveTeacher
@@ -124,8 +124,10 @@ def test_a_stopped_command_goes_on(recipe, scored, tmp_path, monkeypatch):
 
 
 def test_refusals(recipe, scored, tmp_path):
-    with pytest.raises(DataError, match="sorted into 13 clusters: 12 different points for 13"):
+    with pytest.raises(DataError, match="sorted into 13 clusters: fewer are different, 12"):
         score_data(recipe, tmp_path / "s.parquet", clusters=13, device="cpu")
+    with pytest.raises(MmkdError, match=r"s.jpg: --sheet writes PNG"):
+        score_data(recipe, tmp_path / "s.parquet", clusters=2, sheet=tmp_path / "s.jpg")
     write_numbers(tmp_path / "n.json", range(5))
     data = DataConfig(train=str(tmp_path / "n.json"))
     texts = recipe.model_copy(update={"data": data})

@@ -63,5 +63,5 @@ def test_fewer_points_than_clusters():
     same = np.repeat(np.eye(3), 4, axis=0)
     keys = [str(n) for n in range(12)]
     assert np.bincount(clusters(same, keys, 3, 0)).tolist() == [4, 4, 4]
-    with pytest.raises(TooFewPointsError, match="3 different points for 4 clusters"):
+    with pytest.raises(TooFewPointsError, match="fewer are different, 3"):
         clusters(same, keys, 4, 0)

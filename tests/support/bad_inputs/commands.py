@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from mmkd.data.score_file import write_scores
 from tests.support.bad_inputs.evaluations import task_folder
 from tests.support.bad_inputs.table import World, case, overridden
 from tests.support.hub_server import TOKEN
@@ -443,3 +444,32 @@ def score_with_an_unknown_model(world: World) -> list[str]:
 def score_into_a_file(world: World) -> list[str]:
     Path("old.parquet").touch()
     return ["data", "score", "recipe.yaml", "--out", "old.parquet", "--device", "cpu"]
+
+
+@case(COMMAND, "asked for a sheet of no clusters", "--sheet shows clusters", "add --clusters")
+def sheet_without_clusters(world: World) -> list[str]:
+    return ["data", "score", "recipe.yaml", "--out", "s.parquet", "--sheet", "s.png"]
+
+
+@case(
+    COMMAND,
+    "asked for more clusters than there are different images",
+    "--clusters: the images cannot be sorted into 2 clusters: fewer are different, 1",
+    "ask for fewer",
+    leaves="s.parquet.parts",
+)
+def too_many_clusters(world: World) -> list[str]:
+    return ["data", "score", "recipe.yaml", "--out", "s.parquet", "--clusters", "2"]
+
+
+@case(
+    COMMAND,
+    "selected clusters of a file of scores without any",
+    "s.parquet: it has no clusters",
+    "mmkd data score RECIPE --out FILE --clusters K",
+)
+def no_clusters(world: World) -> None:
+    records = [("r1", "records", 0, None)]
+    facts = {"sources": {"records": {"records": 1}}, "models": {}}
+    write_scores(Path("s.parquet"), records, {}, facts)
+    world.raw["data"]["select"] = {"kind": "cluster", "scores": "s.parquet", "part": 0}
