@@ -164,7 +164,7 @@ class MakeConfig(Strict):
     seed: int = Field(0, ge=0, le=MOST_SEED, description="of sampled answers")
     batch_size: int = Field(8, ge=1, le=10**5, description="questions that run at once on a device")
 
-    @field_validator("by", mode="before")
+    @field_validator("by", "against", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
