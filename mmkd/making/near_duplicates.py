@@ -77,8 +77,8 @@ def leave_out(
     found, _ = hashes.of_all(len(images), lambda index: images.at(index).references, title)
     shown = [found.get(index, ()) for index in range(len(images))]
     bits, twins = BITS if config.twins is None else config.twins, config.twins is not None
-    asks_own = config.records is not None and not config.prompts
-    texts = _texts(questions) if asks_own and twins else None
+    times = len(questions) // len(images)
+    texts = _texts(questions, times) if config.records is not None and twins else None
     kept, left = kept_places(shown, sides, bits, twins=twins, texts=texts)
     if not kept:
         raise DataError(
@@ -86,20 +86,26 @@ def leave_out(
             where=where,
             hint="lower 'twins', or name less in 'against'",
         )
-    times = len(questions) // len(images)
     asked = questions.only([place * times + n for place in kept for n in range(times)])
     if lists is not None and texts is not None:
         kept, _ = kept_places(shown, sides, bits, twins=twins)
     return asked, None if lists is None else lists.only(kept), left
 
 
-def _texts(questions: Questions) -> list[str]:
-    """The words of each question; none for one that cannot be read."""
+def _texts(questions: Questions, times: int) -> list[str]:
+    """The words of what is asked about each record; none for one that cannot be read.
+
+    Args:
+        questions: of all records.
+        times: number of questions about each.
+    """
     found = []
-    for index in range(len(questions)):
+    for first in range(0, len(questions), times):
+        text = ""
         with suppress(DataError):
-            found.append(" ".join(words_of(questions.at(index).text)))
-        found += [""] * (index + 1 - len(found))
+            asked = [questions.at(index).text for index in range(first, first + times)]
+            text = "\n".join(" ".join(words_of(one)) for one in asked)
+        found.append(text)
     return found
 
 

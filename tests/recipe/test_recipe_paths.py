@@ -65,7 +65,7 @@ def at(recipe, key):
     for part in key:
         recipe = recipe[0] if isinstance(recipe, list) else recipe
         recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, part)
-    return recipe
+    return recipe[0] if isinstance(recipe, list) else recipe  # one path is a list of one
 
 
 def with_key(key, value):
