@@ -368,6 +368,7 @@ def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list
                 check.check_makers(config.by)
             except ValueError as error:
                 raise ValueError(f"make.{entry}: {error}") from error
+        _check_compared(entry, make)
         if f"{entry}{WHY}" in make and config.why is not None:
             raise ValueError(
                 f"make.{entry}{WHY} is the name of another entry's rationales -- rename it"
@@ -375,3 +376,20 @@ def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list
     files = [os.path.normpath(file) for config in make.values() for file in config.files]
     if len(set(files)) != len(files):
         raise ValueError("two entries of 'make' write the same file -- give each its own 'out'")
+
+
+def _check_compared(entry: str, make: dict[str, MakeConfig]) -> None:
+    """Check that no model rates an answer next to one that it has made in another entry.
+
+    Raises:
+        ValueError: one does.
+    """
+    config = make[entry]
+    judges = {name for check in config.checks if check.compares for name in check.models}
+    for name, other in make.items():
+        if config.records in (other.out, f"{MADE}{name}"):
+            for own in (maker for maker in other.by if maker in judges):
+                raise ValueError(
+                    f"make.{entry}: {own!r} would judge its own answers, of make.{name} -- name "
+                    "another model"
+                )

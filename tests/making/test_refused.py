@@ -101,6 +101,23 @@ def test_settings(recipe, changes, message):
     assert message in str(caught.value)
 
 
+def test_no_model_rates_what_it_has_made_in_another_entry(recipe, tmp_path):
+    """Where the record's own answer is rated, its maker is no judge."""
+    raw = entry(recipe(), by=["teacher", "student"])
+    judge = {"kind": "judge", "by": ["big", "student"], "margin": 1}
+    raw["make"]["hard"] = {"records": raw["make"]["photos"]["out"], "by": "other",
+                           "checks": [judge], "out": str(tmp_path / "hard.jsonl")}  # fmt: skip
+    server = {"server": "http://localhost:1/v1", "model": "m"}
+    raw["servers"] = {"big": server, "other": server}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(raw)
+    said = "make.hard: 'student' would judge its own answers, of make.photos -- name another model"
+    assert said in str(caught.value)
+    for fits in ({"margin": None}, {"by": ["big"]}):
+        raw["make"]["hard"]["checks"] = [{**judge, **fits}]
+        assert load_recipe(raw).make["hard"].checks[0].margin == {**judge, **fits}["margin"]
+
+
 def test_a_maker_may_rate_the_answers_of_others(recipe):
     check = {"kind": "judge", "by": ["teacher", "student"]}
     raw = entry(recipe(), by=["teacher", "student"], checks=[check])

@@ -94,6 +94,21 @@ def own_judge(world: World) -> list[str]:
 
 @case(
     KIND,
+    "had a model compare answers with its own ones, of another entry",
+    "make.hard: 'teacher' would judge its own answers, of make.photos",
+    "name another model",
+)
+def own_judge_of_another_entry(world: World) -> list[str]:
+    command = make(world)
+    check = {"kind": "judge", "by": "teacher", "margin": 1}
+    world.raw["make"]["hard"] = {
+        "records": "made.jsonl", "by": "student", "checks": [check], "out": "hard.jsonl",
+    }  # fmt: skip
+    return command
+
+
+@case(
+    KIND,
     "wanted an adjudicator for one reviewer",
     "make.photos.checks.0: one reviewer has no spread",
     "name two in 'by'",
