@@ -87,8 +87,10 @@ def scored(recipe):
     model.model.language_model.norm.weight.data.mul_(0.5)
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(TEACHER).save_pretrained(folder)
-    names = ["teacher", f"reference={folder}"]
-    score_data(recipe, Path(recipe.data.select.scores), models=names, batch_size=32)
+    select = recipe.data.select
+    clusters = 2 if select.kind == "cluster" else None
+    names = [] if clusters else ["teacher", f"reference={folder}"]
+    score_data(recipe, Path(select.scores), models=names, batch_size=32, clusters=clusters)
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda p: p.stem)
