@@ -215,10 +215,15 @@ def _refuse(config: StageConfig, out: str | Path | None) -> None:
             where=f"{where}: engine",
             hint="leave it out, or write a recipe and call mmkd.run",
         )
-    if config.convert or config.data is not None:
-        key = "convert" if config.convert else "data"
-        hint = "call mmkd.convert first" if config.convert else "use the arguments"
-        raise RecipeError("a call has no such key of a stage", where=f"{where}: {key}", hint=hint)
+    refused = {
+        "convert": (config.convert, "call mmkd.convert first"),
+        "data": (config.data, "use the arguments"),
+        "rounds": (config.rounds > 1, "call it again with the student"),
+    }
+    for key, (given, hint) in refused.items():
+        if given:
+            what = "a call has no such key of a stage"
+            raise RecipeError(what, where=f"{where}: {key}", hint=hint)
     if named is None and distributed.world_size() > 1:
         raise RecipeError(
             "several processes need a folder that all of them see", where=where, hint="give out="

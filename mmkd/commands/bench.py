@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from mmkd.data.batch import Batch
 from mmkd.errors import RecipeError
+from mmkd.making.used import check_made
 from mmkd.modeling.capture import capture
 from mmkd.modeling.capture_request import OUTPUTS_ONLY, CaptureRequest, LayerPlan
 from mmkd.objectives import Signals
@@ -148,13 +149,14 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
     Raises:
         RecipeError: no such stage, or the shares of its sources change within these steps.
     """
-    names = [s.name for s in recipe.stages]
+    own = students(recipe)[0].recipe
+    names = [s.name for s in own.stages]
     if stage_name is not None and stage_name not in names:
         raise RecipeError(
             f"no stage {stage_name!r}", where="stages", hint=f"there are {', '.join(names)}"
         )
     index = 0 if stage_name is None else names.index(stage_name)
-    sampling = recipe.stage_data(recipe.stages[index]).sampling
+    sampling = own.stage_data(own.stages[index]).sampling
     if sampling is not None and steps + WARM_UP > sampling.every:
         raise RecipeError(
             f"the shares of the sources change after {sampling.every:,} steps, within the "
@@ -163,7 +165,7 @@ def bench(recipe: Recipe, stage_name: str | None, steps: int) -> dict[str, Any]:
             hint="raise 'every' for the bench, or lower --steps",
         )
     with TemporaryDirectory() as folder:
-        made = prepare(students(recipe)[0].recipe, index, Path(folder))
+        made = prepare(own, index, Path(folder))
         return time_stage(*made, recipe.name, steps)
 
 
@@ -189,6 +191,7 @@ def prepare(
     device = distributed.choose_device(config.engine.device)
     distributed.connect(device, timeout_s=config.engine.timeout_s)
     preflight.check(recipe)
+    check_made(recipe, [recipe.stage_data(config)])
     student, processor = student_at(recipe, index), converted_processor(recipe.student)
     inputs = StageInputs(
         config=config,

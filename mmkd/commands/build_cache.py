@@ -24,7 +24,7 @@ from mmkd.data.samples import Sample
 from mmkd.data.vocabulary import check_head, shared_vocabulary
 from mmkd.engines import choose_precision
 from mmkd.errors import AGAIN, DataError, RecipeError, StoppedError
-from mmkd.making.used import check_made
+from mmkd.making.used import check_later, check_made
 from mmkd.modeling.loading import load_model, load_processor
 from mmkd.objectives import ObjectiveConfig, Region, Signals
 from mmkd.objectives.relation import logit_factor
@@ -58,6 +58,7 @@ def build_cache(recipe: Recipe) -> Store:
             where="stages",
             hint="add one, such as {kind: kl}",
         )
+    check_later(recipe.with_rounds())
     check_made(recipe, [recipe.stage_data(stage) for stage in stages])
     device = distributed.choose_device(stages[0].engine.device)
     distributed.connect(device, timeout_s=max(s.engine.timeout_s for s in stages))

@@ -59,7 +59,7 @@ def check_data(
                 hint="leave --images out",
             )
         recipe = load_recipe(target)
-        check_made(recipe)
+        check_made(recipe, _data(recipe))
         processor = converted_processor(recipe.student)
         teacher = recipe.teacher
         if teacher is not None and teacher.source == "live":  # all others need the student's

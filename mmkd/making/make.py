@@ -1,8 +1,10 @@
 """Make the records of an entry of `make`: ask, check, choose, write.
 
 OUT                     the records
-OUT.answers/            all answers so far (`mmkd.making.log`); made.json: the settings of OUT;
-                        hashes of images, if near-duplicates are left out
+OUT.answers/            all answers so far (`mmkd.making.log`)
+  made.json             the settings of OUT
+  counts.json           how many questions were kept
+  hashes-NNNNN.jsonl    hashes of images, if near-duplicates are left out
 """
 
 import hashlib
@@ -27,17 +29,12 @@ from mmkd.making.log import AnswerLog
 from mmkd.making.makers import build_makers, check_judges
 from mmkd.making.near_duplicates import LeftOut, leave_out
 from mmkd.making.object_questions import balanced, object_questions
-from mmkd.making.questions import (
-    Question,
-    Questions,
-    first_readable,
-    open_questions,
-    questions_for_lists,
-)
+from mmkd.making.opened import open_entry
+from mmkd.making.questions import Question, Questions
 from mmkd.making.rationales import ask_why, rationale_row
-from mmkd.making.requests import Context, request_of
+from mmkd.making.requests import request_of
 from mmkd.making.state import begin_writing, end_writing, facts_of, folder_of
-from mmkd.making.writing import RecordWriter, Row, check_out, join_rows, write_records
+from mmkd.making.writing import RecordWriter, Row, join_rows, write_records
 from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor
@@ -74,6 +71,18 @@ class Made:
     asked: Asked
     left_out: LeftOut
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What is kept of it, as JSON."""
+        return {
+            "questions": self.questions,
+            "kept": self.questions - self.unanswered,
+            "records": self.records,
+            "answers": self.answers,
+            "refused": self.refused,
+            "hard": self.hard,
+        }
+
 
 def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
     """Make the records of an entry of a recipe's `make`. Every rank calls it.
@@ -87,7 +96,7 @@ def make_answers(recipe: Recipe, name: str, device: torch.device) -> Made:
         MmkdError, StoppedError: as `make_records`.
     """
     config = recipe.make[name]
-    makers = build_makers(recipe, config, device)
+    makers = build_makers(recipe, config.models, config.batch_size, device)
     processor = converted_processor(recipe.student)
     return make_records(config, makers, f"make.{name}", processor, recipe.evaluate)
 
@@ -140,11 +149,7 @@ class _Job:
         there = [file for file in config.files if Path(file).exists()]
         if there and not folder_of(config).exists():
             raise DataError("it is there already", where=there[0], hint="name a new file")
-        self.questions: Questions = open_questions(config, where)
-        self.lists = questions_for_lists(config, where)
-        asked = self.lists or self.questions
-        check_out(config, first_readable(asked.at, len(asked)), where)
-        self.context = Context.of(config)
+        self.questions, self.lists, self.context = open_entry(config, where)
         self.checks = build_checks(config, self.questions)
         self.revisions = {n: maker.revision for n, maker in makers.items()}
         check_judges(config, makers, where)
@@ -176,7 +181,10 @@ class _Job:
         written, used = len(self._write(answered, found, why)), sum(map(bool, found))
         missing = shared(self.unreadable)
         asker.asked.unreadable |= {f"question {i}": error for i, error in missing.items()}
-        return self._summary(answered, written, used, asker.asked)
+        made = self._summary(answered, written, used, asker.asked)
+        if distributed.rank() == 0:
+            end_writing(self.config, self.facts, made.counts)
+        return made
 
     def _nothing(self, answered: list[Answered], asked: Asked) -> DataError:
         """The error if no answer becomes a record."""
@@ -227,7 +235,6 @@ class _Job:
             write_records(Path(self.config.out), rows, self._images)
             if self.config.why is not None:
                 write_records(Path(self.config.why.out), why, self._images)
-            end_writing(self.config, self.facts)
         return rows
 
     def _images(self, index: int) -> list[tuple[Any, Path | None]]:

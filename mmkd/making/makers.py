@@ -1,6 +1,6 @@
 """Build the models that answer and judge, from a recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -11,24 +11,22 @@ from mmkd.making.local import LocalMaker
 from mmkd.recipe import STUDENT, MakeConfig, Recipe, ServerConfig, StudentConfig
 
 
-def sources_of(recipe: Recipe, config: MakeConfig) -> dict[str, MakerSource]:
-    """Settings of the models that an entry of `make` asks, judges included, by name.
-
-    Args:
-        recipe: with the models.
-        config: the entry.
-    """
+def sources_of(recipe: Recipe, names: Sequence[str]) -> dict[str, MakerSource]:
+    """Settings of models that entries of `make` name."""
     known: dict[str, MakerSource] = {STUDENT: recipe.student, **recipe.servers}
     known |= {teacher.name: teacher for teacher in recipe.teachers}
-    return {name: known[name] for name in config.models}
+    return {name: known[name] for name in names}
 
 
-def build_makers(recipe: Recipe, config: MakeConfig, device: torch.device) -> dict[str, Maker]:
-    """The models that an entry of `make` asks, judges included, by name. None is loaded yet.
+def build_makers(
+    recipe: Recipe, names: Sequence[str], batch_size: int, device: torch.device
+) -> dict[str, Maker]:
+    """Models that entries of `make` name. None is loaded yet.
 
     Args:
         recipe: with the models.
-        config: the entry.
+        names: of the models.
+        batch_size: questions that run at once on a device.
         device: of models that run here.
 
     Raises:
@@ -36,8 +34,8 @@ def build_makers(recipe: Recipe, config: MakeConfig, device: torch.device) -> di
             stage.
     """
     return {
-        name: _build(name, source, config.batch_size, device)
-        for name, source in sources_of(recipe, config).items()
+        name: _build(name, source, batch_size, device)
+        for name, source in sources_of(recipe, names).items()
     }
 
 

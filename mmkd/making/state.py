@@ -9,11 +9,12 @@ from mmkd.errors import DataError
 from mmkd.making.against import against_facts
 from mmkd.making.base import MakerSource
 from mmkd.making.makers import sources_of
-from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, ServerConfig
+from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, ServerConfig, read_entry
 from mmkd.runtime.files import read_json, write_json
 from mmkd.runtime.formats import FormatError
+from mmkd.runtime.shapes import Counts, read_if
 
-SETTINGS = "made.json"
+SETTINGS, COUNTS = "made.json", "counts.json"
 _MODEL = {
     *("model", "config", "processor", "revision", "dtype", "attn_implementation", "image_size"),
     "quantize",
@@ -53,12 +54,15 @@ def facts_of(
 def entry_facts(recipe: Recipe, name: str) -> Facts:
     """`facts_of` an entry of a recipe's `make`."""
     config = recipe.make[name]
-    return facts_of(config, sources_of(recipe, config), recipe.evaluate)
+    return facts_of(config, sources_of(recipe, config.models), recipe.evaluate)
 
 
 def is_made(recipe: Recipe, name: str) -> bool:
-    """Whether the files of an entry are there, and were made with what `facts_of` names."""
+    """Whether the files of an entry are there, and were made with what `facts_of` names. Those of
+    the entry whose records it reads must be made too."""
     config = recipe.make[name]
+    if (read := read_entry(config, recipe.make)) is not None and not is_made(recipe, read):
+        return False
     settings = folder_of(config) / SETTINGS
     if not all(Path(file).is_file() for file in config.files) or not settings.is_file():
         return False
@@ -73,9 +77,15 @@ def begin_writing(config: MakeConfig) -> None:
     (folder_of(config) / SETTINGS).unlink(missing_ok=True)
 
 
-def end_writing(config: MakeConfig, facts: Facts) -> None:
-    """Note what the files of an entry were made with."""
+def end_writing(config: MakeConfig, facts: Facts, counts: Facts) -> None:
+    """Note what the files of an entry were made with, and how many questions were kept."""
+    write_json(folder_of(config) / COUNTS, counts)
     write_json(folder_of(config) / SETTINGS, facts)
+
+
+def counts_of(config: MakeConfig) -> Facts | None:
+    """The counts of `end_writing`; None if they are not there."""
+    return read_if(Counts, folder_of(config) / COUNTS)
 
 
 def _of_model(source: MakerSource) -> Facts:

@@ -35,14 +35,13 @@ from mmkd.recipe.load import (
     load_written,
     to_yaml,
 )
-from mmkd.recipe.making import (
-    MADE,
-    STUDENT,
-    CandidatesConfig,
-    MakeConfig,
-    RationaleConfig,
+from mmkd.recipe.made import (
+    asking_student,
+    read_entry,
     with_made_names,
+    with_record_names,
 )
+from mmkd.recipe.making import MADE, STUDENT, CandidatesConfig, MakeConfig, RationaleConfig
 from mmkd.recipe.models import (
     ImageSizeConfig,
     ModelConfig,
@@ -159,11 +158,14 @@ __all__ = [
     "WidthPruningConfig",
     "add_check",
     "add_conversion",
+    "asking_student",
     "load_make",
     "load_recipe",
     "load_release",
     "load_student",
     "load_written",
+    "read_entry",
     "to_yaml",
     "with_made_names",
+    "with_record_names",
 ]

@@ -1,7 +1,7 @@
 """Settings of data that a model makes: who answers which questions, and which answers are kept."""
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,17 +13,14 @@ from mmkd.recipe.stages import SamplingConfig
 from mmkd.recipe.templates import placeholders, written
 from mmkd.runtime.fields import MOST, MOST_SEED, Prose
 
-if TYPE_CHECKING:
-    from mmkd.recipe.sources import DataConfig, SourceConfig
-
-MADE = "made:"
-"""Begins the value of `data.train` that names an entry of `make`."""
 OF_RECORDS = ("question", "answer")
 """Placeholders of prompts about records."""
+MADE = "made:"
+"""Begins the value of `data.train`, or of `records`, that names an entry of `make`."""
 WHY = "-why"
 """Ends the name of an entry's rationales."""
 STUDENT = "student"
-"""Names the student, as the recipe starts it, as the model that answers."""
+"""Names the student, before the stage that reads the records, as the model that answers."""
 
 
 class CandidatesConfig(SamplingConfig):
@@ -83,7 +80,8 @@ class MakeConfig(Strict):
     )
     records: LocalPath | None = Field(
         None,
-        description="records, as data.train; their first question is asked, or 'prompts' if given",
+        description="records, as data.train, also made:NAME of another entry; their first question "
+        "is asked, or 'prompts' if given",
     )
     images: LocalPath | None = Field(
         None, description="folder that image paths of 'records' are relative to"
@@ -275,70 +273,6 @@ class MakeConfig(Strict):
     def source(self) -> dict[str, str | None]:
         """The data source that its file is: keys of a `SourceConfig`."""
         return {"train": self.out, "images": self.pictures or self.images}
-
-
-def with_made(data: "DataConfig", make: dict[str, MakeConfig]) -> "DataConfig":
-    """Settings of data in which `made:NAME` is replaced by the file of that entry, in held-out
-    records too.
-
-    Raises:
-        ValueError: there is no such entry, or `images` is given for it.
-    """
-    update: dict[str, Any] = {"sources": _sources(data.sources, make)}
-    if data.train is not None and data.train.startswith(MADE):
-        update |= _source(data.train, data.images, make)
-    if data.validation is not None:
-        held_out = _sources(data.validation.sources, make)
-        update["validation"] = data.validation.model_copy(update={"sources": held_out})
-    return data.model_copy(update=update)
-
-
-def _sources(sources: list["SourceConfig"], make: dict[str, MakeConfig]) -> list["SourceConfig"]:
-    return [
-        s.model_copy(
-            update={**_source(s.train, s.images, make), "name": s.name or s.train[len(MADE) :]}
-        )
-        if s.train.startswith(MADE)
-        else s
-        for s in sources
-    ]
-
-
-def with_made_names(data: dict[str, Any], make: dict[str, MakeConfig]) -> dict[str, Any]:
-    """Written settings of data in which files of `make` are `made:NAME` again, so that they follow
-    a variant that changes the entry: the inverse of `with_made`."""
-    names = {(source["train"], source["images"]): name for name, source in _entries(make).items()}
-
-    def named(part: dict[str, Any]) -> dict[str, Any]:
-        name = names.get((part.get("train"), part.get("images")))
-        return part if name is None else {**part, "train": f"{MADE}{name}", "images": None}
-
-    found = {**named(data), "sources": [named(s) for s in data["sources"]]}
-    if data["validation"] is not None:
-        held_out = [named(s) for s in data["validation"]["sources"]]
-        found["validation"] = {**data["validation"], "sources": held_out}
-    return found
-
-
-def _entries(make: dict[str, MakeConfig]) -> dict[str, dict[str, str | None]]:
-    """The data source of each name after `made:`."""
-    sources = {n: m.source for n, m in make.items()}
-    for entry, config in make.items():
-        if config.why is not None:
-            sources[f"{entry}{WHY}"] = {**config.source, "train": config.why.out}
-    return sources
-
-
-def _source(train: str, images: str | None, make: dict[str, MakeConfig]) -> dict[str, str | None]:
-    name = train[len(MADE) :]
-    sources = _entries(make)
-    if name not in sources:
-        known = ", ".join(sources) or "there is none"
-        raise ValueError(f"{train!r} is no entry of 'make' -- known: {known}")
-    # A variant may name another entry, in data that have the images of the recipe's own entry.
-    if images is not None and images not in [m.source["images"] for m in make.values()]:
-        raise ValueError(f"{train!r} has the images of its entry of 'make' -- remove 'images'")
-    return sources[name]
 
 
 def check_makers(make: dict[str, MakeConfig], teachers: list[str], servers: list[str]) -> None:

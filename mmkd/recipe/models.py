@@ -8,8 +8,10 @@ from mmkd.errors import nearest
 from mmkd.recipe.base import BOTH, LocalPath, Strict
 from mmkd.recipe.conversions import AnyConversionConfig
 from mmkd.recipe.evaluation import EvaluateConfig
-from mmkd.recipe.making import MakeConfig, check_makers, with_made
+from mmkd.recipe.made import in_order, with_made
+from mmkd.recipe.making import MakeConfig, check_makers
 from mmkd.recipe.release import ReleaseConfig
+from mmkd.recipe.rounds import MOST_STAGES, with_rounds
 from mmkd.recipe.servers import ServerConfig
 from mmkd.recipe.sources import DataConfig
 from mmkd.recipe.stage_teacher import check_stage_teachers
@@ -205,7 +207,9 @@ class AssistantConfig(Strict):
 
     student: StudentConfig
     stages: list[StageConfig] = Field(
-        min_length=1, max_length=1000, description="its stages; their names differ from all others"
+        min_length=1,
+        max_length=MOST_STAGES,
+        description="its stages; their names differ from all others",
     )
     data: DataConfig | None = Field(None, description="its data; the recipe's by default")
 
@@ -263,7 +267,7 @@ class Recipe(Strict):
         "made:NAME",
     )
     data: DataConfig
-    stages: list[StageConfig] = Field(min_length=1, max_length=1000)
+    stages: list[StageConfig] = Field(min_length=1, max_length=MOST_STAGES)
     assistant: AssistantConfig | None = None
     evaluate: EvaluateConfig | None = None
     release: ReleaseConfig | None = None
@@ -295,6 +299,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _with_made(self) -> "Recipe":
         check_makers(self.make, [t.name for t in self.teachers], list(self.servers))
+        self.make = in_order(self.make)
         self.data = with_made(self.data, self.make)
         for part in (
             *self.stages,
@@ -311,24 +316,26 @@ class Recipe(Strict):
             raise ValueError("two teachers have the same name -- give each a 'name'")
         if self.more_teachers and any(t.source != "live" for t in self.teachers):
             raise ValueError("several teachers must all run -- give each 'source: live'")
-        names = [s.name for s in self.stages]
+        stages = with_rounds(self.stages)
+        names = [s.name for s in stages]
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name -- rename one")
-        check_stage_teachers(self.stages, [t.name for t in self.teachers])
+        check_stage_teachers(stages, [t.name for t in self.teachers])
         largest = max([self.seed, *self.seeds])
-        count = max(len(self.stages), len(self.assistant.stages) if self.assistant else 0)
+        first = with_rounds(self.assistant.stages) if self.assistant else []
+        count = max(len(stages), len(first))
         if largest + count - 1 > MOST_SEED:  # each stage has a seed of its own
             raise ValueError(
                 f"the seed {largest} is too large for {count} stages -- give "
                 f"{MOST_SEED - count + 1} or less"
             )
-        self._check_labels()
+        self._check_labels(names)
         self._check_assistant(names)
         if self.label in self.variants:
             raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self
 
-    def _check_labels(self) -> None:
+    def _check_labels(self, names: list[str]) -> None:
         """Check that labels differ from names of the run's folders and from the teacher's label."""
         labels = [self.label, *self.variants]
         if self.teacher is not None and self.teacher.model is not None and TEACHER in labels:
@@ -337,7 +344,7 @@ class Recipe(Strict):
             )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("two seeds are the same -- give each once")
-        stages = [stage_name(index, stage.name) for index, stage in enumerate(self.stages)]
+        stages = [stage_name(index, name) for index, name in enumerate(names)]
         taken = {*RESERVED, START, *stages} if self.variants and not self.seeds else set()
         if found := sorted(taken & {*labels}):
             raise ValueError(
@@ -362,7 +369,7 @@ class Recipe(Strict):
             raise ValueError(
                 f"a student has the label {ASSISTANT!r}, which the assistant has -- rename it"
             )
-        names = [s.name for s in self.assistant.stages]
+        names = [s.name for s in with_rounds(self.assistant.stages)]
         if len({*names, *stages}) != len(names) + len(stages):
             raise ValueError(
                 "two stages of assistant and students have the same name -- rename one"
@@ -376,3 +383,7 @@ class Recipe(Strict):
 
     def stage_data(self, stage: StageConfig) -> DataConfig:
         return stage.data or self.data
+
+    def with_rounds(self) -> "Recipe":
+        """The recipe whose stages are what a run trains: each round is a stage."""
+        return self.model_copy(update={"stages": with_rounds(self.stages)})

@@ -429,6 +429,13 @@ class StageConfig(Strict):
     epochs: float | None = Field(
         None, gt=0, le=1e6, description="passes over the data; or give steps"
     )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="train the stage this many times in a row, as NAME-1, NAME-2, ...; data that "
+        "ask the student are made again before each",
+    )
     precision: Precision = Field(
         "float32",
         description="of matrix products; auto: bfloat16 if the device has hardware for it, "

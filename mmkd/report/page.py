@@ -11,6 +11,7 @@ from mmkd.report.calibration import calibration_panels
 from mmkd.report.decoding import decoding_table
 from mmkd.report.experts import load_tables
 from mmkd.report.glossary import glossary
+from mmkd.report.made import made_rows
 from mmkd.report.metrics import Column, all_columns
 from mmkd.report.plots import SERIES, stage_panels
 from mmkd.report.rundata import Run
@@ -93,6 +94,7 @@ def render(run: Run, tables: Tables) -> str:
         stages=[(s.stage, [(p.title, Markup(p.svg)) for p in s.panels]) for s in stage_panels(run)],
         validated=held_out_notes(run),
         experts=load_tables(run),
+        made=made_rows(run),
         students=students(run),
         samples=choose_samples(run),
         held_out=held_out_answers(run),

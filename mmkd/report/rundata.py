@@ -27,6 +27,7 @@ from mmkd.runtime.shapes import (
     Provenance,
     Results,
     Shape,
+    StageCounts,
     Started,
     Written,
     read_if,
@@ -53,6 +54,7 @@ class StageLog:
         file: identifies metrics.jsonl: members that share a stage have the same file.
         validations: numbers of validation.jsonl, one line per validation.
         kept: the step whose student was kept, if it was chosen by validation.
+        made: counts of the data that models made for the stage, by entry of `make`.
     """
 
     config: dict[str, Any]
@@ -63,6 +65,7 @@ class StageLog:
     file: int
     validations: list[dict[str, float]] = field(default_factory=list)
     kept: int | None = None
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -254,7 +257,8 @@ def _stage(folder: StageFolder, config: dict[str, Any]) -> StageLog:
     validations = _numbers(read_lines(folder.validation))
     best = (config.get("validation") or {}).get("keep") == "best"
     kept = ((done or {}).get("validation") or {}).get("kept_step") if best else None
-    return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept)
+    made = (read_if(StageCounts, folder.counts) or {}).get("entries", {})
+    return StageLog(config, numbers, loads, done is not None, steps, file, validations, kept, made)
 
 
 def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, float]]:

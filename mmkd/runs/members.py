@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmkd.recipe import Recipe, TeacherConfig, load_recipe, with_made_names
+from mmkd.recipe import Recipe, TeacherConfig, load_recipe, with_made_names, with_record_names
 from mmkd.runtime.run_folder import ASSISTANT, MemberFolder, RunFolder, StageFolder
 
 
@@ -73,19 +73,23 @@ def students(recipe: Recipe) -> list[Member]:
                 raw["teacher"] = _as_teacher(assistant, recipe).model_dump(mode="json")
             name = f"{label}-seed{seed}" if recipe.seeds else label
             folder = run.only_member if alone else run.member(name)
-            own = load_recipe(raw, overrides)
+            own = load_recipe(raw, overrides).with_rounds()
             found.append(Member(name, own, folder, assistant if _teaches(assistant, own) else None))
     return found
 
 
 def _with_made_names(raw: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Data and stages of a written recipe, with the files of `make` by name."""
+    """What reads the files of `make` in a written recipe, with their names instead."""
 
     def named(part: dict[str, Any]) -> dict[str, Any]:
         own = part["data"]
         return part if own is None else {**part, "data": with_made_names(own, recipe.make)}
 
-    return {"data": named(raw)["data"], "stages": [named(stage) for stage in raw["stages"]]}
+    return {
+        "make": with_record_names(raw["make"], recipe.make),
+        "data": named(raw)["data"],
+        "stages": [named(stage) for stage in raw["stages"]],
+    }
 
 
 def _assistant(recipe: Recipe) -> Member | None:
@@ -97,7 +101,7 @@ def _assistant(recipe: Recipe) -> Member | None:
     raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None, "assistant": None}
     return Member(
         ASSISTANT,
-        load_recipe({**raw, **own, "label": ASSISTANT}),
+        load_recipe({**raw, **own, "label": ASSISTANT}).with_rounds(),
         run_folder(recipe).member(ASSISTANT),
     )
 

@@ -7,15 +7,16 @@ from itertools import compress, takewhile
 from pathlib import Path
 
 from mmkd.errors import CheckpointError, RecipeError
+from mmkd.making.used import made_for
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
 from mmkd.runs.evaluate import evaluate
 from mmkd.runs.inputs import check_inputs, note_inputs
-from mmkd.runs.make_data import make_data
+from mmkd.runs.make_data import make_data, make_stage_data, note_counts, stage_recipe
 from mmkd.runs.members import Member, members, run_folder
 from mmkd.runs.provenance import describe
 from mmkd.runs.resume import Restart, check_stage, find_restart, start_again
-from mmkd.runs.start import student_before
+from mmkd.runs.start import student_before, write_start
 from mmkd.runs.timings import common_stages, stage_kind, steps_of
 from mmkd.runtime import distributed
 from mmkd.runtime.files import link_folder, read_yaml, write_folder
@@ -172,7 +173,8 @@ def _course(todo: list[Member]) -> Course:
         for index in range(max(shared, default=0), len(member.recipe.stages)):
             folder = member.stages[index]
             if not folder.is_done():
-                steps[str(folder.path)] = steps_of(member.recipe, member.recipe.stages[index])
+                own = stage_recipe(member, index)
+                steps[str(folder.path)] = steps_of(own, own.stages[index])
                 kinds[str(folder.path)] = stage_kind(member.recipe, index)
     return Course(steps, kinds)
 
@@ -208,22 +210,27 @@ def _train_stage(
     """Run a stage with its teachers. Nothing here refers to them afterwards, so that the pool can
     release them."""
     stages, folder = member.recipe.stages, member.stages[index]
-    config = stages[index]
-    teachers = pool.for_stage(with_stage_teachers(member.recipe, config, member.folder), config)
-    student, processor = student_before(member, index, recipe)
-    describe(member, recipe)
-    if distributed.rank() == 0:
-        note_inputs(member, index)
+    config, own = stages[index], stage_recipe(member, index)
     place = f"stage {index + 1} of {len(stages)}"
     if distributed.rank() == 0:
         say_heading(f"{member.label}: {place}, {config.name}")
+    write_start(member, index, recipe)
+    if made_for(member.recipe, index):
+        pool.release()  # the models that make data need the memory
+        make_stage_data(member, index)
+    describe(member, recipe)
+    teachers = pool.for_stage(with_stage_teachers(member.recipe, config, member.folder), config)
+    student, processor = student_before(member, index)
+    if distributed.rank() == 0:
+        note_inputs(member, index)
+        note_counts(member, index)
     with course.part(str(folder.path), place):
         inputs = StageInputs(
             config=config,
             student=student,
             processor=processor,
             teachers=teachers,
-            data=member.recipe.stage_data(config),
+            data=own.stage_data(own.stages[index]),
             folder=folder.path,
             seed=member.recipe.seed + index,
             tracked=Tracked(member.recipe, run_folder(recipe).path, folder.path),

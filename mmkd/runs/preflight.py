@@ -4,6 +4,7 @@ feature."""
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mmkd.engines.build import check_engine
 from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
-from mmkd.making.used import check_made, check_questions
+from mmkd.making.opened import check_entry
+from mmkd.making.used import check_later, check_made, check_questions, made_for
 from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
@@ -77,7 +79,8 @@ def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None)
 
     Args:
         recipe: the recipe of one student.
-        data: also encode the first records; False if the data do not exist yet.
+        data: also encode the first records; False if the data do not exist yet. Data that are made
+            right before their stage are not read: `check_data`.
         assistant: the recipe of the teacher, if it is an assistant that is not trained yet.
 
     Raises:
@@ -85,10 +88,30 @@ def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None)
             record that cannot be encoded.
     """
     check_trackers(recipe.report_to)
+    check_later(recipe)
     if data:
         check_made(recipe)
-    for context in _stages(recipe, assistant):
-        check_stage(context, data=data)
+    later = [made_for(recipe, index) for index in range(len(recipe.stages))]
+    for name in dict.fromkeys(name for entries in later for name in entries):
+        check_entry(recipe, name)
+    for context, entries in zip(_stages(recipe, assistant), later, strict=True):
+        check_stage(context, data=data and not entries)
+
+
+def check_data(recipe: Recipe, index: int, *, assistant: Recipe | None = None) -> None:
+    """Check the data of one stage, after they were made.
+
+    Args:
+        recipe: as the stage sees it (`with_stage_data`).
+        index: of the stage, from 0.
+        assistant: as in `check`.
+
+    Raises:
+        MmkdError: an error that would end the stage.
+    """
+    context = next(islice(_stages(recipe, assistant), index, None))
+    for look in OF_DATA:
+        look(context)
 
 
 def check_stage(context: StageContext, *, data: bool = True) -> None:

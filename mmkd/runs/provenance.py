@@ -15,6 +15,7 @@ import torch
 from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.errors import DataError
+from mmkd.making.used import made_before, with_stage_data
 from mmkd.recipe import HUB, Recipe, SourceConfig, to_yaml
 from mmkd.redact import redact_all
 from mmkd.runs.members import Member, members, run_folder
@@ -35,6 +36,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
     stages = [*(first.stages if first else []), *recipe.stages]
     data = [recipe.data, *([first.data] if first and first.data else [])]
     data += [s.data for s in stages if s.data]
+    later = _made_later(recipe)
     program = Path(sys.argv[0]).name
     sources = [*recipe.teachers, recipe.student, *([first.student] if first else [])]
     models = {m.model for m in sources if m.model}
@@ -54,16 +56,33 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "models": {m: "folder" if Path(m).is_dir() else "Hub" for m in sorted(models)},
         "plugins": plugin_files(),
         "trusted": consent.record(),
-        "data": {p.train: source_facts(p) for d in data for p in [*d.parts, *d.validation_parts]},
+        "data": {
+            part.train: source_facts(part)
+            for config in data
+            for part in [*config.parts, *config.validation_parts]
+            if part.train not in later
+        },
         **_left_out(recipe),
         **_selections(recipe),
     }
 
 
+def _made_later(recipe: Recipe) -> set[str]:
+    """Files that are not written, because what they would hold is made in the folders of stages.
+    Notes of it are in inputs.json of these stages."""
+    files = {file for config in recipe.make.values() for file in config.files}
+    before = [made_before(member.recipe) for member in members(recipe)]
+    return files - {f for entries in before for config in entries.values() for f in config.files}
+
+
 def _parts(recipe: Recipe) -> list[tuple[SourceConfig, float | None, int]]:
     """Each different source that a stage of a member trains on, with the share that is held out and
     the number of records that `data.sampling` does not train on."""
-    data = [m.recipe.stage_data(stage) for m in members(recipe) for stage in m.recipe.stages]
+    data = []
+    for member in members(recipe):
+        for index, folder in enumerate(member.stages):
+            own = with_stage_data(member.recipe, index, folder.made)
+            data.append(own.stage_data(own.stages[index]))
     found = {
         (part.model_dump_json(), config.held_out_share, config.records_apart): part
         for config in data

@@ -13,6 +13,7 @@ from mmkd.data.records import Source
 from mmkd.data.sources import find_files
 from mmkd.data.sources.tables import is_saved
 from mmkd.errors import DataError
+from mmkd.making.used import with_stage_data
 from mmkd.recipe import HUB, ModelConfig, Recipe, SourceConfig, StudentConfig
 from mmkd.runs.members import Member
 from mmkd.runtime.files import read_json
@@ -57,7 +58,8 @@ def reads_of_stage(member: Member, index: int) -> Reads:
         member: the run's member.
         index: number of the stage, from 0.
     """
-    recipe = with_stage_teachers(member.recipe, member.recipe.stages[index], member.folder)
+    own = with_stage_data(member.recipe, index, member.stages[index].made)
+    recipe = with_stage_teachers(own, own.stages[index], member.folder)
     return reads_of(recipe, index, start_of(member, index))
 
 

@@ -18,8 +18,9 @@ from mmkd.students import start_folder, student_at, write_converted, written_con
 from mmkd.students.start import source_folder
 
 
-def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
-    """Student and processor from which a stage starts. All ranks must call it.
+def write_start(member: Member, index: int, recipe: Recipe) -> None:
+    """Write the student from which a stage starts, if it is converted or made from a config. All
+    ranks must call it.
 
     Args:
         member: the student.
@@ -27,8 +28,7 @@ def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrain
         recipe: of the whole run.
 
     Raises:
-        CheckpointError: the model cannot be loaded, or the student of the previous stage is
-            missing.
+        CheckpointError: the student of the previous stage is missing.
         RecipeError: a conversion does not fit the model.
     """
     own, folder = member.recipe, member.folder
@@ -45,6 +45,15 @@ def student_before(member: Member, index: int, recipe: Recipe) -> tuple[PreTrain
         config = written_config(own.student, source)
         config = config.model_copy(update={"convert": conversions})
         _write(member, recipe, config, member.stages[index].start, index)
+
+
+def student_before(member: Member, index: int) -> tuple[PreTrainedModel, Any]:
+    """Student and processor from which a stage starts, after `write_start`.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+    own, folder = member.recipe, member.folder
     start = written_config(own.student, start_folder(own, index, folder))
     return student_at(own, index, folder=folder), load_processor(start)
 

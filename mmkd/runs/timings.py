@@ -23,15 +23,14 @@ from mmkd.runtime.shapes import Shape, read_if
 NOT_TIMED = {"label", "name", "seed", "output_dir", "report_to", "evaluate", "release", "variants",
              "seeds"}  # fmt: skip
 """Keys of a recipe on which the time of a step does not depend."""
-LENGTH = {"steps", "epochs", "checkpoint", "optimizer", "schedule"}
+LENGTH = {"name", "steps", "epochs", "checkpoint", "optimizer", "schedule"}
 """The same for keys of a stage. The kind of optimizer is added separately."""
 
 
 def timing_file(recipe: Recipe, index: int) -> Path:
-    """The file with the timing of a stage. Recipes with the same name but other settings have
-    different files."""
-    name = f"{recipe.stages[index].name}-{_key(recipe, index)}.json"
-    return run_folder(recipe).timings / name
+    """The file with the timing of a stage. Stages whose steps take the same time, such as the
+    rounds of a stage, have the same file."""
+    return run_folder(recipe).timings / f"{stage_kind(recipe, index)}.json"
 
 
 def keep_timing(recipe: Recipe, index: int, found: dict[str, Any]) -> Path:
@@ -50,13 +49,13 @@ def seconds_per_step(recipe: Recipe, index: int) -> float | None:
     return float(seconds)
 
 
-def _key(recipe: Recipe, index: int) -> str:
-    """A hash of the settings that the time of a step depends on."""
+def stage_kind(recipe: Recipe, index: int) -> str:
+    """A hash of the settings that the time of a stage's steps depends on."""
     stage = recipe.stages[index]
     content = {
         "recipe": recipe.model_dump(mode="json", exclude={*NOT_TIMED, "stages"}),
         "converted": [
-            [c.model_dump(mode="json") for c in s.convert] for s in recipe.stages[: index + 1]
+            c.model_dump(mode="json") for s in recipe.stages[: index + 1] for c in s.convert
         ],
         "stage": stage.model_dump(mode="json", exclude=LENGTH),
         "optimizer": stage.optimizer.kind,
@@ -75,11 +74,6 @@ def _machine(recipe: Recipe, index: int) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
     }
-
-
-def stage_kind(recipe: Recipe, index: int) -> str:
-    """A key that is equal for stages whose steps take the same time."""
-    return _key(recipe, index)
 
 
 def steps_of(recipe: Recipe, stage: StageConfig) -> int | None:

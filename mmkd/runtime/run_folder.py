@@ -9,6 +9,7 @@ runs/<name>/
     01-<stage>/                 metrics.jsonl  validation.jsonl  skipped.jsonl  inputs.json
                                 checkpoints/  student/  objectives.safetensors  done.json
       start/student/            what a stage that converts starts from
+      made/  made.json          data that were made before this stage; how many questions were kept
     replaced/                   what a recipe that has changed since has replaced
   evaluation/<label>/           results.json  request.json  samples/  answers.json  decode.json
   release/<member>/             what `mmkd release` sends to the Hub
@@ -18,6 +19,7 @@ A run of one student has no folder for its member: the stages are in the run's f
 assistant has one.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ ASSISTANT = "assistant"
 START, REPLACED = "00-start", "replaced"
 RESERVED = ("evaluation", "release", REPLACED, "tensorboard", "wandb", "trackio")
 """Names in a run's folder that no student's folder may have."""
+_NUMBERED = re.compile(r"(\d{2,})-")
 DAMAGED = "bring it back, or delete it to make again what its folder holds"
 
 
@@ -83,6 +86,16 @@ class StageFolder(StudentFolder):
     def start(self) -> StudentFolder:
         """The converted student that the stage starts from, if the stage converts."""
         return StudentFolder(self.path / "start")
+
+    @property
+    def made(self) -> Path:
+        """Data that were made right before the stage."""
+        return self.path / "made"
+
+    @property
+    def counts(self) -> Path:
+        """How many questions were kept of the data that models made for the stage."""
+        return self.path / "made.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -140,8 +153,9 @@ class MemberFolder:
 
     def stages_from(self, index: int) -> list[StageFolder]:
         """The stages on the disk from `index` on, in order, whatever their names are."""
-        found = (f for f in self.path.glob("[0-9][0-9]-*") if f.is_dir())
-        return [StageFolder(f) for f in sorted(found) if int(f.name[:2]) > index]
+        found = [(_NUMBERED.match(f.name), f) for f in self.path.glob("*") if f.is_dir()]
+        numbers = sorted((int(number[1]), f) for number, f in found if number is not None)
+        return [StageFolder(f) for number, f in numbers if number > index]
 
     def is_started(self) -> bool:
         """Whether some student of it was made, or some checkpoint written."""

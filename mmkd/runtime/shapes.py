@@ -38,6 +38,23 @@ class Started(Shape):
     changes: list[str]
 
 
+class Counts(Shape):
+    """counts.json of an entry of `make`."""
+
+    questions: Count
+    kept: Count
+    records: Count
+    answers: Count
+    refused: dict[str, Count]
+    hard: dict[str, tuple[Count, Count]] = {}
+
+
+class StageCounts(Shape):
+    """made.json of a stage: the counts of each entry of `make` that it reads, by name."""
+
+    entries: dict[str, Counts]
+
+
 class FileFacts(Shape):
     bytes: Count
     sha256: str

@@ -103,6 +103,12 @@ class TeacherPool:
         processor = load_processor(needed[0]) if live else converted_processor(recipe.student)
         return LoadedTeachers(members, recipe.teachers, processor)
 
+    def release(self) -> None:
+        """Release all teachers, and what else is not used any more. `for_stage` loads teachers
+        again."""
+        self._release({*self._loaded})
+        _free()
+
     def _release(self, keys: set[str]) -> None:
         for key in sorted(keys):  # processes release sharded weights in one order
             teacher = self._loaded.pop(key)
@@ -110,9 +116,13 @@ class TeacherPool:
                 teacher.close()
             del teacher
         if keys:
-            gc.collect()  # modules and their hooks refer to each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free()
+
+
+def _free() -> None:
+    gc.collect()  # modules and their hooks refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_teachers(recipe: Recipe, stage: StageConfig) -> LoadedTeachers:

@@ -172,6 +172,14 @@ def test_no_name_is_broken_at_80_columns(world, monkeypatch):
     assert text.count("kl@vision") == len(names)
 
 
+def test_rounds_have_the_timing_of_one(world):
+    recipe = load_recipe(world(stage={**KL, "steps": 7200, "rounds": 3}))
+    assert timings.keep_timing(recipe.with_rounds(), 0, {"seconds": 0.5}).is_file()
+    plan = make_plan(recipe)
+    assert [stage["seconds"] for stage in plan["members"]["student"]["stages"]] == [3600] * 3
+    assert plan["total"]["steps"] == 3 * 7200
+
+
 def test_hours_where_bench_has_timed_the_stage(world, tmp_path, monkeypatch):
     recipe = load_recipe(world(stage={**KL, "steps": 7200}))
     assert make_plan(recipe)["total"]["seconds"] is None

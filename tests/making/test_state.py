@@ -30,7 +30,7 @@ def made(recipe, tmp_path, tiny_model_dir):
     found = load_recipe(path)
     folder_of(found.make["photos"]).mkdir()
     (tmp_path / "made.jsonl").write_text("{}")
-    end_writing(found.make["photos"], entry_facts(found, "photos"))
+    end_writing(found.make["photos"], entry_facts(found, "photos"), {})
     assert is_made(found, "photos")
     return path
 
@@ -69,7 +69,7 @@ def test_a_server_is_a_model_too(made):
     raw["make"]["photos"]["by"] = "big"
     raw["servers"] = {"big": {"server": "http://localhost:1/v1", "model": "m"}}
     found = load_recipe(raw)
-    end_writing(found.make["photos"], entry_facts(found, "photos"))
+    end_writing(found.make["photos"], entry_facts(found, "photos"), {})
     assert is_made(found, "photos")
     assert is_made(load_recipe(raw, ["servers.big.concurrency=2"]), "photos")
     assert not is_made(load_recipe(raw, ["servers.big.model=n"]), "photos")

@@ -15,6 +15,7 @@ from mmkd.commands.plan.costs import (
     memory,
     parameter_bytes,
 )
+from mmkd.commands.plan.made import plan_made
 from mmkd.commands.plan.teacher_size import decoder_parameters, size_advice
 from mmkd.data.encoder import Encoder
 from mmkd.data.image_tokens import ImageTokenDropout
@@ -27,6 +28,7 @@ from mmkd.modeling.loading import parameter_count, skeleton
 from mmkd.objectives import HeadObjective, Objective, Preference, build_objective
 from mmkd.recipe import DataConfig, Recipe, StageConfig
 from mmkd.runs import preflight, timings
+from mmkd.runs.make_data import stage_recipe
 from mmkd.runs.members import Member, members
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor, finished, set_trainable, student_at
@@ -82,8 +84,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             processor = converted_processor(member.recipe.student)
             teachers = _teachers(member.recipe, member.untrained_teacher)
             stages = [
-                plan_stage(member.recipe, stage, processor, teachers)
-                for stage in member.recipe.stages
+                plan_stage(member.recipe, stage, processor, teachers, data=_data(member, index))
+                for index, stage in enumerate(member.recipe.stages)
             ]
             planned.append((content, stages))
         found[member.label] = {
@@ -100,6 +102,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "teacher": None if primary is None else {"parameters": parameter_count(primary)},
         "members": found,
+        "made": plan_made(trained),
         "total": _sum(alone),
         "warnings": _warnings(found),
         "notes": _notes(found),
@@ -112,6 +115,12 @@ def _teachers(recipe: Recipe, assistant: Recipe | None = None) -> dict[str, PreT
     if assistant is not None and recipe.teacher is not None:
         return {recipe.teacher.name: finished(assistant)}
     return {t.name: skeleton(t) for t in recipe.teachers if t.source == "live"}
+
+
+def _data(member: Member, index: int) -> DataConfig:
+    """The data that a stage reads, in its folder if they are made right before it."""
+    own = stage_recipe(member, index)
+    return own.stage_data(own.stages[index])
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
@@ -158,6 +167,7 @@ def plan_stage(
     processor: Any,
     teachers: Mapping[str, PreTrainedModel],
     sampled: tuple[Sample, int] | None = None,
+    data: DataConfig | None = None,
 ) -> dict[str, Any]:
     """One stage's plan.
 
@@ -167,6 +177,7 @@ def plan_stage(
         processor: the student's.
         teachers: those of the recipe that run, by name and without weights.
         sampled: a mean record and the number of records of an epoch; None reads them from the data.
+        data: that the stage reads; those of the recipe by default.
     """
     index, earlier = recipe.stages.index(stage), earlier_stage(recipe, stage)
     second = timings.seconds_per_step(recipe, index)
@@ -178,7 +189,7 @@ def plan_stage(
     trainable = set(set_trainable(student, stage.train.groups, stage.train.lora))
     objectives = _objectives_of(recipe, stage, student, teachers)
     if sampled is None:
-        sampled = sample_data(recipe.stage_data(stage), processor, objectives, stage)
+        sampled = sample_data(data or recipe.stage_data(stage), processor, objectives, stage)
     sample, records = sampled
     processes = distributed.world_size()
     device = distributed.choose_device(stage.engine.device)

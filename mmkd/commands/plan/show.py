@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mmkd.commands.plan.made import made_lines
 from mmkd.errors import MmkdError
 from mmkd.recipe import StageTeacherConfig, TrainConfig
 from mmkd.runtime.progress import console, say
@@ -48,6 +49,8 @@ def print_plan(plan: dict[str, Any], *, verbose: bool = False) -> None:
                 console.print(table)
     if len(plan["members"]) > 1:
         _print_study(plan, students)
+    for line in made_lines(plan["made"]):
+        say(line)
     say(f"in all: {_total(plan['total'])}")
     for warning in plan["warnings"]:
         say(f"warning: {warning}")

@@ -395,3 +395,90 @@ def damaged_hashes(world: World) -> list[str]:
     Path("made.jsonl.answers").mkdir()
     write('{"image": 1}\n', "made.jsonl.answers/hashes-00000.jsonl")
     return make(world, twins=16)
+
+
+def later(world: World, **changes: Any) -> dict[str, Any]:
+    """Have the student answer before the second stage; returns that stage."""
+    make(world, by="student", **changes)
+    first = world.raw["stages"][0]
+    stage = {**first, "name": "improve", "data": {"train": "made:photos"}}
+    world.raw["stages"] = [first, stage]
+    return stage
+
+
+@case(
+    KIND,
+    "had two entries read each other's records",
+    "entries of 'make' read each other's records (more -> photos -> more)",
+    "break the circle",
+)
+def made_in_a_circle(world: World) -> None:
+    make(world, pictures=None, records="made:more")
+    more = {"records": "made:photos", "out": "more.jsonl"}
+    world.raw["make"]["more"] = more
+
+
+@case(
+    KIND,
+    "read the records of an entry that is not there",
+    "'made:more' is no entry of 'make'",
+    "known: photos",
+)
+def reads_no_entry(world: World) -> None:
+    make(world, pictures=None, records="made:more")
+
+
+@case(
+    KIND,
+    "made two files of one name before a stage",
+    "stage improve: two entries of 'make' write files with the name made.jsonl",
+    "give one another name",
+)
+def made_under_one_name(world: World) -> None:
+    stage = later(world)
+    world.raw["make"]["again"] = {"records": "made:photos", "out": "again/made.jsonl"}
+    stage["data"] = {"train": "made:again"}
+
+
+@case(
+    KIND,
+    "left out records that are made right before their stage",
+    "stage improve: left.jsonl belongs to records that are there before the run",
+    "leave it out, or name another model in 'by'",
+)
+def left_out_before_it_is_made(world: World) -> None:
+    stage = later(world)
+    write(b"{}", "left.jsonl")
+    stage["data"]["leave_out"] = "left.jsonl"
+
+
+@case(
+    KIND,
+    "named a stage like a round of another one",
+    "two stages have the same name",
+    "rename one",
+)
+def named_like_a_round(world: World) -> None:
+    first = world.raw["stages"][0]
+    world.raw["stages"] = [{**first, "rounds": 2}, {**first, "name": f"{first['name']}-2"}]
+
+
+@case(
+    KIND,
+    "gave a long name to a stage with rounds",
+    "its name with the number of the round has more than 100 characters",
+    "shorten it",
+)
+def long_name_of_rounds(world: World) -> None:
+    world.raw["stages"][0] |= {"name": "a" * 99, "rounds": 2}
+
+
+@case(
+    KIND,
+    "wanted very many rounds",
+    "1,100 stages, counting each round",
+    "give at most 1,000",
+)
+def too_many_rounds(world: World) -> None:
+    first = world.raw["stages"][0]
+    world.raw["stages"] = [{**first, "name": f"s{n}", "rounds": 100} for n in range(11)]
