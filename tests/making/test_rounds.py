@@ -12,15 +12,23 @@ import pytest
 import torch
 import yaml
 
+from mmkd.commands.bench import bench
 from mmkd.commands.make_answers import make_entries
 from mmkd.commands.plan import check_recipe, make_plan
 from mmkd.commands.plan.made import made_lines
+from mmkd.commands.score_data import score_data
 from mmkd.data.records import Records
 from mmkd.errors import MmkdError, RecipeError
 from mmkd.making.make import make_answers, make_records
 from mmkd.making.makers import build_makers
 from mmkd.making.state import is_made
-from mmkd.making.used import made_before, made_for, used_entries, with_stage_data
+from mmkd.making.used import (
+    check_later,
+    made_before,
+    made_for,
+    used_entries,
+    with_stage_data,
+)
 from mmkd.modeling.loading import load_processor
 from mmkd.recipe import load_recipe, load_written, to_yaml
 from mmkd.report import write_report
@@ -332,6 +340,38 @@ def test_members_share_stages_and_not_data(raw, whole, tmp_path, monkeypatch):
     assert student(one) == student(whole / RUN / "02-tune-1")
     assert student(one) != student(other)
     assert (other.parent / "03-tune-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (["stages.1.data.sources.0.leave_out=left.jsonl"], "left.jsonl"),
+        (["stages.1.data.sources.0.select={kind: difference, large: a, small: b, "
+          "scores: scores.parquet}"], "scores.parquet"),
+        (["teacher.source=cache", "teacher.cache={folder: cache}",
+          "stages.1.objectives=[{kind: kl}]"], "the teacher's cache"),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_records_before_the_run(raw, changes, what):
+    recipe = load_recipe(raw, changes)
+    [own] = [member.recipe for member in pipeline.members(recipe)]
+    with pytest.raises(RecipeError, match=f"stage tune-1: {what} belongs to records"):
+        check_later(own)
+    check_later(load_recipe(raw, [*changes, "make.own.by=teacher"]).with_rounds())
+
+
+def test_commands_read_what_mmkd_data_answers_makes(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(raw)
+    scores = Path("s.parquet")
+    for command in (
+        lambda: bench(recipe, "tune-2", 1),
+        lambda: score_data(recipe, scores, stage="tune", device="cpu"),
+    ):
+        with pytest.raises(MmkdError, match=r"make\.own: its records are not made yet"):
+            command()
+    make_entries(recipe)
+    assert bench(recipe, "tune-2", 1)["stage"] == "tune-2"
 
 
 def test_paths_of_images_stay_where_they_were(raw, photos, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ def test_stages_are_numbered_from_one_and_found_whatever_their_names_are(tmp_pat
     (tmp_path / "02-file").touch()
     assert member.stages_from(0) == [member.stage(0, "align"), member.stage(9, "x")]
     assert member.stages_from(1) == [member.stage(9, "x")]
+    member.stage(120, "y").path.mkdir()
+    assert member.stages_from(10) == [member.stage(120, "y")]
 
 
 @pytest.mark.parametrize("folder", [StudentFolder, StageFolder])
