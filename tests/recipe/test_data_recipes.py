@@ -1,5 +1,6 @@
 """Recipes of methods that make, choose or mix data, or that train with a teacher for each stage."""
 
+import json
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.support.places import CONFIGS, DOCS, ROOT
 
 REAL = sorted(p for folder in ("data", "stages") for p in (CONFIGS / folder).glob("*.yaml"))
 SCENES = CONFIGS / "scenes"
-STUDIES = ["selection", "mixture", "rationales", "negatives", "hacking"]
+STUDIES = ["selection", "mixture", "rationales", "negatives", "hacking", "rounds"]
 SMALL = sorted(p for folder in ("data", "stages") for p in (SCENES / folder).glob("*.yaml"))
 RUN = [*(SCENES / f"{name}_study.yaml" for name in STUDIES), SCENES / "unlabelled.yaml", *SMALL]
 """Scene recipes, of which one step of each stage is run."""
@@ -61,8 +62,9 @@ def shortened(prepared, tmp_path, monkeypatch):
             changes += [f"stages.{i}.steps=1", f"stages.{i}.batch.size=2"]
             if stage.validation.records != 512:
                 changes.append(f"stages.{i}.validation.records=2")
+        rounds = any(stage.rounds > 1 for stage in raw.stages)
         for entry, config in raw.make.items():
-            changes.append(f"make.{entry}.limit=4")
+            changes.append(f"make.{entry}.limit={32 if rounds else 4}")  # some are hard
             if config.objects is not None:
                 changes.append(f"make.{entry}.objects.least_images=1")
         if raw.data.select is not None and raw.data.select.kind == "difficulty":
@@ -130,11 +132,18 @@ def tiny(part, model):
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_a_recipe_of_real_size_is_planned(path, deep_model_dir):
+def test_a_recipe_of_real_size_is_planned(path, deep_model_dir, prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"  # what entries of `make` ask about that the student answers
+    data.mkdir()
+    (data / "photos").symlink_to(prepared / "data" / "scenes_photos")
+    (data / "images").mkdir()
+    asked = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a cat"}]
+    (data / "questions.json").write_text(json.dumps([{"id": "0", "messages": asked}]))
     recipe = load_recipe(tiny(load_recipe(path).model_dump(mode="json"), str(deep_model_dir)))
     check_recipe(recipe, without_data=True)
     stages = make_plan(recipe)["members"][recipe.label]["stages"]
-    assert len(stages) == len(recipe.stages)
+    assert len(stages) == sum(stage.rounds for stage in recipe.stages)
 
 
 def test_questions_are_sorted_by_kind(prepared, scenes_dir):
