@@ -3,7 +3,8 @@
 python -m scripts.study_scores runs/divergence-study --json docs/studies/divergences_scores.json
 
 The table has the mean and the standard deviation over the seeds, in percent. Scores that the JSON
-file has of other seeds are kept; it also has the accuracy of each kind of question.
+file has of other seeds are kept; it also has the accuracy of each kind of question. `--against kl`
+prints a second table: the differences to this student, paired by seed.
 """
 
 import argparse
@@ -36,7 +37,6 @@ TASKS = {
     },
 }
 PERCENT = 100.0
-"""lmms-eval's BLEU is in percent already."""
 COLUMNS = (
     ("POPE random / popular / adversarial", ("pope_random", "pope_popular", "pope_adversarial")),
     ("VQA", ("vqa",)),
@@ -57,7 +57,7 @@ def scores_of(run: Path) -> Scores:
             label, seed = match.groups()
         scores = read_json(path)["scores"]
         found.setdefault(label, {})[seed] = {
-            short: round(scores[task][name] * (1 if short == "bleu" else PERCENT), 2)
+            short: round(scores[task][name] * PERCENT, 2)
             for task, names in TASKS.items()
             for name, short in names.items()
             if name in scores.get(task, {})
@@ -86,10 +86,23 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+def differences(scores: Scores, label: str) -> Scores:
+    """For each other label, its scores minus those of `label` with the same seed."""
+    found: Scores = {}
+    for other, seeds in scores.items():
+        for seed in seeds.keys() & scores[label].keys() if other != label else ():
+            pair = scores[label][seed], seeds[seed]
+            names = [name for name in pair[1] if name in pair[0]]
+            both = {name: round(pair[1][name] - pair[0][name], 2) for name in names}
+            found.setdefault(other, {})[seed] = both
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", metavar="LABEL")
     given = parser.parse_args()
     merged: Scores = read_json(given.json) if given.json and given.json.exists() else {}
     for run in given.runs:
@@ -98,3 +111,5 @@ if __name__ == "__main__":
     if given.json:
         write_json(given.json, merged)
     print(table(merged))
+    if given.against:
+        print(f"\n{table(differences(merged, given.against))}")
