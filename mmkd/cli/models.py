@@ -20,6 +20,9 @@ from mmkd.errors import AGAIN, MmkdError
 from mmkd.runtime import interrupt
 from mmkd.runtime.fields import MOST_SEED
 
+LONGEST_TASK_S = 86400.0
+"""Seconds that processes of an evaluation wait for the others, one of which may download data."""
+
 
 @app.command()
 def convert(
@@ -138,7 +141,7 @@ def evaluate(
     given = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
     results: dict[str, Any] = {}
     processes = all_processes()
-    distributed.connect(distributed.choose_device(device))
+    distributed.connect(distributed.choose_device(device), timeout_s=LONGEST_TASK_S)
     with muted(not processes.is_first):
         scores, failed = score_models(
             find_models(model, student, given, include, local),

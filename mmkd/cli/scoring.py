@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmkd.errors import CheckpointError, EvaluationError, MmkdError, nearest, one_line
+from mmkd.errors import CheckpointError, EvaluationError, MmkdError, PeerError, nearest, one_line
 from mmkd.runtime import interrupt
 from mmkd.runtime.progress import say
 from mmkd.runtime.run_folder import RunFolder
@@ -207,7 +207,7 @@ def score_models(
             scores[label] = error.scores
         except MmkdError as error:
             interrupt.stop_here()
-            if len(asked.models) == 1:
+            if len(asked.models) == 1 or isinstance(error, PeerError):
                 raise
             say(f"{label}: its evaluation failed ({one_line(error)})")
             failed.append(EvaluationError(error.what, where=error.where, hint=error.hint))

@@ -58,7 +58,7 @@ def evaluate_models(
         for label, source in sources.items()
     ]
     failed: dict[str, Exception] = {}
-    with muted(not processes.is_first):
+    with muted(not processes.is_first), processes.failing_together():
         for model in models if settings.tasks else []:
             _try(partial(_score, model, settings, processes), model, failed)
     if processes.size > 1:
@@ -144,23 +144,24 @@ def _score(model: _Model, settings: EvaluateConfig, processes: Processes) -> Non
     from mmkd.evaluation.run import evaluate as score
 
     source, out = model.source, model.out
-    if processes.from_first(partial(_has_scores, model, settings)):
-        return
-    score(
-        str(source.model),
-        processor=source.processor,
-        tasks=settings.tasks,
-        include_path=Path(settings.include) if settings.include else None,
-        local=Path(settings.local) if settings.local else None,
-        out=out.path,
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        calibration=settings.calibration,
-        processes=processes,
-        **model.running,
-    )
-    if processes.is_first:
-        write_json(out.request, _request(model, settings))
+    with processes.failing_together():
+        if processes.from_first(partial(_has_scores, model, settings)):
+            return
+        score(
+            str(source.model),
+            processor=source.processor,
+            tasks=settings.tasks,
+            include_path=Path(settings.include) if settings.include else None,
+            local=Path(settings.local) if settings.local else None,
+            out=out.path,
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            calibration=settings.calibration,
+            processes=processes,
+            **model.running,
+        )
+        if processes.is_first:
+            write_json(out.request, _request(model, settings))
 
 
 def _request(model: _Model, settings: EvaluateConfig) -> dict[str, Any]:

@@ -51,15 +51,13 @@ def _alone_in_out(function: Call) -> Call:
     @wraps(function)
     def alone(*words: Any, **settings: Any) -> Any:
         out, processes = settings["out"], settings.get("processes", ALONE)
-        if processes.size > 1:
-            with (
-                nullcontext() if out is None else distributed.alone_in(out),
-                distributed.unknown_to_libraries(),
-                muted(not processes.is_first),
-                processes.failing_together(),
-            ):
-                return function(*words, **settings)
-        with nullcontext() if out is None else locked(out):
+        alone_in = locked if processes.size == 1 else distributed.alone_in
+        with (
+            nullcontext() if out is None else alone_in(out),
+            distributed.unknown_to_libraries(),
+            muted(not processes.is_first),
+            processes.failing_together(),
+        ):
             return function(*words, **settings)
 
     return cast(Call, alone)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmkd.errors import MmkdError, one_line
+from mmkd.errors import MmkdError, PeerError, one_line
 from mmkd.evaluation.finished import FinishedTasks, facts_of
 from mmkd.evaluation.refusals import describe, is_of_document
 from mmkd.evaluation.scored import collect_scores, load_task, sample_of, simple_evaluate
@@ -54,6 +54,8 @@ def run_tasks(
                     known = finished.write(name, facts, given_now)
             except Exception as error:
                 interrupt.stop_here()
+                if isinstance(error, PeerError):
+                    raise
                 if not isinstance(error, MmkdError) and not is_of_document(error):
                     raise
                 say(f"{name}: failed ({one_line(error)})")

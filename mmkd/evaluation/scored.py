@@ -5,7 +5,11 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
+from unittest import mock
+
+import torch
 
 from mmkd.errors import MmkdError
 
@@ -26,7 +30,7 @@ def simple_evaluate(
     from lmms_eval import evaluator
 
     # some tasks print their categories' scores, or write them to the working directory
-    with TemporaryDirectory() as scratch, _in_one_line(tasks):
+    with TemporaryDirectory() as scratch, _in_one_line(tasks), _without_barrier():
         found: dict[str, Any] | None = evaluator.simple_evaluate(
             model=adapter,
             tasks=list(tasks),
@@ -49,6 +53,25 @@ def load_task(task: str, manager: "TaskManager") -> None:
 
     with _in_one_line([task]):
         get_task_dict([task], manager, "chat")
+
+
+@contextmanager
+def _without_barrier() -> Iterator[None]:
+    """Inside, lmms-eval loads data without waiting for the other processes of this one's group.
+    They may be elsewhere, and one that stops or fails would leave the others in its barrier."""
+    from lmms_eval import evaluator
+
+    with mock.patch.object(evaluator, "torch", _TorchWithoutGroup()):
+        yield
+
+
+class _TorchWithoutGroup:
+    """The module torch, in which no process group is initialized."""
+
+    distributed = SimpleNamespace(is_initialized=lambda: False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 @contextmanager

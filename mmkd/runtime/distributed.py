@@ -146,6 +146,8 @@ def connect(device: torch.device, *, alone: bool = False, timeout_s: float = TIM
         return
     _timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL exchanges objects on the current GPU
     settings: dict[str, Any] = {"timeout": _timeout}
     if world_size() == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -195,13 +195,21 @@ def deferred() -> Iterator[None]:
     """
     if _state.depth == 0:
         stop_here()  # a library may have swallowed the exception
+    with postponed():
+        yield
+    if _state.depth == 0:
+        stop_here()
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """A signal that comes inside raises `StoppedError` later, at the next `stop_here` or
+    `deferred`."""
     _state.depth += 1
     try:
         yield
     finally:
         _state.depth -= 1
-    if _state.depth == 0:
-        stop_here()
 
 
 def stop_here() -> None:
@@ -256,8 +264,7 @@ def call(command: Sequence[str | Path]) -> int:
     Signals that this process gets are passed on. The command ends with this process.
     """
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
-    _state.depth += 1  # no StoppedError after it: its exit status says what has happened
-    try:
+    with postponed():  # no StoppedError after it: its exit status says what has happened
         with held():
             child = subprocess.Popen([str(word) for word in command], env=environment)
             _state.children.append(child)
@@ -265,8 +272,6 @@ def call(command: Sequence[str | Path]) -> int:
             return child.wait()
         finally:
             _state.children.remove(child)
-    finally:
-        _state.depth -= 1
 
 
 # The end of a parent

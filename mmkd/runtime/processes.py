@@ -8,10 +8,10 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mmkd.errors import StoppedError, one_line
-from mmkd.runtime import distributed
+from mmkd.errors import PeerError, StoppedError, one_line
+from mmkd.runtime import distributed, interrupt
 
 T = TypeVar("T")
 TOLD = "_all_processes_know"
@@ -41,17 +41,22 @@ class Processes:
     def exchange(self, value: T) -> list[T]:
         """The values of all processes, in the order of ranks.
 
+        Args:
+            value: can be pickled, and has no tensors on a GPU.
+
         Raises:
-            Exception: the error of a process that has failed in `failing_together`.
+            Exception: the error of the first process that has failed in `failing_together`.
+            PeerError: another process is gone.
+            StoppedError: this process was asked to stop.
         """
         if self.size == 1:
             return [value]
-        found: list[T | _Failure] = distributed.gather([value])
-        for one in found:
-            if isinstance(one, _Failure):
-                setattr(one.error, TOLD, True)
-                raise one.error
-        return found  # type: ignore[return-value]
+        interrupt.stop_here()
+        found = _gather(value)
+        error = _first_error(found)
+        if error is not None:
+            raise error
+        return found
 
     def from_first(self, function: Callable[[], T]) -> T:
         """The result of a function that only the first process calls.
@@ -66,16 +71,23 @@ class Processes:
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """If one process raises inside, all raise its error: where they next call `exchange`, or at
-        the end of the block."""
+        the end of the block. If several do at once, all raise the error of the first one."""
         try:
             yield
             self.exchange(None)
         except (Exception, StoppedError) as error:
-            known = getattr(error, TOLD, False) or distributed.explained(error) is not None
-            if self.size > 1 and not known:
-                setattr(error, TOLD, True)
-                distributed.gather([_Failure(_sendable(error))])
-            raise
+            if self.size == 1 or getattr(error, TOLD, False) or isinstance(error, PeerError):
+                raise
+            if distributed.explained(error) is not None:  # an exchange of a library
+                raise
+            own = _sendable(error)
+            found = _gather(_Failure(own))
+            found[self.rank] = _Failure(own)  # the same object, with its traceback
+            first = _first_error(found)
+            if first is error:
+                raise
+            assert first is not None
+            raise first from error
 
 
 ALONE = Processes()
@@ -92,6 +104,29 @@ class _Failure:
     """What a process says in place of a value when it has failed."""
 
     error: BaseException
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes. A signal waits: one that raised between the messages of an
+    exchange would leave the others with half of them.
+
+    Raises:
+        PeerError: another process is gone.
+    """
+    try:
+        with interrupt.postponed():
+            return distributed.gather([value])
+    except Exception as error:
+        raise distributed.explained(error) or error from error
+
+
+def _first_error(found: Sequence[Any]) -> BaseException | None:
+    """The error of the first process that has failed; None without any."""
+    failure = next((one for one in found if isinstance(one, _Failure)), None)
+    if failure is None:
+        return None
+    setattr(failure.error, TOLD, True)
+    return failure.error
 
 
 def _sendable(error: BaseException) -> BaseException:

@@ -2,15 +2,25 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
+import mmkd
+from mmkd.errors import CheckpointError
+from mmkd.evaluation import models
+from mmkd.modeling.conversation import load_answering
+from mmkd.recipe import EvaluateConfig, ModelConfig, StudentConfig
+from mmkd.runtime import distributed
 from mmkd.runtime.distributed import rank, unknown_to_libraries, world_size
+from mmkd.runtime.processes import Processes
 from tests.evaluation.test_refusals import own_scenes, spoil  # noqa: F401
-from tests.support import warm
+from tests.support import interrupted, warm
+from tests.support.ranks import on_ranks
 from tests.support.recipes import tiny_recipe
 from tests.support.slow import slow
 
@@ -93,6 +103,92 @@ def test_a_task_that_fails_fails_on_all_processes(
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["scores"]) == ["scenes_pope", "scenes_caption"]
     assert list(results["failed"]) == ["scenes_vqa"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGKILL)])
+def test_an_evaluation_that_was_stopped_continues(
+    scenes_dir: Path, tiny_model_dir: Path, tmp_path: Path, number: int
+) -> None:
+    """All processes get the signal, in the middle of an answer or while one waits for the other;
+    SIGKILL is for one process only."""
+    words = ["--tasks", TASKS, "--include", scenes_dir / "tasks", "--out", tmp_path / "more"]
+    words += ["--limit", 24, "--batch-size", 2]
+    one = ["eval", tiny_model_dir, *words[:-5], tmp_path / "one", *words[-4:]]
+    more = ["eval", tiny_model_dir, *words, "--nproc", 2]
+    process = interrupted.start(*more)
+    kept = tmp_path / "more" / "unfinished" / "task-scenes_pope.json"
+    interrupted.wait_for(kept.exists, process)
+    if number == signal.SIGKILL:
+        interrupted.below(process)[-1].send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    status, output = interrupted.finish(process)
+    assert "Traceback" not in output
+    assert "terminate called" not in output
+    expected = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGKILL: 137}
+    assert status == expected[number], output
+    assert ("was killed" if number == signal.SIGKILL else "stopped") in output
+    assert output.count("mmkd: stopped") == (number != signal.SIGKILL)
+    assert kept.exists()
+    assert not (tmp_path / "more" / "results.json").exists()
+    again = warm.run(*more)
+    assert again.returncode == 0, again.stderr
+    assert "scenes_pope: already answered" in again.stdout
+    assert warm.run(*one).returncode == 0
+    assert written(tmp_path / "more") == written(tmp_path / "one")
+
+
+def test_a_model_that_fails_on_one_process_fails_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process cannot load the first model; the first cannot write the second one's
+    request."""
+    monkeypatch.chdir(tmp_path)
+    settings = EvaluateConfig(tasks=["scenes_pope"])
+
+    def work(rank: int) -> Any:
+        def score(model: str, **settings: Any) -> None:
+            if (model, rank) == ("a", 1):
+                raise CheckpointError("it is broken", where="a")
+
+        def write(path: Path, content: Any) -> None:
+            if path.parent.name == "b":
+                raise CheckpointError("it cannot be written", where="b")
+
+        processes = Processes(rank, 2)
+        sources: dict[str, ModelConfig] = {name: StudentConfig(model=name) for name in "abc"}
+        with (
+            mock.patch("mmkd.evaluation.run.evaluate", score),
+            mock.patch.object(models, "write_json", write),
+            mock.patch.object(models, "_data_of", return_value=None),
+            mock.patch.object(distributed, "leave"),
+        ):
+            models.evaluate_models(sources, settings, tmp_path / "out", "cpu", processes)
+
+    [first, second] = on_ranks(work, 2, tmp_path)
+    assert first.startswith("a: a: the evaluation of 2 of 3 models failed, the first: it is broken")
+    assert second is None
+
+
+def test_an_evaluation_within_training_waits_for_no_other_process(
+    own_scenes: Path,  # noqa: F811
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first of two processes that a launcher has started evaluates; the second does not."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def work(rank: int) -> Any:
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        if rank == 1:
+            return None
+        model, processor = load_answering(str(tiny_model_dir))
+        tasks, include = ["scenes_pope"], own_scenes
+        return mmkd.evaluate(model, tasks, processor=processor, include=include, limit=4).scores
+
+    [scores, _] = on_ranks(work, 2, tmp_path)
+    assert list(scores) == ["scenes_pope"]
 
 
 def test_unknown_models_and_tasks_are_one_line(scenes_dir: Path, tmp_path: Path) -> None:
