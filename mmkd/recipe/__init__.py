@@ -71,19 +71,16 @@ from mmkd.recipe.stages import (
     STEP_METRICS,
     TEACHER_KL,
     VALIDATION_METRICS,
-    BatchConfig,
-    EngineConfig,
     EnsembleConfig,
     LoraConfig,
     OnPolicyConfig,
-    OptimizerConfig,
     Precision,
     SamplingConfig,
-    ScheduleConfig,
     StageConfig,
     TrainConfig,
     ValidationConfig,
 )
+from mmkd.recipe.training import BatchConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "ANSWER_CE",
