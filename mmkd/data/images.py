@@ -41,6 +41,11 @@ TURNS = {
 """Operation that turns an image upright, by its EXIF orientation. 5 to 8 swap width and height."""
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, in any depth, by name; links to files are among them."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
 @dataclass(frozen=True)
 class Member:
     """A file inside of a tar archive, which is read without unpacking the archive.

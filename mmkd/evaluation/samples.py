@@ -14,7 +14,7 @@ import torch
 
 from mmkd.data.answers import answers_of, asked, generate_of, sample
 from mmkd.data.encoder import Encoder
-from mmkd.data.images import SUFFIXES, load_image, thumbnail
+from mmkd.data.images import SUFFIXES, images_in, load_image, thumbnail
 from mmkd.data.records import GivenRecords, Records, located
 from mmkd.data.schema import Record
 from mmkd.data.sources.files import find_files
@@ -123,7 +123,7 @@ def _in_folder(folder: Path) -> list[Path]:
         raise DataError(
             "no such folder of images", where=str(folder), hint="check evaluate.samples.images"
         )
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = images_in(folder)
     if not paths:
         raise DataError(
             "no images in it", where=str(folder), hint=f"read are {', '.join(SUFFIXES)}"

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.images import SUFFIXES
+from mmkd.data.images import images_in
 from mmkd.data.records import Records
 from mmkd.data.sources import find_files
 from mmkd.data.sources.files import KINDS
@@ -79,7 +79,7 @@ def against_facts(config: MakeConfig, evaluation: EvaluateConfig | None) -> dict
     files: list[Path] = []
     for name in config.against:
         if not is_task(name):
-            files += _images_in(Path(name)) or _record_files(name)
+            files += images_in(Path(name)) or _record_files(name)
     return {"tasks": _task_facts(tasks, evaluation), "files": facts_of(files)}
 
 
@@ -116,16 +116,9 @@ def _record_files(name: str) -> list[Path]:
         return []
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """The images of a folder, in any depth, by name."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-
-
 def _of_images(name: str, hashes: ImageHashes) -> Side:
     """The images of a file of records, or of a folder."""
-    images = _images_in(Path(name))
+    images = images_in(Path(name))
     if images:
         count, read = len(images), partial(_of_folder, Path(name), images)
     else:

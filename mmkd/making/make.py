@@ -33,13 +33,17 @@ from mmkd.making.opened import open_entry
 from mmkd.making.questions import Question, Questions
 from mmkd.making.rationales import ask_why, rationale_row
 from mmkd.making.requests import request_of
-from mmkd.making.state import begin_writing, end_writing, facts_of, folder_of
+from mmkd.making.state import begin_writing, end_writing, facts_of, folder_of, write_counts
 from mmkd.making.writing import RecordWriter, Row, join_rows, write_records
 from mmkd.recipe import EvaluateConfig, MakeConfig, Recipe, SamplingConfig
 from mmkd.runtime import distributed
 from mmkd.students import converted_processor
 
 EMPTY = "empty"
+
+
+class NothingKeptError(DataError):
+    """There are answers, and none becomes a record."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def make_records(
         evaluation: of the recipe, which says where tasks of `against` are.
 
     Raises:
-        MmkdError: settings, data or a model do not fit, or no answer passes the checks.
+        NothingKeptError: no answer becomes a record.
+        MmkdError: settings, data or a model do not fit.
         StoppedError: the command was asked to stop.
     """
     job = _Job(config, makers, where, processor, evaluation)
@@ -176,7 +181,7 @@ class _Job:
             checking.apply(check, answered)
         found = self._rows(answered)
         if not any(found):
-            raise self._nothing(answered, asker.asked)
+            raise self._nothing_kept(answered, asker.asked)
         why = self._rationales(answered, found, asker)
         written, used = len(self._write(answered, found, why)), sum(map(bool, found))
         missing = shared(self.unreadable)
@@ -186,8 +191,11 @@ class _Job:
             end_writing(self.config, self.facts, made.counts)
         return made
 
-    def _nothing(self, answered: list[Answered], asked: Asked) -> DataError:
-        """The error if no answer becomes a record."""
+    def _nothing_kept(self, answered: list[Answered], asked: Asked) -> DataError:
+        """The error if no answer becomes a record. The counts are written."""
+        if distributed.rank() == 0:
+            begin_writing(self.config)
+            write_counts(self.config, self._summary(answered, 0, 0, asked).counts)
         total, refused = sum(len(one.answers) for one in answered), refusals(answered)
         reasons = [f"{n:,} refused by '{kind}'" for kind, n in sorted(refused.items())]
         if self.similar:
@@ -201,7 +209,8 @@ class _Job:
         elif not total:
             reasons, hint = ["there is no question"], "lower objects.least_images"
         what = f"no answer becomes a record: of {total:,} answers, {', '.join(reasons)}"
-        return DataError(what.replace(HINT, "; "), where=self.config.out, hint=hint)
+        kind = NothingKeptError if total else DataError
+        return kind(what.replace(HINT, "; "), where=self.config.out, hint=hint)
 
     def _rows(self, answered: list[Answered]) -> list[list[Row]]:
         """The rows of each question."""

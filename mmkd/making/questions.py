@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmkd.data.answers import answers_of
 from mmkd.data.answers import asked as asked_before
-from mmkd.data.images import SUFFIXES, load_image
+from mmkd.data.images import SUFFIXES, images_in, load_image
 from mmkd.data.records import Records, located
 from mmkd.data.schema import Record
 from mmkd.data.turns import PLACEHOLDER, Message
@@ -154,8 +154,7 @@ def questions_for_lists(config: MakeConfig, where: str) -> Questions | None:
 def _about_folder(folder: Path, config: MakeConfig) -> Questions:
     if not folder.is_dir():
         raise DataError("no such folder", where=str(folder), hint="check 'pictures'")
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    names = sorted(str(path.relative_to(folder)) for path in found)[: config.limit]
+    names = sorted(str(path.relative_to(folder)) for path in images_in(folder))[: config.limit]
     if not names:
         raise DataError(
             "the folder has no images", where=str(folder), hint=f"known are {', '.join(SUFFIXES)}"

@@ -79,12 +79,17 @@ def begin_writing(config: MakeConfig) -> None:
 
 def end_writing(config: MakeConfig, facts: Facts, counts: Facts) -> None:
     """Note what the files of an entry were made with, and how many questions were kept."""
-    write_json(folder_of(config) / COUNTS, counts)
+    write_counts(config, counts)
     write_json(folder_of(config) / SETTINGS, facts)
 
 
+def write_counts(config: MakeConfig, counts: Facts) -> None:
+    """Note how many questions were kept."""
+    write_json(folder_of(config) / COUNTS, counts)
+
+
 def counts_of(config: MakeConfig) -> Facts | None:
-    """The counts of `end_writing`; None if they are not there."""
+    """The counts of `write_counts`; None if they are not there."""
     return read_if(Counts, folder_of(config) / COUNTS)
 
 

@@ -147,6 +147,27 @@ def check_made(recipe: Recipe, data: Sequence[DataConfig] | None = None) -> None
             )
 
 
+def check_assistant(recipe: Recipe) -> None:
+    """Check that what is made before the first stage does not ask an assistant that is not trained.
+
+    Args:
+        recipe: of a student whose teacher is such an assistant.
+
+    Raises:
+        RecipeError: it does.
+    """
+    names = [teacher.name for teacher in recipe.teachers]
+    for entry, config in made_before(recipe).items():
+        if asked := [name for name in config.models if name in names]:
+            raise RecipeError(
+                f"it asks {asked[0]!r}, which is the assistant, and it is made before the "
+                "assistant is trained",
+                where=f"make.{entry}",
+                hint="name another model, or train the assistant in a run of its own and name its "
+                "student as the teacher",
+            )
+
+
 def check_questions(context: StageContext) -> None:
     """Check that a stage that needs answers does not read an entry that writes questions.
 

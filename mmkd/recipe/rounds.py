@@ -45,6 +45,11 @@ def with_rounds(stages: Sequence[StageConfig]) -> list[StageConfig]:
     return found
 
 
+def round_numbers(stages: Sequence[StageConfig]) -> tuple[int, ...]:
+    """For each stage of `with_rounds`, the number of its round, from 1."""
+    return tuple(number for stage in stages for number in range(1, stage.rounds + 1))
+
+
 def round_name(stage: StageConfig, number: int) -> str:
     """The name of a round; `number` counts from 1."""
     return stage.name if stage.rounds == 1 else f"{stage.name}-{number}"

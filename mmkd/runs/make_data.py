@@ -7,7 +7,7 @@ rest is made right before the stage that reads it: `mmkd.making.used`.
 from collections.abc import Sequence
 
 from mmkd.errors import RecipeError
-from mmkd.making.make import make_answers
+from mmkd.making.make import NothingKeptError, make_answers
 from mmkd.making.show import print_made
 from mmkd.making.state import Facts, counts_of, entry_facts, is_made
 from mmkd.making.used import made_before, made_for, used_entries, with_stage_data
@@ -17,6 +17,7 @@ from mmkd.runs.members import Member
 from mmkd.runs.reads import forget_sources
 from mmkd.runtime import distributed
 from mmkd.runtime.files import write_json
+from mmkd.runtime.progress import say
 from mmkd.students import start_folder, written_config
 
 
@@ -51,7 +52,7 @@ def stage_recipe(member: Member, index: int) -> Recipe:
     return with_stage_data(member.recipe, index, member.stages[index].made)
 
 
-def make_stage_data(member: Member, index: int) -> None:
+def make_stage_data(member: Member, index: int) -> str | None:
     """Make the records that are made right before a stage, by the student from which it starts,
     unless the stage has begun; then check them with the stage. Every rank calls it.
 
@@ -59,21 +60,33 @@ def make_stage_data(member: Member, index: int) -> None:
         member: the run's member. The student from which the stage starts is written.
         index: of the stage, from 0.
 
+    Returns:
+        The name of the entry that keeps no question, if the stage is a round after the first one;
+        then nothing is checked. Otherwise None.
+
     Raises:
         MmkdError: as of `make_answers`, or the stage cannot train on the records.
     """
     own, names = stage_recipe(member, index), [*made_for(member.recipe, index)]
     if not names:
-        return
+        return None
     start = start_folder(member.recipe, index, member.folder)
     asked = own.model_copy(update={"student": written_config(own.student, start)})
     begun = member.stages[index].is_begun()
     missing = [] if begun else [name for name in names if not is_made(asked, name)]
     for name in distributed.gather([missing])[0]:
-        _make(asked, name, index)
+        try:
+            _make(asked, name, index)
+        except NothingKeptError as error:
+            if member.later_rounds(index):
+                if distributed.rank() == 0:
+                    say(f"{name}: {error.what}")
+                return name
+            raise
     distributed.barrier()
     forget_sources()
     preflight.check_data(own, index, assistant=member.untrained_teacher)
+    return None
 
 
 def note_counts(member: Member, index: int) -> None:

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mmkd.recipe import Recipe, TeacherConfig, load_recipe, with_made_names, with_record_names
+from mmkd.recipe.rounds import round_numbers
 from mmkd.runtime.run_folder import ASSISTANT, MemberFolder, RunFolder, StageFolder
 
 
@@ -18,12 +20,14 @@ class Member:
         recipe: of this student alone.
         folder: of its stages.
         assistant: the member that is its teacher; None if it has another teacher or none.
+        numbers: for each stage, the number of its round, from 1; 1 for a stage without rounds.
     """
 
     label: str
     recipe: Recipe
     folder: MemberFolder
     assistant: "Member | None" = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def untrained_teacher(self) -> Recipe | None:
@@ -41,6 +45,15 @@ class Member:
     def student(self) -> Path:
         """The finished student."""
         return self.stages[-1].student
+
+    def later_rounds(self, index: int) -> range:
+        """The indices of a stage and of the rounds after it, if it is a round after the first one;
+        otherwise none."""
+        numbers = self.numbers
+        if numbers[index] == 1:
+            return range(0)
+        more = takewhile(lambda number: number > 1, numbers[index:])
+        return range(index, index + len(list(more)))
 
     def is_trained(self) -> bool:
         """Whether all its stages are finished; raises as `StageFolder.is_done`."""
@@ -73,8 +86,10 @@ def students(recipe: Recipe) -> list[Member]:
                 raw["teacher"] = _as_teacher(assistant, recipe).model_dump(mode="json")
             name = f"{label}-seed{seed}" if recipe.seeds else label
             folder = run.only_member if alone else run.member(name)
-            own = load_recipe(raw, overrides).with_rounds()
-            found.append(Member(name, own, folder, assistant if _teaches(assistant, own) else None))
+            written = load_recipe(raw, overrides)
+            own = _trained(written, recipe)
+            teacher = assistant if _teaches(assistant, own) else None
+            found.append(Member(name, own, folder, teacher, round_numbers(written.stages)))
     return found
 
 
@@ -99,11 +114,19 @@ def _assistant(recipe: Recipe) -> Member | None:
     raw = recipe.model_dump(mode="json")
     own = {key: value for key, value in raw["assistant"].items() if value is not None}
     raw |= {"variants": {}, "seeds": [], "evaluate": None, "release": None, "assistant": None}
+    written = load_recipe({**raw, **own, "label": ASSISTANT})
     return Member(
         ASSISTANT,
-        load_recipe({**raw, **own, "label": ASSISTANT}).with_rounds(),
+        _trained(written, recipe),
         run_folder(recipe).member(ASSISTANT),
+        numbers=round_numbers(written.stages),
     )
+
+
+def _trained(written: Recipe, recipe: Recipe) -> Recipe:
+    """The recipe of a member: each round is a stage, and `evaluate` of the run says where tasks of
+    `make` are."""
+    return written.with_rounds().model_copy(update={"evaluate": recipe.evaluate})
 
 
 def _as_teacher(assistant: Member, recipe: Recipe) -> TeacherConfig:

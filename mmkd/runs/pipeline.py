@@ -10,6 +10,7 @@ from mmkd.errors import CheckpointError, RecipeError
 from mmkd.making.used import made_for
 from mmkd.recipe import Recipe
 from mmkd.runs import preflight
+from mmkd.runs.end_rounds import end_rounds
 from mmkd.runs.evaluate import evaluate
 from mmkd.runs.inputs import check_inputs, note_inputs
 from mmkd.runs.make_data import make_data, make_stage_data, note_counts, stage_recipe
@@ -215,10 +216,14 @@ def _train_stage(
     if distributed.rank() == 0:
         say_heading(f"{member.label}: {place}, {config.name}")
     write_start(member, index, recipe)
+    empty = None
     if made_for(member.recipe, index):
         pool.release()  # the models that make data need the memory
-        make_stage_data(member, index)
+        empty = make_stage_data(member, index)
     describe(member, recipe)
+    if empty is not None:
+        end_rounds(member, index, empty)
+        return
     teachers = pool.for_stage(with_stage_teachers(member.recipe, config, member.folder), config)
     student, processor = student_before(member, index)
     if distributed.rank() == 0:

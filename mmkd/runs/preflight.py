@@ -21,7 +21,13 @@ from mmkd.engines.optim import check_schedule
 from mmkd.evaluation.run import check as check_tasks
 from mmkd.evaluation.samples import check_samples
 from mmkd.making.opened import check_entry
-from mmkd.making.used import check_later, check_made, check_questions, made_for
+from mmkd.making.used import (
+    check_assistant,
+    check_later,
+    check_made,
+    check_questions,
+    made_for,
+)
 from mmkd.modeling.capture_exits import check_exits
 from mmkd.modeling.image_token_checks import check_image_tokens
 from mmkd.modeling.layer_checks import check_layers
@@ -89,6 +95,8 @@ def check(recipe: Recipe, *, data: bool = True, assistant: Recipe | None = None)
     """
     check_trackers(recipe.report_to)
     check_later(recipe)
+    if assistant is not None:
+        check_assistant(recipe)
     if data:
         check_made(recipe)
     later = [made_for(recipe, index) for index in range(len(recipe.stages))]

@@ -165,9 +165,9 @@ def _another(
 
 
 def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings outside of stages, without the data, which a stage may override, and without
-    what makes data."""
-    parts = ("stages", "data", "make", "servers", "report_to")
+    """The settings outside of stages, without the data, which a stage may override, without what
+    makes data, and without the evaluation."""
+    parts = ("stages", "data", "make", "servers", "report_to", "evaluate")
     return {k: v for k, v in recipe.items() if k not in parts}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mmkd.errors import MmkdError
@@ -20,6 +21,7 @@ from mmkd.making.near_duplicates import kept_places
 from mmkd.making.show import print_made
 from mmkd.making.state import is_made
 from mmkd.recipe import load_recipe
+from mmkd.runs.members import members
 from tests.support import warm
 from tests.support.slow import slow
 
@@ -231,3 +233,27 @@ def test_a_definition():
     assert part == [place for place in kept if place < 100]
     every, left = kept_places(shown, [held], 9, twins=False)
     assert (len(every), left.twins) == (len(shown) - leaked, 0)
+
+
+@pytest.mark.parametrize("first", ["run", "answers"])
+def test_a_run_finds_tasks_where_its_evaluation_does(entry, scenes_dir, tmp_path, first):
+    """Also of its variants; and records that `mmkd data answers` has made are not made again."""
+    path = entry(against=["scenes_pope"])
+    raw = yaml.safe_load(path.read_text())
+    raw["evaluate"] = {"tasks": ["scenes_pope"], "limit": 2, "include": str(scenes_dir / "tasks")}
+    raw["variants"] = {"slow": ["stages.0.optimizer.lr=1e-4"]}
+    raw["stages"][0]["objectives"] = [{"kind": "ce"}]
+    path.write_text(yaml.safe_dump(raw))
+    if first == "answers":
+        make(path)
+    command = warm.Command("run", path, "evaluate.tasks=[]", "evaluate.decode=[8]")
+    text, _ = command.communicate(timeout=200)
+    assert command.returncode == 0, text
+    assert ("2 images are near-duplicates" in text or "2 of images of" in text) is (first == "run")
+    recipe = load_recipe(path)
+    assert all(is_made(member.recipe, "photos") for member in members(recipe))
+    # Another evaluation does not change what a student is trained on.
+    command = warm.Command("run", path, "evaluate.tasks=[]", "evaluate.decode=[16]")
+    text, _ = command.communicate(timeout=200)
+    assert command.returncode == 0, text
+    assert text.count("already trained") == 2

@@ -13,6 +13,7 @@ from mmkd.report import write_report
 from mmkd.report.rundata import read_run
 from mmkd.runs import pipeline
 from mmkd.runs.members import members, students
+from scripts.scenes_photos import write_photos
 from tests.support.recipes import tiny_recipe
 
 KL = [{"kind": "kl"}]
@@ -135,3 +136,42 @@ def test_stages_need_names_of_their_own(raw):
     raw["assistant"]["stages"][0]["name"] = raw["stages"][0]["name"]
     with pytest.raises(RecipeError, match="two stages of assistant and students"):
         load_recipe(raw)
+
+
+def made_by(names, scenes_dir, tmp_path, checks=()):
+    folder = tmp_path / "photos"
+    write_photos(scenes_dir / "train.parquet", folder, 3)
+    return {"pictures": str(folder), "prompts": ["What?"], "by": names, "checks": [*checks],
+            "sampling": {"max_new_tokens": 4}, "out": str(tmp_path / "made.jsonl")}  # fmt: skip
+
+
+@pytest.mark.parametrize("judges", [False, True])
+def test_data_that_it_would_make_before_it_is_trained(raw, scenes_dir, tmp_path, judges):
+    checks = [{"kind": "judge", "by": "teacher"}] if judges else []
+    entry = made_by("student" if judges else "teacher", scenes_dir, tmp_path, checks)
+    student = raw["assistant"]["student"]["model"]
+    recipe = load_recipe(
+        {**raw, "student": {"model": student}, "make": {"photos": entry}},
+        ["stages.0.data={train: 'made:photos'}"],
+    )
+    for command in (pipeline.run, check_recipe):
+        with pytest.raises(RecipeError, match=r"make\.photos: it asks 'teacher', which is the ass"):
+            command(recipe)
+    assert not (tmp_path / "made.jsonl").exists()
+    assert not members(recipe)[0].folder.path.exists()
+
+
+def test_data_that_it_makes_after_it_is_trained(raw, scenes_dir, tmp_path):
+    """It answers what the student has written before a later stage."""
+    own = made_by("student", scenes_dir, tmp_path)
+    again = {**own, "records": "made:own", "by": "teacher", "out": str(tmp_path / "again.jsonl")}
+    again = {key: value for key, value in again.items() if key not in ("pictures", "prompts")}
+    later = {**raw["stages"][0], "name": "later", "data": {"train": "made:again"}}
+    recipe = load_recipe(
+        {**raw, "stages": [*raw["stages"], later], "make": {"own": own, "again": again}}
+    )
+    check_recipe(recipe)
+    folder = pipeline.run(recipe)
+    row = json.loads((folder / "02-later/made/again.jsonl").read_text().splitlines()[0])
+    assert row["made"]["by"] == "teacher"
+    assert losses(folder / "02-later")
