@@ -1,5 +1,6 @@
 """A recipe and its models, with their defaults."""
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -27,6 +28,9 @@ from mmkd.runtime.run_folder import ASSISTANT, RESERVED, START, TEACHER, stage_n
 
 TeacherPlacement = Literal["auto", "replicated", "sharded", "offload"]
 Quantization = Literal["4bit", "8bit"]
+
+OF_THE_RUN = ("name", "output_dir", "label", "seeds", "variants", "evaluate", "release")
+"""Keys that are one for all students of a run."""
 
 
 class ImageSizeConfig(Strict):
@@ -331,6 +335,7 @@ class Recipe(Strict):
             )
         self._check_labels(names)
         self._check_assistant(names)
+        self._check_variants()
         if self.label in self.variants:
             raise ValueError(f"a variant has the recipe's own label {self.label!r} -- rename it")
         return self
@@ -374,12 +379,21 @@ class Recipe(Strict):
             raise ValueError(
                 "two stages of assistant and students have the same name -- rename one"
             )
-        changes = (o for overrides in self.variants.values() for o in overrides)
-        if any(o.startswith(f"{ASSISTANT}{end}") for o in changes for end in ".=["):
-            raise ValueError(
-                "a variant changes the assistant, which all students share -- write a recipe of "
-                "its own for it"
-            )
+
+    def _check_variants(self) -> None:
+        """Check that variants change nothing that all students of a run share."""
+        for label, overrides in self.variants.items():
+            for key in (re.split(r"[.=\[]", override)[0].strip() for override in overrides):
+                if key == ASSISTANT:
+                    raise ValueError(
+                        "a variant changes the assistant, which all students share -- write a "
+                        "recipe of its own for it"
+                    )
+                if key in OF_THE_RUN:
+                    raise ValueError(
+                        f"the variant {label!r} changes {key!r}, which is one for all students of "
+                        "a run -- change it in the recipe, or write a recipe of its own for it"
+                    )
 
     def stage_data(self, stage: StageConfig) -> DataConfig:
         return stage.data or self.data

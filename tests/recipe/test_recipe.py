@@ -206,3 +206,19 @@ def test_one_recipe_over_another():
     assert merged(below, {"a": None}) == {"a": None, "d": 1}
     with pytest.raises(ValueError, match=r"a\.c: one file has a mapping here, the other a list"):
         merged(below, {"a": {"c": {}}})
+
+
+@pytest.mark.parametrize("key", ["name", "output_dir", "label", "seeds", "variants", "release"])
+@pytest.mark.parametrize("end", ["=x", ".some=1", "[0]=1", " = x"])
+def test_a_variant_cannot_change_what_is_one_for_all_students(key: str, end: str) -> None:
+    """It was ignored."""
+    raw = {
+        "name": "n",
+        "student": {"model": "m"},
+        "data": {"train": "t.json"},
+        "stages": [{"name": "s", "objectives": [{"kind": "ce"}], "steps": 1}],
+        "variants": {"long": [f"{key}{end}"]},
+    }
+    with pytest.raises(RecipeError, match=f"the variant 'long' changes '{key}'"):
+        load_recipe(raw)
+    load_recipe({**raw, "variants": {"long": ["stages.0.steps=2", "seed=3"]}})

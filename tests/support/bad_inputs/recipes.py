@@ -234,6 +234,16 @@ def variant_of_the_assistant(world: World) -> None:
 
 @case(
     KIND,
+    "changed the evaluation in a variant",
+    "the variant 'long' changes 'evaluate', which is one for all students of a run",
+    "write a recipe of its own for it",
+)
+def variant_of_the_evaluation(world: World) -> None:
+    world.raw["variants"] = {"long": ["evaluate.limit=9"]}
+
+
+@case(
+    KIND,
     "gave a recipe with an assistant two teachers",
     "with 'assistant' there is at most one teacher, which runs",
     "name one with 'source: live'",
