@@ -215,17 +215,17 @@ def _train_stage(
     place = f"stage {index + 1} of {len(stages)}"
     if distributed.rank() == 0:
         say_heading(f"{member.label}: {place}, {config.name}")
-    write_start(member, index, recipe)
-    empty = None
     if made_for(member.recipe, index):
+        write_start(member, index, recipe)
         pool.release()  # the models that make data need the memory
-        empty = make_stage_data(member, index)
-    describe(member, recipe)
-    if empty is not None:
-        end_rounds(member, index, empty)
-        return
+        if (empty := make_stage_data(member, index)) is not None:
+            describe(member, recipe)
+            end_rounds(member, index, empty)
+            return
     teachers = pool.for_stage(with_stage_teachers(member.recipe, config, member.folder), config)
+    write_start(member, index, recipe)
     student, processor = student_before(member, index)
+    describe(member, recipe)  # not before the models are loaded: an error leaves nothing on disk
     if distributed.rank() == 0:
         note_inputs(member, index)
         note_counts(member, index)

@@ -17,7 +17,6 @@ from mmkd.evaluation import models
 from mmkd.recipe import EvaluateConfig, ModelConfig, load_recipe
 from mmkd.runs.pipeline import run as train
 from mmkd.runtime import consent
-from mmkd.runtime.run_folder import EvaluationFolder
 from mmkd.training import trackers
 from mmkd.training.trackers import Place, Tracked
 from tests.support import hub_server
@@ -166,16 +165,15 @@ def test_changed_data_of_a_task_starts_its_evaluation_again(world, scenes_dir, m
 
     def score(*words, **more):
         asked.append(words)
-        Path("out").mkdir(exist_ok=True)
-        Path("out/results.json").write_text(json.dumps({"scores": {}}))
+        more["out"].mkdir(exist_ok=True, parents=True)
+        (more["out"] / "results.json").write_text(json.dumps({"scores": {}}))
 
     monkeypatch.setattr("mmkd.evaluation.run.evaluate", score)
 
     def evaluated():
         asked.clear()
-        model = dict.fromkeys(("revision", "processor", "quantize"), None)
-        model |= {"model": "model", "weights": "a"}
-        models._score("student", model, settings, EvaluationFolder(Path("out")), {})
+        sources = {"student": ModelConfig(model="model")}
+        models.evaluate_models(sources, settings, Path("out"), "cpu")
         return len(asked)
 
     assert (evaluated(), evaluated()) == (1, 0)
@@ -193,15 +191,15 @@ def test_another_commit_of_a_model_from_the_hub_starts_its_evaluation_again(worl
 
     def score(*words, **more):
         scored.append(words)
-        more["out"].mkdir(exist_ok=True)
+        more["out"].mkdir(exist_ok=True, parents=True)
         (more["out"] / "results.json").write_text(json.dumps({"scores": {}}))
 
     monkeypatch.setattr("mmkd.evaluation.run.evaluate", score)
 
     def evaluated():
         scored.clear()
-        source = ModelConfig(model="me/model")
-        models._evaluate_one("teacher", source, settings, EvaluationFolder(Path("out")), "cpu")
+        sources = {"teacher": ModelConfig(model="me/model")}
+        models.evaluate_models(sources, settings, Path("out"), "cpu")
         return len(scored)
 
     assert (evaluated(), evaluated()) == (1, 0)

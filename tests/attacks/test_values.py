@@ -38,6 +38,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "RationaleConfig": {"out": "x.jsonl"},
     "ContextConfig": {"system": "x"},
     "ObjectQuestionsConfig": {"existence": {}},
+    "JudgeConfig": {"kind": "judge", "by": ["x"]},
     "ServerConfig": {"server": "http://x/v1", "model": "x"},
 }
 NUMBERS: list[Any] = [

@@ -6,7 +6,7 @@ import torch
 from mmkd.errors import CheckpointError
 from mmkd.recipe import load_recipe
 from mmkd.runs.members import members
-from mmkd.runs.start import student_before
+from mmkd.runs.start import student_before, write_start
 from mmkd.students import start_folder, student_at, write_student
 from mmkd_models.layout import mamba_layers, moe_layers
 from tests.support.recipes import tiny_recipe
@@ -38,7 +38,8 @@ def equal(a, b):
 @pytest.mark.parametrize("convert", [[], [MOE]])
 def test_before_the_first_stage_it_is_the_student_that_a_run_starts_from(recipe, start, convert):
     member = recipe({"convert": convert}, convert=start)
-    ran, _ = student_before(member, 0, member.recipe)
+    write_start(member, 0, member.recipe)
+    ran, _ = student_before(member, 0)
     torch.manual_seed(1)  # the caller's random stream decides nothing
     made = student_at(member.recipe, 0)
     assert equal(made, ran)
@@ -60,14 +61,16 @@ def test_conversions_add_up_and_the_meta_device_has_the_same_structure(recipe):
 
 def test_a_later_stage_starts_from_what_the_stage_before_has_written(recipe):
     member = recipe({}, {"convert": [MAMBA]})
-    trained, processor = student_before(member, 0, member.recipe)
+    write_start(member, 0, member.recipe)
+    trained, processor = student_before(member, 0)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(0.5)
     with pytest.raises(CheckpointError, match="its student is gone"):
-        student_before(member, 1, member.recipe)
+        write_start(member, 1, member.recipe)
     write_student(trained, processor, member.stages[0].student)
-    student, _ = student_before(member, 1, member.recipe)
+    write_start(member, 1, member.recipe)
+    student, _ = student_before(member, 1)
     assert mamba_layers(student.config) == (0,)
     assert start_folder(member.recipe, 1, member.folder) == member.stages[1].start.student
     assert equal(student, student_at(member.recipe, 1, folder=member.folder))

@@ -146,10 +146,8 @@ def test_a_teacher_does_not_run_where_it_is_not_asked(world, monkeypatch, first)
     letters = sum(line["sources"]["letters"] for line in lines)
     assert 0 < letters < 8
     assert len(ran) == (8 if first else 8 + letters)
-    assert all(
-        (line["kl.chat"] > 0) == bool(not first or line["sources"]["talk"]) for line in lines
-    )
-    assert all((line["kl.ocr"] > 0) == (line["sources"]["letters"] > 0) for line in lines)
+    assert all(("kl.chat" in line) == bool(not first or line["sources"]["talk"]) for line in lines)
+    assert all(("kl.ocr" in line) == (line["sources"]["letters"] > 0) for line in lines)
 
 
 def test_one_teacher_can_be_routed_too(world, monkeypatch):
@@ -167,8 +165,8 @@ def test_one_teacher_can_be_routed_too(world, monkeypatch):
     assert not all(asked)
     assert len(ran) == sum(asked)
     for line, about_it in zip(lines, asked, strict=True):
-        assert (line["kl.ocr"] > 0) == about_it
-        assert line["loss"] == pytest.approx(line["ce"] + line["kl.ocr"])
+        assert ("kl.ocr" in line) == about_it
+        assert line["loss"] == pytest.approx(line["ce"] + line.get("kl.ocr", 0))
 
 
 def test_objectives_without_anyone_asked_have_no_loss(world):
