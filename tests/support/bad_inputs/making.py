@@ -191,7 +191,7 @@ def objects_of_none(world: World) -> list[str]:
     KIND,
     "compared answers to prompts with the record's own answer",
     "which is none to 'prompts'",
-    "leave it out",
+    "make them in another entry",
 )
 def reference_of_prompts(world: World) -> list[str]:
     return make(world, pictures=None, records="records.json", checks=["reference"])
