@@ -14,6 +14,7 @@ from mmkd.cli.app import (
     Trusted,
     app,
     launch_again,
+    named,
     notes,
 )
 from mmkd.errors import AGAIN, MmkdError
@@ -130,7 +131,8 @@ def evaluate(
         numbers = {"batch-size": batch_size, "limit": limit}
         options = [*texts.items(), *paths.items(), *numbers.items()]
         words = [f"--{name}={value}" for name, value in options if value is not None]
-        launch_again(["eval", model, *words, *["--calibration"] * calibration], nproc)
+        words += ["--calibration"] * calibration
+        launch_again(["eval", model, *words, *named(None)], nproc)
     from mmkd.cli.scoring import find_models, score_models
     from mmkd.report.calibration import print_reliability
     from mmkd.report.tables import print_scores

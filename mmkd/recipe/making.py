@@ -100,7 +100,7 @@ class MakeConfig(Strict):
         [],
         max_length=1000,
         description="names of evaluation tasks, files of records, or folders of images (with a /): "
-        "near-duplicates of their images are not asked about; 16 bits unless 'twins' says more",
+        "near-duplicates of their images are not asked about, up to 'twins' bits, or 16 without it",
     )
     by: list[str] = Field(
         ["teacher"],

@@ -9,13 +9,16 @@ from unittest import mock
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import mmkd
+import mmkd.cli.models
+from mmkd.cli.app import app
 from mmkd.errors import CheckpointError
 from mmkd.evaluation import models
 from mmkd.modeling.conversation import load_answering
 from mmkd.recipe import EvaluateConfig, ModelConfig, StudentConfig
-from mmkd.runtime import distributed
+from mmkd.runtime import consent, distributed
 from mmkd.runtime.distributed import rank, unknown_to_libraries, world_size
 from mmkd.runtime.processes import Processes
 from tests.evaluation.test_refusals import own_scenes, spoil  # noqa: F401
@@ -205,3 +208,23 @@ def test_libraries_do_not_see_the_launcher(monkeypatch: pytest.MonkeyPatch) -> N
         assert "WORLD_SIZE" not in os.environ
         assert (rank(), world_size()) == (1, 4)
     assert (os.environ["RANK"], rank(), world_size()) == ("1", 1, 4)
+
+
+def test_all_options_reach_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The code that the user trusts too, or each process would refuse it."""
+    launched: list[Any] = []
+    monkeypatch.setattr("mmkd.cli.launch.launch", lambda *given: launched.append(given) or 0)
+    code = tmp_path / "model"
+    code.mkdir()
+    words = ["--tasks=pope", "--student=kd", "--device=cpu", "--revision=main", "--include=a"]
+    words += ["--local=b", "--out=c", "--batch-size=3", "--limit=4", "--calibration"]
+    trusted = ["--trust-remote-code", str(code)]
+    try:
+        CliRunner().invoke(app, ["eval", str(code), *words, *trusted, "--nproc", "2"])
+        asked = consent.words()
+    finally:
+        consent.withdraw()
+    ((passed, processes),) = launched
+    assert processes == 2
+    assert asked
+    assert passed == ["eval", str(code), *words, *asked]
